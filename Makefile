@@ -1,0 +1,157 @@
+# Nexus: `make run` builds it and serves a demonstration, `make test` runs every test, `make help` lists the rest.
+#
+# Nothing fetched and nothing built is committed: all of it goes to build/. A build with SAN=address or SAN=thread has
+# a directory of its own (build/address, build/thread), dynamic and with debug information.
+
+MAKEFLAGS += -j$(shell nproc) --no-builtin-rules
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+# ---- what a user may set ---------------------------------------------------------------------------------------------
+
+ifeq ($(origin CXX),default)
+CXX := g++
+endif
+ifeq ($(origin CC),default)
+CC := $(if $(findstring clang,$(CXX)),$(subst clang++,clang,$(CXX)),$(subst g++,gcc,$(CXX)))
+endif
+SAN ?=
+PREFIX ?= /usr/local
+DESTDIR ?=
+NODE ?= node
+CLANG_FORMAT ?= clang-format
+E2E ?=# arguments for tests/e2e/run.mjs
+UNIT ?=# arguments for the unit tests, for instance UNIT='-tc=*deadline*'
+
+# ---- directories and flags -------------------------------------------------------------------------------------------
+
+DEPS := build/deps
+SIMDJSON := $(DEPS)/simdjson
+LLHTTP := /usr/share/llhttp
+
+ifeq ($(SAN),)
+  B := build
+  OPTIMISE := -O2
+  LINK_MODE := -static
+else ifeq ($(SAN),address)
+  B := build/address
+  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
+  LINK_MODE := -fsanitize=address,undefined
+else ifeq ($(SAN),thread)
+  B := build/thread
+  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=thread -D_GLIBCXX_ASSERTIONS
+  LINK_MODE := -fsanitize=thread
+else
+  $(error SAN=$(SAN): give SAN=address, SAN=thread, or nothing)
+endif
+
+WARNINGS := -Wall -Wextra -Wconversion -Werror
+INCLUDES := -I. -isystem $(SIMDJSON) -isystem /usr/share/include -isystem /usr/share/include/llhttp
+CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread $(INCLUDES) $(CXXFLAGS)
+THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
+LDFLAGS_ALL := $(LINK_MODE) -pthread $(LDFLAGS)
+LDLIBS := -lcares
+
+# ---- Debian packages: looked for by a file of theirs, installed or named by tools/packages.sh ------------------------
+
+lacks = $(if $(wildcard $(1)),,$(2))
+lacks_command = $(if $(shell command -v $(1)),,$(2))
+
+BUILD_PACKAGES := $(strip \
+  $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++)) \
+  $(call lacks,$(LLHTTP)/llhttp.c,node-llhttp) \
+  $(call lacks,/usr/include/ares.h,libc-ares-dev) \
+  $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(call lacks_command,npm,npm)))
+TEST_PACKAGES := $(strip \
+  $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
+  $(call lacks_command,$(NODE),nodejs) $(call lacks_command,npm,npm))
+
+$(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
+	@mkdir -p $(@D)
+	@tools/packages.sh $(BUILD_PACKAGES)
+	@touch $@
+
+# After the build's packages, so that apt never runs twice at once.
+$(DEPS)/test-packages: tools/packages.sh $(DEPS)/build-packages $(if $(TEST_PACKAGES),FORCE)
+	@tools/packages.sh $(TEST_PACKAGES)
+	@touch $@
+
+# ---- simdjson, from npm, against a pinned digest ---------------------------------------------------------------------
+
+$(SIMDJSON)/simdjson.cpp: tools/fetch-simdjson.sh | $(DEPS)/build-packages
+	@tools/fetch-simdjson.sh $(SIMDJSON)
+$(SIMDJSON)/simdjson.h: $(SIMDJSON)/simdjson.cpp ;
+
+READY := $(SIMDJSON)/simdjson.h $(DEPS)/build-packages
+
+# ---- objects ---------------------------------------------------------------------------------------------------------
+
+# A change of compiler or flags compiles everything anew.
+FLAGS := $(CXX) $(CXXFLAGS_ALL) / $(CC) $(CFLAGS) / $(LDFLAGS_ALL)
+FLAGS_BEFORE := $(if $(wildcard $(B)/flags),$(file <$(B)/flags))
+$(B)/flags: $(if $(subst x$(FLAGS_BEFORE),,x$(FLAGS)),FORCE)
+	@mkdir -p $(@D)
+	@printf '%s\n' '$(FLAGS)' >$@
+FORCE:
+
+LIBS := $(B)/deps/api.o $(B)/deps/http.o $(B)/deps/llhttp.o $(B)/deps/simdjson.o
+
+$(B)/deps/%.o: $(LLHTTP)/%.c $(B)/flags | $(READY)
+	@mkdir -p $(@D)
+	$(CC) $(THIRD_PARTY) $(CFLAGS) -I/usr/share/include -I/usr/share/include/llhttp -c $< -o $@
+
+# The sources of llhttp come with a package: no rule makes them, but they may appear while make runs.
+$(LLHTTP)/%.c: | $(DEPS)/build-packages ;
+
+$(B)/deps/simdjson.o: $(SIMDJSON)/simdjson.cpp $(B)/flags | $(READY)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 $(THIRD_PARTY) $(CXXFLAGS) -I$(SIMDJSON) -c $< -o $@
+
+$(B)/obj/%.o: %.cpp $(B)/flags | $(READY)
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS_ALL) -MMD -MP -c $< -o $@
+
+# ---- the daemon ------------------------------------------------------------------------------------------------------
+
+.PHONY: all run
+all: $(B)/nexus
+
+$(B)/nexus: $(B)/obj/nexus.o $(LIBS)
+	$(CXX) $(LDFLAGS_ALL) $(if $(SAN),,-s) $^ $(LDLIBS) -o $@
+
+run: $(B)/nexus
+	@exec $(B)/nexus --demo
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+.PHONY: test unit unit-%
+UNIT_SOURCES := $(sort $(wildcard tests/*_test.cpp))
+UNIT_OBJECTS := $(UNIT_SOURCES:%.cpp=$(B)/obj/%.o)
+
+$(B)/obj/tests/%.o: | $(DEPS)/test-packages
+
+$(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
+	$(CXX) $(LDFLAGS_ALL) $(filter %.o,$^) $(LDLIBS) -o $@
+
+unit: $(B)/unit_tests
+	$(B)/unit_tests $(UNIT)
+
+# `make unit-text` builds and runs tests/text_test.cpp alone.
+$(B)/alone/%: $(B)/obj/tests/%_test.o $(B)/obj/tests/main_test.o $(LIBS)
+	@mkdir -p $(@D)
+	$(CXX) $(LDFLAGS_ALL) $^ $(LDLIBS) -o $@
+
+.PRECIOUS: $(B)/alone/% $(B)/obj/%.o
+unit-%: $(B)/alone/%
+	$< $(UNIT)
+
+$(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-packages
+	cd tests && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+test: $(B)/nexus $(B)/unit_tests $(DEPS)/test-modules
+	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
+
+-include bench/bench.mk tests/tests.mk
+-include $(shell find $(B)/obj -name '*.d' 2>/dev/null)

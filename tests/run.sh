@@ -1,0 +1,68 @@
+#!/bin/bash
+# Runs the whole suite against a finished build and closes with one line: "N passed, N failed" (and ", N skipped").
+# usage: tests/run.sh BUILD_DIRECTORY [unit test arguments] -- [end-to-end arguments]
+# A part that crashes or says no figures counts as one failure, so that silence can't pass for success.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+shift
+unit_args=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do unit_args+=("$1") && shift; done
+[ $# -gt 0 ] && shift
+
+passed=0 failed=0 skipped=0
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
+export TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1}
+
+# count NAME STATUS PASSED FAILED SKIPPED: adds a part's figures; a bad status with no failure in it is one.
+count() {
+  local name=$1 status=$2 part_failed=$4
+  if [ "$status" -ne 0 ] && [ "$part_failed" -eq 0 ]; then
+    part_failed=1
+    echo "$name: ended with status $status"
+  fi
+  passed=$((passed + $3)) failed=$((failed + part_failed)) skipped=$((skipped + $5))
+}
+
+unit() {
+  echo "== unit tests"
+  "$build/unit_tests" "${unit_args[@]}" 2>&1 | tee "$output"
+  local status=${PIPESTATUS[0]} figures
+  # [doctest] test cases: 12 | 12 passed | 0 failed | 3 skipped
+  figures=$(sed -n 's/.*test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed *| *\([0-9]*\) skipped.*/\1 \2 \3/p' \
+    "$output" | tail -1)
+  [ -n "$figures" ] || [ "$status" -ne 0 ] || status='no figures'
+  # shellcheck disable=SC2086
+  count "unit tests" "$([ "$status" = 'no figures' ] && echo 1 || echo "$status")" ${figures:-0 0 0}
+}
+
+# Any program that closes with "N passed, N failed[, N skipped]".
+counted() {
+  local name=$1 figures status
+  shift
+  echo "== $name"
+  "$@" 2>&1 | tee "$output"
+  status=${PIPESTATUS[0]}
+  figures=$(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed\(, \([0-9]*\) skipped\)\{0,1\}$/\1 \2 \4/p' "$output" | tail -1)
+  if [ -z "$figures" ] && [ "$status" -eq 0 ]; then
+    echo "$name: no closing line"
+    status=1
+  fi
+  read -r p f s <<<"${figures:-0 0 0}"
+  count "$name" "$status" "$p" "$f" "${s:-0}"
+}
+
+unit
+[ -x tools/lint.sh ] && counted "checks of the source and the manuals" tools/lint.sh --counted
+[ -f tests/e2e/run.mjs ] && counted "end-to-end tests" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@"
+
+echo
+if [ "$skipped" -gt 0 ]; then
+  echo "$passed passed, $failed failed, $skipped skipped"
+else
+  echo "$passed passed, $failed failed"
+fi
+[ "$failed" -eq 0 ]
