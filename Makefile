@@ -112,13 +112,16 @@ $(B)/obj/%.o: %.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS_ALL) -MMD -MP -c $< -o $@
 
+# What tests/tests.mk and bench/bench.mk build on: $(B), $(LIBS), $(B)/obj/%.o for any .cpp here, $(CXXFLAGS_ALL), $(link).
+link = tools/link.sh $(CXX) $(LDFLAGS_ALL) $(filter %.o,$^) $(LDLIBS) -o $@
+
 # ---- the daemon ------------------------------------------------------------------------------------------------------
 
 .PHONY: all run
 all: $(B)/nexus
 
 $(B)/nexus: $(B)/obj/nexus.o $(LIBS)
-	$(CXX) $(LDFLAGS_ALL) $(if $(SAN),,-s) $^ $(LDLIBS) -o $@
+	$(link) $(if $(SAN),,-s)
 
 run: $(B)/nexus
 	@exec $(B)/nexus --demo
@@ -132,7 +135,7 @@ UNIT_OBJECTS := $(UNIT_SOURCES:%.cpp=$(B)/obj/%.o)
 $(B)/obj/tests/%.o: | $(DEPS)/test-packages
 
 $(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
-	$(CXX) $(LDFLAGS_ALL) $(filter %.o,$^) $(LDLIBS) -o $@
+	$(link)
 
 unit: $(B)/unit_tests
 	$(B)/unit_tests $(UNIT)
@@ -140,7 +143,7 @@ unit: $(B)/unit_tests
 # `make unit-text` builds and runs tests/text_test.cpp alone.
 $(B)/alone/%: $(B)/obj/tests/%_test.o $(B)/obj/tests/main_test.o $(LIBS)
 	@mkdir -p $(@D)
-	$(CXX) $(LDFLAGS_ALL) $^ $(LDLIBS) -o $@
+	$(link)
 
 .PRECIOUS: $(B)/alone/% $(B)/obj/%.o
 unit-%: $(B)/alone/%
@@ -153,5 +156,56 @@ $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-
 test: $(B)/nexus $(B)/unit_tests $(DEPS)/test-modules
 	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
+# ---- looking after the source ----------------------------------------------------------------------------------------
+
+.PHONY: lint format clean help
+lint:
+	@CLANG_FORMAT='$(CLANG_FORMAT)' tools/lint.sh
+
+format:
+	$(CLANG_FORMAT) -i $(wildcard nexus.cpp nexus/*.h tests/*.h tests/*.cpp bench/*.h bench/*.cpp)
+
+# Keeps build/deps, which came over the network; `rm -r build` removes that too.
+clean:
+	find build -mindepth 1 -maxdepth 1 ! -name deps -exec rm -rf {} +
+	rm -f build/deps/*.o
+
+# ---- installing ------------------------------------------------------------------------------------------------------
+
+.PHONY: install uninstall deb
+BINDIR := $(DESTDIR)$(PREFIX)/bin
+MANDIR := $(DESTDIR)$(PREFIX)/share/man
+DOCDIR := $(DESTDIR)$(PREFIX)/share/doc/nexus
+UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
+
+install: $(B)/nexus
+	install -d $(BINDIR) $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR) $(UNITDIR)
+	install -m 755 $(B)/nexus $(BINDIR)/nexus
+	install -m 644 man/nexus.8 $(MANDIR)/man8/nexus.8
+	install -m 644 man/nexus.conf.5 $(MANDIR)/man5/nexus.conf.5
+	install -m 644 nexus.conf.example $(DOCDIR)/nexus.conf.example
+	sed 's,/usr/bin/nexus,$(PREFIX)/bin/nexus,' contrib/systemd/nexus.service >$(UNITDIR)/nexus.service
+	chmod 644 $(UNITDIR)/nexus.service
+
+uninstall:
+	rm -f $(BINDIR)/nexus $(MANDIR)/man8/nexus.8 $(MANDIR)/man5/nexus.conf.5 $(UNITDIR)/nexus.service
+	rm -f $(DOCDIR)/nexus.conf.example
+	-rmdir $(DOCDIR) 2>/dev/null || true
+
+deb: $(B)/nexus
+	@tools/deb.sh $(B)/nexus
+
+help:
+	@echo 'make              build build/nexus, fetching what it needs'
+	@echo 'make run          build, then serve a demonstration on 127.0.0.1:8000'
+	@echo 'make test         build and run every test; SAN=address or SAN=thread for a sanitised build'
+	@echo 'make unit         the unit tests alone (UNIT="-tc=*name*" picks); make unit-text: tests/text_test.cpp alone'
+	@echo 'make lint         check formatting, manuals and house rules; make format: format the C++'
+	@echo 'make install      PREFIX=/usr/local DESTDIR=; make uninstall: take it away again'
+	@echo 'make deb          a Debian package in build/'
+	@echo 'make clean        remove what was built'
+	@$(if $(HELP_MORE),printf '%s\n' $(HELP_MORE))
+
+# Fragments add targets of their own, with a line each for help: HELP_MORE += 'make bench        …'
 -include bench/bench.mk tests/tests.mk
 -include $(shell find $(B)/obj -name '*.d' 2>/dev/null)
