@@ -3,7 +3,8 @@
 # Nothing fetched and nothing built is committed: all of it goes to build/. A build with SAN=address or SAN=thread has
 # a directory of its own (build/address, build/thread), dynamic and with debug information.
 
-MAKEFLAGS += -j$(shell nproc) --no-builtin-rules
+# As many jobs as cores, unless -j on the command line says otherwise.
+MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),-j$(shell nproc)) --no-builtin-rules
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -193,7 +194,7 @@ uninstall:
 	-rmdir $(DOCDIR) 2>/dev/null || true
 
 deb: $(B)/nexus
-	@tools/deb.sh $(B)/nexus
+	+@MAKE='$(MAKE)' tools/deb.sh $(B)/nexus
 
 help:
 	@echo 'make              build build/nexus, fetching what it needs'

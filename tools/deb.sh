@@ -9,7 +9,7 @@ version=$("$binary" --version | sed -n 's/.*\([0-9][0-9]*\.[0-9][0-9]*\.[0-9][0-
 architecture=$(dpkg --print-architecture)
 
 rm -rf "$root"
-make --no-print-directory -s install DESTDIR="$PWD/$root" PREFIX=/usr
+${MAKE:-make} --no-print-directory -s install DESTDIR="$PWD/$root" PREFIX=/usr
 mkdir -p "$root/lib" "$root/etc/nexus" "$root/DEBIAN"
 mv "$root/usr/lib/systemd" "$root/lib/systemd" && rmdir "$root/usr/lib"
 install -m 644 nexus.conf.example "$root/etc/nexus/nexus.conf"
