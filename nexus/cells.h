@@ -1,0 +1,217 @@
+// cells.h
+// Owns:     the storage of a slab: counters with one writer, and the tables of them that grow.
+// Promises: recording is a plain load, add and store (no lock prefix); what a table holds never moves and is never
+// freed
+//           while the table lives, so a reader walks it while its writer adds to it. A known key allocates nothing.
+// Leaves:   what the cells mean to metrics.h; adding the threads' tables up to its readers.
+// Threads:  at() and add(): the owning thread alone. find(), read() and for_each(): any thread, at any time.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace nexus {
+
+// Two cache lines: the neighbour line is fetched along with the one asked for, so 64 would still share.
+constexpr std::size_t kCacheAlign = 128;
+
+// A number that one thread writes and any thread reads.
+// Relaxed suffices: each cell is a value of its own, and no reader concludes from one cell what another must hold.
+class Cell {
+ public:
+  void add(std::uint64_t n) { value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed); }
+  void add_signed(std::int64_t n) { add(static_cast<std::uint64_t>(n)); }
+  void set(std::uint64_t v) { value_.store(v, std::memory_order_relaxed); }
+  std::uint64_t read() const { return value_.load(std::memory_order_relaxed); }
+  std::int64_t read_signed() const { return static_cast<std::int64_t>(read()); }
+
+ private:
+  std::atomic<std::uint64_t> value_{0};
+};
+
+// Cells for dense indexes from 0. Block k holds 16 << k of them, so no index ever moves and finding one is two loads.
+template <class Cells>
+class GrowingCells {
+ public:
+  GrowingCells() = default;
+  GrowingCells(const GrowingCells&) = delete;
+  GrowingCells& operator=(const GrowingCells&) = delete;
+  ~GrowingCells() {
+    for (auto& block : blocks_) delete[] block.load(std::memory_order_relaxed);
+  }
+
+  Cells& at(std::uint32_t index) {
+    const Place place = place_of(index);
+    Cells* block = blocks_[place.block].load(std::memory_order_relaxed);
+    if (block == nullptr) [[unlikely]] {
+      block = new Cells[kFirst << place.block]();
+      blocks_[place.block].store(block, std::memory_order_release);  // the zeros are written before a reader sees them
+    }
+    return block[place.offset];
+  }
+
+  // Null where nothing was recorded near that index yet, which reads as zero.
+  const Cells* find(std::uint32_t index) const {
+    const Place place = place_of(index);
+    const Cells* block = blocks_[place.block].load(std::memory_order_acquire);
+    return block == nullptr ? nullptr : block + place.offset;
+  }
+
+ private:
+  static constexpr std::uint64_t kFirst = 16;
+  static constexpr std::size_t kBlocks = 29;  // enough for every 32-bit index
+
+  struct Place {
+    std::size_t block;
+    std::size_t offset;
+  };
+  static constexpr Place place_of(std::uint32_t index) {
+    const std::uint64_t shifted = index + kFirst;
+    const auto block = static_cast<std::size_t>(std::bit_width(shifted) - std::bit_width(kFirst));
+    return {block, shifted - (kFirst << block)};
+  }
+  static_assert(place_of(0).block == 0 && place_of(15).offset == 15 && place_of(16).block == 1);
+  static_assert(place_of(UINT32_MAX).block < kBlocks);
+
+  alignas(kCacheAlign) std::array<std::atomic<Cells*>, kBlocks> blocks_{};  // read by all, written 29 times at most
+};
+
+// Cells for pairs of ids that are met as traffic brings them. The index is the writer's own; readers walk the list.
+template <class Cells>
+class PairTable {
+ public:
+  struct alignas(kCacheAlign) Node {
+    Cells cells;
+    const Node* next = nullptr;  // set before the node is published, never changed after
+    std::uint32_t first = 0;
+    std::uint32_t second = 0;
+  };
+
+  PairTable() : index_(kSlots) {}
+  PairTable(const PairTable&) = delete;
+  PairTable& operator=(const PairTable&) = delete;
+
+  Cells& at(std::uint32_t first, std::uint32_t second) {
+    const std::uint64_t key = std::uint64_t{first} << 32 | second;
+    for (std::size_t slot = slot_of(key);; slot = (slot + 1) & (index_.size() - 1)) {
+      const Entry& entry = index_[slot];
+      if (entry.key == key && entry.node != nullptr) [[likely]]
+        return entry.node->cells;
+      if (entry.node == nullptr) return add(first, second);
+    }
+  }
+
+  template <class Visit>  // visit(first, second, const Cells&), in no order that means anything
+  void for_each(Visit&& visit) const {
+    for (const Node* node = newest_.load(std::memory_order_acquire); node != nullptr; node = node->next) {
+      visit(node->first, node->second, node->cells);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kSlots = 64;
+
+  struct Entry {
+    std::uint64_t key = 0;
+    Node* node = nullptr;
+  };
+
+  std::size_t slot_of(std::uint64_t key) const {
+    return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> (64 - std::countr_zero(index_.size())));
+  }
+
+  [[gnu::noinline]] Cells& add(std::uint32_t first, std::uint32_t second) {
+    if (nodes_.size() * 2 >= index_.size()) grow_index();
+    nodes_.push_back(std::make_unique<Node>());
+    Node* node = nodes_.back().get();
+    node->first = first;
+    node->second = second;
+    node->next = newest_.load(std::memory_order_relaxed);
+    place(node);
+    newest_.store(node, std::memory_order_release);  // publishes the node's fields and its zeros
+    return node->cells;
+  }
+
+  void grow_index() {
+    index_.assign(index_.size() * 2, Entry{});
+    for (const auto& node : nodes_) place(node.get());
+  }
+
+  void place(Node* node) {
+    const std::uint64_t key = std::uint64_t{node->first} << 32 | node->second;
+    std::size_t slot = slot_of(key);
+    while (index_[slot].node != nullptr) slot = (slot + 1) & (index_.size() - 1);
+    index_[slot] = Entry{key, node};
+  }
+
+  std::vector<Entry> index_;                  // the writer's alone
+  std::vector<std::unique_ptr<Node>> nodes_;  // the writer's alone
+  alignas(kCacheAlign) std::atomic<const Node*> newest_{nullptr};
+};
+
+// Counts by HTTP status and by whether the request ended as an error (a stream may break after its 200).
+// A cell holds its key in the upper bits, so key and count are one load; zero is a free cell.
+class StatusCells {
+ public:
+  struct Count {
+    std::uint32_t status;
+    bool failed;
+    std::uint64_t count;
+  };
+
+  StatusCells() = default;
+  StatusCells(const StatusCells&) = delete;
+  StatusCells& operator=(const StatusCells&) = delete;
+  ~StatusCells() { delete more_.load(std::memory_order_relaxed); }
+
+  void add(std::uint32_t status, bool failed) {
+    assert(status >= 100 && status <= 999);
+    const std::uint64_t key = status | std::uint64_t{failed} << kStatusBits;
+    for (StatusCells* here = this;; here = here->grown()) {
+      for (Cell& cell : here->cells_) {
+        const std::uint64_t held = cell.read();
+        if (held >> kCountBits == key) return cell.set(held + 1);
+        if (held == 0) return cell.set((key << kCountBits) + 1);
+      }
+    }
+  }
+
+  template <class Visit>  // visit(Count), each key once
+  void for_each(Visit&& visit) const {
+    for (const StatusCells* here = this; here != nullptr; here = here->more_.load(std::memory_order_acquire)) {
+      for (const Cell& cell : here->cells_) {
+        const std::uint64_t held = cell.read();
+        if (held == 0) return;
+        const std::uint64_t key = held >> kCountBits;
+        visit(Count{static_cast<std::uint32_t>(key & kStatusMask), (key >> kStatusBits) != 0, held & kCountMask});
+      }
+    }
+  }
+
+ private:
+  static constexpr unsigned kStatusBits = 10;
+  static constexpr unsigned kCountBits = 64 - kStatusBits - 1;  // 2^53 requests of one status
+  static constexpr std::uint64_t kStatusMask = (1u << kStatusBits) - 1;
+  static constexpr std::uint64_t kCountMask = (std::uint64_t{1} << kCountBits) - 1;
+
+  // The next eight cells; made when a ninth status of this pair is met, the one allocation that a known pair may cost.
+  StatusCells* grown() {
+    StatusCells* next = more_.load(std::memory_order_relaxed);
+    if (next == nullptr) {
+      next = new StatusCells;
+      more_.store(next, std::memory_order_release);
+    }
+    return next;
+  }
+
+  std::array<Cell, 8> cells_{};
+  std::atomic<StatusCells*> more_{nullptr};
+};
+
+}  // namespace nexus
