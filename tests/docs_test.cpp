@@ -145,7 +145,8 @@ TEST_CASE("every key of the parser is in nexus.conf(5), with its default, its ra
 
 TEST_CASE("every key of nexus.conf(5) is one of the parser's") {
   for (const auto& [name, entry] : manual_entries()) {
-    const auto& [section, key] = name;
+    const std::string& section = name.first;
+    const std::string& key = name.second;
     CAPTURE(section);
     CAPTURE(key);
     bool known = false;
@@ -158,7 +159,8 @@ TEST_CASE("every key of nexus.conf(5) is one of the parser's") {
 
 TEST_CASE("every example of nexus.conf(5) is one that the parser takes") {
   for (const auto& [name, entry] : manual_entries()) {
-    const auto& [section, key] = name;
+    const std::string& section = name.first;
+    const std::string& key = name.second;
     const auto example = labelled(entry, ".Dl ");
     if (!example) continue;
     std::string text = "[" + section + (section == "backend" ? " b" : "") + "]\n" + *example + "\n";
