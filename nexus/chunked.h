@@ -1,0 +1,159 @@
+// chunked.h
+// Owns:     the chunked transfer coding (RFC 9112 7.1), decoded in place.
+// Promises: exactly the RFC's grammar: CRLF line ends, 1 to 16 hex digits, extensions of visible text only, each line
+//           and the trailer section bounded; extensions and trailers are read and dropped; it may be fed one byte at a
+//           time; nothing behind the end is touched.
+// Leaves:   what a failure means to its caller; llhttp reads heads only, so that one strict reader decides on framing.
+// Threads:  a decoder belongs to its connection.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+
+namespace nexus {
+
+constexpr std::uint32_t kMaxChunkLineBytes = 256;           // a size line with its extensions
+constexpr std::uint32_t kMaxTrailerBytes = 8192;            // all trailer lines together
+constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body: they carry nothing
+
+class ChunkedDecoder {
+ public:
+  enum class Status : std::uint8_t { need_more, done, failed };
+  struct Result {
+    Status status = Status::need_more;
+    std::size_t consumed = 0;  // of the bytes given, those that belong to this body
+    std::size_t decoded = 0;   // payload bytes, moved to the front of what was given
+  };
+
+  // Reads `bytes` at `data` and moves the payload among them to `data`.
+  Result decode(char* data, std::size_t bytes) {
+    Result result;
+    while (result.consumed < bytes && state_ != State::done && state_ != State::failed) {
+      if (state_ == State::data) {
+        const std::size_t left = bytes - result.consumed;
+        const std::size_t take = remaining_ < left ? static_cast<std::size_t>(remaining_) : left;
+        if (result.decoded != result.consumed) std::memmove(data + result.decoded, data + result.consumed, take);
+        result.decoded += take;
+        result.consumed += take;
+        remaining_ -= take;
+        if (remaining_ == 0) state_ = State::data_cr;
+      } else {
+        step(data[result.consumed]);
+        result.consumed += 1;
+      }
+    }
+    result.status = state_ == State::done     ? Status::done
+                    : state_ == State::failed ? Status::failed
+                                              : Status::need_more;
+    return result;
+  }
+
+ private:
+  enum class State : std::uint8_t {
+    size_first,    // the first digit of a chunk's size
+    size,          // its other digits
+    extension,     // behind `;`
+    size_lf,       // the LF of the size line
+    data,          // remaining_ bytes of payload
+    data_cr,       // the CRLF behind the payload
+    data_lf,
+    trailer_start,  // the first byte of a trailer line, or of the empty line that ends the body
+    trailer_name,
+    trailer_value,
+    trailer_lf,
+    last_lf,  // the LF of the empty line
+    done,
+    failed,
+  };
+
+  static int hex_value(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return -1;
+  }
+  static bool is_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
+  static bool is_token(char c) {  // RFC 9110 5.6.2
+    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9')) return true;
+    return c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr;
+  }
+
+  void step(char c) {
+    switch (state_) {
+      case State::size_first: return on_size_first(c);
+      case State::size: return on_size(c);
+      case State::extension: return on_extension(c);
+      case State::size_lf: return go(c == '\n', remaining_ == 0 ? State::trailer_start : State::data);
+      case State::data_cr: return go(c == '\r', State::data_lf);
+      case State::data_lf: return go(c == '\n', State::size_first);
+      case State::trailer_start: return on_trailer_start(c);
+      case State::trailer_name: return on_trailer_name(c);
+      case State::trailer_value: return on_trailer_value(c);
+      case State::trailer_lf: return go(c == '\n', State::trailer_start);
+      case State::last_lf: return go(c == '\n', State::done);
+      case State::data:
+      case State::done:
+      case State::failed: assert(false);
+    }
+  }
+
+  void go(bool allowed, State next) { state_ = allowed ? next : State::failed; }
+
+  void on_size_first(char c) {
+    const int value = hex_value(c);
+    if (value < 0) return go(false, State::failed);
+    remaining_ = static_cast<std::uint64_t>(value);
+    line_bytes_ = 1;
+    state_ = State::size;
+  }
+
+  void on_size(char c) {
+    if (++line_bytes_ > kMaxChunkLineBytes) return go(false, State::failed);
+    if (c == '\r') return go(true, State::size_lf);
+    if (c == ';') {
+      extension_empty_ = true;
+      return go(true, State::extension);
+    }
+    const int value = hex_value(c);
+    // Below 2^63 after this digit, and at most 16 digits: a size can't wrap.
+    if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return go(false, State::failed);
+    remaining_ = remaining_ << 4 | static_cast<std::uint64_t>(value);
+  }
+
+  void on_extension(char c) {
+    if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) {
+      return go(false, State::failed);
+    }
+    if (c == '\r') return go(!extension_empty_, State::size_lf);
+    extension_empty_ = false;
+    go(is_text(c), State::extension);
+  }
+
+  void on_trailer_start(char c) {
+    if (c == '\r') return go(true, State::last_lf);
+    trailer_bytes_ += 1;
+    go(is_token(c), State::trailer_name);
+  }
+
+  void on_trailer_name(char c) {
+    if (++trailer_bytes_ > kMaxTrailerBytes) return go(false, State::failed);
+    if (c == ':') return go(true, State::trailer_value);
+    go(is_token(c), State::trailer_name);
+  }
+
+  void on_trailer_value(char c) {
+    if (++trailer_bytes_ > kMaxTrailerBytes) return go(false, State::failed);
+    if (c == '\r') return go(true, State::trailer_lf);
+    go(is_text(c), State::trailer_value);
+  }
+
+  std::uint64_t remaining_ = 0;
+  std::uint32_t line_bytes_ = 0;
+  std::uint32_t extension_bytes_ = 0;
+  std::uint32_t trailer_bytes_ = 0;
+  State state_ = State::size_first;
+  bool extension_empty_ = true;
+};
+
+}  // namespace nexus

@@ -1,0 +1,145 @@
+// fields.h
+// Owns:     the header fields that Nexus has an opinion on, and the table of a head's fields.
+// Promises: a name is recognised whatever its case; a twin with underscores for dashes is told apart, not mistaken.
+// Leaves:   reading heads to http.h; which field goes on to whom to relay.h.
+// Threads:  plain values.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "text.h"
+
+namespace nexus {
+
+enum class Field : std::uint8_t {
+  other,
+  accept_encoding,
+  authorization,
+  connection,
+  content_encoding,
+  content_length,
+  content_type,
+  expect,
+  host,
+  keep_alive,
+  proxy_authenticate,
+  proxy_authorization,
+  proxy_connection,
+  retry_after,
+  te,
+  trailer,
+  transfer_encoding,
+  upgrade,
+  via,
+  x_nexus,  // x-nexus-…: only Nexus says these
+  x_request_id,
+  underscore_twin,  // one of the above (or of what Nexus sets) spelled with an underscore
+};
+
+struct FieldName {
+  std::string_view name;
+  Field field;
+};
+
+constexpr std::array kFieldNames{
+    FieldName{"accept-encoding", Field::accept_encoding},
+    FieldName{"authorization", Field::authorization},
+    FieldName{"connection", Field::connection},
+    FieldName{"content-encoding", Field::content_encoding},
+    FieldName{"content-length", Field::content_length},
+    FieldName{"content-type", Field::content_type},
+    FieldName{"expect", Field::expect},
+    FieldName{"host", Field::host},
+    FieldName{"keep-alive", Field::keep_alive},
+    FieldName{"proxy-authenticate", Field::proxy_authenticate},
+    FieldName{"proxy-authorization", Field::proxy_authorization},
+    FieldName{"proxy-connection", Field::proxy_connection},
+    FieldName{"retry-after", Field::retry_after},
+    FieldName{"te", Field::te},
+    FieldName{"trailer", Field::trailer},
+    FieldName{"transfer-encoding", Field::transfer_encoding},
+    FieldName{"upgrade", Field::upgrade},
+    FieldName{"via", Field::via},
+    FieldName{"x-request-id", Field::x_request_id},
+};
+
+namespace detail {
+
+constexpr std::string_view kNexusPrefix = "x-nexus-";
+
+// A set of the lengths of all recognised names: most fields are told apart from them by length alone.
+constexpr std::uint32_t recognised_lengths() {
+  std::uint32_t set = 0;
+  for (const FieldName& row : kFieldNames) set |= 1u << row.name.size();
+  return set;
+}
+
+inline bool equals_dashed(std::string_view name, std::string_view lower) {
+  if (name.size() != lower.size()) return false;
+  for (std::size_t i = 0; i < name.size(); ++i) {
+    const char c = name[i] == '_' ? '-' : to_lower(name[i]);
+    if (c != lower[i]) return false;
+  }
+  return true;
+}
+
+inline Field classify_dashed(std::string_view name) {
+  if (name.size() > kNexusPrefix.size() && equals_dashed(name.substr(0, kNexusPrefix.size()), kNexusPrefix)) {
+    return Field::x_nexus;
+  }
+  if (name.size() >= 32 || (recognised_lengths() >> name.size() & 1u) == 0) return Field::other;
+  for (const FieldName& row : kFieldNames) {
+    // The first letters differ for most rows: no call for them.
+    const char first = name[0] == '_' ? '-' : to_lower(name[0]);
+    if (row.name.size() == name.size() && row.name[0] == first && equals_dashed(name, row.name)) return row.field;
+  }
+  return Field::other;
+}
+
+}  // namespace detail
+
+inline Field classify_field(std::string_view name) {
+  if (name.empty()) return Field::other;
+  const Field field = detail::classify_dashed(name);
+  if (field != Field::other && name.find('_') != std::string_view::npos) return Field::underscore_twin;
+  return field;
+}
+
+// RFC 9110 7.6.1: meant for the next hop alone. (Content-Length is framing, not hop-by-hop, and is written anew too.)
+constexpr bool is_hop_by_hop(Field field) {
+  switch (field) {
+    case Field::connection:
+    case Field::keep_alive:
+    case Field::proxy_authenticate:
+    case Field::proxy_authorization:
+    case Field::proxy_connection:
+    case Field::te:
+    case Field::trailer:
+    case Field::transfer_encoding:
+    case Field::upgrade: return true;
+    default: return false;
+  }
+}
+
+constexpr std::size_t kMaxFields = 128;  // of one head; more is 431
+
+// Where a field's name and value lie, counted from the head's first byte: the buffer may move.
+struct FieldRow {
+  std::uint32_t name_at = 0;
+  std::uint32_t name_bytes = 0;
+  std::uint32_t value_at = 0;
+  std::uint32_t value_bytes = 0;  // without the white space around it
+  Field field = Field::other;
+};
+
+struct FieldTable {
+  std::array<FieldRow, kMaxFields> rows;
+  std::uint32_t count = 0;
+
+  const FieldRow* begin() const { return rows.data(); }
+  const FieldRow* end() const { return rows.data() + count; }
+};
+
+}  // namespace nexus

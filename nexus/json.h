@@ -1,0 +1,338 @@
+// json.h
+// Owns:     simdjson behind a few questions: what does a request ask for, where do its values lie, what did a `usage`
+//           say, which models does a list name?
+// Promises: one pass over the bytes where they were received; no copy; two keys of one meaning are refused, since a
+//           backend might read the other one; nothing throws.
+// Leaves:   what the answers mean to openai.h, usage.h and the exchange.
+// Threads:  a reader belongs to one thread; views in its answers last until its next call.
+#pragma once
+
+#include <simdjson.h>
+
+#include <cassert>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "bytes.h"
+
+namespace nexus {
+
+static_assert(kPaddingBytes >= simdjson::SIMDJSON_PADDING);
+
+// A piece of a body, counted from its first byte.
+struct BodySpan {
+  std::size_t at = 0;
+  std::size_t bytes = 0;
+};
+
+enum class BodyError : std::uint8_t {
+  none,
+  not_json,         // not one JSON object, or not UTF-8
+  duplicate_key,    // a key that Nexus acts on stands twice
+  no_model,         // no `model`, or it is empty
+  wrong_type,       // `model` is no string, `stream` no boolean, …
+  too_deep,         // nested deeper than kMaxJsonDepth
+};
+
+constexpr std::size_t kMaxJsonDepth = 512;
+
+// What a request's body says that matters here.
+struct BodyFacts {
+  enum class Options : std::uint8_t { absent, null, object };
+  enum class Flag : std::uint8_t { absent, no, yes, null };
+
+  std::string_view model;   // decoded
+  BodySpan model_value;     // with its quotes
+  std::size_t first_member = 0;  // just behind the `{` of the body
+  bool stream = false;
+  Options stream_options = Options::absent;
+  BodySpan stream_options_value;
+  bool stream_options_empty = true;  // an object without members
+  Flag include_usage = Flag::absent;
+  BodySpan include_usage_value;
+  bool has_tools = false;
+  bool json_mode = false;
+  BodySpan messages;  // the value of `messages`, if any
+};
+
+// Token counts of a `usage` object; -1 where it tells none.
+struct Usage {
+  std::int64_t prompt_tokens = -1;
+  std::int64_t completion_tokens = -1;
+  bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
+};
+
+class JsonReader {
+ public:
+  // Reads a request's body. Behind its last byte kPaddingBytes more must be readable.
+  BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts) {
+    facts = BodyFacts{};
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would step over it.
+    if (bytes >= 3 && std::string_view(body, 3) == "\xef\xbb\xbf") return BodyError::not_json;
+    if (iterate(body, bytes, document) || document.get_object().get(object)) return BodyError::not_json;
+    Reading reading{body, facts, {}};
+    bool first = true;
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      if (std::move(member).get(field)) return BodyError::not_json;
+      if (first) facts.first_member = first_member_of(body);
+      first = false;
+      std::string_view key;
+      if (key_of(field, key)) return BodyError::not_json;
+      const BodyError error = read_member(key, field.value(), reading);
+      if (error != BodyError::none) return error;
+    }
+    if (!document.at_end()) return BodyError::not_json;
+    if (!reading.seen.model) return BodyError::no_model;
+    return BodyError::none;
+  }
+
+  // Reads `{"prompt_tokens": …, "completion_tokens": …}`.
+  Usage read_usage(const char* object_text, std::size_t bytes) {
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    Usage usage;
+    if (iterate(object_text, bytes, document) || document.get_object().get(object)) return usage;
+    read_usage_members(object, usage);
+    return usage;
+  }
+
+  // One event of a completion stream: its last `usage`, and whether it is the extra one that carries nothing else
+  // (`choices` is an empty list).
+  struct StreamEvent {
+    Usage usage;
+    bool choices_empty = false;
+  };
+  StreamEvent read_stream_event(const char* text, std::size_t bytes) {
+    StreamEvent event;
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    if (iterate(text, bytes, document) || document.get_object().get(object)) return event;
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || key_of(field, key)) return event;
+      if (key == "usage") {
+        simdjson::ondemand::object usage;
+        if (field.value().get_object().get(usage)) continue;
+        event.usage = Usage{};
+        read_usage_members(usage, event.usage);
+      } else if (key == "choices") {
+        simdjson::ondemand::array choices;
+        bool empty = false;
+        if (field.value().get_array().get(choices) || choices.is_empty().get(empty)) continue;
+        event.choices_empty = empty;
+      }
+    }
+    return event;
+  }
+
+  // The model names of a list: `{"data":[{"id":…}]}` (OpenAI) or `{"models":[{"name":…}]}` (Ollama). At most `most`
+  // of them; `more` says that there were others. False where the text is no such list.
+  bool read_models(const char* text, std::size_t bytes, std::size_t most, std::vector<std::string>& names, bool& more) {
+    names.clear();
+    more = false;
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    if (iterate(text, bytes, document) || document.get_object().get(object)) return false;
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || key_of(field, key)) return false;
+      if (key != "data" && key != "models") continue;
+      simdjson::ondemand::array list;
+      if (field.value().get_array().get(list)) return false;
+      return read_model_list(list, key == "data" ? "id" : "name", most, names, more);
+    }
+    return false;
+  }
+
+ private:
+  struct Seen {
+    bool model = false, stream = false, stream_options = false, include_usage = false, tools = false, format = false,
+         messages = false;
+  };
+  struct Reading {
+    const char* body;
+    BodyFacts& facts;
+    Seen seen;
+  };
+
+  bool iterate(const char* text, std::size_t bytes, simdjson::ondemand::document& document) {
+    // A document far larger than the last ones would keep its index for good: give a large one back.
+    if (parser_.capacity() > kKeptCapacity && bytes < kKeptCapacity) parser_ = simdjson::ondemand::parser();
+    const simdjson::padded_string_view padded(text, bytes, bytes + simdjson::SIMDJSON_PADDING);
+    return parser_.iterate(padded).get(document) != simdjson::SUCCESS;
+  }
+
+  // The key as a reader sees it: escapes undone where there are any.
+  static bool key_of(simdjson::ondemand::field& field, std::string_view& key) {
+    const simdjson::ondemand::raw_json_string raw = field.key();
+    const std::string_view quoted = field.key_raw_json_token();
+    const std::size_t close = quoted.rfind('"');
+    if (close == 0 || close == std::string_view::npos) return true;
+    key = {raw.raw(), close - 1};
+    if (key.find('\\') == std::string_view::npos) return false;
+    return field.unescaped_key(false).get(key) != simdjson::SUCCESS;
+  }
+
+  static std::size_t first_member_of(const char* body) {
+    std::size_t at = 0;
+    while (body[at] != '{') ++at;  // white space alone stands before it, or it would be no object
+    return at + 1;
+  }
+
+  static BodySpan span_of(const char* body, std::string_view text) {
+    while (!text.empty() && (text.back() == ' ' || text.back() == '\n' || text.back() == '\r' || text.back() == '\t')) {
+      text.remove_suffix(1);
+    }
+    return {static_cast<std::size_t>(text.data() - body), text.size()};
+  }
+
+  static BodyError read_member(std::string_view key, simdjson::ondemand::value value, Reading& reading) {
+    // By length first: a body has many keys, and almost none of them is one of these.
+    switch (key.size()) {
+      case 5:
+        if (key == "model") return read_model(value, reading);
+        if (key == "tools") return read_tools(value, reading);
+        return BodyError::none;
+      case 6: return key == "stream" ? read_stream(value, reading) : BodyError::none;
+      case 8: return key == "messages" ? read_messages(value, reading) : BodyError::none;
+      case 14: return key == "stream_options" ? read_stream_options(value, reading) : BodyError::none;
+      case 15: return key == "response_format" ? read_format(value, reading) : BodyError::none;
+      default: return BodyError::none;
+    }
+  }
+
+  static bool twice(bool& seen) { return std::exchange(seen, true); }
+
+  static BodyError read_model(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.model)) return BodyError::duplicate_key;
+    simdjson::ondemand::json_type type;
+    if (value.type().get(type)) return BodyError::not_json;
+    if (type != simdjson::ondemand::json_type::string) return BodyError::wrong_type;
+    reading.facts.model_value = span_of(reading.body, value.raw_json_token());
+    if (value.get_string().get(reading.facts.model)) return BodyError::not_json;
+    return reading.facts.model.empty() ? BodyError::no_model : BodyError::none;
+  }
+
+  static BodyError read_stream(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.stream)) return BodyError::duplicate_key;
+    simdjson::ondemand::json_type type;
+    if (value.type().get(type)) return BodyError::not_json;
+    if (type == simdjson::ondemand::json_type::null) return BodyError::none;
+    if (value.get_bool().get(reading.facts.stream)) return BodyError::wrong_type;
+    return BodyError::none;
+  }
+
+  static BodyError read_tools(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.tools)) return BodyError::duplicate_key;
+    simdjson::ondemand::array tools;
+    bool empty = true;
+    if (value.get_array().get(tools)) return BodyError::none;  // null, or the backend's to refuse
+    if (tools.is_empty().get(empty)) return BodyError::not_json;
+    reading.facts.has_tools = !empty;
+    return BodyError::none;
+  }
+
+  static BodyError read_messages(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.messages)) return BodyError::duplicate_key;
+    std::string_view text;
+    if (value.raw_json().get(text)) return BodyError::not_json;
+    reading.facts.messages = span_of(reading.body, text);
+    return BodyError::none;
+  }
+
+  static BodyError read_format(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.format)) return BodyError::duplicate_key;
+    simdjson::ondemand::object object;
+    std::string_view type;
+    if (value.get_object().get(object)) return BodyError::none;
+    if (object.find_field_unordered("type").get_string().get(type)) return BodyError::none;
+    reading.facts.json_mode = type == "json_object" || type == "json_schema";
+    return BodyError::none;
+  }
+
+  static BodyError read_stream_options(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.stream_options)) return BodyError::duplicate_key;
+    simdjson::ondemand::json_type type;
+    if (value.type().get(type)) return BodyError::not_json;
+    if (type == simdjson::ondemand::json_type::null) {
+      reading.facts.stream_options = BodyFacts::Options::null;
+      reading.facts.stream_options_value = span_of(reading.body, value.raw_json_token());
+      return BodyError::none;
+    }
+    simdjson::ondemand::object object;
+    if (value.get_object().get(object)) return BodyError::wrong_type;
+    std::string_view text;
+    if (object.raw_json().get(text)) return BodyError::not_json;
+    reading.facts.stream_options = BodyFacts::Options::object;
+    reading.facts.stream_options_value = span_of(reading.body, text);
+    if (object.reset().error()) return BodyError::not_json;
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || key_of(field, key)) return BodyError::not_json;
+      reading.facts.stream_options_empty = false;
+      if (key != "include_usage") continue;
+      const BodyError error = read_include_usage(field.value(), reading);
+      if (error != BodyError::none) return error;
+    }
+    return BodyError::none;
+  }
+
+  static BodyError read_include_usage(simdjson::ondemand::value value, Reading& reading) {
+    if (twice(reading.seen.include_usage)) return BodyError::duplicate_key;
+    BodyFacts& facts = reading.facts;
+    facts.include_usage_value = span_of(reading.body, value.raw_json_token());
+    simdjson::ondemand::json_type type;
+    if (value.type().get(type)) return BodyError::not_json;
+    if (type == simdjson::ondemand::json_type::null) {
+      facts.include_usage = BodyFacts::Flag::null;
+      return BodyError::none;
+    }
+    bool yes = false;
+    if (value.get_bool().get(yes)) return BodyError::wrong_type;
+    facts.include_usage = yes ? BodyFacts::Flag::yes : BodyFacts::Flag::no;
+    return BodyError::none;
+  }
+
+  static void read_usage_members(simdjson::ondemand::object object, Usage& usage) {
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || key_of(field, key)) return;
+      std::int64_t count = -1;
+      const bool prompt = key == "prompt_tokens";
+      if (!prompt && key != "completion_tokens") continue;
+      if (field.value().get_int64().get(count) || count < 0) continue;
+      (prompt ? usage.prompt_tokens : usage.completion_tokens) = count;
+    }
+  }
+
+  static bool read_model_list(simdjson::ondemand::array list, std::string_view key, std::size_t most,
+                              std::vector<std::string>& names, bool& more) {
+    for (auto element : list) {
+      simdjson::ondemand::object model;
+      std::string_view name;
+      if (element.get_object().get(model) || model.find_field_unordered(key).get_string().get(name)) return false;
+      if (name.empty() || name.size() > 256) continue;
+      if (names.size() == most) {
+        more = true;
+        return true;
+      }
+      names.emplace_back(name);
+    }
+    return true;
+  }
+
+  static constexpr std::size_t kKeptCapacity = 1u << 20;
+
+  simdjson::ondemand::parser parser_;
+};
+
+}  // namespace nexus
