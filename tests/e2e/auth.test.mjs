@@ -1,0 +1,92 @@
+// Who may ask, and whose key travels where.
+import { assert, assert_error, chat, free_port, get, group, pair, post, start_backend, start_nexus, test, until } from './harness.mjs';
+
+const path = '/v1/chat/completions';
+const bearer = (key) => ({ headers: { Authorization: `Bearer ${key}` } });
+
+group('authorization', () => {
+  test('without keys of its own Nexus passes the client’s Authorization on as it is', async (t) => {
+    const { nexus, backend } = await pair(t);
+    for (const value of ['Bearer sk-client', 'Basic dXNlcjpwYXNz', 'odd  spacing kept']) {
+      assert.equal((await post(nexus.port, path, chat(), { headers: { Authorization: value } })).status, 200);
+      assert.deepEqual(backend.requests.at(-1).headers.all('authorization'), [value]);
+    }
+    await post(nexus.port, path, chat());
+    assert.ok(!backend.requests.at(-1).headers.has('authorization'));
+  });
+
+  test('a backend’s key from a file takes the place of the client’s, on requests and probes', async (t) => {
+    const backend = await start_backend(t);
+    const file = t.file('backend.key', 'sk-backend-file\n');
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend, api_key_file: file }] });
+    await post(nexus.port, path, chat(), bearer('sk-client'));
+    await post(nexus.port, path, chat());
+    for (const r of [...backend.requests, ...backend.probes]) assert.deepEqual(r.headers.all('authorization'), ['Bearer sk-backend-file']);
+    assert.ok(backend.requests.every((r) => !r.raw.includes('sk-client')));
+  });
+
+  test('a backend’s key from the environment does the same', async (t) => {
+    const backend = await start_backend(t);
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend, api_key_env: 'E2E_BACKEND_KEY' }] }, { env: { E2E_BACKEND_KEY: 'sk-from-env' } });
+    await post(nexus.port, path, chat(), bearer('sk-client'));
+    assert.deepEqual(backend.requests[0].headers.all('authorization'), ['Bearer sk-from-env']);
+  });
+
+  test('with api_keys_file only a valid bearer is served, and no other', async (t) => {
+    const file = t.file('keys', '# who may ask\nalice sk-alice-0123456789\n\nbob sk-bob-0123456789\n');
+    const { nexus, backend } = await pair(t, {}, { server: { api_keys_file: file } });
+    const refused = [undefined, 'Bearer', 'Bearer ', 'Bearer wrong', 'Bearer sk-alice-012345678', 'Bearer sk-alice-01234567890', 'Bearer SK-ALICE-0123456789', 'Basic sk-alice-0123456789', 'sk-alice-0123456789', 'Bearer alice',
+                     'Bearer sk-alice-0123456789 x', 'Bearer alice sk-alice-0123456789'];
+    for (const value of refused) {
+      const headers = value === undefined ? {} : { Authorization: value };
+      const r = await post(nexus.port, path, chat(), { headers });
+      const error = assert_error(r, 401, 'invalid_api_key');
+      assert.ok(!error.message.includes('sk-alice'), 'a key is never told');
+    }
+    assert.equal(backend.requests.length, 0);
+    for (const key of ['sk-alice-0123456789', 'sk-bob-0123456789']) {
+      assert.equal((await post(nexus.port, path, chat(), bearer(key))).status, 200);
+    }
+    assert.equal((await post(nexus.port, path, chat(), { headers: { authorization: 'bearer sk-bob-0123456789' } })).status, 200, 'the scheme has no case');
+  });
+
+  test('with api_keys_file a client’s key never reaches a backend, with and without a key of its own', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\n');
+    const own = await start_backend(t, { models: ['own'] });
+    const bare = await start_backend(t, { models: ['bare'] });
+    const nexus = await start_nexus(t, { server: { api_keys_file: file }, backends: [{ name: 'own', mock: own, api_key_file: t.file('k', 'sk-own\n') }, { name: 'bare', mock: bare }] });
+    for (const model of ['own', 'bare']) assert.equal((await post(nexus.port, path, chat(model), bearer('sk-alice-0123456789'))).status, 200);
+    assert.deepEqual(own.requests[0].headers.all('authorization'), ['Bearer sk-own']);
+    assert.ok(!bare.requests[0].headers.has('authorization'));
+    for (const r of [...own.requests, ...bare.requests, ...own.probes, ...bare.probes]) assert.ok(!r.raw.includes('sk-alice'));
+    assert.ok(!nexus.log().includes('sk-alice') && !nexus.log().includes('sk-own'), 'nor is it logged');
+  });
+
+  test('keys guard every proxied endpoint, /v1/models, /metrics and /v1/stats, not /health', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\n');
+    const { nexus } = await pair(t, {}, { server: { api_keys_file: file } });
+    for (const p of ['/v1/chat/completions', '/v1/completions', '/v1/embeddings']) assert_error(await post(nexus.port, p, chat()), 401, 'invalid_api_key');
+    for (const p of ['/v1/models', '/v1/models/m1', '/metrics', '/v1/stats']) {
+      assert_error(await get(nexus.port, p), 401, 'invalid_api_key');
+      assert.notEqual((await get(nexus.port, p, bearer('sk-alice-0123456789'))).status, 401);
+    }
+    assert.equal((await get(nexus.port, '/health')).status, 200);
+  });
+
+  test('the metrics address asks for no key', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\n');
+    const port = await free_port();
+    await pair(t, {}, { server: { api_keys_file: file, metrics_listen: `127.0.0.1:${port}` } }, { ready: 'no' });
+    await until(async () => (await get(port, '/health')).status === 200, '/health on the metrics address');
+    assert.notEqual((await get(port, '/metrics')).status, 401);
+  });
+
+  test('an empty or malformed key file is refused at the start', async (t) => {
+    const { run_nexus } = await import('./harness.mjs');
+    for (const text of ['alice\n', 'alice sk-a b\n']) {
+      const keys = t.file('keys', text);
+      const r = await run_nexus(['-t', '-c', t.file('nexus.conf', `[server]\napi_keys_file = ${keys}\n`)]);
+      assert.equal(r.code, 1, JSON.stringify(text));
+    }
+  });
+});

@@ -1,0 +1,277 @@
+// The command line: what a person types, what comes back, and with which exit code.
+import { spawn, spawnSync } from 'node:child_process';
+import fs from 'node:fs';
+import net from 'node:net';
+import path from 'node:path';
+import { assert, conf_text, free_port, get, group, run_nexus, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
+
+const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
+
+// Each: what is wrong, the text, and what the complaint must hold beside `file:line`. The line is that of the marker `#!`.
+const bad_configs = [
+  ['an unknown section', '[sever] #!\n', /sever/],
+  ['an unknown key', '[server]\nlisten = 127.0.0.1:1\nthread = 2 #!\n', /thread/],
+  ['a key twice', '[server]\nthreads = 1\nthreads = 2 #!\n', /threads/],
+  ['a line that is no key', '[server]\nwhatever #!\n', /=/],
+  ['a key before any section', 'threads = 1 #!\n', /section/i],
+  ['a duration without a unit that exists', '[upstream]\nconnect_timeout = 2 parsecs #!\n', /duration|300ms|30s|unit/i],
+  ['a size that is none', '[server]\nmax_body = lots #!\n', /size|64k|10M/i],
+  ['a negative number', '[server]\nthreads = -1 #!\n', /threads|number|-1/i],
+  ['a number with a tail', '[health]\nfailures = 3x #!\n', /number|failures/i],
+  ['a number out of range', '[health]\nfailures = 0 #!\n', /failures|at least|range|1/i],
+  ['an overflowing number', '[server]\nmax_connections = 99999999999999999999 #!\n', /number|range|between|at most/i],
+  ['an address without a port', '[server]\nlisten = 127.0.0.1 #!\n', /port|host/i],
+  ['a port out of range', '[server]\nlisten = 127.0.0.1:65536 #!\n', /port/i],
+  ['a yes or no that is neither', '[health]\nenabled = perhaps #!\n', /yes|no/i],
+  ['a word that is not in the list', '[log]\nlevel = shout #!\n', /info/],
+  ['a backend of an unknown type', '[backend a]\nurl = http://127.0.0.1:1\ntype = abacus #!\n', /ollama/],
+  ['a backend without url', '[backend a] #!\ntype = vllm\n', /url/],
+  ['a backend twice', '[backend a]\nurl = http://127.0.0.1:1\ntype = vllm\n[backend a] #!\nurl = http://127.0.0.1:2\ntype = vllm\n', /\ba\b/],
+  ['an https url', '[backend a]\nurl = https://127.0.0.1:1 #!\ntype = vllm\n', /https|TLS/i],
+  ['a url that is none', '[backend a]\nurl = 127.0.0.1:1 #!\ntype = vllm\n', /http:\/\//],
+  ['labels of an unknown mode', '[metrics]\nlabels = cooked #!\n', /sanitize/],
+  ['a key file that does not exist', '[server]\napi_keys_file = /nonexistent/keys #!\n', /nonexistent/],
+];
+
+group('command line', () => {
+  test('--version prints one line and exits 0', async () => {
+    const r = await run_nexus(['--version']);
+    assert.equal(r.code, 0);
+    assert.match(r.stdout, /^nexus \d+\.\d+\.\d+\n$/i);
+    assert.equal(r.stderr, '');
+  });
+
+  test('--help names every option and exits 0', async () => {
+    const r = await run_nexus(['--help']);
+    assert.equal(r.code, 0);
+    for (const option of ['-c', '-t', '--demo', '--version', '--help']) assert.ok(r.stdout.includes(option), `${option} is missing`);
+  });
+
+  test('an unknown option is refused, named, and points at --help', async () => {
+    const r = await run_nexus(['--frobnicate']);
+    assert.ok(r.code > 0, `exit code ${r.code}`);
+    assert.match(r.stderr, /--frobnicate/);
+    assert.match(r.stderr, /--help/);
+  });
+
+  test('-c without a file is refused', async () => {
+    const r = await run_nexus(['-c']);
+    assert.ok(r.code > 0);
+    assert.match(r.stderr, /-c/);
+  });
+
+  test('a configuration file that does not exist is named in one line', async () => {
+    for (const more of [[], ['-t']]) {
+      const r = await run_nexus([...more, '-c', '/nonexistent/nexus.conf']);
+      assert.ok(r.code > 0);
+      assert.match(r.stderr, /\/nonexistent\/nexus\.conf/);
+      assert.equal(r.stderr.trim().split('\n').length, 1, r.stderr);
+    }
+  });
+
+  test('-t accepts a configuration with every section and exits 0', async (t) => {
+    const keys = t.file('keys', 'alice sk-alice\n');
+    const file = t.file('nexus.conf', `# a comment
+[server]
+listen = 127.0.0.1:8000
+listen = [::1]:8000
+threads = 2
+max_connections = 5000
+max_body = 10M
+body_memory = 128M
+max_header = 16k
+header_timeout = 10s
+idle_timeout = 1m
+drain_timeout = 600s
+metrics_listen = 127.0.0.1:9100
+api_keys_file = ${keys}
+
+[upstream]
+connect_timeout = 300ms
+first_byte_timeout = 5m
+stall_timeout = 120s
+request_timeout = 0
+idle_connections = 8
+idle_timeout = 30s
+
+[health]
+enabled = yes
+interval = 30s
+timeout = 5s
+failures = 3
+recoveries = 2
+
+[aliases]
+gpt-4 = llama3:70b   # a comment behind a value
+
+[metrics]
+enabled = yes
+labels = sanitize
+
+[log]
+level = info
+format = json
+access = off
+
+[backend local]
+url = http://127.0.0.1:11434
+type = ollama
+priority = 10
+
+[backend big.example]
+url = http://gpu.example:8000/prefix
+type = vllm
+models = llama3:70b, qwen2:72b
+api_key_file = ${keys}
+
+[backend echo]
+type = echo
+`);
+    const r = await run_nexus(['-t', '-c', file]);
+    assert.equal(r.code, 0, r.stderr + r.stdout);
+  });
+
+  test('-t accepts the example configuration', async (t) => {
+    const example = path.join(repository, 'nexus.conf.example');
+    if (!fs.existsSync(example)) t.skip('there is no nexus.conf.example');
+    const r = await run_nexus(['-t', '-c', example]);
+    assert.equal(r.code, 0, r.stderr);
+  });
+
+  for (const [what, text, expected] of bad_configs) {
+    test(`-t refuses ${what} with file:line and what was expected`, async (t) => {
+      const line = text.split('\n').findIndex((l) => l.includes('#!')) + 1;
+      const file = t.file('nexus.conf', text.replace(' #!', ''));
+      const r = await run_nexus(['-t', '-c', file]);
+      assert.equal(r.code, 1, `exit code ${r.code}: ${r.stdout}${r.stderr}`);
+      const complaint = r.stderr.split('\n').find((l) => l.includes(`nexus.conf:${line}:`) || l.includes(`nexus.conf:${line} `));
+      assert.ok(complaint, `no complaint about line ${line} in: ${r.stderr}`);
+      assert.match(complaint.slice(complaint.indexOf('nexus.conf:')), expected);
+    });
+  }
+
+  test('-t tells all errors of a file, not the first alone', async (t) => {
+    const file = t.file('nexus.conf', '[server]\nthread = 1\n\n[health]\nfailures = x\n[nowhere]\n');
+    const r = await run_nexus(['-t', '-c', file]);
+    assert.equal(r.code, 1);
+    for (const line of [2, 5, 6]) assert.match(r.stderr, new RegExp(`nexus\\.conf:${line}\\b`));
+  });
+
+  test('a bad configuration does not start, and says the same as -t', async (t) => {
+    const file = t.file('nexus.conf', '[server]\nthread = 1\n');
+    const checked = await run_nexus(['-t', '-c', file]);
+    const started = await run_nexus(['-c', file]);
+    assert.ok(started.code > 0);
+    const complaint = checked.stderr.split('\n').find((l) => l.includes('nexus.conf:2'));
+    assert.ok(started.stderr.includes(complaint.slice(complaint.indexOf('nexus.conf:2'))), started.stderr);
+  });
+
+  test('an https url is refused in a plain sentence about TLS', async (t) => {
+    const file = t.file('nexus.conf', '[backend a]\nurl = https://api.example/\ntype = openai\n');
+    const r = await run_nexus(['-t', '-c', file]);
+    assert.equal(r.code, 1);
+    assert.match(r.stderr, /https|TLS/i);
+    assert.match(r.stderr, /http:\/\/|not supported|yet|plain/i);
+  });
+
+  test('a port held by another program gives one clear line', async (t) => {
+    const holder = net.createServer();
+    await new Promise((done) => holder.listen(0, '127.0.0.1', done));
+    t.after(() => holder.close());
+    const { port } = holder.address();
+    const r = await run_nexus(['-c', t.file('nexus.conf', `[server]\nlisten = 127.0.0.1:${port}\n`)]);
+    assert.ok(r.code > 0 && r.signal === null, JSON.stringify(r));
+    const errors = r.stderr.split('\n').filter((l) => l.includes(`127.0.0.1:${port}`));
+    assert.equal(errors.length, 1, r.stderr);
+    assert.match(errors[0], /in use/i);
+    assert.doesNotMatch(r.stderr, /terminate|abort|what\(\)|#0/);
+  });
+
+  test('a port held by another nexus is refused too', async (t) => {
+    const first = await start_nexus(t, { backends: [] }, { ready: 'up' });
+    const r = await run_nexus(['-c', t.file('second.conf', `[server]\nlisten = 127.0.0.1:${first.port}\n`)]);
+    assert.ok(r.code > 0 && r.signal === null, 'the second nexus must not share the port');
+    assert.match(r.stderr, /in use/i);
+    assert.equal((await get(first.port, '/health')).status > 0, true);
+  });
+
+  test('listens on several addresses, IPv6 too', async (t) => {
+    const backend = await start_backend(t);
+    const second = await free_port();
+    const third = await free_port('::1').catch(() => 0);
+    const extra = [`127.0.0.1:${second}`, `[::1]:${third}`];
+    const nexus = await start_nexus(t, `[server]\nlisten = 127.0.0.1:@PORT@\n${extra.map((a) => `listen = ${a}\n`).join('')}[backend b1]\nurl = ${backend.url}\ntype = generic\n`);
+    assert.equal((await get(nexus.port, '/health')).status, 200);
+    assert.equal((await get(second, '/health')).status, 200);
+    assert.equal((await get(third, '/health', { host: '::1' })).status, 200);
+  });
+
+  test('the binary is static, stripped and under 4 MB', (t) => {
+    if (settings.sanitised) t.skip('a sanitised build is neither');
+    assert.ok(fs.statSync(settings.nexus).size < 4 << 20, `${fs.statSync(settings.nexus).size} bytes`);
+    const ldd = spawnSync('ldd', [settings.nexus], { encoding: 'utf8' });
+    if (!ldd.error) assert.match(ldd.stdout + ldd.stderr, /not a dynamic executable|statically linked/);
+    const elf = fs.readFileSync(settings.nexus);
+    assert.ok(!elf.includes('.symtab'), 'it has a symbol table');
+  });
+});
+
+group('demo', () => {
+  test('nexus --demo answers on 127.0.0.1:8000 with no file, and the three curl lines that it prints work', { serial: true, limit_ms: 30_000 }, async (t) => {
+    const taken = await new Promise((done) => {
+      const s = net.createServer();
+      s.once('error', () => done(true));
+      s.listen(8000, '127.0.0.1', () => s.close(() => done(false)));
+    });
+    if (taken) t.skip('port 8000 is taken on this machine');
+    const child = spawn(settings.nexus, ['--demo'], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
+    let output = '';
+    child.stdout.on('data', (d) => { output += d; });
+    child.stderr.on('data', (d) => { output += d; });
+    const exited = new Promise((done) => child.on('close', (code) => done(code)));
+    t.after(() => child.kill('SIGKILL'));
+    await until(async () => (await get(8000, '/health')).json.status === 'healthy', () => `the demo healthy; it printed ${output}`);
+    // A curl line may be continued with backslashes.
+    const lines = output.replace(/\\\n\s*/g, ' ').split('\n').map((l) => l.trim().replace(/^\$ /, '')).filter((l) => l.startsWith('curl '));
+    assert.equal(lines.length, 3, output);
+    if (spawnSync('curl', ['--version']).error) t.skip('curl is not installed');
+    for (const line of lines) {
+      const r = spawnSync('sh', ['-c', line], { encoding: 'utf8', timeout: 15_000 * settings.slow });
+      assert.equal(r.status, 0, `${line}: ${r.stderr}`);
+      assert.ok(r.stdout.length > 20 && !r.stdout.includes('"error"'), `${line} gave ${r.stdout}`);
+    }
+    child.kill('SIGTERM');
+    assert.equal(await within(5_000, exited, 'the demo to end'), 0);
+  });
+});
+
+group('echo backend', () => {
+  const conf = { backends: [{ name: 'demo', type: 'echo' }] };
+
+  test('a configured echo backend serves plain and streamed answers with usage that matches', async (t) => {
+    const { post, get: fetch, sse_events, chat } = await import('./harness.mjs');
+    const nexus = await start_nexus(t, conf);
+    const { data } = (await fetch(nexus.port, '/v1/models')).json;
+    assert.ok(data.length >= 1);
+    const model = data[0].id;
+    assert.equal(data[0].owned_by, 'demo');
+    const plain = (await post(nexus.port, '/v1/chat/completions', chat(model))).json;
+    assert.equal(plain.object, 'chat.completion');
+    assert.ok(plain.choices[0].message.content.length > 0);
+    assert.equal(plain.usage.total_tokens, plain.usage.prompt_tokens + plain.usage.completion_tokens);
+    const streamed = await post(nexus.port, '/v1/chat/completions', chat(model, { stream: true, stream_options: { include_usage: true } }));
+    const { data: events, rest } = sse_events(streamed.text);
+    assert.equal(rest, '');
+    assert.equal(events.at(-1), '[DONE]');
+    const chunks = events.slice(0, -1).map((e) => JSON.parse(e));
+    const text = chunks.flatMap((c) => c.choices).map((c) => c.delta.content ?? '').join('');
+    assert.equal(text, plain.choices[0].message.content, 'streamed and plain say the same');
+    assert.deepEqual(chunks.at(-1).usage, plain.usage);
+    const pieces = chunks.flatMap((c) => c.choices).filter((c) => c.delta.content).length;
+    assert.equal(pieces, plain.usage.completion_tokens, 'one piece a completion token');
+  });
+
+  test('the configuration text of the tests is what a person would write', () => {
+    assert.equal(conf_text({ server: { threads: 2 }, backends: [{ name: 'x', type: 'echo' }] }), '[server]\nthreads = 2\n\n[backend x]\ntype = echo\n');
+  });
+});

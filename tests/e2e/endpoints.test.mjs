@@ -1,0 +1,132 @@
+// Nexus's own pages: shapes, methods, order, states.
+import { RawClient, assert, assert_error, free_port, get, group, pair, post, request, run_nexus, start_backend, start_nexus, test, until } from './harness.mjs';
+
+const proxied = ['/v1/chat/completions', '/v1/completions', '/v1/embeddings'];
+const own = ['/v1/models', '/v1/models/m1', '/health'];
+
+group('endpoints', () => {
+  test('GET /health tells status, version, uptime, backends and models', async (t) => {
+    const { nexus } = await pair(t, { models: ['m1', 'm2'] });
+    const r = await get(nexus.port, '/health');
+    assert.equal(r.status, 200);
+    assert.match(r.headers.get('content-type'), /^application\/json/);
+    const page = r.json;
+    assert.equal(page.status, 'healthy');
+    assert.equal((await run_nexus(['--version'])).stdout.trim().split(' ').pop(), page.version);
+    assert.ok(Number.isInteger(page.uptime_seconds) && page.uptime_seconds >= 0 && page.uptime_seconds < 60);
+    assert.deepEqual(page.backends, { total: 1, healthy: 1, unhealthy: 0 });
+    assert.equal(page.models, 2);
+  });
+
+  test('/health is degraded when some backends are down, unhealthy when all are', async (t) => {
+    const up = await start_backend(t, { models: ['m1'] });
+    const down = await start_backend(t, { models: ['m2'] });
+    await down.stop();
+    const nexus = await start_nexus(t, { backends: [{ name: 'up', mock: up }, { name: 'down', mock: down }], health: { interval: '200ms', failures: 1 } }, { ready: 'up' });
+    await until(async () => (await get(nexus.port, '/health')).json.status === 'degraded', 'status degraded');
+    const page = (await get(nexus.port, '/health')).json;
+    assert.deepEqual(page.backends, { total: 2, healthy: 1, unhealthy: 1 });
+    await up.stop();
+    await until(async () => (await get(nexus.port, '/health')).json.status === 'unhealthy', 'status unhealthy');
+    assert.equal((await get(nexus.port, '/health')).json.models, 0);
+  });
+
+  test('GET /v1/models lists every model of every healthy backend by id, then backend', async (t) => {
+    const a = await start_backend(t, { models: ['zeta', 'm/with/slash', 'alpha'] });
+    const b = await start_backend(t, { kind: 'ollama', models: ['llama3:70b', 'alpha', 'Ünïcode'] });
+    const down = await start_backend(t, { models: ['never'] });
+    await down.stop();
+    const nexus = await start_nexus(t, { backends: [{ name: 'two', mock: b }, { name: 'one', mock: a }, { name: 'zero', mock: down }] }, { ready: 'up' });
+    await until(async () => (await get(nexus.port, '/health')).json.backends.healthy === 2, 'two healthy backends');
+    const r = await get(nexus.port, '/v1/models');
+    assert.equal(r.status, 200);
+    assert.equal(r.json.object, 'list');
+    const list = r.json.data.map((m) => [m.id, m.owned_by]);
+    assert.deepEqual(list, [['alpha', 'one'], ['alpha', 'two'], ['llama3:70b', 'two'], ['m/with/slash', 'one'], ['zeta', 'one'], ['Ünïcode', 'two']]);
+    for (const m of r.json.data) {
+      assert.equal(m.object, 'model');
+      assert.ok(Number.isInteger(m.created));
+    }
+  });
+
+  test('GET /v1/models/{id} finds ids with slashes and colons, plain or encoded', async (t) => {
+    const { nexus } = await pair(t, { models: ['org/model-7B', 'llama3:70b', 'a b', 'Ü', 'x%2Fy'] });
+    for (const [path, id] of [['org/model-7B', 'org/model-7B'], ['org%2Fmodel-7B', 'org/model-7B'], ['org%2fmodel-7B', 'org/model-7B'], ['llama3:70b', 'llama3:70b'],
+                              ['llama3%3A70b', 'llama3:70b'], ['a%20b', 'a b'], ['%C3%9C', 'Ü'], ['x%252Fy', 'x%2Fy']]) {
+      const r = await get(nexus.port, `/v1/models/${path}`);
+      assert.equal(r.status, 200, `${path}: ${r.text}`);
+      assert.equal(r.json.id, id);
+      assert.equal(r.json.object, 'model');
+      assert.equal(r.json.owned_by, 'b1');
+    }
+    const error = assert_error(await get(nexus.port, '/v1/models/org/other'), 404, 'model_not_found');
+    assert.match(error.message, /org\/other/);
+  });
+
+  test('HEAD answers as GET does, without the body', async (t) => {
+    const { nexus } = await pair(t);
+    const client = await RawClient.connect(nexus.port);
+    t.after(() => client.close());
+    for (const path of [...own, '/nowhere', '/v1/models/none']) {
+      client.send('HEAD', path);
+      const head = await client.response();
+      client.send('GET', path);
+      const full = await client.response();
+      assert.equal(head.status, full.status, path);
+      assert.equal(head.body.length, 0);
+      assert.equal(head.headers.get('content-type'), full.headers.get('content-type'));
+      // uptime_seconds may gain a digit between the two
+      if (path !== '/health') assert.equal(head.headers.get('content-length'), full.headers.get('content-length'), path);
+    }
+  });
+
+  test('a wrong method is 405 with Allow, and the connection goes on', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const client = await RawClient.connect(nexus.port);
+    t.after(() => client.close());
+    const rows = [...proxied.flatMap((p) => ['GET', 'PUT', 'DELETE', 'PATCH'].map((m) => [m, p, ['POST']])),
+                  ...own.flatMap((p) => ['POST', 'PUT', 'DELETE'].map((m) => [m, p, ['GET', 'HEAD']]))];
+    for (const [method, path, allowed] of rows) {
+      client.send(method, path);
+      const r = await client.response();
+      assert_error(r, 405);
+      assert.deepEqual(r.headers.get('allow').split(/, */).sort(), allowed, `${method} ${path}`);
+    }
+    assert.equal(backend.requests.length, 0);
+  });
+
+  test('an unknown path is 404 in the OpenAI shape, whatever the method', async (t) => {
+    const { nexus, backend } = await pair(t);
+    for (const [method, path] of [['GET', '/'], ['GET', '/v1'], ['POST', '/v1/chat/completionsx'], ['POST', '/v1/chat/completions/'], ['GET', '/V1/models'], ['POST', '/v1/audio/speech'],
+                                  ['GET', '/healthz'], ['DELETE', '/nowhere']]) {
+      const error = assert_error(await request(nexus.port, method, path), 404);
+      assert.notEqual(error.code, 'model_not_found', path);
+    }
+    assert.equal(backend.requests.length, 0);
+  });
+
+  test('a query string does not change which page is meant', async (t) => {
+    const { nexus } = await pair(t);
+    assert.equal((await get(nexus.port, '/health?verbose=1')).status, 200);
+    assert.equal((await get(nexus.port, '/v1/models?')).status, 200);
+    assert.equal((await post(nexus.port, '/v1/chat/completions?api-version=1', { model: 'm1', messages: [] })).status, 200);
+  });
+
+  test('with metrics_listen the own pages of an operator stand there and only there', async (t) => {
+    const port = await free_port();
+    const { nexus } = await pair(t, {}, { server: { metrics_listen: `127.0.0.1:${port}` } }, { ready: 'no' });
+    await until(async () => (await get(port, '/health')).json.status === 'healthy', '/health on the metrics address');
+    for (const path of ['/health', '/metrics', '/v1/stats']) assert_error(await get(nexus.port, path), 404);
+    assert.equal((await get(nexus.port, '/v1/models')).status, 200);
+    assert.equal((await post(nexus.port, '/v1/chat/completions', { model: 'm1' })).status, 200);
+    assert_error(await post(port, '/v1/chat/completions', { model: 'm1' }), 404);
+  });
+
+  test('every answer of its own carries a request id, taken over or made', async (t) => {
+    const { nexus } = await pair(t);
+    for (const path of ['/health', '/v1/models', '/nowhere']) {
+      assert.equal((await get(nexus.port, path, { headers: { 'X-Request-Id': 'mine-42' } })).headers.get('x-request-id'), 'mine-42');
+      assert.match((await get(nexus.port, path)).headers.get('x-request-id'), /^[\w-]{8,}$/);
+    }
+  });
+});

@@ -1,0 +1,231 @@
+// Reload and drain: nothing that runs is lost.
+import fs from 'node:fs';
+import { RawClient, assert, assert_error, chat, get, group, pair, pending_is, post, settings, sleep, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
+
+const path = '/v1/chat/completions';
+const ids = async (nexus) => (await get(nexus.port, '/v1/models')).json.data.map((m) => `${m.id}@${m.owned_by}`).join();
+
+// A stream that the test steps through; returns { client, reply }.
+async function open_stream(t, nexus, backend, model = 'm1') {
+  const begun = new Promise((done) => {
+    backend.answer = (_, reply) => {
+      reply.stream();
+      reply.piece('data: first\n\n');
+      done(reply);
+    };
+  });
+  const client = await RawClient.connect(nexus.port);
+  t.after(() => client.close());
+  client.send('POST', path, {}, chat(model, { stream: true }));
+  const reply = await begun;
+  await client.head();
+  assert.equal((await client.piece()).toString(), 'data: first\n\n');
+  return { client, reply };
+}
+
+async function finish_stream({ client, reply }) {
+  reply.piece('data: [DONE]\n\n');
+  reply.finish();
+  let text = '';
+  for (let p = await client.piece(); p !== null; p = await client.piece()) text += p;
+  assert.ok(client.body.done, 'the stream ended whole');
+  assert.equal(sse_events(text).data.at(-1), '[DONE]');
+}
+
+group('reload', () => {
+  test('adds a backend, removes one, and changes one, while a stream on the removed one lives on', async (t) => {
+    const [a, b, c] = [await start_backend(t, { models: ['ma'] }), await start_backend(t, { models: ['mb'] }), await start_backend(t, { models: ['mc'] })];
+    const nexus = await start_nexus(t, { backends: [{ name: 'a', mock: a }, { name: 'b', mock: b }] });
+    const kept = await RawClient.connect(nexus.port);
+    t.after(() => kept.close());
+    kept.send('GET', '/health');
+    await kept.response();
+    const stream = await open_stream(t, nexus, a, 'ma');
+    nexus.reload({ backends: [{ name: 'b', url: c.url, type: 'generic' }, { name: 'd', url: b.url, type: 'generic' }] });
+    await until(async () => (await ids(nexus)) === 'mb@d,mc@b', 'the new models');
+    assert_error(await post(nexus.port, path, chat('ma')), 404, 'model_not_found');
+    assert.equal((await post(nexus.port, path, chat('mc'))).headers.get('x-nexus-backend'), 'b');
+    stream.reply.piece('data: still\n\n');
+    assert.equal((await stream.client.piece()).toString(), 'data: still\n\n');
+    await finish_stream(stream);
+    kept.send('GET', '/v1/models');
+    assert.equal((await kept.response()).status, 200, 'a kept-alive client connection goes on');
+    await until(() => a.open === 0, 'idle connections to the removed backend closed');
+  });
+
+  test('an unchanged backend keeps serving, without a moment of 404 or 503', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const conf = (i) => ({ aliases: { [`alias${i}`]: 'm1' }, backends: [{ name: 'b1', url: backend.url, type: 'generic' }] });
+    let stop = false;
+    const seen = new Map();
+    const load = Promise.all(Array.from({ length: 4 }, async () => {
+      while (!stop) {
+        const { status } = await post(nexus.port, path, chat());
+        seen.set(status, (seen.get(status) ?? 0) + 1);
+      }
+    }));
+    for (let i = 0; i < 10; i++) {
+      nexus.reload(conf(i));
+      await until(async () => (await post(nexus.port, path, chat(`alias${i}`))).status === 200, `alias ${i}`);
+    }
+    stop = true;
+    await load;
+    assert.deepEqual([...seen.keys()], [200], JSON.stringify([...seen]));
+    assert_error(await post(nexus.port, path, chat('alias0')), 404, 'model_not_found');
+  });
+
+  test('takes new keys, limits and time limits', async (t) => {
+    const keys = t.file('keys', 'alice sk-alice-0123456789\n');
+    const { nexus, backend } = await pair(t);
+    const backends = [{ name: 'b1', url: backend.url, type: 'generic' }];
+    const status = async (key) => (await post(nexus.port, path, chat(), key ? { headers: { Authorization: `Bearer ${key}` } } : {})).status;
+    assert.equal(await status(), 200);
+    nexus.reload({ server: { api_keys_file: keys }, backends });
+    await until(async () => (await status()) === 401, 'a key asked for');
+    assert.equal(await status('sk-alice-0123456789'), 200);
+    fs.writeFileSync(keys, 'bob sk-bob-0123456789\n');
+    nexus.reload({ server: { api_keys_file: keys }, backends });
+    await until(async () => (await status('sk-bob-0123456789')) === 200, 'the new key taken');
+    assert.equal(await status('sk-alice-0123456789'), 401);
+    nexus.reload({ server: { max_body: '1k' }, upstream: { first_byte_timeout: '200ms' }, backends });
+    await until(async () => (await post(nexus.port, path, chat('m1', { pad: 'x'.repeat(2000) }))).status === 413, 'the new limit');
+    backend.answer = () => {};
+    assert_error(await post(nexus.port, path, chat()), 504, 'gateway_timeout');
+  });
+
+  test('a bad file is refused with its errors logged, and the old configuration stays', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const stream = await open_stream(t, nexus, backend);
+    nexus.reload('[server]\nlisten = 127.0.0.1:@PORT@\n[backend other]\nurl = http://127.0.0.1:1\ntype = abacus\n');
+    await nexus.logged(/nexus-\d+\.conf:5\b.*/);
+    await finish_stream(stream);
+    backend.answer = (_, reply) => reply.json({});
+    assert.equal((await post(nexus.port, path, chat())).status, 200);
+    fs.rmSync(nexus.conf_path);
+    nexus.child.kill('SIGHUP');
+    await sleep(200);
+    assert.equal((await post(nexus.port, path, chat())).status, 200, 'a missing file changes nothing either');
+  });
+
+  test('a storm of reloads does no harm', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const stream = await open_stream(t, nexus, backend);
+    const backends = [{ name: 'b1', url: backend.url, type: 'generic' }];
+    for (let i = 0; i < 50; i++) {
+      nexus.reload({ aliases: { [`a${i}`]: 'm1' }, backends });
+      await sleep(5);
+    }
+    await finish_stream(stream);
+    backend.answer = (_, reply) => reply.json({});
+    await until(async () => (await post(nexus.port, path, chat('a49'))).status === 200, 'the last one in force');
+    await pending_is(nexus, 0);
+  });
+});
+
+group('drain', () => {
+  for (const signal of ['SIGTERM', 'SIGINT']) {
+    test(`${signal} with nothing to do ends at once, kept-alive connections and all, with exit code 0`, async (t) => {
+      const { nexus } = await pair(t);
+      const client = await RawClient.connect(nexus.port);
+      t.after(() => client.close());
+      client.send('POST', path, {}, chat());
+      await client.response();
+      nexus.child.kill(signal);
+      assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
+      nexus.check_report();
+      assert.equal((await client.ended()).length, 0);
+    });
+  }
+
+  test('a stream in flight is finished, new requests are turned away, then it ends with exit code 0', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const stream = await open_stream(t, nexus, backend);
+    const idle = await RawClient.connect(nexus.port);
+    t.after(() => idle.close());
+    idle.send('GET', '/health');
+    await idle.response();
+    nexus.child.kill('SIGTERM');
+    const turned_away = async () => {
+      try {
+        const r = await get(nexus.port, '/health', { ms: 1_000 });
+        return r.status === 503;
+      } catch {
+        return true;   // refused: it no longer accepts
+      }
+    };
+    await until(turned_away, 'new connections turned away');
+    const refused = await post(nexus.port, path, chat(), { ms: 1_000 }).catch(() => null);
+    if (refused) {
+      assert_error(refused, 503, 'service_unavailable');
+      assert.match(refused.headers.get('retry-after'), /^\d+$/);
+    }
+    for (let i = 0; i < 5; i++) {
+      stream.reply.piece(`data: ${i}\n\n`);
+      assert.equal((await stream.client.piece()).toString(), `data: ${i}\n\n`);
+      assert.equal(nexus.exit, null, 'it stays for the stream');
+      await sleep(30);
+    }
+    await finish_stream(stream);
+    assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
+    nexus.check_report();
+  });
+
+  test('a request that waits for its first byte is finished too', async (t) => {
+    const { nexus, backend } = await pair(t);
+    backend.answer = async (_, reply) => { await sleep(400); reply.json({ late: true }); };
+    const answer = post(nexus.port, path, chat());
+    await backend.request();
+    nexus.child.kill('SIGTERM');
+    const r = await answer;
+    assert.equal(r.json.late, true);
+    assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
+  });
+
+  test('drain_timeout ends what does not end', async (t) => {
+    const { nexus, backend } = await pair(t, {}, { server: { drain_timeout: '500ms' } });
+    const stream = await open_stream(t, nexus, backend);
+    const started = performance.now();
+    nexus.child.kill('SIGTERM');
+    const exit = await nexus.exits(5_000);
+    assert.equal(exit.signal, null);
+    assert.ok(performance.now() - started > 400);
+    nexus.check_report();
+    while ((await stream.client.piece()) !== null);
+    assert.equal(stream.client.body.done, false, 'the cut is visible');
+  });
+
+  test('a second signal ends it at once', async (t) => {
+    const { nexus, backend } = await pair(t);
+    await open_stream(t, nexus, backend);
+    nexus.child.kill('SIGTERM');
+    await sleep(150 * settings.slow);
+    assert.equal(nexus.exit, null);
+    const started = performance.now();
+    nexus.child.kill('SIGTERM');
+    const exit = await nexus.exits(2_000);
+    assert.ok(performance.now() - started < 1_000 * settings.slow);
+    assert.ok(!['SIGSEGV', 'SIGABRT', 'SIGKILL'].includes(exit.signal), JSON.stringify(exit));
+    nexus.check_report();
+  });
+
+  test('a client that leaves during the drain does not keep it from ending', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const { client } = await open_stream(t, nexus, backend);
+    nexus.child.kill('SIGTERM');
+    await sleep(50);
+    client.reset();
+    assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
+  });
+
+  test('a client connected without a request does not keep it from ending', async (t) => {
+    const { nexus } = await pair(t);
+    const silent = await RawClient.connect(nexus.port);
+    t.after(() => silent.close());
+    const half = await RawClient.connect(nexus.port);
+    t.after(() => half.close());
+    half.write('POST /v1/chat');
+    await sleep(50);
+    nexus.child.kill('SIGTERM');
+    assert.equal((await within(12_000, nexus.exited, 'the end')).code, 0);
+  });
+});

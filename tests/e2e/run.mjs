@@ -1,0 +1,38 @@
+// run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--verbose] [--list]
+// Starts the real binary again and again and talks to it over sockets. Exit code 0 only if every test passed.
+import fs from 'node:fs';
+import path from 'node:path';
+import { list_names, run_all, settings } from './runner.mjs';
+
+const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--verbose] [--list]';
+const options = { nexus: 'build/nexus', only: '', jobs: '4' };
+const args = process.argv.slice(2);
+while (args.length) {
+  const name = args.shift().replace(/^--/, '');
+  if (name === 'verbose' || name === 'list') options[name] = true;
+  else if (name in options && args.length) options[name] = args.shift();
+  else {
+    console.error(usage);
+    process.exit(2);
+  }
+}
+
+settings.nexus = path.resolve(options.nexus);
+settings.verbose = options.verbose === true;
+
+const here = path.dirname(new URL(import.meta.url).pathname);
+for (const name of fs.readdirSync(here).filter((n) => n.endsWith('.test.mjs')).sort()) await import(path.join(here, name));
+
+if (options.list) {
+  for (const name of list_names()) console.log(name);
+  process.exit(0);
+}
+if (!fs.existsSync(settings.nexus)) {
+  console.error(`no binary at ${settings.nexus}: build it first (make)`);
+  process.exit(2);
+}
+const binary = fs.readFileSync(settings.nexus);
+settings.sanitised = binary.includes('AddressSanitizer') || binary.includes('ThreadSanitizer');
+settings.slow = settings.sanitised ? 6 : 1;
+process.setMaxListeners(0);
+process.exit(await run_all({ only: options.only, jobs: Number(options.jobs) }));
