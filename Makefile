@@ -59,14 +59,15 @@ LDLIBS := -lcares
 lacks = $(if $(wildcard $(1)),,$(2))
 lacks_command = $(if $(shell command -v $(1)),,$(2))
 
+NPM_PACKAGES := $(call lacks_command,npm,npm) $(call lacks,/etc/ssl/certs/ca-certificates.crt,ca-certificates)
 BUILD_PACKAGES := $(strip \
   $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++)) \
   $(call lacks,$(LLHTTP)/llhttp.c,node-llhttp) \
   $(call lacks,/usr/include/ares.h,libc-ares-dev) \
-  $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(call lacks_command,npm,npm)))
+  $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
-  $(call lacks_command,$(NODE),nodejs) $(call lacks_command,npm,npm))
+  $(call lacks_command,$(NODE),nodejs) $(NPM_PACKAGES))
 
 $(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
 	@mkdir -p $(@D)
@@ -102,8 +103,8 @@ $(B)/deps/%.o: $(LLHTTP)/%.c $(B)/flags | $(READY)
 	@mkdir -p $(@D)
 	$(CC) $(THIRD_PARTY) $(CFLAGS) -I/usr/share/include -I/usr/share/include/llhttp -c $< -o $@
 
-# The sources of llhttp come with a package: no rule makes them, but they may appear while make runs.
-$(LLHTTP)/%.c: | $(DEPS)/build-packages ;
+# The sources of llhttp come with a package, maybe while make runs. Named one by one: what a pattern makes, make removes.
+$(addprefix $(LLHTTP)/,api.c http.c llhttp.c): | $(DEPS)/build-packages ;
 
 $(B)/deps/simdjson.o: $(SIMDJSON)/simdjson.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)

@@ -10,7 +10,7 @@ scratch=$(mktemp -d "$target/fetch.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
 echo "fetching $package"
-(cd "$scratch" && npm pack --silent --no-update-notifier "$package" >/dev/null) || {
+(cd "$scratch" && npm pack --loglevel=error --no-update-notifier "$package" >/dev/null) || {
   echo "simdjson could not be fetched: 'npm pack $package' failed; is this machine online?" >&2
   exit 1
 }
