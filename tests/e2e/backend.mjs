@@ -13,9 +13,9 @@ export const chat_answer = (model, text = 'Hello there.', usage = { prompt_token
   usage,
 });
 
-export const chat_chunk = (model, content, extra = {}) => ({
+export const chat_chunk = (model, content, extra = {}, first = false) => ({
   id: 'chatcmpl-2', object: 'chat.completion.chunk', created: 1700000000, model,
-  choices: [{ index: 0, delta: content === null ? {} : { content }, logprobs: null, finish_reason: content === null ? 'stop' : null }], ...extra,
+  choices: [{ index: 0, delta: content === null ? {} : first ? { role: 'assistant', content } : { content }, logprobs: null, finish_reason: content === null ? 'stop' : null }], ...extra,
 });
 
 export const sse = (value) => `data: ${typeof value === 'string' ? value : JSON.stringify(value)}\n\n`;
@@ -64,6 +64,7 @@ export class Backend {
       socket.on('end', end);
       socket.on('close', end);
     });
+    socket.setMaxListeners(0);   // one or two a request that waits
     this.connections.push(connection);
     socket.on('error', () => {});
     socket.on('end', () => socket.end());
@@ -176,9 +177,8 @@ export class Reply {
   constructor(socket, request) {
     this.socket = socket;
     this.request = request;
-    this.gone = false;
-    socket.once('close', () => { this.gone = true; });
   }
+  get gone() { return this.socket.destroyed; }
   raw(bytes) {
     if (!this.gone && this.socket.writable) return this.socket.write(bytes);
     return false;
@@ -232,7 +232,7 @@ export function answer_plainly(request, reply) {
   const with_usage = ask.stream_options?.include_usage === true;
   const extra = with_usage ? { usage: null } : {};
   for (const word of ['One', ' two', ' three']) {
-    reply.piece(sse(chat ? chat_chunk(ask.model, word, extra) : { id: 'cmpl-2', object: 'text_completion', created: 1700000000, model: ask.model, choices: [{ index: 0, text: word, finish_reason: null, logprobs: null }], ...extra }));
+    reply.piece(sse(chat ? chat_chunk(ask.model, word, extra, word === 'One') : { id: 'cmpl-2', object: 'text_completion', created: 1700000000, model: ask.model, choices: [{ index: 0, text: word, finish_reason: null, logprobs: null }], ...extra }));
   }
   if (chat) reply.piece(sse(chat_chunk(ask.model, null, extra)));
   if (with_usage) reply.piece(sse({ id: 'chatcmpl-2', object: 'chat.completion.chunk', created: 1700000000, model: ask.model, choices: [], usage }));

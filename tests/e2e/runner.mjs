@@ -119,6 +119,10 @@ function report(result) {
   }
 }
 
+// A promise that a failed test left behind may still reject; in a run where all passed it is a failure of its own.
+const strays = [];
+process.on('unhandledRejection', (error) => strays.push(error));
+
 // Runs the tests whose names hold `only`: the parallel ones `jobs` at a time, then the serial ones. Returns the exit code.
 export async function run_all({ only = '', jobs = 4 } = {}) {
   const chosen = tests.filter((t) => t.name.includes(only));
@@ -136,6 +140,10 @@ export async function run_all({ only = '', jobs = 4 } = {}) {
     const result = await run_one(t);
     results.push(result);
     report(result);
+  }
+  if (strays.length && !results.some((r) => r.failure)) {
+    results.push({ name: 'the run itself: no promise is left rejected', failure: strays[0], skipped: null, notes: [] });
+    report(results.at(-1));
   }
   const failed = results.filter((r) => r.failure).length;
   const skipped = results.filter((r) => r.skipped !== null && !r.failure).length;
