@@ -134,7 +134,7 @@ run: $(B)/nexus
 UNIT_SOURCES := $(sort $(wildcard tests/*_test.cpp))
 UNIT_OBJECTS := $(UNIT_SOURCES:%.cpp=$(B)/obj/%.o)
 
-$(B)/obj/tests/%.o: | $(DEPS)/test-packages
+$(UNIT_OBJECTS): | $(DEPS)/test-packages
 
 $(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
 	$(link)
