@@ -1,0 +1,1047 @@
+// config_test.cpp
+// Owns:     what nexus.conf may say and what it may not, each refusal with its exact line and words.
+// Leaves:   whether the manual and the example agree with the table to docs_test.cpp.
+
+#include "nexus/config.h"
+
+#include <doctest/doctest.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <map>
+#include <random>
+#include <set>
+
+using namespace nexus;
+
+namespace {
+
+using Texts = std::map<std::string, std::string>;
+
+// An environment of given variables and files; a file that is not among them does not exist.
+ConfigEnvironment fake_environment(Texts variables = {}, Texts files = {}) {
+  const auto look_up = [](Texts texts) {
+    return [texts = std::move(texts)](const std::string& name) -> std::optional<std::string> {
+      const auto found = texts.find(name);
+      return found == texts.end() ? std::nullopt : std::optional<std::string>(found->second);
+    };
+  };
+  return {look_up(std::move(variables)), look_up(std::move(files))};
+}
+
+ConfigResult parse(std::string_view text) { return parse_config(text, "n", fake_environment()); }
+
+std::string all_messages(const ConfigResult& result) {
+  std::string text;
+  for (const ConfigError& error : result.errors) text += error.to_string() + "\n";
+  return text;
+}
+
+struct Row {
+  std::string text;
+  std::string errors;  // each with its newline; empty: accepted
+};
+
+void check_rows(const std::vector<Row>& rows) {
+  for (const Row& row : rows) {
+    const std::string begin = row.text.substr(0, 300);
+    CAPTURE(begin);
+    CHECK_EQ(all_messages(parse(row.text)), row.errors);
+  }
+}
+
+// The settings of a text that must be accepted.
+Settings accepted(std::string_view text) {
+  const ConfigResult result = parse(text);
+  CAPTURE(text);
+  CHECK_EQ(all_messages(result), "");
+  return result.settings;
+}
+
+BackendSettings accepted_backend(const std::string& lines) {
+  const Settings settings = accepted("[backend b]\n" + lines);
+  REQUIRE_EQ(settings.backends.size(), 1);
+  return settings.backends[0];
+}
+
+// `lines` behind a header and a url, so that the backend is complete but for what is tested: line 3 on.
+std::string with_url(const std::string& lines) { return "[backend b]\nurl = http://h\n" + lines; }
+
+const std::string kServer = "[server]\n";
+const std::string kModelName = "expected a model name (1 to 256 bytes, without commas and not `*`)";
+const std::string kDuration = "expected a duration (with ms, s, m, h), ";
+const std::string kSize = "expected a size (bytes, or with k, M, G), ";
+const std::string kListen = "expected a numeric address:port, [v6]:port, *:port or localhost:port";
+
+}  // namespace
+
+TEST_CASE("an empty configuration is the default one") {
+  for (std::string_view text :
+       {"", "\n", "\xEF\xBB\xBF", "\xEF\xBB\xBF\n", "# all comment", "  \t \r\n\r\n", "[server]", "\n[log]"}) {
+    const Settings settings = accepted(text);
+    CHECK(settings.server.listen == std::vector<HostPort>{{"127.0.0.1", 8000}});
+    CHECK(settings.backends.empty());
+    CHECK_EQ(settings.routing.weight_load, 30);
+  }
+}
+
+TEST_CASE("every key of a whole configuration arrives in its field") {
+  const Settings s = accepted(R"(# a comment
+[server]
+listen = 0.0.0.0:80      # behind a value
+listen=[::1]:81
+threads = 3
+max_connections = 5
+max_body = 2M
+body_memory = 4M
+max_header = 8k
+max_pending = 7
+header_timeout = 1s
+body_timeout = 2s
+idle_timeout = 3s
+write_timeout = 4s
+drain_timeout = 5s
+metrics_listen = localhost:9000
+[upstream]
+connect_timeout = 300ms
+first_byte_timeout = 5m
+stall_timeout = 1h
+request_timeout = 9s
+idle_connections = 11
+idle_timeout = 12s
+[health]
+enabled = no
+interval = 13s
+timeout = 14s
+failures = 15
+recoveries = 16
+eject_after = 17
+eject_time = 18s
+[routing]
+strategy = least_pending
+retries = 1
+weight_priority = 2
+weight_load = 3
+weight_latency = 4
+[queue]
+size = 19
+timeout = 20s
+[metrics]
+enabled = off
+labels = raw
+[log]
+level = debug
+format = json
+access = /var/log/nexus
+[aliases]
+gpt-4 = llama3:70b
+[fallbacks]
+llama3:70b = qwen2:72b, mixtral:8x7b
+[backend gpu-1]
+url = http://10.0.0.1:11434
+type = ollama
+priority = 21
+models = a, b
+max_pending = 22
+stream_usage = as_is
+vision = a
+tools = all
+json_mode = none
+context_length = a 8k, b 100
+)");
+  CHECK(s.server.listen == std::vector<HostPort>{{"0.0.0.0", 80}, {"::1", 81}});
+  CHECK(s.server.metrics_listen == std::vector<HostPort>{{"127.0.0.1", 9000}});
+  CHECK_EQ(s.server.threads, 3);
+  CHECK_EQ(s.server.max_connections, 5);
+  CHECK_EQ(s.server.max_body_bytes, 2u << 20);
+  CHECK_EQ(s.server.body_memory_bytes, 4u << 20);
+  CHECK_EQ(s.server.max_header_bytes, 8192);
+  CHECK_EQ(s.server.max_pending, 7);
+  CHECK_EQ(s.server.header_timeout_ns, 1 * kSecond);
+  CHECK_EQ(s.server.body_timeout_ns, 2 * kSecond);
+  CHECK_EQ(s.server.idle_timeout_ns, 3 * kSecond);
+  CHECK_EQ(s.server.write_timeout_ns, 4 * kSecond);
+  CHECK_EQ(s.server.drain_timeout_ns, 5 * kSecond);
+  CHECK_EQ(s.upstream.connect_timeout_ns, 300 * kMillisecond);
+  CHECK_EQ(s.upstream.first_byte_timeout_ns, 300 * kSecond);
+  CHECK_EQ(s.upstream.stall_timeout_ns, 3600 * kSecond);
+  CHECK_EQ(s.upstream.request_timeout_ns, 9 * kSecond);
+  CHECK_EQ(s.upstream.idle_connections, 11);
+  CHECK_EQ(s.upstream.idle_timeout_ns, 12 * kSecond);
+  CHECK_FALSE(s.health.enabled);
+  CHECK_EQ(s.health.interval_ns, 13 * kSecond);
+  CHECK_EQ(s.health.timeout_ns, 14 * kSecond);
+  CHECK_EQ(s.health.failures, 15);
+  CHECK_EQ(s.health.recoveries, 16);
+  CHECK_EQ(s.health.eject_after, 17);
+  CHECK_EQ(s.health.eject_time_ns, 18 * kSecond);
+  CHECK(s.routing.strategy == Strategy::least_pending);
+  CHECK_EQ(s.routing.retries, 1);
+  CHECK_EQ(s.routing.weight_priority, 2);
+  CHECK_EQ(s.routing.weight_load, 3);
+  CHECK_EQ(s.routing.weight_latency, 4);
+  CHECK_EQ(s.queue.size, 19);
+  CHECK_EQ(s.queue.timeout_ns, 20 * kSecond);
+  CHECK_FALSE(s.metrics.enabled);
+  CHECK(s.metrics.labels == LabelMode::raw);
+  CHECK(s.log.level == LogLevel::debug);
+  CHECK(s.log.format == LogFormat::json);
+  CHECK_EQ(s.log.access, "/var/log/nexus");
+  CHECK(s.aliases == std::vector<NamePair>{{"gpt-4", "llama3:70b"}});
+  REQUIRE_EQ(s.fallbacks.size(), 1);
+  CHECK_EQ(s.fallbacks[0].first, "llama3:70b");
+  CHECK(s.fallbacks[0].second == std::vector<std::string>{"qwen2:72b", "mixtral:8x7b"});
+  REQUIRE_EQ(s.backends.size(), 1);
+  const BackendSettings& b = s.backends[0];
+  CHECK_EQ(b.name, "gpu-1");
+  CHECK(b.address == HostPort{"10.0.0.1", 11434});
+  CHECK_EQ(b.base_path, "");
+  CHECK(b.kind == BackendKind::ollama);
+  CHECK_EQ(b.priority, 21);
+  CHECK(b.models == std::vector<std::string>{"a", "b"});
+  CHECK_EQ(b.max_pending, 22);
+  CHECK(b.stream_usage == StreamUsage::as_is);
+  CHECK((b.vision.stated && b.vision.models == std::vector<std::string>{"a"}));
+  CHECK((b.tools.stated && b.tools.models == std::vector<std::string>{"*"}));
+  CHECK((b.json_mode.stated && b.json_mode.models.empty()));
+  REQUIRE_EQ(b.context_length.size(), 2);
+  CHECK((b.context_length[0].model == "a" && b.context_length[0].tokens == 8192));
+  CHECK((b.context_length[1].model == "b" && b.context_length[1].tokens == 100));
+}
+
+TEST_CASE("a configuration that spells out every default of the table equals the default one") {
+  std::string text, section;
+  for (const ConfigKey& row : config_keys()) {
+    if (row.section == "backend" || row.default_text.empty()) continue;
+    if (row.section != section) text += "[" + (section = row.section) + "]\n";
+    text += std::string(row.key) + " = " + std::string(row.default_text) + "\n";
+  }
+  const Settings got = accepted(text), want;
+  CHECK(got.server.listen == want.server.listen);
+  CHECK_EQ(got.server.threads, want.server.threads);
+  CHECK_EQ(got.server.max_connections, want.server.max_connections);
+  CHECK_EQ(got.server.max_body_bytes, want.server.max_body_bytes);
+  CHECK_EQ(got.server.body_memory_bytes, want.server.body_memory_bytes);
+  CHECK_EQ(got.server.max_header_bytes, want.server.max_header_bytes);
+  CHECK_EQ(got.server.max_pending, want.server.max_pending);
+  CHECK_EQ(got.server.header_timeout_ns, want.server.header_timeout_ns);
+  CHECK_EQ(got.server.body_timeout_ns, want.server.body_timeout_ns);
+  CHECK_EQ(got.server.idle_timeout_ns, want.server.idle_timeout_ns);
+  CHECK_EQ(got.server.write_timeout_ns, want.server.write_timeout_ns);
+  CHECK_EQ(got.server.drain_timeout_ns, want.server.drain_timeout_ns);
+  CHECK_EQ(got.upstream.connect_timeout_ns, want.upstream.connect_timeout_ns);
+  CHECK_EQ(got.upstream.first_byte_timeout_ns, want.upstream.first_byte_timeout_ns);
+  CHECK_EQ(got.upstream.stall_timeout_ns, want.upstream.stall_timeout_ns);
+  CHECK_EQ(got.upstream.request_timeout_ns, want.upstream.request_timeout_ns);
+  CHECK_EQ(got.upstream.idle_connections, want.upstream.idle_connections);
+  CHECK_EQ(got.upstream.idle_timeout_ns, want.upstream.idle_timeout_ns);
+  CHECK_EQ(got.health.enabled, want.health.enabled);
+  CHECK_EQ(got.health.interval_ns, want.health.interval_ns);
+  CHECK_EQ(got.health.timeout_ns, want.health.timeout_ns);
+  CHECK_EQ(got.health.failures, want.health.failures);
+  CHECK_EQ(got.health.recoveries, want.health.recoveries);
+  CHECK_EQ(got.health.eject_after, want.health.eject_after);
+  CHECK_EQ(got.health.eject_time_ns, want.health.eject_time_ns);
+  CHECK(got.routing.strategy == want.routing.strategy);
+  CHECK_EQ(got.routing.retries, want.routing.retries);
+  CHECK_EQ(got.routing.weight_priority, want.routing.weight_priority);
+  CHECK_EQ(got.routing.weight_load, want.routing.weight_load);
+  CHECK_EQ(got.routing.weight_latency, want.routing.weight_latency);
+  CHECK_EQ(got.queue.size, want.queue.size);
+  CHECK_EQ(got.queue.timeout_ns, want.queue.timeout_ns);
+  CHECK_EQ(got.metrics.enabled, want.metrics.enabled);
+  CHECK(got.metrics.labels == want.metrics.labels);
+  CHECK(got.log.level == want.log.level);
+  CHECK(got.log.format == want.log.format);
+  CHECK_EQ(got.log.access, want.log.access);
+}
+
+TEST_CASE("a backend's defaults in the table are those of its settings") {
+  std::string text;
+  for (const ConfigKey& row : config_keys()) {
+    if (row.section != "backend" || row.default_text.empty() || row.key == "token_delay") continue;
+    text += std::string(row.key) + " = " + std::string(row.default_text) + "\n";
+  }
+  const BackendSettings got = accepted_backend("url = http://h\n" + text), want;
+  CHECK(got.kind == want.kind);
+  CHECK_EQ(got.priority, want.priority);
+  CHECK_EQ(got.max_pending, want.max_pending);
+  CHECK(got.stream_usage == want.stream_usage);
+  CHECK_FALSE(got.vision.stated);
+  CHECK_EQ(accepted_backend("type = echo\ntoken_delay = 20ms").token_delay_ns, want.token_delay_ns);
+}
+
+TEST_CASE("no key stands in the table twice, and every row explains itself") {
+  std::set<std::pair<std::string_view, std::string_view>> keys;
+  for (const ConfigKey& row : config_keys()) {
+    CHECK(keys.emplace(row.section, row.key).second);
+    CHECK_FALSE(row.range.empty());
+    CHECK_FALSE(row.meaning.empty());
+  }
+  CHECK_GE(keys.size(), 54);
+}
+
+TEST_CASE("each counted key takes its least and its most and refuses one below and one above") {
+  struct Limit {
+    std::string_view section, key, least, most, below, above;
+  };
+  const std::vector<Limit> limits{
+      {"server", "threads", "0", "256", "", "257"},
+      {"server", "max_connections", "1", "1000000", "0", "1000001"},
+      {"server", "max_body", "1024", "256M", "1023", ""},
+      {"server", "body_memory", "67108864", "1024G", "1023", "1099511627777"},
+      {"server", "max_header", "1k", "65536", "1023", "65537"},
+      {"server", "max_pending", "0", "1000000", "", "1000001"},
+      {"server", "header_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"server", "body_timeout", "1ms", "1440m", "0ms", "86401s"},
+      {"server", "idle_timeout", "1ms", "86400s", "0", "1441m"},
+      {"server", "write_timeout", "1ms", "24h", "0", "25h"},
+      {"server", "drain_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"upstream", "connect_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"upstream", "first_byte_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"upstream", "stall_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"upstream", "request_timeout", "0", "24h", "", "86400001ms"},
+      {"upstream", "idle_connections", "0", "10000", "", "10001"},
+      {"upstream", "idle_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"health", "interval", "1ms", "24h", "0", "86400001ms"},
+      {"health", "timeout", "1ms", "24h", "0", "86400001ms"},
+      {"health", "failures", "1", "100", "0", "101"},
+      {"health", "recoveries", "1", "100", "0", "101"},
+      {"health", "eject_after", "1", "1000", "0", "1001"},
+      {"health", "eject_time", "1ms", "24h", "0", "86400001ms"},
+      {"routing", "retries", "0", "10", "", "11"},
+      {"routing", "weight_priority", "0", "100", "", "101"},
+      {"routing", "weight_load", "0", "100", "", "101"},
+      {"routing", "weight_latency", "0", "100", "", "101"},
+      {"queue", "size", "0", "1000000", "", "1000001"},
+      {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
+      {"backend b", "priority", "0", "100", "", "101"},
+      {"backend b", "max_pending", "0", "1000000", "", "1000001"},
+      {"backend b", "context_length", "1", "1G", "0", "1073741825"},
+  };
+  for (const Limit& limit : limits) {
+    CAPTURE(limit.key);
+    const std::string head = "[" + std::string(limit.section) + "]\n";
+    const std::string url = limit.section == "backend b" ? "url = http://h\n" : "";
+    const auto errors_of = [&](std::string_view value) {
+      return parse(head + std::string(limit.key) + " = " + std::string(value) + "\n" + url).errors;
+    };
+    CHECK(errors_of(limit.least).empty());
+    CHECK(errors_of(limit.most).empty());
+    for (std::string_view value : {limit.below, limit.above}) {
+      if (value.empty()) continue;
+      CAPTURE(value);
+      const auto errors = errors_of(value);
+      REQUIRE_EQ(errors.size(), 1);
+      CHECK_EQ(errors[0].line, 2);
+      CHECK_EQ(errors[0].message.substr(0, limit.key.size() + 11), std::string(limit.key) + ": expected ");
+      CHECK(errors[0].message.find(", not '" + std::string(value) + "'") != std::string::npos);
+    }
+  }
+  std::size_t counted = 0;
+  for (const ConfigKey& row : config_keys()) {
+    counted += row.kind == config::ValueKind::number || row.kind == config::ValueKind::size ||
+               row.kind == config::ValueKind::duration;
+  }
+  CHECK_EQ(counted, limits.size());  // context_length is in the rows only, token_delay in its own test
+}
+
+TEST_CASE("max_body and echo's token_delay have limits of their own") {
+  CHECK_EQ(accepted("[server]\nmax_body = 1G\nbody_memory = 1G").server.max_body_bytes, 1u << 30);
+  CHECK_EQ(accepted_backend("type = echo\ntoken_delay = 0").token_delay_ns, 0);
+  CHECK_EQ(accepted_backend("type = echo\ntoken_delay = 24h").token_delay_ns, 86'400 * kSecond);
+  check_rows({
+      {"[server]\nmax_body = 1073741825\nbody_memory = 2G", "n:2: max_body: " + kSize + "1k to 1G, not '1073741825'\n"},
+      {"[backend b]\ntype = echo\ntoken_delay = 86400001ms",
+       "n:3: token_delay: " + kDuration + "0, or 1ms to 24h, not '86400001ms'\n"},
+  });
+}
+
+TEST_CASE("numbers, sizes and durations are read in full or not at all") {
+  using config::parse_duration, config::parse_number, config::parse_size, config::parse_yes_no;
+  struct Number {
+    std::string_view text;
+    std::optional<std::uint64_t> number, size, duration;
+  };
+  const std::vector<Number> rows{
+      {"0", 0, 0, 0},
+      {"00", 0, 0, {}},
+      {"7", 7, 7, {}},
+      {"18446744073709551615", UINT64_MAX, {}, {}},
+      {"18446744073709551616", {}, {}, {}},
+      {"99999999999999999999999", {}, {}, {}},
+      {"9223372036854775807", INT64_MAX, INT64_MAX, {}},
+      {"9223372036854775808", 9223372036854775808u, {}, {}},
+      {"1k", {}, 1024, {}},
+      {"1K", {}, 1024, {}},
+      {"10M", {}, 10u << 20, {}},
+      {"10m", {}, 10u << 20, 600ull * kSecond},
+      {"2G", {}, 2ull << 30, {}},
+      {"8589934591G", {}, 8589934591ull << 30, {}},
+      {"8589934592G", {}, {}, {}},
+      {"300ms", {}, {}, 300ull * kMillisecond},
+      {"0ms", {}, {}, 0},
+      {"30s", {}, {}, 30ull * kSecond},
+      {"1h", {}, {}, 3600ull * kSecond},
+      {"2562047h", {}, {}, 2562047ull * 3600 * kSecond},
+      {"2562048h", {}, {}, {}},
+      {"", {}, {}, {}},
+      {"k", {}, {}, {}},
+      {"ms", {}, {}, {}},
+      {"s", {}, {}, {}},
+      {"-1", {}, {}, {}},
+      {"+1", {}, {}, {}},
+      {"1.5", {}, {}, {}},
+      {"1 k", {}, {}, {}},
+      {"1 s", {}, {}, {}},
+      {"1kb", {}, {}, {}},
+      {"1us", {}, {}, {}},
+      {"1S", {}, {}, {}},
+      {"0x10", {}, {}, {}},
+      {"1_000", {}, {}, {}},
+      {std::string_view("1\0", 2), {}, {}, {}},
+  };
+  for (const Number& row : rows) {
+    CAPTURE(row.text);
+    CHECK(parse_number(row.text) == row.number);
+    CHECK(parse_size(row.text) == row.size);
+    CHECK(parse_duration(row.text) == row.duration);
+  }
+  for (std::string_view text : {"yes", "true", "on"}) CHECK(parse_yes_no(text) == 1u);
+  for (std::string_view text : {"no", "false", "off"}) CHECK(parse_yes_no(text) == 0u);
+  for (std::string_view text : {"", "1", "0", "Yes", "y", "yes "}) CHECK_FALSE(parse_yes_no(text));
+}
+
+TEST_CASE("every word of a choice is its value of the enum") {
+  const std::vector<std::pair<std::string, BackendKind>> kinds{
+      {"ollama", BackendKind::ollama},     {"vllm", BackendKind::vllm},     {"llamacpp", BackendKind::llamacpp},
+      {"lmstudio", BackendKind::lmstudio}, {"openai", BackendKind::openai}, {"exo", BackendKind::exo},
+      {"generic", BackendKind::generic}};
+  for (const auto& [word, kind] : kinds) CHECK(accepted_backend("url = http://h\ntype = " + word).kind == kind);
+  CHECK(accepted_backend("type = echo").kind == BackendKind::echo);
+  const std::vector<std::pair<std::string, Strategy>> strategies{{"smart", Strategy::smart},
+                                                                 {"round_robin", Strategy::round_robin},
+                                                                 {"priority", Strategy::priority},
+                                                                 {"random", Strategy::random},
+                                                                 {"least_pending", Strategy::least_pending}};
+  for (const auto& [word, value] : strategies) {
+    CHECK(accepted("[routing]\nstrategy = " + word).routing.strategy == value);
+  }
+  const std::vector<std::pair<std::string, LogLevel>> levels{
+      {"error", LogLevel::error}, {"warning", LogLevel::warning}, {"info", LogLevel::info}, {"debug", LogLevel::debug}};
+  for (const auto& [word, value] : levels) CHECK(accepted("[log]\nlevel = " + word).log.level == value);
+  for (const auto& [word, value] : std::vector<std::pair<std::string, StreamUsage>>{
+           {"by_kind", StreamUsage::by_kind}, {"ask", StreamUsage::ask}, {"as_is", StreamUsage::as_is}}) {
+    CHECK(accepted_backend("url = http://h\nstream_usage = " + word).stream_usage == value);
+  }
+  CHECK(accepted("[metrics]\nlabels = sanitize").metrics.labels == LabelMode::sanitize);
+  CHECK(accepted("[log]\nformat = text").log.format == LogFormat::text);
+  check_rows({
+      {"[routing]\nstrategy = fast",
+       "n:2: strategy: expected one of smart, round_robin, priority, random, least_pending, not 'fast'\n"},
+      {"[log]\nlevel = Info", "n:2: level: expected one of error, warning, info, debug, not 'Info'\n"},
+      {"[log]\nformat = text, json", "n:2: format: expected one of text, json, not 'text, json'\n"},
+      {"[health]\nenabled = maybe", "n:2: enabled: expected yes or no, not 'maybe'\n"},
+  });
+}
+
+TEST_CASE("a line that is neither a section nor a pair is refused with its number") {
+  check_rows({
+      {"threads = 3", "n:1: 'threads' stands before any section; expected a line like [server] above it\n"},
+      {"[server]\nthreads", "n:2: expected `key = value` or `[section]`\n"},
+      {"[server]\n= 3", "n:2: expected `key = value` or `[section]`\n"},
+      {"[server]\n\n# c\nthreads =", "n:4: threads: expected a number, 0 to 256\n"},
+      {"[server]\nthreads = # 3", "n:2: threads: expected a number, 0 to 256\n"},
+      {"[server]\nthreads = 3#4", "n:2: threads: expected a number, 0 to 256, not '3#4'\n"},
+      {"[server]\nthreads = 3\t# 4", ""},
+      {"[server]\r\nthreads = 3\r\n\r\n", ""},
+      {"[server]\nthreads = 3\r\r\n", "n:2: expected valid UTF-8 text without control characters\n"},
+      {"[server]\nthreads = 3\rthreads = 4", "n:2: expected valid UTF-8 text without control characters\n"},
+      {std::string("[server]\nthreads = 3\0\n", 22), "n:2: expected valid UTF-8 text without control characters\n"},
+      {"[log]\naccess = /\x80", "n:2: expected valid UTF-8 text without control characters\n"},
+      {"[log]\naccess = /\x7f", "n:2: expected valid UTF-8 text without control characters\n"},
+      {"[log]\naccess = /\xC3\xA9", ""},
+      {"[log] # caf\xE9\n", ""},
+      {"[server\nthreads = 999", "n:1: expected a `]` at the end of the line\n"},
+      {"[server] threads = 3", "n:1: expected a `]` at the end of the line\n"},
+      {"[ser\x01ver]\nthreads = 999", "n:1: expected valid UTF-8 text without control characters\n"},
+      {"\n\xEF\xBB\xBF[server]", "n:2: expected `key = value` or `[section]`\n"},
+  });
+}
+
+TEST_CASE("unknown, repeated and misplaced sections are errors") {
+  const std::string all =
+      "[server], [upstream], [health], [routing], [queue], [fallbacks], [aliases], [metrics], [log], [backend]";
+  check_rows({
+      {"[sever]\nthreads = 999\nbroken =", "n:1: unknown section 'sever'; did you mean [server]?\n"},
+      {"[tls]\n", "n:1: unknown section 'tls'; expected one of " + all + "\n"},
+      {"[]", "n:1: unknown section ''; expected one of " + all + "\n"},
+      {"[Log]", "n:1: unknown section 'Log'; did you mean [log]?\n"},
+      {"[ server ]", ""},
+      {"[server main]", "n:1: [server] takes no name; expected [server]\n"},
+      {"[server]\nthreads = 1\n[log]\n[server]\nthreads = 2",
+       "n:4: [server] is repeated: it already stands at line 1\nn:5: 'threads' is repeated: it already stands at line "
+       "2\n"},
+      {"[backend]\ntype = echo", "n:1: expected a name, [backend NAME]\n"},
+      {"[backend a b]\ntype = echo",
+       "n:1: expected a backend's name of 1 to 64 letters, digits and . _ : -, not 'a b'\n"},
+      {"[backend none]\ntype = echo",
+       "n:1: 'none' can't name a backend: it stands for requests that reached no backend\n"},
+      {"[backend a]\ntype = echo\n[backend b]\ntype = echo\n[backend a]\ntype = echo\npriority = 101",
+       "n:5: [backend a] is repeated: it already stands at line 1\n"
+       "n:7: priority: expected a number, 0 to 100, not '101'\n"},
+      {"[backend " + std::string(64, 'x') + "]\ntype = echo", ""},
+      {"[backend " + std::string(65, 'x') + "]\ntype = echo",
+       "n:1: expected a backend's name of 1 to 64 letters, digits and . _ : -, not '" + std::string(60, 'x') +
+           "...'\n"},
+      {"[backend A.b_c:1-z]\ntype = echo", ""},
+  });
+}
+
+TEST_CASE("an unknown key is met with the one that was meant") {
+  check_rows({
+      {"[server]\nlisen = 1", "n:2: unknown key 'lisen' in [server]; did you mean 'listen'?\n"},
+      {"[server]\nThreads = 1", "n:2: unknown key 'Threads' in [server]; did you mean 'threads'?\n"},
+      {"[server]\nretries = 1", "n:2: unknown key 'retries' in [server]; it belongs in [routing]\n"},
+      {"[server]\ntimeout = 1", "n:2: unknown key 'timeout' in [server]; it belongs in [health] or [queue]\n"},
+      {"[queue]\ncolour = 1", "n:2: unknown key 'colour' in [queue]; expected one of size, timeout\n"},
+      {"[queue]\nMODEL = 1", "n:2: unknown key 'MODEL' in [queue]; expected one of size, timeout\n"},
+      {"[backend b]\ntype = echo\napi_key = sk-12345678",
+       "n:3: unknown key 'api_key' in [backend]; expected one of url, type, priority, models, api_key_env, "
+       "api_key_file, max_pending, stream_usage, vision, tools, json_mode, context_length, token_delay\n"},
+      {"[queue]\nsize = 1\nsize = 2", "n:3: 'size' is repeated: it already stands at line 2\n"},
+      {"[queue]\nsize = x\nsize = 2",
+       "n:2: size: expected a number, 0 to 1000000, not 'x'\nn:3: 'size' is repeated: it already stands at line 2\n"},
+  });
+  const std::string longest(1 << 20, 'k');
+  const ConfigResult result = parse("[queue]\n" + longest + " = 1");
+  REQUIRE_EQ(result.errors.size(), 1);
+  CHECK_LT(result.errors[0].message.size(), 200);
+}
+
+TEST_CASE("all errors are listed, by line, up to a bound") {
+  check_rows({{"[server]\nmax_body = 512M\nthreads = x\n[backend b]\n[log]\nlevel = loud",
+               "n:2: body_memory = 256M (the default) must be at least max_body = 512M (line 2)\n"
+               "n:3: threads: expected a number, 0 to 256, not 'x'\n"
+               "n:4: this backend needs a url, http://host[:port][/prefix]\n"
+               "n:6: level: expected one of error, warning, info, debug, not 'loud'\n"}});
+  for (std::size_t count : {99u, 100u, 101u, 5000u}) {
+    std::string text;
+    for (std::size_t i = 0; i < count; ++i) text += "x\n";
+    const ConfigResult result = parse(text);
+    CHECK_EQ(result.errors.size(), std::min<std::size_t>(count, 101));
+    CHECK_EQ(result.errors.back().line, static_cast<int>(std::min<std::size_t>(count, 100)));
+    const bool cut = result.errors.back().message == "too many errors; the ones behind this line are not listed";
+    CHECK_EQ(cut, count > 100);
+  }
+}
+
+TEST_CASE("listen takes numeric addresses, and each only once") {
+  const std::vector<std::pair<std::string, HostPort>> rows{{"127.0.0.1:8000", {"127.0.0.1", 8000}},
+                                                           {"*:1", {"0.0.0.0", 1}},
+                                                           {"localhost:65535", {"127.0.0.1", 65535}},
+                                                           {"[::]:80", {"::", 80}},
+                                                           {"[0:0::1]:80", {"::1", 80}},
+                                                           {"0.0.0.0:0", {"0.0.0.0", 0}}};
+  for (const auto& row : rows) {
+    CAPTURE(row.first);
+    CHECK(config::parse_listen(row.first) == row.second);
+  }
+  for (std::string text : {"",
+                           ":",
+                           ":80",
+                           "80",
+                           "host:80",
+                           "127.0.0.1",
+                           "127.0.0.1:",
+                           "127.0.0.1:65536",
+                           "127.0.0.1:-1",
+                           "127.0.0.1:8 0",
+                           "127.0.0.256:80",
+                           "127.1:80",
+                           "0127.0.0.1:80",
+                           "::1:80",
+                           "[::1]",
+                           "[::1]80",
+                           "[::1",
+                           "[]:80",
+                           "[127.0.0.1]:80",
+                           "[*]:80",
+                           "[localhost]:80",
+                           "[fe80::1%eth0]:80",
+                           "[::1]:80x",
+                           "http://127.0.0.1:80",
+                           "127.0.0.1:80:80"}) {
+    CAPTURE(text);
+    CHECK_FALSE(config::parse_listen(text));
+    if (!text.empty())
+      check_rows({{kServer + "listen = " + text, "n:2: listen: " + kListen + ", not '" + text + "'\n"}});
+  }
+  CHECK_FALSE(config::parse_listen(std::string("127.0.0.1\0x:80", 14)));
+  check_rows({
+      {kServer + "listen = 127.0.0.1:8000", ""},
+      {kServer + "listen = 127.0.0.1:80\nlisten = localhost:80", "n:3: listen: 127.0.0.1:80 is listed twice\n"},
+      {kServer + "listen = [::]:80\nlisten = [0::0]:80", "n:3: listen: [::]:80 is listed twice\n"},
+      {kServer + "listen = 127.0.0.1:0\nlisten = 127.0.0.1:0\nmetrics_listen = 127.0.0.1:0", ""},
+      {kServer + "metrics_listen = *:9\nmetrics_listen = 0.0.0.0:9",
+       "n:3: metrics_listen: 0.0.0.0:9 is listed twice\n"},
+      {kServer + "metrics_listen = 127.0.0.1:8000", "n:2: metrics_listen: 127.0.0.1:8000 is already in listen\n"},
+      {kServer + "metrics_listen = *:1\nmetrics_listen = 127.0.0.1:8000\nlisten = *:2", ""},
+      {kServer + "metrics_listen = *:1\nmetrics_listen = *:2\nlisten = *:2",
+       "n:3: metrics_listen: 0.0.0.0:2 is already in listen\n"},
+  });
+}
+
+TEST_CASE("as many addresses as the limit are listened on, and no more") {
+  std::string text = kServer;
+  for (std::size_t i = 1; i <= config::kMaxListens; ++i) text += "listen = *:" + std::to_string(i) + "\n";
+  CHECK_EQ(accepted(text).server.listen.size(), config::kMaxListens);
+  check_rows({{text + "listen = *:999", "n:66: listen: expected at most 64 addresses\n"}});
+}
+
+TEST_CASE("body_memory holds at least one body, and the error names both lines") {
+  check_rows({
+      {kServer + "body_memory = 64M", ""},
+      {kServer + "body_memory = 67108863",
+       "n:2: body_memory = 67108863 (line 2) must be at least max_body = 64M (the default)\n"},
+      {kServer + "max_body = 256M", ""},
+      {kServer + "max_body = 1M\nthreads = 1\nbody_memory = 1023k",
+       "n:4: body_memory = 1023k (line 4) must be at least max_body = 1M (line 2)\n"},
+      {kServer + "max_body = 2G\nbody_memory = 1M", "n:2: max_body: " + kSize + "1k to 1G, not '2G'\n"},
+  });
+}
+
+TEST_CASE("the weights may not all be 0") {
+  const std::string zeros = "[routing]\nweight_latency = 0\nweight_load = 0\nweight_priority = ";
+  check_rows({{zeros + "1", ""},
+              {zeros + "0", "n:4: weight_priority, weight_load and weight_latency are all 0; expected one above 0\n"}});
+}
+
+TEST_CASE("a url is taken apart into address and prefix") {
+  struct Good {
+    std::string url;
+    HostPort address;
+    std::string base_path;
+  };
+  const std::vector<Good> rows{
+      {"http://h", {"h", 80}, ""},
+      {"http://h/", {"h", 80}, ""},
+      {"http://h/v1", {"h", 80}, ""},
+      {"http://h/v1/", {"h", 80}, ""},
+      {"http://h/v1//", {"h", 80}, ""},
+      {"http://h/v10", {"h", 80}, "/v10"},
+      {"http://h/api/v1", {"h", 80}, "/api"},
+      {"http://h/api//v1", {"h", 80}, "/api"},
+      {"http://h/v1/v1", {"h", 80}, "/v1"},
+      {"http://h/a%2F~b;c=d", {"h", 80}, "/a%2F~b;c=d"},
+      {"http://h/a.b/..c", {"h", 80}, "/a.b/..c"},
+      {"HTTP://Gpu-1.Example:8080/P", {"gpu-1.example", 8080}, "/P"},
+      {"http://my_service:65535", {"my_service", 65535}, ""},
+      {"http://10.0.0.1:1", {"10.0.0.1", 1}, ""},
+      {"http://[::1]", {"::1", 80}, ""},
+      {"http://[2001:DB8::1]:8000/x", {"2001:db8::1", 8000}, "/x"},
+      {"http://" + std::string(63, 'a') + ".b", {std::string(63, 'a') + ".b", 80}, ""},
+  };
+  for (const Good& row : rows) {
+    CAPTURE(row.url);
+    const auto url = config::parse_url(row.url);
+    CHECK_EQ(url.problem, "");
+    CHECK(url.value.address == row.address);
+    CHECK_EQ(url.value.base_path, row.base_path);
+  }
+}
+
+TEST_CASE("a url that can't be served is refused in words, without repeating it") {
+  const std::string shape = "expected http://host[:port][/prefix]";
+  const std::string host = "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 behind http://";
+  const std::string prefix = "expected a prefix of URL characters, without `.` and `..` segments";
+  const std::string marks = "expected a URL without `?` and `#`";
+  const std::string user = "expected a URL without a user or password; a key goes into api_key_env or api_key_file";
+  const std::string tls =
+      "https is not supported yet: put a TLS-terminating proxy on this host in front of it, or use http://";
+  const std::vector<std::pair<std::string, std::string>> rows{
+      {"https://h", tls},
+      {"HTTPS://h", tls},
+      {"h", shape},
+      {"h:80", shape},
+      {"http:/h", shape},
+      {"ftp://h", shape},
+      {"http://", host},
+      {"http:///x", host},
+      {"http://:80", host},
+      {"http://h:", host},
+      {"http://h:0", host},
+      {"http://h:65536", host},
+      {"http://h:80:80", host},
+      {"http://h:8x", host},
+      {"http://::1", host},
+      {"http://[::1", host},
+      {"http://[h]", host},
+      {"http://[127.0.0.1]", host},
+      {"http://[::1]x", host},
+      {"http://10.0.0.256", host},
+      {"http://1.2.3", host},
+      {"http://a..b", host},
+      {"http://a.", host},
+      {"http://-a", host},
+      {"http://a-", host},
+      {"http://a b", host},
+      {"http://h\\x", host},
+      {"http://\xC3\xA9", host},
+      {"http://" + std::string(64, 'a'), host},
+      {"http://u:secret@h", user},
+      {"http://@h", user},
+      {"http://h?x", marks},
+      {"http://h/#x", marks},
+      {"http://h/a b", prefix},
+      {"http://h/../x", prefix},
+      {"http://h/x/.", prefix},
+      {"http://h/%2", prefix},
+      {"http://h/%zz", prefix},
+      {"http://h/\xC3\xA9", prefix},
+      {"http://h/\"", prefix},
+  };
+  for (const auto& row : rows) {
+    CAPTURE(row.first);
+    CHECK_EQ(config::parse_url(row.first).problem, row.second);
+    CHECK_EQ(all_messages(parse("[backend b]\nurl = " + row.first)), "n:2: url: " + row.second + "\n");
+  }
+  const std::string longest = "http://h/" + std::string(config::kMaxUrlBytes - 9, 'x');
+  CHECK(config::parse_url(longest).ok());
+  CHECK_EQ(config::parse_url(longest + "x").problem, "expected a URL of at most 2048 bytes");
+  std::string name;
+  for (int i = 0; i < 126; ++i) name += "a.";
+  CHECK(config::parse_url("http://" + name + "a").ok());               // 253 bytes
+  CHECK_EQ(config::parse_url("http://" + name + "aa").problem, host);  // 254
+}
+
+TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
+  check_rows({
+      {"[backend b]\ntype = echo", ""},
+      {"[backend b]\ntype = echo\nurl = http://h", "n:3: url: an echo backend has none\n"},
+      {"[backend b]\nurl = http://h\ntype = echo", "n:2: url: an echo backend has none\n"},
+      {"[backend b]\n\ntype = vllm", "n:1: this backend needs a url, http://host[:port][/prefix]\n"},
+      {"[backend b]", "n:1: this backend needs a url, http://host[:port][/prefix]\n"},
+      {"[backend b]\nurl = ", "n:2: url: expected http://host[:port][/prefix]\n"},
+      {with_url("token_delay = 5ms"), "n:3: token_delay: only an echo backend has one\n"},
+      {"[backend b]\ntype = ech",
+       "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo, not 'ech'\n"},
+  });
+}
+
+TEST_CASE("there may be 256 backends, and no more") {
+  std::string text;
+  for (std::size_t i = 0; i < config::kMaxBackends; ++i) text += "[backend b" + std::to_string(i) + "]\ntype = echo\n";
+  CHECK_EQ(accepted(text).backends.size(), 256);
+  check_rows({{text + "[backend more]\ntype = echo\n[backend yet-more]\ntype = echo",
+               "n:513: expected at most 256 backends\n"}});
+}
+
+TEST_CASE("lists of models are trimmed, and every odd item is refused") {
+  CHECK(accepted_backend("url = http://h\nmodels =  a/b:1 ,c d,e=f ").models ==
+        std::vector<std::string>{"a/b:1", "c d", "e=f"});
+  const std::string comma = "expected a name on each side of every comma";
+  check_rows({
+      {with_url("models = a,"), "n:3: models: " + comma + "\n"},
+      {with_url("models = ,a"), "n:3: models: " + comma + "\n"},
+      {with_url("models = a,,b"), "n:3: models: " + comma + "\n"},
+      {with_url("models = ,"), "n:3: models: " + comma + "\n"},
+      {with_url("models = a, b, a"), "n:3: models: 'a' is listed twice\n"},
+      {with_url("models = a\tb"), "n:3: models: " + kModelName + ", not 'a?b'\n"},
+      {with_url("models = *"), "n:3: models: " + kModelName + ", not '*'\n"},
+      {with_url("models = " + std::string(256, 'm')), ""},
+      {with_url("models = " + std::string(257, 'm')),
+       "n:3: models: " + kModelName + ", not '" + std::string(60, 'm') + "...'\n"},
+      {with_url("vision = a, all"), "n:3: vision: 'all' must stand alone\n"},
+      {with_url("tools = none, a"), "n:3: tools: 'none' must stand alone\n"},
+      {with_url("json_mode = *, a"), "n:3: json_mode: " + kModelName + ", not '*'\n"},
+      {with_url("vision = a, a"), "n:3: vision: 'a' is listed twice\n"},
+  });
+  std::string longest = "m0";
+  for (std::size_t i = 1; i < config::kMaxModelsPerList; ++i) longest += ",m" + std::to_string(i);
+  CHECK_EQ(accepted_backend("url = http://h\nmodels = " + longest).models.size(), 10'000);
+  check_rows({{with_url("models = " + longest + ",x"), "n:3: models: expected at most 10000 names in a list\n"}});
+}
+
+TEST_CASE("context_length is one number, or a number for each model") {
+  struct Good {
+    std::string text;
+    std::vector<std::pair<std::string, std::uint64_t>> lengths;
+  };
+  for (const Good& row : std::vector<Good>{{"8k", {{"*", 8192}}},
+                                           {"8000", {{"*", 8000}}},
+                                           {"a 1", {{"a", 1}}},
+                                           {"a b  8k ,\tc\t1M", {{"a b", 8192}, {"c", 1u << 20}}},
+                                           {"* 4k, big 128k", {{"*", 4096}, {"big", 131072}}}}) {
+    CAPTURE(row.text);
+    const auto got = accepted_backend("url = http://h\ncontext_length = " + row.text).context_length;
+    REQUIRE_EQ(got.size(), row.lengths.size());
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      CHECK_EQ(got[i].model, row.lengths[i].first);
+      CHECK_EQ(got[i].tokens, row.lengths[i].second);
+    }
+  }
+  const std::string expected =
+      "n:3: context_length: expected a number of tokens, 1 to 1G, or a comma-separated list of `model number`, not ";
+  check_rows({
+      {with_url("context_length = a"), expected + "'a'\n"},
+      {with_url("context_length = a 8k, 9"), expected + "'9'\n"},
+      {with_url("context_length = 8k a"), expected + "'8k a'\n"},
+      {with_url("context_length = a 0"), expected + "'a 0'\n"},
+      {with_url("context_length = a 8k, a 9k"), "n:3: context_length: 'a' is listed twice\n"},
+      {with_url("context_length = a 8k,"), "n:3: context_length: expected a name on each side of every comma\n"},
+      {with_url("context_length = " + std::string(257, 'm') + " 1"),
+       "n:3: context_length: " + kModelName + ", not '" + std::string(60, 'm') + "...'\n"},
+  });
+}
+
+TEST_CASE("names of aliases may hold `=`: blanks around one tell which one parts") {
+  CHECK(accepted("[aliases]\na=b\nc=d = e\nf = g=h\n i j = k l \nm =n").aliases ==
+        std::vector<NamePair>{{"a", "b"}, {"c=d", "e"}, {"f", "g=h"}, {"i j", "k l"}, {"m", "n"}});
+  check_rows({
+      {"[aliases]\na = b\na = c", "n:3: 'a' is repeated: it already stands at line 2\n"},
+      {"[aliases]\na =", "n:2: 'a': " + kModelName + ", not ''\n"},
+      {"[aliases]\na=b =", "n:2: 'a=b': " + kModelName + ", not ''\n"},
+      {"[aliases]\na = b, c", "n:2: 'a': " + kModelName + ", not 'b, c'\n"},
+      {"[aliases]\n* = b", "n:2: " + kModelName + ", not '*'\n"},
+      {"[aliases]\na", "n:2: expected `key = value` or `[section]`\n"},
+  });
+}
+
+TEST_CASE("aliases lead on up to 3 times, and never back") {
+  const std::string three = "[aliases]\nc = d\na = b\nb = c\n";
+  CHECK_EQ(accepted(three).aliases.size(), 3);
+  check_rows({
+      {three + "d = e", "n:3: 'a' leads through more than 3 aliases\n"},
+      {three + "0 = a", "n:5: '0' leads through more than 3 aliases\n"},
+      {"[aliases]\na = a", "n:2: 'a' leads back to itself\n"},
+      {"[aliases]\na = b\nb = a", "n:2: 'a' leads back to itself\nn:3: 'b' leads back to itself\n"},
+      {"[aliases]\na = b\nb = c\nc = a",
+       "n:2: 'a' leads back to itself\nn:3: 'b' leads back to itself\nn:4: 'c' leads back to itself\n"},
+      {"[aliases]\na = b\nb = b", "n:2: 'a' leads through more than 3 aliases\nn:3: 'b' leads back to itself\n"},
+      {"[aliases]\na = b\nb = c\nc = d\nd = a",
+       "n:2: 'a' leads through more than 3 aliases\nn:3: 'b' leads through more than 3 aliases\n"
+       "n:4: 'c' leads through more than 3 aliases\nn:5: 'd' leads through more than 3 aliases\n"},
+  });
+}
+
+TEST_CASE("there may be 10,000 aliases, and no more") {
+  std::string text = "[aliases]\n";
+  for (std::size_t i = 0; i < config::kMaxModelsPerList; ++i) text += "a" + std::to_string(i) + " = m\n";
+  CHECK_EQ(accepted(text).aliases.size(), 10'000);
+  check_rows({{text + "x = m\ny = m", "n:10002: expected at most 10000 lines in this section\n"}});
+}
+
+TEST_CASE("a model falls back to other models only") {
+  check_rows({
+      {"[fallbacks]\na = b, a", "n:2: 'a' can't fall back to itself\n"},
+      {"[fallbacks]\na = b, c, b", "n:2: 'a': 'b' is listed twice\n"},
+      {"[fallbacks]\na = b\na = c", "n:3: 'a' is repeated: it already stands at line 2\n"},
+      {"[fallbacks]\na = ", "n:2: 'a': expected a comma-separated list\n"},
+      {"[fallbacks]\na = b,", "n:2: 'a': expected a name on each side of every comma\n"},
+      {"[fallbacks]\na = b\nb = a", ""},
+  });
+}
+
+TEST_CASE("the access log goes off, to stderr, or to what is plainly a path") {
+  for (std::string value : {"off", "stderr", "/var/log/a", "./a"})
+    CHECK_EQ(accepted("[log]\naccess = " + value).log.access, value);
+  check_rows({{"[log]\naccess = yes", "n:2: access: expected off, stderr or a path with a `/` in it, not 'yes'\n"},
+              {"[log]\naccess = /" + std::string(4094, 'x'), ""},
+              {"[log]\naccess = /" + std::string(4095, 'x'), "n:2: access: expected a path of at most 4095 bytes\n"}});
+}
+
+TEST_CASE("a backend's key comes from a variable or the first line of a file") {
+  const ConfigEnvironment env = fake_environment({{"GOOD", "sk-1"},
+                                                  {"EMPTY", ""},
+                                                  {"BAD", "sk 1"},
+                                                  {"LONG", std::string(4096, 'k')},
+                                                  {"LONGER", std::string(4097, 'k')}},
+                                                 {{"/good", " sk-2 \r\nmore\n"},
+                                                  {"/bare", "sk-3"},
+                                                  {"/bom", "\xEF\xBB\xBFsk-4\n"},
+                                                  {"/empty", ""},
+                                                  {"/blank", "  \nsk-5"},
+                                                  {"/bad", "sk\x01\n"},
+                                                  {"/nul", std::string("sk\0x", 4)}});
+  const auto parse_with = [&](const std::string& lines) { return parse_config(with_url(lines), "n", env); };
+  for (const auto& row : std::vector<NamePair>{{"api_key_env = GOOD", "sk-1"},
+                                               {"api_key_env = LONG", std::string(4096, 'k')},
+                                               {"api_key_file = /good", "sk-2"},
+                                               {"api_key_file = /bare", "sk-3"},
+                                               {"api_key_file = /bom", "sk-4"}}) {
+    CAPTURE(row.first);
+    const ConfigResult result = parse_with(row.first);
+    CHECK_EQ(all_messages(result), "");
+    CHECK_EQ(result.settings.backends.at(0).api_key, row.second);
+  }
+  const std::string unset = "n:3: api_key_env: this variable is not set, or empty\n";
+  const std::string unfit = ": expected a key of 1 to 4096 visible ASCII characters in it\n";
+  for (const auto& row : std::vector<NamePair>{
+           {"api_key_env = MISSING", unset},
+           {"api_key_env = EMPTY", unset},
+           {"api_key_env = BAD", "n:3: api_key_env" + unfit},
+           {"api_key_env = LONGER", "n:3: api_key_env" + unfit},
+           {"api_key_env = sk-x",
+            "n:3: api_key_env: expected the name of an environment variable (letters, digits, _)\n"},
+           {"api_key_env = 1X",
+            "n:3: api_key_env: expected the name of an environment variable (letters, digits, _)\n"},
+           {"api_key_file = /none", "n:3: api_key_file: this file cannot be read: No such file or directory\n"},
+           {"api_key_file = /empty", "n:3: api_key_file" + unfit},
+           {"api_key_file = /blank", "n:3: api_key_file" + unfit},
+           {"api_key_file = /bad", "n:3: api_key_file" + unfit},
+           {"api_key_file = /nul", "n:3: api_key_file" + unfit},
+           {"api_key_file = /good\napi_key_env = GOOD",
+            "n:4: expected either api_key_env (line 4) or api_key_file (line 3)\n"}}) {
+    CAPTURE(row.first);
+    CHECK_EQ(all_messages(parse_with(row.first)), row.second);
+  }
+}
+
+TEST_CASE("api_keys_file is read line by line, and its errors carry its own name and lines") {
+  const auto parse_keys = [](const std::string& text) {
+    return parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", text}}));
+  };
+  const ConfigResult good =
+      parse_keys("\xEF\xBB\xBF# keys\r\n\r\nalice\t sk-alice1 # hers\r\nbob@ # no key\nbob sk-bob#23");
+  CHECK_EQ(all_messages(good), "/k:4: expected `name key`\n");
+  CHECK(good.settings.server.api_keys == std::vector<ApiKey>{{"alice", "sk-alice1"}, {"bob", "sk-bob#23"}});
+  CHECK(parse_keys("a 12345678").ok());
+  CHECK(parse_keys("a " + std::string(512, 'k')).ok());
+  CHECK(parse_keys(std::string(64, 'a') + " 12345678").ok());
+  const std::string bad_key = "/k:1: expected a key of 8 to 512 visible ASCII characters\n";
+  const std::string bad_name = "/k:1: expected a name of 1 to 64 letters, digits and . _ : - before the key\n";
+  const std::string shape = "/k:1: expected `name key`\n";
+  const std::vector<NamePair> rows{
+      {"", "/k:0: expected at least one line `name key`\n"},
+      {"# none\n", "/k:0: expected at least one line `name key`\n"},
+      {"a 1234567", bad_key},
+      {"a " + std::string(513, 'k'), bad_key},
+      {"a 1234567\xC3\xA9", bad_key},
+      {"a 1234567\x7f", bad_key},
+      {std::string("a 1234567\0", 10), bad_key},
+      {std::string(65, 'a') + " 12345678", bad_name},
+      {"a/b 12345678", bad_name},
+      {"sk-12345678", shape},
+      {"a 12345678 x", shape},
+      {"a 12345678\nb 87654321\na 11111111", "/k:3: this name already stands at line 1\n"},
+      {"a 12345678\nb 12345678", "/k:2: this key already stands at line 1\n"},
+  };
+  for (const auto& row : rows) {
+    CAPTURE(row.first);
+    CHECK_EQ(all_messages(parse_keys(row.first)), row.second);
+  }
+  CHECK_EQ(all_messages(parse("[server]\napi_keys_file = /none")),
+           "n:2: api_keys_file: this file cannot be read: No such file or directory\n");
+}
+
+TEST_CASE("there may be 10,000 client keys, and no more") {
+  std::string text;
+  for (int i = 0; i < 10'000; ++i) text += "n" + std::to_string(i) + " key-number-" + std::to_string(i) + "\n";
+  const auto parse_keys = [](const std::string& keys) {
+    return parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", keys}}));
+  };
+  CHECK_EQ(parse_keys(text).settings.server.api_keys.size(), 10'000);
+  CHECK_EQ(all_messages(parse_keys(text + "x key-more-1\ny key-more-2")), "/k:10001: expected at most 10000 keys\n");
+}
+
+TEST_CASE("no message holds a key, wherever it was put") {
+  // Each text puts the key in another wrong place; each must be refused without a piece of it.
+  const std::string key = "sk-Sup3rS3cret";
+  const std::vector<std::string> texts{
+      "[server]\n" + key + "\n",
+      "[server]\napi_keys_file = " + key,
+      with_url("api_key_env = " + key),
+      with_url("api_key_env = Sup3rS3cret"),
+      with_url("api_key_file = " + key),
+      with_url("api_key = " + key),
+      with_url("api_key_env = GOOD\napi_key_file = " + key),
+      "[backend b]\nurl = http://user:" + key + "@h",
+      "[backend b]\nurl = http://h?key=" + key,
+      "[backend b]\nurl = " + key,
+  };
+  for (const std::string& text : texts) {
+    const std::string messages = all_messages(parse_config(text, "n", fake_environment({{"GOOD", key}})));
+    CAPTURE(messages);
+    CHECK_NE(messages, "");
+    CHECK_EQ(messages.find("Sup3r"), std::string::npos);
+  }
+  for (const std::string& text : {key, key + " name", "a b " + key, "a " + key + "\nb " + key, key + "\x01 " + key}) {
+    const std::string messages =
+        all_messages(parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", text}})));
+    CAPTURE(messages);
+    CHECK_NE(messages, "");
+    CHECK_EQ(messages.find("Sup3r"), std::string::npos);
+  }
+}
+
+TEST_CASE("a file is read whole up to 1 MB, and what can't be read says why") {
+  char path[] = "/tmp/config_test.XXXXXX";
+  const int fd = mkstemp(path);
+  REQUIRE_GE(fd, 0);
+  const auto write_file = [&](const std::string& text) {
+    REQUIRE_EQ(ftruncate(fd, 0), 0);
+    REQUIRE_EQ(pwrite(fd, text.data(), text.size(), 0), static_cast<ssize_t>(text.size()));
+  };
+  const ConfigEnvironment env = system_environment();
+  const std::string name = path;
+  write_file("[server]\nthreads = 3\n");
+  CHECK_EQ(load_config(name, env).settings.server.threads, 3);
+  write_file("[server]\nthreads = x\n");
+  CHECK_EQ(all_messages(load_config(name, env)), name + ":2: threads: expected a number, 0 to 256, not 'x'\n");
+  const std::string largest = "[server]\nthreads = 4\n" + std::string((1 << 20) - 21, '\n');
+  write_file(largest);
+  CHECK_EQ(load_config(name, env).settings.server.threads, 4);
+  write_file(largest + "\n");
+  CHECK_EQ(all_messages(load_config(name, env)), name + ":0: cannot be read: File too large\n");
+  close(fd);
+  unlink(path);
+  CHECK_EQ(all_messages(load_config(name, env)), name + ":0: cannot be read: No such file or directory\n");
+  CHECK_EQ(all_messages(load_config("/tmp", env)), "/tmp:0: cannot be read: Is a directory\n");
+  CHECK_FALSE(env.get_env("NEXUS_CONFIG_TEST_UNSET"));
+  CHECK_EQ(all_messages(load_config("/c", {})), "/c:0: cannot be read: No such file or directory\n");
+}
+
+TEST_CASE("any bytes are read to an end: cut, flipped and repeated pieces of a good file") {
+  // Seeded, so that a failure replays. What is checked: no crash, bounded and plain messages, errors in order.
+  const std::string good =
+      "\xEF\xBB\xBF[server]\r\nlisten = [::1]:80\nmax_body = 1M # c\n[aliases]\na = b\nb=c = d\n[fallbacks]\nm = n, o\n"
+      "[backend x]\nurl = http://[::1]:8/v1\ntype = vllm\nmodels = a, b\ncontext_length = a 8k, b 4k\nvision = *\n"
+      "api_key_env = E\n[routing]\nweight_load = 0\n[log]\naccess = /\xC3\xA9\n";
+  const ConfigEnvironment env = fake_environment({{"E", "key"}});
+  CHECK_EQ(all_messages(parse_config(good, "n", env)), "");
+  std::mt19937 random(7);
+  const auto below = [&random](std::size_t n) { return random() % n; };
+  for (int round = 0; round < 20'000; ++round) {
+    std::string text = good;
+    for (std::size_t changes = 1 + below(6); changes > 0 && !text.empty(); --changes) {
+      const std::size_t at = below(text.size()), length = below(20);
+      switch (below(4)) {
+        case 0: text.erase(at, length); break;
+        case 1: text[at] = static_cast<char>(below(256)); break;
+        case 2: text.insert(at, text.substr(below(text.size()), length)); break;
+        default: text.insert(at, 1, "=#[],: \n\t"[below(9)]); break;
+      }
+    }
+    const ConfigResult result = parse_config(text, "n", env);
+    int line = 0;
+    for (const ConfigError& error : result.errors) {
+      const bool sound = error.line >= line && config::is_plain_text(error.message) && error.message.size() < 500;
+      if (!sound) FAIL(error.to_string());
+      line = error.line;
+    }
+  }
+}
+
+TEST_CASE("long lines and many lines cost no more than their length") {
+  const std::string long_line(1 << 20, 'a');
+  std::string nul_line(1 << 20, '\0');
+  for (const std::string& text : {long_line, nul_line, "[" + long_line + "]", "[backend " + long_line + "]",
+                                  "[aliases]\n" + long_line + "=" + long_line, "[server]\n" + std::string(1 << 20, '='),
+                                  "[fallbacks]\na = " + std::string(1 << 20, ','), std::string(1 << 20, '[')}) {
+    const ConfigResult result = parse(text);
+    CHECK_FALSE(result.ok());
+    for (const ConfigError& error : result.errors) CHECK_LT(error.message.size(), 500);
+  }
+}
