@@ -35,7 +35,7 @@ inline std::string sanitize_label(std::string_view name) {
     const std::size_t length = detail::utf8_length(name.substr(i));
     i += length == 0 ? 1 : length;
   }
-  if (out.empty()) out = "_";
+  if (out.empty()) out += '_';
   return out;
 }
 

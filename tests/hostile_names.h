@@ -1,0 +1,59 @@
+// hostile_names.h
+// Owns:     random names for models and backends, of the kinds that break a page.
+// Promises: the same names for the same seed; collisions after sanitising are frequent.
+// Leaves:   what becomes of them to the tests.
+// Threads:  any.
+#pragma once
+
+#include <cstddef>
+#include <random>
+#include <string>
+#include <vector>
+
+// Pieces that go wrong together: cut sequences, overlong ones, surrogates, quotes, NUL, digits first.
+inline std::string hostile_name(std::mt19937& random) {
+  static const std::vector<std::string> kPieces{"",
+                                                "a",
+                                                "Z",
+                                                "_",
+                                                "-",
+                                                ":",
+                                                "/",
+                                                ".",
+                                                "0",
+                                                "9",
+                                                " ",
+                                                "\"",
+                                                "\\",
+                                                "\n",
+                                                "\r",
+                                                "\t",
+                                                "{",
+                                                "}",
+                                                ",",
+                                                "=",
+                                                "\x7F",
+                                                "é",
+                                                "模",
+                                                "🦙",
+                                                "\u0301",
+                                                "\xC3",
+                                                "\xE6\xA8",
+                                                "\xF0\x9F\xA6",
+                                                "\x80",
+                                                "\xFF",
+                                                "\xC0\xAF",
+                                                "\xED\xA0\x80",
+                                                "\xF4\x90\x80\x80",
+                                                "\xE0\x80\x80",
+                                                "llama3",
+                                                "gpt-4",
+                                                std::string(1, '\0')};
+  std::string name;
+  const std::size_t pieces = random() % 7;
+  for (std::size_t i = 0; i < pieces; ++i) name += kPieces[random() % kPieces.size()];
+  if (random() % 4 == 0) {
+    for (std::size_t i = random() % 6; i > 0; --i) name += static_cast<char>(random() % 256);
+  }
+  return name;
+}
