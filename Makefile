@@ -67,7 +67,7 @@ BUILD_PACKAGES := $(strip \
   $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
-  $(call lacks_command,$(NODE),nodejs) $(NPM_PACKAGES))
+  $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(NPM_PACKAGES))
 
 $(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
 	@mkdir -p $(@D)
@@ -195,7 +195,7 @@ uninstall:
 	-rmdir $(DOCDIR) 2>/dev/null || true
 
 deb: $(B)/nexus
-	+@MAKE='$(MAKE)' tools/deb.sh $(B)/nexus
+	@tools/deb.sh $(B)/nexus
 
 help:
 	@echo 'make              build build/nexus, fetching what it needs'

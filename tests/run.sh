@@ -10,6 +10,10 @@ unit_args=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do unit_args+=("$1") && shift; done
 [ $# -gt 0 ] && shift
 
+# A make below this one keeps the variables given (CXX=…) and drops the job server, which recipes don't hand down.
+MAKEFLAGS=$(printf '%s' "${MAKEFLAGS:-}" | sed -E 's/(^| )(-j[0-9]*|--jobserver[^ ]*)/\1/g')
+export MAKEFLAGS
+
 passed=0 failed=0 skipped=0
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
@@ -57,6 +61,7 @@ counted() {
 
 unit
 [ -x tools/lint.sh ] && counted "checks of the source and the manuals" tools/lint.sh --counted
+[ -n "${SAN:-}" ] || counted "tests of what is installed" tests/install.sh "$build"
 [ -f tests/e2e/run.mjs ] && counted "end-to-end tests" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@"
 
 echo

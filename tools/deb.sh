@@ -2,6 +2,10 @@
 # Makes a Debian package of a built nexus: usage: tools/deb.sh build/nexus
 set -eu
 cd "$(dirname "$0")/.."
+# A make below this one keeps the variables given (CXX=…) and drops the job server, which recipes don't hand down.
+MAKEFLAGS=$(printf '%s' "${MAKEFLAGS:-}" | sed -E 's/(^| )(-j[0-9]*|--jobserver[^ ]*)/\1/g')
+export MAKEFLAGS
+
 binary=$1
 root=build/deb
 version=$("$binary" --version | sed -n 's/.*\([0-9][0-9]*\.[0-9][0-9]*\.[0-9][0-9]*\).*/\1/p' | head -1)

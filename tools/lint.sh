@@ -66,7 +66,7 @@ header_opens_well() {
 
 scripts_parse() {
   local script
-  for script in .ci/run tests/run.sh tools/*.sh contrib/debian/p*; do
+  for script in .ci/run tests/*.sh tools/*.sh contrib/debian/p*; do
     case $(head -1 "$script") in *bash*) bash -n "$script" ;; *) sh -n "$script" ;; esac || return 1
   done
 }

@@ -1,0 +1,67 @@
+#!/bin/bash
+# Goal: what `make install` and `make deb` put on a machine is whole, works, and goes away again.
+# Method: both into a scratch directory; the package is unpacked, not installed.
+# Closes with "N passed, N failed, N skipped". usage: tests/install.sh BUILD_DIRECTORY
+set -uo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+passed=0 failed=0 skipped=0
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+check() {
+  local name=$1 output
+  shift
+  if output=$("$@" 2>&1); then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+    printf 'FAILED: %s\n%s\n' "$name" "$output"
+  fi
+}
+
+files() { (cd "$1" && find . -type f | sort); }
+
+is_list() { diff <(files "$1") <(printf '%s\n' "${@:2}" | sort); }
+
+starts_nexus_of() { grep -qx "ExecStart=$2 -c /etc/nexus/nexus.conf" "$1"; }
+
+installs() { ${MAKE:-make} -s install DESTDIR="$scratch/installed" PREFIX=/opt/nexus; }
+uninstalls() {
+  ${MAKE:-make} -s uninstall DESTDIR="$scratch/installed" PREFIX=/opt/nexus && [ -z "$(files "$scratch/installed")" ]
+}
+
+check "make install installs" installs
+check "make install puts each file in its place" is_list "$scratch/installed/opt/nexus" ./bin/nexus \
+  ./lib/systemd/system/nexus.service ./share/doc/nexus/nexus.conf.example ./share/man/man5/nexus.conf.5 \
+  ./share/man/man8/nexus.8
+check "the installed unit starts the installed binary" \
+  starts_nexus_of "$scratch/installed/opt/nexus/lib/systemd/system/nexus.service" /opt/nexus/bin/nexus
+check "the installed example is a configuration that nexus takes" \
+  "$scratch/installed/opt/nexus/bin/nexus" -t -c "$scratch/installed/opt/nexus/share/doc/nexus/nexus.conf.example"
+check "make uninstall leaves no file" uninstalls
+
+is_static_and_small() {
+  [ "$(stat -c %s "$build/nexus")" -lt 4000000 ] && ! ldd "$build/nexus" 2>&1 | grep -q '=>'
+}
+check "the binary is static and under 4 MB" is_static_and_small
+
+if command -v dpkg-deb >/dev/null; then
+  check "make deb makes a package" "${MAKE:-make}" -s deb
+  package=$(find build -maxdepth 1 -name 'nexus_*.deb' -newer "$scratch" | head -1)
+  check "the package unpacks" dpkg-deb -x "$package" "$scratch/deb"
+  check "the package puts each file in its place" is_list "$scratch/deb" ./etc/nexus/nexus.conf \
+    ./lib/systemd/system/nexus.service ./usr/bin/nexus ./usr/share/doc/nexus/copyright \
+    ./usr/share/doc/nexus/nexus.conf.example ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
+  check "the packaged unit starts the packaged binary" \
+    starts_nexus_of "$scratch/deb/lib/systemd/system/nexus.service" /usr/bin/nexus
+  check "the packaged configuration is one that nexus takes" "$scratch/deb/usr/bin/nexus" -t -c "$scratch/deb/etc/nexus/nexus.conf"
+  check "an upgrade keeps the operator's configuration" \
+    grep -qx /etc/nexus/nexus.conf <(dpkg-deb --info "$package" conffiles)
+else
+  skipped=$((skipped + 1))
+  echo "skipped: the Debian package: no dpkg-deb here"
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
