@@ -33,7 +33,7 @@ group('bad requests', () => {
       const client = await RawClient.connect(nexus.port);
       t.after(() => client.close());
       client.send('POST', path, { 'Content-Type': 'application/json' }, body);
-      assert_error(await client.response(), 400, undefined, 'invalid_request_error');
+      assert_error(await client.response(), 400, 'invalid_request_error');
       client.send('POST', path, {}, chat());
       assert.equal((await client.response()).status, 200);
       assert.equal(backend.requests.length, 1);
@@ -153,7 +153,7 @@ group('limits', () => {
           passed++;
         } else {
           const error = assert_error(r, 413);
-          assert.match(error.message, /4096|4k|4 k/i, 'the message tells the limit');
+          assert.match(error.message, /max_body/, 'the message names the limit');
         }
       }
     }

@@ -1,0 +1,157 @@
+// Token counts of streams: asked for where the backend understands it, and taken out again where the client had not asked.
+import { assert, chat, chat_chunk, get, group, pair, parse_metrics, post, sleep, sse, test, until } from './harness.mjs';
+
+const path = '/v1/chat/completions';
+const usage = { prompt_tokens: 31, completion_tokens: 2, total_tokens: 33 };
+const usage_event = (more = {}) => sse({ id: 'chatcmpl-2', object: 'chat.completion.chunk', created: 1700000000, model: 'm1', choices: [], usage, ...more });
+const words = sse(chat_chunk('m1', 'One', { usage: null })) + sse(chat_chunk('m1', ' {"usage":{"prompt_tokens":1},"choices":[]}', { usage: null })) + sse(chat_chunk('m1', null, { usage: null }));
+const done = sse('[DONE]');
+
+// A backend that streams `text` in pieces of `size` bytes, as if asked for usage.
+const streams = (text, size = text.length) => (_, reply) => {
+  const bytes = Buffer.from(text);
+  reply.stream();
+  for (let at = 0; at < bytes.length; at += size) reply.piece(bytes.subarray(at, at + size));
+  reply.finish();
+};
+
+const tokens_are = (nexus, type, count, sum) => until(async () => {
+  const page = parse_metrics((await get(nexus.port, '/metrics')).text);
+  return page.sum('nexus_tokens_total_count', { type }) === count && page.sum('nexus_tokens_total_sum', { type }) === sum;
+}, `${count} ${type} counts with the sum ${sum}`);
+
+group('usage in streams', () => {
+  test('the option is added for kinds that understand it, not for generic, and stream_usage overrides both', async (t) => {
+    const rows = [['ollama', undefined, true], ['vllm', undefined, true], ['llamacpp', undefined, true], ['lmstudio', undefined, true], ['openai', undefined, true], ['generic', undefined, false], ['generic', 'ask', true], ['vllm', 'as_is', false]];
+    for (const [kind, stream_usage, asked] of rows) {
+      const { nexus, backend } = await pair(t, { kind }, { backend: { stream_usage } });
+      const body = chat('m1', { stream: true, note: 'é' });
+      await post(nexus.port, path, body);
+      const { stream_options, ...rest } = backend.requests[0].json;
+      assert.deepEqual(stream_options, asked ? { include_usage: true } : undefined, `${kind} ${stream_usage}`);
+      assert.deepEqual(rest, body);
+      if (!asked) assert.equal(backend.requests[0].body.toString(), JSON.stringify(body));
+    }
+  });
+
+  test('plain requests are never touched, nor a client’s own wish', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    for (const body of ['{"model":"m1"}', '{"model":"m1", "stream":false}', '{"stream":true,"model":"m1","stream_options":{"include_usage":true}}']) {
+      await post(nexus.port, path, body);
+      assert.equal(backend.requests.at(-1).body.toString(), body);
+    }
+  });
+
+  test('options that the client set stay beside the one that is added', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    for (const options of [{}, { include_usage: false }, { other: [1] }, { include_usage: false, other: 1 }, null]) {
+      await post(nexus.port, path, chat('m1', { stream: true, stream_options: options }));
+      assert.deepEqual(backend.requests.at(-1).json.stream_options, { ...options, include_usage: true }, JSON.stringify(options));
+    }
+  });
+
+  test('the extra event is taken out however the bytes are cut, every other byte stays, and the tokens are recorded', { limit_ms: 60_000 }, async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const sizes = [1, 2, 3, 5, 7, 16, 61, 333, 1_000_000];
+    for (const size of sizes) {
+      backend.answer = streams(words + usage_event() + done, size);
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.ok(r.complete);
+      assert.equal(r.text, words + done, `pieces of ${size}`);
+    }
+    await tokens_are(nexus, 'prompt', sizes.length, 31 * sizes.length);
+    await tokens_are(nexus, 'completion', sizes.length, 2 * sizes.length);
+  });
+
+  test('the extra event is taken out when the stream is cut in two at any place', { limit_ms: 60_000 }, async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const text = Buffer.from(sse(chat_chunk('m1', 'é', { usage: null })) + usage_event() + done);
+    for (let at = 1; at < text.length; at += 2) {
+      backend.answer = async (_, reply) => {
+        reply.stream();
+        reply.piece(text.subarray(0, at));
+        await sleep(1);
+        reply.piece(text.subarray(at));
+        reply.finish();
+      };
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.equal(r.text, sse(chat_chunk('m1', 'é', { usage: null })) + done, `cut at ${at}`);
+    }
+  });
+
+  test('CRLF line ends, comments and other fields beside it stay', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const crlf = (s) => s.replaceAll('\n', '\r\n');
+    backend.answer = streams(crlf(words) + ': ping\r\n\r\n' + crlf(usage_event()) + crlf(done), 9);
+    assert.equal((await post(nexus.port, path, chat('m1', { stream: true }))).text, crlf(words) + ': ping\r\n\r\n' + crlf(done));
+  });
+
+  test('a client that asked for usage gets the event', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    backend.answer = streams(words + usage_event() + done, 50);
+    const r = await post(nexus.port, path, chat('m1', { stream: true, stream_options: { include_usage: true } }));
+    assert.equal(r.text, words + usage_event() + done);
+    await tokens_are(nexus, 'prompt', 1, 31);
+  });
+
+  test('an event that carries usage and words too is not taken out', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const text = sse(chat_chunk('m1', 'One', { usage: { prompt_tokens: 31, completion_tokens: 1, total_tokens: 32 } })) + sse(chat_chunk('m1', null, { usage })) + done;
+    backend.answer = streams(text, 11);
+    assert.equal((await post(nexus.port, path, chat('m1', { stream: true }))).text, text);
+    await tokens_are(nexus, 'completion', 1, 2);
+  });
+
+  test('with as_is a usage event that comes anyway stays and is read', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'generic' });
+    backend.answer = streams(words + usage_event() + done, 13);
+    assert.equal((await post(nexus.port, path, chat('m1', { stream: true }))).text, words + usage_event() + done);
+    await tokens_are(nexus, 'prompt', 1, 31);
+  });
+
+  test('no other event is held back while Nexus looks for that one', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const { RawClient } = await import('./harness.mjs');
+    let reply;
+    const begun = new Promise((done_) => { backend.answer = (_, r) => { reply = r; r.stream(); done_(); }; });
+    const client = await RawClient.connect(nexus.port);
+    t.after(() => client.close());
+    client.send('POST', path, {}, chat('m1', { stream: true }));
+    await begun;
+    await client.head();
+    for (const event of [sse(chat_chunk('m1', 'One', { usage: null })), ': ping\n\n', sse({ choices: [], prompt_filter_results: [] }), sse(chat_chunk('m1', null, { usage: null }))]) {
+      reply.piece(event);
+      let got = '';
+      while (got.length < event.length) got += await client.piece(3_000);
+      assert.equal(got, event);
+    }
+    reply.piece(usage_event());
+    reply.piece(done);
+    reply.finish();
+    let rest = '';
+    for (let p = await client.piece(); p !== null; p = await client.piece()) rest += p;
+    assert.equal(rest, done);
+  });
+
+  test('a stream that breaks right behind the usage event has its tokens and its error', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    backend.answer = async (_, reply) => {
+      reply.stream();
+      reply.piece(words + usage_event());
+      await sleep(30);
+      reply.reset();
+    };
+    const r = await post(nexus.port, path, chat('m1', { stream: true }));
+    assert.equal(r.complete, false);
+    assert.ok(r.text.startsWith(words));
+    assert.match(r.text, /"error"/);
+    await tokens_are(nexus, 'prompt', 1, 31);
+  });
+
+  test('an event far longer than any buffer passes', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const long = sse(chat_chunk('m1', 'x'.repeat(3_000_000), { usage: null }));
+    backend.answer = streams(long + usage_event() + done, 70_000);
+    assert.equal((await post(nexus.port, path, chat('m1', { stream: true }))).text, long + done);
+  });
+});
