@@ -413,6 +413,27 @@ TEST_CASE("numbers, sizes and durations are read in full or not at all") {
   for (std::string_view text : {"", "1", "0", "Yes", "y", "yes "}) CHECK_FALSE(parse_yes_no(text));
 }
 
+TEST_CASE("only whole characters of UTF-8 are plain text, and a quotation is cut between two of them") {
+  using config::is_plain_text, config::quoted;
+  for (std::string_view text : {"", "a\tb", "\xC2\x80", "\xDF\xBF", "\xE0\xA0\x80", "\xED\x9F\xBF", "\xEE\x80\x80",
+                                "\xEF\xBF\xBF", "\xF0\x90\x80\x80", "\xF4\x8F\xBF\xBF"}) {
+    CAPTURE(text);
+    CHECK(is_plain_text(text));
+  }
+  for (std::string_view text : {"\x01", "\x1f", "\x7f", "\x80", "\xC0\x80", "\xC1\xBF", "\xC2", "\xC2 ", "\xE0\x9F\xBF",
+                                "\xED\xA0\x80", "\xED\xBF\xBF", "\xE2\x82", "\xF0\x8F\xBF\xBF", "\xF4\x90\x80\x80",
+                                "\xF5\x80\x80\x80", "\xF0\x90\x80", "\xFF", "ok\xC3"}) {
+    CAPTURE(text);
+    CHECK_FALSE(is_plain_text(text));
+  }
+  const std::string fits(config::kMaxQuotedBytes, 'x'), one_less(config::kMaxQuotedBytes - 1, 'x');
+  CHECK_EQ(quoted(fits), "'" + fits + "'");
+  CHECK_EQ(quoted(fits + "x"), "'" + fits + "...'");
+  CHECK_EQ(quoted(one_less + "\xC3\xA9"), "'" + one_less + "...'");
+  CHECK_EQ(quoted(one_less.substr(1) + "\xC3\xA9"), "'" + one_less.substr(1) + "\xC3\xA9'");
+  CHECK_EQ(quoted("a\nb\x7f"), "'a?b?'");
+}
+
 TEST_CASE("every word of a choice is its value of the enum") {
   const std::vector<std::pair<std::string, BackendKind>> kinds{
       {"ollama", BackendKind::ollama},     {"vllm", BackendKind::vllm},     {"llamacpp", BackendKind::llamacpp},
@@ -797,8 +818,8 @@ TEST_CASE("context_length is one number, or a number for each model") {
 }
 
 TEST_CASE("names of aliases may hold `=`: blanks around one tell which one parts") {
-  CHECK(accepted("[aliases]\na=b\nc=d = e\nf = g=h\n i j = k l \nm =n").aliases ==
-        std::vector<NamePair>{{"a", "b"}, {"c=d", "e"}, {"f", "g=h"}, {"i j", "k l"}, {"m", "n"}});
+  CHECK(accepted("[aliases]\na=b\nx= y = z\nc=d = e\nf = g=h\n i j = k l \nm =n").aliases ==
+        std::vector<NamePair>{{"a", "b"}, {"x= y", "z"}, {"c=d", "e"}, {"f", "g=h"}, {"i j", "k l"}, {"m", "n"}});
   check_rows({
       {"[aliases]\na = b\na = c", "n:3: 'a' is repeated: it already stands at line 2\n"},
       {"[aliases]\na =", "n:2: 'a': " + kModelName + ", not ''\n"},
