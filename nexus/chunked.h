@@ -13,8 +13,8 @@
 
 namespace nexus {
 
-constexpr std::uint32_t kMaxChunkLineBytes = 256;           // a size line with its extensions
-constexpr std::uint32_t kMaxTrailerBytes = 8192;            // all trailer lines together
+constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
+constexpr std::uint32_t kMaxTrailerBytes = 8192;             // all trailer lines together
 constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body: they carry nothing
 
 class ChunkedDecoder {
@@ -43,20 +43,18 @@ class ChunkedDecoder {
         result.consumed += 1;
       }
     }
-    result.status = state_ == State::done     ? Status::done
-                    : state_ == State::failed ? Status::failed
-                                              : Status::need_more;
+    result.status = state_ == State::done ? Status::done : state_ == State::failed ? Status::failed : Status::need_more;
     return result;
   }
 
  private:
   enum class State : std::uint8_t {
-    size_first,    // the first digit of a chunk's size
-    size,          // its other digits
-    extension,     // behind `;`
-    size_lf,       // the LF of the size line
-    data,          // remaining_ bytes of payload
-    data_cr,       // the CRLF behind the payload
+    size_first,  // the first digit of a chunk's size
+    size,        // its other digits
+    extension,   // behind `;`
+    size_lf,     // the LF of the size line
+    data,        // remaining_ bytes of payload
+    data_cr,     // the CRLF behind the payload
     data_lf,
     trailer_start,  // the first byte of a trailer line, or of the empty line that ends the body
     trailer_name,

@@ -22,17 +22,17 @@ namespace nexus {
 // Why a head was refused. The texts of `malformed` name the place for the log; clients are told the kind.
 enum class HeadError : std::uint8_t {
   none,
-  malformed,          // 400
-  too_many_fields,    // 431
-  unknown_coding,     // 501: a transfer coding that is not `chunked`
-  bad_expectation,    // 417
+  malformed,        // 400
+  too_many_fields,  // 431
+  unknown_coding,   // 501: a transfer coding that is not `chunked`
+  bad_expectation,  // 417
 };
 
 struct HeadResult {
   enum class Status : std::uint8_t { need_more, done, failed };
   Status status = Status::need_more;
   HeadError error = HeadError::none;
-  std::string_view why;       // a constant text
+  std::string_view why;        // a constant text
   std::size_t head_bytes = 0;  // where done: the head with its empty line
 };
 
@@ -47,6 +47,7 @@ struct RequestHead {
   bool http_1_0 = false;
   bool keep_alive = true;
   bool expects_continue = false;
+  HeadError refusal = HeadError::none;  // well-formed, yet to be refused: unknown_coding, bad_expectation
   std::uint32_t target_at = 0;
   std::uint32_t target_bytes = 0;
   std::uint32_t head_bytes = 0;
@@ -358,17 +359,16 @@ class RequestReader {
   HeadResult read_meaning(const char* base, RequestHead& head, HeadResult result) {
     const detail::LengthFields lengths = detail::read_length_fields(base, *fields_, head.http_1_0);
     if (lengths.malformed != nullptr) return bad(lengths.malformed);
-    if (lengths.unknown_coding) return detail::HeadScan::refuse(HeadError::unknown_coding, "only chunked is understood");
+    if (lengths.unknown_coding) head.refusal = HeadError::unknown_coding;
     std::uint32_t hosts = 0;
     for (const FieldRow& row : *fields_) {
       if (row.field == Field::host) {
         hosts += 1;
         if (const char* why = detail::check_host(value_of(base, row))) return bad(why);
       } else if (row.field == Field::expect) {
-        if (!equals_ignoring_case(value_of(base, row), "100-continue") || head.expects_continue) {
-          return detail::HeadScan::refuse(HeadError::bad_expectation, "only Expect: 100-continue is understood");
-        }
-        head.expects_continue = true;
+        const bool known = equals_ignoring_case(value_of(base, row), "100-continue") && !head.expects_continue;
+        if (!known && head.refusal == HeadError::none) head.refusal = HeadError::bad_expectation;
+        head.expects_continue = known;
       }
     }
     if (hosts > 1) return bad("Host twice");

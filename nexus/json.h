@@ -29,11 +29,11 @@ struct BodySpan {
 
 enum class BodyError : std::uint8_t {
   none,
-  not_json,         // not one JSON object, or not UTF-8
-  duplicate_key,    // a key that Nexus acts on stands twice
-  no_model,         // no `model`, or it is empty
-  wrong_type,       // `model` is no string, `stream` no boolean, …
-  too_deep,         // nested deeper than kMaxJsonDepth
+  not_json,       // not one JSON object, or not UTF-8
+  duplicate_key,  // a key that Nexus acts on stands twice
+  no_model,       // no `model`, or it is empty
+  wrong_type,     // `model` is no string, `stream` no boolean, …
+  too_deep,       // nested deeper than kMaxJsonDepth
 };
 
 constexpr std::size_t kMaxJsonDepth = 512;
@@ -43,8 +43,8 @@ struct BodyFacts {
   enum class Options : std::uint8_t { absent, null, object };
   enum class Flag : std::uint8_t { absent, no, yes, null };
 
-  std::string_view model;   // decoded
-  BodySpan model_value;     // with its quotes
+  std::string_view model;        // decoded
+  BodySpan model_value;          // with its quotes
   std::size_t first_member = 0;  // just behind the `{` of the body
   bool stream = false;
   Options stream_options = Options::absent;

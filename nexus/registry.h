@@ -62,9 +62,9 @@ struct Offer {
 struct ModelEntry {
   ModelId id{};
   std::string name;
-  std::string target;         // after aliases: the name that backends know (`name` itself where it is no alias)
+  std::string target;  // after aliases: the name that backends know (`name` itself where it is no alias)
   ModelId target_id{};
-  std::vector<Offer> offers;  // of `target`, in the order of the configuration; unhealthy backends too
+  std::vector<Offer> offers;           // of `target`, in the order of the configuration; unhealthy backends too
   std::vector<std::string> fallbacks;  // models to try when none of the offers will do
 
   bool is_alias() const { return name != target; }
@@ -76,6 +76,7 @@ struct Snapshot {
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
   bool any_vision_stated = false;  // some backend states which of its models see images
+  std::string models_page;         // what GET /v1/models answers, made once for all who ask
 
   const ModelEntry* find(std::string_view model) const {
     auto found = models.find(model);
@@ -178,8 +179,8 @@ class Registry {
     return true;
   }
 
-  // What the workers are to see from now on.
-  SnapshotPtr snapshot() {
+  // What the workers are to see from now on; the caller adds models_page before it shares it.
+  std::shared_ptr<Snapshot> snapshot() {
     auto made = std::make_shared<Snapshot>();
     made->version = ++version_;
     made->settings = settings_;

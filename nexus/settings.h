@@ -56,8 +56,8 @@ struct UpstreamSettings {
   Ns connect_timeout_ns = 2 * kSecond;
   Ns first_byte_timeout_ns = 300 * kSecond;
   Ns stall_timeout_ns = 120 * kSecond;
-  Ns request_timeout_ns = 0;              // 0 = none
-  std::uint32_t idle_connections = 64;    // kept per backend and thread
+  Ns request_timeout_ns = 0;            // 0 = none
+  std::uint32_t idle_connections = 64;  // kept per backend and thread
   Ns idle_timeout_ns = 60 * kSecond;
 };
 
@@ -130,7 +130,7 @@ struct Settings {
   QueueSettings queue;
   MetricsSettings metrics;
   LogSettings log;
-  std::vector<NamePair> aliases;                                         // name → model, in file order
+  std::vector<NamePair> aliases;                                            // name → model, in file order
   std::vector<std::pair<std::string, std::vector<std::string>>> fallbacks;  // model → models to try, in order
   std::vector<BackendSettings> backends;
 };

@@ -1,0 +1,1063 @@
+// exchange.h
+// Owns:     one request on a proxied endpoint, from its head to its metrics record: route, attempts, retries, relay.
+// Promises: every request is recorded exactly once, when it is over; what it holds (pending, place, memory) goes back
+//           with it; another backend is tried only while no byte went to the client; a broken answer never looks whole.
+// Leaves:   reading the request and what follows it on the connection to server.h; choosing to router.h.
+// Threads:  its worker's. The session that owns it calls on it for each event and asks state() afterwards.
+#pragma once
+
+#include <array>
+#include <cassert>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "core.h"
+#include "heads.h"
+#include "openai.h"
+#include "pool.h"
+#include "relay.h"
+#include "usage.h"
+
+namespace nexus {
+
+// A proxied endpoint: a row here is all it takes.
+struct Endpoint {
+  std::string_view path;
+  bool streams;  // `stream: true` is understood, and `stream_options` with it
+};
+
+inline constexpr std::array<Endpoint, 3> kEndpoints{{
+    {"/v1/chat/completions", true},
+    {"/v1/completions", true},
+    {"/v1/embeddings", false},
+}};
+
+constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kept for the log
+constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
+constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
+constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
+constexpr std::uint32_t kReadsPerTurn = 16;       // of one answer, before others get their turn
+constexpr std::uint32_t kBytesPerToken = 4;       // for the estimate of a prompt's length
+
+// A request as the session read it; it stays in place until the exchange is over.
+struct RequestView {
+  const char* base = nullptr;  // the head's first byte
+  const RequestHead* head = nullptr;
+  const FieldTable* fields = nullptr;
+  char* body = nullptr;
+  std::size_t body_bytes = 0;
+  bool pass_authorization = true;
+};
+
+template <class Net>
+class Exchange {
+ public:
+  enum class State : std::uint8_t {
+    idle,        // no request
+    reading,     // opened at its head; the session reads the body
+    queued,      // every candidate is full
+    connecting,  // to a backend
+    sending,     // the request goes out
+    awaiting,    // the answer's head
+    streaming,   // the answer's body
+    finishing,   // all is written; the client's kernel buffer has not taken all of it
+    over,        // recorded; the session looks at keep_alive()
+  };
+
+  Exchange(Token owner, Core<Net>& core, Pool<Net>& pool, Connection<Net>& client)
+      : owner_(owner), core_(core), pool_(pool), client_(client) {}
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
+  State state() const { return state_; }
+  bool active() const { return state_ != State::idle && state_ != State::over; }
+  bool keep_alive() const { return keep_alive_; }
+  bool cut() const { return cut_; }  // the connection must be reset, so that what was sent does not look whole
+  Ns deadline() const { return std::min(deadline_, request_deadline_); }
+
+  // A request's head is complete. `client_name` is its address, for the log.
+  void open(const Endpoint& endpoint, const RequestHead& head, const char* base, const FieldTable& fields,
+            std::string_view client_name) {
+    assert(state_ == State::idle);
+    state_ = State::reading;
+    endpoint_ = &endpoint;
+    client_name_ = client_name;
+    started_ns_ = core_.now;
+    http_1_0_ = head.http_1_0;
+    keep_alive_ = head.keep_alive && !core_.draining;
+    snapshot_ = core_.snapshot.again();
+    take_request_id(base, fields);
+  }
+
+  // Refuses the request; `keep_alive` only where its body was read whole.
+  void refuse(Refusal refusal, bool keep_alive, std::string_view message = {}, std::string_view param = {}) {
+    assert(active());
+    release_upstream(AttemptEnd::close);
+    leave_backend();
+    const RefusalRow& row = row_of(refusal);
+    keep_alive_ = keep_alive_ && keep_alive;
+    record_.status = row.status;
+    record_.error = row.label;
+    OwnAnswer answer;
+    answer.request_id = request_id_;
+    answer.http_1_0 = http_1_0_;
+    answer.keep_alive = keep_alive_;
+    core_.text.clear();
+    append_own_error(core_.text, refusal, message, answer, true, param);
+    sent_bytes_ += core_.text.size() - (core_.text.find("\r\n\r\n") + 4);
+    if (!client_.write(core_.net, core_.blocks, core_.text)) return client_left();
+    finish();
+  }
+
+  // The body is complete: read it, find a backend, and be on the way.
+  void submit(const RequestView& request) {
+    assert(state_ == State::reading);
+    request_ = request;
+    overhead_from_ns_ = core_.now;
+    const BodyError error = core_.json.read_body(request.body, request.body_bytes, facts_);
+    if (error != BodyError::none) return refuse_body(error);
+    asked_.assign(facts_.model.substr(0, kMaxModelBytes));
+    entry_ = snapshot_->find(facts_.model);
+    record_.stream = facts_.stream && endpoint_->streams;
+    if (entry_ == nullptr) return refuse_unknown_model();
+    record_.model = entry_->id;
+    if (core_.settings().upstream.request_timeout_ns > 0) {
+      request_deadline_ = deadline_after(core_.now, core_.settings().upstream.request_timeout_ns);
+    }
+    needs_ = needs_of(facts_);
+    next_attempt();
+  }
+
+  // The client is gone: nothing more can be sent to it. Ends the exchange at once.
+  void client_left() {
+    assert(active());
+    if (state_ == State::over) return;
+    const bool waiting =
+        state_ == State::queued || state_ == State::connecting || state_ == State::sending || state_ == State::awaiting;
+    record_.disconnect = state_ == State::reading ? DisconnectPhase::request
+                         : waiting                ? DisconnectPhase::waiting
+                                                  : DisconnectPhase::streaming;
+    if (record_.status == 0) record_.status = 499;
+    record_.error = ErrorType::client_closed;
+    end_attempt(AttemptOutcome::cancelled);
+    release_upstream(AttemptEnd::close);
+    keep_alive_ = false;
+    cut_short_ = true;
+    commit();
+  }
+
+  // An event of the backend connection in use.
+  void on_upstream(const Event& event) {
+    assert(upstream_ != nullptr);
+    upstream_->connection.note(event);
+    if (state_ == State::connecting) {
+      if (event.writable || event.hangup) on_connected();
+      return;
+    }
+    if (state_ == State::sending && event.writable) send_request();
+    if (upstream_ != nullptr && state_ != State::connecting) read_answer();
+  }
+
+  // The client's socket took what waited, or the turn comes round again: go on reading.
+  void resume() {
+    if (state_ == State::streaming || state_ == State::awaiting) {
+      if (client_.pending() == 0) {
+        if (state_ == State::streaming) note_stall_deadline();
+        read_answer();
+      } else {
+        note_write_deadline();
+      }
+    } else if (state_ == State::finishing) {
+      if (client_.pending() == 0) return commit();
+      note_write_deadline();
+    }
+  }
+
+  void on_deadline() {
+    switch (state_) {
+      case State::queued: return on_queue_timeout();
+      case State::connecting:
+      case State::sending:
+      case State::awaiting: return fail_attempt(AttemptOutcome::timeout, Refusal::backend_timeout);
+      case State::streaming:
+        if (client_.pending() > 0) return cut_client();
+        return break_stream(AttemptOutcome::timeout, Refusal::backend_timeout);
+      case State::finishing: return cut_client();
+      case State::idle:
+      case State::reading:
+      case State::over: assert(false);
+    }
+  }
+
+  // A place was granted to this request while it waited.
+  void on_grant() {
+    if (state_ != State::queued) return;
+    std::optional<Admission::Place> place = core_.shared.admission.take_grant(ticket_);
+    if (!place) return;
+    leave_queue();
+    place_ = std::move(*place);
+    use_place();
+  }
+
+  // Makes ready for the next request on this connection.
+  void reset() {
+    assert(!active() && upstream_ == nullptr);
+    state_ = State::idle;
+    snapshot_ = SnapshotUse();
+    entry_ = nullptr;
+    record_ = RequestRecord{};
+    tried_count_ = 0;
+    primary_tries_ = fallback_tries_ = attempts_ = 0;
+    request_deadline_ = deadline_ = kNever;
+    sent_bytes_ = 0;
+    first_body_ns_ = -1;
+    cut_ = cut_short_ = false;
+    stale_retry_ = false;
+    asked_.clear();
+    retry_reason_ = {};
+  }
+
+ private:
+  enum class AttemptEnd : std::uint8_t { reuse, close };
+
+  struct Tried {
+    BackendId backend;
+    ModelId model;
+  };
+
+  // ---- the request ----
+
+  void take_request_id(const char* base, const FieldTable& fields) {
+    const FieldRow* row = find_field(fields, Field::x_request_id);
+    if (row != nullptr && is_request_id(value_of(base, *row))) {
+      request_id_.assign(value_of(base, *row));
+      return;
+    }
+    constexpr std::string_view kHex = "0123456789abcdef";
+    request_id_.resize(32);
+    for (std::size_t i = 0; i < 32; i += 16) {
+      std::uint64_t bits = core_.random.next();
+      for (std::size_t j = 0; j < 16; ++j, bits >>= 4) request_id_[i + j] = kHex[bits & 15];
+    }
+  }
+
+  static bool is_request_id(std::string_view id) {
+    if (id.empty() || id.size() > kMaxRequestIdBytes) return false;
+    return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
+  }
+
+  RouteNeeds needs_of(const BodyFacts& facts) const {
+    RouteNeeds needs;
+    needs.tools = facts.has_tools;
+    needs.json_mode = facts.json_mode;
+    needs.context_tokens = request_.body_bytes / kBytesPerToken;
+    if (snapshot_->any_vision_stated) {
+      const std::string_view messages(request_.body + facts.messages.at, facts.messages.bytes);
+      needs.vision = messages.find("\"image_url\"") != std::string_view::npos;
+    }
+    return needs;
+  }
+
+  void refuse_body(BodyError error) {
+    if (error == BodyError::too_deep) core_.slab.limit_hit(Limit::json_depth);
+    switch (error) {
+      case BodyError::none: assert(false); break;
+      case BodyError::not_json: return refuse(Refusal::bad_json, true);
+      case BodyError::duplicate_key: return refuse(Refusal::duplicate_key, true);
+      case BodyError::no_model: return refuse(Refusal::no_model, true, {}, "model");
+      case BodyError::wrong_type: return refuse(Refusal::wrong_type, true);
+      case BodyError::too_deep: return refuse(Refusal::too_deep, true);
+    }
+  }
+
+  // 404 with what could be asked for instead, as far as it fits into a sentence.
+  void refuse_unknown_model() {
+    constexpr std::size_t kListedBytes = 1024;
+    std::vector<std::string_view> names;
+    for (const auto& [name, entry] : snapshot_->models) {
+      if (is_available(entry)) names.push_back(name);
+    }
+    std::sort(names.begin(), names.end());
+    std::string message = "The model '" + asked_ + "' is not available here. ";
+    message += names.empty() ? "No model is available now: see /health." : "Available: ";
+    const std::size_t start = message.size();
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      if (message.size() - start + names[i].size() > kListedBytes) {
+        message += ", … (GET /v1/models lists all)";
+        break;
+      }
+      if (i > 0) message += ", ";
+      message += names[i];
+    }
+    if (!names.empty()) message += ".";
+    refuse(Refusal::model_not_found, true, message, "model");
+  }
+
+  bool is_available(const ModelEntry& entry) const {
+    return std::any_of(entry.offers.begin(), entry.offers.end(),
+                       [&](const Offer& offer) { return snapshot_->backends[offer.backend].healthy; });
+  }
+
+  // ---- choosing a backend ----
+
+  enum class Pick : std::uint8_t { chosen, nothing_left, all_full };
+
+  void next_attempt() {
+    const RoutingSettings& routing = snapshot_->settings->routing;
+    const RouteOutcome outcome = find_choices(core_.turn++);
+    if (attempts_ == 0) {
+      switch (outcome) {
+        case RouteOutcome::ok: break;
+        case RouteOutcome::unknown_model: return refuse_unknown_model();
+        case RouteOutcome::none_healthy: return refuse(Refusal::no_healthy_backend, true);
+        case RouteOutcome::not_capable: return refuse(Refusal::not_capable, true);
+      }
+    }
+    switch (pick(routing)) {
+      case Pick::chosen: return begin_attempt();
+      case Pick::all_full: return wait_in_queue();
+      case Pick::nothing_left: return refuse(last_failure_, true);
+    }
+  }
+
+  RouteOutcome find_choices(std::uint64_t turn) {
+    return route(
+        *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, core_.random.next(),
+        [this](const BackendView& backend) { return load_of(backend); }, core_.choices);
+  }
+
+  BackendLoad load_of(const BackendView& backend) const {
+    BackendLoad load;
+    load.pending = core_.shared.metrics.pending(backend.id);
+    load.latency_ns = core_.latency_of(backend.id);
+    load.ejected = !core_.shared.ejector.usable(backend.id, core_.now);
+    return load;
+  }
+
+  bool may_try(const Choice& choice, const RoutingSettings& routing) const {
+    if ((choice.fallback ? fallback_tries_ : primary_tries_) > routing.retries) return false;
+    const BackendId id = snapshot_->backends[choice.backend].id;
+    for (std::size_t i = 0; i < tried_count_; ++i) {
+      if (tried_[i].backend == id && tried_[i].model == choice.model) return false;
+    }
+    return true;
+  }
+
+  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
+  // nothing else is left, and none that is merely full.
+  Pick pick(const RoutingSettings& routing) {
+    full_.clear();
+    for (const bool last_resort : {false, true}) {
+      for (const Choice& choice : core_.choices) {
+        if (!may_try(choice, routing)) continue;
+        const BackendView& backend = snapshot_->backends[choice.backend];
+        if (!last_resort && !core_.shared.ejector.usable(backend.id, core_.now)) continue;
+        if (!core_.shared.admission.try_enter(backend.id, backend.max_pending, place_)) {
+          full_.push_back(backend.id);
+          continue;
+        }
+        Ejector::Passage passage = core_.shared.ejector.enter(backend.id, core_.now);
+        if (passage.closed() && !last_resort) {  // another request took the trial just now
+          place_ = Admission::Place();
+          continue;
+        }
+        take(choice, std::move(passage));
+        return Pick::chosen;
+      }
+      if (!full_.empty()) return Pick::all_full;
+    }
+    return Pick::nothing_left;
+  }
+
+  void take(const Choice& choice, Ejector::Passage passage) {
+    choice_ = choice;
+    backend_ = &snapshot_->backends[choice.backend];
+    passage_ = std::move(passage);
+  }
+
+  bool another_choice(const RoutingSettings& routing) const {
+    return std::any_of(core_.choices.begin(), core_.choices.end(),
+                       [&](const Choice& choice) { return may_try(choice, routing); });
+  }
+
+  // Every candidate is at its cap: wait for the first place on any of them.
+  void wait_in_queue() {
+    const Admission::Outcome outcome = core_.shared.admission.enqueue(full_, core_.worker, owner_, ticket_, place_);
+    switch (outcome) {
+      case Admission::Outcome::entered: return use_place();
+      case Admission::Outcome::full:
+        core_.slab.queue_rejected(QueueRejection::full);
+        core_.slab.limit_hit(Limit::queue_size);
+        return refuse(Refusal::queue_full, true);
+      case Admission::Outcome::queued: break;
+    }
+    state_ = State::queued;
+    queued_on_ = full_.front();
+    queued_ns_ = core_.now;
+    core_.slab.add_pending(queued_on_, 1);
+    core_.slab.queue_depth(queued_on_, 1);
+    deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
+  }
+
+  void leave_queue() {
+    if (queued_on_ == BackendId::none) return;
+    core_.slab.add_pending(queued_on_, -1);
+    core_.slab.queue_depth(queued_on_, -1);
+    core_.slab.queue_wait(core_.now - queued_ns_);
+    queued_on_ = BackendId::none;
+    ticket_ = Admission::Ticket();
+  }
+
+  void on_queue_timeout() {
+    on_grant();  // it may have come just now
+    if (state_ != State::queued) return;
+    leave_queue();
+    core_.slab.queue_rejected(QueueRejection::timeout);
+    core_.slab.limit_hit(Limit::queue_timeout);
+    refuse(Refusal::queue_timeout, true);
+  }
+
+  // Goes to the backend on which place_ was granted, or chooses anew where that one is gone from the fleet.
+  void use_place() {
+    const RoutingSettings& routing = snapshot_->settings->routing;
+    find_choices(core_.turn++);
+    for (const Choice& choice : core_.choices) {
+      const BackendId id = snapshot_->backends[choice.backend].id;
+      if (id != place_.backend() || !may_try(choice, routing)) continue;
+      take(choice, core_.shared.ejector.enter(id, core_.now));
+      return begin_attempt();
+    }
+    place_ = Admission::Place();
+    next_attempt();
+  }
+
+  // ---- an attempt ----
+
+  void begin_attempt() {
+    assert(upstream_ == nullptr && tried_count_ < tried_.size());
+    tried_[tried_count_++] = {backend_->id, choice_.model};
+    (choice_.fallback ? fallback_tries_ : primary_tries_) += 1;
+    attempts_ += 1;
+    record_.backend = backend_->id;
+    core_.slab.add_pending(backend_->id, 1);
+    pending_ = true;
+    attempt_open_ = true;
+    stale_retry_ = false;
+    write_image();
+    upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_);
+    if (upstream_ == nullptr) return connect();
+    begin_sending();
+  }
+
+  void connect() {
+    const typename Pool<Net>::Connecting connecting = pool_.connect(backend_->id, *backend_->address, owner_);
+    if (connecting.upstream == nullptr) {
+      if (connecting.outcome == SocketOutcome::no_descriptor) core_.slab.limit_hit(Limit::descriptors);
+      if (connecting.outcome == SocketOutcome::no_memory) core_.slab.limit_hit(Limit::memory);
+      return fail_attempt(AttemptOutcome::connect_error, Refusal::connect_failed);
+    }
+    upstream_ = connecting.upstream;
+    state_ = State::connecting;
+    deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.connect_timeout_ns);
+  }
+
+  void on_connected() {
+    assert(state_ == State::connecting);
+    if (core_.net.connect_error(upstream_->connection.socket()) != 0) {
+      return fail_attempt(AttemptOutcome::connect_error, Refusal::connect_failed);
+    }
+    begin_sending();
+  }
+
+  // The head for this backend, and the client's body with what has to be changed in it.
+  void write_image() {
+    BodyEdits edits;
+    std::string model;
+    if (*choice_.model_name != facts_model()) {
+      model = json_string(*choice_.model_name);
+      edits.add({facts_.model_value.at, facts_.model_value.bytes, model});
+    }
+    const bool ask = backend_->ask_usage && record_.stream && facts_.include_usage != BodyFacts::Flag::yes;
+    if (ask) edits.add(usage_edit());
+    remove_usage_event_ = ask;
+    UpstreamHead head;
+    head.method = llhttp_method_name(static_cast<llhttp_method_t>(request_.head->method));
+    head.target = {request_.base + request_.head->target_at, request_.head->target_bytes};
+    head.base_path = backend_->base_path;
+    head.host = backend_->host;
+    head.authorization = backend_->authorization;
+    head.pass_authorization = request_.pass_authorization;
+    head.request_id = request_id_;
+    head.via = core_.shared.instance;
+    head.content_length = edits.length_after(request_.body_bytes);
+    own_.clear();
+    append_request_head(own_, HeadView{request_.base, request_.fields}, head);
+    image_.clear();
+    image_.add_own(0, own_.size());
+    std::size_t at = 0;
+    for (const BodyEdit& edit : edits) {
+      image_.add_body(at, edit.at - at);
+      image_.add_own(own_.size(), edit.inserted.size());
+      own_ += edit.inserted;
+      at = edit.at + edit.removed;
+    }
+    image_.add_body(at, request_.body_bytes - at);
+    image_sent_ = 0;
+  }
+
+  // The asked name as the client spelled it; facts_.model itself lasts only until the next body is read.
+  std::string_view facts_model() const { return entry_->name; }
+
+  // Where `"include_usage": true` goes.
+  BodyEdit usage_edit() const {
+    switch (facts_.stream_options) {
+      case BodyFacts::Options::absent: return {facts_.first_member, 0, R"("stream_options":{"include_usage":true},)"};
+      case BodyFacts::Options::null:
+        return {facts_.stream_options_value.at, facts_.stream_options_value.bytes, R"({"include_usage":true})"};
+      case BodyFacts::Options::object: break;
+    }
+    if (facts_.include_usage != BodyFacts::Flag::absent) {
+      return {facts_.include_usage_value.at, facts_.include_usage_value.bytes, "true"};
+    }
+    const std::string_view member =
+        facts_.stream_options_empty ? R"("include_usage":true)" : R"("include_usage":true,)";
+    return {facts_.stream_options_value.at + 1, 0, member};
+  }
+
+  void begin_sending() {
+    state_ = State::sending;
+    answer_bytes_seen_ = false;
+    interim_answers_ = 0;
+    deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.first_byte_timeout_ns);
+    send_request();
+  }
+
+  void send_request() {
+    assert(state_ == State::sending);
+    std::array<iovec, RequestImage::kMaxPieces> parts;
+    while (image_sent_ < image_.total()) {
+      const std::size_t count = image_.fill(parts, own_.data(), request_.body, image_sent_);
+      const IoResult result = core_.net.write(upstream_->connection.socket(), std::span(parts.data(), count));
+      if (result.kind == IoResult::Kind::again) return;
+      // A backend may refuse in the middle of a body and close: what it said can still be read.
+      if (!result.ok()) return on_send_failure();
+      image_sent_ += result.bytes;
+      deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.first_byte_timeout_ns);
+    }
+    state_ = State::awaiting;
+    sent_ns_ = core_.net.now();
+    if (attempts_ == 1 && !stale_retry_) record_.overhead_ns = sent_ns_ - overhead_from_ns_;
+  }
+
+  void on_send_failure() {
+    send_failed_ = true;
+    state_ = State::awaiting;
+    upstream_->connection.note(Event{upstream_->token, true, false, true});
+    read_answer();
+  }
+
+  // ---- the answer ----
+
+  void read_answer() {
+    if (state_ != State::sending && state_ != State::awaiting && state_ != State::streaming) return;
+    const std::uint32_t attempt = attempts_;
+    Upstream<Net>* const upstream = upstream_;
+    for (std::uint32_t reads = 0; upstream->connection.may_read(); ++reads) {
+      if (state_ == State::streaming && client_.pending() > 0) return note_write_deadline();
+      if (reads == kReadsPerTurn) return core_.call_again(owner_);
+      char* scratch = core_.scratch();
+      if (scratch == nullptr) return out_of_memory();
+      const IoResult result = upstream->connection.read(core_.net, scratch, core_.scratch_bytes());
+      switch (result.kind) {
+        case IoResult::Kind::again: return;
+        case IoResult::Kind::eof: return on_upstream_end(false);
+        case IoResult::Kind::failed: return on_upstream_end(true);
+        case IoResult::Kind::ok: break;
+      }
+      answer_bytes_seen_ = true;
+      if (state_ == State::streaming) {
+        relay({}, scratch, result.bytes);
+      } else {
+        read_head(scratch, result.bytes);
+      }
+      if (upstream_ != upstream || attempts_ != attempt) return;  // this answer is done with
+    }
+  }
+
+  // Heads come whole in the first read but for slow or strange backends: the rest is kept only then.
+  void read_head(char* data, std::size_t bytes) {
+    if (!answer_fields_) {
+      answer_fields_ = core_.tables.take();
+      if (!answer_fields_) return out_of_memory();
+      answer_reader_.start(answer_fields_.get());
+    }
+    if (!partial_head_.empty()) {
+      if (!partial_head_.append(core_.blocks, {data, bytes})) return out_of_memory();
+      data = partial_head_.data();
+      bytes = partial_head_.size();
+    }
+    for (;;) {
+      ResponseHead head;
+      const HeadResult result = answer_reader_.feed(data, bytes, head);
+      if (result.status == HeadResult::Status::failed ||
+          (result.status == HeadResult::Status::need_more && bytes > kMaxAnswerHeadBytes)) {
+        log_bad_answer(result.why.empty() ? "its head is too large" : result.why);
+        return fail_attempt(AttemptOutcome::bad_response, Refusal::backend_not_http);
+      }
+      if (result.status == HeadResult::Status::need_more) return keep_partial(data, bytes);
+      if (head.status >= 200) return on_head(head, data, bytes);
+      // RFC 9110 15.2: an interim answer is read past. 101 was not asked for.
+      if (head.status == 101 || ++interim_answers_ > kMaxInterimAnswers) {
+        log_bad_answer("an interim answer that was not asked for");
+        return fail_attempt(AttemptOutcome::bad_response, Refusal::backend_not_http);
+      }
+      data += result.head_bytes;
+      bytes -= result.head_bytes;
+      answer_reader_.start(answer_fields_.get());
+      if (bytes == 0) return partial_head_.clear();
+    }
+  }
+
+  void keep_partial(const char* data, std::size_t bytes) {
+    if (partial_head_.empty()) {
+      if (!partial_head_.append(core_.blocks, {data, bytes})) return out_of_memory();
+    } else {
+      partial_head_.consume(partial_head_.size() - bytes);  // interim answers before it
+    }
+  }
+
+  void on_head(const ResponseHead& head, char* data, std::size_t bytes) {
+    const bool failed = head.status == 429 || head.status >= 500;
+    core_.note_latency(backend_->id, core_.now - sent_ns_);
+    if (failed) {
+      note_backend_failure(retry_after_of(data));
+      if (may_retry()) return retry_after_status(head, data, bytes);
+    } else if (passage_.trial()) {
+      passage_.succeeded();  // a stream may last for minutes: others need not wait for its end
+    }
+    begin_relay(head, data, bytes);
+  }
+
+  std::optional<Ns> retry_after_of(const char* base) const {
+    const FieldRow* row = find_field(*answer_fields_, Field::retry_after);
+    if (row == nullptr) return std::nullopt;
+    const auto seconds = parse_decimal(value_of(base, *row));
+    if (!seconds) return std::nullopt;  // a date: the host's clock may not be the backend's
+    return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
+  }
+
+  bool may_retry() {
+    find_choices(core_.turn);
+    return another_choice(snapshot_->settings->routing);
+  }
+
+  // The answer is thrown away for another backend's. Its connection is kept where the whole of it has come.
+  void retry_after_status(const ResponseHead& head, char* data, std::size_t bytes) {
+    answer_body_.start(head.framing);
+    const AnswerBody::Piece piece = answer_body_.feed(data + head.head_bytes, bytes - head.head_bytes);
+    const bool whole = head.framing.kind == Framing::Kind::none || piece.done;
+    const bool reuse =
+        whole && !piece.excess && !piece.failed && head.keep_alive && !send_failed_ && image_sent_ == image_.total();
+    end_attempt(status_outcome(head.status));
+    release_upstream(reuse ? AttemptEnd::reuse : AttemptEnd::close);
+    leave_backend();
+    last_failure_ = Refusal::backend_broke;
+    retry_reason_ = name_of(status_outcome(head.status));
+    next_attempt();
+  }
+
+  static AttemptOutcome status_outcome(std::uint16_t status) {
+    if (status == 429) return AttemptOutcome::status_429;
+    return status >= 500 ? AttemptOutcome::status_5xx : AttemptOutcome::ok;
+  }
+
+  // The client gets this answer: from here on nothing is retried.
+  void begin_relay(const ResponseHead& head, char* data, std::size_t bytes) {
+    const bool sse = is_event_stream(data);
+    state_ = State::streaming;
+    answer_status_ = head.status;
+    answer_keep_alive_ = head.keep_alive;
+    record_.status = head.status;
+    record_.reached_backend = true;
+    record_.error = head.status / 100 == 2 ? ErrorType::none : ErrorType::backend_error;
+    record_.stream = sse && head.status / 100 == 2;
+    record_.fell_back = choice_.fallback;
+    record_.fallback_to = choice_.fallback ? choice_.model : ModelId::unknown;
+    sse_ = sse;
+    answer_body_.start(head.framing);
+    scan_.start(scan_kind(head, data), remove_usage_event_);
+    client_framing_ = client_framing(head);
+    std::string& out = core_.text;
+    out.clear();
+    const std::string reason = route_reason();
+    ClientHead to;
+    to.backend = backend_->name;
+    to.request_id = request_id_;
+    to.route_reason = reason;
+    if (choice_.fallback) to.fallback_model = *choice_.model_name;
+    to.framing = client_framing_;
+    to.http_1_0 = http_1_0_;
+    if (client_framing_.kind == Framing::Kind::until_close) keep_alive_ = false;
+    to.keep_alive = keep_alive_;
+    append_response_head(out, HeadView{data, answer_fields_.get()}, head, to);
+    note_stall_deadline();
+    relay(out, data + head.head_bytes, bytes - head.head_bytes);
+    // What is only needed to try again, or to read a head, is given back before a long stream.
+    answer_fields_.give_back();
+    partial_head_.clear();
+  }
+
+  bool is_event_stream(const char* base) const {
+    const FieldRow* row = find_field(*answer_fields_, Field::content_type);
+    return row != nullptr && starts_with_ignoring_case(value_of(base, *row), "text/event-stream");
+  }
+
+  UsageScan::Kind scan_kind(const ResponseHead& head, const char* base) const {
+    if (head.status / 100 != 2 || head.framing.kind == Framing::Kind::none) return UsageScan::Kind::none;
+    const FieldRow* coding = find_field(*answer_fields_, Field::content_encoding);
+    if (coding != nullptr && !equals_ignoring_case(value_of(base, *coding), "identity")) return UsageScan::Kind::none;
+    return sse_ ? UsageScan::Kind::event_stream : UsageScan::Kind::json;
+  }
+
+  Framing client_framing(const ResponseHead& head) const {
+    if (head.framing.kind == Framing::Kind::none) {
+      // 204 and 304 carry no length; every other answer without a body says so.
+      if (head.status == 204 || head.status == 304) return {};
+      return {Framing::Kind::length, 0};
+    }
+    const bool length_holds = !(sse_ && remove_usage_event_);
+    if (head.framing.kind == Framing::Kind::length && length_holds) return head.framing;
+    return {http_1_0_ ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
+  }
+
+  std::string route_reason() const {
+    std::string reason;
+    if (!retry_reason_.empty()) reason.append("retry after ").append(retry_reason_).append(", ");
+    append_reason(reason, choice_);
+    return reason;
+  }
+
+  // Passes a piece of the body on; `head` goes in front of it.
+  void relay(std::string_view head, char* data, std::size_t bytes) {
+    const bool chunked = client_framing_.kind == Framing::Kind::chunked;
+    AnswerBody::Piece piece = answer_body_.feed(data, bytes);
+    if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = core_.now;
+    UsageScan::Out out;
+    if (!scan_.feed(core_.blocks, core_.json, piece.data, piece.bytes, out)) return out_of_memory();
+    ClientWrite write;
+    write.add(head);
+    write.add_payload(chunked, out.held, out.piece);
+    if (!piece.failed && piece.done && scan_.held_bytes() == 0) {
+      UsageScan::Out rest;
+      if (!scan_.finish(core_.blocks, core_.json, rest)) return out_of_memory();
+      assert(rest.held.empty() && rest.piece.empty());
+      write.add_end(chunked);
+      return end_of_answer(write, piece.excess);
+    }
+    if (!send_to_client(write)) return client_left();
+    note_overhead();
+    if (piece.failed) {
+      log_bad_answer("its chunked coding is broken");
+      return break_stream(AttemptOutcome::bad_response, Refusal::backend_not_http);
+    }
+    if (piece.done) return end_of_held_answer(piece.excess);
+    note_stall_deadline();
+  }
+
+  // The body has ended while the scan still held bytes back: they go on, or are the event that is taken out.
+  void end_of_held_answer(bool excess) {
+    const bool chunked = client_framing_.kind == Framing::Kind::chunked;
+    UsageScan::Out rest;
+    if (!scan_.finish(core_.blocks, core_.json, rest)) return out_of_memory();
+    ClientWrite write;
+    write.add_payload(chunked, rest.held, rest.piece);
+    write.add_end(chunked);
+    end_of_answer(write, excess);
+  }
+
+  // The answer is whole: the connection goes back, and the client gets the end.
+  void end_of_answer(ClientWrite& write, bool excess) {
+    last_body_ns_ = core_.now;
+    note_usage();
+    if (!send_to_client(write)) return client_left();
+    note_overhead();
+    passage_.succeeded();
+    end_attempt(status_outcome(answer_status_));
+    const bool reuse = answer_keep_alive_ && !excess && !send_failed_ && image_sent_ == image_.total();
+    release_upstream(reuse ? AttemptEnd::reuse : AttemptEnd::close);
+    finish();
+  }
+
+  bool send_to_client(ClientWrite& write) {
+    sent_bytes_ += write.payload_bytes();
+    return client_.write(core_.net, core_.blocks, write.parts());
+  }
+
+  void note_overhead() {
+    if (overhead_noted_ || record_.overhead_ns < 0) return;
+    overhead_noted_ = true;
+    record_.overhead_ns += core_.net.now() - core_.now;
+  }
+
+  void note_usage() {
+    if (answer_status_ / 100 != 2) return;
+    const Usage& usage = scan_.usage();
+    record_.prompt_tokens = usage.prompt_tokens;
+    record_.completion_tokens = usage.completion_tokens;
+    record_.without_usage = !usage.told();
+    if (record_.stream && first_body_ns_ >= 0) {
+      record_.first_byte_ns = first_body_ns_ - started_ns_;
+      if (usage.completion_tokens > 1) {
+        record_.per_token_ns = (last_body_ns_ - first_body_ns_) / (usage.completion_tokens - 1);
+      }
+    }
+  }
+
+  // The backend's connection ended.
+  void on_upstream_end(bool broken) {
+    if (state_ == State::streaming) {
+      if (answer_body_.ends_with_connection() && !broken) {
+        answer_keep_alive_ = false;
+        return end_of_held_answer(false);
+      }
+      return break_stream(AttemptOutcome::truncated, Refusal::backend_broke);
+    }
+    // A kept-alive connection that was closed under the request: the backend never saw it, or said nothing of it.
+    if (upstream_->reused && !answer_bytes_seen_ && !stale_retry_) {
+      stale_retry_ = true;
+      release_upstream(AttemptEnd::close);
+      send_failed_ = false;
+      image_sent_ = 0;
+      return connect();
+    }
+    if (answer_bytes_seen_) log_bad_answer("it ended within its head");
+    fail_attempt(AttemptOutcome::truncated, Refusal::backend_broke);
+  }
+
+  // ---- ends ----
+
+  // This attempt failed and nothing went to the client: on to the next candidate, or to an error.
+  void fail_attempt(AttemptOutcome outcome, Refusal refusal) {
+    record_.reached_backend |= state_ != State::connecting && upstream_ != nullptr;
+    note_backend_failure(std::nullopt);
+    end_attempt(outcome);
+    release_upstream(AttemptEnd::close);
+    leave_backend();
+    last_failure_ = refusal;
+    retry_reason_ = name_of(outcome);
+    if (core_.now >= request_deadline_ || !may_retry()) return refuse(refusal, true);
+    next_attempt();
+  }
+
+  void note_backend_failure(std::optional<Ns> retry_after) {
+    passage_.failed(core_.now, snapshot_->settings->health, retry_after);
+  }
+
+  // The answer broke after its head went out: it must not look whole.
+  void break_stream(AttemptOutcome outcome, Refusal refusal) {
+    assert(state_ == State::streaming);
+    const RefusalRow& row = row_of(refusal);
+    record_.error = row.label;
+    note_backend_failure(std::nullopt);
+    end_attempt(outcome);
+    release_upstream(AttemptEnd::close);
+    keep_alive_ = false;
+    cut_short_ = true;
+    if (client_framing_.kind == Framing::Kind::until_close) {
+      cut_ = true;  // a FIN would be the proper end of this body: only a reset tells
+      return commit();
+    }
+    if (sse_ && client_framing_.kind == Framing::Kind::chunked) {
+      std::string event = "\n\ndata: ";
+      append_error_body(event, row, row.message);
+      event += "\n\n";
+      ClientWrite write;
+      write.add_payload(true, event, {});
+      if (!client_.write(core_.net, core_.blocks, write.parts())) return commit();
+    }
+    finish();
+  }
+
+  // The client takes nothing: cut it, so that it holds nothing here.
+  void cut_client() {
+    core_.slab.limit_hit(Limit::write_timeout);
+    record_.error = ErrorType::other;
+    end_attempt(AttemptOutcome::cancelled);
+    release_upstream(AttemptEnd::close);
+    keep_alive_ = false;
+    cut_ = cut_short_ = true;
+    commit();
+  }
+
+  void out_of_memory() {
+    core_.slab.limit_hit(Limit::memory);
+    if (state_ == State::streaming) {
+      record_.error = ErrorType::other;
+      end_attempt(AttemptOutcome::cancelled);
+      release_upstream(AttemptEnd::close);
+      keep_alive_ = false;
+      cut_ = cut_short_ = true;
+      return commit();
+    }
+    end_attempt(AttemptOutcome::cancelled);
+    refuse(Refusal::out_of_memory, true);
+  }
+
+  void end_attempt(AttemptOutcome outcome) {
+    if (!attempt_open_) return;
+    attempt_open_ = false;
+    core_.slab.attempt(backend_->id, outcome);
+  }
+
+  void release_upstream(AttemptEnd end) {
+    answer_fields_.give_back();
+    partial_head_.clear();
+    if (upstream_ == nullptr) return;
+    Upstream<Net>* upstream = upstream_;
+    upstream_ = nullptr;
+    if (end == AttemptEnd::reuse) {
+      pool_.give_back(*upstream);
+    } else {
+      pool_.drop(*upstream);
+    }
+  }
+
+  void leave_backend() {
+    send_failed_ = false;
+    leave_queue();
+    place_ = Admission::Place();
+    passage_ = Ejector::Passage();
+    if (!pending_) return;
+    pending_ = false;
+    core_.slab.add_pending(backend_->id, -1);
+  }
+
+  // All is written; over as soon as the kernel has taken it.
+  void finish() {
+    state_ = State::finishing;
+    if (client_.pending() == 0) return commit();
+    note_write_deadline();
+  }
+
+  void note_write_deadline() { deadline_ = deadline_after(core_.now, core_.settings().server.write_timeout_ns); }
+  void note_stall_deadline() {
+    deadline_ = client_.pending() > 0 ? deadline_after(core_.now, core_.settings().server.write_timeout_ns)
+                                      : deadline_after(core_.now, snapshot_->settings->upstream.stall_timeout_ns);
+  }
+
+  // The one place where a request is counted.
+  void commit() {
+    assert(state_ != State::over && upstream_ == nullptr);
+    leave_backend();
+    const Ns ended_ns = core_.net.now();
+    record_.duration_ns = ended_ns - started_ns_;
+    core_.slab.record(record_);
+    core_.log.access(access_entry());
+    deadline_ = request_deadline_ = kNever;
+    overhead_noted_ = false;
+    state_ = State::over;
+  }
+
+  AccessEntry access_entry() const {
+    AccessEntry entry;
+    entry.wall_ns = wall_now();
+    entry.request_id = request_id_;
+    entry.client = client_name_;
+    entry.method = "POST";
+    entry.path = endpoint_->path;
+    entry.model = asked_;
+    if (attempts_ > 0) entry.model_used = *choice_.model_name;
+    if (record_.backend != BackendId::none) entry.backend = backend_->name;
+    entry.status = record_.status;
+    const ErrorType error = error_of(record_);
+    if (error != ErrorType::none) entry.error_type = name_of(error);
+    entry.attempts = attempts_;
+    entry.bytes = sent_bytes_;
+    entry.prompt_tokens = record_.prompt_tokens;
+    entry.completion_tokens = record_.completion_tokens;
+    entry.first_byte_ns = first_body_ns_ < 0 ? -1 : first_body_ns_ - started_ns_;
+    entry.duration_ns = record_.duration_ns;
+    entry.cut = cut_short_;
+    return entry;
+  }
+
+  void log_bad_answer(std::string_view why) {
+    core_.log.event(LogLevel::warning, "bad answer from a backend",
+                    {{"backend", backend_->name}, {"why", why}, {"request_id", request_id_}});
+  }
+
+  Token owner_;
+  Core<Net>& core_;
+  Pool<Net>& pool_;
+  Connection<Net>& client_;
+  State state_ = State::idle;
+
+  // Of the request, from open() on.
+  const Endpoint* endpoint_ = nullptr;
+  std::string_view client_name_;
+  std::string request_id_;
+  SnapshotUse snapshot_;
+  RequestView request_;
+  BodyFacts facts_;
+  std::string asked_;
+  const ModelEntry* entry_ = nullptr;
+  RouteNeeds needs_;
+  RequestRecord record_;
+  Ns started_ns_ = 0;
+  Ns overhead_from_ns_ = 0;
+  Ns deadline_ = kNever;
+  Ns request_deadline_ = kNever;
+  bool http_1_0_ = false;
+  bool keep_alive_ = true;
+
+  // Of its attempts.
+  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config
+  std::size_t tried_count_ = 0;
+  std::uint32_t primary_tries_ = 0;
+  std::uint32_t fallback_tries_ = 0;
+  std::uint32_t attempts_ = 0;
+  Choice choice_;
+  const BackendView* backend_ = nullptr;
+  Admission::Place place_;    // on backend_, where it has a cap
+  Admission::Ticket ticket_;  // while queued
+  BackendId queued_on_{};     // the backend that the wait is counted on
+  Ns queued_ns_ = 0;
+  Ejector::Passage passage_;
+  std::vector<BackendId> full_;  // candidates that had no place
+  bool pending_ = false;         // counted in nexus_pending_requests of backend_
+  bool attempt_open_ = false;    // its outcome is not counted yet
+  bool stale_retry_ = false;     // a kept-alive connection was found closed once already
+  Refusal last_failure_ = Refusal::connect_failed;
+  std::string_view retry_reason_;
+
+  // Of the attempt going on.
+  Upstream<Net>* upstream_ = nullptr;
+  std::string own_;
+  RequestImage image_;
+  std::size_t image_sent_ = 0;
+  Ns sent_ns_ = 0;
+  bool send_failed_ = false;
+  bool remove_usage_event_ = false;
+  bool answer_bytes_seen_ = false;
+  std::uint32_t interim_answers_ = 0;
+  ResponseReader answer_reader_;
+  typename Spares<FieldTable>::Loan answer_fields_;
+  Buffer partial_head_;
+
+  // Of the answer on its way to the client.
+  AnswerBody answer_body_;
+  UsageScan scan_;
+  Framing client_framing_;
+  std::uint16_t answer_status_ = 0;
+  bool answer_keep_alive_ = false;
+  bool sse_ = false;
+  bool overhead_noted_ = false;
+  bool cut_ = false;
+  bool cut_short_ = false;
+  std::uint64_t sent_bytes_ = 0;
+  Ns first_body_ns_ = -1;
+  Ns last_body_ns_ = -1;
+};
+
+}  // namespace nexus

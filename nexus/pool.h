@@ -1,0 +1,145 @@
+// pool.h
+// Owns:     the connections to backends: each in use by one exchange, or idle and kept for the next.
+// Promises: an idle one that shows any sign (bytes, FIN, reset) is closed; the most recently used is taken first, so
+//           that the others can time out; the counts per backend are exact.
+// Leaves:   what is sent over them to exchange.h.
+// Threads:  one worker's.
+#pragma once
+
+#include <cassert>
+#include <vector>
+
+#include "connection.h"
+#include "core.h"
+
+namespace nexus {
+
+constexpr std::uint8_t kUpstreamKind = 3;  // of a Token
+
+template <class Net>
+struct Upstream {
+  Upstream(Token token_in, BackendId backend_in, const Address& address_in)
+      : token(token_in), backend(backend_in), address(address_in), timer(token_in) {}
+
+  Token token;
+  Connection<Net> connection;
+  BackendId backend;
+  Address address;
+  Token owner;          // the session whose exchange uses it; its value is 0 while idle
+  bool reused = false;  // it carried an exchange before
+  Timer timer;          // while idle
+  Upstream* newer = nullptr;
+  Upstream* older = nullptr;
+};
+
+template <class Net>
+class Pool {
+ public:
+  explicit Pool(Core<Net>& core) : core_(core), upstreams_(kUpstreamKind) {}
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  ~Pool() {
+    upstreams_.each([this](Upstream<Net>& upstream) { drop(upstream); });
+  }
+
+  Upstream<Net>* get(Token token) { return upstreams_.get(token); }
+
+  // An idle connection to that backend at that address, or nullptr.
+  Upstream<Net>* take_idle(BackendId backend, const Address& address, Token owner) {
+    if (index_of(backend) >= lines_.size()) return nullptr;
+    while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
+      unlink(*upstream);
+      if (upstream->address == address) {
+        core_.wheel.cancel(upstream->timer);
+        upstream->owner = owner;
+        return upstream;
+      }
+      drop(*upstream);  // the backend has moved
+    }
+    return nullptr;
+  }
+
+  struct Connecting {
+    Upstream<Net>* upstream = nullptr;
+    SocketOutcome outcome = SocketOutcome::failed;
+  };
+
+  // A new connection, on its way.
+  Connecting connect(BackendId backend, const Address& address, Token owner) {
+    typename Net::Opened opened = core_.net.connect(address);
+    if (opened.outcome != SocketOutcome::ok) return {nullptr, opened.outcome};
+    Upstream<Net>* upstream = upstreams_.make(backend, address);
+    if (upstream == nullptr || !core_.net.watch(opened.socket, upstream->token)) {
+      core_.net.close(opened.socket);
+      if (upstream != nullptr) upstreams_.destroy(upstream->token);
+      return {nullptr, SocketOutcome::no_memory};
+    }
+    upstream->connection.attach(opened.socket);
+    upstream->owner = owner;
+    core_.slab.add_backend_connections(backend, 1);
+    return {upstream, SocketOutcome::ok};
+  }
+
+  // Keeps a connection whose exchange ended in order.
+  void give_back(Upstream<Net>& upstream) {
+    const UpstreamSettings& settings = core_.settings().upstream;
+    if (index_of(upstream.backend) >= lines_.size()) lines_.resize(index_of(upstream.backend) + 1);
+    Line& line = lines_[index_of(upstream.backend)];
+    upstream.owner = Token{};
+    const bool quiet = !upstream.connection.hangup() && !upstream.connection.may_read();
+    if (core_.draining || !quiet || line.idle >= settings.idle_connections) {
+      return drop(upstream);
+    }
+    upstream.reused = true;
+    upstream.newer = nullptr;
+    upstream.older = line.newest;
+    if (line.newest != nullptr) line.newest->newer = &upstream;
+    line.newest = &upstream;
+    line.idle += 1;
+    core_.wheel.arm(upstream.timer, deadline_after(core_.now, settings.idle_timeout_ns));
+  }
+
+  // Closes a connection, in use or (unlinked) idle.
+  void drop(Upstream<Net>& upstream) {
+    upstream.connection.close(core_.net);
+    core_.slab.add_backend_connections(upstream.backend, -1);
+    upstreams_.destroy(upstream.token);
+  }
+
+  // An idle connection has no business to show anything.
+  void on_idle_event(Upstream<Net>& upstream, const Event& event) {
+    assert(upstream.owner.value == 0);
+    if (!event.readable && !event.hangup) return;
+    unlink(upstream);
+    drop(upstream);
+  }
+
+  void on_deadline(Token token) {
+    Upstream<Net>* upstream = upstreams_.get(token);
+    if (upstream == nullptr || upstream->owner.value != 0) return;
+    unlink(*upstream);
+    drop(*upstream);
+  }
+
+  std::size_t open() const { return upstreams_.live(); }
+
+ private:
+  struct Line {
+    Upstream<Net>* newest = nullptr;
+    std::uint32_t idle = 0;
+  };
+
+  void unlink(Upstream<Net>& upstream) {
+    Line& line = lines_[index_of(upstream.backend)];
+    (upstream.newer == nullptr ? line.newest : upstream.newer->older) = upstream.older;
+    if (upstream.older != nullptr) upstream.older->newer = upstream.newer;
+    upstream.newer = upstream.older = nullptr;
+    line.idle -= 1;
+  }
+
+  Core<Net>& core_;
+  Slots<Upstream<Net>> upstreams_;
+  std::vector<Line> lines_;  // by BackendId
+};
+
+}  // namespace nexus

@@ -1,0 +1,193 @@
+// relay.h
+// Owns:     an answer's body on its way: taken out of the backend's framing, put into the client's, and the request's
+//           bytes on theirs: the body as it came but for the few values that Nexus changes in it.
+// Promises: payload bytes pass unchanged and in order; an end is told to the client only where the backend told one; no
+//           byte behind the end is taken for body.
+// Leaves:   sockets and decisions to exchange.h, token counts to usage.h.
+// Threads:  parts of one exchange.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "chunked.h"
+#include "http.h"
+#include "text.h"
+
+namespace nexus {
+
+// The backend's framing undone.
+class AnswerBody {
+ public:
+  struct Piece {
+    char* data = nullptr;
+    std::size_t bytes = 0;
+    bool done = false;
+    bool failed = false;  // the framing is broken
+    bool excess = false;  // bytes came behind the end: the connection can't be used again
+  };
+
+  void start(const Framing& framing) {
+    framing_ = framing;
+    decoder_ = ChunkedDecoder();
+  }
+
+  Piece feed(char* data, std::size_t bytes) {
+    Piece piece{data, bytes, false, false, false};
+    switch (framing_.kind) {
+      case Framing::Kind::none:
+        piece.bytes = 0;
+        piece.done = true;
+        piece.excess = bytes > 0;
+        break;
+      case Framing::Kind::length:
+        piece.bytes = static_cast<std::size_t>(std::min<std::uint64_t>(bytes, framing_.length));
+        framing_.length -= piece.bytes;
+        piece.done = framing_.length == 0;
+        piece.excess = bytes > piece.bytes;
+        break;
+      case Framing::Kind::chunked: {
+        const ChunkedDecoder::Result result = decoder_.decode(data, bytes);
+        piece.bytes = result.decoded;
+        piece.done = result.status == ChunkedDecoder::Status::done;
+        piece.failed = result.status == ChunkedDecoder::Status::failed;
+        piece.excess = piece.done && result.consumed < bytes;
+        break;
+      }
+      case Framing::Kind::until_close: break;
+    }
+    return piece;
+  }
+
+  // Whether the end of the connection is this body's proper end.
+  bool ends_with_connection() const { return framing_.kind == Framing::Kind::until_close; }
+
+ private:
+  Framing framing_;
+  ChunkedDecoder decoder_;
+};
+
+// One write to the client: a head, and up to two runs of payload in the client's framing.
+class ClientWrite {
+ public:
+  void add(std::string_view bytes) {
+    if (bytes.empty()) return;
+    assert(count_ < parts_.size());
+    parts_[count_++] = {const_cast<char*>(bytes.data()), bytes.size()};
+  }
+
+  void add_payload(bool chunked, std::string_view first, std::string_view second) {
+    const std::size_t bytes = first.size() + second.size();
+    if (bytes == 0) return;
+    if (chunked) {
+      assert(size_line_bytes_ == 0);
+      const Digits digits(bytes, 16);
+      size_line_bytes_ = digits.view().copy(size_line_.data(), digits.view().size());
+      size_line_[size_line_bytes_++] = '\r';
+      size_line_[size_line_bytes_++] = '\n';
+      add({size_line_.data(), size_line_bytes_});
+    }
+    add(first);
+    add(second);
+    if (chunked) add("\r\n");
+    payload_bytes_ += bytes;
+  }
+
+  void add_end(bool chunked) {
+    if (chunked) add("0\r\n\r\n");
+  }
+
+  std::span<iovec> parts() { return {parts_.data(), count_}; }
+  std::size_t payload_bytes() const { return payload_bytes_; }
+
+ private:
+  std::array<iovec, 8> parts_;
+  std::size_t count_ = 0;
+  std::array<char, 20> size_line_;
+  std::size_t size_line_bytes_ = 0;
+  std::size_t payload_bytes_ = 0;
+};
+
+// What goes to a backend, as pieces of two texts: `own` (the head, then what is put into the body) and the client's
+// body. Its bytes can be counted and sent from any offset on, so that a body is never copied to be sent.
+class RequestImage {
+ public:
+  static constexpr std::size_t kMaxPieces = 8;
+
+  void clear() {
+    count_ = 0;
+    total_ = 0;
+  }
+  void add_own(std::size_t at, std::size_t bytes) { add(false, at, bytes); }
+  void add_body(std::size_t at, std::size_t bytes) { add(true, at, bytes); }
+  std::size_t total() const { return total_; }
+
+  // Fills `out` with what lies behind the first `sent` bytes; says how many parts.
+  std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent) const {
+    std::size_t filled = 0;
+    for (std::size_t i = 0; i < count_; ++i) {
+      const Piece& piece = pieces_[i];
+      if (sent >= piece.bytes) {
+        sent -= piece.bytes;
+        continue;
+      }
+      out[filled++] = {(piece.of_body ? body : own) + piece.at + sent, piece.bytes - sent};
+      sent = 0;
+    }
+    return filled;
+  }
+
+ private:
+  struct Piece {
+    bool of_body;
+    std::size_t at;
+    std::size_t bytes;
+  };
+
+  void add(bool of_body, std::size_t at, std::size_t bytes) {
+    if (bytes == 0) return;
+    assert(count_ < kMaxPieces);
+    pieces_[count_++] = {of_body, at, bytes};
+    total_ += bytes;
+  }
+
+  std::array<Piece, kMaxPieces> pieces_;
+  std::size_t count_ = 0;
+  std::size_t total_ = 0;
+};
+
+// A replacement in the client's body.
+struct BodyEdit {
+  std::size_t at = 0;
+  std::size_t removed = 0;
+  std::string_view inserted;
+};
+
+class BodyEdits {
+ public:
+  void add(const BodyEdit& edit) {
+    assert(count_ < edits_.size());
+    std::size_t slot = count_++;
+    for (; slot > 0 && edits_[slot - 1].at > edit.at; --slot) edits_[slot] = edits_[slot - 1];
+    edits_[slot] = edit;
+  }
+  const BodyEdit* begin() const { return edits_.data(); }
+  const BodyEdit* end() const { return edits_.data() + count_; }
+
+  std::size_t length_after(std::size_t body_bytes) const {
+    for (const BodyEdit& edit : *this) body_bytes = body_bytes - edit.removed + edit.inserted.size();
+    return body_bytes;
+  }
+
+ private:
+  std::array<BodyEdit, 2> edits_;
+  std::size_t count_ = 0;
+};
+
+}  // namespace nexus

@@ -1,0 +1,807 @@
+// server.h
+// Owns:     a worker: its loop, its listeners' share, the client connections and what is asked of them.
+// Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; what one
+//           connection may hold is bounded; a connection is closed with its descriptors, memory and counts.
+// Leaves:   proxied requests to exchange.h from their head on, pages to pages.h, the fleet to control.h.
+// Threads:  run() is the worker thread; post() may be called from any.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "mailbox.h"
+#include "pages.h"
+#include "session.h"
+
+namespace nexus {
+
+constexpr std::uint8_t kListenerKind = 1;  // of a Token
+constexpr std::uint8_t kAcceptTimerKind = 4;
+
+constexpr std::size_t kFirstReadBytes = 16u << 10;
+constexpr std::uint32_t kAcceptsPerTurn = 64;
+constexpr std::uint32_t kClientReadsPerTurn = 32;
+constexpr std::size_t kMaxLingerBytes = 1u << 20;
+constexpr Ns kLingerTime = 2 * kSecond;
+constexpr Ns kPageTime = 30 * kSecond;
+constexpr Ns kAcceptPause = 100 * kMillisecond;  // after a descriptor was not to be had
+
+// How many connections each worker holds: read by the others when a new one comes.
+struct alignas(64) WorkerLoad {
+  std::atomic<std::uint32_t> connections{0};
+};
+
+template <class Net>
+class Worker {
+ public:
+  struct Adopt {
+    typename Net::Socket socket;
+    Address peer;
+    bool metrics_only = false;
+  };
+  struct NewSnapshot {
+    SnapshotPtr snapshot;
+  };
+  struct Page {
+    Token session;
+    std::shared_ptr<const std::string> body;  // nothing: metrics_unavailable
+    PageKind kind = PageKind::metrics;
+  };
+  struct Grant {
+    Token session;
+  };
+  struct Drain {};  // stop accepting, finish what is in flight
+  struct Stop {};   // end now
+  using Message = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop>;
+
+  // What the workers know of each other, and how they ask for pages.
+  struct Peers {
+    std::vector<Worker*> workers;
+    std::vector<WorkerLoad> loads;
+    std::function<void(std::uint32_t worker, Token session, PageKind kind)> ask_page;
+  };
+
+  Worker(Net& net, Shared& shared, Slab& slab, Log log, std::uint32_t index, std::uint64_t seed, SnapshotPtr snapshot,
+         Peers& peers, Ns process_started)
+      : log_(std::move(log)),
+        core_(net, shared, slab, log_, index, seed, std::move(snapshot)),
+        pool_(core_),
+        sessions_(kSessionKind),
+        peers_(peers),
+        process_started_ns_(process_started),
+        accept_timer_(Token::make(kAcceptTimerKind, 0, 0)) {}
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+  ~Worker() { close_all(); }
+
+  // Before run(): takes connections from this socket. False where the kernel refuses.
+  bool add_listener(typename Net::Socket listener, bool metrics_only) {
+    const auto number = static_cast<std::uint32_t>(listeners_.size());
+    listeners_.push_back({listener, metrics_only});
+    return core_.net.watch_listener(listener, Token::make(kListenerKind, 0, number));
+  }
+
+  // Any thread.
+  void post(Message message) {
+    if (mailbox_.post(std::move(message))) core_.net.wake();
+  }
+
+  void run() {
+    while (!stopped_) turn();
+    close_all();
+  }
+
+  // One wait and what it brought. The simulator calls this itself.
+  void turn() {
+    bool woken = false;
+    const Ns deadline = core_.again.empty() ? core_.wheel.next() : core_.now;
+    const std::size_t count = core_.net.wait(events_, deadline, woken);
+    core_.now = core_.net.now();
+    const Ns turn_began = core_.now;
+    for (std::size_t i = 0; i < count; ++i) dispatch(events_[i]);
+    call_again();
+    core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
+    if (woken) take_messages();
+    if (core_.draining && in_flight_ == 0 && !answers_under_way()) stopped_ = true;
+    core_.slab.loop_stall(core_.net.now() - turn_began);
+  }
+
+  bool stopped() const { return stopped_; }
+  std::size_t connections() const { return sessions_.live(); }
+  std::size_t upstreams() const { return pool_.open(); }
+  std::size_t armed_timers() const { return core_.wheel.armed(); }
+  std::size_t taken_bytes() const { return core_.blocks.taken_bytes(); }
+
+ private:
+  using SessionT = Session<Net>;
+  using State = typename SessionT::State;
+
+  struct Listener {
+    typename Net::Socket socket;
+    bool metrics_only;
+  };
+
+  // ---- events ----
+
+  void dispatch(const Event& event) {
+    switch (event.token.kind()) {
+      case kListenerKind: return accept_from(listeners_[event.token.slot()]);
+      case kSessionKind:
+        if (SessionT* session = sessions_.get(event.token)) on_session(*session, event);
+        return;
+      case kUpstreamKind:
+        if (Upstream<Net>* upstream = pool_.get(event.token)) on_upstream(*upstream, event);
+        return;
+      default: assert(false);
+    }
+  }
+
+  void on_session(SessionT& session, const Event& event) {
+    session.connection.note(event);
+    if (event.writable && session.connection.pending() > 0 && !session.connection.flush(core_.net)) {
+      return client_gone(session);
+    }
+    if (session.state == State::exchanging) {
+      if (event.hangup) return client_gone(session);
+      if (event.writable) session.exchange.resume();
+    }
+    drive(session);
+  }
+
+  void on_upstream(Upstream<Net>& upstream, const Event& event) {
+    if (upstream.owner.value == 0) return pool_.on_idle_event(upstream, event);
+    SessionT* session = sessions_.get(upstream.owner);
+    assert(session != nullptr && session->state == State::exchanging);
+    session->exchange.on_upstream(event);
+    drive(*session);
+  }
+
+  void on_deadline(Token token) {
+    switch (token.kind()) {
+      case kUpstreamKind: return pool_.on_deadline(token);
+      case kAcceptTimerKind: return resume_accepting();
+      case kSessionKind:
+        if (SessionT* session = sessions_.get(token)) on_session_deadline(*session);
+        return;
+      default: assert(false);
+    }
+  }
+
+  // Those whose reading stopped at its budget.
+  void call_again() {
+    again_.swap(core_.again);
+    for (const Token token : again_) {
+      SessionT* session = sessions_.get(token);
+      if (session == nullptr) continue;
+      if (session->state == State::exchanging) session->exchange.resume();
+      drive(*session);
+    }
+    again_.clear();
+  }
+
+  void take_messages() {
+    mailbox_.take(messages_);
+    for (Message& message : messages_) {
+      std::visit([this](auto& m) { on_message(m); }, message);
+    }
+    messages_.clear();
+  }
+
+  void on_message(Adopt& adopt) { add_session(adopt.socket, adopt.peer, adopt.metrics_only); }
+  void on_message(NewSnapshot& m) {
+    core_.use(std::move(m.snapshot));
+    const LogSettings& log = core_.settings().log;
+    log_.configure(log_config(log, log_.config().journald));
+  }
+  void on_message(Grant& grant) {
+    SessionT* session = sessions_.get(grant.session);
+    if (session == nullptr || session->state != State::exchanging) return;
+    session->exchange.on_grant();
+    drive(*session);
+  }
+  void on_message(Page& page) {
+    SessionT* session = sessions_.get(page.session);
+    if (session == nullptr || session->state != State::waiting_page) return;
+    begin_page(*session, page);
+    drive(*session);
+  }
+  void on_message(Drain&) {
+    core_.draining = true;
+    for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
+    listeners_open_ = false;
+    core_.wheel.cancel(accept_timer_);
+  }
+  void on_message(Stop&) { stopped_ = true; }
+
+  // ---- accepting ----
+
+  void accept_from(const Listener& listener) {
+    for (std::uint32_t i = 0; i < kAcceptsPerTurn; ++i) {
+      typename Net::Opened opened = core_.net.accept(listener.socket);
+      switch (opened.outcome) {
+        case SocketOutcome::ok: place(opened.socket, opened.peer, listener.metrics_only); break;
+        case SocketOutcome::again: return;
+        case SocketOutcome::failed: continue;  // that connection broke before it was taken
+        case SocketOutcome::no_descriptor:
+        case SocketOutcome::no_memory:
+          core_.slab.limit_hit(opened.outcome == SocketOutcome::no_memory ? Limit::memory : Limit::descriptors);
+          return pause_accepting();
+      }
+    }
+  }
+
+  // The connections wait in the backlog; looking at them in every turn would only spin.
+  void pause_accepting() {
+    if (!listeners_open_) return;
+    listeners_open_ = false;
+    for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
+    core_.wheel.arm(accept_timer_, core_.now + kAcceptPause);
+  }
+
+  void resume_accepting() {
+    if (core_.draining || listeners_open_) return;
+    listeners_open_ = true;
+    for (std::uint32_t i = 0; i < listeners_.size(); ++i) {
+      if (core_.net.watch_listener(listeners_[i].socket, Token::make(kListenerKind, 0, i))) continue;
+      core_.slab.limit_hit(Limit::memory);
+      return pause_accepting();
+    }
+  }
+
+  // Keeps a new connection, or hands it to the worker that holds clearly fewer: streams are long, and chance alone
+  // would leave one thread loaded and another idle.
+  void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+    std::uint32_t total = 0;
+    std::uint32_t fewest = core_.worker;
+    for (std::uint32_t i = 0; i < peers_.workers.size(); ++i) {
+      const std::uint32_t held = peers_.loads[i].connections.load(std::memory_order_relaxed);
+      total += held;
+      if (held < peers_.loads[fewest].connections.load(std::memory_order_relaxed)) fewest = i;
+    }
+    if (total >= core_.settings().server.max_connections) return turn_away(socket);
+    const std::uint32_t mine = peers_.loads[core_.worker].connections.load(std::memory_order_relaxed);
+    const std::uint32_t least = peers_.loads[fewest].connections.load(std::memory_order_relaxed);
+    if (fewest != core_.worker && mine > least + least / 16) {
+      return peers_.workers[fewest]->post(Adopt{socket, peer, metrics_only});
+    }
+    add_session(socket, peer, metrics_only);
+  }
+
+  void turn_away(typename Net::Socket socket) {
+    core_.slab.limit_hit(Limit::max_connections);
+    core_.text.clear();
+    append_own_error(core_.text, Refusal::too_many_connections, {}, OwnAnswer{}, true);
+    iovec part{core_.text.data(), core_.text.size()};
+    core_.net.write(socket, std::span(&part, 1));  // best effort: there is no session to hold what is left
+    core_.net.shut_write(socket);
+    core_.net.close(socket);
+  }
+
+  void add_session(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+    SessionT* session = sessions_.make(core_, pool_, socket, peer, metrics_only);
+    if (session == nullptr || !core_.net.watch(socket, session->token)) {
+      core_.slab.limit_hit(Limit::memory);
+      if (session != nullptr) sessions_.destroy(session->token);
+      return core_.net.close(socket);
+    }
+    note_load(1);
+    core_.wheel.arm(session->timer, deadline_after(core_.now, core_.settings().server.header_timeout_ns));
+  }
+
+  void note_load(int delta) {
+    std::atomic<std::uint32_t>& mine = peers_.loads[core_.worker].connections;  // written by this thread alone
+    mine.store(mine.load(std::memory_order_relaxed) + static_cast<std::uint32_t>(delta), std::memory_order_relaxed);
+    core_.slab.add_client_connections(delta);
+  }
+
+  // ---- a session's course ----
+
+  // Goes on until the session waits for something, and arms its deadline. The session may be gone afterwards.
+  void drive(SessionT& session) {
+    std::uint32_t reads = 0;
+    for (;;) {
+      switch (session.state) {
+        case State::reading_head:
+        case State::reading_body: {
+          const Progress progress = session.state == State::reading_head ? parse_head(session) : parse_body(session);
+          if (progress == Progress::moved) break;
+          if (!session.connection.may_read()) return;
+          if (++reads > kClientReadsPerTurn) return core_.call_again(session.token);
+          if (!read_more(session)) return;
+          break;
+        }
+        case State::exchanging:
+          if (session.exchange.active()) return arm(session, session.exchange.deadline());
+          if (!end_exchange(session)) return;
+          break;
+        case State::waiting_page: return;
+        case State::sending_page:
+          if (!send_page(session)) return;
+          break;
+        case State::answering:
+          if (session.connection.pending() > 0) return;
+          if (!end_answer(session)) return;
+          break;
+        case State::lingering: return linger(session);
+      }
+    }
+  }
+
+  enum class Progress : std::uint8_t { waiting, moved };
+
+  void arm(SessionT& session, Ns deadline) { core_.wheel.arm(session.timer, deadline); }
+
+  // Reads once into the session's input. False where the session is gone.
+  bool read_more(SessionT& session) {
+    const std::size_t wanted = session.state == State::reading_body ? body_room(session) : kFirstReadBytes;
+    if (session.input.room() == 0 || session.state == State::reading_body) {
+      if (!session.input.reserve(core_.blocks, wanted)) {
+        core_.slab.limit_hit(Limit::memory);
+        close(session);
+        return false;
+      }
+    }
+    const IoResult result = session.connection.read(core_.net, session.input.tail(), session.input.room());
+    switch (result.kind) {
+      case IoResult::Kind::ok: session.input.commit(result.bytes); return true;
+      case IoResult::Kind::again: return true;
+      case IoResult::Kind::eof:
+      case IoResult::Kind::failed: client_gone(session); return false;
+    }
+    return false;
+  }
+
+  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer.
+  std::size_t body_room(const SessionT& session) const {
+    const std::size_t held = session.input.size();
+    if (session.head.framing.kind == Framing::Kind::length) {
+      return session.head.head_bytes + static_cast<std::size_t>(session.head.framing.length) - held;
+    }
+    return std::max(session.input.room(), std::max(held, kFirstReadBytes));
+  }
+
+  // ---- the head ----
+
+  Progress parse_head(SessionT& session) {
+    skip_empty_line(session);
+    if (session.input.size() == session.parsed) return Progress::waiting;
+    const ServerSettings& server = core_.settings().server;
+    if (!session.head_started) {
+      session.fields = core_.tables.take();
+      if (!session.fields) {
+        core_.slab.limit_hit(Limit::memory);
+        return refuse_head(session, Refusal::out_of_memory);
+      }
+      session.head_started = true;
+      session.reader.start(session.fields.get());
+      arm_head_deadline(session);
+    }
+    session.parsed = session.input.size();
+    const HeadResult result = session.reader.feed(session.input.data(), session.parsed, session.head);
+    if (result.status == HeadResult::Status::failed) {
+      if (result.error == HeadError::too_many_fields) return refuse_large_head(session);
+      core_.slab.http_rejected(HttpRejection::malformed);
+      core_.log.event(LogLevel::debug, "malformed request", {{"client", session.client_name}, {"why", result.why}});
+      return refuse_head(session, Refusal::malformed);
+    }
+    if (result.status == HeadResult::Status::need_more) {
+      if (session.parsed >= server.max_header_bytes) return refuse_large_head(session);
+      return Progress::waiting;
+    }
+    if (result.head_bytes > server.max_header_bytes) return refuse_large_head(session);
+    on_head(session);
+    return Progress::moved;
+  }
+
+  // The head's time runs from its first byte; a new connection's from its beginning, which is armed already.
+  void arm_head_deadline(SessionT& session) {
+    const Ns deadline = deadline_after(core_.now, core_.settings().server.header_timeout_ns);
+    if (!session.timer.armed() || deadline < session.timer.deadline()) arm(session, deadline);
+  }
+
+  void skip_empty_line(SessionT& session) {
+    if (session.head_started || session.line_skipped || session.input.empty()) return;
+    const std::string_view view = session.input.view();
+    if (view[0] != '\r') return;
+    if (view.size() == 1) {
+      session.parsed = 1;
+      return;
+    }
+    session.parsed = 0;
+    if (view[1] != '\n') return;
+    session.input.consume(2);
+    session.line_skipped = true;
+  }
+
+  Progress refuse_large_head(SessionT& session) {
+    core_.slab.http_rejected(HttpRejection::header_too_large);
+    core_.slab.limit_hit(Limit::max_header);
+    return refuse_head(session, Refusal::header_too_large);
+  }
+
+  // No endpoint is known: an answer of our own, and the end of the connection.
+  Progress refuse_head(SessionT& session, Refusal refusal) {
+    session.keep_alive = false;
+    core_.text.clear();
+    OwnAnswer answer;
+    answer.keep_alive = false;
+    append_own_error(core_.text, refusal, {}, answer, true);
+    write_answer(session, core_.text);
+    return Progress::moved;
+  }
+
+  void on_head(SessionT& session) {
+    const char* base = session.input.data();
+    std::string_view path(base + session.head.target_at, session.head.target_bytes);
+    path = path.substr(0, path.find('?'));
+    if (!session.metrics_only) {
+      for (const Endpoint& endpoint : kEndpoints) {
+        if (path == endpoint.path) return on_endpoint(session, endpoint, base);
+      }
+    }
+    on_page(session, base, path);
+  }
+
+  // ---- proxied endpoints ----
+
+  void on_endpoint(SessionT& session, const Endpoint& endpoint, const char* base) {
+    const RequestHead& head = session.head;
+    if (head.method != HTTP_POST) return answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
+    session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
+    in_flight_ += 1;
+    session.state = State::exchanging;
+    if (const auto refusal = refusal_of_head(session, base)) return session.exchange.refuse(*refusal, false);
+    session.state = State::reading_body;
+    session.body_bytes = 0;
+    session.decoder = ChunkedDecoder();
+    arm(session, deadline_after(core_.now, core_.settings().server.body_timeout_ns));
+    const bool body_here = session.input.size() > head.head_bytes;
+    if (head.expects_continue && !body_here) {
+      session.connection.write(core_.net, core_.blocks, "HTTP/1.1 100 Continue\r\n\r\n");
+    }
+  }
+
+  // What can be said before the body is read.
+  std::optional<Refusal> refusal_of_head(SessionT& session, const char* base) {
+    const RequestHead& head = session.head;
+    const ServerSettings& server = core_.settings().server;
+    if (head.refusal == HeadError::unknown_coding) return Refusal::unknown_coding;
+    if (head.refusal == HeadError::bad_expectation) return Refusal::bad_expectation;
+    if (!is_authorized(server, HeadView{base, session.fields.get()})) return Refusal::unauthorized;
+    if (core_.draining) return Refusal::draining;
+    if (came_round(HeadView{base, session.fields.get()}, core_.shared.instance)) return Refusal::loop_detected;
+    if (head.framing.kind == Framing::Kind::length) {
+      if (head.framing.length > server.max_body_bytes) {
+        core_.slab.limit_hit(Limit::max_body);
+        return Refusal::body_too_large;
+      }
+      if (!session.body_share.grow_to(core_.budget, static_cast<std::size_t>(head.framing.length))) {
+        core_.slab.limit_hit(Limit::body_memory);
+        return Refusal::body_memory;
+      }
+    }
+    return std::nullopt;
+  }
+
+  Progress parse_body(SessionT& session) {
+    switch (session.head.framing.kind) {
+      case Framing::Kind::none: return submit(session);
+      case Framing::Kind::length: {
+        const std::size_t length = static_cast<std::size_t>(session.head.framing.length);
+        if (session.input.size() - session.head.head_bytes < length) return Progress::waiting;
+        session.body_bytes = length;
+        return submit(session);
+      }
+      case Framing::Kind::chunked: return decode_body(session);
+      case Framing::Kind::until_close: break;
+    }
+    assert(false);
+    return Progress::waiting;
+  }
+
+  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
+  Progress decode_body(SessionT& session) {
+    const std::size_t decoded_end = session.head.head_bytes + session.body_bytes;
+    const std::size_t fresh = session.input.size() - decoded_end;
+    if (fresh == 0) return Progress::waiting;
+    const std::size_t most = session.body_bytes + fresh;
+    if (!session.body_share.grow_to(core_.budget, std::min(most, core_.settings().server.max_body_bytes))) {
+      core_.slab.limit_hit(Limit::body_memory);
+      return refuse_body(session, Refusal::body_memory);
+    }
+    char* data = session.input.data() + decoded_end;
+    const ChunkedDecoder::Result result = session.decoder.decode(data, fresh);
+    session.body_bytes += result.decoded;
+    if (result.status == ChunkedDecoder::Status::failed) return refuse_body(session, Refusal::malformed);
+    if (session.body_bytes > core_.settings().server.max_body_bytes) {
+      core_.slab.limit_hit(Limit::max_body);
+      return refuse_body(session, Refusal::body_too_large);
+    }
+    const std::size_t behind = fresh - result.consumed;
+    std::memmove(data + result.decoded, data + result.consumed, behind);
+    session.input.truncate(decoded_end + result.decoded + behind);
+    return result.status == ChunkedDecoder::Status::done ? submit(session) : Progress::waiting;
+  }
+
+  Progress refuse_body(SessionT& session, Refusal refusal) {
+    session.state = State::exchanging;
+    session.exchange.refuse(refusal, false);
+    return Progress::moved;
+  }
+
+  Progress submit(SessionT& session) {
+    session.state = State::exchanging;
+    if (session.connection.hangup()) {  // a FIN behind the request: who does not wait for the answer has left
+      session.exchange.client_left();
+      return Progress::moved;
+    }
+    RequestView view;
+    view.base = session.input.data();
+    view.head = &session.head;
+    view.fields = session.fields.get();
+    view.body = session.input.data() + session.head.head_bytes;
+    view.body_bytes = session.body_bytes;
+    view.pass_authorization = core_.settings().server.api_keys.empty();
+    session.exchange.submit(view);
+    return Progress::moved;
+  }
+
+  // The exchange is over. False where the session is gone.
+  bool end_exchange(SessionT& session) {
+    in_flight_ -= 1;
+    const bool keep_alive = session.exchange.keep_alive();
+    const bool cut = session.exchange.cut();
+    session.exchange.reset();
+    if (cut) {
+      session.connection.reset(core_.net);
+      close(session);
+      return false;
+    }
+    if (!keep_alive) return begin_linger(session);
+    next_request(session, session.head.head_bytes + session.body_bytes);
+    return true;
+  }
+
+  // ---- pages and answers of our own ----
+
+  void on_page(SessionT& session, const char* base, std::string_view path) {
+    const RequestHead& head = session.head;
+    const PageKind kind = page_of(path, core_.settings().server, session.metrics_only);
+    if (kind == PageKind::none) return answer_error(session, Refusal::not_found, {});
+    if (head.method != HTTP_GET && head.method != HTTP_HEAD) {
+      return answer_error(session, Refusal::method_not_allowed, "Allow: GET, HEAD\r\n");
+    }
+    if (needs_key(kind) && !session.metrics_only &&
+        !is_authorized(core_.settings().server, HeadView{base, session.fields.get()})) {
+      return answer_error(session, Refusal::unauthorized, {});
+    }
+    session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !core_.draining;
+    switch (kind) {
+      case PageKind::health: return answer_health(session);
+      case PageKind::models: return answer_json(session, 200, core_.snapshot->models_page);
+      case PageKind::model: return answer_model(session, path);
+      case PageKind::metrics:
+      case PageKind::stats:
+        if (!core_.settings().metrics.enabled) return answer_error(session, Refusal::metrics_unavailable, {});
+        session.state = State::waiting_page;
+        arm(session, core_.now + kPageTime);
+        return peers_.ask_page(core_.worker, session.token, kind);
+      case PageKind::none: break;
+    }
+    assert(false);
+  }
+
+  void answer_health(SessionT& session) {
+    std::string body;
+    const std::uint16_t status = render_health(body, *core_.snapshot, core_.draining, core_.now - process_started_ns_);
+    answer_json(session, status, body);
+  }
+
+  void answer_model(SessionT& session, std::string_view path) {
+    std::string body;
+    if (!render_model(body, *core_.snapshot, path)) return answer_error(session, Refusal::model_not_found, {});
+    answer_json(session, 200, body);
+  }
+
+  OwnAnswer own_answer(const SessionT& session, std::uint16_t status) const {
+    OwnAnswer answer;
+    answer.status = status;
+    answer.http_1_0 = session.head.http_1_0;
+    answer.keep_alive = session.keep_alive;
+    return answer;
+  }
+
+  void answer_json(SessionT& session, std::uint16_t status, std::string_view body) {
+    core_.text.clear();
+    append_own_head(core_.text, own_answer(session, status), body.size());
+    if (session.head.method != HTTP_HEAD) core_.text += body;
+    write_answer(session, core_.text);
+  }
+
+  void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields) {
+    session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !core_.draining;
+    OwnAnswer answer = own_answer(session, row_of(refusal).status);
+    answer.extra_fields = extra_fields;
+    core_.text.clear();
+    append_own_error(core_.text, refusal, {}, answer, session.head.method != HTTP_HEAD);
+    write_answer(session, core_.text);
+  }
+
+  void write_answer(SessionT& session, std::string_view text) {
+    session.state = State::answering;
+    arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
+    session.connection.write(core_.net, core_.blocks, text);  // a failure is seen in end_answer()
+  }
+
+  // False where the session is gone.
+  bool end_answer(SessionT& session) {
+    if (session.connection.failed()) {
+      close(session);
+      return false;
+    }
+    if (!session.keep_alive) return begin_linger(session);
+    next_request(session, session.head.head_bytes);
+    return true;
+  }
+
+  void begin_page(SessionT& session, Page& page) {
+    if (page.body == nullptr) return answer_error(session, Refusal::metrics_unavailable, {});
+    OwnAnswer answer = own_answer(session, 200);
+    if (page.kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
+    session.page_head.clear();
+    append_own_head(session.page_head, answer, page.body->size());
+    session.page = std::move(page.body);
+    session.page_body = session.head.method != HTTP_HEAD;
+    session.page_sent = 0;
+    session.state = State::sending_page;
+    arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
+  }
+
+  // Writes what the kernel takes, straight from the rendered text. True once all is written.
+  bool send_page(SessionT& session) {
+    const std::size_t head_bytes = session.page_head.size();
+    const std::size_t total = head_bytes + (session.page_body ? session.page->size() : 0);
+    while (session.page_sent < total) {
+      std::array<iovec, 2> parts;
+      std::size_t count = 0;
+      if (session.page_sent < head_bytes) {
+        parts[count++] = {session.page_head.data() + session.page_sent, head_bytes - session.page_sent};
+      }
+      const std::size_t at = session.page_sent < head_bytes ? 0 : session.page_sent - head_bytes;
+      if (total > head_bytes + at) {
+        parts[count++] = {const_cast<char*>(session.page->data()) + at, session.page->size() - at};
+      }
+      const IoResult result = core_.net.write(session.connection.socket(), std::span(parts.data(), count));
+      if (result.kind == IoResult::Kind::again) return false;
+      if (!result.ok()) {
+        close(session);
+        return false;
+      }
+      session.page_sent += result.bytes;
+      arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
+    }
+    session.page.reset();
+    session.state = State::answering;
+    return true;
+  }
+
+  // Asked while draining only.
+  bool answers_under_way() {
+    bool any = false;
+    sessions_.each([&](SessionT& session) { any |= session.state != State::reading_head; });
+    return any;
+  }
+
+  // ---- between requests, and the end ----
+
+  // Drops the request in hand (`bytes` of the input) and makes ready for the next.
+  void next_request(SessionT& session, std::size_t bytes) {
+    session.input.consume(bytes);
+    session.parsed = 0;
+    session.head_started = false;
+    session.line_skipped = false;
+    session.fields.give_back();
+    session.body_share.give_back();
+    session.body_bytes = 0;
+    session.keep_alive = true;
+    session.state = State::reading_head;
+    arm(session, deadline_after(core_.now, core_.settings().server.idle_timeout_ns));
+  }
+
+  // Sends our FIN and reads away what still comes, up to a bound. False where the session is gone.
+  bool begin_linger(SessionT& session) {
+    session.input.clear();
+    session.fields.give_back();
+    session.body_share.give_back();
+    session.parsed = 0;
+    session.lingered_bytes = 0;
+    if (session.connection.failed() || session.connection.hangup()) {
+      close(session);
+      return false;
+    }
+    core_.net.shut_write(session.connection.socket());
+    session.state = State::lingering;
+    arm(session, core_.now + kLingerTime);
+    return true;
+  }
+
+  void linger(SessionT& session) {
+    char* scratch = core_.scratch();
+    while (scratch != nullptr && session.connection.may_read()) {
+      const IoResult result = session.connection.read(core_.net, scratch, core_.scratch_bytes());
+      if (result.kind == IoResult::Kind::again) return;
+      session.lingered_bytes += result.bytes;
+      if (!result.ok() || session.lingered_bytes > kMaxLingerBytes) return close(session);
+    }
+  }
+
+  // The client's connection ended or broke.
+  void client_gone(SessionT& session) {
+    if (session.exchange.active()) session.exchange.client_left();
+    if (session.exchange.state() == Exchange<Net>::State::over) {
+      in_flight_ -= 1;
+      session.exchange.reset();
+    }
+    close(session);
+  }
+
+  void close(SessionT& session) {
+    assert(!session.exchange.active());
+    session.connection.close(core_.net);
+    note_load(-1);
+    sessions_.destroy(session.token);
+    if (!listeners_open_ && !core_.draining) resume_accepting();
+  }
+
+  void on_session_deadline(SessionT& session) {
+    switch (session.state) {
+      case State::reading_head: return on_head_deadline(session);
+      case State::reading_body:
+        core_.slab.limit_hit(Limit::body_timeout);
+        refuse_body(session, Refusal::body_timeout);
+        return drive(session);
+      case State::exchanging: session.exchange.on_deadline(); return drive(session);
+      case State::waiting_page: answer_error(session, Refusal::metrics_unavailable, {}); return drive(session);
+      case State::sending_page:
+      case State::answering: core_.slab.limit_hit(Limit::write_timeout); return close(session);
+      case State::lingering: return close(session);
+    }
+  }
+
+  // An idle connection just ends; one in the middle of a head is told.
+  void on_head_deadline(SessionT& session) {
+    if (session.input.empty()) {
+      core_.slab.limit_hit(Limit::idle_timeout);
+      return close(session);
+    }
+    core_.slab.http_rejected(HttpRejection::header_timeout);
+    core_.slab.limit_hit(Limit::header_timeout);
+    refuse_head(session, Refusal::header_timeout);
+    drive(session);
+  }
+
+  void close_all() {
+    sessions_.each([this](SessionT& session) { client_gone(session); });
+  }
+
+  Log log_;
+  Core<Net> core_;
+  Pool<Net> pool_;
+  Slots<SessionT> sessions_;
+  Peers& peers_;
+  Mailbox<Message> mailbox_;
+  std::vector<Message> messages_;
+  std::vector<Listener> listeners_;
+  std::vector<Token> again_;
+  std::array<Event, Net::kMaxEvents> events_;
+  Ns process_started_ns_;
+  Timer accept_timer_;
+  bool listeners_open_ = true;
+  bool stopped_ = false;
+  std::size_t in_flight_ = 0;  // exchanges
+};
+
+}  // namespace nexus

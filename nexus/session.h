@@ -1,0 +1,69 @@
+// session.h
+// Owns:     one client connection's state between and during requests: its input, its request's head, its exchange.
+// Promises: plain data with the invariants written beside it; it holds no block while idle.
+// Leaves:   driving it to server.h.
+// Threads:  its worker's.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "budget.h"
+#include "chunked.h"
+#include "exchange.h"
+
+namespace nexus {
+
+constexpr std::uint8_t kSessionKind = 2;  // of a Token
+
+template <class Net>
+struct Session {
+  enum class State : std::uint8_t {
+    reading_head,  // between requests too: then `input` is empty
+    reading_body,
+    exchanging,    // the exchange decides
+    waiting_page,  // the control thread renders
+    sending_page,
+    answering,  // an answer of our own waits for the kernel
+    lingering,  // our FIN is sent; what the client still sends is read away, so that no reset eats our answer
+  };
+
+  Session(Token token_in, Core<Net>& core, Pool<Net>& pool, typename Net::Socket socket, const Address& peer,
+          bool metrics_only_in)
+      : token(token_in),
+        connection(socket),
+        client_name(to_string(peer)),
+        metrics_only(metrics_only_in),
+        timer(token_in),
+        exchange(token_in, core, pool, connection) {}
+
+  Token token;
+  Connection<Net> connection;
+  std::string client_name;
+  bool metrics_only;  // it came in on metrics_listen
+  State state = State::reading_head;
+  Timer timer;
+
+  Buffer input;            // the head and body of the request in hand, and what was pipelined behind it
+  std::size_t parsed = 0;  // of `input`, bytes that the head's reader has seen
+  bool head_started = false;
+  bool line_skipped = false;  // one empty line before a request line is allowed (RFC 9112 2.2)
+  RequestReader reader;
+  typename Spares<FieldTable>::Loan fields;  // while a request is in hand
+  RequestHead head;
+
+  std::size_t body_bytes = 0;  // decoded so far
+  ChunkedDecoder decoder;
+  BodyShare body_share;
+
+  bool keep_alive = true;  // of an answer of our own
+  std::shared_ptr<const std::string> page;
+  std::string page_head;
+  std::size_t page_sent = 0;  // of page_head and page together
+  bool page_body = true;      // not for HEAD
+  std::size_t lingered_bytes = 0;
+
+  Exchange<Net> exchange;
+};
+
+}  // namespace nexus
