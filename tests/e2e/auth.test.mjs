@@ -1,5 +1,5 @@
 // Who may ask, and whose key travels where.
-import { assert, assert_error, chat, free_port, get, group, pair, post, start_backend, start_nexus, test, until } from './harness.mjs';
+import { assert, assert_error, chat, free_port, get, group, pair, post, run_nexus, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const bearer = (key) => ({ headers: { Authorization: `Bearer ${key}` } });
@@ -82,7 +82,6 @@ group('authorization', () => {
   });
 
   test('an empty or malformed key file is refused at the start', async (t) => {
-    const { run_nexus } = await import('./harness.mjs');
     for (const text of ['alice\n', 'alice sk-a b\n']) {
       const keys = t.file('keys', text);
       const r = await run_nexus(['-t', '-c', t.file('nexus.conf', `[server]\napi_keys_file = ${keys}\n`)]);

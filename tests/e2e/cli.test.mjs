@@ -3,7 +3,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
-import { assert, conf_text, free_port, get, group, run_nexus, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { assert, chat, conf_text, free_port, get, group, post, run_nexus, settings, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
 
@@ -249,9 +249,8 @@ group('echo backend', () => {
   const conf = { backends: [{ name: 'demo', type: 'echo' }] };
 
   test('a configured echo backend serves plain and streamed answers with usage that matches', async (t) => {
-    const { post, get: fetch, sse_events, chat } = await import('./harness.mjs');
     const nexus = await start_nexus(t, conf);
-    const { data } = (await fetch(nexus.port, '/v1/models')).json;
+    const { data } = (await get(nexus.port, '/v1/models')).json;
     assert.ok(data.length >= 1);
     const model = data[0].id;
     assert.equal(data[0].owned_by, 'demo');

@@ -1,5 +1,5 @@
 // Finding out what a backend is and has: every kind, every turn its health can take.
-import { assert, chat, get, group, pair, post, settings, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
+import { answer_probe, assert, chat, get, group, pair, post, settings, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const health = async (nexus) => (await get(nexus.port, '/health')).json;
@@ -32,7 +32,6 @@ group('health', () => {
   test('a backend becomes unhealthy after `failures` failed checks in a row and comes back after `recoveries` good ones', async (t) => {
     let good = true;
     const answers = [];
-    const { answer_probe } = await import('./harness.mjs');
     const probe = (request, reply, backend) => {
       answers.push(good);
       return good ? answer_probe(request, reply, backend) : reply.json({ error: 'no' }, 500);
@@ -54,7 +53,6 @@ group('health', () => {
 
   test('one failed check between good ones changes nothing', async (t) => {
     let n = 0;
-    const { answer_probe } = await import('./harness.mjs');
     const probe = (request, reply, backend) => (n++ % 3 === 1 ? reply.reset() : answer_probe(request, reply, backend));
     const { nexus } = await pair(t, { probe }, { health: { interval: '50ms', failures: 2, recoveries: 2 } });
     for (let i = 0; i < 30; i++) {
@@ -75,7 +73,6 @@ group('health', () => {
 
   test('llama.cpp that is still loading (503) is unhealthy until it answers ok', async (t) => {
     let loading = true;
-    const { answer_probe } = await import('./harness.mjs');
     const probe = (request, reply, backend) => (loading && request.path === '/health' ? reply.json({ error: { message: 'Loading model' } }, 503) : answer_probe(request, reply, backend));
     const backend = await start_backend(t, { kind: 'llamacpp', probe });
     const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], health: { interval: '100ms', recoveries: 1 } }, { ready: 'up' });
@@ -86,7 +83,6 @@ group('health', () => {
   });
 
   test('the list of models is replaced as a whole, kept when it cannot be read, emptied when it is empty', async (t) => {
-    const { answer_probe } = await import('./harness.mjs');
     let garbage = null;
     const probe = (request, reply, backend) => (garbage === null ? answer_probe(request, reply, backend) : reply.body(200, garbage, { 'Content-Type': 'application/json' }));
     const { nexus, backend } = await pair(t, { models: ['one', 'two'], probe }, { health: { interval: '80ms', failures: 1000 } });

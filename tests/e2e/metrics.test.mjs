@@ -1,5 +1,5 @@
 // What is counted, and how it reads at /metrics and /v1/stats: one group a user story.
-import { RawClient, assert, assert_error, chat, chat_answer, free_port, get, group, histograms, median, pair, parse_metrics, pending_is, post, request, settings, sleep, sse, start_backend, start_nexus,
+import { RawClient, answer_plainly, answer_probe, assert, assert_error, chat, chat_answer, free_port, get, group, histograms, median, pair, parse_metrics, pending_is, post, request, settings, sleep, sse, start_backend, start_nexus,
          test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
@@ -363,7 +363,6 @@ group('US2 performance', () => {
   });
 
   test('T032 each successful health check is one observation of the backend’s latency; failed ones are none', async (t) => {
-    const { answer_probe } = await import('./harness.mjs');
     let good = true;
     let answered = 0;
     const probe = async (request, reply, backend) => {
@@ -664,7 +663,7 @@ group('the whole', () => {
     backend.answer = (request, reply, b) => {
       const n = request.json.n;
       if (n % 10 === 0) return reply.json({ error: {} }, 500);
-      return n % 4 === 1 ? reply.json(chat_answer(request.json.model)) : import('./backend.mjs').then((m) => m.answer_plainly(request, reply, b));
+      return n % 4 === 1 ? reply.json(chat_answer(request.json.model)) : answer_plainly(request, reply, b);
     };
     const seen = await Promise.all(Array.from({ length: 100 }, (_, n) => post(nexus.port, path, chat(n % 2 ? 'm1' : 'm2', { n, stream: n % 4 === 2 }))));
     const page = await requests_are(nexus, 100);

@@ -1,5 +1,5 @@
 // Token counts of streams: asked for where the backend understands it, and taken out again where the client had not asked.
-import { assert, chat, chat_chunk, get, group, pair, parse_metrics, post, sleep, sse, test, until } from './harness.mjs';
+import { RawClient, assert, chat, chat_chunk, get, group, pair, parse_metrics, post, sleep, sse, test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const usage = { prompt_tokens: 31, completion_tokens: 2, total_tokens: 33 };
@@ -111,9 +111,8 @@ group('usage in streams', () => {
 
   test('no other event is held back while Nexus looks for that one', async (t) => {
     const { nexus, backend } = await pair(t, { kind: 'vllm' });
-    const { RawClient } = await import('./harness.mjs');
     let reply;
-    const begun = new Promise((done_) => { backend.answer = (_, r) => { reply = r; r.stream(); done_(); }; });
+    const begun = new Promise((resolve) => { backend.answer = (_, r) => { reply = r; r.stream(); resolve(); }; });
     const client = await RawClient.connect(nexus.port);
     t.after(() => client.close());
     client.send('POST', path, {}, chat('m1', { stream: true }));
