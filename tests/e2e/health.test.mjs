@@ -85,7 +85,7 @@ group('health', () => {
   test('the list of models is replaced as a whole, kept when it cannot be read, emptied when it is empty', async (t) => {
     let garbage = null;
     const probe = (request, reply, backend) => (garbage === null ? answer_probe(request, reply, backend) : reply.body(200, garbage, { 'Content-Type': 'application/json' }));
-    const { nexus, backend } = await pair(t, { models: ['one', 'two'], probe }, { health: { interval: '80ms', failures: 1000 } });
+    const { nexus, backend } = await pair(t, { models: ['one', 'two'], probe }, { health: { interval: '80ms', failures: 100 } });
     assert.deepEqual(await models(nexus), ['one', 'two']);
     backend.models = ['two', 'three'];
     await until(async () => (await models(nexus)).join() === 'three,two', 'replaced');
