@@ -132,6 +132,16 @@ inline Block::~Block() {
 // Bytes in arrival order in one block: appended behind, consumed in front. Holds no block while it is empty.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept
+      : block_(std::move(other.block_)), begin_(std::exchange(other.begin_, 0)), end_(std::exchange(other.end_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    block_ = std::move(other.block_);
+    begin_ = std::exchange(other.begin_, 0);
+    end_ = std::exchange(other.end_, 0);
+    return *this;
+  }
+
   bool empty() const { return begin_ == end_; }
   std::size_t size() const { return end_ - begin_; }
   const char* data() const { return block_.data() + begin_; }
