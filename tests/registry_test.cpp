@@ -1,0 +1,343 @@
+// registry_test.cpp
+// Goal:   what workers see of the fleet follows from the configuration and the checks, and a reload loses nothing.
+// Method: a configuration a test, checks told by hand, and a look at the snapshot that comes of it.
+#include "nexus/registry.h"
+
+#include <doctest/doctest.h>
+
+#include <functional>
+
+using namespace nexus;
+
+namespace {
+
+BackendSettings backend(const std::string& name, std::vector<std::string> models = {},
+                        const std::string& host = "127.0.0.1", std::uint16_t port = 8080) {
+  BackendSettings out;
+  out.name = name;
+  out.address = {host, port};
+  out.models = std::move(models);
+  return out;
+}
+
+Settings with(std::vector<BackendSettings> backends) {
+  Settings out;
+  out.backends = std::move(backends);
+  return out;
+}
+
+void configure(Registry& registry, Settings settings) {
+  registry.configure(std::make_shared<const Settings>(std::move(settings)));
+}
+
+// `+` and `-` are checks that passed and failed.
+void check(Registry& registry, std::size_t at, const std::string& results) {
+  for (const char result : results) registry.note_check(registry.backends()[at], result == '+');
+}
+
+// `a b`: the backends that offer `model`, those that are not healthy in brackets.
+std::string offers(const Snapshot& snapshot, const std::string& model) {
+  const ModelEntry* entry = snapshot.find(model);
+  if (entry == nullptr) return "no such name";
+  std::string out;
+  for (const Offer& offer : entry->offers) {
+    const BackendView& view = snapshot.backends[offer.backend];
+    if (!out.empty()) out += ' ';
+    out += view.healthy ? view.name : "(" + view.name + ")";
+  }
+  return out;
+}
+
+Capabilities capabilities(const Snapshot& snapshot, const std::string& model) {
+  return snapshot.find(model)->offers.at(0).capabilities;
+}
+
+}  // namespace
+
+TEST_CASE("health follows the first check, then takes failures or recoveries in a row") {
+  struct Row {
+    const char* checks;
+    Health health;
+  };
+  const std::vector<Row> rows = {
+      {"", Health::unknown},        {"+", Health::healthy},        {"-", Health::unhealthy},
+      {"+--", Health::healthy},     {"+---", Health::unhealthy},   {"+--+--", Health::healthy},
+      {"-+", Health::unhealthy},    {"-++", Health::healthy},      {"-+-+", Health::unhealthy},
+      {"+---+", Health::unhealthy}, {"+---++--", Health::healthy}, {"+---++---", Health::unhealthy},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.checks);
+    Registry registry;
+    configure(registry, with({backend("a")}));  // three failures, two recoveries
+    check(registry, 0, row.checks);
+    CHECK(registry.backends()[0].health == row.health);
+    CHECK(registry.snapshot()->backends[0].healthy == (row.health == Health::healthy));
+  }
+}
+
+TEST_CASE("a change of health is told once, with where it came from") {
+  Registry registry;
+  configure(registry, with({backend("a")}));
+  const auto told = [&](bool passed) {
+    const Registry::Transition to = registry.note_check(registry.backends()[0], passed);
+    CHECK(to.changed == (to.from != to.to));
+    return to.changed;
+  };
+  CHECK(told(true));
+  CHECK_FALSE(told(true));
+  CHECK_FALSE(told(false));
+  CHECK_FALSE(told(false));
+  CHECK(told(false));
+  CHECK_FALSE(told(false));
+  CHECK_FALSE(told(true));
+  CHECK(told(true));
+}
+
+TEST_CASE("without health checks every backend is taken to be healthy") {
+  Registry registry;
+  Settings settings = with({backend("a", {"m"})});
+  settings.health.enabled = false;
+  configure(registry, settings);
+  CHECK(offers(*registry.snapshot(), "m") == "a");
+}
+
+TEST_CASE("a backend whose host is a name is not healthy for workers until it is resolved") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"}, "gpu.lan", 8080)}));
+  check(registry, 0, "+");
+  CHECK(offers(*registry.snapshot(), "m") == "(a)");
+  const Address address = *parse_address("10.0.0.7", 8080);
+  CHECK(registry.set_address(registry.backends()[0], address));
+  CHECK_FALSE(registry.set_address(registry.backends()[0], address));
+  const auto snapshot = registry.snapshot();
+  CHECK(offers(*snapshot, "m") == "a");
+  CHECK(snapshot->backends[0].address == address);
+  CHECK(snapshot->backends[0].host == "gpu.lan:8080");
+}
+
+TEST_CASE("the Host field is the configured host, with its port but for 80") {
+  struct Row {
+    const char* host;
+    std::uint16_t port;
+    const char* expected;
+  };
+  const std::vector<Row> rows = {{"127.0.0.1", 11434, "127.0.0.1:11434"},
+                                 {"gpu.lan", 80, "gpu.lan"},
+                                 {"::1", 8000, "[::1]:8000"},
+                                 {"::1", 80, "[::1]"}};
+  for (const Row& row : rows) {
+    Registry registry;
+    configure(registry, with({backend("a", {}, row.host, row.port)}));
+    CHECK(registry.snapshot()->backends[0].host == row.expected);
+  }
+}
+
+TEST_CASE("models are those listed, else those discovered, and the unhealthy are offered too") {
+  Registry registry;
+  configure(registry, with({backend("a", {"fixed"}), backend("b"), backend("c")}));
+  CHECK(registry.set_models(registry.backends()[0], {"seen"}));
+  CHECK(registry.set_models(registry.backends()[1], {"z", "fixed", "y", "z"}));
+  CHECK_FALSE(registry.set_models(registry.backends()[1], {"y", "z", "fixed"}));
+  check(registry, 1, "+");
+  const auto snapshot = registry.snapshot();
+  CHECK(offers(*snapshot, "fixed") == "(a) b");
+  CHECK(offers(*snapshot, "z") == "b");
+  CHECK(offers(*snapshot, "seen") == "no such name");
+  CHECK(snapshot->find("unheard of") == nullptr);
+
+  CHECK(registry.set_models(registry.backends()[1], {"y"}));
+  CHECK(offers(*registry.snapshot(), "fixed") == "(a)");
+  CHECK(offers(*snapshot, "fixed") == "(a) b");  // a snapshot that workers hold does not change
+}
+
+TEST_CASE("an alias leads to its model, over up to three hops, and shadows a model of its name") {
+  Registry registry;
+  Settings settings = with({backend("a", {"llama", "shadowed"}), backend("b", {"qwen"})});
+  settings.aliases = {{"one", "two"}, {"two", "three"}, {"three", "llama"}, {"shadowed", "qwen"}, {"dead", "nothing"}};
+  settings.fallbacks = {{"llama", {"qwen"}}, {"two", {"other"}}};
+  settings.health.enabled = false;
+  configure(registry, settings);
+  const auto snapshot = registry.snapshot();
+  for (const char* name : {"one", "two", "three"}) {
+    CAPTURE(name);
+    const ModelEntry* entry = snapshot->find(name);
+    REQUIRE(entry != nullptr);
+    CHECK(entry->is_alias());
+    CHECK(entry->name == name);
+    CHECK(entry->target == "llama");
+    CHECK(entry->target_id == snapshot->find("llama")->id);
+    CHECK(entry->id != entry->target_id);
+    CHECK(offers(*snapshot, name) == "a");
+  }
+  CHECK(snapshot->find("one")->fallbacks == std::vector<std::string>{"qwen"});
+  CHECK(snapshot->find("two")->fallbacks == std::vector<std::string>{"other"});  // its own, where it has some
+  CHECK(offers(*snapshot, "shadowed") == "b");
+  CHECK(offers(*snapshot, "dead") == "");
+  CHECK_FALSE(snapshot->find("llama")->is_alias());
+}
+
+TEST_CASE("a name that only the configuration says has an id and no offer") {
+  Registry registry;
+  Settings settings = with({backend("a", {"m"})});
+  settings.fallbacks = {{"absent", {"m", "missing"}}};
+  configure(registry, settings);
+  const auto snapshot = registry.snapshot();
+  for (const char* name : {"absent", "missing"}) {
+    CAPTURE(name);
+    REQUIRE(snapshot->find(name) != nullptr);
+    CHECK(snapshot->find(name)->id != ModelId::unknown);
+    CHECK(snapshot->find(name)->offers.empty());
+  }
+  CHECK(snapshot->find("absent")->fallbacks == std::vector<std::string>{"m", "missing"});
+}
+
+TEST_CASE("what is not stated is taken to be there; what is stated holds for the models that are listed") {
+  Registry registry;
+  BackendSettings a = backend("a", {"sees", "blind"});
+  a.vision = {true, {"sees"}};
+  a.tools = {true, {"*"}};
+  a.json_mode = {true, {}};
+  configure(registry, with({a}));
+  const auto snapshot = registry.snapshot();
+  CHECK(snapshot->any_vision_stated);
+  CHECK(capabilities(*snapshot, "sees") == Capabilities{.vision = true, .tools = true, .json_mode = false});
+  CHECK(capabilities(*snapshot, "blind") == Capabilities{.vision = false, .tools = true, .json_mode = false});
+
+  configure(registry, with({backend("a", {"m"})}));
+  CHECK_FALSE(registry.snapshot()->any_vision_stated);
+  CHECK(capabilities(*registry.snapshot(), "m") == Capabilities{});
+}
+
+TEST_CASE("a model's own context length goes before that of all, in whatever order they stand") {
+  const std::vector<std::vector<ContextLength>> orders = {{{"*", 4096}, {"long", 131072}},
+                                                          {{"long", 131072}, {"*", 4096}}};
+  for (const auto& order : orders) {
+    Registry registry;
+    BackendSettings a = backend("a", {"long", "short"});
+    a.context_length = order;
+    configure(registry, with({a}));
+    CHECK(capabilities(*registry.snapshot(), "long").context_tokens == 131072);
+    CHECK(capabilities(*registry.snapshot(), "short").context_tokens == 4096);
+  }
+}
+
+TEST_CASE("usage is asked for unless the backend is generic, and always or never where the configuration says so") {
+  struct Row {
+    BackendKind kind;
+    StreamUsage stream_usage;
+    bool ask;
+  };
+  const std::vector<Row> rows = {
+      {BackendKind::vllm, StreamUsage::by_kind, true},   {BackendKind::generic, StreamUsage::by_kind, false},
+      {BackendKind::vllm, StreamUsage::as_is, false},    {BackendKind::generic, StreamUsage::ask, true},
+      {BackendKind::ollama, StreamUsage::by_kind, true}, {BackendKind::generic, StreamUsage::as_is, false},
+  };
+  for (const Row& row : rows) {
+    Registry registry;
+    BackendSettings a = backend("a");
+    a.kind = row.kind;
+    a.stream_usage = row.stream_usage;
+    configure(registry, with({a}));
+    CHECK(registry.snapshot()->backends[0].ask_usage == row.ask);
+  }
+}
+
+TEST_CASE("a reload keeps what is known of a backend at the same place, and starts anew where it moved") {
+  struct Row {
+    const char* name;
+    std::function<void(BackendSettings&)> change;
+    bool kept;
+  };
+  const std::vector<Row> rows = {
+      {"nothing", [](BackendSettings&) {}, true},
+      {"priority", [](BackendSettings& b) { b.priority = 7; }, true},
+      {"max_pending", [](BackendSettings& b) { b.max_pending = 7; }, true},
+      {"capabilities", [](BackendSettings& b) { b.vision.stated = true; }, true},
+      {"type", [](BackendSettings& b) { b.kind = BackendKind::vllm; }, false},
+      {"host", [](BackendSettings& b) { b.address.host = "127.0.0.2"; }, false},
+      {"port", [](BackendSettings& b) { b.address.port = 1; }, false},
+      {"path", [](BackendSettings& b) { b.base_path = "/v2"; }, false},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.name);
+    Registry registry;
+    configure(registry, with({backend("other", {}, "127.0.0.9"), backend("a")}));
+    registry.set_models(registry.backends()[1], {"m"});
+    check(registry, 1, "+");
+    const std::uint64_t epoch = registry.backends()[1].epoch;
+    const BackendId id = registry.backends()[1].id;
+    BackendSettings changed = backend("a");
+    row.change(changed);
+    configure(registry, with({changed, backend("new")}));  // it stands elsewhere in the file now
+    const Registry::Backend& now = registry.backends()[0];
+    CHECK(now.id == id);
+    CHECK(now.health == (row.kept ? Health::healthy : Health::unknown));
+    CHECK((registry.find_epoch(epoch) == &now) == row.kept);
+    CHECK(offers(*registry.snapshot(), "m") == (row.kept ? "a" : "no such name"));
+    const auto snapshot = registry.snapshot();
+    CHECK(snapshot->backends[0].priority == changed.priority);
+    CHECK(snapshot->backends[0].max_pending == changed.max_pending);
+    CHECK(snapshot->backends[0].address == parse_address(changed.address.host, changed.address.port));
+  }
+}
+
+TEST_CASE("a check of a backend that is gone, or of its earlier life, finds nobody") {
+  Registry registry;
+  configure(registry, with({backend("a"), backend("b")}));
+  const std::uint64_t first = registry.backends()[0].epoch;
+  CHECK(registry.find_epoch(first) == &registry.backends()[0]);
+  configure(registry, with({backend("b")}));
+  CHECK(registry.find_epoch(first) == nullptr);
+  configure(registry, with({backend("a"), backend("b")}));
+  CHECK(registry.find_epoch(first) == nullptr);
+}
+
+TEST_CASE("ids outlive backends and models, and are never another's") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"}), backend("b", {"n"})}));
+  const auto before = registry.snapshot();
+  configure(registry, with({backend("c", {"o"})}));
+  const auto between = registry.snapshot();
+  CHECK(between->backends[0].id != before->backends[0].id);
+  CHECK(between->backends[0].id != before->backends[1].id);
+  CHECK(between->find("o")->id != before->find("m")->id);
+  configure(registry, with({backend("b", {"n"}), backend("a", {"m"})}));
+  const auto after = registry.snapshot();
+  CHECK(after->backends[1].id == before->backends[0].id);
+  CHECK(after->backends[0].id == before->backends[1].id);
+  CHECK(after->find("m")->id == before->find("m")->id);
+  CHECK(registry.backend_names().name(before->backends[0].id) == "a");
+  CHECK(registry.model_names().name(before->find("m")->id) == "m");
+}
+
+TEST_CASE("a fleet that makes up model names without end runs out of ids, and is still served") {
+  Registry registry;
+  configure(registry, with({backend("a")}));
+  check(registry, 0, "+");
+  for (int batch = 0; batch < 3; ++batch) {
+    std::vector<std::string> names;
+    for (std::size_t i = 0; i < kMaxModelsPerBackend; ++i) {
+      names.push_back("m" + std::to_string(batch) + "-" + std::to_string(i));
+    }
+    registry.set_models(registry.backends()[0], names);
+    registry.snapshot();
+  }
+  CHECK(registry.model_names().full());
+  CHECK(registry.model_names().size() == kMaxModelNames);
+  const auto snapshot = registry.snapshot();
+  CHECK(snapshot->find("m2-9999")->id == ModelId::unknown);
+  CHECK(offers(*snapshot, "m2-9999") == "a");
+  CHECK(snapshot->find("m0-1") == nullptr);
+}
+
+TEST_CASE("each snapshot has a version of its own, and keeps the settings it was made of") {
+  Registry registry;
+  configure(registry, with({backend("a")}));
+  const auto first = registry.snapshot();
+  configure(registry, with({backend("b")}));
+  const auto second = registry.snapshot();
+  CHECK(first->version < second->version);
+  CHECK(first->settings->backends[0].name == "a");
+  CHECK(first->backends[0].name == "a");
+  CHECK(second->settings->backends[0].name == "b");
+}
