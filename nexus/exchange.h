@@ -114,7 +114,7 @@ class Exchange {
   void submit(const RequestView& request) {
     assert(state_ == State::reading);
     request_ = request;
-    overhead_from_ns_ = core_.now;
+    complete_ns_ = core_.now;
     const BodyError error = core_.json.read_body(request.body, request.body_bytes, facts_);
     if (error != BodyError::none) return refuse_body(error);
     asked_.assign(facts_.model.substr(0, kMaxModelBytes));
@@ -547,7 +547,7 @@ class Exchange {
     }
     state_ = State::awaiting;
     sent_ns_ = core_.net.now();
-    if (attempts_ == 1 && !stale_retry_) record_.overhead_ns = sent_ns_ - overhead_from_ns_;
+    if (attempts_ == 1 && !stale_retry_) record_.overhead_ns = sent_ns_ - complete_ns_;
   }
 
   void on_send_failure() {
@@ -807,7 +807,7 @@ class Exchange {
     record_.completion_tokens = usage.completion_tokens;
     record_.without_usage = !usage.told();
     if (record_.stream && first_body_ns_ >= 0) {
-      record_.first_byte_ns = first_body_ns_ - started_ns_;
+      record_.first_byte_ns = first_body_ns_ - complete_ns_;
       if (usage.completion_tokens > 1) {
         record_.per_token_ns = (last_body_ns_ - first_body_ns_) / (usage.completion_tokens - 1);
       }
@@ -1005,7 +1005,7 @@ class Exchange {
   RouteNeeds needs_;
   RequestRecord record_;
   Ns started_ns_ = 0;
-  Ns overhead_from_ns_ = 0;
+  Ns complete_ns_ = 0;  // when its body was whole
   Ns deadline_ = kNever;
   Ns request_deadline_ = kNever;
   bool http_1_0_ = false;

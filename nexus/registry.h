@@ -86,6 +86,14 @@ struct Snapshot {
 
 using SnapshotPtr = std::shared_ptr<const Snapshot>;
 
+// What a backend is called in a Host field: host[:port], an IPv6 address in brackets.
+inline std::string host_of(const BackendSettings& backend) {
+  const bool v6 = backend.address.host.find(':') != std::string::npos;
+  std::string host = v6 ? "[" + backend.address.host + "]" : backend.address.host;
+  if (backend.address.port != 80) host += ":" + std::to_string(backend.address.port);
+  return host.empty() || backend.address.host.empty() ? "localhost" : host;
+}
+
 class Registry {
  public:
   struct Backend {
@@ -252,9 +260,7 @@ class Registry {
     view.name = from.name;
     view.kind = from.kind;
     view.address = backend.address;
-    const bool v6 = from.address.host.find(':') != std::string::npos;
-    view.host = v6 ? "[" + from.address.host + "]" : from.address.host;
-    if (from.address.port != 80) view.host += ":" + std::to_string(from.address.port);
+    view.host = host_of(from);
     view.base_path = from.base_path;
     if (!from.api_key.empty()) view.authorization = "Bearer " + from.api_key;
     view.priority = from.priority;

@@ -1,0 +1,141 @@
+// Nexus: one address for a fleet of OpenAI-compatible inference servers.
+//
+// A client's request comes in on a worker thread (server.h), is read (http.h, json.h), gets a backend (router.h), goes
+// there over a kept connection (pool.h, exchange.h), and its answer streams back while its tokens are counted
+// (relay.h, usage.h, metrics.h). One control thread (control.h) checks the backends and renders the pages; one more
+// writes the log. This file is the command line; daemon.h puts the threads together.
+
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "nexus/config.h"
+#include "nexus/daemon.h"
+
+namespace nexus {
+namespace {
+
+constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
+
+constexpr std::string_view kHelp = R"(usage: nexus [-c FILE]        serve, as FILE says (default /etc/nexus/nexus.conf)
+       nexus -t [-c FILE]     check the configuration and exit
+       nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
+       nexus --version
+       nexus --help
+Signals: TERM or INT drain and stop (a second one stops at once), HUP reloads FILE.
+See nexus(8) and nexus.conf(5).
+)";
+
+constexpr std::string_view kDemoConfig = R"([backend demo]
+type = echo
+models = echo
+token_delay = 20ms
+)";
+
+enum class Mode { serve, check, demo, version, help, wrong };
+
+struct Options {
+  Mode mode = Mode::serve;
+  std::string config = kDefaultConfig;
+  std::string wrong;  // what is not understood
+};
+
+Options read_options(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (argument == "-c" && i + 1 < argc) {
+      options.config = argv[++i];
+    } else if (argument == "-t") {
+      options.mode = Mode::check;
+    } else if (argument == "--demo") {
+      options.mode = Mode::demo;
+    } else if (argument == "--version" || argument == "-V") {
+      options.mode = Mode::version;
+    } else if (argument == "--help" || argument == "-h") {
+      options.mode = Mode::help;
+    } else {
+      options.mode = Mode::wrong;
+      options.wrong = argument == "-c" ? "-c needs a file" : "unknown argument: " + std::string(argument);
+      return options;
+    }
+  }
+  return options;
+}
+
+ConfigResult read_config(const Options& options) {
+  if (options.mode == Mode::demo) return parse_config(kDemoConfig, "demo", system_environment());
+  return load_config(options.config, system_environment());
+}
+
+void print_errors(const ConfigResult& result) {
+  for (const ConfigError& error : result.errors) std::fprintf(stderr, "%s\n", error.to_string().c_str());
+}
+
+int check(const Options& options) {
+  const ConfigResult result = read_config(options);
+  print_errors(result);
+  if (result.ok()) std::printf("%s: ok\n", options.config.c_str());
+  return result.ok() ? 0 : 1;
+}
+
+void print_demo(const std::string& address) {
+  const char* at = address.c_str();
+  std::printf(
+      "Nexus answers on http://%s with a built-in model, `echo`. Try:\n\n"
+      "  curl http://%s/v1/models\n"
+      "  curl http://%s/v1/chat/completions -d '{\"model\":\"echo\",\"messages\":[{\"role\":\"user\",\"content\":"
+      "\"Hello, Nexus\"}]}'\n"
+      "  curl -N http://%s/v1/chat/completions -d "
+      "'{\"model\":\"echo\",\"stream\":true,\"messages\":[{\"role\":\"user\","
+      "\"content\":\"One word at a time\"}]}'\n\n"
+      "Then see what was counted at http://%s/metrics and /v1/stats. Ctrl-C stops.\n",
+      at, at, at, at, at);
+  std::fflush(stdout);
+}
+
+int serve(const Options& options) {
+  ConfigResult first = read_config(options);
+  if (!first.ok()) {
+    print_errors(first);
+    if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo serves without a file\n");
+    return 1;
+  }
+  Daemon daemon(std::make_shared<const Settings>(std::move(first.settings)));
+  if (const std::string why = daemon.start(); !why.empty()) {
+    daemon.stop();
+    std::fprintf(stderr, "nexus: %s\n", why.c_str());
+    return 1;
+  }
+  if (options.mode == Mode::demo) print_demo(daemon.addresses().front());
+  daemon.serve([&]() -> std::shared_ptr<const Settings> {
+    ConfigResult next = read_config(options);
+    if (next.ok()) return std::make_shared<const Settings>(std::move(next.settings));
+    for (const ConfigError& error : next.errors) {
+      daemon.log().event(LogLevel::error, "reload refused", {{"error", error.to_string()}});
+    }
+    return nullptr;
+  });
+  daemon.stop();
+  return 0;
+}
+
+int run(int argc, char** argv) {
+  const Options options = read_options(argc, argv);
+  switch (options.mode) {
+    case Mode::serve:
+    case Mode::demo: return serve(options);
+    case Mode::check: return check(options);
+    case Mode::version: std::printf("nexus %s\n", std::string(kVersion).c_str()); return 0;
+    case Mode::help: std::fwrite(kHelp.data(), 1, kHelp.size(), stdout); return 0;
+    case Mode::wrong:
+      std::fprintf(stderr, "nexus: %s\n%s", options.wrong.c_str(), std::string(kHelp).c_str());
+      return 2;
+  }
+  return 2;
+}
+
+}  // namespace
+}  // namespace nexus
+
+int main(int argc, char** argv) { return nexus::run(argc, argv); }
