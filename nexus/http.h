@@ -413,7 +413,9 @@ class ResponseReader {
     const char* line_end = static_cast<const char*>(std::memchr(base, '\r', result.head_bytes));
     if (line_end == nullptr || line_end[1] != '\n') return bad("a line end that is not CRLF");
     const std::size_t line_bytes = static_cast<std::size_t>(line_end - base);
-    if (std::memchr(base, '\n', line_bytes) != nullptr) return bad("a line end that is not CRLF");
+    for (std::size_t i = 12; i < line_bytes; ++i) {  // RFC 9112 4: the reason is tabs, spaces and visible text
+      if (!is_field_text(base[i])) return bad("a control character in the status line");
+    }
     head.reason_at = line_bytes > 13 ? 13 : 12;
     head.reason_bytes = static_cast<std::uint32_t>(line_bytes > 13 ? line_bytes - 13 : 0);
     if (const char* why = scan_.check_lines(base, line_bytes + 2, result.head_bytes)) return bad(why);
