@@ -46,7 +46,7 @@ class Control {
   struct ReloadFailed {};
   struct Resolved {
     std::uint64_t epoch = 0;
-    std::optional<Address> address;
+    std::vector<Address> addresses;  // empty: not resolved
     std::string error;
   };
   struct Stop {};
@@ -54,7 +54,7 @@ class Control {
 
   // What the outside does for it.
   struct Hooks {
-    std::function<void(const std::string& host, std::uint64_t epoch)> resolve;  // answers with Resolved, later
+    std::function<void(const HostPort& where, std::uint64_t epoch)> resolve;  // answers with Resolved, later
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;
     std::function<std::uint64_t()> log_lines_dropped;  // since the start
   };
@@ -157,12 +157,15 @@ class Control {
   void on_message(Resolved& resolved) {
     Registry::Backend* backend = registry_.find_epoch(resolved.epoch);
     if (backend == nullptr) return;
-    if (resolved.address) {
+    if (!resolved.addresses.empty()) {
+      // An address that is still one of its own stays: connections to it are kept.
       const bool first = !backend->address.has_value();
-      if (!registry_.set_address(*backend, *resolved.address)) return;
+      const auto& all = resolved.addresses;
+      if (!first && std::find(all.begin(), all.end(), *backend->address) != all.end()) return;
+      registry_.set_address(*backend, all.front());
       dirty_ = true;
       log_.event(LogLevel::info, "backend's address",
-                 {{"backend", backend->settings.name}, {"address", to_string(*resolved.address)}});
+                 {{"backend", backend->settings.name}, {"address", to_string(all.front())}});
       if (first) check_now(resolved.epoch);
     } else {
       log_.event(
@@ -238,7 +241,7 @@ class Control {
     }
     if (now_ < plan.next_resolve_ns) return;
     plan.next_resolve_ns = now_ + kResolveInterval;
-    hooks_.resolve(where.host, backend.epoch);
+    hooks_.resolve(where, backend.epoch);
   }
 
   bool wants_check(const Registry::Backend& backend) const {

@@ -149,7 +149,7 @@ class Daemon {
   std::string make_control() {
     if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
     Control<EpollNet>::Hooks hooks;
-    hooks.resolve = [this](const std::string& host, std::uint64_t epoch) { resolve(host, epoch); };
+    hooks.resolve = [this](const HostPort& where, std::uint64_t epoch) { resolve(where, epoch); };
     hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
     hooks.log_lines_dropped = [this] {
       return log_writer_.dropped(LogDestination::events) + log_writer_.dropped(LogDestination::access);
@@ -211,14 +211,16 @@ class Daemon {
 
   // ---- hooks of the control thread ----
 
-  void resolve(const std::string& host, std::uint64_t epoch) {
+  void resolve(const HostPort& where, std::uint64_t epoch) {
+    using Resolved = Control<EpollNet>::Resolved;
     if (!resolver_) {
-      resolver_ =
-          std::make_unique<Resolver>([this](std::uint64_t id, std::optional<Address> address, std::string error) {
-            control_->post(Control<EpollNet>::Resolved{id, address, std::move(error)});
-          });
+      resolver_ = std::make_unique<Resolver>([this](std::uint64_t id, std::vector<Address> all, std::string error) {
+        control_->post(Resolved{id, std::move(all), std::move(error)});
+      });
     }
-    resolver_->lookup(host, epoch);
+    if (!resolver_->lookup(where.host, where.port, epoch)) {
+      control_->post(Resolved{epoch, {}, "too many lookups wait, or no thread can be had"});
+    }
   }
 
   // The loopback address of a built-in backend, started on first use. A changed one is another server.
