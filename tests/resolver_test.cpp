@@ -1,0 +1,247 @@
+// resolver_test.cpp
+// Goal:   a name becomes its addresses, or an error that can be read, whatever the DNS server does, and nobody waits.
+// Method: a DNS server of this file's own on a loopback port, which answers by rows: each name has the behaviour that
+//         its first label says. localhost is asked where no server answers at all.
+#include "nexus/resolver.h"
+
+#include <doctest/doctest.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+using namespace nexus;
+
+namespace {
+
+constexpr unsigned kA = 1;
+constexpr unsigned kAaaa = 28;
+
+// Answers over UDP: `both.*` has two A (listed in either order, in turn) and one AAAA, `six.*` an AAAA alone, `fails.*`
+// SERVFAIL, `garbage.*` bytes that are no DNS, `silent.*` nothing; any other name does not exist.
+class DnsServer {
+ public:
+  DnsServer() {
+    fd_ = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(bind(fd_, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
+    socklen_t length = sizeof at;
+    REQUIRE(getsockname(fd_, reinterpret_cast<sockaddr*>(&at), &length) == 0);
+    port_ = ntohs(at.sin_port);
+    thread_ = std::thread([this] { run(); });
+  }
+  ~DnsServer() {
+    stopping_.store(true);
+    shutdown(fd_, SHUT_RDWR);
+    // A datagram of our own ends a recvfrom() that shutdown() does not.
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    at.sin_port = htons(port_);
+    const int end = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    sendto(end, "", 1, 0, reinterpret_cast<sockaddr*>(&at), sizeof at);
+    ::close(end);
+    thread_.join();
+    ::close(fd_);
+  }
+
+  std::string address() const { return "127.0.0.1:" + std::to_string(port_); }
+  int questions() const { return questions_.load(); }
+
+ private:
+  void run() {
+    while (!stopping_.load()) {
+      char bytes[1500];
+      sockaddr_in from{};
+      socklen_t length = sizeof from;
+      const ssize_t n = recvfrom(fd_, bytes, sizeof bytes, 0, reinterpret_cast<sockaddr*>(&from), &length);
+      if (n < 17) continue;
+      questions_.fetch_add(1);
+      const std::string reply = answer(std::string(bytes, static_cast<std::size_t>(n)));
+      if (!reply.empty()) sendto(fd_, reply.data(), reply.size(), 0, reinterpret_cast<sockaddr*>(&from), length);
+    }
+  }
+
+  std::string answer(const std::string& question) {
+    std::size_t end = 12;
+    while (question[end] != 0) end += 1 + static_cast<unsigned char>(question[end]);
+    const unsigned type = static_cast<unsigned char>(question[end + 2]);
+    const std::string label = question.substr(13, static_cast<unsigned char>(question[12]));
+    if (label == "silent") return "";
+    if (label == "garbage") return question.substr(0, 2) + "no DNS";
+    std::vector<std::string> data;
+    unsigned code = 0;
+    if (label == "both" && type == kA) {
+      data = {std::string("\x0a\x00\x00\x02", 4), std::string("\x0a\x00\x00\x01", 4)};
+      if (turn_++ % 2 == 1) std::swap(data[0], data[1]);
+    } else if ((label == "both" || label == "six") && type == kAaaa) {
+      data = {std::string("\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x05", 16)};
+    } else if (label == "fails") {
+      code = 2;
+    } else if (label != "six" && label != "both") {
+      code = 3;
+    }
+    std::string reply = question.substr(0, 2);
+    reply += {'\x81', static_cast<char>(0x80 | code), 0, 1, 0, static_cast<char>(data.size()), 0, 0, 0, 0};
+    reply += question.substr(12, end + 5 - 12);
+    for (const std::string& each : data) {
+      reply +=
+          std::string("\xc0\x0c\x00", 3) + static_cast<char>(type) + std::string("\x00\x01\x00\x00\x00\x3c\x00", 7);
+      reply += static_cast<char>(each.size());
+      reply += each;
+    }
+    return reply;
+  }
+
+  int fd_;
+  std::uint16_t port_ = 0;
+  int turn_ = 0;
+  std::atomic<bool> stopping_{false};
+  std::atomic<int> questions_{0};
+  std::thread thread_;
+};
+
+struct Got {
+  std::vector<std::string> addresses;
+  std::string error;
+  int times = 0;
+};
+
+// Collects answers; wait() returns the one for an id.
+class Answers {
+ public:
+  Resolver::Answer sink() {
+    return [this](std::uint64_t id, std::vector<Address> addresses, std::string error) {
+      const std::lock_guard lock(mutex_);
+      Got& got = got_[id];
+      for (const Address& address : addresses) got.addresses.push_back(to_string(address));
+      got.error = std::move(error);
+      got.times += 1;
+      came_.notify_all();
+    };
+  }
+  Got wait(std::uint64_t id) {
+    std::unique_lock lock(mutex_);
+    CHECK(came_.wait_for(lock, std::chrono::seconds(20), [&] { return got_.count(id) == 1; }));
+    return got_[id];
+  }
+  std::size_t count() {
+    const std::lock_guard lock(mutex_);
+    return got_.size();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable came_;
+  std::map<std::uint64_t, Got> got_;
+};
+
+using Texts = std::vector<std::string>;
+
+}  // namespace
+
+TEST_CASE("resolver: names become sorted addresses with the port, or an error in words") {
+  DnsServer server;
+  Answers answers;
+  Resolver resolver(answers.sink(), {20 * kSecond, server.address()});
+  struct Row {
+    std::string host;
+    Texts addresses;
+    std::string error;
+  };
+  const Row rows[] = {
+      {"both.test", {"10.0.0.1:80", "10.0.0.2:80", "[fd00::5]:80"}, ""},
+      {"both.test", {"10.0.0.1:80", "10.0.0.2:80", "[fd00::5]:80"}, ""},  // listed the other way round
+      {"six.test", {"[fd00::5]:80"}, ""},
+      {"none.test", {}, "Domain name not found"},
+      {"fails.test", {}, "Could not contact DNS servers"},
+      {"192.0.2.7", {"192.0.2.7:80"}, ""},
+      {"2001:db8::1", {"[2001:db8::1]:80"}, ""},
+      {"", {}, "not a host name"},
+      {std::string("both.test\0.test", 15), {}, "not a host name"},
+      {std::string(254, 'a'), {}, "not a host name"},
+      {std::string(64, 'a') + ".test", {}, "Misformatted domain name"},  // a label of 64 bytes
+  };
+  std::uint64_t id = 0;
+  for (const Row& row : rows) {
+    CAPTURE(row.host);
+    REQUIRE(resolver.lookup(row.host, 80, ++id));
+    const Got got = answers.wait(id);
+    CHECK(got.addresses == row.addresses);
+    CHECK(got.error == row.error);
+  }
+}
+
+TEST_CASE("resolver: localhost needs no server") {
+  Answers answers;
+  Resolver resolver(answers.sink(), {5 * kSecond, "127.0.0.1:1"});
+  REQUIRE(resolver.lookup("localhost", 8080, 1));
+  const Got got = answers.wait(1);
+  CHECK(got.error == "");
+  REQUIRE(!got.addresses.empty());
+  CHECK(got.addresses[0] == "127.0.0.1:8080");
+}
+
+TEST_CASE("resolver: a server that is silent or talks nonsense costs its lookup the time limit, and no other") {
+  DnsServer server;
+  Answers answers;
+  constexpr Ns kLimit = 300 * kMillisecond;
+  Resolver resolver(answers.sink(), {kLimit, server.address()});
+  const Ns start = monotonic_now();
+  REQUIRE(resolver.lookup("silent.test", 1, 1));
+  REQUIRE(resolver.lookup("garbage.test", 1, 2));
+  REQUIRE(resolver.lookup("both.test", 1, 3));
+  CHECK(answers.wait(3).addresses.size() == 3);
+  CHECK(answers.wait(1).error == "no answer in time");
+  CHECK(monotonic_now() - start >= kLimit);
+  CHECK(answers.wait(2).error != "");
+  REQUIRE(resolver.lookup("both.test", 1, 4));
+  CHECK(answers.wait(4).addresses.size() == 3);
+  for (const std::uint64_t id : {1u, 2u, 3u, 4u}) CHECK(answers.wait(id).times == 1);
+}
+
+TEST_CASE("resolver: more lookups than may be in flight are all answered, once each") {
+  DnsServer server;
+  Answers answers;
+  Resolver resolver(answers.sink(), {20 * kSecond, server.address()});
+  constexpr std::uint64_t kLookups = 3 * Resolver::kMaxInFlight;
+  for (std::uint64_t id = 0; id < kLookups; ++id) {
+    REQUIRE(resolver.lookup(id % 2 == 0 ? "both.test" : "none.test", 1, id));
+  }
+  for (std::uint64_t id = 0; id < kLookups; ++id) {
+    const Got got = answers.wait(id);
+    CHECK(got.times == 1);
+    CHECK(got.addresses.size() == (id % 2 == 0 ? 3 : 0));
+  }
+}
+
+TEST_CASE("resolver: stop() ends with lookups under way, and what is asked after is refused") {
+  DnsServer server;
+  Answers answers;
+  Resolver resolver(answers.sink(), {3600 * kSecond, server.address()});
+  for (std::uint64_t id = 0; id < 40; ++id) REQUIRE(resolver.lookup("silent.test", 1, id));
+  while (server.questions() == 0) std::this_thread::yield();  // some are under way, others wait
+  resolver.stop();
+  CHECK(answers.count() == 0);
+  CHECK(!resolver.lookup("both.test", 1, 99));
+  Resolver never_asked(answers.sink());
+  never_asked.stop();
+}
+
+TEST_CASE("resolver: the queue of waiting lookups has an end") {
+  DnsServer server;
+  Answers answers;
+  Resolver resolver(answers.sink(), {3600 * kSecond, server.address()});
+  std::uint64_t taken = 0;
+  while (taken < 5000 && resolver.lookup("silent.test", 1, taken)) taken += 1;
+  CHECK(taken >= Resolver::kMaxWaiting);
+  CHECK(taken <= Resolver::kMaxWaiting + Resolver::kMaxInFlight);
+}
