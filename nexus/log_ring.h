@@ -93,13 +93,13 @@ class LogRing {
   bool put(LogDestination to, std::string_view line) {
     const std::uint64_t head = head_.load(std::memory_order_relaxed);  // ours alone to change
     const std::size_t needed = sizeof(Mark) + line.size();
+    // The tail is looked at only where what was last seen of it leaves little room: it is the other core's line.
+    if (room(head) < needed + capacity() / 2)
+      tail_seen_ = tail_.load(std::memory_order_acquire);  // frees what lies before
     if (needed > room(head)) {
-      tail_seen_ = tail_.load(std::memory_order_acquire);  // what was taken there is ours again
-      if (needed > room(head)) {
-        auto& dropped = dropped_[static_cast<std::size_t>(to)];
-        dropped.store(dropped.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-        return false;
-      }
+      auto& dropped = dropped_[static_cast<std::size_t>(to)];
+      dropped.store(dropped.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+      return false;
     }
     const Mark mark = static_cast<Mark>(line.size() << 1 | static_cast<std::size_t>(to));
     copy_in(head, {reinterpret_cast<const char*>(&mark), sizeof mark});
