@@ -174,6 +174,7 @@ export async function start_nexus(t, conf, { ready = 'all', env = {} } = {}) {
       throw error;
     }
     t.after(() => nexus.stop());
+    t.notes.push(() => (nexus.exit && !nexus.stopped ? `nexus is gone: ${JSON.stringify(nexus.exit)}` : ''));
     t.notes.push(() => (nexus.stderr ? `log: ${nexus.stderr.trim().slice(-700).replace(/\n/g, ' | ')}` : ''));
     return nexus;
   }

@@ -180,7 +180,7 @@ group('US1 basic request tracking', () => {
       assert.equal(page.value('nexus_requests_total', { model, backend: backend_label, status }), 1, JSON.stringify(page.select('nexus_requests_total')));
       assert.equal(page.value('nexus_errors_total', { error_type, model }), 1, JSON.stringify(page.select('nexus_errors_total')));
       assert.equal(page.sum('nexus_errors_total'), 1);
-      assert.equal(page.sum('nexus_request_duration_seconds_count'), backend_label === 'none' ? 0 : 1, 'what reached a backend has a duration');
+      assert.equal(page.sum('nexus_request_duration_seconds_count'), backend_label === 'none' || what === 'a backend that refuses' ? 0 : 1, 'what reached a backend has a duration, and nothing else');
       const { requests } = await stats(nexus);
       assert.deepEqual(requests, { total: 1, success: 0, errors: 1 });
       await pending_is(nexus, 0);
@@ -653,7 +653,7 @@ group('US4 fleet state', () => {
     assert.ok(Math.abs(page.value('process_resident_memory_bytes') - nexus.rss_bytes()) < 8 << 20);
     assert.ok(Math.abs(page.value('process_start_time_seconds') - Date.now() / 1000) < 60);
     assert.ok(page.value('process_open_fds') > 3 && page.value('process_max_fds') >= page.value('process_open_fds'));
-    assert.equal(page.value('nexus_build_info', { version: (await get(nexus.port, '/health')).json.version }), 1);
+    assert.equal(page.sum('nexus_build_info'), 1);
   });
 });
 

@@ -82,7 +82,7 @@ async function run_request(client, r) {
   }
   let text = '';
   for (let p = await client.piece(20_000); p !== null; p = await client.piece(20_000)) text += p.toString('latin1');
-  return { status: head.status, whole: client.body.done, backend: head.headers.get('x-nexus-backend'), text };
+  return { status: head.status, whole: client.body.done, backend: head.headers.get('x-nexus-backend'), closing: /close/i.test(head.headers.get('connection')), text };
 }
 
 // Counters and histogram series never go down and never vanish.
@@ -146,9 +146,11 @@ group('reconciliation', () => {
         for (let i = 0; i < each; i++) {
           const r = make_request(random, `s${seed}-c${c}-r${i}`);
           if (!client || client.over || client.socket.destroyed) client = await RawClient.connect(nexus.port);
-          const outcome = await run_request(client, r);
+          const outcome = await run_request(client, r).catch((error) => {
+            throw new Error(`${r.id} (${i} on its client) ${r.leave ?? ''} ${r.path} ${r.body.slice(0, 120)}: ${error.message}`);
+          });
           seen.push({ ...r, ...outcome });
-          if (r.leave || !outcome.whole || random.below(10) === 0) {
+          if (r.leave || !outcome.whole || outcome.closing || random.below(10) === 0) {
             client.close();
             client = null;
           }

@@ -147,6 +147,27 @@ group('usage in streams', () => {
     await tokens_are(nexus, 'prompt', 1, 31);
   });
 
+  test('a stream that was asked for usage may be answered by plain JSON, an error, or nothing', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const answers = [[200, 'application/json', JSON.stringify({ choices: [], usage })], [400, 'application/json', '{"error":{"message":"no"}}'], [500, 'text/plain', 'boom'], [204, null, null], [200, 'text/event-stream', ''],
+                     [400, 'text/event-stream', sse({ error: { message: 'no' } })]];
+    for (const [status, type, body] of answers) {
+      backend.answer = (_, reply) => (body === null ? reply.head(status) : reply.body(status, body, { 'Content-Type': type }));
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.equal(r.status, status);
+      assert.equal(r.text, body ?? '');
+      assert.ok(r.complete);
+    }
+  });
+
+  test('a body with a known length loses the usage event and is still framed right', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    backend.answer = (_, reply) => reply.body(200, words + usage_event() + done, { 'Content-Type': 'text/event-stream' });
+    const r = await post(nexus.port, path, chat('m1', { stream: true }));
+    assert.ok(r.complete);
+    assert.equal(r.text, words + done);
+  });
+
   test('an event far longer than any buffer passes', async (t) => {
     const { nexus, backend } = await pair(t, { kind: 'vllm' });
     const long = sse(chat_chunk('m1', 'x'.repeat(3_000_000), { usage: null }));
