@@ -35,7 +35,8 @@ class Cell {
   std::atomic<std::uint64_t> value_{0};
 };
 
-// Cells for dense indexes from 0. Block k holds 16 << k of them, so no index ever moves and finding one is two loads.
+// Cells for dense indexes from 0. The first kDirect are part of the table itself, for these are the ones of most
+// fleets; block k behind them holds kDirect << k, so no index ever moves and finding one is two loads at most.
 template <class Cells>
 class GrowingCells {
  public:
@@ -47,50 +48,57 @@ class GrowingCells {
   }
 
   Cells& at(std::uint32_t index) {
-    const Place place = place_of(index);
-    Cells* block = blocks_[place.block].load(std::memory_order_relaxed);
-    if (block == nullptr) [[unlikely]] {
-      block = new Cells[kFirst << place.block]();
-      blocks_[place.block].store(block, std::memory_order_release);  // the zeros are written before a reader sees them
-    }
-    return block[place.offset];
+    if (index < kDirect) [[likely]]
+      return direct_[index];
+    return at_block(index);
   }
 
   // Null where nothing was recorded near that index yet, which reads as zero.
   const Cells* find(std::uint32_t index) const {
+    if (index < kDirect) [[likely]]
+      return &direct_[index];
     const Place place = place_of(index);
     const Cells* block = blocks_[place.block].load(std::memory_order_acquire);
     return block == nullptr ? nullptr : block + place.offset;
   }
 
  private:
-  static constexpr std::uint64_t kFirst = 16;
-  static constexpr std::size_t kBlocks = 29;  // enough for every 32-bit index
+  static constexpr std::uint64_t kDirect = 32;
+  static constexpr std::size_t kBlocks = 28;  // enough for every 32-bit index
 
   struct Place {
     std::size_t block;
     std::size_t offset;
   };
-  static constexpr Place place_of(std::uint32_t index) {
-    const std::uint64_t shifted = index + kFirst;
-    const auto block = static_cast<std::size_t>(std::bit_width(shifted) - std::bit_width(kFirst));
-    return {block, shifted - (kFirst << block)};
+  static constexpr Place place_of(std::uint32_t index) {  // of an index from kDirect on
+    const auto block = static_cast<std::size_t>(std::bit_width(std::uint64_t{index}) - std::bit_width(kDirect));
+    return {block, index - (kDirect << block)};
   }
-  static_assert(place_of(0).block == 0 && place_of(15).offset == 15 && place_of(16).block == 1);
+  static_assert(place_of(32).block == 0 && place_of(63).offset == 31 && place_of(64).block == 1);
   static_assert(place_of(UINT32_MAX).block < kBlocks);
 
-  alignas(kCacheAlign) std::array<std::atomic<Cells*>, kBlocks> blocks_{};  // read by all, written 29 times at most
+  [[gnu::noinline]] Cells& at_block(std::uint32_t index) {
+    const Place place = place_of(index);
+    Cells* block = blocks_[place.block].load(std::memory_order_relaxed);
+    if (block == nullptr) {
+      block = new Cells[kDirect << place.block]();
+      blocks_[place.block].store(block, std::memory_order_release);  // the zeros are written before a reader sees them
+    }
+    return block[place.offset];
+  }
+
+  alignas(kCacheAlign) std::array<Cells, kDirect> direct_{};
+  alignas(kCacheAlign) std::array<std::atomic<Cells*>, kBlocks> blocks_{};  // read by all, written 28 times at most
 };
 
 // Cells for pairs of ids that are met as traffic brings them. The index is the writer's own; readers walk the list.
 template <class Cells>
 class PairTable {
  public:
-  struct alignas(kCacheAlign) Node {
+  struct Node {
+    std::uint64_t key = 0;       // first << 32 | second; beside the cells, so that one line tells both
+    const Node* next = nullptr;  // like the key, set before the node is published and never changed after
     Cells cells;
-    const Node* next = nullptr;  // set before the node is published, never changed after
-    std::uint32_t first = 0;
-    std::uint32_t second = 0;
   };
 
   PairTable() : index_(kSlots) {}
@@ -99,64 +107,69 @@ class PairTable {
 
   Cells& at(std::uint32_t first, std::uint32_t second) {
     const std::uint64_t key = std::uint64_t{first} << 32 | second;
-    for (std::size_t slot = slot_of(key);; slot = (slot + 1) & (index_.size() - 1)) {
-      const Entry& entry = index_[slot];
-      if (entry.key == key && entry.node != nullptr) [[likely]]
-        return entry.node->cells;
-      if (entry.node == nullptr) return add(first, second);
-    }
+    Node* node = index_[slot_of(key)];
+    if (node != nullptr && node->key == key) [[likely]]
+      return node->cells;
+    return find_or_add(key);
   }
 
   template <class Visit>  // visit(first, second, const Cells&), in no order that means anything
   void for_each(Visit&& visit) const {
     for (const Node* node = newest_.load(std::memory_order_acquire); node != nullptr; node = node->next) {
-      visit(node->first, node->second, node->cells);
+      visit(static_cast<std::uint32_t>(node->key >> 32), static_cast<std::uint32_t>(node->key), node->cells);
     }
   }
 
  private:
   static constexpr std::size_t kSlots = 64;
+  static constexpr std::size_t kChunk = 16;  // nodes that are made at once, side by side
 
-  struct Entry {
-    std::uint64_t key = 0;
-    Node* node = nullptr;
+  struct alignas(kCacheAlign) Chunk {
+    std::array<Node, kChunk> nodes;
   };
 
-  std::size_t slot_of(std::uint64_t key) const {
-    return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> (64 - std::countr_zero(index_.size())));
-  }
+  std::size_t slot_of(std::uint64_t key) const { return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> shift_); }
+  std::size_t after(std::size_t slot) const { return (slot + 1) & (index_.size() - 1); }
+  Node& node(std::size_t i) const { return chunks_[i / kChunk]->nodes[i % kChunk]; }
 
-  [[gnu::noinline]] Cells& add(std::uint32_t first, std::uint32_t second) {
-    if (nodes_.size() * 2 >= index_.size()) grow_index();
-    nodes_.push_back(std::make_unique<Node>());
-    Node* node = nodes_.back().get();
-    node->first = first;
-    node->second = second;
-    node->next = newest_.load(std::memory_order_relaxed);
-    place(node);
-    newest_.store(node, std::memory_order_release);  // publishes the node's fields and its zeros
-    return node->cells;
+  [[gnu::noinline]] Cells& find_or_add(std::uint64_t key) {
+    for (std::size_t slot = slot_of(key); index_[slot] != nullptr; slot = after(slot)) {
+      if (index_[slot]->key == key) return index_[slot]->cells;
+    }
+    if (size_ * 2 >= index_.size()) grow_index();
+    if (size_ % kChunk == 0) chunks_.push_back(std::make_unique<Chunk>());
+    Node& made = node(size_++);
+    made.key = key;
+    made.next = newest_.load(std::memory_order_relaxed);
+    place(made);
+    newest_.store(&made, std::memory_order_release);  // publishes the node's fields and its zeros
+    return made.cells;
   }
 
   void grow_index() {
-    index_.assign(index_.size() * 2, Entry{});
-    for (const auto& node : nodes_) place(node.get());
+    index_.assign(index_.size() * 2, nullptr);
+    --shift_;
+    for (std::size_t i = 0; i < size_; ++i) place(node(i));
   }
 
-  void place(Node* node) {
-    const std::uint64_t key = std::uint64_t{node->first} << 32 | node->second;
-    std::size_t slot = slot_of(key);
-    while (index_[slot].node != nullptr) slot = (slot + 1) & (index_.size() - 1);
-    index_[slot] = Entry{key, node};
+  void place(Node& node) {
+    std::size_t slot = slot_of(node.key);
+    while (index_[slot] != nullptr) slot = after(slot);
+    index_[slot] = &node;
   }
 
-  std::vector<Entry> index_;                  // the writer's alone
-  std::vector<std::unique_ptr<Node>> nodes_;  // the writer's alone
+  // The writer's alone.
+  std::vector<Node*> index_;                   // by hash, half full at most
+  int shift_ = 64 - std::countr_zero(kSlots);  // leaves as many bits of a hash as index_ has slots for
+  std::size_t size_ = 0;
+  std::vector<std::unique_ptr<Chunk>> chunks_;
+
   alignas(kCacheAlign) std::atomic<const Node*> newest_{nullptr};
 };
 
 // Counts by HTTP status and by whether the request ended as an error (a stream may break after its 200).
-// A cell holds its key in the upper bits, so key and count are one load; zero is a free cell.
+// A cell holds its key in the upper bits, so key and count are one load; zero is a free cell. Five statuses are what a
+// pair of model and backend hardly exceeds; the next five are made when they are met.
 class StatusCells {
  public:
   struct Count {
@@ -173,13 +186,10 @@ class StatusCells {
   void add(std::uint32_t status, bool failed) {
     assert(status >= 100 && status <= 999);
     const std::uint64_t key = status | std::uint64_t{failed} << kStatusBits;
-    for (StatusCells* here = this;; here = here->grown()) {
-      for (Cell& cell : here->cells_) {
-        const std::uint64_t held = cell.read();
-        if (held >> kCountBits == key) return cell.set(held + 1);
-        if (held == 0) return cell.set((key << kCountBits) + 1);
-      }
-    }
+    const std::uint64_t held = cells_[0].read();
+    if (held >> kCountBits == key) [[likely]]
+      return cells_[0].set(held + 1);
+    add_behind_first(key);
   }
 
   template <class Visit>  // visit(Count), each key once
@@ -200,7 +210,17 @@ class StatusCells {
   static constexpr std::uint64_t kStatusMask = (1u << kStatusBits) - 1;
   static constexpr std::uint64_t kCountMask = (std::uint64_t{1} << kCountBits) - 1;
 
-  // The next eight cells; made when a ninth status of this pair is met, the one allocation that a known pair may cost.
+  [[gnu::noinline]] void add_behind_first(std::uint64_t key) {
+    for (StatusCells* here = this;; here = here->grown()) {
+      for (Cell& cell : here->cells_) {
+        const std::uint64_t held = cell.read();
+        if (held >> kCountBits == key) return cell.set(held + 1);
+        if (held == 0) return cell.set((key << kCountBits) + 1);
+      }
+    }
+  }
+
+  // The one allocation that a known pair may cost.
   StatusCells* grown() {
     StatusCells* next = more_.load(std::memory_order_relaxed);
     if (next == nullptr) {
@@ -210,7 +230,7 @@ class StatusCells {
     return next;
   }
 
-  std::array<Cell, 8> cells_{};
+  std::array<Cell, 5> cells_{};
   std::atomic<StatusCells*> more_{nullptr};
 };
 

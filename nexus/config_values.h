@@ -31,7 +31,6 @@ constexpr std::size_t kMaxBackends = 256;
 constexpr std::size_t kMaxBackendNameBytes = 64;
 constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models with fallbacks
 constexpr std::size_t kMaxModelNameBytes = 256;
-constexpr std::size_t kMaxAliasHops = 3;
 constexpr std::size_t kMaxListens = 64;  // each costs a descriptor per worker
 constexpr std::size_t kMaxUrlBytes = 2048;
 constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text

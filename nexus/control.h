@@ -150,6 +150,8 @@ class Control {
     reload_ok_at_ns_ = wall_now();
     publish();
     check_new_backends();
+    // What changed may be the key, or where the list of models comes from.
+    for (const Registry::Backend& backend : registry_.backends()) check_now(backend.epoch);
   }
 
   void on_message(ReloadFailed&) { reload_ok_ = false; }

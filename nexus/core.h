@@ -5,6 +5,7 @@
 // Threads:  Core: one worker's. Shared: every worker's, see each member's own header.
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <memory>
 #include <string>
@@ -16,6 +17,7 @@
 #include "bytes.h"
 #include "ejection.h"
 #include "fields.h"
+#include "http.h"
 #include "json.h"
 #include "log.h"
 #include "metrics.h"
@@ -25,6 +27,14 @@
 #include "timers.h"
 
 namespace nexus {
+
+constexpr Ns kLatencyLife = 60 * kSecond;
+constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
+
+inline bool is_request_id(std::string_view id) {
+  if (id.empty() || id.size() > kMaxRequestIdBytes) return false;
+  return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
+}
 
 struct Shared {
   Metrics& metrics;
@@ -111,12 +121,32 @@ struct Core {
   // Asks the worker to call on `session` once more in this turn, after the events of others.
   void call_again(Token session) { again.push_back(session); }
 
-  // Time to first byte of a backend as this thread saw it, smoothed (1/8 of each new one).
-  Ns latency_of(BackendId id) const { return index_of(id) < latency.size() ? latency[index_of(id)] : 0; }
-  void note_latency(BackendId id, Ns seen) {
-    if (index_of(id) >= latency.size()) latency.resize(index_of(id) + 1, 0);
-    Ns& smoothed = latency[index_of(id)];
-    smoothed = smoothed == 0 ? seen : smoothed + (seen - smoothed) / 8;
+  // Time to first byte of a backend as this thread saw it, smoothed (1/8 of each new one); 0 where nothing was seen for
+  // kLatencyLife: one slow answer, a model's cold load, must not keep requests away for good.
+  Ns latency_of(BackendId id) const {
+    if (index_of(id) >= latencies.size()) return 0;
+    const Latency& latency = latencies[index_of(id)];
+    return now - latency.seen_at_ns > kLatencyLife ? 0 : latency.smoothed_ns;
+  }
+  void note_latency(BackendId id, Ns seen_ns) {
+    if (index_of(id) >= latencies.size()) latencies.resize(index_of(id) + 1);
+    const Ns before_ns = latency_of(id);
+    latencies[index_of(id)] = {before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
+  }
+
+  // The client's own X-Request-Id where it is usable, or a new one.
+  void take_request_id(const char* base, const FieldTable* fields, std::string& id) {
+    const FieldRow* row = fields == nullptr ? nullptr : find_field(*fields, Field::x_request_id);
+    if (row != nullptr && is_request_id(value_of(base, *row))) {
+      id.assign(value_of(base, *row));
+      return;
+    }
+    constexpr std::string_view kHex = "0123456789abcdef";
+    id.resize(32);
+    for (std::size_t i = 0; i < 32; i += 16) {
+      std::uint64_t bits = random.next();
+      for (std::size_t j = 0; j < 16; ++j, bits >>= 4) id[i + j] = kHex[bits & 15];
+    }
   }
 
   Net& net;
@@ -135,8 +165,12 @@ struct Core {
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
   bool draining = false;
-  std::vector<Ns> latency;      // by BackendId
-  std::vector<Choice> choices;  // of the route being picked
+  struct Latency {
+    Ns smoothed_ns = 0;
+    Ns seen_at_ns = 0;
+  };
+  std::vector<Latency> latencies;  // by BackendId
+  std::vector<Choice> choices;     // of the route being picked
   std::vector<Token> again;
   std::string text;  // heads and errors are written here
 };

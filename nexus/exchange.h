@@ -33,8 +33,7 @@ inline constexpr std::array<Endpoint, 3> kEndpoints{{
     {"/v1/embeddings", false},
 }};
 
-constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kept for the log
-constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
+constexpr std::size_t kMaxModelBytes = 256;  // of an asked name that is kept for the log
 constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
 constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
 constexpr std::uint32_t kReadsPerTurn = 16;       // of one answer, before others get their turn
@@ -87,7 +86,7 @@ class Exchange {
     http_1_0_ = head.http_1_0;
     keep_alive_ = head.keep_alive && !core_.draining;
     snapshot_ = core_.snapshot.again();
-    take_request_id(base, fields);
+    core_.take_request_id(base, &fields, request_id_);
   }
 
   // Refuses the request; `keep_alive` only where its body was read whole.
@@ -140,6 +139,7 @@ class Exchange {
                                                   : DisconnectPhase::streaming;
     if (record_.status == 0) record_.status = 499;
     record_.error = ErrorType::client_closed;
+    if (state_ == State::streaming) note_usage();
     end_attempt(AttemptOutcome::cancelled);
     release_upstream(AttemptEnd::close);
     keep_alive_ = false;
@@ -227,25 +227,6 @@ class Exchange {
   };
 
   // ---- the request ----
-
-  void take_request_id(const char* base, const FieldTable& fields) {
-    const FieldRow* row = find_field(fields, Field::x_request_id);
-    if (row != nullptr && is_request_id(value_of(base, *row))) {
-      request_id_.assign(value_of(base, *row));
-      return;
-    }
-    constexpr std::string_view kHex = "0123456789abcdef";
-    request_id_.resize(32);
-    for (std::size_t i = 0; i < 32; i += 16) {
-      std::uint64_t bits = core_.random.next();
-      for (std::size_t j = 0; j < 16; ++j, bits >>= 4) request_id_[i + j] = kHex[bits & 15];
-    }
-  }
-
-  static bool is_request_id(std::string_view id) {
-    if (id.empty() || id.size() > kMaxRequestIdBytes) return false;
-    return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
-  }
 
   RouteNeeds needs_of(const BodyFacts& facts) const {
     RouteNeeds needs;
@@ -527,6 +508,7 @@ class Exchange {
 
   void begin_sending() {
     state_ = State::sending;
+    record_.reached_backend = true;
     answer_bytes_seen_ = false;
     interim_answers_ = 0;
     deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.first_byte_timeout_ns);
@@ -679,14 +661,15 @@ class Exchange {
     answer_status_ = head.status;
     answer_keep_alive_ = head.keep_alive;
     record_.status = head.status;
-    record_.reached_backend = true;
     record_.error = head.status / 100 == 2 ? ErrorType::none : ErrorType::backend_error;
     record_.stream = sse && head.status / 100 == 2;
     record_.fell_back = choice_.fallback;
     record_.fallback_to = choice_.fallback ? choice_.model : ModelId::unknown;
     sse_ = sse;
     answer_body_.start(head.framing);
-    scan_.start(scan_kind(head, data), remove_usage_event_);
+    const UsageScan::Kind scan = scan_kind(head, data);
+    remove_usage_event_ = remove_usage_event_ && scan == UsageScan::Kind::event_stream;
+    scan_.start(scan, remove_usage_event_);
     client_framing_ = client_framing(head);
     std::string& out = core_.text;
     out.clear();
@@ -726,7 +709,7 @@ class Exchange {
       if (head.status == 204 || head.status == 304) return {};
       return {Framing::Kind::length, 0};
     }
-    const bool length_holds = !(sse_ && remove_usage_event_);
+    const bool length_holds = !remove_usage_event_;
     if (head.framing.kind == Framing::Kind::length && length_holds) return head.framing;
     return {http_1_0_ ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
   }
@@ -748,7 +731,8 @@ class Exchange {
     ClientWrite write;
     write.add(head);
     write.add_payload(chunked, out.held, out.piece);
-    if (!piece.failed && piece.done && scan_.held_bytes() == 0) {
+    // In one write where nothing is held: finish() ends the life of `out.held`.
+    if (!piece.failed && piece.done && scan_.held_bytes() == 0 && out.held.empty()) {
       UsageScan::Out rest;
       if (!scan_.finish(core_.blocks, core_.json, rest)) return out_of_memory();
       assert(rest.held.empty() && rest.piece.empty());
@@ -778,8 +762,8 @@ class Exchange {
 
   // The answer is whole: the connection goes back, and the client gets the end.
   void end_of_answer(ClientWrite& write, bool excess) {
-    last_body_ns_ = core_.now;
     note_usage();
+    record_.without_usage = answer_status_ / 100 == 2 && !scan_.usage().told();
     if (!send_to_client(write)) return client_left();
     note_overhead();
     passage_.succeeded();
@@ -802,10 +786,10 @@ class Exchange {
 
   void note_usage() {
     if (answer_status_ / 100 != 2) return;
+    last_body_ns_ = core_.now;
     const Usage& usage = scan_.usage();
     record_.prompt_tokens = usage.prompt_tokens;
     record_.completion_tokens = usage.completion_tokens;
-    record_.without_usage = !usage.told();
     if (record_.stream && first_body_ns_ >= 0) {
       record_.first_byte_ns = first_body_ns_ - complete_ns_;
       if (usage.completion_tokens > 1) {
@@ -839,7 +823,6 @@ class Exchange {
 
   // This attempt failed and nothing went to the client: on to the next candidate, or to an error.
   void fail_attempt(AttemptOutcome outcome, Refusal refusal) {
-    record_.reached_backend |= state_ != State::connecting && upstream_ != nullptr;
     note_backend_failure(std::nullopt);
     end_attempt(outcome);
     release_upstream(AttemptEnd::close);
@@ -859,6 +842,7 @@ class Exchange {
     assert(state_ == State::streaming);
     const RefusalRow& row = row_of(refusal);
     record_.error = row.label;
+    note_usage();
     note_backend_failure(std::nullopt);
     end_attempt(outcome);
     release_upstream(AttemptEnd::close);
@@ -883,6 +867,7 @@ class Exchange {
   void cut_client() {
     core_.slab.limit_hit(Limit::write_timeout);
     record_.error = ErrorType::other;
+    if (state_ == State::streaming) note_usage();
     end_attempt(AttemptOutcome::cancelled);
     release_upstream(AttemptEnd::close);
     keep_alive_ = false;

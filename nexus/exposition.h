@@ -69,63 +69,87 @@ class Exposition {
  public:
   using Label = std::pair<std::string_view, std::string_view>;  // the value as it is written, already escaped
 
-  void clear() {
-    page_.clear();
-    labels_.clear();
-  }
+  void clear() { page_.clear(); }
   std::string_view text() const { return page_.text(); }
   std::size_t capacity() const { return page_.capacity(); }
 
   // Begins a family; the samples that follow belong to it and begin without labels.
   void family(std::string_view name, FamilyType type, std::string_view help) {
     static constexpr std::array<std::string_view, 3> kTypes{"counter", "gauge", "histogram"};
-    name_ = name;
+    name_.clear();
+    name_.add(name);
     labels_.clear();
     page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ");
     page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
   }
 
-  // The labels of the samples that follow.
-  void labels(std::initializer_list<Label> labels) {
-    labels_.clear();
+  // Writes labels as they stand between the braces.
+  static void write_labels(Page& page, std::initializer_list<Label> labels) {
+    std::string_view comma;
     for (const auto& [name, value] : labels) {
-      if (labels_.size() > 0) labels_.add(",");
-      labels_.add(name).add("=\"").add(value).add("\"");
+      page.add(comma).add(name).add("=\"").add(value).add("\"");
+      comma = ",";
     }
   }
 
-  void sample(std::uint64_t value) { line("").add_unsigned(value).add("\n"); }
-  void sample_signed(std::int64_t value) { line("").add_signed(value).add("\n"); }
-  void sample_seconds(std::uint64_t ns) { line("").add_seconds(ns).add("\n"); }
+  // The labels of the samples that follow.
+  void labels(std::initializer_list<Label> labels) {
+    labels_.clear();
+    write_labels(labels_, labels);
+  }
+
+  // The same, ready-made by write_labels() in `page` from `offset` on, and one more if `last` has a name.
+  void labels(const Page& page, std::size_t offset, std::size_t length, Label last = {}) {
+    labels_.clear();
+    labels_.finish(copy_padded(labels_.room(length), page.data() + offset, length));
+    if (!last.first.empty()) labels_.add(",").add(last.first).add("=\"").add(last.second).add("\"");
+  }
+
+  void sample(std::uint64_t value) { end_line(write_unsigned(begin_line(), value)); }
+  void sample_signed(std::int64_t value) { end_line(write_signed(begin_line(), value)); }
+  void sample_seconds(std::uint64_t ns) { end_line(write_seconds(begin_line(), ns)); }
   void sample_double(double value) {
     std::array<char, 400> digits;  // the longest double without an exponent
     const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value, std::chars_format::fixed).ptr;
-    line("").add({digits.data(), static_cast<std::size_t>(end - digits.data())}).add("\n");
+    page_.finish(begin_line());
+    page_.add({digits.data(), static_cast<std::size_t>(end - digits.data())}).add("\n");
   }
 
   template <const auto& kBounds>
   void histogram(const HistogramValues<kBounds>& values) {
-    const std::uint64_t count = buckets(detail::bucket_tails<kBounds>(), values.buckets);
-    line("_sum");
-    kBounds.unit == Unit::seconds ? page_.add_seconds(values.sum) : page_.add_unsigned(values.sum);
-    page_.add("\n");
-    line("_count").add_unsigned(count).add("\n");
+    write_histogram(detail::bucket_tails<kBounds>(), values.buckets, values.sum, kBounds.unit);
   }
 
  private:
-  // `name_suffix{labels} `
-  Page& line(std::string_view suffix) {
-    page_.add(name_).add(suffix);
-    if (labels_.size() > 0) page_.add("{").add(labels_.text()).add("}");
-    return page_.add(" ");
+  // `name_suffix{labels} `, or `name_suffix ` where there are none. At most kSuffixBytes beyond name and labels.
+  static constexpr std::size_t kSuffixBytes = 16;
+  template <std::size_t N>
+  char* write_start(char* at, const char (&suffix)[N]) const {
+    at = copy_padded(at, name_.data(), name_.size());
+    std::memcpy(at, suffix, N - 1);
+    at += N - 1;
+    if (labels_.size() > 0) {
+      *at++ = '{';
+      at = copy_padded(at, labels_.data(), labels_.size());
+      *at++ = '}';
+    }
+    *at++ = ' ';
+    return at;
   }
 
-  // Writes the bucket lines and returns the last, cumulative number.
-  std::uint64_t buckets(std::span<const detail::BucketTail> tails, std::span<const std::uint64_t> counts) {
+  std::size_t start_bytes() const { return name_.size() + labels_.size() + kSuffixBytes; }
+  char* begin_line() { return write_start(page_.room(start_bytes() + kNumberBytes + 1), ""); }
+  void end_line(char* at) {
+    *at++ = '\n';
+    page_.finish(at);
+  }
+
+  void write_histogram(std::span<const detail::BucketTail> tails, std::span<const std::uint64_t> counts,
+                       std::uint64_t sum, Unit unit) {
     begin_.clear();
-    begin_.add(name_).add("_bucket{").add(labels_.text()).add(labels_.size() > 0 ? "," : "");
-    const std::size_t line_bytes = begin_.size() + detail::BucketTail::kBytes + kNumberBytes + 1;
-    char* at = page_.room(line_bytes * counts.size());
+    begin_.add(name_.text()).add("_bucket{").add(labels_.text()).add(labels_.size() > 0 ? "," : "");
+    const std::size_t line_bytes = start_bytes() + detail::BucketTail::kBytes + kNumberBytes + 1;
+    char* at = page_.room(line_bytes * (counts.size() + 2));
 
     std::uint64_t cumulative = 0;
     std::array<char, 32> number{'0', '\n'};  // of the line before: a bucket that holds nothing says the same again
@@ -143,14 +167,18 @@ class Exposition {
       std::memcpy(at, number.data(), number.size());
       at += number_length;
     }
-    page_.finish(at);
-    return cumulative;
+    at = write_start(at, "_sum");
+    at = unit == Unit::seconds ? write_seconds(at, sum) : write_unsigned(at, sum);
+    *at++ = '\n';
+    at = write_start(at, "_count");
+    std::memcpy(at, number.data(), number.size());  // the +Inf bucket's own
+    page_.finish(at + number_length);
   }
 
   Page page_;
+  Page name_;
   Page labels_;  // `a="x",b="y"`
-  Page begin_;   // what all lines of a histogram begin with
-  std::string_view name_;
+  Page begin_;   // what all bucket lines of a histogram begin with
 };
 
 }  // namespace nexus

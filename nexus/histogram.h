@@ -13,6 +13,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "cells.h"
 #include "clock.h"
@@ -101,12 +102,14 @@ struct BucketFinder {
 template <const auto& kBounds>
 std::size_t bucket_of(std::int64_t value) {
   static constexpr detail::BucketFinder kFinder(kBounds);
-  static_assert(kFinder.compares >= 1 && kFinder.compares <= 4);
+  static_assert(kFinder.compares >= 1 && kFinder.compares <= 4 && kBounds.upper[0] >= 1);
   assert(value >= 0);
-  const std::size_t start = kFinder.passed[static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(value)))];
-  std::size_t bucket = start;
-  for (std::size_t i = 0; i < kFinder.compares; ++i) bucket += value > kFinder.upper[start + i];
-  return bucket;
+  const auto width = static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(value | 1)));  // 0 as 1
+  const std::size_t start = kFinder.passed[width];
+  return [&]<std::size_t... i>(std::index_sequence<i...>) {
+    return (start + ... + static_cast<std::size_t>(value > kFinder.upper[start + i]));
+  }
+  (std::make_index_sequence<kFinder.compares>{});
 }
 
 // What a reader adds up from the threads' histograms: plain numbers.

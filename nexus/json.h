@@ -64,11 +64,38 @@ struct Usage {
   bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
 };
 
+// Whether the text nests arrays and objects deeper than `limit`. Cheap where it can't: few brackets open in most
+// bodies.
+inline bool nests_deeper(std::string_view text, std::size_t limit) {
+  if (text.size() <= limit) return false;
+  std::size_t opened = 0;
+  // Both openers in one test, so that the compiler counts many bytes at once: `[` is 0x5b, `{` is 0x7b.
+  for (const char c : text) opened += (c & 0xdf) == 0x5b ? 1u : 0u;
+  if (opened <= limit) return false;
+  std::size_t depth = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > limit) return true;
+    } else if (c == ']' || c == '}') {
+      depth -= depth > 0 ? 1 : 0;
+    }
+  }
+  return false;
+}
+
 class JsonReader {
  public:
   // Reads a request's body. Behind its last byte kPaddingBytes more must be readable.
   BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts) {
     facts = BodyFacts{};
+    if (nests_deeper({body, bytes}, kMaxJsonDepth)) return BodyError::too_deep;
     simdjson::ondemand::document document;
     simdjson::ondemand::object object;
     // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would step over it.

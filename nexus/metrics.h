@@ -2,7 +2,7 @@
 // Owns:     what is counted: the outcomes and their label names, the record of a request, a slab of cells per thread.
 // Promises: record() is wait-free and takes no lock, no read-modify-write on a shared line and, for a known pair of
 // model
-//           and backend, no memory (but for a ninth status code of it). A count once made is never lost or taken back.
+//           and backend, no memory (but for a sixth status code of it). A count once made is never lost or taken back.
 // Leaves:   what to record, and when, to its callers; which model names may have an id to registry.h; text to
 // prometheus.h. Threads:  a Slab's recording functions: its own thread alone; everything const: any thread. Slabs are
 // added at start.
@@ -156,7 +156,8 @@ struct alignas(kCacheAlign) ThreadCells {  // what has no id in its labels
 // All cells of one thread. A gauge is the sum over the slabs: what one thread adds another may take away.
 class alignas(kCacheAlign) Slab {
  public:
-  void record(const RequestRecord& r) {
+  // In line: it has one caller, the end of an exchange.
+  [[gnu::always_inline]] void record(const RequestRecord& r) {
     assert(!r.reached_backend || r.backend != BackendId::none);
     PairCells& pair = pairs_.at(index_of(r.model), index_of(r.backend));
     const ErrorType error = error_of(r);
@@ -167,10 +168,8 @@ class alignas(kCacheAlign) Slab {
     if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns);
     if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns);
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
-    if (error != ErrorType::none) count(models_.at(index_of(r.model)).errors, error);
-    if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);
-    if (r.without_usage) backends_.at(index_of(r.backend)).without_usage.add(1);
-    if (r.fell_back) fallbacks_.at(index_of(r.model), index_of(r.fallback_to)).add(1);
+    if (error != ErrorType::none || r.without_usage || r.fell_back) [[unlikely]]
+      record_rare(r, error);
   }
 
   void attempt(BackendId id, AttemptOutcome outcome) { count(backends_.at(index_of(id)).attempts, outcome); }
@@ -203,6 +202,14 @@ class alignas(kCacheAlign) Slab {
   const ThreadCells& thread() const { return thread_; }
 
  private:
+  // What most requests have nothing of, out of the way of those. A client that left is an error, see error_of().
+  [[gnu::noinline]] void record_rare(const RequestRecord& r, ErrorType error) {
+    if (error != ErrorType::none) count(models_.at(index_of(r.model)).errors, error);
+    if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);
+    if (r.without_usage) backends_.at(index_of(r.backend)).without_usage.add(1);
+    if (r.fell_back) fallbacks_.at(index_of(r.model), index_of(r.fallback_to)).add(1);
+  }
+
   template <std::size_t N, class Outcome>
   static void count(std::array<Cell, N>& cells, Outcome outcome) {
     const auto i = static_cast<std::size_t>(outcome);

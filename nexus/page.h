@@ -33,14 +33,14 @@ inline char* write_signed(char* at, std::int64_t value) { return std::to_chars(a
 inline char* write_seconds(char* at, std::uint64_t ns) {
   constexpr auto kPerSecond = static_cast<std::uint64_t>(kSecond);
   at = write_unsigned(at, ns / kPerSecond);
-  std::uint64_t rest = ns % kPerSecond;
+  const std::uint64_t rest = ns % kPerSecond;
   if (rest == 0) return at;
-  char digits[9];
-  for (int i = 8; i >= 0; --i, rest /= 10) digits[i] = static_cast<char>('0' + rest % 10);
+  char digits[kNumberBytes];
+  write_unsigned(digits, kPerSecond + rest);  // a 1 in front keeps the zeros behind the point
   std::size_t length = 9;
-  while (digits[length - 1] == '0') --length;
+  while (digits[length] == '0') --length;
   *at++ = '.';
-  std::memcpy(at, digits, length);
+  std::memcpy(at, digits + 1, length);
   return at + length;
 }
 

@@ -18,6 +18,8 @@ namespace nexus {
 
 enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats };
 
+constexpr std::string_view kModelPrefix = "/v1/models/";
+
 // Which page stands at `path`. With metrics_listen set, the operator's pages stand there and only there.
 inline PageKind page_of(std::string_view path, const ServerSettings& server, bool metrics_only) {
   const bool operators_pages = metrics_only || server.metrics_listen.empty();
@@ -26,7 +28,6 @@ inline PageKind page_of(std::string_view path, const ServerSettings& server, boo
   if (path == "/v1/stats") return operators_pages ? PageKind::stats : PageKind::none;
   if (metrics_only) return PageKind::none;
   if (path == "/v1/models") return PageKind::models;
-  constexpr std::string_view kModelPrefix = "/v1/models/";
   if (path.substr(0, kModelPrefix.size()) == kModelPrefix && path.size() > kModelPrefix.size()) return PageKind::model;
   return PageKind::none;
 }
@@ -117,7 +118,7 @@ inline std::string unescape_path(std::string_view text) {
 // GET /v1/models/{id}: the model on the first healthy backend that has it; an alias answers under its own name. False
 // where there is none.
 inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path) {
-  const std::string id = unescape_path(path.substr(std::string_view("/v1/models/").size()));
+  const std::string id = unescape_path(path.substr(kModelPrefix.size()));
   const ModelEntry* entry = snapshot.find(id);
   if (entry == nullptr) return false;
   for (const Offer& offer : entry->offers) {

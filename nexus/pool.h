@@ -25,9 +25,10 @@ struct Upstream {
   Connection<Net> connection;
   BackendId backend;
   Address address;
-  Token owner;          // the session whose exchange uses it; its value is 0 while idle
-  bool reused = false;  // it carried an exchange before
-  Timer timer;          // while idle
+  Token owner;                         // the session whose exchange uses it; its value is 0 while idle
+  std::uint64_t snapshot_version = 0;  // in which the backend was last seen at this address
+  bool reused = false;                 // it carried an exchange before
+  Timer timer;                         // while idle
   Upstream* newer = nullptr;
   Upstream* older = nullptr;
 };
@@ -86,6 +87,10 @@ class Pool {
     if (index_of(upstream.backend) >= lines_.size()) lines_.resize(index_of(upstream.backend) + 1);
     Line& line = lines_[index_of(upstream.backend)];
     upstream.owner = Token{};
+    if (upstream.snapshot_version != core_.snapshot->version) {  // it was made before a reload
+      if (!belongs(upstream, *core_.snapshot)) return drop(upstream);
+      upstream.snapshot_version = core_.snapshot->version;
+    }
     const bool quiet = !upstream.connection.hangup() && !upstream.connection.may_read();
     if (core_.draining || !quiet || line.idle >= settings.idle_connections) {
       return drop(upstream);
@@ -121,9 +126,29 @@ class Pool {
     drop(*upstream);
   }
 
+  // A new snapshot: idle connections to what is no longer in the fleet, or elsewhere now, are closed.
+  void forget_departed(const Snapshot& snapshot) {
+    for (std::uint32_t i = 0; i < lines_.size(); ++i) {
+      for (Upstream<Net>* upstream = lines_[i].newest; upstream != nullptr;) {
+        Upstream<Net>* const older = upstream->older;
+        if (!belongs(*upstream, snapshot)) {
+          unlink(*upstream);
+          drop(*upstream);
+        }
+        upstream = older;
+      }
+    }
+  }
+
   std::size_t open() const { return upstreams_.live(); }
 
  private:
+  static bool belongs(const Upstream<Net>& upstream, const Snapshot& snapshot) {
+    return std::any_of(snapshot.backends.begin(), snapshot.backends.end(), [&](const BackendView& backend) {
+      return backend.id == upstream.backend && backend.address == upstream.address;
+    });
+  }
+
   struct Line {
     Upstream<Net>* newest = nullptr;
     std::uint32_t idle = 0;

@@ -22,6 +22,7 @@
 #include "labels.h"
 #include "metrics.h"
 #include "names.h"
+#include "page.h"
 #include "process.h"
 #include "settings.h"
 
@@ -85,18 +86,31 @@ class PrometheusPage {
     std::array<std::uint64_t, kLimitNames.size()> limits{};
   };
 
+  // All families of one pair of labels have the same sources, and the same labels but for one more at their end.
+  struct Pair {
+    std::span<const Source<PairCells>> sources;
+    std::size_t labels_offset, labels_length;  // in pair_labels_
+  };
+
   // ---- adding up
   // -----------------------------------------------------------------------------------------------------
 
   void collect_pairs(const Metrics& metrics) {
-    pairs_.clear();
+    pair_sources_.clear();
     for (const auto& slab : metrics.slabs()) {
       slab->pairs().for_each([this](std::uint32_t model, std::uint32_t backend, const PairCells& cells) {
-        pairs_.push_back(
+        pair_sources_.push_back(
             {std::uint64_t{models_.group_of(ModelId{model})} << 32 | backends_.group_of(BackendId{backend}), &cells});
       });
     }
-    std::sort(pairs_.begin(), pairs_.end());
+    std::sort(pair_sources_.begin(), pair_sources_.end());
+    pairs_.clear();
+    pair_labels_.clear();
+    for_each_series(pair_sources_, [this](std::uint32_t model, std::uint32_t backend, auto sources) {
+      const std::size_t offset = pair_labels_.size();
+      Exposition::write_labels(pair_labels_, {{"model", models_.text(model)}, {"backend", backends_.text(backend)}});
+      pairs_.push_back({sources, offset, pair_labels_.size() - offset});
+    });
   }
 
   void collect_fallbacks(const Metrics& metrics) {
@@ -179,9 +193,7 @@ class PrometheusPage {
 
   void write_requests() {
     out_.family("nexus_requests_total", FamilyType::counter, "Requests ended, by the status sent to the client.");
-    for_each_series(pairs_, [this](std::uint32_t model, std::uint32_t backend, auto sources) {
-      write_statuses(model, backend, sources);
-    });
+    for (const Pair& pair : pairs_) write_statuses(pair);
 
     out_.family("nexus_errors_total", FamilyType::counter, "Requests that ended as an error, one type each.");
     for (std::uint32_t model = 0; model < errors_.size(); ++model) {
@@ -211,15 +223,15 @@ class PrometheusPage {
                 "Streams that told their usage: the mean time between two output tokens.");
     write_pair_histograms(&PairCells::per_token);
     out_.family("nexus_tokens_total", FamilyType::histogram, "Tokens of each response, as its usage told.");
-    for_each_series(pairs_, [this](std::uint32_t model, std::uint32_t backend, auto sources) {
-      write_pair_histogram(model, backend, sources, &PairCells::prompt_tokens, "prompt");
-      write_pair_histogram(model, backend, sources, &PairCells::completion_tokens, "completion");
-    });
+    for (const Pair& pair : pairs_) {
+      write_pair_histogram(pair, &PairCells::prompt_tokens, {"type", "prompt"});
+      write_pair_histogram(pair, &PairCells::completion_tokens, {"type", "completion"});
+    }
   }
 
-  void write_statuses(std::uint32_t model, std::uint32_t backend, std::span<const Source<PairCells>> sources) {
+  void write_statuses(const Pair& pair) {
     statuses_.clear();
-    for (const auto& source : sources) {
+    for (const auto& source : pair.sources) {
       source.cells->statuses.for_each([this](const StatusCells::Count& count) {
         const auto at = std::lower_bound(statuses_.begin(), statuses_.end(), count.status,
                                          [](const auto& held, std::uint32_t status) { return held.first < status; });
@@ -233,30 +245,23 @@ class PrometheusPage {
     for (const auto& [status, count] : statuses_) {
       std::array<char, kNumberBytes> digits;
       const std::string_view text(digits.data(), write_unsigned(digits.data(), status));
-      out_.labels({{"model", models_.text(model)}, {"backend", backends_.text(backend)}, {"status", text}});
+      out_.labels(pair_labels_, pair.labels_offset, pair.labels_length, {"status", text});
       out_.sample(count);
     }
   }
 
   template <const auto& kBounds>
   void write_pair_histograms(Histogram<kBounds> PairCells::*member) {
-    for_each_series(pairs_, [this, member](std::uint32_t model, std::uint32_t backend, auto sources) {
-      this->write_pair_histogram(model, backend, sources, member, {});
-    });
+    for (const Pair& pair : pairs_) write_pair_histogram(pair, member, {});
   }
 
   // A series appears with its first observation, and stays.
   template <const auto& kBounds>
-  void write_pair_histogram(std::uint32_t model, std::uint32_t backend, std::span<const Source<PairCells>> sources,
-                            Histogram<kBounds> PairCells::*member, std::string_view type) {
+  void write_pair_histogram(const Pair& pair, Histogram<kBounds> PairCells::*member, Exposition::Label last) {
     HistogramValues<kBounds> values;
-    for (const auto& source : sources) (source.cells->*member).add_to(values);
+    for (const auto& source : pair.sources) (source.cells->*member).add_to(values);
     if (values.count() == 0) return;
-    if (type.empty()) {
-      out_.labels({{"model", models_.text(model)}, {"backend", backends_.text(backend)}});
-    } else {
-      out_.labels({{"model", models_.text(model)}, {"backend", backends_.text(backend)}, {"type", type}});
-    }
+    out_.labels(pair_labels_, pair.labels_offset, pair.labels_length, last);
     out_.histogram(values);
   }
 
@@ -390,7 +395,9 @@ class PrometheusPage {
   Exposition out_;
   LabelTable<ModelId> models_;
   LabelTable<BackendId> backends_;
-  std::vector<Source<PairCells>> pairs_;
+  std::vector<Source<PairCells>> pair_sources_;
+  std::vector<Pair> pairs_;
+  Page pair_labels_;
   std::vector<Source<Cell>> fallbacks_;
   std::vector<ErrorSums> errors_;                                  // by model label
   std::vector<BackendSums> backend_sums_;                          // by backend label

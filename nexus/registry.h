@@ -209,14 +209,15 @@ class Registry {
       entry(*made, alias);
       entry(*made, target);
     }
-    for (const auto& [alias, first] : settings_->aliases) follow_alias(*made, alias);
+    const std::unordered_map<std::string_view, std::string_view> aliases(settings_->aliases.begin(),
+                                                                         settings_->aliases.end());
+    for (const auto& [alias, first] : settings_->aliases) follow_alias(*made, aliases, alias);
     return made;
   }
 
  private:
   static bool same_place(const BackendSettings& a, const BackendSettings& b) {
-    return a.kind == b.kind && a.address == b.address && a.base_path == b.base_path && a.api_key == b.api_key &&
-           a.models == b.models;
+    return a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
   }
 
   Backend* find(std::string_view name) {
@@ -235,18 +236,17 @@ class Registry {
     return at->second;
   }
 
-  // The configuration holds no loop of aliases and at most three hops; an alias shadows a model of its name.
-  void follow_alias(Snapshot& snapshot, const std::string& alias) {
-    const std::string* target = &alias;
-    for (std::size_t hops = 0; hops <= settings_->aliases.size(); ++hops) {
-      const auto& aliases = settings_->aliases;
-      const auto next =
-          std::find_if(aliases.begin(), aliases.end(), [&](const NamePair& pair) { return pair.first == *target; });
+  // The configuration holds no loop of aliases and no longer chain; an alias shadows a model of its name.
+  void follow_alias(Snapshot& snapshot, const std::unordered_map<std::string_view, std::string_view>& aliases,
+                    const std::string& alias) {
+    std::string_view target = alias;
+    for (std::uint32_t hops = 0; hops < kMaxAliasHops; ++hops) {
+      const auto next = aliases.find(target);
       if (next == aliases.end()) break;
-      target = &next->second;
+      target = next->second;
     }
-    const ModelEntry& real = entry(snapshot, *target);
-    ModelEntry& entry = snapshot.models.at(alias);
+    const ModelEntry& real = snapshot.models.find(target)->second;
+    ModelEntry& entry = snapshot.models.find(alias)->second;
     entry.target = real.name;
     entry.target_id = real.id;
     entry.offers = real.offers;

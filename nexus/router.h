@@ -73,6 +73,7 @@ namespace route_detail {
 constexpr std::uint64_t kPart = 1'000;            // a component of `smart` goes from 0 to this
 constexpr std::uint64_t kScoreScale = 1'000'000;  // the best score there is
 constexpr std::uint64_t kRoundsPerDeal = 4;
+constexpr Ns kNoiseNs = 50 * kMillisecond;  // times to a first byte below this are alike: a model takes longer
 
 // Spreads every bit of `x` over all of the result; 0 stays 0. (The finisher of splitmix64.)
 constexpr std::uint64_t mix(std::uint64_t x) {
@@ -128,8 +129,8 @@ inline void gather(const Snapshot& snapshot, const ModelEntry& entry, const Rout
 }
 
 // `smart`, from 0 (worst) to kScoreScale. In whole numbers, so that what is equal compares equal. Latency counts in
-// tenths of the fastest's: a difference of a few per cent is noise, and must not send all requests to one of two
-// equals.
+// tenths of the fastest's, and below kNoiseNs not at all: a difference of a few per cent or milliseconds is noise, and
+// must not send all requests to one of two equals.
 struct Smart {
   const RoutingSettings& weights;
   std::int64_t most_pending = 0;
@@ -137,7 +138,8 @@ struct Smart {
 
   void note(const Choice& choice) {
     most_pending = std::max(most_pending, choice.pending);
-    if (choice.latency_ns > 0 && (fastest_ns == 0 || choice.latency_ns < fastest_ns)) fastest_ns = choice.latency_ns;
+    const Ns latency_ns = std::max(choice.latency_ns, kNoiseNs);
+    if (choice.latency_ns > 0 && (fastest_ns == 0 || latency_ns < fastest_ns)) fastest_ns = latency_ns;
   }
 
   std::uint64_t score(const Choice& choice, std::uint32_t priority) const {
@@ -162,7 +164,7 @@ struct Smart {
   // One that is not known counts as the fastest: a request is the only way to learn it.
   std::uint64_t latency_part(Ns latency_ns) const {
     if (latency_ns <= 0 || fastest_ns == 0) return kPart;
-    const double share = static_cast<double>(fastest_ns) / static_cast<double>(latency_ns);
+    const double share = static_cast<double>(fastest_ns) / static_cast<double>(std::max(latency_ns, kNoiseNs));
     return static_cast<std::uint64_t>(share * 10.0 + 0.5) * (kPart / 10);
   }
 };

@@ -193,6 +193,7 @@ class Worker {
   void on_message(Adopt& adopt) { add_session(adopt.socket, adopt.peer, adopt.metrics_only); }
   void on_message(NewSnapshot& m) {
     core_.use(std::move(m.snapshot));
+    pool_.forget_departed(*core_.snapshot);
     const LogSettings& log = core_.settings().log;
     log_.configure(log_config(log, log_.config().journald));
   }
@@ -426,7 +427,9 @@ class Worker {
   Progress refuse_head(SessionT& session, Refusal refusal) {
     session.keep_alive = false;
     core_.text.clear();
+    core_.take_request_id(nullptr, nullptr, session.request_id);
     OwnAnswer answer;
+    answer.request_id = session.request_id;
     answer.keep_alive = false;
     append_own_error(core_.text, refusal, {}, answer, true);
     write_answer(session, core_.text);
@@ -449,7 +452,10 @@ class Worker {
 
   void on_endpoint(SessionT& session, const Endpoint& endpoint, const char* base) {
     const RequestHead& head = session.head;
-    if (head.method != HTTP_POST) return answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
+    if (head.method != HTTP_POST) {
+      core_.take_request_id(base, session.fields.get(), session.request_id);
+      return answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
+    }
     session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
     in_flight_ += 1;
     session.state = State::exchanging;
@@ -569,6 +575,7 @@ class Worker {
 
   void on_page(SessionT& session, const char* base, std::string_view path) {
     const RequestHead& head = session.head;
+    core_.take_request_id(base, session.fields.get(), session.request_id);
     const PageKind kind = page_of(path, core_.settings().server, session.metrics_only);
     if (kind == PageKind::none) return answer_error(session, Refusal::not_found, {});
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) {
@@ -602,13 +609,18 @@ class Worker {
 
   void answer_model(SessionT& session, std::string_view path) {
     std::string body;
-    if (!render_model(body, *core_.snapshot, path)) return answer_error(session, Refusal::model_not_found, {});
+    if (!render_model(body, *core_.snapshot, path)) {
+      const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
+      return answer_error(session, Refusal::model_not_found, {},
+                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.");
+    }
     answer_json(session, 200, body);
   }
 
   OwnAnswer own_answer(const SessionT& session, std::uint16_t status) const {
     OwnAnswer answer;
     answer.status = status;
+    answer.request_id = session.request_id;
     answer.http_1_0 = session.head.http_1_0;
     answer.keep_alive = session.keep_alive;
     return answer;
@@ -621,12 +633,12 @@ class Worker {
     write_answer(session, core_.text);
   }
 
-  void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields) {
+  void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields, std::string_view message = {}) {
     session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !core_.draining;
     OwnAnswer answer = own_answer(session, row_of(refusal).status);
     answer.extra_fields = extra_fields;
     core_.text.clear();
-    append_own_error(core_.text, refusal, {}, answer, session.head.method != HTTP_HEAD);
+    append_own_error(core_.text, refusal, message, answer, session.head.method != HTTP_HEAD);
     write_answer(session, core_.text);
   }
 

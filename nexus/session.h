@@ -57,6 +57,7 @@ struct Session {
   BodyShare body_share;
 
   bool keep_alive = true;  // of an answer of our own
+  std::string request_id;  // the same
   std::shared_ptr<const std::string> page;
   std::string page_head;
   std::size_t page_sent = 0;  // of page_head and page together

@@ -15,6 +15,8 @@
 
 namespace nexus {
 
+constexpr std::uint32_t kMaxAliasHops = 3;  // an alias may lead to an alias
+
 struct HostPort {
   std::string host;  // an address or a name, an IPv6 address without its brackets
   std::uint16_t port = 0;
