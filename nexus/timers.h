@@ -155,26 +155,18 @@ class TimerWheel {
 
   template <class Due>
   void expire_slot(Ns now, Due&& due) {
-    // One at a time from the head: `due` may change the list under us. What was moved later goes to its own slot.
+    // One at a time from the head: `due` may change the list under us.
     Timer*& head = slots_[0][static_cast<std::size_t>(tick_ & kMask)];
     while (head != nullptr) {
       Timer& timer = *head;
       unlink(timer);
-      if (timer.deadline_ns_ > now) {
-        postpone(timer);
+      if (timer.deadline_ns_ > now) {  // moved on since it was linked: its tick is a later one, and so is its slot
+        link(timer);
         continue;
       }
       timer.deadline_ns_ = kNever;
       due(timer.owner_);
     }
-  }
-
-  // The deadline was moved on since it was linked, or lies within this tick: in either case after it.
-  void postpone(Timer& timer) {
-    const std::int64_t here = tick_;
-    tick_ += 1;
-    link(timer);
-    tick_ = here;
   }
 
   // The next tick at which something lies at level 0 or is to be cascaded, but no later than `until`.
