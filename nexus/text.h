@@ -64,13 +64,14 @@ inline std::optional<std::uint64_t> parse_decimal(std::string_view text) {
 class Digits {
  public:
   explicit Digits(std::uint64_t value, int base = 10) {
-    end_ = std::to_chars(text_.data(), text_.data() + text_.size(), value, base).ptr;
+    const char* end = std::to_chars(text_.data(), text_.data() + text_.size(), value, base).ptr;
+    bytes_ = static_cast<std::size_t>(end - text_.data());
   }
-  std::string_view view() const { return {text_.data(), static_cast<std::size_t>(end_ - text_.data())}; }
+  std::string_view view() const { return {text_.data(), bytes_}; }
 
  private:
   std::array<char, 64> text_;
-  char* end_;
+  std::size_t bytes_;
 };
 
 namespace detail {
