@@ -17,6 +17,8 @@
 #include "openai.h"
 #include "pool.h"
 #include "relay.h"
+#include "request_image.h"
+#include "selection.h"
 #include "usage.h"
 
 namespace nexus {
@@ -39,16 +41,6 @@ constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final 
 constexpr std::uint32_t kReadsPerTurn = 16;       // of one answer, before others get their turn
 constexpr std::uint32_t kBytesPerToken = 4;       // for the estimate of a prompt's length
 
-// A request as the session read it; it stays in place until the exchange is over.
-struct RequestView {
-  const char* base = nullptr;  // the head's first byte
-  const RequestHead* head = nullptr;
-  const FieldTable* fields = nullptr;
-  char* body = nullptr;
-  std::size_t body_bytes = 0;
-  bool pass_authorization = true;
-};
-
 template <class Net>
 class Exchange {
  public:
@@ -65,7 +57,7 @@ class Exchange {
   };
 
   Exchange(Token owner, Core<Net>& core, Pool<Net>& pool, Connection<Net>& client)
-      : owner_(owner), core_(core), pool_(pool), client_(client) {}
+      : owner_(owner), core_(core), pool_(pool), client_(client), selection_(core) {}
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
@@ -124,7 +116,7 @@ class Exchange {
     if (core_.settings().upstream.request_timeout_ns > 0) {
       request_deadline_ = deadline_after(core_.now, core_.settings().upstream.request_timeout_ns);
     }
-    needs_ = needs_of(facts_);
+    selection_.begin(*snapshot_, *entry_, needs_of(facts_));
     next_attempt();
   }
 
@@ -193,11 +185,7 @@ class Exchange {
   // A place was granted to this request while it waited.
   void on_grant() {
     if (state_ != State::queued) return;
-    std::optional<Admission::Place> place = core_.shared.admission.take_grant(ticket_);
-    if (!place) return;
-    leave_queue();
-    place_ = std::move(*place);
-    use_place();
+    if (const auto next = selection_.take_grant()) follow(*next);
   }
 
   // Makes ready for the next request on this connection.
@@ -207,8 +195,7 @@ class Exchange {
     snapshot_ = SnapshotUse();
     entry_ = nullptr;
     record_ = RequestRecord{};
-    tried_count_ = 0;
-    primary_tries_ = fallback_tries_ = attempts_ = 0;
+    backend_ = nullptr;
     request_deadline_ = deadline_ = kNever;
     sent_bytes_ = 0;
     first_body_ns_ = -1;
@@ -220,11 +207,6 @@ class Exchange {
 
  private:
   enum class AttemptEnd : std::uint8_t { reuse, close };
-
-  struct Tried {
-    BackendId backend;
-    ModelId model;
-  };
 
   // ---- the request ----
 
@@ -282,150 +264,58 @@ class Exchange {
 
   // ---- choosing a backend ----
 
-  enum class Pick : std::uint8_t { chosen, nothing_left, all_full };
+  void next_attempt() { follow(selection_.next()); }
 
-  void next_attempt() {
-    const RoutingSettings& routing = snapshot_->settings->routing;
-    const RouteOutcome outcome = find_choices(core_.turn++);
-    if (attempts_ == 0) {
-      switch (outcome) {
-        case RouteOutcome::ok: break;
-        case RouteOutcome::unknown_model: return refuse_unknown_model();
-        case RouteOutcome::none_healthy: return refuse(Refusal::no_healthy_backend, true);
-        case RouteOutcome::not_capable: return refuse(Refusal::not_capable, true);
-      }
+  void follow(typename Selection<Net>::Next next) {
+    using Next = typename Selection<Net>::Next;
+    switch (next) {
+      case Next::chosen: return begin_attempt();
+      case Next::all_full: return wait_in_queue();
+      case Next::nothing_left: return refuse(last_failure_, true);
+      case Next::unknown_model: return refuse_unknown_model();
+      case Next::none_healthy: return refuse(Refusal::no_healthy_backend, true);
+      case Next::not_capable: return refuse(Refusal::not_capable, true);
     }
-    switch (pick(routing)) {
-      case Pick::chosen: return begin_attempt();
-      case Pick::all_full: return wait_in_queue();
-      case Pick::nothing_left: return refuse(last_failure_, true);
-    }
-  }
-
-  RouteOutcome find_choices(std::uint64_t turn) {
-    return route(
-        *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, core_.random.next(),
-        [this](const BackendView& backend) { return load_of(backend); }, core_.choices);
-  }
-
-  BackendLoad load_of(const BackendView& backend) const {
-    BackendLoad load;
-    load.pending = core_.shared.metrics.pending(backend.id);
-    load.latency_ns = core_.latency_of(backend.id);
-    load.ejected = !core_.shared.ejector.usable(backend.id, core_.now);
-    return load;
-  }
-
-  bool may_try(const Choice& choice, const RoutingSettings& routing) const {
-    if ((choice.fallback ? fallback_tries_ : primary_tries_) > routing.retries) return false;
-    const BackendId id = snapshot_->backends[choice.backend].id;
-    for (std::size_t i = 0; i < tried_count_; ++i) {
-      if (tried_[i].backend == id && tried_[i].model == choice.model) return false;
-    }
-    return true;
-  }
-
-  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
-  // nothing else is left, and none that is merely full.
-  Pick pick(const RoutingSettings& routing) {
-    full_.clear();
-    for (const bool last_resort : {false, true}) {
-      for (const Choice& choice : core_.choices) {
-        if (!may_try(choice, routing)) continue;
-        const BackendView& backend = snapshot_->backends[choice.backend];
-        if (!last_resort && !core_.shared.ejector.usable(backend.id, core_.now)) continue;
-        if (!core_.shared.admission.try_enter(backend.id, backend.max_pending, place_)) {
-          full_.push_back(backend.id);
-          continue;
-        }
-        Ejector::Passage passage = core_.shared.ejector.enter(backend.id, core_.now);
-        if (passage.closed() && !last_resort) {  // another request took the trial just now
-          place_ = Admission::Place();
-          continue;
-        }
-        take(choice, std::move(passage));
-        return Pick::chosen;
-      }
-      if (!full_.empty()) return Pick::all_full;
-    }
-    return Pick::nothing_left;
-  }
-
-  void take(const Choice& choice, Ejector::Passage passage) {
-    choice_ = choice;
-    backend_ = &snapshot_->backends[choice.backend];
-    passage_ = std::move(passage);
-  }
-
-  bool another_choice(const RoutingSettings& routing) const {
-    return std::any_of(core_.choices.begin(), core_.choices.end(),
-                       [&](const Choice& choice) { return may_try(choice, routing); });
   }
 
   // Every candidate is at its cap: wait for the first place on any of them.
   void wait_in_queue() {
-    const Admission::Outcome outcome = core_.shared.admission.enqueue(full_, core_.worker, owner_, ticket_, place_);
-    switch (outcome) {
-      case Admission::Outcome::entered: return use_place();
-      case Admission::Outcome::full:
+    using Next = typename Selection<Net>::Next;
+    switch (selection_.wait_in_queue(owner_)) {
+      case Next::chosen: return begin_attempt();
+      case Next::all_full: break;
+      default:
         core_.slab.queue_rejected(QueueRejection::full);
         core_.slab.limit_hit(Limit::queue_size);
         return refuse(Refusal::queue_full, true);
-      case Admission::Outcome::queued: break;
     }
     state_ = State::queued;
-    queued_on_ = full_.front();
-    queued_ns_ = core_.now;
-    core_.slab.add_pending(queued_on_, 1);
-    core_.slab.queue_depth(queued_on_, 1);
     deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
-  }
-
-  void leave_queue() {
-    if (queued_on_ == BackendId::none) return;
-    core_.slab.add_pending(queued_on_, -1);
-    core_.slab.queue_depth(queued_on_, -1);
-    core_.slab.queue_wait(core_.now - queued_ns_);
-    queued_on_ = BackendId::none;
-    ticket_ = Admission::Ticket();
   }
 
   void on_queue_timeout() {
     on_grant();  // it may have come just now
     if (state_ != State::queued) return;
-    leave_queue();
     core_.slab.queue_rejected(QueueRejection::timeout);
     core_.slab.limit_hit(Limit::queue_timeout);
     refuse(Refusal::queue_timeout, true);
   }
 
-  // Goes to the backend on which place_ was granted, or chooses anew where that one is gone from the fleet.
-  void use_place() {
-    const RoutingSettings& routing = snapshot_->settings->routing;
-    find_choices(core_.turn++);
-    for (const Choice& choice : core_.choices) {
-      const BackendId id = snapshot_->backends[choice.backend].id;
-      if (id != place_.backend() || !may_try(choice, routing)) continue;
-      take(choice, core_.shared.ejector.enter(id, core_.now));
-      return begin_attempt();
-    }
-    place_ = Admission::Place();
-    next_attempt();
-  }
-
   // ---- an attempt ----
 
   void begin_attempt() {
-    assert(upstream_ == nullptr && tried_count_ < tried_.size());
-    tried_[tried_count_++] = {backend_->id, choice_.model};
-    (choice_.fallback ? fallback_tries_ : primary_tries_) += 1;
-    attempts_ += 1;
+    assert(upstream_ == nullptr);
+    backend_ = selection_.backend();
     record_.backend = backend_->id;
     core_.slab.add_pending(backend_->id, 1);
     pending_ = true;
     attempt_open_ = true;
     stale_retry_ = false;
-    write_image();
+    remove_usage_event_ = asks_for_usage(*backend_, facts_, record_.stream);
+    const std::string& model = *selection_.choice().model_name;
+    compose_request(own_, image_, request_, facts_, *backend_, model == entry_->name ? std::string_view() : model,
+                    remove_usage_event_, request_id_, core_.shared.instance);
+    image_sent_ = 0;
     upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_);
     if (upstream_ == nullptr) return connect();
     begin_sending();
@@ -451,61 +341,6 @@ class Exchange {
     begin_sending();
   }
 
-  // The head for this backend, and the client's body with what has to be changed in it.
-  void write_image() {
-    BodyEdits edits;
-    std::string model;
-    if (*choice_.model_name != facts_model()) {
-      model = json_string(*choice_.model_name);
-      edits.add({facts_.model_value.at, facts_.model_value.bytes, model});
-    }
-    const bool ask = backend_->ask_usage && record_.stream && facts_.include_usage != BodyFacts::Flag::yes;
-    if (ask) edits.add(usage_edit());
-    remove_usage_event_ = ask;
-    UpstreamHead head;
-    head.method = llhttp_method_name(static_cast<llhttp_method_t>(request_.head->method));
-    head.target = {request_.base + request_.head->target_at, request_.head->target_bytes};
-    head.base_path = backend_->base_path;
-    head.host = backend_->host;
-    head.authorization = backend_->authorization;
-    head.pass_authorization = request_.pass_authorization;
-    head.request_id = request_id_;
-    head.via = core_.shared.instance;
-    head.content_length = edits.length_after(request_.body_bytes);
-    own_.clear();
-    append_request_head(own_, HeadView{request_.base, request_.fields}, head);
-    image_.clear();
-    image_.add_own(0, own_.size());
-    std::size_t at = 0;
-    for (const BodyEdit& edit : edits) {
-      image_.add_body(at, edit.at - at);
-      image_.add_own(own_.size(), edit.inserted.size());
-      own_ += edit.inserted;
-      at = edit.at + edit.removed;
-    }
-    image_.add_body(at, request_.body_bytes - at);
-    image_sent_ = 0;
-  }
-
-  // The asked name as the client spelled it; facts_.model itself lasts only until the next body is read.
-  std::string_view facts_model() const { return entry_->name; }
-
-  // Where `"include_usage": true` goes.
-  BodyEdit usage_edit() const {
-    switch (facts_.stream_options) {
-      case BodyFacts::Options::absent: return {facts_.first_member, 0, R"("stream_options":{"include_usage":true},)"};
-      case BodyFacts::Options::null:
-        return {facts_.stream_options_value.at, facts_.stream_options_value.bytes, R"({"include_usage":true})"};
-      case BodyFacts::Options::object: break;
-    }
-    if (facts_.include_usage != BodyFacts::Flag::absent) {
-      return {facts_.include_usage_value.at, facts_.include_usage_value.bytes, "true"};
-    }
-    const std::string_view member =
-        facts_.stream_options_empty ? R"("include_usage":true)" : R"("include_usage":true,)";
-    return {facts_.stream_options_value.at + 1, 0, member};
-  }
-
   void begin_sending() {
     state_ = State::sending;
     record_.reached_backend = true;
@@ -529,7 +364,7 @@ class Exchange {
     }
     state_ = State::awaiting;
     sent_ns_ = core_.net.now();
-    if (attempts_ == 1 && !stale_retry_) record_.overhead_ns = sent_ns_ - complete_ns_;
+    if (selection_.tries() == 1 && !stale_retry_) record_.overhead_ns = sent_ns_ - complete_ns_;
   }
 
   void on_send_failure() {
@@ -543,7 +378,7 @@ class Exchange {
 
   void read_answer() {
     if (state_ != State::sending && state_ != State::awaiting && state_ != State::streaming) return;
-    const std::uint32_t attempt = attempts_;
+    const std::uint32_t attempt = selection_.tries();
     Upstream<Net>* const upstream = upstream_;
     for (std::uint32_t reads = 0; upstream->connection.may_read(); ++reads) {
       if (state_ == State::streaming && client_.pending() > 0) return note_write_deadline();
@@ -563,7 +398,7 @@ class Exchange {
       } else {
         read_head(scratch, result.bytes);
       }
-      if (upstream_ != upstream || attempts_ != attempt) return;  // this answer is done with
+      if (upstream_ != upstream || selection_.tries() != attempt) return;  // this answer is done with
     }
   }
 
@@ -614,9 +449,9 @@ class Exchange {
     core_.note_latency(backend_->id, core_.now - sent_ns_);
     if (failed) {
       note_backend_failure(retry_after_of(data));
-      if (may_retry()) return retry_after_status(head, data, bytes);
-    } else if (passage_.trial()) {
-      passage_.succeeded();  // a stream may last for minutes: others need not wait for its end
+      if (selection_.another()) return retry_after_status(head, data, bytes);
+    } else if (selection_.passage().trial()) {
+      selection_.passage().succeeded();  // a stream may last for minutes: others need not wait for its end
     }
     begin_relay(head, data, bytes);
   }
@@ -627,11 +462,6 @@ class Exchange {
     const auto seconds = parse_decimal(value_of(base, *row));
     if (!seconds) return std::nullopt;  // a date: the host's clock may not be the backend's
     return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
-  }
-
-  bool may_retry() {
-    find_choices(core_.turn);
-    return another_choice(snapshot_->settings->routing);
   }
 
   // The answer is thrown away for another backend's. Its connection is kept where the whole of it has come.
@@ -663,8 +493,8 @@ class Exchange {
     record_.status = head.status;
     record_.error = head.status / 100 == 2 ? ErrorType::none : ErrorType::backend_error;
     record_.stream = sse && head.status / 100 == 2;
-    record_.fell_back = choice_.fallback;
-    record_.fallback_to = choice_.fallback ? choice_.model : ModelId::unknown;
+    record_.fell_back = selection_.choice().fallback;
+    record_.fallback_to = selection_.choice().fallback ? selection_.choice().model : ModelId::unknown;
     sse_ = sse;
     answer_body_.start(head.framing);
     const UsageScan::Kind scan = scan_kind(head, data);
@@ -678,7 +508,7 @@ class Exchange {
     to.backend = backend_->name;
     to.request_id = request_id_;
     to.route_reason = reason;
-    if (choice_.fallback) to.fallback_model = *choice_.model_name;
+    if (selection_.choice().fallback) to.fallback_model = *selection_.choice().model_name;
     to.framing = client_framing_;
     to.http_1_0 = http_1_0_;
     if (client_framing_.kind == Framing::Kind::until_close) keep_alive_ = false;
@@ -717,7 +547,7 @@ class Exchange {
   std::string route_reason() const {
     std::string reason;
     if (!retry_reason_.empty()) reason.append("retry after ").append(retry_reason_).append(", ");
-    append_reason(reason, choice_);
+    append_reason(reason, selection_.choice());
     return reason;
   }
 
@@ -766,7 +596,7 @@ class Exchange {
     record_.without_usage = answer_status_ / 100 == 2 && !scan_.usage().told();
     if (!send_to_client(write)) return client_left();
     note_overhead();
-    passage_.succeeded();
+    selection_.passage().succeeded();
     end_attempt(status_outcome(answer_status_));
     const bool reuse = answer_keep_alive_ && !excess && !send_failed_ && image_sent_ == image_.total();
     release_upstream(reuse ? AttemptEnd::reuse : AttemptEnd::close);
@@ -829,12 +659,12 @@ class Exchange {
     leave_backend();
     last_failure_ = refusal;
     retry_reason_ = name_of(outcome);
-    if (core_.now >= request_deadline_ || !may_retry()) return refuse(refusal, true);
+    if (core_.now >= request_deadline_ || !selection_.another()) return refuse(refusal, true);
     next_attempt();
   }
 
   void note_backend_failure(std::optional<Ns> retry_after) {
-    passage_.failed(core_.now, snapshot_->settings->health, retry_after);
+    selection_.passage().failed(core_.now, snapshot_->settings->health, retry_after);
   }
 
   // The answer broke after its head went out: it must not look whole.
@@ -910,9 +740,7 @@ class Exchange {
 
   void leave_backend() {
     send_failed_ = false;
-    leave_queue();
-    place_ = Admission::Place();
-    passage_ = Ejector::Passage();
+    selection_.leave();
     if (!pending_) return;
     pending_ = false;
     core_.slab.add_pending(backend_->id, -1);
@@ -952,12 +780,12 @@ class Exchange {
     entry.method = "POST";
     entry.path = endpoint_->path;
     entry.model = asked_;
-    if (attempts_ > 0) entry.model_used = *choice_.model_name;
+    if (backend_ != nullptr) entry.model_used = *selection_.choice().model_name;
     if (record_.backend != BackendId::none) entry.backend = backend_->name;
     entry.status = record_.status;
     const ErrorType error = error_of(record_);
     if (error != ErrorType::none) entry.error_type = name_of(error);
-    entry.attempts = attempts_;
+    entry.attempts = backend_ == nullptr ? 0 : selection_.tries();
     entry.bytes = sent_bytes_;
     entry.prompt_tokens = record_.prompt_tokens;
     entry.completion_tokens = record_.completion_tokens;
@@ -987,7 +815,6 @@ class Exchange {
   BodyFacts facts_;
   std::string asked_;
   const ModelEntry* entry_ = nullptr;
-  RouteNeeds needs_;
   RequestRecord record_;
   Ns started_ns_ = 0;
   Ns complete_ns_ = 0;  // when its body was whole
@@ -997,22 +824,11 @@ class Exchange {
   bool keep_alive_ = true;
 
   // Of its attempts.
-  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config
-  std::size_t tried_count_ = 0;
-  std::uint32_t primary_tries_ = 0;
-  std::uint32_t fallback_tries_ = 0;
-  std::uint32_t attempts_ = 0;
-  Choice choice_;
-  const BackendView* backend_ = nullptr;
-  Admission::Place place_;    // on backend_, where it has a cap
-  Admission::Ticket ticket_;  // while queued
-  BackendId queued_on_{};     // the backend that the wait is counted on
-  Ns queued_ns_ = 0;
-  Ejector::Passage passage_;
-  std::vector<BackendId> full_;  // candidates that had no place
-  bool pending_ = false;         // counted in nexus_pending_requests of backend_
-  bool attempt_open_ = false;    // its outcome is not counted yet
-  bool stale_retry_ = false;     // a kept-alive connection was found closed once already
+  Selection<Net> selection_;
+  const BackendView* backend_ = nullptr;  // the last one tried
+  bool pending_ = false;                  // counted in nexus_pending_requests of backend_
+  bool attempt_open_ = false;             // its outcome is not counted yet
+  bool stale_retry_ = false;              // a kept-alive connection was found closed once already
   Refusal last_failure_ = Refusal::connect_failed;
   std::string_view retry_reason_;
 

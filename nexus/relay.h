@@ -1,6 +1,5 @@
 // relay.h
-// Owns:     an answer's body on its way: taken out of the backend's framing, put into the client's, and the request's
-//           bytes on theirs: the body as it came but for the few values that Nexus changes in it.
+// Owns:     an answer's body on its way: taken out of the backend's framing, put into the client's.
 // Promises: payload bytes pass unchanged and in order; an end is told to the client only where the backend told one; no
 //           byte behind the end is taken for body.
 // Leaves:   sockets and decisions to exchange.h, token counts to usage.h.
@@ -112,82 +111,6 @@ class ClientWrite {
   std::array<char, 20> size_line_;
   std::size_t size_line_bytes_ = 0;
   std::size_t payload_bytes_ = 0;
-};
-
-// What goes to a backend, as pieces of two texts: `own` (the head, then what is put into the body) and the client's
-// body. Its bytes can be counted and sent from any offset on, so that a body is never copied to be sent.
-class RequestImage {
- public:
-  static constexpr std::size_t kMaxPieces = 8;
-
-  void clear() {
-    count_ = 0;
-    total_ = 0;
-  }
-  void add_own(std::size_t at, std::size_t bytes) { add(false, at, bytes); }
-  void add_body(std::size_t at, std::size_t bytes) { add(true, at, bytes); }
-  std::size_t total() const { return total_; }
-
-  // Fills `out` with what lies behind the first `sent` bytes; says how many parts.
-  std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent) const {
-    std::size_t filled = 0;
-    for (std::size_t i = 0; i < count_; ++i) {
-      const Piece& piece = pieces_[i];
-      if (sent >= piece.bytes) {
-        sent -= piece.bytes;
-        continue;
-      }
-      out[filled++] = {(piece.of_body ? body : own) + piece.at + sent, piece.bytes - sent};
-      sent = 0;
-    }
-    return filled;
-  }
-
- private:
-  struct Piece {
-    bool of_body;
-    std::size_t at;
-    std::size_t bytes;
-  };
-
-  void add(bool of_body, std::size_t at, std::size_t bytes) {
-    if (bytes == 0) return;
-    assert(count_ < kMaxPieces);
-    pieces_[count_++] = {of_body, at, bytes};
-    total_ += bytes;
-  }
-
-  std::array<Piece, kMaxPieces> pieces_;
-  std::size_t count_ = 0;
-  std::size_t total_ = 0;
-};
-
-// A replacement in the client's body.
-struct BodyEdit {
-  std::size_t at = 0;
-  std::size_t removed = 0;
-  std::string_view inserted;
-};
-
-class BodyEdits {
- public:
-  void add(const BodyEdit& edit) {
-    assert(count_ < edits_.size());
-    std::size_t slot = count_++;
-    for (; slot > 0 && edits_[slot - 1].at > edit.at; --slot) edits_[slot] = edits_[slot - 1];
-    edits_[slot] = edit;
-  }
-  const BodyEdit* begin() const { return edits_.data(); }
-  const BodyEdit* end() const { return edits_.data() + count_; }
-
-  std::size_t length_after(std::size_t body_bytes) const {
-    for (const BodyEdit& edit : *this) body_bytes = body_bytes - edit.removed + edit.inserted.size();
-    return body_bytes;
-  }
-
- private:
-  std::array<BodyEdit, 2> edits_;
-  std::size_t count_ = 0;
 };
 
 }  // namespace nexus

@@ -1,0 +1,207 @@
+// selection.h
+// Owns:     which backend a request is tried on next: what was tried, the place it holds there, its place in the queue.
+// Promises: no backend is tried twice with one model; an ejected one only as the last resort; every place, queue place
+//           and trial goes back when the request moves on or ends.
+// Leaves:   the order of candidates to router.h, caps to admission.h, trials to ejection.h, sending to exchange.h.
+// Threads:  its worker's.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <optional>
+#include <vector>
+
+#include "core.h"
+
+namespace nexus {
+
+template <class Net>
+class Selection {
+ public:
+  enum class Next : std::uint8_t {
+    chosen,        // backend() and choice() say which
+    all_full,      // every candidate is at its cap: wait_in_queue()
+    nothing_left,  // all have been tried
+    unknown_model,
+    none_healthy,
+    not_capable,
+  };
+
+  explicit Selection(Core<Net>& core) : core_(core) {}
+  Selection(const Selection&) = delete;
+  Selection& operator=(const Selection&) = delete;
+
+  // `snapshot` outlives the selection's use; `entry` is one of its models.
+  void begin(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs) {
+    snapshot_ = &snapshot;
+    entry_ = &entry;
+    needs_ = needs;
+    tried_count_ = 0;
+    primary_tries_ = fallback_tries_ = 0;
+    backend_ = nullptr;
+  }
+
+  const BackendView* backend() const { return backend_; }  // the last one chosen
+  const Choice& choice() const { return choice_; }
+  std::uint32_t tries() const { return primary_tries_ + fallback_tries_; }
+  Ejector::Passage& passage() { return passage_; }
+  Ns queued_for(Ns now) const { return now - queued_ns_; }
+
+  // Chooses the next candidate and takes its place; it counts as tried from here on.
+  Next next() {
+    const RouteOutcome outcome = find_choices(core_.turn++);
+    if (tries() == 0) {
+      switch (outcome) {
+        case RouteOutcome::ok: break;
+        case RouteOutcome::unknown_model: return Next::unknown_model;
+        case RouteOutcome::none_healthy: return Next::none_healthy;
+        case RouteOutcome::not_capable: return Next::not_capable;
+      }
+    }
+    return pick();
+  }
+
+  // Whether next() would find a candidate that was not tried.
+  bool another() {
+    find_choices(core_.turn);
+    return std::any_of(core_.choices.begin(), core_.choices.end(),
+                       [this](const Choice& choice) { return may_try(choice); });
+  }
+
+  // After all_full: waits for the first place on any of the full ones. `chosen` where one became free just now,
+  // `nothing_left` where the queue is full too.
+  Next wait_in_queue(Token owner) {
+    Admission::Place place;
+    switch (core_.shared.admission.enqueue(full_, core_.worker, owner, ticket_, place)) {
+      case Admission::Outcome::entered: return use(std::move(place));
+      case Admission::Outcome::full: return Next::nothing_left;
+      case Admission::Outcome::queued: break;
+    }
+    queued_on_ = full_.front();
+    queued_ns_ = core_.now;
+    core_.slab.add_pending(queued_on_, 1);
+    core_.slab.queue_depth(queued_on_, 1);
+    return Next::all_full;
+  }
+
+  // The place that was granted while the request waited, if any was: then as next().
+  std::optional<Next> take_grant() {
+    std::optional<Admission::Place> place = core_.shared.admission.take_grant(ticket_);
+    if (!place) return std::nullopt;
+    leave_queue();
+    return use(std::move(*place));
+  }
+
+  // Gives back whatever is held: the place, the trial, the place in the queue.
+  void leave() {
+    leave_queue();
+    place_ = Admission::Place();
+    passage_ = Ejector::Passage();
+  }
+
+ private:
+  struct Tried {
+    BackendId backend;
+    ModelId model;
+  };
+
+  RouteOutcome find_choices(std::uint64_t turn) {
+    return route(
+        *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, core_.random.next(),
+        [this](const BackendView& backend) { return load_of(backend); }, core_.choices);
+  }
+
+  BackendLoad load_of(const BackendView& backend) const {
+    BackendLoad load;
+    load.pending = core_.shared.metrics.pending(backend.id);
+    load.latency_ns = core_.latency_of(backend.id);
+    load.ejected = !core_.shared.ejector.usable(backend.id, core_.now);
+    return load;
+  }
+
+  bool may_try(const Choice& choice) const {
+    const std::uint32_t retries = snapshot_->settings->routing.retries;
+    if ((choice.fallback ? fallback_tries_ : primary_tries_) > retries) return false;
+    const BackendId id = snapshot_->backends[choice.backend].id;
+    return std::none_of(tried_.begin(), tried_.begin() + tried_count_,
+                        [&](const Tried& tried) { return tried.backend == id && tried.model == choice.model; });
+  }
+
+  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
+  // nothing else is left, not even a full one or a fallback.
+  Next pick() {
+    full_.clear();
+    for (const bool last_resort : {false, true}) {
+      for (const Choice& choice : core_.choices) {
+        if (may_try(choice) && enter(choice, last_resort)) return Next::chosen;
+      }
+      if (!full_.empty()) return Next::all_full;
+    }
+    return Next::nothing_left;
+  }
+
+  bool enter(const Choice& choice, bool last_resort) {
+    const BackendView& backend = snapshot_->backends[choice.backend];
+    if (!last_resort && !core_.shared.ejector.usable(backend.id, core_.now)) return false;
+    Admission::Place place;
+    if (!core_.shared.admission.try_enter(backend.id, backend.max_pending, place)) {
+      full_.push_back(backend.id);
+      return false;
+    }
+    Ejector::Passage passage = core_.shared.ejector.enter(backend.id, core_.now);
+    if (passage.closed() && !last_resort) return false;  // another request took the trial just now
+    take(choice, std::move(place), std::move(passage));
+    return true;
+  }
+
+  void take(const Choice& choice, Admission::Place place, Ejector::Passage passage) {
+    assert(static_cast<std::size_t>(tried_count_) < tried_.size());
+    choice_ = choice;
+    backend_ = &snapshot_->backends[choice.backend];
+    place_ = std::move(place);
+    passage_ = std::move(passage);
+    tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->id, choice.model};
+    (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
+  }
+
+  // Goes to the backend that the place is on.
+  Next use(Admission::Place place) {
+    find_choices(core_.turn++);
+    for (const Choice& choice : core_.choices) {
+      const BackendId id = snapshot_->backends[choice.backend].id;
+      if (id != place.backend() || !may_try(choice)) continue;
+      take(choice, std::move(place), core_.shared.ejector.enter(id, core_.now));
+      return Next::chosen;
+    }
+    return Next::nothing_left;
+  }
+
+  void leave_queue() {
+    if (queued_on_ == BackendId::none) return;
+    core_.slab.add_pending(queued_on_, -1);
+    core_.slab.queue_depth(queued_on_, -1);
+    core_.slab.queue_wait(queued_for(core_.now));
+    queued_on_ = BackendId::none;
+    ticket_ = Admission::Ticket();
+  }
+
+  Core<Net>& core_;
+  const Snapshot* snapshot_ = nullptr;
+  const ModelEntry* entry_ = nullptr;
+  RouteNeeds needs_;
+  Choice choice_;
+  const BackendView* backend_ = nullptr;
+  Admission::Place place_;  // on backend_, where it has a cap
+  Ejector::Passage passage_;
+  Admission::Ticket ticket_;  // while queued
+  BackendId queued_on_{};     // the backend that the wait is counted on
+  Ns queued_ns_ = 0;
+  std::vector<BackendId> full_;    // candidates that had no place
+  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config_keys.h
+  std::ptrdiff_t tried_count_ = 0;
+  std::uint32_t primary_tries_ = 0;
+  std::uint32_t fallback_tries_ = 0;
+};
+
+}  // namespace nexus
