@@ -233,7 +233,8 @@ group('demo', () => {
     t.after(() => child.kill('SIGKILL'));
     await until(async () => (await get(8000, '/health')).json.status === 'healthy', () => `the demo healthy; it printed ${output}`);
     // A curl line may be continued with backslashes.
-    const lines = output.replace(/\\\n\s*/g, ' ').split('\n').map((l) => l.trim().replace(/^\$ /, '')).filter((l) => l.startsWith('curl '));
+    const curl_lines = () => output.replace(/\\\n\s*/g, ' ').split('\n').map((l) => l.trim().replace(/^\$ /, '')).filter((l) => l.startsWith('curl '));
+    const lines = await until(() => curl_lines().length >= 3 && curl_lines(), () => `three curl lines in ${output}`);
     assert.equal(lines.length, 3, output);
     if (spawnSync('curl', ['--version']).error) t.skip('curl is not installed');
     for (const line of lines) {

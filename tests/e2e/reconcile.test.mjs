@@ -201,7 +201,10 @@ group('reconciliation', () => {
         assert.equal(page.sum('nexus_tokens_total_sum', { type }), told.reduce((n, l) => n + l[`${type}_tokens`], 0), `${type} tokens`);
       }
       const durations = [...histograms('nexus_request_duration_seconds', page.families.get('nexus_request_duration_seconds')).values()].reduce((n, h) => n + h.count, 0);
-      assert.equal(durations, log.filter((l) => log_backend(l) !== 'none').length, 'a duration for every request that reached a backend');
+      // A client may leave before its request has reached the backend that was chosen for it.
+      const chosen = log.filter((l) => log_backend(l) !== 'none');
+      const left = chosen.filter((l) => l.status === 499).length;
+      assert.ok(durations <= chosen.length && durations >= chosen.length - left, `${durations} durations of ${chosen.length} requests that were sent on, ${left} of them left early`);
       for (const s of page.select('nexus_pending_requests')) assert.equal(s.value, 0, `pending of ${s.labels.backend}`);
       assert.ok(page.sum('nexus_fallbacks_total') > 0, 'the mix had fallbacks in it');
     });

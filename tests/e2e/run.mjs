@@ -32,7 +32,7 @@ if (!fs.existsSync(settings.nexus)) {
   process.exit(2);
 }
 const binary = fs.readFileSync(settings.nexus);
-settings.sanitised = binary.includes('AddressSanitizer') || binary.includes('ThreadSanitizer');
+settings.sanitised = ['__asan_init', '__tsan_init', '__ubsan_handle'].some((name) => binary.includes(name));
 settings.slow = settings.sanitised ? 6 : 1;
 process.setMaxListeners(0);
 process.exit(await run_all({ only: options.only, jobs: Number(options.jobs) }));

@@ -1,0 +1,251 @@
+// fleet.mjs
+// Owns:     several backends with one daemon before them, for the tests of routing, queueing and failing.
+// Promises: when the test ends nothing is pending or queued, and requests, access log and attempts add up to the unit,
+//           with each other and with what arrived at the backends.
+// Leaves:   what is sent, and what is expected of the answers, to the tests.
+import { fork } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { answer_plainly, chat_chunk, sse } from './backend.mjs';
+import { RawClient, get, post, request_bytes } from './client.mjs';
+import { start_backend, start_nexus } from './daemon.mjs';
+import { parse_metrics } from './metrics.mjs';
+import { settings, sleep, until, within } from './runner.mjs';
+
+export const completions = '/v1/chat/completions';
+const here = path.dirname(new URL(import.meta.url).pathname);
+
+export const chat_body = (model = 'm1', more = {}) => ({ model, messages: [{ role: 'user', content: 'Hi' }], ...more });
+
+// What a backend does, by the request's own words: `wait_ms` before its first byte; a stream of `pieces`, one every
+// `every_ms`; `held` keeps an answer (or a stream, after its first piece) until the backend's `gate` opens.
+export async function act(request, reply, backend) {
+  const ask = request.json;
+  if (ask.wait_ms) await sleep(ask.wait_ms);
+  if (!ask.stream || !ask.pieces) {
+    if (ask.held) await backend.gate;
+    return answer_plainly(request, reply, backend);
+  }
+  reply.stream();
+  for (let i = 0; i < ask.pieces; i++) {
+    reply.piece(sse(chat_chunk(ask.model, `p${i} `, {}, i === 0)));
+    if (i === 0 && ask.held) await backend.gate;
+    if (i + 1 < ask.pieces) await sleep(ask.every_ms ?? 0);
+  }
+  reply.piece(sse('[DONE]'));
+  reply.finish();
+  return undefined;
+}
+
+export const fails_with = (status, headers = {}) => (request, reply) => reply.json({ error: { message: `made up ${status}` } }, status, headers);
+
+// A gate for `held` answers.
+export function add_gate(backend) {
+  backend.gate = new Promise((done) => { backend.open_gate = done; });
+  return backend;
+}
+
+// Wraps a backend's answers so that `running` tells how many it is at, and `most` the most there ever were.
+export function count_running(backend) {
+  const answer = backend.answer;
+  Object.assign(backend, { running: 0, most: 0 });
+  backend.answer = async (request, reply, self) => {
+    backend.most = Math.max(backend.most, ++backend.running);
+    try {
+      await answer(request, reply, self);
+    } finally {
+      backend.running--;
+    }
+  };
+  return backend;
+}
+
+// A backend in a process of its own, which can be killed or stopped as a machine would fail. It answers with act().
+export async function start_child_backend(t, options = {}) {
+  const child = fork(path.join(here, 'child_backend.mjs'), [JSON.stringify(options)], { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
+  const exited = new Promise((done) => child.once('exit', done));
+  t.after(async () => {
+    child.kill('SIGKILL');
+    await exited;
+  });
+  const { port } = await within(5_000, new Promise((done) => child.once('message', done)), 'a child backend');
+  return { kind: options.kind ?? 'generic', url: `http://127.0.0.1:${port}`, in_child: true, kill: (signal) => child.kill(signal), exited };
+}
+
+class Fleet {
+  constructor(t, mocks, conf) {
+    this.mocks = mocks;
+    this.asked = 0;             // requests sent through this fleet, each to be counted once
+    this.moved = false;         // a backend was stopped: what reached it is not known for certain
+    this.log_path = path.join(t.dir(), 'access.log');
+    this.conf = conf;
+  }
+
+  with_log(conf) { return { ...conf, log: { format: 'json', access: this.log_path, ...conf.log } }; }
+  reload(conf) { this.nexus.reload(this.with_log(conf)); }
+  get port() { return this.nexus.port; }
+
+  // One request on a connection of its own.
+  ask(model, more, options = {}) {
+    this.asked += 1;
+    return post(this.port, completions, chat_body(model, more), { ms: 15_000, ...options });
+  }
+  async ask_many(count, model, more) {
+    const answers = [];
+    for (let i = 0; i < count; i++) answers.push(await this.ask(model, more));
+    return answers;
+  }
+  // Sends a request and returns its client, for what it does next.
+  async send(model, more) {
+    const client = await RawClient.connect(this.port);
+    this.asked += 1;
+    client.send('POST', completions, { 'Content-Type': 'application/json' }, chat_body(model, more));
+    return client;
+  }
+  // `clients` ask one request after the other until `over()`; on_answer(answer) sees each.
+  async load(clients, over, make, on_answer) {
+    await Promise.all(Array.from({ length: clients }, async (_, c) => {
+      let client = null;
+      for (let i = 0; !over(); i++) {
+        if (!client || client.over) client = await RawClient.connect(this.port);
+        const [model, more] = make(c, i);
+        this.asked += 1;
+        client.send('POST', completions, { 'Content-Type': 'application/json' }, chat_body(model, more));
+        const answer = await client.response(15_000);
+        on_answer(answer);
+        if (!answer.complete || /close/i.test(answer.headers.get('connection'))) {
+          client.close();
+          client = null;
+        }
+      }
+      client?.close();
+    }));
+  }
+
+  async page() { return parse_metrics((await get(this.port, '/metrics')).text); }
+  async gauge(name, labels = {}) { return (await this.page()).sum(name, labels); }
+  queued(n) { return this.reaches('nexus_queue_depth', n); }
+  pending(n, labels) { return this.reaches('nexus_pending_requests', n, labels); }
+  async reaches(name, wanted, labels = {}) {
+    let seen;
+    await until(async () => (seen = await this.gauge(name, labels)) === wanted, () => `${name} at ${wanted} (it is ${seen})`, 5_000);
+  }
+  // The workers have a configuration in which exactly these backends are.
+  async has_backends(names) {
+    await until(async () => (await this.page()).select('nexus_backend_up').map((s) => s.labels.backend).sort().join() === [...names].sort().join(), `backends ${names}`);
+    await sleep(30);   // the page is the control thread's, which told the workers just before
+  }
+
+  log() { return fs.readFileSync(this.log_path, 'utf8').split('\n').filter(Boolean).map((line) => JSON.parse(line)); }
+
+  // The books, when all is over.
+  async balance() {
+    let page;
+    let why = '';
+    await until(async () => {
+      page = await this.page();
+      const left = ['nexus_pending_requests', 'nexus_queue_depth'].flatMap((name) => page.select(name)).filter((s) => s.value !== 0);
+      const counted = page.sum('nexus_requests_total');
+      why = `${left.map((s) => `${s.name} of ${s.labels.backend} is ${s.value}, `).join('')}${counted} requests counted, ${this.asked} asked`;
+      return left.length === 0 && counted === this.asked;
+    }, () => `the books to balance: ${why}`, 3_000);
+    await until(() => this.log().length >= this.asked, () => `${this.asked} lines in the access log (${this.log().length})`, 3_000);
+    const log = this.log();
+    const same = (what, a, b) => {
+      if (a !== b) throw new Error(`the books: ${what}: ${a} and ${b}`);
+    };
+    same('lines of the access log, requests', log.length, this.asked);
+    same('attempts in the log, nexus_backend_attempts_total', log.reduce((n, l) => n + l.attempts, 0), page.sum('nexus_backend_attempts_total'));
+    const ended_well = log.filter((l) => l.attempts > 0 && !l.cut && l.status < 499 && l.status !== 429).length;
+    same('answers passed on in the log, attempts that were ok', ended_well, page.sum('nexus_backend_attempts_total', { outcome: 'ok' }));
+    for (const [name, mock] of Object.entries(this.mocks)) this.balance_backend(page, name, mock, same);
+  }
+
+  balance_backend(page, name, mock, same) {
+    const attempts = (outcome) => page.sum('nexus_backend_attempts_total', outcome ? { backend: name, outcome } : { backend: name });
+    const unsure = attempts('cancelled') + attempts('timeout');
+    if (this.moved || mock.in_child || !mock.requests || unsure > 0) return;
+    same(`requests at ${name}, attempts that could reach it`, mock.requests.length, attempts() - attempts('connect_error'));
+  }
+}
+
+// backends: { name: { answer, models, …of Backend, conf: {…of its section} } } or { name: { child: {…}, conf } }.
+export async function start_fleet(t, backends, conf = {}, start_options = {}) {
+  const mocks = {};
+  const rows = [];
+  for (const [name, { conf: own = {}, child, refuses, ...options }] of Object.entries(backends)) {
+    mocks[name] = child ? await start_child_backend(t, child) : await start_backend(t, { answer: act, ...options });
+    if (refuses) {
+      await mocks[name].stop();
+      mocks[name].in_child = true;
+    }
+    rows.push({ name, mock: mocks[name], ...own });
+  }
+  const fleet = new Fleet(t, mocks, { ...conf, backends: rows });
+  fleet.nexus = await start_nexus(t, fleet.with_log(fleet.conf), start_options);
+  t.after(() => fleet.balance());
+  return fleet;
+}
+
+export const tally = (rows, key) => {
+  const out = {};
+  for (const row of rows) out[key(row)] = (out[key(row)] ?? 0) + 1;
+  return out;
+};
+
+export const served_by = (answer) => answer.headers.get('x-nexus-backend');
+export const reason_of = (answer) => answer.headers.get('x-nexus-route-reason');
+export const backend_message = (answer) => answer.json.error.message;
+
+// `count` times the same request, `depth` at once on each of `connections`: for counts at which a client that looks at
+// everything would be the slowest part. Resolves to { by: backend → answers, not_ok }.
+export async function burst(fleet, body, count, { connections = 8, depth = 8 } = {}) {
+  fleet.asked += count;
+  const bytes = request_bytes('POST', completions, { 'Content-Type': 'application/json' }, body);
+  const out = { by: {}, not_ok: 0 };
+  let left = count;
+  const run = async () => {
+    const client = await RawClient.connect(fleet.port, { pause: true });
+    const { socket } = client;
+    let text = '';
+    let waiting = 0;
+    const send = () => {
+      const n = Math.min(depth - waiting, left);
+      left -= n;
+      waiting += n;
+      if (n > 0) socket.write(Buffer.concat(Array.from({ length: n }, () => bytes)));
+    };
+    const take = () => {
+      for (;;) {
+        const end = text.indexOf('\r\n\r\n');
+        if (end < 0) return;
+        const length = Number(/\r\nContent-Length: (\d+)/i.exec(text)[1]);
+        if (text.length < end + 4 + length) return;
+        const head = text.slice(0, end);
+        const name = /\r\nX-Nexus-Backend: ([^\r]*)/i.exec(head)?.[1] ?? 'none';
+        out.by[name] = (out.by[name] ?? 0) + 1;
+        if (!head.startsWith('HTTP/1.1 200 ')) out.not_ok += 1;
+        text = text.slice(end + 4 + length);
+        waiting -= 1;
+      }
+    };
+    await within(30_000, new Promise((done, fail) => {
+      socket.on('close', () => fail(new Error('closed in the middle of a burst')));
+      socket.on('data', (data) => {
+        text += data.toString('latin1');
+        take();
+        if (waiting <= depth / 2) send();
+        if (waiting === 0) done();
+      });
+      socket.resume();
+      send();
+      if (waiting === 0) done();
+    }), 'a burst');
+    client.close();
+  };
+  await Promise.all(Array.from({ length: connections }, run));
+  return out;
+}
+
+// Fewer of something where the build is a slow one.
+export const scaled = (count, least = 1) => (settings.sanitised ? Math.max(least, Math.round(count / 5)) : count);
