@@ -100,7 +100,7 @@ struct BucketFinder {
 
 // The index of the bucket that `value` belongs to: the number of bounds that it exceeds.
 template <const auto& kBounds>
-std::size_t bucket_of(std::int64_t value) {
+[[gnu::always_inline]] inline std::size_t bucket_of(std::int64_t value) {
   static constexpr detail::BucketFinder kFinder(kBounds);
   static_assert(kFinder.compares >= 1 && kFinder.compares <= 4 && kBounds.upper[0] >= 1);
   assert(value >= 0);
@@ -126,25 +126,36 @@ struct HistogramValues {
   }
 };
 
+// The buckets alone. Where several histograms are recorded at once, their sums stand together in one cache line.
+template <const auto& kBounds>
+class Buckets {
+ public:
+  using Values = HistogramValues<kBounds>;
+
+  [[gnu::always_inline]] void observe(std::int64_t value, Cell& sum) {
+    cells_[bucket_of<kBounds>(value)].add(1);
+    sum.add_signed(value);
+  }
+
+  void add_to(Values& out, const Cell& sum) const {
+    for (std::size_t i = 0; i < cells_.size(); ++i) out.buckets[i] += cells_[i].read();
+    out.sum += sum.read();
+  }
+
+ private:
+  std::array<Cell, Values::kBuckets> cells_{};
+};
+
 // A sum of nanoseconds wraps after 584 years of observed time, which Prometheus would take for a restart.
 template <const auto& kBounds>
 class Histogram {
  public:
-  using Values = HistogramValues<kBounds>;
-
-  void observe(std::int64_t value) {
-    buckets_[bucket_of<kBounds>(value)].add(1);
-    sum_.add_signed(value);
-  }
-
-  void add_to(Values& out) const {
-    for (std::size_t i = 0; i < buckets_.size(); ++i) out.buckets[i] += buckets_[i].read();
-    out.sum += sum_.read();
-  }
+  [[gnu::always_inline]] void observe(std::int64_t value) { buckets_.observe(value, sum_); }
+  void add_to(HistogramValues<kBounds>& out) const { buckets_.add_to(out, sum_); }
 
  private:
-  std::array<Cell, Values::kBuckets> buckets_{};
   Cell sum_;
+  Buckets<kBounds> buckets_;
 };
 
 }  // namespace nexus

@@ -95,9 +95,10 @@ static_assert(name_of(DisconnectPhase::streaming) == "streaming" && name_of(Limi
 
 // What one exchange was, told once when it has ended.
 struct RequestRecord {
-  ModelId model = ModelId::unknown;        // the client's own choice, before alias and fallback
-  BackendId backend = BackendId::none;     // the one that served, or the last one tried
-  ModelId fallback_to = ModelId::unknown;  // read only if fell_back
+  ModelId model = ModelId::unknown;          // the client's own choice, before alias and fallback
+  BackendId backend = BackendId::none;       // the one that served, or the last one tried
+  ModelId fallback_from = ModelId::unknown;  // after aliases; this and the next are read only if fell_back
+  ModelId fallback_to = ModelId::unknown;
   bool fell_back = false;
   std::uint16_t status = 0;  // as sent to the client; 499 if it left before one was
   ErrorType error = ErrorType::none;
@@ -121,13 +122,16 @@ constexpr ErrorType error_of(const RequestRecord& r) {
   return r.status >= 200 && r.status <= 299 ? ErrorType::none : ErrorType::other;
 }
 
-struct PairCells {  // one model on one backend
+// One model on one backend. What every record of it touches, the sums and the first status, fills one cache line with
+// the key of its node; a histogram then costs the line of its bucket alone.
+struct PairCells {
+  Cell duration_sum, prompt_sum, completion_sum, first_token_sum, per_token_sum;
   StatusCells statuses;
-  Histogram<kDurationBounds> duration;
-  Histogram<kTokenBounds> prompt_tokens;
-  Histogram<kTokenBounds> completion_tokens;
-  Histogram<kFirstTokenBounds> first_token;
-  Histogram<kPerTokenBounds> per_token;
+  Buckets<kDurationBounds> duration;
+  Buckets<kTokenBounds> prompt_tokens;
+  Buckets<kTokenBounds> completion_tokens;
+  Buckets<kFirstTokenBounds> first_token;
+  Buckets<kPerTokenBounds> per_token;
 };
 
 struct alignas(kCacheAlign) BackendCells {
@@ -162,11 +166,11 @@ class alignas(kCacheAlign) Slab {
     PairCells& pair = pairs_.at(index_of(r.model), index_of(r.backend));
     const ErrorType error = error_of(r);
     pair.statuses.add(r.status, error != ErrorType::none);
-    if (r.reached_backend) pair.duration.observe(r.duration_ns);
-    if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens);
-    if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens);
-    if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns);
-    if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns);
+    if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
+    if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
+    if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens, pair.completion_sum);
+    if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
+    if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
     if (error != ErrorType::none || r.without_usage || r.fell_back) [[unlikely]]
       record_rare(r, error);
@@ -196,7 +200,7 @@ class alignas(kCacheAlign) Slab {
 
   // For the writers of pages.
   const PairTable<PairCells>& pairs() const { return pairs_; }                              // (model, backend)
-  const PairTable<Cell>& fallbacks() const { return fallbacks_; }                           // (model, fallback model)
+  const PairTable<Cell>& fallbacks() const { return fallbacks_; }                           // (from, to)
   const BackendCells* backend(BackendId id) const { return backends_.find(index_of(id)); }  // null reads as zero
   const ModelCells* model(ModelId id) const { return models_.find(index_of(id)); }          // null reads as zero
   const ThreadCells& thread() const { return thread_; }
@@ -207,7 +211,7 @@ class alignas(kCacheAlign) Slab {
     if (error != ErrorType::none) count(models_.at(index_of(r.model)).errors, error);
     if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);
     if (r.without_usage) backends_.at(index_of(r.backend)).without_usage.add(1);
-    if (r.fell_back) fallbacks_.at(index_of(r.model), index_of(r.fallback_to)).add(1);
+    if (r.fell_back) fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to)).add(1);
   }
 
   template <std::size_t N, class Outcome>

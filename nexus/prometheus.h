@@ -215,17 +215,17 @@ class PrometheusPage {
 
     out_.family("nexus_request_duration_seconds", FamilyType::histogram,
                 "From the request's head being complete to the last response byte.");
-    write_pair_histograms(&PairCells::duration);
+    write_pair_histograms(&PairCells::duration, &PairCells::duration_sum);
     out_.family("nexus_time_to_first_token_seconds", FamilyType::histogram,
                 "Streams: from the request being complete to the backend's first body byte.");
-    write_pair_histograms(&PairCells::first_token);
+    write_pair_histograms(&PairCells::first_token, &PairCells::first_token_sum);
     out_.family("nexus_time_per_output_token_seconds", FamilyType::histogram,
                 "Streams that told their usage: the mean time between two output tokens.");
-    write_pair_histograms(&PairCells::per_token);
+    write_pair_histograms(&PairCells::per_token, &PairCells::per_token_sum);
     out_.family("nexus_tokens_total", FamilyType::histogram, "Tokens of each response, as its usage told.");
     for (const Pair& pair : pairs_) {
-      write_pair_histogram(pair, &PairCells::prompt_tokens, {"type", "prompt"});
-      write_pair_histogram(pair, &PairCells::completion_tokens, {"type", "completion"});
+      write_pair_histogram(pair, &PairCells::prompt_tokens, &PairCells::prompt_sum, {"type", "prompt"});
+      write_pair_histogram(pair, &PairCells::completion_tokens, &PairCells::completion_sum, {"type", "completion"});
     }
   }
 
@@ -251,15 +251,16 @@ class PrometheusPage {
   }
 
   template <const auto& kBounds>
-  void write_pair_histograms(Histogram<kBounds> PairCells::*member) {
-    for (const Pair& pair : pairs_) write_pair_histogram(pair, member, {});
+  void write_pair_histograms(Buckets<kBounds> PairCells::*buckets, Cell PairCells::*sum) {
+    for (const Pair& pair : pairs_) write_pair_histogram(pair, buckets, sum, {});
   }
 
   // A series appears with its first observation, and stays.
   template <const auto& kBounds>
-  void write_pair_histogram(const Pair& pair, Histogram<kBounds> PairCells::*member, Exposition::Label last) {
+  void write_pair_histogram(const Pair& pair, Buckets<kBounds> PairCells::*buckets, Cell PairCells::*sum,
+                            Exposition::Label last) {
     HistogramValues<kBounds> values;
-    for (const auto& source : pair.sources) (source.cells->*member).add_to(values);
+    for (const auto& source : pair.sources) (source.cells->*buckets).add_to(values, source.cells->*sum);
     if (values.count() == 0) return;
     out_.labels(pair_labels_, pair.labels_offset, pair.labels_length, last);
     out_.histogram(values);

@@ -52,14 +52,11 @@ inline StatsSums sums_of(const PairCells& cells) {
     if (count.failed) sums.errors += count.count;
   });
   HistogramValues<kDurationBounds> duration;
-  HistogramValues<kTokenBounds> prompt, completion;
-  cells.duration.add_to(duration);
-  cells.prompt_tokens.add_to(prompt);
-  cells.completion_tokens.add_to(completion);
+  cells.duration.add_to(duration, cells.duration_sum);
   sums.durations = duration.count();
   sums.duration_sum_ns = duration.sum;
-  sums.prompt_tokens = prompt.sum;
-  sums.completion_tokens = completion.sum;
+  sums.prompt_tokens = cells.prompt_sum.read();
+  sums.completion_tokens = cells.completion_sum.read();
   return sums;
 }
 
