@@ -23,6 +23,7 @@
 #include "pages.h"
 #include "process.h"
 #include "prometheus.h"
+#include "pulse.h"
 #include "registry.h"
 #include "server.h"
 #include "stats.h"
@@ -50,7 +51,7 @@ class Control {
     std::string error;
   };
   struct Stop {};
-  using Message = std::variant<AskPage, Reload, ReloadFailed, Resolved, Stop>;
+  using Message = std::variant<AskPage, Reload, ReloadFailed, Resolved, Stop, Ping>;
 
   // What the outside does for it.
   struct Hooks {
@@ -177,6 +178,7 @@ class Control {
   }
 
   void on_message(Stop&) { stopped_ = true; }
+  void on_message(Ping& ping) { ping.answer(); }
 
   // ---- configuration ----
 

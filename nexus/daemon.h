@@ -21,9 +21,12 @@
 #include <thread>
 #include <vector>
 
+#include "activation.h"
 #include "control.h"
 #include "echo.h"
 #include "log_writer.h"
+#include "notify.h"
+#include "pulse.h"
 #include "resolver.h"
 #include "server.h"
 #include "threads.h"
@@ -73,9 +76,10 @@ class Daemon {
   // Serves until told to stop. `reload` reads the configuration again: nothing where it is bad, which it has logged.
   template <class ReadSettings>
   void serve(ReadSettings&& read_settings) {
+    notifier_.ready(status());
     for (;;) {
       switch (wait_signal(kNever)) {
-        case SIGHUP: reload(read_settings()); break;
+        case SIGHUP: reload(read_settings); break;
         case SIGTERM:
         case SIGINT: return drain();
         default: break;  // a worker cannot be done before it was asked to
@@ -127,7 +131,15 @@ class Daemon {
   Log make_log() { return Log(log_writer_.add_ring(), log_config(settings_->log, journald_)); }
 
   std::string open_listeners() {
+    const PassedSockets passed = passed_sockets(process_variable, getpid());
+    if (!passed.error.empty()) return passed.error;
+    const bool for_metrics = std::any_of(passed.sockets.begin(), passed.sockets.end(),
+                                         [](const PassedSocket& socket) { return socket.name == "metrics"; });
+    if (for_metrics && settings_->server.metrics_listen.empty()) {
+      return "a socket named metrics was passed, but metrics_listen is not set: the pages would stand on both";
+    }
     for (const bool metrics_only : {false, true}) {
+      if (adopt(passed, metrics_only)) continue;
       const ServerSettings& server = settings_->server;
       for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
         const std::optional<Address> address = parse_address(where.host, where.port);
@@ -144,6 +156,20 @@ class Daemon {
       }
     }
     return {};
+  }
+
+  // Takes over the sockets that the service manager opened in place of `listen`, or, named `metrics`, of
+  // `metrics_listen`: they are there before this process and after it, so a restart turns no connection away.
+  bool adopt(const PassedSockets& passed, bool metrics_only) {
+    bool any = false;
+    for (const PassedSocket& socket : passed.sockets) {
+      if ((socket.name == "metrics") != metrics_only) continue;
+      any = true;
+      listeners_.push_back({EpollNet::Socket{socket.fd}, metrics_only});
+      addresses_.push_back((metrics_only ? "metrics " : "") +
+                           to_string(EpollNet::local_address(EpollNet::Socket{socket.fd})) + " (passed)");
+    }
+    return any;
   }
 
   std::string make_control() {
@@ -194,12 +220,15 @@ class Daemon {
   std::string start_threads() {
     constexpr const char* kNoThread = "no thread can be started: is the system's limit reached?";
     if (!log_writer_.start()) return kNoThread;
+    const Ns watchdog_ns = watchdog_limit_ns(process_variable, getpid());
+    pulse_ = std::make_unique<Pulse>(workers_.size() + 1, watchdog_ns, monotonic_now());
     control_thread_ = start_thread("nexus-control", [this] { control_->run(); });
     if (!control_thread_.joinable()) return kNoThread;
     const pthread_t main_thread = pthread_self();
-    for (auto& worker : workers_) {
-      worker_threads_.push_back(start_thread("nexus-worker", [this, main_thread, &worker] {
-        worker->run();
+    for (std::size_t i = 0; i < workers_.size(); ++i) {
+      worker_threads_.push_back(start_thread("nexus-worker", [this, main_thread, i] {
+        workers_[i]->run();
+        pulse_->over(i);
         workers_done_.fetch_add(1, std::memory_order_release);
         pthread_kill(main_thread, kWorkerDone);
       }));
@@ -239,25 +268,53 @@ class Daemon {
 
   // ---- signals ----
 
-  // The next signal, or 0 when `deadline` has come first.
-  static int wait_signal(Ns deadline) {
+  // The next signal, or 0 when `deadline` has come first. Meanwhile the service manager hears that all is well.
+  int wait_signal(Ns deadline) {
     const sigset_t signals = daemon_signals();
     for (;;) {
+      beat();
+      const Ns until = std::min(deadline, pulse_->next());
       int signal = 0;
-      if (deadline == kNever) {
+      if (until == kNever) {
         signal = sigwaitinfo(&signals, nullptr);
       } else {
-        const Ns left = std::max<Ns>(deadline - monotonic_now(), 0);
+        const Ns left = std::max<Ns>(until - monotonic_now(), 0);
         const timespec wait{left / kSecond, left % kSecond};
         signal = sigtimedwait(&signals, nullptr, &wait);
-        if (signal < 0 && errno == EAGAIN) return 0;
+        if (signal < 0 && errno == EAGAIN) {
+          if (monotonic_now() >= deadline) return 0;
+          continue;
+        }
       }
       if (signal > 0) return signal;
       assert(errno == EINTR);
     }
   }
 
-  void reload(std::shared_ptr<const Settings> next) {
+  // The last loop is the control thread's, the others are the workers', in their order.
+  void beat() {
+    const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Ping& ping) {
+      if (loop < workers_.size()) return workers_[loop]->post(ping);
+      control_->post(ping);
+    });
+    if (well) notifier_.alive();
+  }
+
+  // For systemctl status.
+  std::string status() const {
+    std::string text = "serving on";
+    for (const std::string& address : addresses_) text += " " + address;
+    return text;
+  }
+
+  template <class ReadSettings>
+  void reload(ReadSettings&& read_settings) {
+    notifier_.reloading(monotonic_now());
+    take_settings(read_settings());
+    notifier_.ready(status());
+  }
+
+  void take_settings(std::shared_ptr<const Settings> next) {
     if (next == nullptr) return control_->post(Control<EpollNet>::ReloadFailed{});
     if (next->server.listen != settings_->server.listen || next->server.threads != settings_->server.threads ||
         next->server.metrics_listen != settings_->server.metrics_listen) {
@@ -276,6 +333,7 @@ class Daemon {
 
   // Ends when every stream has, when drain_timeout has passed, or at the next signal.
   void drain() {
+    notifier_.stopping("draining");
     log_.event(LogLevel::info, "draining");
     for (auto& worker : workers_) worker->post(Worker<EpollNet>::Drain{});
     const Ns deadline = deadline_after(monotonic_now(), settings_->server.drain_timeout_ns);
@@ -291,6 +349,7 @@ class Daemon {
   std::shared_ptr<const Settings> settings_;
   Ns started_ns_;
   bool journald_;
+  Notifier notifier_{process_variable("NOTIFY_SOCKET")};
   LogWriter log_writer_;  // before all that logs: it goes last
   Log log_;
   Metrics metrics_;
@@ -309,6 +368,7 @@ class Daemon {
   std::deque<EpollNet> nets_;  // a worker's, at a fixed place
   std::vector<std::unique_ptr<Worker<EpollNet>>> workers_;
   std::atomic<std::size_t> workers_done_{0};
+  std::unique_ptr<Pulse> pulse_;
   std::thread control_thread_;
   std::vector<std::thread> worker_threads_;
 };

@@ -14,6 +14,7 @@
 
 #include "mailbox.h"
 #include "pages.h"
+#include "pulse.h"
 #include "session.h"
 
 namespace nexus {
@@ -55,7 +56,7 @@ class Worker {
   };
   struct Drain {};  // stop accepting, finish what is in flight
   struct Stop {};   // end now
-  using Message = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop>;
+  using Message = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop, Ping>;
 
   // What the workers know of each other, and how they ask for pages.
   struct Peers {
@@ -216,6 +217,7 @@ class Worker {
     core_.wheel.cancel(accept_timer_);
   }
   void on_message(Stop&) { stopped_ = true; }
+  void on_message(Ping& ping) { ping.answer(); }
 
   // ---- accepting ----
 
