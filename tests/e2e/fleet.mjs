@@ -5,17 +5,12 @@
 // Leaves:   what is sent, and what is expected of the answers, to the tests.
 import { fork } from 'node:child_process';
 import fs from 'node:fs';
+import net from 'node:net';
 import path from 'node:path';
-import { answer_plainly, chat_chunk, sse } from './backend.mjs';
-import { RawClient, get, post, request_bytes } from './client.mjs';
-import { start_backend, start_nexus } from './daemon.mjs';
-import { parse_metrics } from './metrics.mjs';
-import { settings, sleep, until, within } from './runner.mjs';
+import { RawClient, answer_plainly, chat, chat_chunk, get, parse_metrics, post, request_bytes, settings, sleep, sse, start_backend, start_nexus, until, within } from './harness.mjs';
 
 export const completions = '/v1/chat/completions';
 const here = path.dirname(new URL(import.meta.url).pathname);
-
-export const chat_body = (model = 'm1', more = {}) => ({ model, messages: [{ role: 'user', content: 'Hi' }], ...more });
 
 // What a backend does, by the request's own words: `wait_ms` before its first byte; a stream of `pieces`, one every
 // `every_ms`; `held` keeps an answer (or a stream, after its first piece) until the backend's `gate` opens.
@@ -72,12 +67,48 @@ export async function start_child_backend(t, options = {}) {
   return { kind: options.kind ?? 'generic', url: `http://127.0.0.1:${port}`, in_child: true, kill: (signal) => child.kill(signal), exited };
 }
 
+let fleets = 0;
+
+// A backend that does little but count, where thousands of requests are to be dealt out: every one is answered alike.
+class LightBackend {
+  constructor(models = ['m1']) {
+    this.kind = 'generic';
+    this.requests = { length: 0 };
+    const list = JSON.stringify({ object: 'list', data: models.map((id) => ({ id, object: 'model' })) });
+    const page = (text) => Buffer.from(`HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: ${text.length}\r\n\r\n${text}`);
+    this.answers = { models: page(list), chat: page('{"usage":{"prompt_tokens":1,"completion_tokens":1}}') };
+  }
+  get url() { return `http://127.0.0.1:${this.server.address().port}`; }
+  start() {
+    this.server = net.createServer({ noDelay: true }, (socket) => {
+      let text = '';
+      socket.on('error', () => {});
+      socket.on('data', (data) => {
+        text += data.toString('latin1');
+        const end = text.indexOf('\r\n\r\n');
+        if (end < 0 || text.length < end + 4 + Number(/\r\nContent-Length: (\d+)/i.exec(text)?.[1] ?? 0)) return;
+        const is_probe = text.startsWith('GET ');
+        if (!is_probe) this.requests.length += 1;
+        socket.write(is_probe ? this.answers.models : this.answers.chat);
+        text = '';
+      });
+    });
+    return new Promise((done) => this.server.listen(0, '127.0.0.1', 512, () => done(this)));
+  }
+}
+
+async function start_light_backend(t) {
+  const backend = await new LightBackend().start();
+  t.after(() => backend.server.close());
+  return backend;
+}
+
 class Fleet {
   constructor(t, mocks, conf) {
-    this.mocks = mocks;
+    this.mocks = mocks;         // name → the backend
     this.asked = 0;             // requests sent through this fleet, each to be counted once
     this.moved = false;         // a backend was stopped: what reached it is not known for certain
-    this.log_path = path.join(t.dir(), 'access.log');
+    this.log_path = path.join(t.dir(), `access-${++fleets}.log`);
     this.conf = conf;
   }
 
@@ -88,7 +119,7 @@ class Fleet {
   // One request on a connection of its own.
   ask(model, more, options = {}) {
     this.asked += 1;
-    return post(this.port, completions, chat_body(model, more), { ms: 15_000, ...options });
+    return post(this.port, completions, chat(model, more), { ms: 15_000, ...options });
   }
   async ask_many(count, model, more) {
     const answers = [];
@@ -99,7 +130,7 @@ class Fleet {
   async send(model, more) {
     const client = await RawClient.connect(this.port);
     this.asked += 1;
-    client.send('POST', completions, { 'Content-Type': 'application/json' }, chat_body(model, more));
+    client.send('POST', completions, { 'Content-Type': 'application/json' }, chat(model, more));
     return client;
   }
   // `clients` ask one request after the other until `over()`; on_answer(answer) sees each.
@@ -110,7 +141,7 @@ class Fleet {
         if (!client || client.over) client = await RawClient.connect(this.port);
         const [model, more] = make(c, i);
         this.asked += 1;
-        client.send('POST', completions, { 'Content-Type': 'application/json' }, chat_body(model, more));
+        client.send('POST', completions, { 'Content-Type': 'application/json' }, chat(model, more));
         const answer = await client.response(15_000);
         on_answer(answer);
         if (!answer.complete || /close/i.test(answer.headers.get('connection'))) {
@@ -169,16 +200,14 @@ class Fleet {
   }
 }
 
-// backends: { name: { answer, models, …of Backend, conf: {…of its section} } } or { name: { child: {…}, conf } }.
+// backends: { name: { conf: {…of its section}, …what kind it is } }: `light` counts only, `child` has a process of its own,
+// `refuses` was there and is not any more; otherwise answer, models and so on as Backend takes them.
 export async function start_fleet(t, backends, conf = {}, start_options = {}) {
   const mocks = {};
   const rows = [];
-  for (const [name, { conf: own = {}, child, refuses, ...options }] of Object.entries(backends)) {
-    mocks[name] = child ? await start_child_backend(t, child) : await start_backend(t, { answer: act, ...options });
-    if (refuses) {
-      await mocks[name].stop();
-      mocks[name].in_child = true;
-    }
+  for (const [name, { conf: own = {}, child, refuses, light, ...options }] of Object.entries(backends)) {
+    mocks[name] = child ? await start_child_backend(t, child) : light ? await start_light_backend(t) : await start_backend(t, { answer: act, ...options });
+    if (refuses) await mocks[name].stop();
     rows.push({ name, mock: mocks[name], ...own });
   }
   const fleet = new Fleet(t, mocks, { ...conf, backends: rows });
