@@ -289,7 +289,8 @@ group('backend failures', () => {
       const r = await post(nexus.port, path, chat('m1', { stream }));
       assert_error(r, 504, 'gateway_timeout');
       assert.ok(performance.now() - started >= 280);
-      await within(1_000, backend.requests.at(-1).connection.ended, 'the backend connection closed');
+      const { connection } = await backend.request(stream ? 2 : 1);
+      await within(1_000, connection.ended, 'the backend connection closed');
     }
     await pending_is(nexus, 0);
   });
