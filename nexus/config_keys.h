@@ -343,7 +343,6 @@ constexpr bool every_row_is_sound() {
     if (counted && !parse_range(row.kind, row.range)) return false;
     if ((counted || row.kind == K::yes_no || row.kind == K::choice) && !parse_scalar(row, row.default_text))
       return false;
-    if ((row.kind == K::free_key) != (row.store == nullptr)) return false;
   }
   return true;
 }

@@ -198,7 +198,7 @@ class Exchange {
     backend_ = nullptr;
     request_deadline_ = deadline_ = kNever;
     sent_bytes_ = 0;
-    first_body_ns_ = -1;
+    first_body_ns_ = ended_ns_ = -1;
     cut_ = cut_short_ = false;
     stale_retry_ = false;
     asked_.clear();
@@ -307,6 +307,11 @@ class Exchange {
     assert(upstream_ == nullptr);
     backend_ = selection_.backend();
     record_.backend = backend_->id;
+    if (selection_.choice().fallback) {
+      record_.fell_back = true;
+      record_.fallback_from = entry_->target_id;
+      record_.fallback_to = selection_.choice().model;
+    }
     core_.slab.add_pending(backend_->id, 1);
     pending_ = true;
     attempt_open_ = true;
@@ -493,8 +498,6 @@ class Exchange {
     record_.status = head.status;
     record_.error = head.status / 100 == 2 ? ErrorType::none : ErrorType::backend_error;
     record_.stream = sse && head.status / 100 == 2;
-    record_.fell_back = selection_.choice().fallback;
-    record_.fallback_to = selection_.choice().fallback ? selection_.choice().model : ModelId::unknown;
     sse_ = sse;
     answer_body_.start(head.framing);
     const UsageScan::Kind scan = scan_kind(head, data);
@@ -503,11 +506,11 @@ class Exchange {
     client_framing_ = client_framing(head);
     std::string& out = core_.text;
     out.clear();
-    const std::string reason = route_reason();
+    write_route_reason();
     ClientHead to;
     to.backend = backend_->name;
     to.request_id = request_id_;
-    to.route_reason = reason;
+    to.route_reason = reason_;
     if (selection_.choice().fallback) to.fallback_model = *selection_.choice().model_name;
     to.framing = client_framing_;
     to.http_1_0 = http_1_0_;
@@ -544,11 +547,10 @@ class Exchange {
     return {http_1_0_ ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
   }
 
-  std::string route_reason() const {
-    std::string reason;
-    if (!retry_reason_.empty()) reason.append("retry after ").append(retry_reason_).append(", ");
-    append_reason(reason, selection_.choice());
-    return reason;
+  void write_route_reason() {
+    reason_.clear();
+    if (!retry_reason_.empty()) reason_.append("retry after ").append(retry_reason_).append(", ");
+    append_reason(reason_, selection_.choice());
   }
 
   // Passes a piece of the body on; `head` goes in front of it.
@@ -570,7 +572,7 @@ class Exchange {
       return end_of_answer(write, piece.excess);
     }
     if (!send_to_client(write)) return client_left();
-    note_overhead();
+    if (!overhead_noted_) note_overhead(core_.net.now());
     if (piece.failed) {
       log_bad_answer("its chunked coding is broken");
       return break_stream(AttemptOutcome::bad_response, Refusal::backend_not_http);
@@ -595,7 +597,9 @@ class Exchange {
     note_usage();
     record_.without_usage = answer_status_ / 100 == 2 && !scan_.usage().told();
     if (!send_to_client(write)) return client_left();
-    note_overhead();
+    const Ns sent_ns = core_.net.now();
+    note_overhead(sent_ns);
+    if (client_.pending() == 0) ended_ns_ = sent_ns;
     selection_.passage().succeeded();
     end_attempt(status_outcome(answer_status_));
     const bool reuse = answer_keep_alive_ && !excess && !send_failed_ && image_sent_ == image_.total();
@@ -608,10 +612,11 @@ class Exchange {
     return client_.write(core_.net, core_.blocks, write.parts());
   }
 
-  void note_overhead() {
-    if (overhead_noted_ || record_.overhead_ns < 0) return;
+  // The answer's first bytes went on at `sent_ns`.
+  void note_overhead(Ns sent_ns) {
+    if (overhead_noted_) return;
     overhead_noted_ = true;
-    record_.overhead_ns += core_.net.now() - core_.now;
+    if (record_.overhead_ns >= 0) record_.overhead_ns += sent_ns - core_.now;
   }
 
   void note_usage() {
@@ -763,10 +768,10 @@ class Exchange {
   void commit() {
     assert(state_ != State::over && upstream_ == nullptr);
     leave_backend();
-    const Ns ended_ns = core_.net.now();
-    record_.duration_ns = ended_ns - started_ns_;
+    if (ended_ns_ < 0) ended_ns_ = core_.net.now();
+    record_.duration_ns = ended_ns_ - started_ns_;
     core_.slab.record(record_);
-    core_.log.access(access_entry());
+    if (core_.log.wants_access()) core_.log.access(access_entry());
     deadline_ = request_deadline_ = kNever;
     overhead_noted_ = false;
     state_ = State::over;
@@ -831,6 +836,7 @@ class Exchange {
   bool stale_retry_ = false;              // a kept-alive connection was found closed once already
   Refusal last_failure_ = Refusal::connect_failed;
   std::string_view retry_reason_;
+  std::string reason_;  // in words, for the client
 
   // Of the attempt going on.
   Upstream<Net>* upstream_ = nullptr;
@@ -859,6 +865,7 @@ class Exchange {
   std::uint64_t sent_bytes_ = 0;
   Ns first_body_ns_ = -1;
   Ns last_body_ns_ = -1;
+  Ns ended_ns_ = -1;  // when the kernel took the last byte
 };
 
 }  // namespace nexus

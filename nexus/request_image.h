@@ -2,9 +2,8 @@
 // Owns:     the bytes of a request on its way to a backend: a head of ours, and the client's body as it came but for
 // the
 //           few values that Nexus changes in it.
-// Promises: the body is never copied to be sent; it can be sent from any offset on, and again to another backend.
-// Leaves:   reading the body to json.h, sending to exchange.h.
-// Threads:  parts of one exchange.
+// Promises: a body of any size is not copied to be sent; it can be sent from any offset on, and again to another
+// backend. Leaves:   reading the body to json.h, sending to exchange.h. Threads:  parts of one exchange.
 #pragma once
 
 #include <sys/uio.h>
@@ -69,9 +68,14 @@ class RequestImage {
 
   void add(bool of_body, std::size_t at, std::size_t bytes) {
     if (bytes == 0) return;
+    total_ += bytes;
+    if (count_ > 0 && pieces_[count_ - 1].of_body == of_body &&
+        pieces_[count_ - 1].at + pieces_[count_ - 1].bytes == at) {
+      pieces_[count_ - 1].bytes += bytes;  // it goes on where the last one ends
+      return;
+    }
     assert(count_ < kMaxPieces);
     pieces_[count_++] = {of_body, at, bytes};
-    total_ += bytes;
   }
 
   std::array<Piece, kMaxPieces> pieces_;
@@ -106,6 +110,8 @@ class BodyEdits {
   std::array<BodyEdit, 2> edits_;
   std::size_t count_ = 0;
 };
+
+constexpr std::size_t kCopiedBodyBytes = 4096;
 
 // Whether Nexus asks this backend for token counts that the client did not ask for.
 inline bool asks_for_usage(const BackendView& backend, const BodyFacts& facts, bool streams) {
@@ -153,14 +159,21 @@ inline void compose_request(std::string& own, RequestImage& image, const Request
   append_request_head(own, HeadView{request.base, request.fields}, head);
   image.clear();
   image.add_own(0, own.size());
+  // A small body is copied behind the head: one plain send costs less than a gathered one.
+  const bool copy = request.body_bytes <= kCopiedBodyBytes;
+  const auto add_body = [&](std::size_t at, std::size_t bytes) {
+    if (!copy) return image.add_body(at, bytes);
+    image.add_own(own.size(), bytes);
+    own.append(request.body + at, bytes);
+  };
   std::size_t at = 0;
   for (const BodyEdit& edit : edits) {
-    image.add_body(at, edit.at - at);
+    add_body(at, edit.at - at);
     image.add_own(own.size(), edit.inserted.size());
     own += edit.inserted;
     at = edit.at + edit.removed;
   }
-  image.add_body(at, request.body_bytes - at);
+  add_body(at, request.body_bytes - at);
 }
 
 }  // namespace nexus
