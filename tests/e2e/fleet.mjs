@@ -13,7 +13,8 @@ export const completions = '/v1/chat/completions';
 const here = path.dirname(new URL(import.meta.url).pathname);
 
 // What a backend does, by the request's own words: `wait_ms` before its first byte; a stream of `pieces`, one every
-// `every_ms`; `held` keeps an answer (or a stream, after its first piece) until the backend's `gate` opens.
+// `every_ms`; `held` keeps an answer (or a stream, after its first piece) until the backend's `gate` opens, `held_back`
+// keeps a stream from beginning until then.
 export async function act(request, reply, backend) {
   const ask = request.json;
   if (ask.wait_ms) await sleep(ask.wait_ms);
@@ -21,6 +22,7 @@ export async function act(request, reply, backend) {
     if (ask.held) await backend.gate;
     return answer_plainly(request, reply, backend);
   }
+  if (ask.held_back) await backend.gate;
   reply.stream();
   for (let i = 0; i < ask.pieces; i++) {
     reply.piece(sse(chat_chunk(ask.model, `p${i} `, {}, i === 0)));
@@ -47,7 +49,7 @@ export function count_running(backend) {
   backend.answer = async (request, reply, self) => {
     backend.most = Math.max(backend.most, ++backend.running);
     try {
-      await answer(request, reply, self);
+      await Promise.race([answer(request, reply, self), request.connection.ended]);   // who hangs up wants no more of it
     } finally {
       backend.running--;
     }
