@@ -143,10 +143,10 @@ inline std::string unknown_key_message(std::string_view section, std::string_vie
     if (row.section == section) keys.push_back(row.key);
     if (row.key == key && row.kind != ValueKind::free_key) elsewhere.push_back(row.section);
   }
-  const std::string unknown = "unknown key " + quoted(key) + " in [" + std::string(section) + "]; ";
+  const std::string unknown = "unknown key " + in_quotes(key) + " in [" + std::string(section) + "]; ";
   if (!elsewhere.empty()) return unknown + "it belongs in " + joined(elsewhere, "[", "]", " or ");
   const std::string_view meant = nearest(key, keys);
-  if (!meant.empty()) return unknown + "did you mean " + quoted(meant) + "?";
+  if (!meant.empty()) return unknown + "did you mean " + in_quotes(meant) + "?";
   return unknown + "expected one of " + joined(keys, "", "");
 }
 
@@ -234,7 +234,7 @@ class ConfigReader {
 
   void report_unknown_section(std::string_view word) {
     const std::string_view meant = nearest(word, kSectionNames);
-    report("unknown section " + quoted(word) + "; " +
+    report("unknown section " + in_quotes(word) + "; " +
            (meant.empty() ? "expected one of " + joined(kSectionNames, "[", "]")
                           : "did you mean [" + std::string(meant) + "]?"));
   }
@@ -243,7 +243,7 @@ class ConfigReader {
     if (name.empty()) {
       report("expected a name, [backend NAME]");
     } else if (!is_backend_name(name)) {
-      report("expected a backend's name of 1 to 64 letters, digits and . _ : -, not " + quoted(name));
+      report("expected a backend's name of 1 to 64 letters, digits and . _ : -, not " + in_quotes(name));
     } else if (name == "none") {
       report("'none' can't name a backend: it stands for requests that reached no backend");
     } else {
@@ -260,13 +260,13 @@ class ConfigReader {
 
   void read_pair(std::string_view key, std::string_view value) {
     if (in_unknown_section_) return;
-    if (!section_) return report(quoted(key) + " stands before any section; expected a line like [server] above it");
+    if (!section_) return report(in_quotes(key) + " stands before any section; expected a line like [server] above it");
     if (section_->name == "aliases") return read_alias(key, value);
     if (section_->name == "fallbacks") return read_fallback(key, value);
     const ConfigKey* row = find_key(section_->name, key);
     if (!row) return report(unknown_key_message(section_->name, key));
     const GivenKey* earlier = section_->find(key);
-    if (earlier && row->kind != ValueKind::listen) return report_repeated(quoted(key), earlier->line);
+    if (earlier && row->kind != ValueKind::listen) return report_repeated(in_quotes(key), earlier->line);
     std::string problem = detail::expectation(*row);
     if (!value.empty()) {
       ConfigTarget target{settings_, backend_ ? &backend_->draft : nullptr, earlier != nullptr};
@@ -283,11 +283,11 @@ class ConfigReader {
   // Whether `name` is a new and fit key of a section that allows kMaxModelsPerList of them.
   bool accept_name(std::string_view name, NameLines& lines) {
     if (!is_model_name(name)) {
-      report(expected_model_name() + ", not " + quoted(name));
+      report(expected_model_name() + ", not " + in_quotes(name));
       return false;
     }
     const auto [same, is_new] = lines.emplace(name, line_);
-    if (!is_new) report_repeated(quoted(name), same->second);
+    if (!is_new) report_repeated(in_quotes(name), same->second);
     if (is_new && lines.size() == kMaxModelsPerList + 1) {
       report("expected at most " + std::to_string(kMaxModelsPerList) + " lines in this section");
     }
@@ -296,16 +296,17 @@ class ConfigReader {
 
   void read_alias(std::string_view name, std::string_view model) {
     if (!accept_name(name, alias_lines_)) return;
-    if (!is_model_name(model)) return report(quoted(name) + ": " + expected_model_name() + ", not " + quoted(model));
+    if (!is_model_name(model))
+      return report(in_quotes(name) + ": " + expected_model_name() + ", not " + in_quotes(model));
     settings_.aliases.emplace_back(name, model);
   }
 
   void read_fallback(std::string_view model, std::string_view list) {
     if (!accept_name(model, fallback_lines_)) return;
     auto models = parse_models(list);
-    if (!models.ok()) return report(quoted(model) + ": " + models.problem);
+    if (!models.ok()) return report(in_quotes(model) + ": " + models.problem);
     if (std::find(models.value.begin(), models.value.end(), model) != models.value.end()) {
-      return report(quoted(model) + " can't fall back to itself");
+      return report(in_quotes(model) + " can't fall back to itself");
     }
     settings_.fallbacks.emplace_back(model, std::move(models.value));
   }
@@ -325,13 +326,13 @@ class ConfigReader {
       std::string_view at = model;
       for (std::size_t hops = 1;; ++hops) {
         if (at == name) {
-          report_at(line, quoted(name) + " leads back to itself");
+          report_at(line, in_quotes(name) + " leads back to itself");
           break;
         }
         const auto next = targets.find(at);
         if (next == targets.end()) break;
         if (hops == kMaxAliasHops) {
-          report_at(line, quoted(name) + " leads through more than " + std::to_string(kMaxAliasHops) + " aliases");
+          report_at(line, in_quotes(name) + " leads through more than " + std::to_string(kMaxAliasHops) + " aliases");
           break;
         }
         at = next->second;

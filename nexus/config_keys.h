@@ -130,7 +130,7 @@ inline std::string expectation(const ConfigKey& row) {
 }
 
 inline std::string expected_not(const ConfigKey& row, std::string_view value) {
-  return expectation(row) + ", not " + quoted(value);
+  return expectation(row) + ", not " + in_quotes(value);
 }
 
 // Places: how a row names the field that it fills.
@@ -235,7 +235,7 @@ std::string capability(ConfigTarget& target, const ConfigKey&, std::string_view 
   auto models = parse_models(value);
   if (!models.ok()) return models.problem;
   for (const std::string& model : models.value) {
-    if (model == "all" || model == "none") return quoted(model) + " must stand alone";
+    if (model == "all" || model == "none") return in_quotes(model) + " must stand alone";
   }
   field = {true, std::move(models.value)};
   return {};
@@ -255,8 +255,8 @@ inline std::string context_lengths(ConfigTarget& target, const ConfigKey& row, s
     const std::string_view model = alone ? "*" : trim(item.substr(0, blank));
     const auto tokens = parse_size(alone ? item : item.substr(blank + 1));
     if (!tokens || !range.contains(*tokens)) return expected_not(row, item);
-    if (model != "*" && !is_model_name(model)) return expected_model_name() + ", not " + quoted(model);
-    if (!seen.insert(model).second) return quoted(model) + " is listed twice";
+    if (model != "*" && !is_model_name(model)) return expected_model_name() + ", not " + in_quotes(model);
+    if (!seen.insert(model).second) return in_quotes(model) + " is listed twice";
     lengths.push_back({std::string(model), *tokens});
   }
   target.backend->settings.context_length = std::move(lengths);

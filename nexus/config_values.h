@@ -106,7 +106,7 @@ constexpr bool is_plain_text(std::string_view s) {
 }
 
 // 'text' for a message: shortened at a character's border, control characters shown as `?`.
-inline std::string quoted(std::string_view text) {
+inline std::string in_quotes(std::string_view text) {
   std::size_t length = std::min(text.size(), kMaxQuotedBytes);
   if (length < text.size()) {
     while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
@@ -234,8 +234,8 @@ inline Parsed<std::vector<std::string>> parse_models(std::string_view text) {
   std::vector<std::string> models;
   std::unordered_set<std::string_view> seen;
   for (std::string_view item : items.value) {
-    if (!is_model_name(item)) return {{}, expected_model_name() + ", not " + quoted(item)};
-    if (!seen.insert(item).second) return {{}, quoted(item) + " is listed twice"};
+    if (!is_model_name(item)) return {{}, expected_model_name() + ", not " + in_quotes(item)};
+    if (!seen.insert(item).second) return {{}, in_quotes(item) + " is listed twice"};
     models.emplace_back(item);
   }
   return {std::move(models), {}};

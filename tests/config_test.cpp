@@ -427,11 +427,11 @@ TEST_CASE("only whole characters of UTF-8 are plain text, and a quotation is cut
     CHECK_FALSE(is_plain_text(text));
   }
   const std::string fits(config::kMaxQuotedBytes, 'x'), one_less(config::kMaxQuotedBytes - 1, 'x');
-  CHECK_EQ(quoted(fits), "'" + fits + "'");
-  CHECK_EQ(quoted(fits + "x"), "'" + fits + "...'");
-  CHECK_EQ(quoted(one_less + "\xC3\xA9"), "'" + one_less + "...'");
-  CHECK_EQ(quoted(one_less.substr(1) + "\xC3\xA9"), "'" + one_less.substr(1) + "\xC3\xA9'");
-  CHECK_EQ(quoted("a\nb\x7f"), "'a?b?'");
+  CHECK_EQ(in_quotes(fits), "'" + fits + "'");
+  CHECK_EQ(in_quotes(fits + "x"), "'" + fits + "...'");
+  CHECK_EQ(in_quotes(one_less + "\xC3\xA9"), "'" + one_less + "...'");
+  CHECK_EQ(in_quotes(one_less.substr(1) + "\xC3\xA9"), "'" + one_less.substr(1) + "\xC3\xA9'");
+  CHECK_EQ(in_quotes("a\nb\x7f"), "'a?b?'");
 }
 
 TEST_CASE("every word of a choice is its value of the enum") {
