@@ -3,7 +3,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
-import { assert, chat, conf_text, free_port, get, group, post, run_nexus, settings, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { assert, chat, conf_text, free_port, get, group, kill_at_end, post, run_nexus, settings, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
 
@@ -226,6 +226,7 @@ group('demo', () => {
     });
     if (taken) t.skip('port 8000 is taken on this machine');
     const child = spawn(settings.nexus, ['--demo'], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
+    kill_at_end(child);
     let output = '';
     child.stdout.on('data', (d) => { output += d; });
     child.stderr.on('data', (d) => { output += d; });

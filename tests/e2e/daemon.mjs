@@ -67,6 +67,14 @@ export function run_nexus(args, { ms = 10_000, env = {}, cwd } = {}) {
   });
 }
 
+// Whatever ends the run, a crash of it too: no daemon that it started is left behind.
+const running = new Set();
+process.on('exit', () => { for (const child of running) child.kill('SIGKILL'); });
+export function kill_at_end(child) {
+  running.add(child);
+  child.on('close', () => running.delete(child));
+}
+
 const sanitizer_report = /ERROR: (Address|Leak)Sanitizer|runtime error:|WARNING: ThreadSanitizer|Sanitizer:DEADLYSIGNAL/;
 
 export class Nexus {
@@ -85,7 +93,11 @@ export class Nexus {
     this.child.stderr.on('data', (d) => { this.stderr += d; });
     this.child.stdout.on('data', (d) => { this.stdout += d; });
     this.exit = null;
-    this.exited = new Promise((done) => this.child.on('close', (code, signal) => done(this.exit = { code, signal })));
+    this.exited = new Promise((done) => {
+      this.child.on('close', (code, signal) => done(this.exit = { code, signal }));
+      this.child.on('error', (error) => done(this.exit = { code: null, signal: error.message }));
+    });
+    kill_at_end(this.child);
   }
 
   // Waits until /health answers, and with `all` until every backend was found healthy.

@@ -89,10 +89,10 @@ group('models', () => {
 group('limits', () => {
   test('a head that does not end within header_timeout is 408 and the connection closes', async (t) => {
     const { nexus } = await pair(t, {}, { server: { header_timeout: '300ms' } });
+    const started = performance.now();
     const client = await RawClient.connect(nexus.port);
     t.after(() => client.close());
     client.write('POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Sl');
-    const started = performance.now();
     assert_error(await client.response(5_000), 408);
     assert.ok(performance.now() - started > 200);
     await client.ended(2_000);

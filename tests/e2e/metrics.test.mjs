@@ -174,7 +174,7 @@ group('US1 basic request tracking', () => {
   ];
   for (const [what, act, status, error_type, model, backend_label] of errors) {
     test(`${what} is one request with status ${status} and one error of type ${error_type}`, async (t) => {
-      const { nexus, backend } = await pair(t, {}, { server: { max_body: '4k' }, upstream: { first_byte_timeout: '300ms' } });
+      const { nexus, backend } = await pair(t, {}, { server: { max_body: '4k' }, upstream: { first_byte_timeout: '1s' } });
       await act(nexus, backend);
       const page = await requests_are(nexus, 1);
       assert.equal(page.value('nexus_requests_total', { model, backend: backend_label, status }), 1, JSON.stringify(page.select('nexus_requests_total')));
@@ -352,14 +352,24 @@ group('US2 performance', () => {
     const { nexus, backend } = await pair(t);
     backend.answer = async (request, reply) => { await sleep(request.json.ms); reply.json(chat_answer('m1')); };
     const delays = [0, 0, 0, 150, 150, 300, 650, 650, 1300];
-    await Promise.all(delays.map((ms) => post(nexus.port, path, chat('m1', { ms }))));
+    const measured = await Promise.all(delays.map(async (ms) => {
+      const start = performance.now();
+      await post(nexus.port, path, chat('m1', { ms }));
+      return performance.now() - start;
+    }));
     const page = await requests_are(nexus, delays.length);
     const [h] = [...histograms('nexus_request_duration_seconds', page.families.get('nexus_request_duration_seconds')).values()];
     const at = (le) => h.buckets.find(([bound]) => bound === le)[1];
-    if (!settings.sanitised) assert.deepEqual([0.1, 0.25, 0.5, 1, 2.5].map(at), [3, 5, 6, 8, 9]);
+    // A duration lies between the backend's delay and what the client measured, so each bucket does between those counts.
+    for (const le of [0.1, 0.25, 0.5, 1, 2.5]) {
+      const most = delays.filter((ms) => ms <= le * 1000).length;
+      const least = measured.filter((ms) => ms <= le * 1000).length;
+      assert.ok(at(le) >= least && at(le) <= most, `le=${le}: ${at(le)}, of ${least} to ${most}`);
+    }
     assert.equal(h.count, delays.length);
     const total = delays.reduce((a, b) => a + b) / 1000;
-    assert.ok(h.sum >= total - 0.02 && h.sum < total + 0.5 * settings.slow, `sum ${h.sum} for ${total} s of waiting`);
+    const seen = measured.reduce((a, b) => a + b) / 1000;
+    assert.ok(h.sum >= total - 0.02 && h.sum <= seen, `sum ${h.sum} s for ${total} s of waiting, ${seen} s as the clients saw it`);
   });
 
   test('T032 each successful health check is one observation of the backend’s latency; failed ones are none', async (t) => {
@@ -444,9 +454,13 @@ group('US2 performance', () => {
 
   test('time per output token is (last byte − first byte) / (completion tokens − 1) of streams with usage', async (t) => {
     const { nexus, backend } = await pair(t);
+    let first;
+    let last;
     backend.answer = async (_, reply) => {
       reply.stream();
+      first = performance.now();
       for (let i = 0; i < 6; i++) {
+        last = performance.now();
         reply.piece(sse({ choices: [{ index: 0, delta: { content: 'x' } }] }));
         if (i < 5) await sleep(60);
       }
@@ -459,7 +473,8 @@ group('US2 performance', () => {
     const labels = { model: 'm1', backend: 'b1' };
     assert.equal(page.value('nexus_time_per_output_token_seconds_count', labels), 1);
     const sum = page.value('nexus_time_per_output_token_seconds_sum', labels);
-    assert.ok(sum >= 0.059 && sum < 0.059 + 0.03 * settings.slow, `${sum} s`);
+    const sent = (last - first) / 1000 / 5;
+    assert.ok(Math.abs(sum - sent) < 0.01 * settings.slow, `${sum} s, sent at ${sent} s a token`);
   });
 
   test('the time that Nexus itself keeps a request does not contain the backend’s', async (t) => {
@@ -558,7 +573,7 @@ group('US3 routing intelligence', () => {
   });
 
   test('each try at a backend is one attempt with its outcome', async (t) => {
-    const { nexus, backend } = await pair(t, {}, { upstream: { first_byte_timeout: '200ms' }, routing: { retries: 0 } });
+    const { nexus, backend } = await pair(t, {}, { upstream: { first_byte_timeout: '1s' }, routing: { retries: 0 } });
     const rows = [
       ['ok', (_, r) => r.json({})], ['status_5xx', (_, r) => r.json({}, 503)], ['status_429', (_, r) => r.json({}, 429)], ['timeout', () => {}],
       ['bad_response', (_, r) => r.raw('nonsense\r\n\r\n')], ['truncated', (_, r) => { r.raw('HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{'); setTimeout(() => r.fin(), 20); }],

@@ -2,7 +2,7 @@
 import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { RawClient, assert, chat, chat_answer, chat_chunk, free_port, get, group, post, sse, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { RawClient, assert, chat, chat_answer, chat_chunk, free_port, get, group, kill_at_end, post, sse, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const binary = ['/usr/sbin/nginx', '/usr/bin/nginx', '/usr/local/sbin/nginx'].find((p) => fs.existsSync(p));
 const endpoint = '/v1/chat/completions';
@@ -45,6 +45,7 @@ http {
   const check = spawnSync(binary, ['-t', '-p', dir, '-c', path.join(dir, 'nginx.conf')], { encoding: 'utf8' });
   if (check.status !== 0) throw new Error(`nginx refuses its configuration: ${check.stderr}`);
   const child = spawn(binary, ['-p', dir, '-c', path.join(dir, 'nginx.conf')], { stdio: 'ignore' });
+  kill_at_end(child);
   const exited = new Promise((done) => child.on('close', done));
   t.after(async () => {
     child.kill('SIGTERM');

@@ -2,7 +2,7 @@
 import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { assert, chat, chat_answer, free_port, get, group, histograms, pair, parse_metrics, post, settings, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { assert, chat, chat_answer, free_port, get, group, histograms, kill_at_end, pair, parse_metrics, post, settings, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const endpoint = '/v1/chat/completions';
 const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
@@ -34,6 +34,7 @@ scrape_configs:
     static_configs: [ { targets: [ "127.0.0.1:${nexus.port}" ] } ]
 `);
   const child = spawn(binary, [`--config.file=${file}`, `--storage.tsdb.path=${t.dir()}/tsdb`, `--web.listen-address=127.0.0.1:${port}`, '--log.level=warn'], { cwd: t.dir(), stdio: ['ignore', 'ignore', 'pipe'] });
+  kill_at_end(child);
   let log = '';
   child.stderr.on('data', (d) => { log += d; });
   const exited = new Promise((done) => child.on('close', done));

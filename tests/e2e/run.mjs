@@ -1,6 +1,7 @@
 // run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--verbose] [--list]
 // Starts the real binary again and again and talks to it over sockets. Exit code 0 only if every test passed.
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { list_names, run_all, settings } from './runner.mjs';
 
@@ -34,5 +35,12 @@ if (!fs.existsSync(settings.nexus)) {
 const binary = fs.readFileSync(settings.nexus);
 settings.sanitised = ['__asan_init', '__tsan_init', '__ubsan_handle'].some((name) => binary.includes(name));
 settings.slow = settings.sanitised ? 6 : 1;
+// A copy: a build that goes on beside the tests must not change what they test.
+const copy = path.join(fs.mkdtempSync(path.join(os.tmpdir(), 'nexus-e2e-')), 'nexus');
+fs.copyFileSync(settings.nexus, copy);
+fs.chmodSync(copy, 0o755);
+settings.nexus = copy;
+process.on('exit', () => fs.rmSync(path.dirname(copy), { recursive: true, force: true }));
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => process.exit(1));
 process.setMaxListeners(0);
 process.exit(await run_all({ only: options.only, jobs: Number(options.jobs) }));

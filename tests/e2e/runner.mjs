@@ -60,6 +60,10 @@ export async function until(probe, what, ms = 5_000) {
   }
 }
 
+// The folders of tests under way, for a run that ends before they do.
+const folders = new Set();
+process.on('exit', () => { for (const folder of folders) fs.rmSync(folder, { recursive: true, force: true }); });
+
 // What a test is given: a folder of its own, and a list of what to undo when it ends.
 class Context {
   constructor(name) {
@@ -71,7 +75,11 @@ class Context {
   dir() {
     if (!this.folder) {
       this.folder = fs.mkdtempSync(path.join(os.tmpdir(), 'nexus-e2e-'));
-      this.undo.unshift(() => fs.rmSync(this.folder, { recursive: true, force: true }));
+      folders.add(this.folder);
+      this.undo.unshift(() => {
+        fs.rmSync(this.folder, { recursive: true, force: true });
+        folders.delete(this.folder);
+      });
     }
     return this.folder;
   }
