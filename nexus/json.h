@@ -113,7 +113,9 @@ class JsonReader {
       const BodyError error = read_member(key, field.value(), reading);
       if (error != BodyError::none) return error;
     }
-    if (!document.at_end()) return BodyError::not_json;
+    // A fault inside a value that was passed over ends the iteration without a word; the document is dead then, and
+    // must not be asked for its end.
+    if (!document.is_alive() || !document.at_end()) return BodyError::not_json;
     if (!reading.seen.model) return BodyError::no_model;
     return BodyError::none;
   }
