@@ -10,6 +10,7 @@
 //           touched.
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
@@ -205,6 +206,35 @@ class Admission {
     waiter.candidates.swap(renewed);
     waiter.granted = take_first_room(waiter.candidates);
     if (!waiter.granted) line_up(waiter);
+  }
+
+  // The backend on which `ticket` was granted a place, before take_grant() hands it out.
+  std::optional<BackendId> granted(const Ticket& ticket) const {
+    if (!ticket.held()) return std::nullopt;
+    const std::lock_guard lock(mutex_);
+    return ticket.waiter_->granted;
+  }
+
+  // Gives the place that `ticket` was granted to the next in line and waits on, in its old turn, for one of
+  // `candidates`, which the refused backend is none of: it was ejected meanwhile, say. Where one has room the place is
+  // granted at once, as in renew(). The queue may so be longer than its size, by no more than there are places.
+  void decline(Ticket& ticket, std::span<const BackendId> candidates) {
+    assert(ticket.held() && !candidates.empty());
+    std::vector<BackendId> renewed(candidates.begin(), candidates.end());
+    std::optional<Wakeup> woken;
+    {
+      const std::lock_guard lock(mutex_);
+      Waiter& waiter = *ticket.waiter_;
+      assert(waiter.granted);
+      const BackendId refused = *waiter.granted;
+      assert(std::find(renewed.begin(), renewed.end(), refused) == renewed.end());
+      waiter.candidates.swap(renewed);
+      waiter.granted = take_first_room(waiter.candidates);
+      if (!waiter.granted) line_up(waiter);
+      at(refused).running -= 1;
+      woken = grant_next(refused);
+    }
+    if (woken) wake_(woken->worker, woken->waiter);
   }
 
   // Requests that wait, over all backends.

@@ -86,6 +86,11 @@ class Ejector {
     return state.until_ms == 0 || (!state.trial && now >= state.until_ms * kMillisecond);
   }
 
+  // Until when it is ejected; 0 where it is not. The time may have passed, while its trial goes on or none has begun.
+  Ns ejected_until(BackendId id) const {
+    return State::unpack(word(id).load(std::memory_order_relaxed)).until_ms * kMillisecond;
+  }
+
   // To be called when a request is about to be sent. Of many that find a backend due at once, one gets the trial.
   Passage enter(BackendId id, Ns now) {
     std::uint64_t seen = word(id).load(std::memory_order_relaxed);

@@ -298,6 +298,50 @@ TEST_CASE("new candidates do not cost a waiting request its turn") {
   }
 }
 
+TEST_CASE("a place that is declined goes to the next in line, and who declined it keeps its turn for another") {
+  Gate gate;
+  gate.cap(1, 1);
+  Place a = gate.enter(kA);
+  Place b = gate.enter(kB);
+  const std::vector<BackendId> both = {kA, kB};
+  Ticket first = gate.wait(both, 1);
+  Ticket second = gate.wait(both, 2);
+  Ticket third = gate.wait({kB}, 3);
+  CHECK_FALSE(gate.admission.granted(first));
+  a = Place();
+  CHECK(gate.woken == Numbers{1});
+  CHECK(gate.admission.granted(first) == kA);
+  const BackendId only_b[] = {kB};
+
+  SUBCASE("while that is full it waits before those who came later") {
+    gate.admission.decline(first, only_b);
+    CHECK(gate.woken == Numbers{1, 2});
+    CHECK(gate.admission.granted(second) == kA);
+    CHECK_FALSE(gate.admission.granted(first));
+    CHECK(gate.admission.running_on(kA) == 1);
+    CHECK(gate.admission.waiting() == 2);
+    b = Place();
+    CHECK(gate.woken == Numbers{1, 2, 1});
+    CHECK(gate.admission.take_grant(first)->backend() == kB);
+  }
+  SUBCASE("where nobody else waits for it, it is free") {
+    second = Ticket();
+    gate.admission.decline(first, only_b);
+    CHECK(gate.admission.running_on(kA) == 0);
+    CHECK(gate.woken == Numbers{1});
+    CHECK(gate.enter(kA).held());
+  }
+  SUBCASE("where another has room it is granted that at once, with no wake-up") {
+    third = Ticket();
+    second = Ticket();
+    b = Place();
+    gate.admission.decline(first, only_b);
+    CHECK(gate.woken == Numbers{1});
+    CHECK(gate.admission.granted(first) == kB);
+    CHECK(gate.admission.waiting() == 0);
+  }
+}
+
 // Goal: arbitrary steps, in any order, do what the rules say.
 // Method: the same steps are done on a list of who waits for what, in order of arrival, and on the Admission; after
 // each
