@@ -47,8 +47,9 @@ inline const char* find_either(const char* at, const char* end, char one, char o
 
 }  // namespace detail
 
-// Just behind the first blank line in [at, end), which begins at a line's start; null where there is none. The LF of a
-// CRLF belongs to it where it has arrived. A lane behind `end` must be readable.
+// Just behind the first blank line in [at, end), which begins at a line's start; null where there is none. Where the
+// blank line is a CRLF that is behind its CR: the LF then reads as one more blank line. A lane behind `end` must be
+// readable.
 inline const char* find_event_end(const char* at, const char* end) {
   using namespace detail;
   for (; at < end; at += kLane) {
@@ -61,9 +62,7 @@ inline const char* find_event_end(const char* at, const char* end) {
         _mm_and_si128(where_equal(first, '\n'), _mm_or_si128(where_equal(second, '\n'), second_cr));
     const __m128i pairs = _mm_or_si128(after_lf, _mm_and_si128(first_cr, second_cr));
     const unsigned mask = before_end(mask_of(pairs), at, end - 1);
-    if (mask == 0) continue;
-    const char* behind = at + std::countr_zero(mask) + 2;
-    return behind[-1] == '\r' && behind < end && *behind == '\n' ? behind + 1 : behind;
+    if (mask != 0) return at + std::countr_zero(mask) + 2;
   }
   return nullptr;
 }
@@ -119,12 +118,6 @@ class SseReader {
   // Nothing of an event was read, nor half of a line end: whole events may be stepped over.
   bool between_events() const {
     return in_ == In::line_start && !event_open_ && after_cr_ == AfterCr::none && mark_read_ == kByteOrderMark.size();
-  }
-
-  // The caller stepped over whole events, up to `behind`.
-  void skip_to(const char* behind, const char* end) {
-    assert(between_events());
-    if (behind == end && behind[-1] == '\r') after_cr_ = AfterCr::event;
   }
 
   bool event_open() const { return event_open_; }

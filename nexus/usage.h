@@ -328,10 +328,7 @@ class UsageScan {
     while (at < end) {
       const char* behind = find_event_end(at, end);
       if (behind == nullptr || may_tell_usage(at, behind)) break;
-      lines_.skip_to(behind, end);
-      last_removed_ = false;
       at = behind;
-      if (!lines_.between_events()) break;
     }
     return at;
   }

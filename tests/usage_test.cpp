@@ -314,6 +314,7 @@ TEST_CASE("which event is the extra one") {
       {"a list around it", "data: [{" + usage + R"(,"choices":[]}])" + "\n\n", false, -1},
       {"a key cut by a line end", "data: {\"usa\ndata: ge\":{\"prompt_tokens\":3},\"choices\":[]}\n\n", false, -1},
       {"a number cut by a line end", "data: {\"usage\":{},\"a\":1\ndata: 2,\"choices\":[]}\n\n", false, -1},
+      {"a count cut by a line end", "data: {\"usage\":{\"prompt_tokens\":3\ndata: 4},\"choices\":[]}\n\n", true, 3},
       {"another field before it", "id: 1\ndata: {" + usage + R"(,"choices":[]})" + "\n\n", false, 3},
       {"another field behind it", "data: {" + usage + R"(,"choices":[]})" + "\nevent: usage\n\n", false, 3},
       {"a comment inside it", "data: {" + usage + "\n: comment\ndata: " + R"(,"choices":[]})" + "\n\n", false, 3},
