@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "nexus/check.h"
 #include "nexus/config.h"
 #include "nexus/daemon.h"
 
@@ -19,6 +20,7 @@ constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
 
 constexpr std::string_view kHelp = R"(usage: nexus [-c FILE]        serve, as FILE says (default /etc/nexus/nexus.conf)
        nexus -t [-c FILE]     check the configuration and exit
+       nexus check [-c FILE]  ask each backend of FILE once and print what it found
        nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
        nexus --version
        nexus --help
@@ -32,7 +34,7 @@ models = echo
 token_delay = 20ms
 )";
 
-enum class Mode { serve, check, demo, version, help, wrong };
+enum class Mode { serve, test_config, check_fleet, demo, version, help, wrong };
 
 struct Options {
   Mode mode = Mode::serve;
@@ -42,12 +44,17 @@ struct Options {
 
 Options read_options(int argc, char** argv) {
   Options options;
-  for (int i = 1; i < argc; ++i) {
+  int first = 1;
+  if (argc > 1 && std::string_view(argv[1]) == "check") {
+    options.mode = Mode::check_fleet;
+    first = 2;
+  }
+  for (int i = first; i < argc; ++i) {
     const std::string_view argument = argv[i];
     if (argument == "-c" && i + 1 < argc) {
       options.config = argv[++i];
     } else if (argument == "-t") {
-      options.mode = Mode::check;
+      options.mode = Mode::test_config;
     } else if (argument == "--demo") {
       options.mode = Mode::demo;
     } else if (argument == "--version" || argument == "-V") {
@@ -72,11 +79,28 @@ void print_errors(const ConfigResult& result) {
   for (const ConfigError& error : result.errors) std::fprintf(stderr, "%s\n", error.to_string().c_str());
 }
 
-int check(const Options& options) {
+int test_config(const Options& options) {
   const ConfigResult result = read_config(options);
   print_errors(result);
   if (result.ok()) std::printf("%s: ok\n", options.config.c_str());
   return result.ok() ? 0 : 1;
+}
+
+// Says by its exit status what it found: 0 all backends are good, 1 some are not, 2 there was nothing to ask.
+int check_fleet(const Options& options) {
+  const ConfigResult result = read_config(options);
+  print_errors(result);
+  if (!result.ok()) return 2;
+  signal(SIGPIPE, SIG_IGN);
+  FleetCheck check(result.settings);
+  const std::vector<CheckState>* states = check.run();
+  if (states == nullptr) {
+    std::fprintf(stderr, "nexus: epoll: %s\n", strerror(errno));
+    return 2;
+  }
+  const std::string table = check_table(*states);
+  std::fwrite(table.data(), 1, table.size(), stdout);
+  return all_good(*states) ? 0 : 1;
 }
 
 void print_demo(const std::string& address) {
@@ -125,7 +149,8 @@ int run(int argc, char** argv) {
   switch (options.mode) {
     case Mode::serve:
     case Mode::demo: return serve(options);
-    case Mode::check: return check(options);
+    case Mode::test_config: return test_config(options);
+    case Mode::check_fleet: return check_fleet(options);
     case Mode::version: std::printf("nexus %s\n", std::string(kVersion).c_str()); return 0;
     case Mode::help: std::fwrite(kHelp.data(), 1, kHelp.size(), stdout); return 0;
     case Mode::wrong:

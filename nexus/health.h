@@ -53,6 +53,8 @@ struct ProbeResult {
   std::uint64_t epoch = 0;  // of the backend that was asked
   bool passed = false;
   std::string reason;  // why it did not pass; or, where it did, why its models could not be read
+  bool connected = false;
+  std::uint16_t status = 0;  // of its last answer; 0: none came
   Ns round_trip_ns = 0;
   bool models_read = false;
   bool models_cut = false;  // it lists more than kMaxModelsPerBackend
@@ -268,6 +270,8 @@ class Prober {
       probe.result.reason = result.reason;
       result = std::move(probe.result);
     }
+    result.connected = probe.asked || probe.second;
+    result.status = probe.head_done ? probe.head.status : std::uint16_t{0};
     drop(probe);
     done(std::move(result));
   }
