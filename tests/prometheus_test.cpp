@@ -583,3 +583,39 @@ TEST_SUITE("US1 T074 scrapes while recording") {
     CHECK(page.sum("nexus_pending_requests") == 0);
   }
 }
+
+TEST_SUITE("the strict reader of these tests") {
+  TEST_CASE("it takes a good page and finds a problem in every bad one") {
+    const std::string head = "# HELP a x\n# TYPE a counter\n", histogram = "# HELP h x\n# TYPE h histogram\n";
+    const std::string whole = "h_bucket{le=\"1\"} 1\nh_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 2\n";
+    CHECK(Reader(head + "a{b=\"c\\n\\\\\\\"\"} 1\n" + histogram + whole).problems.empty());
+    const std::string bad[] = {
+        "",
+        head + "a 1",
+        head + "a 1\na 2\n",
+        head + "a{b=\"c\",d=\"e\"} 1\na{d=\"e\",b=\"c\"} 1\n",
+        head + "\n",
+        head + "a -1\n",
+        head + "a 1 \n",
+        head + "a x\n",
+        head + "b 1\n",
+        head + "a{b=\"c} 1\n",
+        head + "a{b=\"\\t\"} 1\n",
+        head + "a{b=\"\xFF\"} 1\n",
+        head + "a{1=\"c\"} 1\n",
+        head + head,
+        "# HELP a x\na 1\n",
+        "# TYPE a counter\na 1\n",
+        histogram + "h_bucket{le=\"1\"} 1\nh_sum 3\nh_count 1\n",
+        histogram + "h_bucket{le=\"1\"} 3\nh_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 2\n",
+        histogram + "h_bucket{le=\"2\"} 1\nh_bucket{le=\"1\"} 1\nh_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 2\n",
+        histogram + "h_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 3\n",
+        histogram + "h_bucket{le=\"+Inf\"} 2\nh_sum 3\n",
+        histogram + "h_bucket{le=\"+Inf\"} 2\nh_count 2\nh_sum 3\n",
+    };
+    for (const std::string& page : bad) {
+      CAPTURE(page);
+      CHECK_FALSE(Reader(page).problems.empty());
+    }
+  }
+}
