@@ -1,0 +1,45 @@
+# Benchmarks. They want a machine that does nothing else, and two cores for the proxies.
+#
+#   make bench                  everything
+#   make bench-metrics          what recording a request and rendering a line cost, beside prometheus-cpp
+#   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
+#   make bench-proxy QUICK=1    each part once and short: shows that everything works, measures nothing
+#   make bench-proxy WRITE=1    also writes bench/RESULTS.md and bench/results.svg
+#   make bench-proxy ONLY=small,streams   some parts alone (small half large streams idle calls start threads stalls)
+
+HELP_MORE += 'make bench        every benchmark; make bench-proxy: beside nginx and HAProxy (QUICK=1, WRITE=1, ONLY=parts)'
+
+QUICK ?=
+WRITE ?=
+ONLY ?=
+
+BENCH := $(B)/bench
+BENCH_TOOLS := $(addprefix $(BENCH)/,blind sse_backend sse_client start_time)
+BENCH_PACKAGES := $(strip \
+  $(call lacks_command,nginx,nginx-light) $(call lacks_command,haproxy,haproxy) $(call lacks_command,wrk,wrk) \
+  $(call lacks_command,strace,strace) $(call lacks_command,$(NODE),nodejs) \
+  $(call lacks,/usr/include/prometheus/registry.h,prometheus-cpp-dev))
+
+$(DEPS)/bench-packages: tools/packages.sh $(DEPS)/build-packages $(if $(BENCH_PACKAGES),FORCE)
+	@tools/packages.sh $(BENCH_PACKAGES)
+	@touch $@
+
+$(BENCH)/%: $(B)/obj/bench/%.o
+	@mkdir -p $(@D)
+	$(CXX) $(LDFLAGS_ALL) $^ -o $@
+
+$(B)/obj/bench/metrics_bench.o: | $(DEPS)/bench-packages
+$(BENCH)/metrics_bench: $(B)/obj/bench/metrics_bench.o
+	@mkdir -p $(@D)
+	$(CXX) -pthread $(LDFLAGS) $^ -lprometheus-cpp-core -o $@
+
+# One after the other: they would disturb each other.
+.PHONY: bench bench-metrics bench-proxy
+bench: bench-metrics
+	@$(MAKE) --no-print-directory bench-proxy
+
+bench-metrics: $(BENCH)/metrics_bench
+	@$< $(if $(QUICK),1)
+
+bench-proxy: $(B)/nexus $(BENCH_TOOLS) $(DEPS)/bench-packages
+	@$(NODE) bench/proxy_bench.mjs --nexus $(B)/nexus --bin $(BENCH) --only '$(ONLY)' $(if $(QUICK),--quick) $(if $(WRITE),--write)

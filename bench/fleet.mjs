@@ -1,0 +1,75 @@
+// fleet.mjs
+// Owns:     who takes part in the proxy benchmark: backends on core 1, the four proxies on core 0.
+// Promises: each proxy has one thread for traffic, keep-alive on both sides, no access log, and the same two backends.
+// Leaves:   loads and figures to proxy_cases.mjs.
+import fs from 'node:fs';
+import path from 'node:path';
+import { configure, free_port, start, stop } from './rig.mjs';
+
+export const kNames = ['floor', 'nexus', 'nginx', 'haproxy'];
+
+export async function start_backends(bin) {
+  const ports = { backend: await free_port(), stream_backend: await free_port() };
+  const nginx = await start(['nginx', '-c', configure('backend-nginx.conf', ports)], ports.backend);
+  const streams = await start([path.join(bin, 'sse_backend'), String(ports.stream_backend)], ports.stream_backend);
+  return { ...ports, small: ports.backend, stream: ports.stream_backend, children: [nginx, streams] };
+}
+
+// The command of a proxy, for the ports that it is to take.
+function command_of(name, bin, nexus, values) {
+  switch (name) {
+    case 'nexus': return [nexus, '-c', configure('nexus.conf', values)];
+    case 'nginx': return ['nginx', '-c', configure('nginx.conf', values)];
+    case 'haproxy': return ['haproxy', '-db', '-f', configure('haproxy.cfg', values)];
+  }
+  throw new Error(`no proxy ${name}`);
+}
+
+export class Proxy {
+  constructor(name, small, stream, parts) {
+    Object.assign(this, { name, small, stream, parts });
+  }
+  // The process that serves this kind of traffic: the floor has one for each backend.
+  pid(kind = 'small') {
+    return (kind === 'stream' ? this.parts.at(-1) : this.parts[0]).pid;
+  }
+  async stop() {
+    for (const child of this.parts) await stop(child);
+  }
+}
+
+export async function start_proxy(name, { bin, nexus, backends, cores = '0', threads = 1 }) {
+  const small = await free_port();
+  if (name === 'floor') {
+    const stream = await free_port();
+    const blind = path.join(bin, 'blind');
+    return new Proxy(name, small, stream, [
+      await start([blind, String(small), String(backends.backend)], small, { cores }),
+      await start([blind, String(stream), String(backends.stream_backend)], stream, { cores }),
+    ]);
+  }
+  const stream = name === 'nexus' ? small : await free_port(); // Nexus tells them apart by the model asked for
+  const values = { ...backends, small, stream, threads };
+  return new Proxy(name, small, stream, [await start(command_of(name, bin, nexus, values), small, { cores })]);
+}
+
+// For start_time: a command that is not started here.
+export async function cold_command(name, { bin, nexus, backends }) {
+  const small = await free_port();
+  if (name === 'floor') return { port: small, command: [path.join(bin, 'blind'), String(small), String(backends.backend)] };
+  const values = { ...backends, small, stream: await free_port(), threads: 1 };
+  return { port: small, command: command_of(name, bin, nexus, values) };
+}
+
+// A Nexus of `backends_count` × `models_each` models, each on one backend; they all are the same nginx.
+export async function start_wide_nexus({ nexus, backends, backends_count, models_each, cores = '0' }) {
+  const small = await free_port();
+  const file = configure('nexus.conf', { ...backends, small, stream: small, threads: 1 });
+  const models = (i) => Array.from({ length: models_each }, (_, j) => `wide-${i}-${j}`);
+  const text = fs.readFileSync(file, 'utf8').replace('bench-7b\n', `bench-7b\n\n${Array.from({ length: backends_count }, (_, i) =>
+    `[backend wide-${i}]\nurl = http://127.0.0.1:${backends.backend}\ntype = generic\nmodels = ${models(i).join(', ')}\n`).join('\n')}\n`);
+  fs.writeFileSync(file, text);
+  const proxy = new Proxy('nexus', small, small, [await start([nexus, '-c', file], small, { cores })]);
+  proxy.models = Array.from({ length: backends_count }, (_, i) => models(i)).flat();
+  return proxy;
+}

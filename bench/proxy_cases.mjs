@@ -1,0 +1,307 @@
+// proxy_cases.mjs
+// Owns:     what the proxy benchmark measures: one function a part of the table.
+// Promises: the proxies take turns within a round, and a ratio to the floor is one of the same round; what is reported is
+//           the median over the rounds.
+// Leaves:   processes and load to rig.mjs and fleet.mjs, the table to proxy_report.mjs.
+import { spawn } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { kNames, cold_command, start_proxy, start_wide_nexus } from './fleet.mjs';
+import { count_calls, cpu_seconds, hold_streams, median, most_connections, resident_kb, run, sleep, streams, thread_cpu_seconds, wrk } from './rig.mjs';
+
+const others = kNames.filter((name) => name !== 'floor');
+
+// Takes turns: measure(name) for every name, `rounds` times. By name: a list of results.
+async function in_turns(context, label, names, rounds, seconds, measure) {
+  const all = Object.fromEntries(names.map((name) => [name, []]));
+  for (let round = 0; round < rounds; ++round) {
+    context.progress(`${label}, round ${round + 1} of ${rounds}`, seconds * names.length);
+    for (const name of names) all[name].push(await measure(name));
+  }
+  return all;
+}
+
+// A row of the table from the rounds' results. `ratio`: also, for each proxy, the median of its ratio to the floor.
+function row(label, unit, all, key, { wanted = '', ratio = true, minus } = {}) {
+  const values = {};
+  for (const [name, results] of Object.entries(all)) values[name] = median(results.map((r, i) => r[key] - (minus ? all[minus][i][key] : 0)));
+  if (minus) delete values[minus];
+  const out = { label, unit, wanted, values };
+  if (ratio && all.floor) {
+    out.ratios = Object.fromEntries(others.filter((name) => all[name]).map((name) => [name, median(all[name].map((r, i) => r[key] / all.floor[i][key]))]));
+  }
+  return out;
+}
+
+// CPU microseconds of `pid` for each of what `load` did.
+async function with_cpu(pid, load, counted) {
+  const before = cpu_seconds(pid);
+  const result = await load();
+  const used = cpu_seconds(pid) - before;
+  return { ...result, cpu_us: (used / result[counted]) * 1e6, busy: used / result.seconds, rate: result[counted] / result.seconds };
+}
+
+// ---- requests ----
+
+async function small_requests(context) {
+  const { proxies, backends, rounds, seconds } = context;
+  const rows = [];
+  for (const [connections, wanted] of [[1, ''], [64, 'Nexus ≤ 1.10 × floor'], [512, 'Nexus ≤ 1.15 × floor']]) {
+    const label = `230-byte requests, ${connections} ${connections === 1 ? 'connection' : 'connections'}`;
+    const names = connections === 1 ? ['direct', ...kNames] : kNames;
+    const all = await in_turns(context, label, names, rounds, seconds, (name) => {
+      const load = { connections, seconds };
+      if (name === 'direct') return wrk(backends.small, load);
+      return with_cpu(proxies[name].pid(), () => wrk(proxies[name].small, load), 'requests');
+    });
+    const { direct, ...proxied } = all;
+    rows.push(row(`${label}: CPU`, 'µs', proxied, 'cpu_us', { wanted }));
+    if (connections === 1) {
+      rows.push(row(`${label}: added p50`, 'µs', all, 'p50_us', { minus: 'direct', ratio: false }));
+      rows.push(row(`${label}: added p99`, 'µs', all, 'p99_us', { minus: 'direct', ratio: false, wanted: 'no worse than the peers' }));
+      continue;
+    }
+    rows.push(row(`${label}: throughput`, '1/s', proxied, 'rate', { wanted: connections === 64 ? 'Nexus ≥ 1.2 × HAProxy' : '' }));
+    rows.at(-1).note = `Nexus ÷ HAProxy ${median(all.nexus.map((r, i) => r.rate / all.haproxy[i].rate)).toFixed(2)}; CPU of the proxy's core in use: ` +
+      kNames.map((name) => `${name} ${Math.round(100 * median(all[name].map((r) => r.busy)))} %`).join(', ');
+    rows.push(row(`${label}: p50 at saturation`, 'µs', proxied, 'p50_us', { ratio: false }));
+    rows.push(row(`${label}: p99 at saturation`, 'µs', proxied, 'p99_us', { ratio: false, wanted: 'no worse than the peers' }));
+  }
+  return rows;
+}
+
+// Every connection rests 2 ms between two requests: about half of what a proxy can do.
+async function half_load(context) {
+  const { proxies, backends, rounds, seconds } = context;
+  const label = '230-byte requests, 64 connections, 2 ms between two';
+  const load = { connections: 64, seconds, pause_ms: 2 };
+  const all = await in_turns(context, label, ['direct', ...kNames], rounds, seconds, (name) => wrk(name === 'direct' ? backends.small : proxies[name].small, load));
+  return ['p50', 'p99'].map((q) => row(`${label}: added ${q}`, 'µs', all, `${q}_us`, { minus: 'direct', ratio: false, wanted: q === 'p99' ? 'no worse than the peers' : '' }));
+}
+
+async function large_prompts(context) {
+  const { proxies, rounds, seconds } = context;
+  const rows = [];
+  for (const [prompt_bytes, name_of_size, connections, wanted] of [[100_000, '100 kB', 16, ''], [5_000_000, '5 MB', 4, 'Nexus ≤ 1.3 × floor']]) {
+    const label = `${name_of_size} prompts, ${connections} connections`;
+    const load = { connections, seconds, prompt_bytes, model: 'bench-stream' };
+    const all = await in_turns(context, label, kNames, rounds, seconds, (name) =>
+      with_cpu(proxies[name].pid('stream'), () => wrk(proxies[name].stream, load), 'requests'));
+    rows.push(row(`${label}: CPU`, 'µs', all, 'cpu_us', { wanted }));
+    rows.push(row(`${label}: throughput`, '1/s', all, 'rate'));
+  }
+  return rows;
+}
+
+// ---- streams ----
+
+async function event_streams(context) {
+  const { proxies, backends, bin, rounds, seconds } = context;
+  const rows = [];
+  const measure = (load) => (name) => {
+    if (name === 'direct') return streams(bin, backends.stream, load);
+    return with_cpu(proxies[name].pid('stream'), () => streams(bin, proxies[name].stream, load), 'chunks');
+  };
+  const paced = { count: 64, chunks: 200, pace_us: 4000, seconds };
+  let all = await in_turns(context, '64 streams of 200 chunks, one each 4 ms', kNames, rounds, seconds + 0.8, measure(paced));
+  rows.push(row('64 streams of 200 chunks, 16,000 chunks/s: CPU a chunk', 'µs', all, 'cpu_us', { wanted: 'Nexus ≤ 1.2 × floor' }));
+  const nexus_chunk_us = median(all.nexus.map((r) => r.cpu_us));
+
+  all = await in_turns(context, '16 streams of 200 chunks, flat out', kNames, rounds, seconds, measure({ count: 16, chunks: 200, pace_us: 0, seconds }));
+  rows.push(row('16 streams of 200 chunks, flat out: CPU a chunk', 'µs', all, 'cpu_us'));
+  rows.push(row('16 streams of 200 chunks, flat out: throughput', 'chunks/s', all, 'rate'));
+
+  // The pace that takes half of Nexus's core; the same chunks for all.
+  const count = 256;
+  const pace_us = Math.max(2000, Math.round(count * nexus_chunk_us / 0.5));
+  const label = `${count} streams, a chunk each ${(pace_us / 1000).toFixed(1)} ms`;
+  const half = { count, chunks: 200, pace_us, seconds };
+  all = await in_turns(context, label, ['direct', ...kNames], rounds, seconds + 200 * pace_us / 1e6, measure(half));
+  const rate = Math.round(count / pace_us * 1e6);
+  rows.push(row(`${label}: added p50`, 'µs', all, 'p50_us', { minus: 'direct', ratio: false }));
+  rows.push(row(`${label}: added p99`, 'µs', all, 'p99_us', { minus: 'direct', ratio: false, wanted: 'Nexus < 100 µs' }));
+  rows.at(-1).note = `${rate.toLocaleString('en')} chunks/s: Nexus's core is ${Math.round(100 * median(all.nexus.map((r) => r.busy)))} % in use; direct p99 ${Math.round(median(all.direct.map((r) => r.p99_us)))} µs`;
+  return rows;
+}
+
+// Fresh processes: what a stream that waits costs.
+async function idle_streams(context) {
+  const { bin, quick } = context;
+  const count = Math.min(quick ? 2_000 : 10_000, most_connections);
+  const out = { label: `${count.toLocaleString('en')} idle streams: resident memory each`, unit: 'kB', wanted: 'Nexus < 6 kB', values: {} };
+  const rest = { label: 'resident memory at rest', unit: 'MB', wanted: 'Nexus < 6 MB', values: {} };
+  for (const name of kNames) {
+    context.progress(`${count} idle streams: ${name}`, 2 + count / 5000);
+    const proxy = await start_proxy(name, context);
+    await wrk(name === 'floor' ? proxy.stream : proxy.small, { connections: 1, seconds: 1, model: name === 'floor' ? 'bench-stream' : 'bench-7b' });
+    await sleep(100);
+    const before = resident_kb(proxy.pid('stream'));
+    const release = await hold_streams(bin, proxy.stream, count);
+    await sleep(200);
+    out.values[name] = (resident_kb(proxy.pid('stream')) - before) / count;
+    rest.values[name] = before / 1024;
+    await release();
+    await proxy.stop();
+  }
+  rest.note = 'after a second of requests on one connection';
+  return [out, rest];
+}
+
+// ---- what a request takes beside time ----
+
+async function system_calls(context) {
+  const { proxies } = context;
+  const seconds = context.quick ? 1 : 2;
+  const kinds = {
+    'reads': /^(recv|read|recvfrom|recvmsg|readv)$/,
+    'writes': /^(send|write|sendto|sendmsg|writev|sendfile)$/,
+    'epoll_wait': /^epoll_p?wait2?$/,
+  };
+  const rows = [...Object.keys(kinds), 'all others'].map((kind) => ({ label: `system calls a request, 64 connections: ${kind}`, unit: '', values: {}, digits: 3 }));
+  rows[0].wanted = rows[1].wanted = 'Nexus 2';
+  const named = [];
+  for (const name of kNames) {
+    context.progress(`system calls: ${name}`, seconds + 0.5);
+    const result = await count_calls(proxies[name].pid(), () => wrk(proxies[name].small, { connections: 64, seconds }));
+    const left = [];
+    const sums = [0, 0, 0, 0];
+    for (const [call, count] of Object.entries(result.calls)) {
+      const kind = Object.values(kinds).findIndex((pattern) => pattern.test(call));
+      sums[kind < 0 ? 3 : kind] += count;
+      if (kind < 0 && count / result.requests >= 0.001) left.push(`${call} ${(count / result.requests).toFixed(3)}`);
+    }
+    sums.forEach((sum, i) => { rows[i].values[name] = sum / result.requests; });
+    named.push(`${name}: ${left.join(', ') || 'none'}`);
+  }
+  rows[3].note = `opening and closing the 64 connections included; ${named.join('; ')}`;
+  return rows;
+}
+
+async function start_and_size(context) {
+  const { bin, nexus, rounds } = context;
+  const started = { label: 'start to first request served', unit: 'ms', wanted: 'Nexus < 20 ms', values: {} };
+  for (const name of kNames) {
+    context.progress(`start: ${name}`, 0.3 * rounds);
+    const times = [];
+    for (let i = 0; i < rounds; ++i) {
+      const { port, command } = await cold_command(name, context);
+      times.push(Number(await run([path.join(bin, 'start_time'), String(port), ...command], { cores: '0,1' })) / 1000);
+    }
+    started.values[name] = median(times);
+  }
+  const size = { label: 'size of the binary', unit: 'MB', wanted: 'Nexus < 4 MB', values: { nexus: fs.statSync(nexus).size / 2 ** 20 } };
+  size.note = 'static; the peers are linked with shared libraries';
+  return [started, size];
+}
+
+// ---- Nexus alone ----
+
+// Generator and backend run in the same two cores, so throughput tells little: CPU a request must stay what it was.
+async function two_threads(context) {
+  const { rounds, seconds, bin, backends } = context;
+  const everywhere = { cores: '0,1' };
+  const nexus = { one: await start_proxy('nexus', { ...context, ...everywhere, threads: 1 }), two: await start_proxy('nexus', { ...context, ...everywhere, threads: 2 }) };
+  const all = await in_turns(context, 'Nexus with one thread and two, cores shared with the load', ['one', 'two'], rounds, seconds, (name) =>
+    with_cpu(nexus[name].pid(), () => wrk(nexus[name].small, { connections: 64, seconds, ...everywhere }), 'requests'));
+  const ratio = (key) => median(all.two.map((r, i) => r[key] / all.one[i][key]));
+  const cpu = { label: 'two threads: CPU a request, two ÷ one', unit: '', wanted: '≤ 1.1 (flat)', values: { nexus: ratio('cpu_us') }, digits: 2 };
+  cpu.note = `throughput ${ratio('rate').toFixed(2)} × with the load on the same two cores`;
+
+  context.progress('Nexus with two threads: 200 long streams', seconds + 1);
+  const before = thread_cpu_seconds(nexus.two.pid(), 'nexus-worker');
+  await streams(bin, nexus.two.stream, { count: 200, chunks: Math.round(seconds * 100), pace_us: 10_000, seconds: 0 });
+  const used = thread_cpu_seconds(nexus.two.pid(), 'nexus-worker').map((s, i) => s - before[i]);
+  const balance = { label: 'two threads, 200 long streams: the idler thread ÷ the busier', unit: '', wanted: 'near 1', values: { nexus: Math.min(...used) / Math.max(...used) }, digits: 2 };
+  await nexus.one.stop();
+  await nexus.two.stop();
+  return [cpu, balance];
+}
+
+async function scrape(port) {
+  const began = performance.now();
+  const answer = await fetch(`http://127.0.0.1:${port}/metrics`, { signal: AbortSignal.timeout(20_000) });
+  const text = await answer.text();
+  return { text, ms: performance.now() - began };
+}
+
+// Turns of the loops by their upper bound in seconds, from nexus_loop_stall_seconds.
+function stalls(text) {
+  const turns = new Map();
+  let below = 0;
+  for (const [, le, count] of text.matchAll(/^nexus_loop_stall_seconds_bucket\{le="([^"]+)"\} (\d+)$/gm)) {
+    turns.set(le, Number(count) - below);
+    below = Number(count);
+  }
+  return turns;
+}
+
+function longest(before, after) {
+  let top = '0';
+  for (const [le, count] of after) if (count > (before.get(le) ?? 0)) top = le;
+  return top;
+}
+
+async function loop_stalls(context) {
+  const { nexus, quick } = context;
+  const wide = await start_wide_nexus({ ...context, backends_count: quick ? 10 : 50, models_each: 40 });
+  context.progress('Nexus: filling series', quick ? 1 : 4);
+  const post = (model, text = 'Hello.') => fetch(`http://127.0.0.1:${wide.small}/v1/chat/completions`, {
+    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ model, messages: [{ role: 'user', content: text }] }),
+  }).then(async (r) => { await r.arrayBuffer(); return r.status; });
+  for (let i = 0; i < wide.models.length; i += 32) await Promise.all(wide.models.slice(i, i + 32).map((model) => post(model)));
+  const first = await scrape(wide.small);
+  const lines = first.text.split('\n').filter((line) => line && line[0] !== '#').length;
+
+  const rows = [];
+  const during = async (label, seconds, action) => {
+    context.progress(`Nexus: longest turn of its loop: ${label}`, seconds);
+    const before = stalls((await scrape(wide.small)).text);
+    const loaded = wrk(wide.small, { connections: 16, seconds: Math.ceil(seconds) });
+    await sleep(200);
+    const note = await action();
+    await loaded;
+    const bound = longest(before, stalls((await scrape(wide.small)).text));
+    rows.push({ label: `longest turn of the loop, under load: ${label}`, unit: 'ms, at most', wanted: '≤ 5 ms', values: { nexus: bound === '+Inf' ? Infinity : Number(bound) * 1000 }, note, digits: 2 });
+  };
+  const seconds = quick ? 1 : 3;
+  await during('nothing else', seconds, async () => undefined);
+  await during(`a scrape of ${lines.toLocaleString('en')} series, 5 times`, seconds, async () => {
+    const times = [];
+    for (let i = 0; i < 5; ++i) times.push((await scrape(wide.small)).ms);
+    return `a scrape takes ${median(times).toFixed(0)} ms, load and reading it included`;
+  });
+  await during('a body of 60 MB', seconds, async () => {
+    const status = await post('bench-stream', 'a'.repeat(60 << 20));
+    if (status !== 200) throw new Error(`the 60 MB body was answered with ${status}`);
+  });
+  await during('3 reloads', seconds, async () => {
+    for (let i = 0; i < 3; ++i) { process.kill(wide.pid(), 'SIGHUP'); await sleep(100); }
+  });
+
+  // What scrapes do to requests: the same load without and with one scrape every 250 ms.
+  const load = { connections: 16, seconds: Math.max(seconds, 2), pause_ms: 2 };
+  context.progress('Nexus: requests during scrapes', 2 * load.seconds);
+  const calm = await wrk(wide.small, load);
+  let scraping = true;
+  const scraper = (async () => { while (scraping) { await scrape(wide.small); await sleep(250); } })();
+  const disturbed = await wrk(wide.small, load);
+  scraping = false;
+  await scraper;
+  rows.push({ label: `p99 of requests during scrapes of ${lines.toLocaleString('en')} series, added`, unit: 'µs', wanted: 'none above noise', values: { nexus: disturbed.p99_us - calm.p99_us }, note: `${calm.p99_us} µs without` });
+  rows.push({ label: 'resident memory with these series', unit: 'MB', values: { nexus: resident_kb(wide.pid()) / 1024 } });
+  await wide.stop();
+  return rows;
+}
+
+// In the order of the table. `rounds(c)`: seconds that the part takes, for the estimate of what is left.
+export const kParts = [
+  { name: 'small', title: 'Small requests', run: small_requests, cost: (c) => c.rounds * c.seconds * 13 },
+  { name: 'half', title: 'Latency below saturation', run: half_load, cost: (c) => c.rounds * c.seconds * 5 },
+  { name: 'large', title: 'Large prompts', run: large_prompts, cost: (c) => c.rounds * c.seconds * 8 },
+  { name: 'streams', title: 'Event streams', run: event_streams, cost: (c) => c.rounds * (c.seconds * 13 + 13) },
+  { name: 'idle', title: 'Memory', run: idle_streams, cost: (c) => 4 * (2 + (c.quick ? 0.4 : 2)) },
+  { name: 'calls', title: 'System calls', run: system_calls, cost: (c) => 4 * (c.quick ? 1.5 : 2.5) },
+  { name: 'start', title: 'Start and size', run: start_and_size, cost: (c) => 1.2 * c.rounds },
+  { name: 'threads', title: 'Two threads', run: two_threads, cost: (c) => c.rounds * c.seconds * 2 + c.seconds + 1 },
+  { name: 'stalls', title: 'Loop stalls', run: loop_stalls, cost: (c) => (c.quick ? 9 : 22) },
+];
