@@ -294,6 +294,23 @@ group('queue', () => {
     assert.ok(fleet.mocks.bad.requests.length <= 20, `${fleet.mocks.bad.requests.length} of 120 were sent to the backend that fails`);
   });
 
+  test('those who wait get the places of a backend that was ejected as soon as it is in order again', { limit_ms: 30_000 }, async (t) => {
+    let good = false;
+    const answer = (...args) => (good ? act(...args) : fails_with(500)(...args));
+    const fleet = await start_fleet(t, { sick: { answer, ...capped(1, { priority: 1 }) }, held: capped(1, { priority: 2 }) },
+                                    { routing: { strategy: 'priority' }, queue: { size: 50, timeout: `${10 * settings.slow}s` }, health: { eject_after: 1, eject_time: `${400 * settings.slow}ms` } });
+    add_gate(fleet.mocks.held);
+    const first = await fleet.send('m1', { held: true });   // fails on `sick`, which is ejected for it
+    await fleet.mocks.held.request(1);
+    const waiting = await line_up(fleet, 3);
+    good = true;
+    await until(() => fleet.mocks.sick.requests.length > 1, 'a trial');
+    await finish(waiting);
+    assert.deepEqual(fleet.mocks.sick.requests.slice(1).map((r) => r.json.number).sort(), [0, 1, 2]);
+    fleet.mocks.held.open_gate();
+    await finish([first]);
+  });
+
   test('those who wait for a backend that dies go to the other one', async (t) => {
     const fleet = await start_fleet(t, { dying: { child: {}, ...capped(2, { priority: 1 }) }, good: { ...capped(2, { priority: 2 }) } },
                                     { queue: { size: 100, timeout: '15s' }, routing: { strategy: 'priority' } });
