@@ -1,8 +1,8 @@
 // chunked.h
 // Owns:     the chunked transfer coding (RFC 9112 7.1), decoded in place.
-// Promises: exactly the RFC's grammar: CRLF line ends, 1 to 16 hex digits, extensions of visible text only, each line
-//           and the trailer section bounded; extensions and trailers are read and dropped; it may be fed one byte at a
-//           time; nothing behind the end is touched.
+// Promises: exactly the RFC's grammar, without its bad white space: CRLF line ends, 1 to 16 hex digits, extensions that
+//           are a name or a name and a value, each line and the trailer section bounded; extensions and trailers are
+//           read and dropped; it may be fed one byte at a time; nothing behind the end is touched.
 // Leaves:   what a failure means to its caller; llhttp reads heads only, so that one strict reader decides on framing.
 // Threads:  a decoder belongs to its connection.
 #pragma once
@@ -52,9 +52,15 @@ class ChunkedDecoder {
     size_first,  // the first digit of a chunk's size
     size,        // its other digits
     extension,   // behind `;`
-    size_lf,     // the LF of the size line
-    data,        // remaining_ bytes of payload
-    data_cr,     // the CRLF behind the payload
+    extension_name,
+    extension_equals,  // behind `=`
+    extension_value,
+    extension_quoted,
+    extension_escape,     // behind a backslash in a quoted value
+    extension_quote_end,  // behind the closing quote
+    size_lf,              // the LF of the size line
+    data,                 // remaining_ bytes of payload
+    data_cr,              // the CRLF behind the payload
     data_lf,
     trailer_start,  // the first byte of a trailer line, or of the empty line that ends the body
     trailer_name,
@@ -81,7 +87,13 @@ class ChunkedDecoder {
     switch (state_) {
       case State::size_first: return on_size_first(c);
       case State::size: return on_size(c);
-      case State::extension: return on_extension(c);
+      case State::extension:
+      case State::extension_name:
+      case State::extension_equals:
+      case State::extension_value:
+      case State::extension_quoted:
+      case State::extension_escape:
+      case State::extension_quote_end: return on_extension(c);
       case State::size_lf: return go(c == '\n', remaining_ == 0 ? State::trailer_start : State::data);
       case State::data_cr: return go(c == '\r', State::data_lf);
       case State::data_lf: return go(c == '\n', State::size_first);
@@ -109,10 +121,7 @@ class ChunkedDecoder {
   void on_size(char c) {
     if (++line_bytes_ > kMaxChunkLineBytes) return go(false, State::failed);
     if (c == '\r') return go(true, State::size_lf);
-    if (c == ';') {
-      extension_empty_ = true;
-      return go(true, State::extension);
-    }
+    if (c == ';') return go(true, State::extension);
     const int value = hex_value(c);
     // Below 2^63 after this digit, and at most 16 digits: a size can't wrap.
     if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return go(false, State::failed);
@@ -123,9 +132,20 @@ class ChunkedDecoder {
     if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) {
       return go(false, State::failed);
     }
-    if (c == '\r') return go(!extension_empty_, State::size_lf);
-    extension_empty_ = false;
-    go(is_text(c), State::extension);
+    switch (state_) {
+      case State::extension: return go(is_token(c), State::extension_name);
+      case State::extension_equals:
+        return go(c == '"' || is_token(c), c == '"' ? State::extension_quoted : State::extension_value);
+      case State::extension_quoted:
+        if (c == '"') return go(true, State::extension_quote_end);
+        return go(is_text(c), c == '\\' ? State::extension_escape : State::extension_quoted);
+      case State::extension_escape: return go(is_text(c), State::extension_quoted);
+      default: break;
+    }
+    if (c == '\r') return go(true, State::size_lf);
+    if (c == ';') return go(true, State::extension);
+    if (c == '=') return go(state_ == State::extension_name, State::extension_equals);
+    go(state_ != State::extension_quote_end && is_token(c), state_);
   }
 
   void on_trailer_start(char c) {
@@ -151,7 +171,6 @@ class ChunkedDecoder {
   std::uint32_t extension_bytes_ = 0;
   std::uint32_t trailer_bytes_ = 0;
   State state_ = State::size_first;
-  bool extension_empty_ = true;
 };
 
 }  // namespace nexus

@@ -1,0 +1,148 @@
+// body.h
+// Owns:     the fuzz targets of what is read out of JSON: a request's body, and a list of models.
+// Promises: of a body that is JSON every fact is what plain_json.h reads, and each span holds the value it is named
+// for;
+//           a body that is refused is no JSON, or has the fault that is told.
+// Leaves:   the edits made with the spans to exchange.h.
+// Threads:  one.
+#pragma once
+
+#include "nexus/json.h"
+#include "tests/fuzz/fuzz.h"
+#include "tests/plain_json.h"
+
+namespace fuzz {
+
+inline nexus::JsonReader& json_reader() {
+  static nexus::JsonReader reader;
+  return reader;
+}
+
+using Kind = plain_json::Value::Kind;
+
+inline bool is_flag(Kind kind) { return kind == Kind::no || kind == Kind::yes || kind == Kind::null; }
+
+// What a request's body should come to, by the plain reading. Of several faults any may be told.
+struct WantedBody {
+  bool duplicate = false, no_model = false, wrong_type = false;
+  bool faulty() const { return duplicate || no_model || wrong_type; }
+};
+
+inline WantedBody wanted_of(const plain_json::Value& body) {
+  WantedBody wanted;
+  for (const char* key : {"model", "stream", "stream_options", "messages", "tools", "response_format"}) {
+    wanted.duplicate |= body.count(key) > 1;
+  }
+  const plain_json::Value* model = body.find("model");
+  wanted.no_model = model == nullptr;
+  for (const auto& [key, value] : body.members) {
+    if (key == "model" && value.kind != Kind::text) wanted.wrong_type = true;
+    if (key == "model" && value.kind == Kind::text && value.text.empty()) wanted.no_model = true;
+    if (key == "stream" && !is_flag(value.kind)) wanted.wrong_type = true;
+    if (key != "stream_options") continue;
+    if (value.kind != Kind::object && value.kind != Kind::null) wanted.wrong_type = true;
+    wanted.duplicate |= value.count("include_usage") > 1;
+    for (const auto& [option, flag] : value.members) {
+      if (option == "include_usage" && !is_flag(flag.kind)) wanted.wrong_type = true;
+    }
+  }
+  return wanted;
+}
+
+inline void check_span(std::string_view body, const nexus::BodySpan& span, const plain_json::Value& value,
+                       const char* what) {
+  check(span.at == value.at && span.bytes == value.bytes,
+        std::string("the span of ") + what + " holds " + std::string(body.substr(span.at, span.bytes)));
+}
+
+inline void check_facts(std::string_view text, const plain_json::Value& body, const nexus::BodyFacts& facts) {
+  using Facts = nexus::BodyFacts;
+  check(facts.model == body.find("model")->text, "the models differ");
+  check_span(text, facts.model_value, *body.find("model"), "model");
+  check(facts.first_member == body.at + 1, "the first member is elsewhere");
+  const plain_json::Value* stream = body.find("stream");
+  check(facts.stream == (stream != nullptr && stream->kind == Kind::yes), "stream differs");
+  if (const plain_json::Value* messages = body.find("messages")) {
+    check_span(text, facts.messages, *messages, "messages");
+  }
+  const plain_json::Value* tools = body.find("tools");
+  check(facts.has_tools == (tools != nullptr && tools->kind == Kind::list && !tools->items.empty()), "tools differ");
+  const plain_json::Value* options = body.find("stream_options");
+  if (options == nullptr) return check(facts.stream_options == Facts::Options::absent, "stream_options made up");
+  check_span(text, facts.stream_options_value, *options, "stream_options");
+  const bool object = options->kind == Kind::object;
+  check(facts.stream_options == (object ? Facts::Options::object : Facts::Options::null), "stream_options differ");
+  if (object) check(facts.stream_options_empty == options->members.empty(), "empty stream_options differ");
+  const plain_json::Value* usage = options->find("include_usage");
+  if (usage == nullptr) return check(facts.include_usage == Facts::Flag::absent, "include_usage made up");
+  check_span(text, facts.include_usage_value, *usage, "include_usage");
+  check(facts.include_usage == (usage->kind == Kind::yes  ? Facts::Flag::yes
+                                : usage->kind == Kind::no ? Facts::Flag::no
+                                                          : Facts::Flag::null),
+        "include_usage differs");
+}
+
+inline void request_body(std::string_view input) {
+  Guarded copy(input, nexus::kPaddingBytes);
+  nexus::BodyFacts facts;
+  const nexus::BodyError error = json_reader().read_body(copy.data(), input.size(), facts);
+  check(copy.view() == input, "the body was changed");
+  plain_json::Reader plain(input);
+  const auto body = plain.read();
+  if (!body || body->kind != Kind::object) return;  // the body goes on as it is, and its backend refuses it
+  if (plain.deepest() > nexus::kMaxJsonDepth) return check(error == nexus::BodyError::too_deep, "not told too deep");
+  const WantedBody wanted = wanted_of(*body);
+  switch (error) {
+    case nexus::BodyError::none:
+      check(!wanted.faulty(), "a fault was passed over");
+      return check_facts(input, *body, facts);
+    case nexus::BodyError::duplicate_key: return check(wanted.duplicate, "no key stands twice");
+    case nexus::BodyError::no_model: return check(wanted.no_model, "there is a model");
+    case nexus::BodyError::wrong_type: return check(wanted.wrong_type, "the types are right");
+    case nexus::BodyError::too_deep: return check(false, "it is not too deep");
+    case nexus::BodyError::not_json: return check(false, "it is JSON");
+  }
+}
+
+inline void model_list(std::string_view input) {
+  Guarded copy(input, nexus::kPaddingBytes);
+  std::vector<std::string> names;
+  bool more = false;
+  constexpr std::size_t kMost = 5;
+  const bool read = json_reader().read_models(copy.data(), input.size(), kMost, names, more);
+  check(names.size() <= kMost, "more names than asked for");
+  for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");
+  const auto body = plain_json::read(input);
+  if (!body || body->kind != Kind::object || plain_json::Reader(input).deepest() > 500) return;
+  // The first member that is a list of models tells.
+  const plain_json::Value* list = nullptr;
+  std::string key;
+  for (const auto& [name, value] : body->members) {
+    if (list != nullptr || (name != "data" && name != "models")) continue;
+    list = &value;
+    key = name == "data" ? "id" : "name";
+  }
+  if (list == nullptr || list->kind != Kind::list) return check(!read, "names out of no list");
+  std::vector<std::string> wanted;
+  bool good = true, wanted_more = false;
+  for (const plain_json::Value& item : list->items) {
+    const plain_json::Value* name = nullptr;
+    for (const auto& [member, value] : item.members) {
+      if (member == key && name == nullptr) name = &value;
+    }
+    if (name == nullptr || name->kind != Kind::text) {
+      good = false;
+      break;
+    }
+    if (name->text.empty() || name->text.size() > 256) continue;
+    if (wanted.size() == kMost) {
+      wanted_more = true;
+      break;
+    }
+    wanted.push_back(name->text);
+  }
+  check(read == good, "whether it is a list of models");
+  if (read) check(names == wanted && more == wanted_more, "the names differ");
+}
+
+}  // namespace fuzz

@@ -1,0 +1,127 @@
+// heads.h
+// Owns:     the fuzz targets of the two head readers, held against rfc9112.h.
+// Promises: any cut gives the same outcome; what a reader takes, the RFC's grammar takes, with the same start line,
+//           fields, framing and persistence; what breaks the grammar is never taken.
+// Leaves:   bodies to chunked.h and whole exchanges to exchange.h.
+// Threads:  one.
+#pragma once
+
+#include "nexus/http.h"
+#include "tests/fuzz/fuzz.h"
+#include "tests/rfc9112.h"
+
+namespace fuzz {
+
+template <class Head>
+struct HeadRun {
+  nexus::HeadResult result;
+  Head head;
+  rfc9112::Fields fields;
+  std::string text;  // the target or the reason
+};
+
+inline std::string text_of(const char* base, const nexus::RequestHead& head) {
+  return {base + head.target_at, head.target_bytes};
+}
+inline std::string text_of(const char* base, const nexus::ResponseHead& head) {
+  return {base + head.reason_at, head.reason_bytes};
+}
+
+// Feeds the text up to each of `ends`; it lies somewhere else each time, as a buffer that grew.
+template <class Reader, class Head>
+HeadRun<Head> run_head(std::string_view input, const std::vector<std::size_t>& ends) {
+  static nexus::FieldTable fields;
+  HeadRun<Head> run;
+  Reader reader;
+  reader.start(&fields);
+  for (const std::size_t end : ends) {
+    Guarded copy(input.substr(0, end));
+    run.result = reader.feed(copy.data(), end, run.head);
+    if (run.result.status == nexus::HeadResult::Status::need_more) continue;
+    if (run.result.status == nexus::HeadResult::Status::done) {
+      for (const nexus::FieldRow& row : fields) {
+        run.fields.emplace_back(nexus::name_of(copy.data(), row), nexus::value_of(copy.data(), row));
+      }
+      run.text = text_of(copy.data(), run.head);
+    }
+    break;
+  }
+  return run;
+}
+
+template <class Reader, class Head>
+HeadRun<Head> run_all_cuts(std::string_view input) {
+  Draw draw(input);
+  const auto ways = cuts_of(input.size(), draw);
+  const auto whole = run_head<Reader, Head>(input, ways[0]);
+  for (const auto& way : ways) {
+    const auto cut = run_head<Reader, Head>(input, way);
+    check(cut.result.status == whole.result.status && cut.result.error == whole.result.error, "a cut changes the end");
+    if (whole.result.status != nexus::HeadResult::Status::done) continue;
+    check(cut.fields == whole.fields && cut.text == whole.text, "a cut changes the fields");
+    check(cut.head.head_bytes == whole.head.head_bytes && cut.head.keep_alive == whole.head.keep_alive &&
+              cut.head.framing.kind == whole.head.framing.kind && cut.head.framing.length == whole.head.framing.length,
+          "a cut changes the meaning");
+  }
+  return whole;
+}
+
+inline rfc9112::Message::Framing plain(nexus::Framing::Kind kind) {
+  switch (kind) {
+    case nexus::Framing::Kind::none: return rfc9112::Message::Framing::none;
+    case nexus::Framing::Kind::length: return rfc9112::Message::Framing::length;
+    case nexus::Framing::Kind::chunked: return rfc9112::Message::Framing::chunked;
+    case nexus::Framing::Kind::until_close: return rfc9112::Message::Framing::until_close;
+  }
+  return rfc9112::Message::Framing::none;
+}
+
+// What both readers must say of a head that Nexus took.
+template <class Head>
+void compare(const HeadRun<Head>& run, const rfc9112::Message& message) {
+  check(run.head.head_bytes == message.head_bytes, "the heads end at different places");
+  check(run.fields == message.fields, "the fields differ");
+  check(run.head.http_1_0 == (message.minor == 0), "the versions differ");
+  check(plain(run.head.framing.kind) == message.framing, "the framings differ");
+  if (run.head.framing.kind == nexus::Framing::Kind::length) {
+    check(run.head.framing.length == message.length, "the lengths differ");
+  }
+}
+
+inline void request_head(std::string_view input) {
+  const auto run = run_all_cuts<nexus::RequestReader, nexus::RequestHead>(input);
+  rfc9112::Message message;
+  std::string why;
+  std::string_view text = input;
+  const rfc9112::Got got = rfc9112::take_head(text, message, true, why);
+  if (run.result.status != nexus::HeadResult::Status::done) return;
+  check(got == rfc9112::Got::it, "taken, but not HTTP: " + why);
+  check(rfc9112::check_host(message).empty(), "taken, but " + rfc9112::check_host(message));
+  if (run.head.refusal == nexus::HeadError::unknown_coding) return;  // refused anyhow: never read on
+  const std::string framing = rfc9112::read_framing(message, true);
+  check(framing.empty(), "taken, but " + framing);
+  compare(run, message);
+  check(run.text == message.target, "the targets differ");
+  check(llhttp_method_name(static_cast<llhttp_method_t>(run.head.method)) == message.method, "the methods differ");
+  check(run.head.keep_alive == message.stays_open, "one stays open");
+}
+
+inline void response_head(std::string_view input) {
+  const auto run = run_all_cuts<nexus::ResponseReader, nexus::ResponseHead>(input);
+  if (run.result.status != nexus::HeadResult::Status::done) return;
+  rfc9112::Message message;
+  std::string why;
+  std::string_view text = input;
+  check(rfc9112::take_head(text, message, false, why) == rfc9112::Got::it, "taken, but not HTTP: " + why);
+  check(run.head.status == message.status && run.text == message.reason, "the status lines differ");
+  const std::string framing = rfc9112::read_framing(message, false);
+  check(framing.empty(), "taken, but " + framing);
+  if (message.status < 200 || message.status == 204 || message.status == 304) {
+    message.framing = rfc9112::Message::Framing::none;
+  }
+  compare(run, message);
+  const bool stays = message.stays_open && message.framing != rfc9112::Message::Framing::until_close;
+  check(run.head.keep_alive == stays, "one stays open");
+}
+
+}  // namespace fuzz

@@ -1,0 +1,166 @@
+// usage.h
+// Owns:     the fuzz target of the usage scan over event streams and plain bodies.
+// Promises: any cut gives the same bytes and counts; a plain body passes unchanged; out of a stream of JSON events only
+//           those go that tell a usage beside an empty list of choices, and the counts are the plain reading's.
+// Leaves:   the limits on held bytes to usage_test.cpp.
+// Threads:  one.
+#pragma once
+
+#include "nexus/usage.h"
+#include "tests/fuzz/body.h"
+#include "tests/fuzz/fuzz.h"
+
+namespace fuzz {
+
+struct UsageRun {
+  std::string out;
+  std::int64_t prompt_tokens = -1, completion_tokens = -1;
+  bool removed = false;
+  bool operator==(const UsageRun&) const = default;
+};
+
+inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bool removing,
+                          const std::vector<std::size_t>& ends) {
+  static nexus::BlockPool pool;
+  UsageRun run;
+  {
+    nexus::UsageScan scan;
+    scan.start(kind, removing);
+    nexus::UsageScan::Out out;
+    std::size_t from = 0;
+    for (const std::size_t end : ends) {
+      Guarded piece(text.substr(from, end - from), nexus::kPaddingBytes);
+      check(scan.feed(pool, json_reader(), piece.data(), end - from, out), "no memory");
+      run.out.append(out.held).append(out.piece);
+      from = end;
+    }
+    check(scan.finish(pool, json_reader(), out), "no memory");
+    run.out.append(out.held).append(out.piece);
+    check(scan.held_bytes() == 0, "bytes stayed behind");
+    run.prompt_tokens = scan.usage().prompt_tokens;
+    run.completion_tokens = scan.usage().completion_tokens;
+    run.removed = scan.removed();
+  }
+  check(pool.taken_bytes() == 0, "a block stayed away");
+  return run;
+}
+
+// WHATWG HTML 9.2.6, plainly: the events with their data, and whether they have other fields.
+struct PlainEvent {
+  std::string data;
+  bool others = false;
+  bool has_data = false;
+  bool operator==(const PlainEvent&) const = default;
+};
+
+inline std::vector<PlainEvent> plain_events(std::string_view text) {
+  std::vector<PlainEvent> events;
+  PlainEvent event;
+  bool open = false;
+  if (text.substr(0, 3) == "\xef\xbb\xbf") text.remove_prefix(3);
+  while (!text.empty()) {
+    const std::size_t end = std::min(text.find_first_of("\r\n"), text.size());
+    const std::string_view line = text.substr(0, end);
+    const bool both = text.substr(end, 2) == "\r\n";
+    text.remove_prefix(std::min(text.size(), end + (both ? 2u : 1u)));
+    if (line.empty()) {
+      if (open) events.push_back(event);
+      event = {};
+      open = false;
+      continue;
+    }
+    if (line[0] == ':' && !open) continue;
+    open = true;
+    const std::string_view name = line.substr(0, line.find(':'));
+    std::string_view value = line.substr(std::min(line.size(), name.size() + 1));
+    if (value.substr(0, 1) == " ") value.remove_prefix(1);
+    if (name == "data") {
+      if (event.has_data) event.data += '\n';
+      event.has_data = true;
+      event.data += value;
+    } else {
+      event.others = true;
+    }
+  }
+  if (open) events.push_back(event);
+  return events;
+}
+
+inline std::int64_t count_of(const plain_json::Value& usage, std::string_view name) {
+  std::int64_t count = -1;
+  for (const auto& [key, value] : usage.members) {
+    if (key != name || value.kind != Kind::number || value.text.size() > 18) continue;
+    if (value.text.find_first_not_of("0123456789") != std::string::npos) continue;
+    count = std::stoll(value.text);
+  }
+  return count;
+}
+
+// The counts of the last `usage` that is an object; nothing where there is none.
+inline bool counts_of(const plain_json::Value& object, UsageRun& wanted) {
+  const plain_json::Value* usage = nullptr;
+  for (const auto& [key, value] : object.members) {
+    if (key == "usage" && value.kind == Kind::object) usage = &value;
+  }
+  if (usage == nullptr) return false;
+  wanted.prompt_tokens = count_of(*usage, "prompt_tokens");
+  wanted.completion_tokens = count_of(*usage, "completion_tokens");
+  return true;
+}
+
+inline bool is_extra(const plain_json::Value& object) {
+  bool empty = false, other = false, usage = false;
+  for (const auto& [key, value] : object.members) {
+    if (key == "choices") (value.kind == Kind::list && value.items.empty() ? empty : other) = true;
+    usage |= key == "usage" && value.kind == Kind::object;
+  }
+  return empty && !other && usage;
+}
+
+// The scan does not undo escapes in keys, does not look into what is no JSON, and lets large things be.
+inline bool is_simple(std::string_view text) { return text.find('\\') == std::string_view::npos && text.size() < 8192; }
+
+inline void compare_json(std::string_view text, const UsageRun& run) {
+  check(run.out == text, "a plain body was changed");
+  const auto object = plain_json::read(text);
+  if (!object || object->kind != Kind::object || !is_simple(text)) return;
+  UsageRun wanted;
+  counts_of(*object, wanted);
+  check(run.prompt_tokens == wanted.prompt_tokens && run.completion_tokens == wanted.completion_tokens, "the counts");
+}
+
+inline void compare_events(std::string_view text, const UsageRun& run, bool removing) {
+  if (!removing) check(run.out == text, "a stream was changed");
+  if (!is_simple(text)) return;
+  UsageRun wanted;
+  std::vector<PlainEvent> left;
+  for (const PlainEvent& event : plain_events(text)) {
+    const auto object = plain_json::read(event.data);
+    if (event.data.find('{') != std::string::npos && !object) return;
+    const bool is_object = object && object->kind == Kind::object;
+    if (is_object) counts_of(*object, wanted);
+    if (!removing || !is_object || event.others || !is_extra(*object)) left.push_back(event);
+  }
+  check(plain_events(run.out) == left, "other events went on than should");
+  check(run.prompt_tokens == wanted.prompt_tokens && run.completion_tokens == wanted.completion_tokens, "the counts");
+}
+
+// The first byte says what kind of body it is.
+inline void usage(std::string_view input) {
+  if (input.empty()) return;
+  const bool json = input[0] == 'j';
+  const bool removing = !json && input[0] != 'e';
+  const auto kind = json ? nexus::UsageScan::Kind::json : nexus::UsageScan::Kind::event_stream;
+  const std::string_view text = input.substr(1);
+  Draw draw(input);
+  const auto ways = cuts_of(text.size(), draw);
+  const UsageRun whole = run_usage(text, kind, removing, ways[0]);
+  for (const auto& way : ways) check(run_usage(text, kind, removing, way) == whole, "a cut changes what goes on");
+  if (json) {
+    compare_json(text, whole);
+  } else {
+    compare_events(text, whole, removing);
+  }
+}
+
+}  // namespace fuzz

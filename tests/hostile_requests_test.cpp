@@ -1,0 +1,169 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/fuzz/chunked.h"
+#include "tests/fuzz/heads.h"
+#include "tests/hostile/bodies.h"
+#include "tests/hostile/gateway.h"
+#include "tests/hostile/requests.h"
+#include "tests/hostile/sequences.h"
+#include "tests/hostile/story.h"
+
+namespace {
+
+using hostile::Gateway;
+using hostile::Link;
+using hostile::RequestRow;
+using hostile::Story;
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr std::size_t kPlaceStep = 13;  // ten times slower: a sample of the places
+#else
+constexpr std::size_t kPlaceStep = 1;
+#endif
+constexpr std::size_t kLongRow = 1500;  // longer ones are cut near both ends and at a sample of places between
+
+std::vector<std::size_t> places_of(std::size_t bytes) {
+  std::vector<std::size_t> places;
+  for (std::size_t at = 1; at < bytes; at += kPlaceStep) {
+    if (bytes > kLongRow && at > 200 && at + 100 < bytes && at % (bytes / 40) != 0) continue;
+    places.push_back(at);
+  }
+  return places;
+}
+
+std::string joined(const std::vector<int>& statuses) {
+  std::string out;
+  for (const int status : statuses) out += (out.empty() ? "" : " ") + std::to_string(status);
+  return out;
+}
+
+// What came of a row, as text, so that two ways of sending it can be compared; the problems found on the way stand in
+// it too, so that it can't equal what is wanted.
+std::string outcome_of(const RequestRow& row, const std::vector<std::size_t>& ends) {
+  hostile::GatewayOptions options;
+  options.keys = row.keys;
+  Gateway gateway(options);
+  Link& client = gateway.connect();
+  std::size_t from = 0;
+  for (const std::size_t end : ends) {
+    gateway.send(client, std::string_view(row.bytes).substr(from, end - from));
+    from = end;
+  }
+  if (row.statuses.find("408") != std::string::npos) gateway.pass(61 * nexus::kSecond);
+  Story story = hostile::read_story(gateway, row.bytes, client);
+  std::string outcome = joined(story.statuses) + (story.kept ? " kept" : " closed") + " reached " +
+                        std::to_string(story.forwarded.size());
+  if (story.forwarded.empty() && gateway.backend_links() > 0) outcome += ", and the backend was bothered";
+  if (!story.whole) outcome += ", an answer is not whole";
+  if (story.kept) {  // then the next request is answered, and is what was asked
+    gateway.send(client, "GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: probe-1\r\n\r\n");
+    const auto after = hostile::read_story(gateway, row.bytes + hostile::get("", "/health"), client);
+    if (after.answers.empty() || after.answers.back().value("X-Request-Id") != "probe-1" ||
+        after.answers.back().value("Content-Type") != "application/json" ||
+        after.statuses.size() != story.statuses.size() + 1) {
+      outcome += ", and the next request was lost";
+    }
+  }
+  gateway.net.finish(client);
+  gateway.settle();
+  if (gateway.client_sessions() > 0) outcome += ", and the session stays";
+  for (const std::string& problem : story.problems) outcome += "\n  " + problem;
+  return outcome;
+}
+
+std::string wanted_of(const RequestRow& row) {
+  return row.statuses + (row.kept ? " kept" : " closed") + " reached " + std::to_string(row.reached);
+}
+
+void run(const hostile::RequestRows& rows) {
+  for (const RequestRow& row : rows) {
+    CAPTURE(row.name);
+    CAPTURE(row.section);
+    const std::string wanted = wanted_of(row);
+    const std::string whole = outcome_of(row, {row.bytes.size()});
+    CHECK(whole == wanted);
+    if (whole != wanted) continue;
+    std::vector<std::size_t> each;
+    for (std::size_t i = 1; i <= row.bytes.size(); ++i) each.push_back(i);
+    CHECK_MESSAGE(outcome_of(row, each) == wanted, "byte by byte");
+    for (const std::size_t place : places_of(row.bytes.size())) {
+      const std::string cut = outcome_of(row, {place, row.bytes.size()});
+      if (cut == wanted) continue;
+      CAPTURE(place);
+      CHECK(cut == wanted);
+      break;
+    }
+    // The same bytes to the parsers alone, ending at a guard page, beside the RFC's own reading.
+    CHECK_NOTHROW(fuzz::request_head(row.bytes));
+    const std::size_t head = row.bytes.find("\r\n\r\n");
+    if (head != std::string::npos) CHECK_NOTHROW(fuzz::chunked(std::string_view(row.bytes).substr(head + 4)));
+  }
+}
+
+hostile::RequestRows all_rows() {
+  hostile::RequestRows rows;
+  hostile::add_framing_rows(rows);
+  hostile::add_line_rows(rows);
+  hostile::add_start_line_rows(rows);
+  hostile::add_host_rows(rows);
+  hostile::add_chunk_rows(rows);
+  hostile::add_json_rows(rows);
+  hostile::add_sequence_rows(rows);
+  return rows;
+}
+
+}  // namespace
+
+TEST_CASE("the table of hostile requests is large, and names each row once") {
+  const auto rows = all_rows();
+  MESSAGE("hostile requests: ", rows.size());
+  CHECK(rows.size() >= 200);
+  std::set<std::string> names;
+  for (const RequestRow& row : rows) {
+    CAPTURE(row.name);
+    CHECK(names.insert(row.name).second);
+    CHECK_FALSE(row.section.empty());
+  }
+}
+
+TEST_CASE("framing that two readers could take differently is refused, however it is cut") {
+  hostile::RequestRows rows;
+  hostile::add_framing_rows(rows);
+  run(rows);
+}
+
+TEST_CASE("lines that are no header lines are refused, however they are cut") {
+  hostile::RequestRows rows;
+  hostile::add_line_rows(rows);
+  run(rows);
+}
+
+TEST_CASE("request lines and hosts that are none are refused, however they are cut") {
+  hostile::RequestRows rows;
+  hostile::add_start_line_rows(rows);
+  hostile::add_host_rows(rows);
+  run(rows);
+}
+
+TEST_CASE("the chunked coding is the RFC's or refused, however it is cut") {
+  hostile::RequestRows rows;
+  hostile::add_chunk_rows(rows);
+  run(rows);
+}
+
+TEST_CASE("bodies that are not the JSON they must be are refused, however they are cut") {
+  hostile::RequestRows rows;
+  hostile::add_json_rows(rows);
+  run(rows);
+}
+
+TEST_CASE("no sequence of requests has one read out of another's body") {
+  hostile::RequestRows rows;
+  hostile::add_sequence_rows(rows);
+  run(rows);
+}
