@@ -1,0 +1,259 @@
+// answers.h
+// Owns:     the answers of simulated backends: bytes in a framing, pauses between them, and how they end.
+// Promises: payload bytes follow from the request and the attempt, so that no two answers can be taken for each other;
+//           whether a reader may take an answer for whole is told beside it.
+// Leaves:   sending to fleet.h; judging to ledger.h.
+// Threads:  one.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ledger.h"
+#include "swarm.h"
+
+namespace nexus::sim {
+
+struct Answer {
+  enum class End : std::uint8_t { keep, close, reset, stall };
+  struct Pause {
+    std::size_t at;  // byte of `bytes`
+    Ns span;
+  };
+  std::string bytes;
+  std::vector<Pause> pauses;  // in order
+  End end = End::keep;
+};
+
+class AnswerMaker {
+ public:
+  AnswerMaker(Dice& dice, const Manners& manners) : dice_(dice), manners_(manners) {
+    for (std::size_t i = 0; i < kPatternBytes; ++i) {
+      pattern_ += "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"[mix(i) % 64];
+    }
+  }
+
+  // `asked` says that the body asks for usage; `by_client`, that the client did.
+  Answer make(std::string_view id, std::size_t number, bool stream, bool asked, bool by_client, Attempt& attempt) {
+    Answer answer;
+    number_ = number;
+    attempt.status = draw_status();
+    const bool events = stream && attempt.status == 200;
+    if (attempt.status == 204) {
+      attempt.payload.clear();
+    } else if (events) {
+      event_payload(id, asked, by_client, attempt);
+    } else if (attempt.status == 200) {
+      json_payload(id, attempt);
+    } else {
+      attempt.payload = R"({"error":{"message":")" + std::string(id) + R"(","code":"backend"}})";
+    }
+    write(answer, id, events, attempt);
+    return answer;
+  }
+
+  // A piece of text that is this request's alone.
+  std::string_view text(std::size_t number, std::size_t bytes) const {
+    const std::size_t at = mix(number) % (kPatternBytes / 2);
+    return std::string_view(pattern_).substr(at, std::min(bytes, kPatternBytes / 2));
+  }
+
+ private:
+  static constexpr std::size_t kPatternBytes = 512u << 10;
+  enum class Framing : std::uint8_t { length, chunked, until_close };
+
+  std::uint16_t draw_status() {
+    if (!dice_.chance(manners_.error_status)) return dice_.one_in(50) ? 204 : 200;
+    constexpr std::uint16_t kStatuses[] = {400, 404, 422, 429, 500, 502, 503};
+    return kStatuses[dice_.index(std::size(kStatuses))];
+  }
+  std::size_t draw_bytes() {
+    return dice_.chance(manners_.large) ? dice_.number(10'000, 200'000) : dice_.skewed(0, 2000);
+  }
+
+  static std::string usage_of(const Attempt& attempt) {
+    return R"("usage":{"prompt_tokens":)" + std::to_string(attempt.prompt_tokens) + R"(,"completion_tokens":)" +
+           std::to_string(attempt.completion_tokens) + "}";
+  }
+  void draw_usage(Attempt& attempt) {
+    attempt.prompt_tokens = dice_.number(0, 5000);
+    attempt.completion_tokens = dice_.number(0, 5000);
+  }
+
+  void json_payload(std::string_view id, Attempt& attempt) {
+    if (dice_.one_in(20)) return;  // an empty body
+    const std::string content(text(number_ * 64 + attempt.server, draw_bytes()));
+    attempt.payload = R"({"id":")" + std::string(id) + R"(","choices":[{"message":{"content":")" + content + R"("}}])";
+    if (!dice_.one_in(4)) {
+      draw_usage(attempt);
+      attempt.payload += "," + usage_of(attempt);
+    }
+    attempt.payload += "}";
+  }
+
+  void event_payload(std::string_view id, bool asked, bool by_client, Attempt& attempt) {
+    const std::string_view end = dice_.one_in(4) ? "\r\n\r\n" : "\n\n";
+    const std::uint32_t events = dice_.skewed(0, 30);
+    const std::size_t each = draw_bytes() / (events + 1) + 1;
+    std::string& out = attempt.payload;
+    const std::string_view content = text(number_ * 64 + attempt.server, each * events);
+    for (std::uint32_t i = 0; i < events; ++i) {
+      if (dice_.one_in(20)) out.append(": ping").append(end);
+      out.append(R"(data: {"id":")").append(id).append(R"(","choices":[{"index":0,"delta":{"content":")");
+      out.append(content.substr(std::min(content.size(), i * each), each)).append(R"("}}]})").append(end);
+    }
+    if (asked && !dice_.one_in(10)) {
+      draw_usage(attempt);
+      attempt.extra_at = out.size();
+      out.append(R"(data: {"id":")")
+          .append(id)
+          .append(R"(","choices":[],)")
+          .append(usage_of(attempt))
+          .append("}")
+          .append(end);
+      if (!by_client) attempt.extra_bytes = out.size() - attempt.extra_at;
+    }
+    if (!dice_.one_in(20)) out.append("data: [DONE]").append(end);
+  }
+
+  void write(Answer& answer, std::string_view id, bool events, Attempt& attempt) {
+    const bool no_body = attempt.status == 204;
+    Framing framing = static_cast<Framing>(dice_.number(0, 2));
+    if (framing == Framing::until_close && !dice_.one_in(4)) framing = Framing::chunked;
+    const bool http_1_0 = dice_.one_in(20) && framing != Framing::chunked;
+    bool close = dice_.one_in(10) || (framing == Framing::until_close && !no_body);
+    std::string& out = answer.bytes;
+    write_interim(out);
+    const std::size_t final_at = out.size();
+    out.append(http_1_0 ? "HTTP/1.0 " : "HTTP/1.1 ").append(std::to_string(attempt.status)).append(" Sim\r\n");
+    if (!no_body) out.append(events ? "Content-Type: text/event-stream\r\n" : "Content-Type: application/json\r\n");
+    out.append("X-Sim: ").append(id).append("/").append(std::to_string(attempt_number_)).append("\r\n");
+    if (attempt.status == 429 && dice_.one_in(3))
+      out.append("Retry-After: ").append(dice_.one_in(2) ? "1" : "0").append("\r\n");
+    if (close && !http_1_0) out.append("Connection: close\r\n");
+    if (dice_.one_in(10)) out.append("Connection: x-hop\r\nX-Hop: not for clients\r\n");
+    if (framing == Framing::length && !no_body) {
+      out.append("Content-Length: ").append(std::to_string(attempt.payload.size())).append("\r\n");
+    }
+    if (framing == Framing::chunked && !no_body) out.append("Transfer-Encoding: chunked\r\n");
+    out.append("\r\n");
+    const std::size_t body_at = out.size();
+    attempt.may_be_whole = true;
+    if (!no_body) write_body(answer, framing, events, attempt);
+    answer.end = close || http_1_0 ? Answer::End::close : Answer::End::keep;
+    spoil(answer, framing, no_body, final_at, body_at, attempt);
+    draw_pauses(answer, events);
+  }
+
+  void write_interim(std::string& out) {
+    if (!dice_.chance(manners_.interim)) return;
+    for (std::uint32_t i = dice_.skewed(1, 20); i > 0; --i) {
+      out.append(dice_.one_in(2) ? "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" : "HTTP/1.1 100 Continue\r\n\r\n");
+      interim_ += 1;
+    }
+  }
+
+  void write_body(Answer& answer, Framing framing, bool events, Attempt& attempt) {
+    std::string& out = answer.bytes;
+    if (framing != Framing::chunked) {
+      out += attempt.payload;
+      return;
+    }
+    std::string_view rest = attempt.payload;
+    const bool broken = dice_.chance(manners_.malformed_body);
+    const bool by_event = events && dice_.one_in(2);
+    while (!rest.empty()) {
+      std::size_t bytes = dice_.skewed(1, static_cast<std::uint32_t>(rest.size()));
+      if (by_event && rest.find("\n\n") != std::string_view::npos) bytes = rest.find("\n\n") + 2;
+      char size[32];
+      std::snprintf(size, sizeof size, dice_.one_in(2) ? "%zx" : "%03zX", bytes);
+      out.append(size).append(dice_.one_in(30) ? ";x=y\r\n" : "\r\n").append(rest.substr(0, bytes)).append("\r\n");
+      rest.remove_prefix(bytes);
+    }
+    if (broken) {
+      constexpr std::string_view kBroken[] = {"zz\r\n", "\r\n", "5\n12345\r\n", "-1\r\n", "10000000000000000\r\n"};
+      out.append(kBroken[dice_.index(std::size(kBroken))]);
+      attempt.may_be_whole = false;
+      return;
+    }
+    out.append("0\r\n").append(dice_.one_in(30) ? "X-Trailer: t\r\n\r\n" : "\r\n");
+  }
+
+  // What goes wrong with it, if anything.
+  void spoil(Answer& answer, Framing framing, bool no_body, std::size_t final_at, std::size_t body_at,
+             Attempt& attempt) {
+    if (interim_ > 16) attempt.may_be_whole = false;
+    interim_ = 0;
+    const bool until_close = framing == Framing::until_close && !no_body;
+    if (dice_.chance(manners_.malformed_head)) {
+      attempt.may_be_whole = false;
+      return break_head(answer, final_at);
+    }
+    const bool truncated = dice_.chance(manners_.truncated);
+    const bool reset = dice_.chance(manners_.reset);
+    const bool stall = dice_.chance(manners_.stall);
+    if (truncated || reset || stall) {
+      const std::size_t keep = dice_.index(answer.bytes.size() + (reset && until_close ? 1 : 0));
+      bool by_fin = truncated && !reset;
+      const bool in_extra = attempt.extra_bytes > 0 && keep > body_at + attempt.extra_at &&
+                            keep < body_at + attempt.extra_at + attempt.extra_bytes;
+      if (until_close && keep >= body_at && by_fin && !in_extra) {
+        attempt.payload.resize(keep - body_at);  // a proper end, as far as anybody can tell
+        if (attempt.extra_at >= attempt.payload.size()) attempt.extra_bytes = 0;
+        attempt.prompt_tokens = attempt.completion_tokens = kTokensUnsure;
+      } else {
+        attempt.may_be_whole = false;
+        by_fin = by_fin && !(until_close && in_extra);
+      }
+      answer.bytes.resize(keep);
+      answer.end = stall && !reset ? Answer::End::stall : by_fin ? Answer::End::close : Answer::End::reset;
+      if (until_close && answer.end == Answer::End::stall) attempt.may_be_whole = false;
+      return;
+    }
+    if (!until_close && dice_.chance(manners_.overlong)) answer.bytes.append(dice_.number(1, 20), 'Z');
+    if (!until_close && dice_.chance(manners_.reset)) answer.end = Answer::End::reset;
+  }
+
+  void break_head(Answer& answer, std::size_t at) {
+    std::string& out = answer.bytes;
+    const auto put = [&](std::string_view line) {  // behind the status line
+      out.insert(out.find("\r\n", at) + 2, line);
+    };
+    switch (dice_.number(0, 11)) {
+      case 0: out.replace(at, 8, "HTTP/2.0"); break;
+      case 1: put("No colon here\r\n"); break;
+      case 2: put("Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"); break;
+      case 3: put("Content-Length: 3\r\nContent-Length: 4\r\n"); break;
+      case 4: put("X-Bare: line\nfeed: x\r\n"); break;
+      case 5: put("X-Fold: a\r\n b\r\n"); break;
+      case 6: out.replace(at, 4, "ZZZZ"); break;
+      case 7: put("Transfer-Encoding: gzip\r\n"); break;
+      case 8: put("X-Long: " + std::string(200'000, 'a') + "\r\n"); break;
+      case 9: out.replace(at + 9, 3, "600"); break;
+      case 10: out.replace(at + 9, 3, "101"); break;
+      case 11: put("Content-Length: -1\r\n"); break;
+    }
+  }
+
+  void draw_pauses(Answer& answer, bool events) {
+    if (!dice_.chance(manners_.slow) && !(events && dice_.one_in(8))) return;
+    std::size_t at = 0;
+    for (std::uint32_t i = dice_.number(1, 6); i > 0 && at < answer.bytes.size(); --i) {
+      at += dice_.skewed(0, static_cast<std::uint32_t>(answer.bytes.size() - at));
+      answer.pauses.push_back({at, dice_.span(0, dice_.one_in(8) ? kSecond : 50 * kMillisecond)});
+    }
+  }
+
+ public:
+  std::size_t attempt_number_ = 0;  // of the answer being made
+
+ private:
+  Dice& dice_;
+  const Manners& manners_;
+  std::string pattern_;
+  std::size_t number_ = 0;
+  std::uint32_t interim_ = 0;
+};
+
+}  // namespace nexus::sim

@@ -1,0 +1,333 @@
+// audit.h
+// Owns:     comparing: Nexus's counts and log lines with each other and with what both simulated sides saw.
+// Promises: at each step the bounds that must always hold, at rest that nothing is left, at the end that every count
+//           agrees to the unit.
+// Leaves:   judging single answers to ledger.h.
+// Threads:  one.
+#pragma once
+
+#include <algorithm>
+#include <charconv>
+#include <map>
+#include <string>
+#include <string_view>
+
+#include "gateway.h"
+#include "ledger.h"
+
+namespace nexus::sim {
+
+class Audit {
+ public:
+  Audit(Ledger& ledger, Gateway& gateway, Wire& wire) : ledger_(ledger), gateway_(gateway), wire_(wire) {}
+
+  // The caps of a configuration that some request may still hold to: the most that may run on a backend, 0 for any.
+  void note_caps(const Settings& settings) {
+    for (const BackendSettings& backend : settings.backends) {
+      const auto [at, made] = caps_.try_emplace(backend.name, backend.max_pending);
+      if (made) continue;
+      std::uint32_t& most = at->second;
+      most = most == 0 || backend.max_pending == 0 ? 0 : std::max(most, backend.max_pending);
+    }
+    most_connections_ = std::max(most_connections_, std::size_t{settings.server.max_connections});
+    longest_write_ = std::max({longest_write_, settings.server.write_timeout_ns});
+    keys_ = keys_ || !settings.server.api_keys.empty();
+  }
+
+  // ---- at each step ----
+
+  void take_lines(LogRing& ring) {
+    while (ring.next()) {
+      line_.clear();
+      const LogDestination to = *ring.next();
+      ring.take(line_);
+      if (line_.find(" request_id=") != std::string::npos && line_.find(" duration_ms=") != std::string::npos) {
+        read_line();
+      } else if (to == LogDestination::access) {
+        ledger_.wrong("an access line that is none: %.200s", line_.c_str());
+      }
+    }
+  }
+
+  void check_step() {
+    const auto& names = gateway_.control().registry().backend_names();
+    std::int64_t pending = 0;
+    for (std::uint32_t i = 1; i < names.size(); ++i) {
+      const BackendId id{i};
+      const std::int64_t here = gateway_.metrics().pending(id);
+      if (here < 0) ledger_.wrong("pending of %s is %lld", names.name(id).c_str(), static_cast<long long>(here));
+      pending += here;
+      const auto cap = caps_.find(names.name(id));
+      if (cap != caps_.end() && cap->second > 0) check_cap(id, cap->second, here);
+    }
+    std::size_t connections = 0;
+    for (const auto& worker : gateway_.each_worker()) connections += worker->connections();
+    if (pending > static_cast<std::int64_t>(connections)) {
+      ledger_.wrong("%lld requests pending over %zu connections", static_cast<long long>(pending), connections);
+    }
+    most_seen_ = std::max(most_seen_, connections);
+  }
+
+  // A connection on which no byte was taken for longer than Nexus may wait for that.
+  void check_blocked(LinkId id, Ns slack) {
+    const Link& link = wire_.at(id);
+    if (!link.live || !link.nexus_open || link.to_backend || link.blocked_since < 0) return;
+    if (wire_.now() - link.blocked_since <= longest_write_ + slack) return;
+    ledger_.wrong("a client that takes nothing is held for %lld ms, write_timeout is %lld ms",
+                  static_cast<long long>((wire_.now() - link.blocked_since) / kMillisecond),
+                  static_cast<long long>(longest_write_ / kMillisecond));
+  }
+
+  // ---- at rest: all limits have passed since the last fault ----
+
+  void check_rest() {
+    const auto& names = gateway_.control().registry().backend_names();
+    for (std::uint32_t i = 1; i < names.size(); ++i) {
+      const BackendId id{i};
+      expect_zero("pending", gateway_.metrics().pending(id));
+      expect_zero("running by admission", gateway_.admission().running_on(id));
+      std::int64_t open = 0;
+      std::int64_t queued = 0;
+      for (const auto& slab : gateway_.metrics().slabs()) {
+        if (const BackendCells* cells = slab->backend(id)) {
+          open += cells->connections.read_signed();
+          queued += cells->queue_depth.read_signed();
+        }
+      }
+      expect_zero("backend connections by the gauge", open);
+      expect_zero("queue depth", queued);
+    }
+    expect_zero("requests in the queue", gateway_.admission().waiting());
+    for (const auto& worker : gateway_.each_worker()) {
+      expect_zero("client connections", static_cast<std::int64_t>(worker->connections()));
+      expect_zero("backend connections", static_cast<std::int64_t>(worker->upstreams()));
+      expect_zero("armed timers", static_cast<std::int64_t>(worker->armed_timers()));
+      if (worker->taken_bytes() > kRoomyBlock) ledger_.wrong("at rest a worker holds %zu bytes", worker->taken_bytes());
+    }
+    std::int64_t clients = 0;
+    for (const auto& slab : gateway_.metrics().slabs()) clients += slab->thread().client_connections.read_signed();
+    expect_zero("client connections by the gauge", clients);
+  }
+
+  void check_closed() {
+    expect_zero("descriptors", static_cast<std::int64_t>(wire_.descriptors()));
+    expect_zero("bytes of the body budget", static_cast<std::int64_t>(gateway_.budget().used()));
+  }
+
+  // ---- at the end ----
+
+  void check_counts() {
+    Totals lines;
+    for (std::size_t i = 0; i < ledger_.requests.size() && ledger_.ok(); ++i) {
+      const Request& request = ledger_.requests[i];
+      check_request(request, static_cast<unsigned>(i));
+      if (request.lines == 1) lines.add(request);
+    }
+    if (ledger_.ok()) compare(lines, counted());
+  }
+
+ private:
+  struct Totals {
+    std::map<std::pair<std::string, unsigned>, std::int64_t> statuses;  // by backend and status
+    std::map<std::string, std::int64_t> errors;
+    std::int64_t requests = 0, failed = 0, attempts = 0, left = 0;
+    std::int64_t prompts = 0, prompt_tokens = 0, completions = 0, completion_tokens = 0;
+
+    void add(const Request& request) {
+      statuses[{request.line_backend == "-" ? "none" : request.line_backend, request.line_status}] += 1;
+      requests += 1;
+      attempts += request.line_attempts;
+      if (request.line_error != "-") {
+        errors[request.line_error] += 1;
+        failed += 1;
+        left += request.line_error == "client_closed" ? 1 : 0;
+      }
+      if (request.line_prompt_tokens >= 0) prompts += 1, prompt_tokens += request.line_prompt_tokens;
+      if (request.line_completion_tokens >= 0) completions += 1, completion_tokens += request.line_completion_tokens;
+    }
+  };
+
+  Totals counted() const {
+    Totals sums;
+    const Registry& registry = gateway_.control().registry();
+    HistogramValues<kTokenBounds> prompts;
+    HistogramValues<kTokenBounds> completions;
+    for (const auto& slab : gateway_.metrics().slabs()) {
+      slab->pairs().for_each([&](std::uint32_t, std::uint32_t backend, const PairCells& pair) {
+        pair.statuses.for_each([&](const StatusCells::Count& count) {
+          sums.statuses[{registry.backend_names().name(BackendId{backend}), count.status}] +=
+              static_cast<std::int64_t>(count.count);
+          sums.requests += static_cast<std::int64_t>(count.count);
+          if (count.failed) sums.failed += static_cast<std::int64_t>(count.count);
+        });
+        pair.prompt_tokens.add_to(prompts, pair.prompt_sum);
+        pair.completion_tokens.add_to(completions, pair.completion_sum);
+      });
+      for (std::uint32_t i = 0; i < registry.model_names().size(); ++i) {
+        const ModelCells* cells = slab->model(ModelId{i});
+        for (std::size_t type = 1; cells != nullptr && type < kErrorTypeNames.size(); ++type) {
+          const auto count = static_cast<std::int64_t>(cells->errors[type].read());
+          if (count > 0) sums.errors[std::string(kErrorTypeNames[type])] += count;
+        }
+      }
+      for (std::uint32_t i = 0; i < registry.backend_names().size(); ++i) {
+        const BackendCells* cells = slab->backend(BackendId{i});
+        if (cells == nullptr) continue;
+        for (const Cell& outcome : cells->attempts) sums.attempts += static_cast<std::int64_t>(outcome.read());
+      }
+      for (const Cell& phase : slab->thread().disconnects) sums.left += static_cast<std::int64_t>(phase.read());
+    }
+    sums.prompts = static_cast<std::int64_t>(prompts.count());
+    sums.prompt_tokens = static_cast<std::int64_t>(prompts.sum);
+    sums.completions = static_cast<std::int64_t>(completions.count());
+    sums.completion_tokens = static_cast<std::int64_t>(completions.sum);
+    return sums;
+  }
+
+  void compare(const Totals& lines, const Totals& sums) {
+    same("requests", lines.requests, sums.requests);
+    same("failed requests", lines.failed, sums.failed);
+    same("attempts", lines.attempts, sums.attempts);
+    same("clients that left", lines.left, sums.left);
+    same("prompts", lines.prompts, sums.prompts);
+    same("prompt tokens", lines.prompt_tokens, sums.prompt_tokens);
+    same("completions", lines.completions, sums.completions);
+    same("completion tokens", lines.completion_tokens, sums.completion_tokens);
+    if (lines.statuses != sums.statuses) ledger_.wrong("requests by backend and status differ from the log's");
+    if (lines.errors != sums.errors) ledger_.wrong("errors by type differ from the log's");
+  }
+  void same(const char* what, std::int64_t log, std::int64_t metrics) {
+    if (log == metrics) return;
+    ledger_.wrong("%s: the log says %lld, the metrics %lld", what, static_cast<long long>(log),
+                  static_cast<long long>(metrics));
+  }
+  void expect_zero(const char* what, std::int64_t value) {
+    if (value != 0) ledger_.wrong("at rest: %s is %lld, not 0", what, static_cast<long long>(value));
+  }
+
+  void check_cap(BackendId id, std::uint32_t cap, std::int64_t pending) {
+    const std::uint32_t running = gateway_.admission().running_on(id);
+    const auto& name = gateway_.control().registry().backend_names().name(id);
+    if (running > cap) ledger_.wrong("%u requests run on %s, whose cap is %u", running, name.c_str(), cap);
+    std::int64_t queued = 0;
+    for (const auto& slab : gateway_.metrics().slabs()) {
+      if (const BackendCells* cells = slab->backend(id)) queued += cells->queue_depth.read_signed();
+    }
+    if (pending - queued > static_cast<std::int64_t>(cap)) {
+      ledger_.wrong("%lld requests are pending on %s, whose cap is %u", static_cast<long long>(pending - queued),
+                    name.c_str(), cap);
+    }
+  }
+
+  // ---- one request: its line, its answer, its arrivals ----
+
+  void check_request(const Request& request, unsigned n) {
+    if (request.lines > 1) return ledger_.wrong("r%u: counted %u times", n, request.lines);
+    if (request.lines == 0) {
+      if (!request.attempts.empty()) ledger_.wrong("r%u: came to a backend and was not counted", n);
+      if (request.status != 0 && request.counted)
+        ledger_.wrong("r%u: answered with %u and not counted", n, request.status);
+      return;
+    }
+    if (!request.counted && request.kind != Request::Kind::completion && request.kind != Request::Kind::wrong) {
+      return ledger_.wrong("r%u: counted, though it is no request", n);
+    }
+    if (request.attempts.size() > 2 * request.line_attempts) {
+      return ledger_.wrong("r%u: %zu arrivals at backends of %u attempts", n, request.attempts.size(),
+                           request.line_attempts);
+    }
+    for (const Attempt& attempt : request.attempts) {
+      if (request.answered_at >= 0 && attempt.sent_at > request.answered_at) {
+        ledger_.wrong("r%u: sent to a backend after its answer had begun", n);
+      }
+    }
+    if (request.status == 0) return check_unanswered(request, n);
+    check_answered(request, n);
+  }
+
+  void check_unanswered(const Request& request, unsigned n) {
+    if (request.client_left || ledger_.stopped || ledger_.memory_faults) return;
+    ledger_.wrong("r%u: counted as %u (%s) and its client, still there, got nothing", n, request.line_status,
+                  request.line_error.c_str());
+  }
+
+  void check_answered(const Request& request, unsigned n) {
+    const bool succeeded = request.line_error == "-";
+    if (request.line_status != request.status && !(request.client_left && request.line_status == 499)) {
+      return ledger_.wrong("r%u: the client saw %u, counted is %u", n, request.status, request.line_status);
+    }
+    if (succeeded && request.status / 100 != 2) ledger_.wrong("r%u: %u counted as a success", n, request.status);
+    if (request.whole) {
+      if (request.status / 100 == 2 && !succeeded && !request.client_left) {
+        ledger_.wrong("r%u: a whole 2xx counted as %s", n, request.line_error.c_str());
+      }
+      if (request.line_cut && !request.client_left) ledger_.wrong("r%u: whole for its client, cut for the log", n);
+      if (!request.client_left && request.line_bytes != sent_bytes(request)) {
+        ledger_.wrong("r%u: the client got %zu bytes, the log says %llu", n, sent_bytes(request),
+                      static_cast<unsigned long long>(request.line_bytes));
+      }
+      check_tokens(request, n);
+    } else if (!request.client_left && !request.line_cut && !ledger_.stopped) {
+      ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
+    }
+    if (request.attempt >= 0 && request.backend != request.line_backend) {
+      ledger_.wrong("r%u: answered by %s, counted for %s", n, request.backend.c_str(), request.line_backend.c_str());
+    }
+  }
+  static std::size_t sent_bytes(const Request& request) { return request.received.size(); }
+
+  void check_tokens(const Request& request, unsigned n) {
+    if (request.attempt < 0 || request.status / 100 != 2) return;
+    const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
+    if (attempt.prompt_tokens == kTokensUnsure || request.client_left || ledger_.memory_faults) return;
+    if (attempt.prompt_tokens != request.line_prompt_tokens ||
+        attempt.completion_tokens != request.line_completion_tokens) {
+      ledger_.wrong("r%u: its backend told %lld tokens, counted are %lld", n,
+                    static_cast<long long>(attempt.prompt_tokens), static_cast<long long>(request.line_prompt_tokens));
+    }
+  }
+
+  // ---- log lines ----
+
+  std::string_view value(std::string_view name) const {
+    const std::string start = " " + std::string(name) + "=";
+    const std::size_t at = line_.find(start);
+    if (at == std::string::npos) return {};
+    const std::size_t from = at + start.size();
+    return std::string_view(line_).substr(from, line_.find_first_of(" \n", from) - from);
+  }
+  std::int64_t number(std::string_view name) const {
+    const std::string_view text = value(name);
+    std::int64_t out = -1;
+    std::from_chars(text.data(), text.data() + text.size(), out);
+    return out;
+  }
+
+  void read_line() {
+    const std::int64_t which = ledger_.number_of(value("request_id"));
+    if (which < 0) return ledger_.wrong("a line of a request that nobody sent: %.200s", line_.c_str());
+    Request& request = ledger_.requests[static_cast<std::size_t>(which)];
+    request.lines += 1;
+    request.line_status = static_cast<std::uint16_t>(number("status"));
+    request.line_error = value("error_type");
+    request.line_backend = value("backend");
+    request.line_attempts = static_cast<std::uint32_t>(std::max<std::int64_t>(0, number("attempts")));
+    request.line_bytes = static_cast<std::uint64_t>(number("bytes"));
+    request.line_prompt_tokens = number("prompt_tokens");
+    request.line_completion_tokens = number("completion_tokens");
+    request.line_cut = value("cut") == "true";
+    wire_.note(9, static_cast<std::uint64_t>(which), request.line_status);
+  }
+
+  Ledger& ledger_;
+  Gateway& gateway_;
+  Wire& wire_;
+  std::map<std::string, std::uint32_t> caps_;
+  std::size_t most_connections_ = 0;
+  std::size_t most_seen_ = 0;
+  Ns longest_write_ = 0;
+  bool keys_ = false;
+  std::string line_;
+};
+
+}  // namespace nexus::sim

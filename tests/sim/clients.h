@@ -1,0 +1,426 @@
+// clients.h
+// Owns:     the simulated clients: one visit (a connection with its requests) after another, each with its own manners.
+// Promises: reads what comes by the letter and in order: an answer to each request or the connection's end, and nothing
+//           behind it.
+// Leaves:   requests to requests.h, judging an answer to ledger.h.
+// Threads:  one.
+#pragma once
+
+#include <deque>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "requests.h"
+#include "response_parser.h"
+
+namespace nexus::sim {
+
+class Clients {
+ public:
+  Clients(Wire& wire, Ledger& ledger, Dice& dice, const Swarm& swarm, std::string pattern)
+      : wire_(wire),
+        ledger_(ledger),
+        dice_(dice),
+        swarm_(swarm),
+        maker_(ledger, dice, swarm.habits, std::move(pattern)),
+        clients_(swarm.clients),
+        left_(swarm.requests) {}
+
+  void start() {
+    for (std::uint32_t i = 0; i < clients_.size(); ++i) set_timer(i, kVisit, dice_.span(0, 20 * kMillisecond));
+  }
+  // No new visits, and no request that is not sent yet.
+  void stop_asking() { left_ = 0; }
+  bool finished() const {
+    if (left_ > 0) return false;
+    for (const Client& client : clients_) {
+      if (client.link != kNoLink && !client.gone_quiet) return false;
+    }
+    return true;
+  }
+  // Nexus is gone: what still waits is cut.
+  void end_all() {
+    for (std::uint32_t i = 0; i < clients_.size(); ++i) {
+      if (clients_[i].link != kNoLink) end_visit(i, true);
+    }
+  }
+
+  void on_data(LinkId id) { take(wire_.at(id).peer); }
+  void on_fin(LinkId id) { take(wire_.at(id).peer); }
+  void on_room(LinkId id) { send(wire_.at(id).peer); }
+  void on_reset(LinkId id) {
+    const std::uint32_t who = wire_.at(id).peer;
+    Client& client = clients_[who];
+    if (client.link != id) return;
+    // Linux lets what came before a reset be read; others throw it away.
+    if (!dice_.one_in(4) && !client.gone_quiet) read(who, wire_.peer_view(id).size());
+    if (client.link == id) end_visit(who, true);
+  }
+  void on_timer(std::uint32_t who, std::uint64_t value) {
+    Client& client = clients_[who];
+    if (value >> 8 != client.visits && (value & 0xff) != kVisit) return;  // of an earlier visit
+    switch (value & 0xff) {
+      case kVisit:
+        if (client.link == kNoLink) begin_visit(who);
+        return;
+      case kAsk: return ask(who);
+      case kRead: return take(who);
+      case kSendBody: return release_body(who);
+      case kAbort: return abort(who);
+      case kLeave:
+        if (client.link != kNoLink && client.waiting.empty()) end_visit(who, false);
+        return;
+      default: return;
+    }
+  }
+
+ private:
+  enum Timer : std::uint64_t { kVisit, kAsk, kRead, kSendBody, kAbort, kLeave };
+  enum class Abort : std::uint8_t { none, shut, close, reset };
+
+  struct Client {
+    LinkId link = kNoLink;
+    std::uint64_t visits = 0;
+    // Of this visit.
+    bool http_1_0 = false;
+    bool keep_alive = true;
+    bool untraced = false;
+    std::uint32_t to_ask = 0;
+    std::uint32_t at_once = 1;
+    std::size_t read_bytes = 0;  // at a time; 0: all
+    Ns read_pause_ns = 0;
+    std::size_t stop_reading_at = SIZE_MAX;
+    std::size_t stop_sending_at = SIZE_MAX;
+    Abort abort = Abort::none;
+    std::size_t abort_at_sent = SIZE_MAX;
+    std::size_t abort_at_received = SIZE_MAX;
+    bool shut = false;        // our FIN is sent
+    bool gone_quiet = false;  // stalled for good
+    bool last_asked = false;  // nothing can be asked any more
+    bool closing = false;     // Nexus said that it closes
+    bool answered = false;    // at least once
+    bool reading_later = false;
+    std::string out;
+    std::size_t sent = 0;
+    std::size_t hold_at = SIZE_MAX;  // a body that waits for 100 Continue
+    std::size_t received = 0;
+    std::deque<std::size_t> waiting;  // requests, in order
+    std::deque<std::size_t> ends;     // where each ends in `out`
+    bool head_seen = false;
+    ResponseParser parser;
+  };
+
+  void set_timer(std::uint32_t who, Timer what, Ns in) {
+    wire_.timer(Notice::Kind::client_timer, who, wire_.now() + in, clients_[who].visits << 8 | what);
+  }
+
+  Shape draw_shape(bool untraced) {
+    Shape shape;
+    shape.latency_ns = swarm_.latency_ns;
+    if (untraced) {
+      shape.untraced = true;
+      shape.window_bytes = SIZE_MAX / 2;
+      return shape;
+    }
+    shape.jitter_ns = swarm_.jitter_ns;
+    shape.split = swarm_.split;
+    shape.most_pieces = swarm_.most_pieces;
+    shape.gap_ns = swarm_.gap_ns;
+    shape.window_bytes = dice_.one_in(2) ? 256u << 10 : std::max<std::size_t>(swarm_.least_window, 1);
+    return shape;
+  }
+
+  void begin_visit(std::uint32_t who) {
+    if (left_ == 0) return;
+    const std::uint64_t visits = clients_[who].visits + 1;
+    Client& client = clients_[who] = Client{};
+    client.visits = visits;
+    const Habits& habits = swarm_.habits;
+    client.untraced = dice_.one_in(100);
+    client.http_1_0 = dice_.chance(habits.http_1_0);
+    client.keep_alive = !client.http_1_0 || dice_.one_in(2);
+    client.to_ask = client.keep_alive && !client.untraced ? dice_.skewed(1, 12) : 1;
+    if (dice_.chance(habits.pipelined)) client.at_once = dice_.number(2, 5);
+    if (dice_.chance(habits.slow_reader)) {
+      client.read_bytes = dice_.skewed(1, 4000);
+      client.read_pause_ns = dice_.span(0, 50 * kMillisecond);
+    }
+    if (dice_.chance(habits.stalled_reader)) client.stop_reading_at = dice_.skewed(0, 5000);
+    if (dice_.chance(habits.stalled_sender)) client.stop_sending_at = dice_.skewed(0, 3000);
+    draw_abort(who);
+    client.link = wire_.client_connects(who, draw_shape(client.untraced));
+    ask(who);
+  }
+
+  void draw_abort(std::uint32_t who) {
+    Client& client = clients_[who];
+    const Habits& habits = swarm_.habits;
+    const auto how = static_cast<Abort>(dice_.number(1, 3));
+    if (dice_.chance(habits.aborts_sending)) {
+      client.abort = how;
+      client.abort_at_sent = dice_.skewed(0, 3000);
+    } else if (dice_.chance(habits.aborts_receiving)) {
+      client.abort = how;
+      client.abort_at_received = dice_.skewed(1, 5000);
+    } else if (dice_.chance(habits.aborts_by_time)) {
+      client.abort = how;
+      set_timer(who, kAbort, dice_.span(0, 500 * kMillisecond));
+    } else if (dice_.chance(habits.half_closes)) {
+      client.abort = Abort::shut;
+      client.abort_at_sent = SIZE_MAX - 1;  // behind the first request
+    }
+  }
+
+  void ask(std::uint32_t who) {
+    Client& client = clients_[who];
+    if (client.link == kNoLink || client.shut || client.closing || client.last_asked) return;
+    for (std::uint32_t i = 0; i < client.at_once && client.to_ask > 0 && !client.last_asked; ++i) {
+      if (left_ == 0) {
+        client.to_ask = 0;
+        break;
+      }
+      left_ -= 1;
+      client.to_ask -= 1;
+      ask_one(who);
+    }
+    if (client.to_ask == 0) client.last_asked = true;
+    send(who);
+  }
+
+  void ask_one(std::uint32_t who) {
+    Client& client = clients_[who];
+    const std::size_t from = client.out.size();
+    if (client.untraced) {
+      client.waiting.push_back(maker_.make_scrape(client.out, who));
+    } else {
+      const bool alone = client.at_once == 1;
+      const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
+      client.waiting.push_back(made.number);
+      client.last_asked = client.last_asked || made.ends_connection;
+      if (ledger_.requests[made.number].expects_continue) {
+        client.hold_at = from + made.head_bytes;
+        set_timer(who, kSendBody, 50 * kMillisecond);
+      }
+    }
+    client.ends.push_back(client.out.size());
+    if (client.gone_quiet) leave(who, client.waiting.back());
+  }
+
+  void release_body(std::uint32_t who) {
+    if (clients_[who].link == kNoLink) return;
+    clients_[who].hold_at = SIZE_MAX;
+    send(who);
+  }
+
+  void send(std::uint32_t who) {
+    Client& client = clients_[who];
+    if (client.link == kNoLink || client.shut) return;
+    const std::size_t limit =
+        std::min({client.out.size(), client.hold_at, client.stop_sending_at, client.abort_at_sent});
+    if (limit > client.sent) {
+      client.sent +=
+          wire_.peer_send(client.link, std::string_view(client.out).substr(client.sent, limit - client.sent));
+    }
+    while (!client.ends.empty() && client.ends.front() <= client.sent) {
+      const std::size_t number = client.waiting[client.waiting.size() - client.ends.size()];
+      ledger_.requests[number].submitted_at = wire_.now();
+      client.ends.pop_front();
+    }
+    if (client.sent >= client.abort_at_sent) return abort(who);
+    const bool behind_first = client.abort_at_sent == SIZE_MAX - 1 && client.ends.size() < client.waiting.size();
+    if (behind_first) return abort(who);
+    if (client.sent >= client.stop_sending_at && client.sent < client.out.size()) go_quiet(who);
+  }
+
+  void leave(std::uint32_t, std::size_t number) { ledger_.requests[number].client_left = true; }
+  void leave_all(std::uint32_t who) {
+    for (const std::size_t number : clients_[who].waiting) leave(who, number);
+  }
+
+  // From here on it does nothing more, and Nexus has to see to that.
+  void go_quiet(std::uint32_t who) {
+    clients_[who].gone_quiet = true;
+    leave_all(who);
+  }
+
+  void abort(std::uint32_t who) {
+    Client& client = clients_[who];
+    if (client.link == kNoLink || client.shut) return;
+    leave_all(who);
+    switch (client.abort) {
+      case Abort::none: return;
+      case Abort::shut:
+        client.shut = true;
+        client.last_asked = true;
+        return wire_.peer_shut(client.link);
+      case Abort::close:
+      case Abort::reset: return end_visit(who, client.abort == Abort::reset);
+    }
+  }
+
+  // Reads as this client does: all, a little at a time, or not any more.
+  void take(std::uint32_t who) {
+    Client& client = clients_[who];
+    if (client.link == kNoLink || client.gone_quiet) return;
+    const std::size_t there = wire_.peer_view(client.link).size();
+    if (client.read_bytes == 0) {
+      read(who, there);
+    } else if (!client.reading_later) {
+      read(who, std::min(there, client.read_bytes));
+      if (client.link != kNoLink && !wire_.peer_view(client.link).empty()) {
+        client.reading_later = true;
+        set_timer(who, kRead, client.read_pause_ns);
+      }
+    } else if (there > 0) {
+      client.reading_later = false;
+      return take(who);
+    }
+    if (client.link == kNoLink || client.gone_quiet) return;
+    if (wire_.peer_view(client.link).empty() && wire_.at(client.link).to_peer.fin_arrived) on_end(who);
+  }
+
+  void read(std::uint32_t who, std::size_t bytes) {
+    Client& client = clients_[who];
+    const LinkId link = client.link;
+    std::string_view view = wire_.peer_view(link).substr(0, bytes);
+    std::size_t taken = 0;
+    while (taken < view.size() && ledger_.ok()) {
+      const bool first = client.parser.idle();
+      if (first) begin_answer(who, wire_.at(link).to_peer.read + taken);
+      taken += client.parser.feed(view.substr(taken));
+      if (client.parser.state == ResponseParser::State::broken) {
+        return ledger_.wrong("client %u: not HTTP/1.1 from Nexus: %s", who, client.parser.why);
+      }
+      if (client.parser.head_done() && !client.head_seen) on_head(who);
+      if (client.parser.state == ResponseParser::State::done) finish_answer(who);
+    }
+    if (!ledger_.ok()) return;
+    wire_.peer_take(link, taken);
+    client.received += taken;
+    if (client.received >= client.abort_at_received && client.link == link) return abort(who);
+    if (client.received >= client.stop_reading_at && client.link == link) go_quiet(who);
+  }
+
+  void begin_answer(std::uint32_t who, std::uint64_t position) {
+    Client& client = clients_[who];
+    client.head_seen = false;
+    if (client.closing) return ledger_.wrong("client %u: bytes behind the last answer", who);
+    if (client.waiting.empty()) return;  // it may be turned away
+    Request& request = ledger_.requests[client.waiting.front()];
+    if (request.answered_at < 0) request.answered_at = Wire::written_at(wire_.at(client.link).to_peer, position);
+  }
+
+  void on_head(std::uint32_t who) {
+    Client& client = clients_[who];
+    const ResponseParser& parser = client.parser;
+    client.head_seen = true;
+    if (client.waiting.empty()) {
+      const bool turned_away = parser.status == 503 && parser.close && !client.answered;
+      if (!turned_away) ledger_.wrong("client %u: an answer to nothing, %u", who, parser.status);
+      return;
+    }
+    const std::size_t number = client.waiting.front();
+    Request& request = ledger_.requests[number];
+    if (parser.status < 200) {
+      if (parser.status != 100 || !request.expects_continue)
+        ledger_.wrong("client %u: %u unasked for", who, parser.status);
+      return;
+    }
+    request.status = parser.status;
+    request.backend = parser.field("X-Nexus-Backend");
+    request.fallback_model = parser.field("X-Nexus-Fallback-Model");
+    request.event_stream = parser.field("Content-Type") == "text/event-stream";
+    if (request.http_1_0 && parser.count("Transfer-Encoding") > 0)
+      ledger_.wrong("client %u: chunked for HTTP/1.0", who);
+    if (parser.count("X-Hop") > 0) ledger_.wrong("client %u: a hop-by-hop field came through", who);
+    check_whose(who, number, request);
+  }
+
+  void check_whose(std::uint32_t who, std::size_t number, Request& request) {
+    const ResponseParser& parser = clients_[who].parser;
+    const std::string_view mark = parser.field("X-Sim");
+    const std::string id = Ledger::id_of(number);
+    if (!mark.empty()) {
+      if (mark.substr(0, mark.find('/')) != id) {
+        return ledger_.wrong("client %u: the answer of %.20s for %s", who, std::string(mark).c_str(), id.c_str());
+      }
+      request.attempt = std::atoi(std::string(mark.substr(mark.find('/') + 1)).c_str());
+    }
+    if (parser.field("X-Request-Id") == id) return;
+    // What was refused before its head was read bears no id of the client's.
+    const bool unread = parser.close && mark.empty() &&
+                        (parser.status == 400 || parser.status == 408 || parser.status == 431 || parser.status == 503);
+    if (!unread) ledger_.wrong("client %u: an answer without the id %s", who, id.c_str());
+    request.counted = false;
+  }
+
+  void finish_answer(std::uint32_t who) {
+    Client& client = clients_[who];
+    const bool interim = client.parser.status < 200;
+    const bool closing = client.parser.close;
+    if (!interim && !client.waiting.empty()) {
+      Request& request = ledger_.requests[client.waiting.front()];
+      request.whole = true;
+      request.received.swap(client.parser.body);
+      ledger_.judge_answer(client.waiting.front());
+      client.waiting.pop_front();
+      if (client.ends.size() > client.waiting.size()) {  // answered before it was sent
+        client.ends.pop_front();
+        client.last_asked = true;
+        if (!closing) ledger_.wrong("client %u: kept open behind a request that was not read", who);
+      }
+      client.answered = true;
+    }
+    client.parser.start();
+    if (interim) {
+      if (!client.waiting.empty()) ledger_.requests[client.waiting.front()].answered_at = -1;
+      return release_body(who);
+    }
+    client.closing = closing;
+    if (!client.waiting.empty() || closing) return;
+    if (client.last_asked || client.to_ask == 0 || left_ == 0) {
+      if (!dice_.one_in(4)) set_timer(who, kLeave, dice_.span(0, 50 * kMillisecond));
+      client.last_asked = true;
+      return;
+    }
+    set_timer(who, kAsk, dice_.one_in(2) ? 0 : dice_.span(0, swarm_.think_ns));
+  }
+
+  // Nexus's FIN, behind all that it sent.
+  void on_end(std::uint32_t who) {
+    Client& client = clients_[who];
+    if (client.parser.state == ResponseParser::State::until_close) {
+      client.parser.on_fin();
+      finish_answer(who);
+    }
+    end_visit(who, false);
+  }
+
+  void end_visit(std::uint32_t who, bool reset) {
+    Client& client = clients_[who];
+    const LinkId link = client.link;
+    client.link = kNoLink;
+    if (!client.waiting.empty() && client.head_seen && client.parser.status >= 200) {
+      ledger_.requests[client.waiting.front()].received.swap(client.parser.body);
+      ledger_.judge_answer(client.waiting.front());
+    }
+    client.waiting.clear();
+    if (reset) {
+      wire_.peer_reset(link);
+    } else {
+      wire_.peer_close(link);
+    }
+    if (left_ > 0) set_timer(who, kVisit, dice_.span(0, swarm_.think_ns));
+  }
+
+  Wire& wire_;
+  Ledger& ledger_;
+  Dice& dice_;
+  const Swarm& swarm_;
+  RequestMaker maker_;
+  std::vector<Client> clients_;
+  std::uint32_t left_;  // requests to be asked yet
+};
+
+}  // namespace nexus::sim

@@ -1,0 +1,57 @@
+// dice.h
+// Owns:     chance: one seed's stream of random numbers (splitmix64), and the draws that are made of it.
+// Promises: the same seed gives the same draws on every machine.
+// Leaves:   what is drawn for to its callers.
+// Threads:  one.
+#pragma once
+
+#include <bit>
+#include <cassert>
+#include <cstdint>
+
+#include "nexus/clock.h"
+
+namespace nexus::sim {
+
+constexpr std::uint64_t mix(std::uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// How often something happens, in parts of 65536: one shift and one comparison to ask.
+struct Rate {
+  std::uint32_t parts = 0;
+  bool never() const { return parts == 0; }
+};
+constexpr Rate per_mille(std::uint32_t n) { return Rate{(n * 65536 + 999) / 1000}; }
+
+class Dice {
+ public:
+  explicit Dice(std::uint64_t seed) : state_(mix(seed + 0x9e3779b97f4a7c15)) {}
+
+  std::uint64_t next() { return mix(state_ += 0x9e3779b97f4a7c15); }
+  // 0 … n-1
+  std::uint64_t below(std::uint64_t n) {
+    assert(n > 0);
+    return static_cast<std::uint64_t>(static_cast<unsigned __int128>(next()) * n >> 64);
+  }
+  std::size_t index(std::size_t n) { return static_cast<std::size_t>(below(n)); }
+  std::uint32_t number(std::uint32_t low, std::uint32_t high) {
+    return low + static_cast<std::uint32_t>(below(std::uint64_t{high} - low + 1));
+  }
+  Ns span(Ns low, Ns high) { return low + static_cast<Ns>(below(static_cast<std::uint64_t>(high - low) + 1)); }
+  // Small numbers are as likely as large ones: a magnitude first, then a number of it.
+  std::uint32_t skewed(std::uint32_t low, std::uint32_t high) {
+    const auto bits = static_cast<unsigned>(std::bit_width(high - low));
+    const std::uint32_t most = bits == 0 ? 0 : number(0, bits) == bits ? high - low : (1u << number(0, bits - 1));
+    return low + number(0, most < high - low ? most : high - low);
+  }
+  bool chance(Rate rate) { return rate.parts != 0 && (next() >> 48) < rate.parts; }
+  bool one_in(std::uint32_t n) { return below(n) == 0; }
+
+ private:
+  std::uint64_t state_;
+};
+
+}  // namespace nexus::sim

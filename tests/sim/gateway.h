@@ -1,0 +1,104 @@
+// gateway.h
+// Owns:     the Nexus under test: control, workers and what they share, put together as daemon.h does, on SimNets.
+// Promises: nothing of Nexus is replaced but its sockets and its clock; its threads are the loops that are given turns.
+// Leaves:   when each takes its turn to simulation.h.
+// Threads:  one.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "nexus/control.h"
+#include "nexus/server.h"
+#include "sim_net.h"
+
+namespace nexus::sim {
+
+using SimWorker = Worker<SimNet>;
+using SimControl = Control<SimNet>;
+
+constexpr std::uint32_t kMostWorkers = 3;
+
+// Rings for the log lines, which are taken out after each turn; kept from run to run, for they are large.
+using LogRings = std::array<LogRing, kMostWorkers>;
+
+class Gateway {
+ public:
+  Gateway(Wire& wire, std::shared_ptr<const Settings> settings, std::uint32_t workers, std::uint64_t seed,
+          Canary canary, LogRings& rings)
+      : budget_(settings->server.body_memory_bytes),
+        admission_(
+            [this](std::uint32_t worker, Token session) { peers_.workers[worker]->post(SimWorker::Grant{session}); }),
+        shared_{metrics_, ejector_, admission_, budget_, "nexus-51515151"} {
+    for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
+    control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
+                                            SimControl::Hooks{}, wire.now());
+    SnapshotPtr snapshot = control_->begin(settings);
+    peers_.loads = std::vector<WorkerLoad>(workers);
+    peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
+      control_->post(SimControl::AskPage{worker, session, kind});
+    };
+    for (std::uint32_t i = 0; i < workers; ++i) {
+      Log log(&rings[i], log_config(settings->log, false));
+      workers_.push_back(std::make_unique<SimWorker>(nets_[i], shared_, metrics_.add_slab(), std::move(log), i,
+                                                     seed + i, snapshot, peers_, wire.now()));
+      peers_.workers.push_back(workers_.back().get());
+      workers_.back()->add_listener(SimNet::listening_socket(), false);
+    }
+    control_->set_workers(peers_.workers);
+    control_->check_new_backends();
+  }
+
+  std::uint32_t loops() const { return static_cast<std::uint32_t>(nets_.size()); }
+  std::uint32_t workers() const { return loops() - 1; }
+  SimNet& net(std::uint32_t loop) { return nets_[loop]; }
+  bool ended(std::uint32_t loop) const { return loop < workers() && workers_[loop]->stopped(); }
+  void turn(std::uint32_t loop) {
+    if (loop < workers()) {
+      workers_[loop]->turn();
+    } else {
+      control_->turn();
+    }
+  }
+
+  void reload(std::shared_ptr<const Settings> settings) { control_->post(SimControl::Reload{std::move(settings)}); }
+  void drain() {
+    for (auto& worker : workers_) worker->post(SimWorker::Drain{});
+  }
+  void stop() {
+    for (auto& worker : workers_) worker->post(SimWorker::Stop{});
+  }
+  bool workers_ended() const {
+    for (const auto& worker : workers_) {
+      if (!worker->stopped()) return false;
+    }
+    return true;
+  }
+  // As the daemon's end does: each loop closes what it has left.
+  void end_workers() {
+    workers_.clear();
+    peers_.workers.clear();
+  }
+  void end_control() { control_.reset(); }
+
+  const std::vector<std::unique_ptr<SimWorker>>& each_worker() const { return workers_; }
+  const SimControl& control() const { return *control_; }
+  const Metrics& metrics() const { return metrics_; }
+  const Admission& admission() const { return admission_; }
+  const BodyBudget& budget() const { return budget_; }
+
+ private:
+  Metrics metrics_;
+  Ejector ejector_;
+  BodyBudget budget_;
+  SimWorker::Peers peers_;
+  Admission admission_;
+  Shared shared_;
+  std::deque<SimNet> nets_;  // the workers', then control's
+  std::unique_ptr<SimControl> control_;
+  std::vector<std::unique_ptr<SimWorker>> workers_;
+};
+
+}  // namespace nexus::sim

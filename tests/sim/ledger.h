@@ -1,0 +1,218 @@
+// ledger.h
+// Owns:     what was asked, answered, seen and counted in one run: a record a request, an attempt at each arrival.
+// Promises: the first thing that is wrong stays, with its time; a judgement of a request looks at what both simulated
+//           sides saw and never at what Nexus thinks, but for its log line, which is judged too.
+// Leaves:   noticing to clients.h, fleet.h and audit.h.
+// Threads:  one.
+#pragma once
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "wire.h"
+
+namespace nexus::sim {
+
+constexpr std::int64_t kTokensUnsure = -2;  // they may lie before the cut, or not
+
+// One request as it came to a backend, and what was said to it.
+struct Attempt {
+  std::uint32_t server = 0;
+  Ns sent_at = 0;  // by Nexus
+  std::uint16_t status = 0;
+  std::string payload;       // without framing
+  std::size_t extra_at = 0;  // of the usage event that the client did not ask for
+  std::size_t extra_bytes = 0;
+  bool may_be_whole = false;  // a reader can come to its proper end
+  std::int64_t prompt_tokens = -1;
+  std::int64_t completion_tokens = -1;
+
+  // What the client is to get of it.
+  std::string expected() const {
+    std::string out = payload;
+    if (extra_bytes > 0) out.erase(extra_at, extra_bytes);
+    return out;
+  }
+};
+
+// A JSON body in parts, so that what Nexus may change in it is known.
+struct BodyParts {
+  enum class Options : std::uint8_t { absent, null, empty, other, no, yes };
+  std::string model;
+  std::string before, after;  // of the pieces below: `{` before model `,` options after `}`
+  bool stream = false;
+  Options options = Options::absent;
+
+  static std::string_view text_of(Options options) {
+    switch (options) {
+      case Options::absent: return "";
+      case Options::null: return R"("stream_options":null,)";
+      case Options::empty: return R"("stream_options":{ },)";
+      case Options::other: return R"("stream_options":{"x":[1]},)";
+      case Options::no: return R"("stream_options": {"include_usage" : false},)";
+      case Options::yes: return R"("stream_options":{"include_usage":true},)";
+    }
+    return "";
+  }
+  // The same as Nexus sends it on when it asks for usage.
+  static std::string_view asking(Options options) {
+    switch (options) {
+      case Options::absent: return "";
+      case Options::null: return R"("stream_options":{"include_usage":true},)";
+      case Options::empty: return R"("stream_options":{"include_usage":true },)";
+      case Options::other: return R"("stream_options":{"include_usage":true,"x":[1]},)";
+      case Options::no: return R"("stream_options": {"include_usage" : true},)";
+      case Options::yes: return text_of(options);
+    }
+    return "";
+  }
+  std::string render(std::string_view as_model, bool asks) const {
+    std::string out = "{";
+    if (asks && options == Options::absent) out += R"("stream_options":{"include_usage":true},)";
+    out.append(before).append(asks ? asking(options) : text_of(options));
+    out.append(R"("model":")").append(as_model).append(R"(",)").append(stream ? R"("stream":true,)" : "");
+    return out.append(after).append("}");
+  }
+};
+
+struct Request {
+  enum class Kind : std::uint8_t { completion, page, wrong, malformed };
+  Kind kind = Kind::completion;
+  bool counted = false;  // on a proxied endpoint, with a well-formed head: it has a log line
+  bool http_1_0 = false;
+  bool expects_continue = false;
+  bool whole_request = true;          // the client means to send all of it
+  std::uint16_t expected_status = 0;  // of a wrong one; 0: any
+  BodyParts body;
+  std::string sent_body;  // as rendered; for wrong ones too
+  std::string authorization;
+  std::uint32_t client = 0;
+  bool client_left = false;   // it did something after which it need not get an answer
+  bool client_idled = false;  // it stopped reading or sending
+  Ns submitted_at = -1;
+  std::vector<Attempt> attempts;
+
+  // As the client saw it.
+  std::uint16_t status = 0;
+  bool whole = false;
+  std::int32_t attempt = -1;  // that the answer is of; -1: Nexus's own
+  Ns answered_at = -1;        // when Nexus wrote the first byte
+  std::string received;       // the body
+  std::string backend, fallback_model;
+  bool event_stream = false;
+
+  // As Nexus's log says it.
+  std::uint32_t lines = 0;
+  std::uint16_t line_status = 0;
+  std::string line_error, line_backend, line_model;
+  std::uint32_t line_attempts = 0;
+  std::uint64_t line_bytes = 0;
+  std::int64_t line_prompt_tokens = -1, line_completion_tokens = -1;
+  bool line_cut = false;
+};
+
+class Ledger {
+ public:
+  explicit Ledger(const Wire& wire) : wire_(wire) {}
+
+  std::vector<Request> requests;
+  std::uint64_t answers = 0;  // whole ones
+  bool memory_faults = false;
+  bool stopped = false;  // Nexus was told to end at once, or its drain took too long
+
+  [[gnu::format(printf, 2, 3)]] void wrong(const char* format, ...) {
+    if (!first_wrong_.empty()) return;
+    char text[2000];
+    std::va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    first_wrong_ = text;
+    first_wrong_ += " (at " + std::to_string((wire_.now() - 1000 * kSecond) / 1000) + " us)";
+  }
+  bool ok() const { return first_wrong_.empty(); }
+  const std::string& first_wrong() const { return first_wrong_; }
+
+  static std::string id_of(std::size_t number) { return "r" + std::to_string(number); }
+  // The number of a request by its id, or -1.
+  std::int64_t number_of(std::string_view id) const {
+    if (id.size() < 2 || id.size() > 9 || id[0] != 'r') return -1;
+    std::int64_t number = 0;
+    for (const char c : id.substr(1)) {
+      if (c < '0' || c > '9') return -1;
+      number = number * 10 + (c - '0');
+    }
+    return number < static_cast<std::int64_t>(requests.size()) ? number : -1;
+  }
+
+  // The client has all that it will get of this answer.
+  void judge_answer(std::size_t number) {
+    Request& request = requests[number];
+    const unsigned n = static_cast<unsigned>(number);
+    if (request.whole) answers += 1;
+    if (request.status == 0) return;
+    if (request.attempt < 0) return judge_own_answer(request, n);
+    if (static_cast<std::size_t>(request.attempt) >= request.attempts.size()) {
+      return wrong("r%u: the answer is of no attempt", n);
+    }
+    const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
+    if (attempt.status != request.status) return wrong("r%u: status %u, not %u", n, request.status, attempt.status);
+    const std::string expected = attempt.expected();
+    if (request.whole && !attempt.may_be_whole) return wrong("r%u: a broken answer looks whole", n);
+    if (request.whole && request.received != expected) {
+      return wrong("r%u: a whole answer differs from its backend's: %zu bytes, not %zu, from byte %zu on", n,
+                   request.received.size(), expected.size(), difference(request.received, expected));
+    }
+    if (!request.whole) judge_part(request, attempt, expected, n);
+  }
+
+  // A part is a beginning; behind that of a stream there may be Nexus's error event.
+  void judge_part(const Request& request, const Attempt& attempt, const std::string& expected, unsigned n) {
+    const std::string_view got = request.received;
+    if (begins(expected, got) || begins(attempt.payload, got)) return;
+    constexpr std::string_view kError = "\n\ndata: {\"error\":{\"message\":\"";
+    const std::size_t at = request.event_stream ? got.rfind("\n\ndata: {\"err") : std::string_view::npos;
+    if (at != std::string_view::npos && begins(kError, got.substr(at, kError.size())) &&
+        (begins(expected, got.substr(0, at)) || begins(attempt.payload, got.substr(0, at)))) {
+      return;
+    }
+    // The event may itself be cut short, within its first bytes.
+    for (std::size_t cut = 1; request.event_stream && cut <= kError.size() && cut <= got.size(); ++cut) {
+      if (got.substr(got.size() - cut) == kError.substr(0, cut) && begins(expected, got.substr(0, got.size() - cut)))
+        return;
+    }
+    wrong("r%u: a part of an answer differs from its backend's, from byte %zu of %zu on", n, difference(got, expected),
+          got.size());
+  }
+
+  void judge_own_answer(const Request& request, unsigned n) {
+    if (request.kind == Request::Kind::page) return;
+    if (request.status < 400) return wrong("r%u: status %u without a backend's answer", n, request.status);
+    constexpr std::string_view kOpening = R"({"error":{"message":")";
+    if (request.whole &&
+        (!begins(request.received, kOpening) || request.received.substr(request.received.size() - 2) != "}}")) {
+      return wrong("r%u: an error of Nexus's own that is none: %.60s", n, request.received.c_str());
+    }
+    const std::uint16_t expected = request.expected_status;
+    if (expected != 0 && request.status != expected && request.status != 503 && request.status != 408) {
+      wrong("r%u: status %u for a request that is to get %u", n, request.status, expected);
+    }
+  }
+
+  static bool begins(std::string_view whole, std::string_view part) { return whole.substr(0, part.size()) == part; }
+  static std::size_t difference(std::string_view a, std::string_view b) {
+    std::size_t at = 0;
+    while (at < a.size() && at < b.size() && a[at] == b[at]) ++at;
+    return at;
+  }
+
+ private:
+  const Wire& wire_;
+  std::string first_wrong_;
+};
+
+}  // namespace nexus::sim

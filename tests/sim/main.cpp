@@ -1,0 +1,180 @@
+// The simulation's command line. `sim 1..1000` runs those seeds; `sim --test` is what `make test` runs: that each
+// canary is noticed, that a seed gives the same run twice, and a fixed set of seeds. A seed that fails names how to
+// replay it.
+#include <signal.h>
+#include <unistd.h>
+
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <string>
+#include <string_view>
+
+#include "simulation.h"
+
+namespace nexus::sim {
+namespace {
+
+volatile std::uint64_t current_seed = 0;
+
+// An assertion of Nexus's, or worse: the seed is named before the process ends.
+void on_crash(int signal) {
+  char text[200];
+  const int bytes =
+      std::snprintf(text, sizeof text, "seed %llu: ended by %s; replay: make sim SEEDS=%llu..%llu\n",
+                    static_cast<unsigned long long>(current_seed), strsignal(signal),
+                    static_cast<unsigned long long>(current_seed), static_cast<unsigned long long>(current_seed));
+  if (write(STDERR_FILENO, text, static_cast<std::size_t>(bytes)) < 0) _exit(3);
+  ::signal(signal, SIG_DFL);
+  raise(signal);
+}
+
+Outcome run_seed(std::uint64_t seed, Canary canary, LogRings& rings) {
+  current_seed = seed;
+  return Simulation(seed, canary, rings).run();
+}
+
+struct Tally {
+  std::uint64_t seeds = 0, failed = 0, requests = 0, answers = 0, arrivals = 0, turns = 0;
+  Ns simulated_ns = 0;
+  std::uint64_t trace = 0;
+  Ns began_cpu_ns = 0;
+};
+
+Ns cpu_now() {
+  timespec t{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return Ns{t.tv_sec} * kSecond + t.tv_nsec;
+}
+
+void add(Tally& tally, const Outcome& outcome, std::uint64_t seed) {
+  tally.seeds += 1;
+  tally.requests += outcome.requests;
+  tally.answers += outcome.answers;
+  tally.arrivals += outcome.arrivals;
+  tally.turns += outcome.turns;
+  tally.simulated_ns += outcome.simulated_ns;
+  tally.trace = mix(tally.trace ^ outcome.trace);
+  if (outcome.wrong.empty()) return;
+  tally.failed += 1;
+  std::printf("seed %llu: %s; replay: make sim SEEDS=%llu..%llu\n", static_cast<unsigned long long>(seed),
+              outcome.wrong.c_str(), static_cast<unsigned long long>(seed), static_cast<unsigned long long>(seed));
+  std::fflush(stdout);
+}
+
+double seconds(Ns span) { return static_cast<double>(span) / static_cast<double>(kSecond); }
+
+void print(const Tally& tally) {
+  const double cpu = seconds(cpu_now() - tally.began_cpu_ns);
+  std::printf(
+      "%llu seeds, %llu requests (%llu answered whole, %llu arrivals at backends), %llu turns; "
+      "%.0f s simulated in %.1f s (%.0f times real time), %.0f requests a second; trace %016llx\n",
+      static_cast<unsigned long long>(tally.seeds), static_cast<unsigned long long>(tally.requests),
+      static_cast<unsigned long long>(tally.answers), static_cast<unsigned long long>(tally.arrivals),
+      static_cast<unsigned long long>(tally.turns), seconds(tally.simulated_ns), cpu, seconds(tally.simulated_ns) / cpu,
+      static_cast<double>(tally.requests) / cpu, static_cast<unsigned long long>(tally.trace));
+}
+
+// Runs the seeds; a long run tells how far it is.
+Tally run_seeds(std::uint64_t first, std::uint64_t last, LogRings& rings, bool progress) {
+  constexpr Ns kTellEvery = 15 * kSecond;
+  Tally tally;
+  tally.began_cpu_ns = cpu_now();
+  const Ns began = monotonic_now();
+  Ns tell_at = began + kTellEvery;
+  for (std::uint64_t seed = first; seed <= last; ++seed) {
+    add(tally, run_seed(seed, Canary::none, rings), seed);
+    if (!progress || monotonic_now() < tell_at) continue;
+    tell_at = monotonic_now() + kTellEvery;
+    const double done = static_cast<double>(seed - first + 1) / static_cast<double>(last - first + 1);
+    const double spent = seconds(monotonic_now() - began);
+    std::printf("%3.0f%%: %llu seeds, %llu failed, %llu requests; %.0f s left\n", done * 100,
+                static_cast<unsigned long long>(tally.seeds), static_cast<unsigned long long>(tally.failed),
+                static_cast<unsigned long long>(tally.requests), spent / done - spent);
+    std::fflush(stdout);
+  }
+  return tally;
+}
+
+constexpr const char* kCanaryNames[] = {"none",
+                                        "a flipped byte",
+                                        "a dropped byte",
+                                        "a repeated write",
+                                        "a FIN in place of a reset",
+                                        "a leaked descriptor",
+                                        "a request sent twice",
+                                        "a forgotten edge"};
+static_assert(std::size(kCanaryNames) == static_cast<std::size_t>(Canary::count));
+
+// What is broken on purpose must be noticed, within a few seeds.
+bool is_noticed(Canary canary, LogRings& rings) {
+  constexpr std::uint64_t kSeeds = 60;
+  for (std::uint64_t seed = 1; seed <= kSeeds; ++seed) {
+    const Outcome outcome = run_seed(seed, canary, rings);
+    if (outcome.wrong.empty()) continue;
+    std::printf("noticed: %s (seed %llu: %s)\n", kCanaryNames[static_cast<std::size_t>(canary)],
+                static_cast<unsigned long long>(seed), outcome.wrong.c_str());
+    return true;
+  }
+  std::printf("FAILED: nobody noticed %s\n", kCanaryNames[static_cast<std::size_t>(canary)]);
+  return false;
+}
+
+bool is_repeatable(LogRings& rings) {
+  for (std::uint64_t seed = 1; seed <= 100; ++seed) {
+    const std::uint64_t once = run_seed(seed, Canary::none, rings).trace;
+    if (run_seed(seed, Canary::none, rings).trace == once) continue;
+    std::printf("FAILED: seed %llu runs otherwise the second time\n", static_cast<unsigned long long>(seed));
+    return false;
+  }
+  return true;
+}
+
+int test(LogRings& rings) {
+  constexpr std::uint64_t kFixedSeeds = 600;
+  unsigned passed = 0;
+  unsigned failed = 0;
+  const auto count = [&](bool ok) { (ok ? passed : failed) += 1; };
+  for (auto canary = 1; canary < static_cast<int>(Canary::count); ++canary) {
+    count(is_noticed(static_cast<Canary>(canary), rings));
+  }
+  count(is_repeatable(rings));
+  const Tally tally = run_seeds(1001, 1000 + kFixedSeeds, rings, false);
+  print(tally);
+  passed += static_cast<unsigned>(tally.seeds - tally.failed);
+  failed += static_cast<unsigned>(tally.failed);
+  std::printf("%u passed, %u failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
+
+bool read_range(std::string_view text, std::uint64_t& first, std::uint64_t& last) {
+  const std::size_t dots = text.find("..");
+  const std::string_view from = text.substr(0, dots);
+  const std::string_view to = dots == std::string_view::npos ? from : text.substr(dots + 2);
+  return std::from_chars(from.data(), from.data() + from.size(), first).ec == std::errc() &&
+         std::from_chars(to.data(), to.data() + to.size(), last).ec == std::errc() && first <= last;
+}
+
+}  // namespace
+}  // namespace nexus::sim
+
+int main(int argc, char** argv) {
+  using namespace nexus::sim;
+  for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL}) ::signal(signal, on_crash);
+  LogRings rings;
+  const std::string_view what = argc == 2 ? argv[1] : "";
+  if (what == "--test") return test(rings);
+  std::uint64_t first = 0;
+  std::uint64_t last = 0;
+  if (!read_range(what, first, last)) {
+    std::fprintf(stderr, "usage: sim FIRST..LAST | sim --test\n");
+    return 2;
+  }
+  const Tally tally = run_seeds(first, last, rings, true);
+  print(tally);
+  std::printf("%llu passed, %llu failed\n", static_cast<unsigned long long>(tally.seeds - tally.failed),
+              static_cast<unsigned long long>(tally.failed));
+  return tally.failed == 0 ? 0 : 1;
+}

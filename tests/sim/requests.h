@@ -1,0 +1,203 @@
+// requests.h
+// Owns:     the requests that simulated clients send: heads, bodies in each framing, and those that are wrong.
+// Promises: each bears its id; what Nexus is to say to a wrong one stands in the ledger.
+// Leaves:   when they are sent to clients.h.
+// Threads:  one.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "ledger.h"
+#include "swarm.h"
+
+namespace nexus::sim {
+
+class RequestMaker {
+ public:
+  RequestMaker(Ledger& ledger, Dice& dice, const Habits& habits, std::string pattern)
+      : ledger_(ledger), dice_(dice), habits_(habits), pattern_(std::move(pattern)) {}
+
+  struct Made {
+    std::size_t number;
+    std::size_t head_bytes;  // of what was appended
+    bool ends_connection;    // nothing can be asked behind it
+  };
+
+  // Appends a request to `out`.
+  Made make(std::string& out, std::uint32_t client, bool http_1_0, bool keep_alive, bool may_expect) {
+    Request request;
+    request.client = client;
+    request.http_1_0 = http_1_0;
+    const std::size_t number = ledger_.requests.size();
+    const std::string id = Ledger::id_of(number);
+    const std::size_t from = out.size();
+    Made made{number, 0, false};
+    if (dice_.chance(habits_.page)) {
+      write_page(out, request, id, http_1_0, keep_alive);
+      made.head_bytes = out.size() - from;
+    } else if (dice_.chance(habits_.wrong_request)) {
+      made.ends_connection = write_wrong(out, request, id);
+      made.head_bytes = out.size() - from;
+    } else {
+      made.head_bytes = write_completion(out, request, id, http_1_0, keep_alive, may_expect);
+    }
+    ledger_.requests.push_back(std::move(request));
+    return made;
+  }
+
+  // A scrape, whose bytes differ from run to run.
+  std::size_t make_scrape(std::string& out, std::uint32_t client) {
+    Request request;
+    request.client = client;
+    request.kind = Request::Kind::page;
+    const std::size_t number = ledger_.requests.size();
+    out +=
+        "GET /metrics HTTP/1.1\r\nHost: nexus\r\nAuthorization: Bearer sk-sim\r\nConnection: close\r\nX-Request-Id: " +
+        Ledger::id_of(number) + "\r\n\r\n";
+    ledger_.requests.push_back(std::move(request));
+    return number;
+  }
+
+ private:
+  void write_page(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive) {
+    constexpr std::string_view kPaths[] = {"/health", "/v1/models", "/v1/models/m0", "/v1/stats", "/v1/models?x=y"};
+    request.kind = Request::Kind::page;
+    out.append("GET ")
+        .append(kPaths[dice_.index(std::size(kPaths))])
+        .append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
+    out.append("Host: nexus\r\nAuthorization: Bearer sk-sim\r\n");
+    write_id(out, id, http_1_0, keep_alive);
+    out += "\r\n";
+  }
+
+  static void write_id(std::string& out, std::string_view id, bool http_1_0, bool keep_alive) {
+    out.append("X-Request-Id: ").append(id).append("\r\n");
+    if (http_1_0 && keep_alive) out.append("Connection: keep-alive\r\n");
+    if (!http_1_0 && !keep_alive) out.append("Connection: close\r\n");
+  }
+
+  void draw_body(Request& request, std::size_t number, bool streams) {
+    BodyParts& body = request.body;
+    constexpr std::string_view kModels[] = {"m0", "m0", "m1", "m2", "m3", "m4", "m5", "a0", "a1"};
+    body.model = kModels[dice_.index(std::size(kModels))];
+    body.stream = streams && dice_.one_in(2);
+    body.options = dice_.one_in(2) ? BodyParts::Options::absent : static_cast<BodyParts::Options>(dice_.number(0, 5));
+    const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 100'000) : dice_.skewed(0, 1000);
+    const std::size_t at = static_cast<std::size_t>(mix(number * 7) % (pattern_.size() / 2));
+    const std::string content = R"("messages":[{"role":"user","content":")" + pattern_.substr(at, bytes) + R"("}])";
+    if (dice_.one_in(2)) {
+      body.before = content + ",";
+      body.after = R"("n":1)";
+    } else {
+      body.after = content;
+    }
+    if (dice_.one_in(4)) body.before.insert(0, "\n ");
+    request.sent_body = body.render(body.model, false);
+  }
+
+  // The bytes of its head.
+  std::size_t write_completion(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive,
+                               bool may_expect) {
+    constexpr std::string_view kPaths[] = {"/v1/chat/completions", "/v1/chat/completions", "/v1/completions",
+                                           "/v1/embeddings"};
+    const std::size_t from = out.size();
+    const std::size_t path = dice_.index(std::size(kPaths));
+    draw_body(request, ledger_.requests.size(), path < 3);
+    if (path == 3) request.body.stream = false;
+    request.counted = true;
+    out.append("POST ").append(kPaths[path]).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
+    out.append("Host: nexus\r\nContent-Type: application/json\r\n");
+    if (dice_.one_in(20))
+      out.append("Authorization: Bearer sk-client\r\n");
+    else if (!dice_.one_in(20))
+      out.append("Authorization: Bearer sk-sim\r\n");
+    write_id(out, id, http_1_0, keep_alive);
+    if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
+    const bool chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
+    request.expects_continue = may_expect && !http_1_0 && dice_.chance(habits_.expect_continue);
+    if (request.expects_continue) out.append("Expect: 100-continue\r\n");
+    if (!chunked) {
+      out.append("Content-Length: ").append(std::to_string(request.sent_body.size())).append("\r\n\r\n");
+      const std::size_t head_bytes = out.size() - from;
+      out += request.sent_body;
+      return head_bytes;
+    }
+    out.append("Transfer-Encoding: chunked\r\n\r\n");
+    const std::size_t head_bytes = out.size() - from;
+    write_chunks(out, request.sent_body);
+    return head_bytes;
+  }
+
+  void write_chunks(std::string& out, std::string_view body) {
+    while (!body.empty()) {
+      const std::size_t bytes = dice_.skewed(1, static_cast<std::uint32_t>(body.size()));
+      char size[32];
+      std::snprintf(size, sizeof size, dice_.one_in(2) ? "%zx" : "%04zX", bytes);
+      out.append(size).append(dice_.one_in(20) ? ";ext=1\r\n" : "\r\n").append(body.substr(0, bytes)).append("\r\n");
+      body.remove_prefix(bytes);
+    }
+    out.append(dice_.one_in(20) ? "0\r\nX-Trailer: y\r\n\r\n" : "0\r\n\r\n");
+  }
+
+  // True where nothing can follow it.
+  bool write_wrong(std::string& out, Request& request, std::string_view id) {
+    request.kind = Request::Kind::wrong;
+    const auto post = [&](std::string_view body, std::string_view fields, std::uint16_t status) {
+      request.counted = true;
+      request.expected_status = status;
+      out.append("POST /v1/chat/completions HTTP/1.1\r\nHost: nexus\r\nAuthorization: Bearer sk-sim\r\n");
+      write_id(out, id, false, true);
+      out.append(fields).append("Content-Length: ").append(std::to_string(body.size())).append("\r\n\r\n").append(body);
+    };
+    const auto malformed = [&](std::string_view bytes) {
+      request.kind = Request::Kind::malformed;
+      request.expected_status = 400;
+      out.append(bytes);
+      return true;
+    };
+    switch (dice_.number(0, 14)) {
+      case 0: post(R"({"model":"nobody's"})", "", 404); return false;
+      case 1: post(R"({"model":"m0")", "", 400); return false;
+      case 2: post(R"({"messages":[]})", "", 400); return false;
+      case 3: post(R"({"model":7})", "", 400); return false;
+      case 4: post(R"({"model":"m0","model":"m1"})", "", 400); return false;
+      case 5: post("", "", 400); return false;
+      case 6: post(R"({"model":"m0"})", "Expect: the unexpected\r\n", 417); return true;
+      case 7:
+        request.expected_status = 405;
+        out.append("GET /v1/completions HTTP/1.1\r\nHost: nexus\r\n");
+        write_id(out, id, false, true);
+        out += "\r\n";
+        return false;
+      case 8:
+        request.expected_status = 404;
+        out.append("GET /nowhere HTTP/1.1\r\nHost: nexus\r\n");
+        write_id(out, id, false, true);
+        out += "\r\n";
+        return false;
+      case 9:
+        request.counted = true;
+        request.expected_status = 400;
+        out.append("POST /v1/completions HTTP/1.1\r\nHost: nexus\r\nAuthorization: Bearer sk-sim\r\n");
+        write_id(out, id, false, true);
+        out.append("Transfer-Encoding: chunked\r\n\r\n5\r\n{\"mod\r\nZZ\r\n");
+        return true;
+      case 10: return malformed("POST /v1/completions HTTP/1.1\r\nContent-Length: 0\r\n\r\n");
+      case 11: return malformed("GET  /health HTTP/1.1\r\nHost: nexus\r\n\r\n");
+      case 12: return malformed("POST /v1/completions HTTP/1.1\r\nHost: nexus\r\nContent-Length : 2\r\n\r\n{}");
+      case 13:
+        return malformed(
+            "POST /v1/completions HTTP/1.1\r\nHost: nexus\r\nContent-Length: 2\r\nTransfer-Encoding: "
+            "chunked\r\n\r\n{}");
+      default: return malformed("\x16\x03\x01\x02\x01 GET / HTTP/1.1\r\n\r\n");
+    }
+  }
+
+  Ledger& ledger_;
+  Dice& dice_;
+  const Habits& habits_;
+  std::string pattern_;
+};
+
+}  // namespace nexus::sim

@@ -1,0 +1,328 @@
+// sim_net.h
+// Owns:     the socket calls of one loop of Nexus, on the simulated network: what EpollNet (nexus/net.h) is to Linux.
+// Promises: edges as epoll(7) gives them: an event is queued when something new comes, and tells what is the case when
+//           it is fetched; a short read or write, or EAGAIN, is always followed by an edge; a closed descriptor that is
+//           used stops the run.
+// Leaves:   the bytes' way to wire.h; when a loop takes its turn to simulation.h.
+// Threads:  one.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cassert>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "wire.h"
+
+namespace nexus::sim {
+
+// What is broken on purpose, to see that the checks notice.
+enum class Canary : std::uint8_t {
+  none,
+  flip_a_byte,  // of what goes to a client
+  drop_a_byte,
+  repeat_a_write,     // to a client
+  fin_for_reset,      // a broken body that ends with the connection looks whole
+  keep_a_descriptor,  // a close() that does nothing
+  resend_to_backend,  // a request goes out a second time
+  forget_an_edge,
+  count,
+};
+
+class SimNet {
+ public:
+  struct Socket {
+    int fd = -1;
+    bool open() const { return fd >= 0; }
+  };
+  struct Opened {
+    SocketOutcome outcome = SocketOutcome::failed;
+    Socket socket;
+    Address peer;
+    int error = 0;
+  };
+
+  static constexpr std::size_t kMaxEvents = 256;
+  static constexpr int kListenerFd = 0;
+
+  SimNet(Wire& wire, std::uint32_t loop, Canary canary) : wire_(wire), loop_(loop), canary_(canary) {}
+  SimNet(const SimNet&) = delete;
+  SimNet& operator=(const SimNet&) = delete;
+
+  Ns now() const { return wire_.now(); }
+
+  // Never blocks: the scheduler has looked at waiting() and the deadline before.
+  std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
+    wait_until_ = deadline;
+    woken = woken || std::exchange(woken_, false);
+    std::size_t filled = 0;
+    if (std::exchange(listener_ready_, false) || watches_listener()) filled = listener_event(out);
+    std::size_t taken = 0;
+    for (; taken < ready_.size() && filled < out.size(); ++taken) {
+      const LinkId id = ready_[taken];
+      Link& link = wire_.at(id);
+      link.queued = false;
+      if (link.loop != static_cast<std::int32_t>(loop_)) continue;
+      filled += event_of(id, link, out[filled]) ? 1 : 0;
+    }
+    ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(taken));
+    return filled;
+  }
+
+  void wake() { woken_ = true; }
+
+  static Socket listening_socket() { return Socket{kListenerFd}; }
+  bool watch_listener(Socket socket, Token token) {
+    assert(socket.fd == kListenerFd);
+    if (fails(wire_.weather.watch_fails)) return false;
+    wire_.listener.watchers.emplace_back(loop_, token);
+    wire_.wake_listener();
+    return true;
+  }
+
+  // Of the listener alone, as Nexus uses it.
+  void unwatch(Socket socket) {
+    assert(socket.fd == kListenerFd);
+    std::erase_if(wire_.listener.watchers, [this](const auto& watcher) { return watcher.first == loop_; });
+  }
+
+  Opened accept(Socket) {
+    Opened opened;
+    if (wire_.listener.backlog.empty()) return fail(opened, EAGAIN, SocketOutcome::again);
+    if (out_of_descriptors() || fails(wire_.weather.accept_fails)) return fail_somehow(opened);
+    const LinkId id = wire_.listener.backlog.front();
+    wire_.listener.backlog.pop_front();
+    wire_.accepted(id);
+    opened.outcome = SocketOutcome::ok;
+    opened.socket = socket_of(id);
+    opened.peer.ip = {192, 0, 2, static_cast<std::uint8_t>(wire_.at(id).peer)};
+    opened.peer.port = static_cast<std::uint16_t>(1024 + id);
+    wire_.note(1, id, loop_);
+    return opened;
+  }
+
+  Opened connect(const Address& address) {
+    Opened opened;
+    if (out_of_descriptors() || fails(wire_.weather.connect_fails)) return fail_somehow(opened);
+    const ConnectFate fate = wire_.fate_of(address);
+    if (fate.kind == ConnectFate::Kind::refused_at_once) return fail(opened, ECONNREFUSED, SocketOutcome::failed);
+    const LinkId id = wire_.nexus_connects(fate);
+    opened.outcome = SocketOutcome::ok;
+    opened.socket = socket_of(id);
+    opened.peer = address;
+    wire_.note(2, id, loop_);
+    return opened;
+  }
+
+  int connect_error(Socket socket) {
+    Link& link = link_of(socket);
+    return std::exchange(link.error, 0);
+  }
+
+  bool watch(Socket socket, Token token) {
+    if (fails(wire_.weather.watch_fails)) return false;
+    Link& link = link_of(socket);
+    link.loop = static_cast<std::int32_t>(loop_);
+    link.token = token;
+    if (readable(link) || writable(link) || hung_up(link)) queue(id_of(socket), link);
+    return true;
+  }
+
+  IoResult read(Socket socket, char* into, std::size_t bytes) {
+    Link& link = link_of(socket);
+    const LinkId id = id_of(socket);
+    const std::size_t there = link.to_nexus.unread();
+    if (there == 0) return read_nothing(link);
+    const Weather& weather = wire_.weather;
+    const bool plain = link.shape.untraced || link.to_nexus.fin_arrived || link.reset_seen;
+    if (!plain && wire_.dice().chance(weather.eagain_read)) {
+      wire_.edge_later(id);
+      return {IoResult::Kind::again, 0, 0};
+    }
+    std::size_t count = std::min(there, bytes);
+    if (!plain && count > 1 && wire_.dice().chance(weather.short_read)) {
+      count = wire_.dice().skewed(1, static_cast<std::uint32_t>(count - 1));
+    }
+    // Less than was asked for is all there is (epoll(7)): what was kept back comes as something new.
+    if (count < bytes && count < there) wire_.edge_later(id);
+    link.to_nexus.view().copy(into, count);
+    link.to_nexus.take(count);
+    wire_.nexus_took(id);
+    if (!link.shape.untraced) wire_.note(3, id, count);
+    return {IoResult::Kind::ok, count, 0};
+  }
+
+  IoResult write(Socket socket, std::span<const iovec> parts) {
+    Link& link = link_of(socket);
+    const LinkId id = id_of(socket);
+    if (link.error != 0) return {IoResult::Kind::failed, 0, std::exchange(link.error, 0)};
+    if (link.reset_seen || link.nexus_shut) return {IoResult::Kind::failed, 0, EPIPE};
+    if (!link.connected) return {IoResult::Kind::again, 0, 0};
+    std::size_t total = 0;
+    for (const iovec& part : parts) total += part.iov_len;
+    const std::size_t count = writable_bytes(id, link, total);
+    if (count < total) {
+      link.wants_room = true;
+      if (link.blocked_since < 0 || count > 0) link.blocked_since = wire_.now();
+      if (room_of(link) > count) wire_.edge_later(id);
+    } else {
+      link.blocked_since = -1;
+    }
+    if (count == 0) return {IoResult::Kind::again, 0, 0};
+    text_.clear();
+    for (const iovec& part : parts) {
+      text_.append(static_cast<const char*>(part.iov_base), std::min(part.iov_len, count - text_.size()));
+    }
+    send(id, link);
+    if (!link.shape.untraced) wire_.note(4, id, count);
+    return {IoResult::Kind::ok, count, 0};
+  }
+
+  void shut_write(Socket socket) {
+    wire_.nexus_shuts(id_of(socket));
+    wire_.note(5, id_of(socket));
+  }
+  void close(Socket& socket) { close(socket, false); }
+  void reset(Socket& socket) { close(socket, canary_ != Canary::fin_for_reset); }
+
+  // ---- the scheduler's side ----
+
+  void make_ready(LinkId id) {
+    if (id == kNoLink) {
+      listener_ready_ = true;
+    } else if (canary_ == Canary::forget_an_edge && wire_.at(id).connected && wire_.dice().one_in(64)) {
+      wire_.at(id).queued = false;
+    } else {
+      ready_.push_back(id);
+    }
+  }
+  // An event that tells nothing new.
+  void spurious(LinkId id) {
+    Link& link = wire_.at(id);
+    if (link.live && link.nexus_open && link.loop == static_cast<std::int32_t>(loop_)) queue(id, link);
+  }
+  bool waiting() const { return woken_ || listener_ready_ || !ready_.empty(); }
+  Ns wait_until() const { return wait_until_; }
+
+ private:
+  // A descriptor tells its link and which of the link's lives it was made for.
+  static constexpr int kLinkBits = 16;
+  static constexpr std::uint32_t kLifeMask = 0x3fff;
+  Socket socket_of(LinkId id) const {
+    assert(id + 1 < (1u << kLinkBits));
+    return Socket{static_cast<int>((wire_.at(id).generation & kLifeMask) << kLinkBits | (id + 1))};
+  }
+  static LinkId id_of(Socket socket) { return static_cast<LinkId>(socket.fd & ((1 << kLinkBits) - 1)) - 1; }
+  Link& link_of(Socket socket) {
+    assert(socket.fd > 0);
+    Link& link = wire_.at(id_of(socket));
+    assert(link.live && link.nexus_open);  // EBADF, or another's descriptor
+    assert((link.generation & kLifeMask) == static_cast<std::uint32_t>(socket.fd >> kLinkBits));
+    return link;
+  }
+
+  bool fails(Rate rate) { return wire_.dice().chance(rate); }
+  bool out_of_descriptors() const { return wire_.descriptors() >= wire_.most_descriptors; }
+  static Opened& fail(Opened& opened, int error, SocketOutcome outcome) {
+    opened.error = error;
+    opened.outcome = outcome;
+    return opened;
+  }
+  Opened& fail_somehow(Opened& opened) {
+    if (out_of_descriptors() || wire_.dice().one_in(2)) return fail(opened, EMFILE, SocketOutcome::no_descriptor);
+    return fail(opened, ENOMEM, SocketOutcome::no_memory);
+  }
+
+  bool watches_listener() const {
+    if (wire_.listener.backlog.empty()) return false;
+    for (const auto& [loop, token] : wire_.listener.watchers) {
+      if (loop == loop_) return true;
+    }
+    return false;
+  }
+  std::size_t listener_event(std::span<Event> out) {
+    if (wire_.listener.backlog.empty()) return 0;
+    for (const auto& [loop, token] : wire_.listener.watchers) {
+      if (loop != loop_) continue;
+      out[0] = Event{token, true, false, false};
+      return 1;
+    }
+    wire_.wake_listener();  // it was for another
+    return 0;
+  }
+
+  static bool broken(const Link& link) { return link.refused || link.reset_seen; }
+  static bool readable(const Link& link) {
+    return link.to_nexus.unread() > 0 || link.to_nexus.fin_arrived || broken(link);
+  }
+  static bool writable(const Link& link) {
+    return broken(link) || (link.connected && !link.nexus_shut && room_of(link) > 0);
+  }
+  static bool hung_up(const Link& link) { return link.to_nexus.fin_arrived || broken(link); }
+  static std::size_t room_of(const Link& link) {
+    return link.shape.window_bytes - std::min(link.shape.window_bytes, link.to_peer.held());
+  }
+
+  void queue(LinkId id, Link& link) {
+    if (link.queued) return;
+    link.queued = true;
+    ready_.push_back(id);
+  }
+
+  bool event_of(LinkId id, const Link& link, Event& event) {
+    event = Event{link.token, readable(link), writable(link), hung_up(link)};
+    if (!event.readable && !event.writable && !event.hangup) return false;
+    wire_.note(6, id, (event.readable ? 1u : 0u) | (event.writable ? 2u : 0u) | (event.hangup ? 4u : 0u));
+    return true;
+  }
+
+  // Linux tells a reset once; after that the connection is at its end.
+  static IoResult read_nothing(Link& link) {
+    if (link.error != 0) return {IoResult::Kind::failed, 0, std::exchange(link.error, 0)};
+    if (link.to_nexus.fin_arrived || link.reset_seen || link.refused) return {IoResult::Kind::eof, 0, 0};
+    return {IoResult::Kind::again, 0, 0};
+  }
+
+  std::size_t writable_bytes(LinkId, const Link& link, std::size_t total) {
+    const std::size_t count = std::min(total, room_of(link));
+    if (link.shape.untraced || count == 0) return count;
+    if (wire_.dice().chance(wire_.weather.eagain_write)) return 0;
+    if (count > 1 && wire_.dice().chance(wire_.weather.short_write)) {
+      return wire_.dice().skewed(1, static_cast<std::uint32_t>(std::min<std::size_t>(count - 1, 1u << 20)));
+    }
+    return count;
+  }
+
+  void send(LinkId id, const Link& link) {
+    const bool to_client = !link.to_backend;
+    const bool now_and_then = canary_ != Canary::none && wire_.dice().one_in(64);
+    if (now_and_then && to_client && canary_ == Canary::flip_a_byte) text_[wire_.dice().index(text_.size())] ^= 1;
+    if (now_and_then && to_client && canary_ == Canary::drop_a_byte) text_.erase(wire_.dice().index(text_.size()), 1);
+    if (!text_.empty()) wire_.nexus_sends(id, text_);
+    const bool again = (to_client && canary_ == Canary::repeat_a_write) || canary_ == Canary::resend_to_backend;
+    if (now_and_then && again && to_client != (canary_ == Canary::resend_to_backend)) wire_.nexus_sends(id, text_);
+  }
+
+  void close(Socket& socket, bool reset) {
+    if (!socket.open()) return;
+    link_of(socket);
+    const LinkId id = id_of(socket);
+    wire_.note(7, id, reset ? 1 : 0);
+    const bool keep = canary_ == Canary::keep_a_descriptor && wire_.dice().one_in(64);
+    if (!keep) wire_.nexus_closes(id, reset);
+    socket.fd = -1;
+  }
+
+  Wire& wire_;
+  std::uint32_t loop_;
+  Canary canary_;
+  std::vector<LinkId> ready_;
+  bool woken_ = false;
+  bool listener_ready_ = false;
+  Ns wait_until_ = 0;
+  std::string text_;  // what is being sent
+};
+
+}  // namespace nexus::sim

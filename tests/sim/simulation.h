@@ -1,0 +1,259 @@
+// simulation.h
+// Owns:     one run: the order in which loops take their turns and the network moves, the script of reloads and drains,
+//           and the phases: a storm, a calm in which all must come to rest, the end.
+// Promises: a seed gives the same run every time; time moves on only where nothing is left to do.
+// Leaves:   what is right to audit.h and ledger.h.
+// Threads:  one.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "audit.h"
+#include "clients.h"
+#include "fleet.h"
+#include "gateway.h"
+#include "memory.h"
+#include "swarm.h"
+
+namespace nexus::sim {
+
+struct Outcome {
+  std::string wrong;  // empty: all is well
+  std::uint64_t trace = 0;
+  std::uint64_t requests = 0;  // asked
+  std::uint64_t answers = 0;   // that came whole
+  std::uint64_t arrivals = 0;  // of requests at backends
+  std::uint64_t turns = 0;
+  Ns simulated_ns = 0;
+};
+
+class Simulation {
+ public:
+  Simulation(std::uint64_t seed, Canary canary, LogRings& rings)
+      : dice_(seed),
+        swarm_(SwarmMaker(dice_).make()),
+        settings_maker_(dice_),
+        wire_(seed ^ 0x5eed, [this](const Address& address) { return connect_fate(address); }),
+        ledger_(wire_),
+        fleet_(wire_, ledger_, dice_, swarm_.manners),
+        clients_(wire_, ledger_, dice_, swarm_, std::string(fleet_.text(0, 256u << 10))),
+        settings_(settings_maker_.first()),
+        gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
+        audit_(ledger_, gateway_, wire_),
+        rings_(rings),
+        loops_(gateway_.loops()) {
+    wire_.on_ready = [this](std::uint32_t loop, LinkId link) { gateway_.net(loop).make_ready(link); };
+    wire_.weather = swarm_.weather;
+    wire_.most_descriptors = swarm_.most_descriptors;
+    audit_.note_caps(*settings_);
+    ledger_.memory_faults = swarm_.memory_fails;
+  }
+
+  Outcome run() {
+    const Ns began = wire_.now();
+    clients_.start();
+    write_script();
+    storm();
+    if (ledger_.ok()) calm();
+    if (ledger_.ok()) end();
+    Outcome outcome;
+    outcome.wrong = ledger_.first_wrong();
+    outcome.trace = wire_.trace();
+    outcome.requests = ledger_.requests.size();
+    outcome.answers = ledger_.answers;
+    outcome.arrivals = fleet_.arrivals();
+    outcome.turns = turns_;
+    outcome.simulated_ns = wire_.now() - began;
+    return outcome;
+  }
+
+ private:
+  static constexpr Ns kLongestStorm = 300 * kSecond;
+  static constexpr Ns kCalm = 120 * kSecond;  // beyond all limits that swarm.h draws, one after the other
+
+  enum Step : std::uint32_t { kReload, kDrain, kStop };
+
+  struct Loop {
+    Ns not_before = 0;
+    bool settled = false;  // its last turn found nothing to do: it sleeps until wait_until
+  };
+
+  ConnectFate connect_fate(const Address& address) {
+    Shape shape;
+    shape.latency_ns = swarm_.latency_ns;
+    shape.jitter_ns = swarm_.jitter_ns;
+    shape.split = swarm_.split;
+    shape.most_pieces = swarm_.most_pieces;
+    shape.gap_ns = swarm_.gap_ns;
+    shape.window_bytes = dice_.one_in(2) ? 256u << 10 : std::max<std::size_t>(swarm_.least_window, 1);
+    return fleet_.fate_of(address, shape);
+  }
+
+  void write_script() {
+    const Ns span = static_cast<Ns>(swarm_.requests) * 10 * kMillisecond;
+    for (std::uint32_t i = 0; i < swarm_.reloads; ++i) {
+      wire_.timer(Notice::Kind::script, kReload, wire_.now() + dice_.span(0, span), 0);
+    }
+    if (swarm_.drains) wire_.timer(Notice::Kind::script, kDrain, wire_.now() + dice_.span(0, 2 * span), 0);
+    if (swarm_.stops) wire_.timer(Notice::Kind::script, kStop, wire_.now() + dice_.span(0, 2 * span), 0);
+  }
+
+  void on_script(std::uint32_t step) {
+    switch (step) {
+      case kReload: {
+        const auto next = settings_maker_.next();
+        audit_.note_caps(*next);
+        return gateway_.reload(next);
+      }
+      case kDrain: return gateway_.drain();
+      case kStop: ledger_.stopped = true; return gateway_.stop();
+      default: return;
+    }
+  }
+
+  // ---- phases ----
+
+  void storm() {
+    const Ns until = wire_.now() + kLongestStorm;
+    while (ledger_.ok() && wire_.now() < until && !clients_.finished() && !gateway_.workers_ended()) step(until);
+  }
+
+  // No fault more. What clients hold up on purpose stays held up: Nexus has to end that.
+  void calm() {
+    clients_.stop_asking();
+    wire_.weather = Weather{};
+    wire_.most_descriptors = SIZE_MAX;
+    fleet_.calm();
+    swarm_.late_turn = Rate{};
+    calm_ = true;
+    const Ns until = wire_.now() + kCalm;
+    while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended()) step(until);
+    if (ledger_.ok() && !gateway_.workers_ended()) audit_.check_rest();
+  }
+
+  void end() {
+    gateway_.stop();
+    for (std::uint32_t loop = 0; loop < gateway_.workers(); ++loop) {
+      if (!gateway_.ended(loop)) turn(loop);
+    }
+    gateway_.end_workers();
+    for (std::uint32_t loop = 0; loop < swarm_.workers; ++loop) audit_.take_lines(rings_[loop]);
+    for (const LinkId id : wire_.close_listener()) {
+      if (wire_.at(id).live) clients_.on_reset(id);
+    }
+    deliver_all();
+    clients_.end_all();
+    audit_.check_counts();
+    gateway_.end_control();
+    if (ledger_.ok()) audit_.check_closed();
+  }
+
+  // What is on its way arrives; nobody answers any more.
+  void deliver_all() {
+    const Ns until = wire_.now() + kSecond;
+    while (ledger_.ok() && wire_.next_at() <= until) {
+      wire_.advance(std::max(wire_.now(), wire_.next_at()));
+      handle(wire_.step());
+    }
+  }
+
+  // ---- one step ----
+
+  void step(Ns until) {
+    if (wire_.next_at() <= wire_.now() && (dice_.one_in(2) || !any_can_turn())) return handle(wire_.step());
+    if (turn_one()) return;
+    if (wire_.next_at() <= wire_.now()) return handle(wire_.step());
+    Ns next = std::min(wire_.next_at(), until);
+    for (std::uint32_t loop = 0; loop < loops_.size(); ++loop) next = std::min(next, due_at(loop));
+    assert(next >= wire_.now());
+    wire_.advance(next);
+  }
+
+  // When a loop has something to do next.
+  Ns due_at(std::uint32_t loop) {
+    if (gateway_.ended(loop)) return kNever;
+    const Loop& state = loops_[loop];
+    const bool busy = gateway_.net(loop).waiting() || !state.settled;
+    const Ns due = busy ? wire_.now() : gateway_.net(loop).wait_until();
+    return due == kNever ? kNever : std::max({due, state.not_before, wire_.now()});
+  }
+  bool any_can_turn() {
+    for (std::uint32_t loop = 0; loop < loops_.size(); ++loop) {
+      if (due_at(loop) <= wire_.now()) return true;
+    }
+    return false;
+  }
+
+  bool turn_one() {
+    const std::uint32_t count = static_cast<std::uint32_t>(loops_.size());
+    const std::uint32_t first = dice_.number(0, count - 1);
+    for (std::uint32_t i = 0; i < count; ++i) {
+      const std::uint32_t loop = (first + i) % count;
+      if (due_at(loop) > wire_.now()) continue;
+      turn(loop);
+      return true;
+    }
+    return false;
+  }
+
+  void turn(std::uint32_t loop) {
+    Loop& state = loops_[loop];
+    SimNet& net = gateway_.net(loop);
+    if (!calm_ && wire_.links() > 0 && dice_.chance(wire_.weather.spurious_event)) {
+      net.spurious(static_cast<LinkId>(dice_.index(wire_.all_links())));
+    }
+    const bool had_work = net.waiting() || (state.settled && net.wait_until() <= wire_.now());
+    turns_ += 1;
+    {
+      const MemoryFaults faults(swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{}, wire_.dice());
+      gateway_.turn(loop);
+    }
+    // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
+    state.settled = !had_work && net.wait_until() > wire_.now();
+    if (!had_work) return;
+    if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
+    audit_.check_step();
+    state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
+    if (dice_.chance(swarm_.late_turn)) state.not_before += dice_.span(0, swarm_.late_by_ns);
+    if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  Ns slack() const { return swarm_.late_by_ns + 2 * swarm_.turn_ns + 2 * swarm_.latency_ns + 100 * kMillisecond; }
+
+  void handle(const Notice& notice) {
+    switch (notice.kind) {
+      case Notice::Kind::none: return;
+      case Notice::Kind::script: return on_script(notice.link);
+      case Notice::Kind::client_timer: return clients_.on_timer(notice.link, notice.value);
+      case Notice::Kind::backend_timer: return fleet_.on_timer(notice.link, notice.value);
+      case Notice::Kind::connected: return fleet_.on_connected(notice.link);
+      default: break;
+    }
+    const bool backend = wire_.at(notice.link).to_backend;
+    switch (notice.kind) {
+      case Notice::Kind::data: return backend ? fleet_.on_data(notice.link) : clients_.on_data(notice.link);
+      case Notice::Kind::fin: return backend ? fleet_.on_fin(notice.link) : clients_.on_fin(notice.link);
+      case Notice::Kind::reset: return backend ? fleet_.on_reset(notice.link) : clients_.on_reset(notice.link);
+      case Notice::Kind::room: return backend ? fleet_.on_room(notice.link) : clients_.on_room(notice.link);
+      default: return;
+    }
+  }
+
+  Dice dice_;
+  Swarm swarm_;
+  SettingsMaker settings_maker_;
+  Wire wire_;
+  Ledger ledger_;
+  Fleet fleet_;
+  Clients clients_;
+  std::shared_ptr<const Settings> settings_;
+  Gateway gateway_;
+  Audit audit_;
+  LogRings& rings_;
+  std::vector<Loop> loops_;
+  std::uint64_t turns_ = 0;
+  bool calm_ = false;
+};
+
+}  // namespace nexus::sim

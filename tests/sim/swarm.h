@@ -1,0 +1,282 @@
+// swarm.h
+// Owns:     what one seed's run is like: how often each fault comes, how peers behave, and the configurations of Nexus.
+// Promises: every figure is drawn from the seed before the run begins; many seeds have none of a given fault, some have
+//           much of it: so faults meet in all combinations.
+// Leaves:   acting on it to wire.h, clients.h and fleet.h.
+// Threads:  one.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "nexus/settings.h"
+#include "wire.h"
+
+namespace nexus::sim {
+
+constexpr std::uint32_t kServers = 6;  // that exist; a configuration names some of them
+constexpr std::uint32_t kModels = 6;
+
+// How often backends do what.
+struct Manners {
+  Rate refuse, refuse_at_once, ignore;  // a connection
+  Rate die_and_return;                  // on each request: all connections reset, then refused for a time
+  Rate error_status;                    // 4xx and 5xx
+  Rate malformed_head, malformed_body, overlong;
+  Rate truncated, reset, stall;
+  Rate interim;              // 1xx before the answer
+  Rate early;                // answers before it has read the body
+  Rate close_idle;           // ends a kept-alive connection, at any time
+  Rate close_under_request;  // as the next request arrives on it
+  Rate slow;                 // pauses within the answer
+  Rate never_reads;          // the request
+  Rate large;                // answers
+};
+
+// How often clients do what.
+struct Habits {
+  Rate http_1_0, pipelined, chunked_body, expect_continue, wrong_request, page;
+  Rate aborts_sending, aborts_receiving, aborts_by_time;
+  Rate half_closes;  // a FIN behind the request, and reads on
+  Rate slow_reader, stalled_reader, stalled_sender;
+  Rate large_body;
+};
+
+struct Swarm {
+  std::uint32_t workers = 1;
+  std::uint32_t clients = 4;
+  std::uint32_t requests = 100;
+  std::uint32_t reloads = 0;
+  bool drains = false;
+  bool stops = false;  // in the middle of everything
+  bool memory_fails = false;
+  Rate memory_fault;
+  Rate late_turn;  // a loop comes to its turn late
+  Ns late_by_ns = 0;
+  Ns turn_ns = 0;  // what a turn costs, at most
+  Weather weather;
+  Manners manners;
+  Habits habits;
+  Ns latency_ns = 0, jitter_ns = 0, gap_ns = 0;
+  Rate split;
+  std::uint32_t most_pieces = 1;
+  std::size_t least_window = 256u << 10;
+  Ns think_ns = 0;
+  std::size_t most_descriptors = SIZE_MAX;
+};
+
+class SwarmMaker {
+ public:
+  explicit SwarmMaker(Dice& dice) : dice_(dice), brutality_(dice.number(0, 3)) {}
+
+  Swarm make() {
+    Swarm swarm;
+    swarm.workers = dice_.number(1, 3);
+    swarm.clients = dice_.skewed(1, 40);
+    swarm.requests = dice_.number(60, 400);
+    swarm.reloads = dice_.one_in(3) ? dice_.number(1, 4) : 0;
+    swarm.drains = dice_.one_in(4);
+    swarm.stops = dice_.one_in(8);
+    if (dice_.one_in(5)) {
+      swarm.memory_fails = true;
+      swarm.memory_fault = per_mille(dice_.number(5, 200));
+    }
+    swarm.late_turn = often(100);
+    swarm.late_by_ns = dice_.span(kMillisecond, 500 * kMillisecond);
+    swarm.turn_ns = dice_.one_in(2) ? dice_.span(0, 500 * kMicrosecond) : 0;
+    swarm.latency_ns = dice_.span(5 * kMicrosecond, dice_.one_in(4) ? 100 * kMillisecond : kMillisecond);
+    swarm.jitter_ns = dice_.one_in(2) ? dice_.span(0, 10 * kMillisecond) : 0;
+    swarm.gap_ns = dice_.one_in(2) ? dice_.span(0, 5 * kMillisecond) : 0;
+    swarm.split = often(900);
+    swarm.most_pieces = dice_.number(2, dice_.one_in(4) ? 40 : 6);
+    swarm.least_window = dice_.one_in(3) ? dice_.number(1, 2000) : dice_.number(4, 256) << 10;
+    swarm.think_ns = dice_.span(0, 200 * kMillisecond);
+    if (dice_.one_in(6)) swarm.most_descriptors = dice_.number(3, 30);
+    swarm.weather = weather();
+    swarm.manners = manners();
+    swarm.habits = habits();
+    return swarm;
+  }
+
+ private:
+  // None of it, a little, or up to `most` of a thousand.
+  Rate often(std::uint32_t most) {
+    if (dice_.number(0, 3) > brutality_) return Rate{};
+    return per_mille(dice_.skewed(1, most));
+  }
+
+  Weather weather() {
+    Weather w;
+    w.eagain_read = often(200);
+    w.eagain_write = often(200);
+    w.short_read = often(300);
+    w.short_write = often(300);
+    w.accept_fails = often(100);
+    w.connect_fails = often(100);
+    w.watch_fails = often(30);
+    w.spurious_event = often(100);
+    w.reset_overtakes = often(700);
+    w.edge_delay_ns = dice_.span(kMicrosecond, 20 * kMillisecond);
+    return w;
+  }
+  Manners manners() {
+    Manners m;
+    m.refuse = often(300);
+    m.refuse_at_once = often(200);
+    m.ignore = often(60);
+    m.die_and_return = often(20);
+    m.error_status = often(300);
+    m.malformed_head = often(100);
+    m.malformed_body = often(100);
+    m.overlong = often(100);
+    m.truncated = often(150);
+    m.reset = often(150);
+    m.stall = often(50);
+    m.interim = often(150);
+    m.early = often(200);
+    m.close_idle = often(300);
+    m.close_under_request = often(300);
+    m.slow = often(400);
+    m.never_reads = often(20);
+    m.large = often(80);
+    return m;
+  }
+  Habits habits() {
+    Habits h;
+    h.http_1_0 = often(300);
+    h.pipelined = often(500);
+    h.chunked_body = often(500);
+    h.expect_continue = often(200);
+    h.wrong_request = often(250);
+    h.page = often(200);
+    h.aborts_sending = often(80);
+    h.aborts_receiving = often(120);
+    h.aborts_by_time = often(100);
+    h.half_closes = often(100);
+    h.slow_reader = often(200);
+    h.stalled_reader = often(40);
+    h.stalled_sender = often(40);
+    h.large_body = often(100);
+    return h;
+  }
+
+  Dice& dice_;
+  std::uint32_t brutality_;
+};
+
+inline Address address_of_server(std::uint32_t server) {
+  return *parse_address("10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server));
+}
+
+// Configurations: the first, and what reloads make of it.
+class SettingsMaker {
+ public:
+  explicit SettingsMaker(Dice& dice) : dice_(dice) {}
+
+  std::shared_ptr<const Settings> first() {
+    server();
+    upstream();
+    settings_.log.level = LogLevel::error;
+    settings_.log.access = "stderr";
+    settings_.health.enabled = !dice_.one_in(3);
+    settings_.health.interval_ns = dice_.span(200 * kMillisecond, 5 * kSecond);
+    settings_.health.timeout_ns = dice_.span(100 * kMillisecond, kSecond);
+    settings_.health.failures = dice_.number(1, 3);
+    settings_.health.recoveries = dice_.number(1, 2);
+    settings_.health.eject_after = dice_.number(1, 8);
+    settings_.health.eject_time_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
+    routing();
+    const std::uint32_t count = dice_.number(1, 4);
+    for (std::uint32_t i = 0; i < count; ++i) add_backend();
+    return std::make_shared<const Settings>(settings_);
+  }
+
+  // A few things changed.
+  std::shared_ptr<const Settings> next() {
+    for (std::uint32_t changes = dice_.number(1, 4); changes > 0; --changes) change();
+    return std::make_shared<const Settings>(settings_);
+  }
+
+ private:
+  void server() {
+    ServerSettings& server = settings_.server;
+    server.max_connections = dice_.one_in(6) ? dice_.number(1, 10) : 10'000;
+    server.max_body_bytes = dice_.one_in(6) ? dice_.number(100, 4000) : 1u << 20;
+    server.body_memory_bytes = dice_.one_in(6) ? dice_.number(1000, 100'000) : 64u << 20;
+    server.max_header_bytes = dice_.one_in(6) ? dice_.number(300, 1000) : 16u << 10;
+    server.header_timeout_ns = dice_.span(200 * kMillisecond, 3 * kSecond);
+    server.body_timeout_ns = dice_.span(200 * kMillisecond, 3 * kSecond);
+    server.idle_timeout_ns = dice_.span(50 * kMillisecond, 3 * kSecond);
+    server.write_timeout_ns = dice_.span(200 * kMillisecond, 3 * kSecond);
+    if (dice_.one_in(5)) server.api_keys = {{"sim", "sk-sim"}};
+  }
+  void upstream() {
+    UpstreamSettings& upstream = settings_.upstream;
+    upstream.connect_timeout_ns = dice_.span(20 * kMillisecond, kSecond);
+    upstream.first_byte_timeout_ns = dice_.span(50 * kMillisecond, 2 * kSecond);
+    upstream.stall_timeout_ns = dice_.span(50 * kMillisecond, 2 * kSecond);
+    upstream.request_timeout_ns = dice_.one_in(4) ? dice_.span(20 * kMillisecond, 2 * kSecond) : 0;
+    upstream.idle_connections = dice_.one_in(4) ? dice_.number(0, 2) : 64;
+    upstream.idle_timeout_ns = dice_.span(20 * kMillisecond, 3 * kSecond);
+  }
+  void routing() {
+    settings_.routing.strategy = static_cast<Strategy>(dice_.number(0, 4));
+    settings_.routing.retries = dice_.number(0, 4);
+    settings_.queue.size = dice_.one_in(2) ? dice_.number(1, 20) : 0;
+    settings_.queue.timeout_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
+    if (dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
+    if (dice_.one_in(3)) settings_.fallbacks = {{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};
+  }
+  void add_backend() {
+    BackendSettings backend;
+    backend.name = "b" + std::to_string(made_++);
+    constexpr BackendKind kKinds[] = {BackendKind::ollama, BackendKind::vllm, BackendKind::llamacpp,
+                                      BackendKind::openai, BackendKind::generic};
+    backend.kind = kKinds[dice_.index(std::size(kKinds))];
+    settle(backend);
+    backend.priority = dice_.number(1, 100);
+    backend.max_pending = dice_.one_in(2) ? dice_.number(1, 4) : 0;
+    if (dice_.one_in(3)) backend.api_key = "sk-of-" + backend.name;
+    backend.stream_usage = static_cast<StreamUsage>(dice_.number(0, 2));
+    if (dice_.one_in(2)) backend.models = some_models();
+    settings_.backends.push_back(std::move(backend));
+  }
+  void settle(BackendSettings& backend) {
+    const std::uint32_t server = dice_.number(0, kServers - 1);
+    backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
+    backend.base_path = dice_.one_in(4) ? "/base" : "";
+  }
+  std::vector<std::string> some_models() {
+    std::vector<std::string> models;
+    for (std::uint32_t i = 0; i < kModels; ++i) {
+      if (!dice_.one_in(3)) models.push_back("m" + std::to_string(i));
+    }
+    if (models.empty()) models.push_back("m0");
+    return models;
+  }
+
+  void change() {
+    auto& backends = settings_.backends;
+    switch (dice_.number(0, 7)) {
+      case 0: return add_backend();
+      case 1:
+        if (backends.size() > 1)
+          backends.erase(backends.begin() + static_cast<std::ptrdiff_t>(dice_.index(backends.size())));
+        return;
+      case 2: backends[dice_.index(backends.size())].max_pending = dice_.number(0, 3); return;
+      case 3: return settle(backends[dice_.index(backends.size())]);
+      case 4: return routing();
+      case 5: return server();
+      case 6: return upstream();
+      case 7:
+        backends[dice_.index(backends.size())].models = dice_.one_in(2) ? some_models() : std::vector<std::string>{};
+    }
+  }
+
+  Dice& dice_;
+  Settings settings_;
+  std::uint32_t made_ = 0;
+};
+
+}  // namespace nexus::sim

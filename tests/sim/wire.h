@@ -1,0 +1,512 @@
+// wire.h
+// Owns:     the simulated network: the clock, what is to happen when, and each connection with the bytes on their way.
+// Promises: TCP as Linux shows it: bytes in order, a FIN behind them, a reset that is told once and then reads as an
+//           end of file, a reset in answer to bytes for a closed socket; what is due is handed out in order of time.
+// Leaves:   the socket calls of Nexus to sim_net.h; what the peers say to clients.h and fleet.h.
+// Threads:  one.
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dice.h"
+#include "nexus/net.h"
+
+namespace nexus::sim {
+
+using LinkId = std::uint32_t;
+constexpr LinkId kNoLink = UINT32_MAX;
+
+// How the network is just now. All zero: calm.
+struct Weather {
+  Rate eagain_read, eagain_write;  // though there were bytes, or room
+  Rate short_read, short_write;
+  Rate accept_fails, connect_fails, watch_fails;
+  Rate spurious_event;
+  Rate reset_overtakes;  // a reset throws away what is on its way
+  Ns edge_delay_ns = kMillisecond;
+};
+
+// How one connection is.
+struct Shape {
+  Ns latency_ns = 50 * kMicrosecond;
+  Ns jitter_ns = 0;
+  Rate split;  // of a write into pieces that arrive apart
+  std::uint32_t most_pieces = 1;
+  Ns gap_ns = 0;  // between pieces, at most
+  std::size_t window_bytes = 256u << 10;
+  bool untraced = false;  // its bytes differ from run to run (a page with process figures): none is counted
+};
+
+// One direction. Positions count bytes since the beginning.
+struct Flow {
+  std::string bytes;  // [start, written)
+  std::uint64_t start = 0;
+  std::uint64_t read = 0;
+  std::uint64_t arrived = 0;
+  std::uint64_t written = 0;
+  bool fin_sent = false;
+  bool fin_arrived = false;
+  Ns last_at = 0;                                  // when the last piece arrives
+  std::deque<std::pair<std::uint64_t, Ns>> marks;  // of writes: first position, time
+
+  std::size_t unread() const { return static_cast<std::size_t>(arrived - read); }
+  std::size_t held() const { return static_cast<std::size_t>(written - read); }
+  std::string_view view() const { return std::string_view(bytes).substr(read - start, unread()); }
+  void take(std::size_t count) {
+    assert(count <= unread());
+    read += count;
+    if (read == written) {
+      bytes.clear();
+      start = read;
+    } else if (read - start > 64u << 10) {
+      bytes.erase(0, read - start);
+      start = read;
+    }
+    while (marks.size() > 1 && marks[1].first <= read) marks.pop_front();
+  }
+};
+
+struct Link {
+  std::uint32_t generation = 0;
+  bool live = false;
+  bool to_backend = false;  // else from a client
+  std::uint32_t peer = 0;   // which client or backend
+  Shape shape;
+  Flow to_nexus, to_peer;
+  // Nexus's end.
+  bool in_backlog = false;
+  bool nexus_open = false;
+  bool nexus_shut = false;
+  bool connected = false;
+  bool refused = false;
+  bool reset_seen = false;  // a reset arrived at Nexus
+  int error = 0;            // to be told once
+  std::int32_t loop = -1;   // that watches it
+  Token token;
+  bool queued = false;  // for an event
+  bool wants_room = false;
+  Ns blocked_since = -1;  // since when no byte was taken, while Nexus has some to write
+  // The peer's end.
+  bool peer_open = false;
+  bool peer_shut = false;
+  bool peer_wants_room = false;
+};
+
+// What the simulation is to deal with next.
+struct Notice {
+  enum class Kind : std::uint8_t {
+    none,
+    connected,  // a connection of Nexus's arrived at a backend
+    data,
+    fin,
+    reset,
+    room,
+    client_timer,
+    backend_timer,
+    script,
+  };
+  Kind kind = Kind::none;
+  LinkId link = kNoLink;  // or the client, the backend's link, the step of the script
+  std::uint64_t value = 0;
+};
+
+// How a connect() of Nexus's goes.
+struct ConnectFate {
+  enum class Kind : std::uint8_t { accepted, refused, refused_at_once, ignored };
+  Kind kind = Kind::accepted;
+  std::uint32_t backend = 0;
+  Shape shape;
+};
+
+class Wire {
+ public:
+  Wire(std::uint64_t seed, std::function<ConnectFate(const Address&)> on_connect)
+      : dice_(seed), on_connect_(std::move(on_connect)) {}
+
+  Ns now() const { return now_; }
+  Ns next_at() const { return due_.empty() ? kNever : due_.front().at; }
+  void advance(Ns to) {
+    assert(to >= now_);
+    now_ = to;
+  }
+  Dice& dice() { return dice_; }
+  Weather weather;
+
+  // The trace: two runs of a seed must come to the same number.
+  std::uint64_t trace() const { return trace_; }
+  void note(std::uint64_t what, std::uint64_t a = 0, std::uint64_t b = 0) {
+    trace_ = mix(trace_ ^ (what << 56) ^ (a << 24) ^ b) + static_cast<std::uint64_t>(now_);
+  }
+
+  Link& at(LinkId id) { return *links_[id]; }
+  std::size_t descriptors() const { return descriptors_; }
+  std::size_t most_descriptors = SIZE_MAX;
+  std::size_t links() const { return links_.size() - free_.size(); }
+  std::size_t all_links() const { return links_.size(); }  // also those that are over
+
+  // ---- what comes ----
+
+  void timer(Notice::Kind kind, std::uint32_t whom, Ns at, std::uint64_t value) {
+    push({std::max(at, now_), 0, Due::Kind::timer, kind, whom, 0, value});
+  }
+  // A timer of the peer of a link, that is gone with it.
+  void link_timer(Notice::Kind kind, LinkId link, Ns at, std::uint64_t value) {
+    push({std::max(at, now_), 0, Due::Kind::link_timer, kind, link, links_[link]->generation, value});
+  }
+
+  // Takes what is due first, which must be due. What it means to a peer, or none.
+  Notice step() {
+    assert(!due_.empty() && due_.front().at <= now_);
+    std::pop_heap(due_.begin(), due_.end(), Later());
+    const Due due = due_.back();
+    due_.pop_back();
+    if (due.kind == Due::Kind::timer) return {due.notice, due.link, due.value};
+    Link& link = *links_[due.link];
+    if (!link.live || link.generation != due.generation) return {};
+    return happen(due, link);
+  }
+
+  // ---- the peers' side ----
+
+  LinkId client_connects(std::uint32_t client, const Shape& shape) {
+    const LinkId id = make_link(shape);
+    Link& link = at(id);
+    link.peer = client;
+    link.peer_open = true;
+    link.connected = true;
+    push({arrival(link.to_nexus, link), 0, Due::Kind::backlog, Notice::Kind::none, id, link.generation, 0});
+    return id;
+  }
+
+  // Takes as much as there is room for.
+  std::size_t peer_send(LinkId id, std::string_view bytes) {
+    Link& link = at(id);
+    assert(link.peer_open && !link.peer_shut);
+    const std::size_t room = link.shape.window_bytes - std::min(link.shape.window_bytes, link.to_nexus.held());
+    const std::size_t taken = std::min(room, bytes.size());
+    if (taken < bytes.size()) link.peer_wants_room = true;
+    if (taken > 0) put(id, link, link.to_nexus, bytes.substr(0, taken), Due::Kind::nexus_data);
+    return taken;
+  }
+  void peer_shut(LinkId id) {
+    Link& link = at(id);
+    if (!link.peer_open || link.peer_shut) return;
+    link.peer_shut = true;
+    send_fin(id, link, link.to_nexus, Due::Kind::nexus_fin);
+  }
+  std::string_view peer_view(LinkId id) { return at(id).to_peer.view(); }
+  void peer_take(LinkId id, std::size_t bytes) {
+    Link& link = at(id);
+    link.to_peer.take(bytes);
+    if (!link.wants_room || bytes == 0) return;
+    link.wants_room = false;
+    push({now_ + link.shape.latency_ns, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+  }
+  // close(2): a FIN, or a reset where bytes were left unread.
+  void peer_close(LinkId id) {
+    Link& link = at(id);
+    if (!link.peer_open) return;
+    if (link.to_peer.unread() > 0) return peer_reset(id);
+    peer_shut(id);
+    link.peer_open = false;
+    forget_if_over(id);
+  }
+  void peer_reset(LinkId id) {
+    Link& link = at(id);
+    if (!link.peer_open) return;
+    link.peer_open = false;
+    if (link.in_backlog || link.nexus_open) send_reset_to_nexus(id, link);
+    forget_if_over(id);
+  }
+
+  // ---- Nexus's side, for sim_net.h ----
+
+  struct Listener {
+    std::deque<LinkId> backlog;
+    std::vector<std::pair<std::uint32_t, Token>> watchers;  // loop, token
+    bool open = true;
+  };
+  Listener listener;
+
+  // Makes a loop look at a link, or at the listener.
+  std::function<void(std::uint32_t loop, LinkId link)> on_ready;
+
+  LinkId nexus_connects(const ConnectFate& fate) {
+    const LinkId id = make_link(fate.shape);
+    Link& link = at(id);
+    link.to_backend = true;
+    link.peer = fate.backend;
+    link.nexus_open = true;
+    descriptors_ += 1;
+    if (fate.kind == ConnectFate::Kind::ignored) return id;
+    const auto kind = fate.kind == ConnectFate::Kind::accepted ? Due::Kind::connected : Due::Kind::refused;
+    push({now_ + link.shape.latency_ns + jitter(link), 0, kind, Notice::Kind::none, id, link.generation, 0});
+    return id;
+  }
+  ConnectFate fate_of(const Address& address) { return on_connect_(address); }
+  void accepted(LinkId id) {
+    at(id).in_backlog = false;
+    at(id).nexus_open = true;
+    descriptors_ += 1;
+  }
+
+  void nexus_sends(LinkId id, std::string_view bytes) {
+    Link& link = at(id);
+    put(id, link, link.to_peer, bytes, Due::Kind::peer_data);
+  }
+  void nexus_shuts(LinkId id) {
+    Link& link = at(id);
+    if (link.nexus_shut || link.reset_seen || !link.connected) return;
+    link.nexus_shut = true;
+    send_fin(id, link, link.to_peer, Due::Kind::peer_fin);
+  }
+  void nexus_took(LinkId id) {
+    Link& link = at(id);
+    if (!link.peer_wants_room || !link.peer_open) return;
+    link.peer_wants_room = false;
+    push({now_ + link.shape.latency_ns, 0, Due::Kind::peer_room, Notice::Kind::none, id, link.generation, 0});
+  }
+  void nexus_closes(LinkId id, bool reset) {
+    Link& link = at(id);
+    assert(link.nexus_open);
+    if (link.connected && !link.reset_seen) {
+      if (reset || link.to_nexus.unread() > 0) {
+        push({reset_at(link.to_peer, link), 0, Due::Kind::peer_reset, Notice::Kind::none, id, link.generation, 0});
+      } else {
+        nexus_shuts(id);
+      }
+    }
+    link.nexus_open = false;
+    link.loop = -1;
+    descriptors_ -= 1;
+    forget_if_over(id);
+  }
+  void edge_later(LinkId id) {
+    Link& link = at(id);
+    const Ns delay = dice_.span(1, std::max<Ns>(1, weather.edge_delay_ns));
+    push({now_ + delay, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+  }
+
+  // The time at which Nexus wrote the byte at `position` of what the peer gets.
+  static Ns written_at(const Flow& flow, std::uint64_t position) {
+    Ns at = 0;
+    for (const auto& [from, when] : flow.marks) {
+      if (from > position) break;
+      at = when;
+    }
+    return at;
+  }
+
+ private:
+  struct Due {
+    enum class Kind : std::uint8_t {
+      timer,
+      link_timer,
+      backlog,
+      connected,
+      refused,
+      nexus_data,
+      nexus_fin,
+      nexus_reset,
+      peer_data,
+      peer_fin,
+      peer_reset,
+      peer_room,
+      edge,
+    };
+    Ns at;
+    std::uint64_t order;
+    Kind kind;
+    Notice::Kind notice;
+    std::uint32_t link;
+    std::uint32_t generation;
+    std::uint64_t value;
+  };
+  struct Later {
+    bool operator()(const Due& a, const Due& b) const { return a.at != b.at ? a.at > b.at : a.order > b.order; }
+  };
+
+  void push(Due due) {
+    due.order = ++pushed_;
+    due_.push_back(due);
+    std::push_heap(due_.begin(), due_.end(), Later());
+  }
+
+  LinkId make_link(const Shape& shape) {
+    LinkId id;
+    if (free_.empty()) {
+      id = static_cast<LinkId>(links_.size());
+      links_.push_back(std::make_unique<Link>());
+    } else {
+      id = free_.back();
+      free_.pop_back();
+    }
+    const std::uint32_t generation = links_[id]->generation;
+    *links_[id] = Link{};
+    links_[id]->generation = generation;
+    links_[id]->live = true;
+    links_[id]->shape = shape;
+    return id;
+  }
+
+  void forget_if_over(LinkId id) {
+    Link& link = at(id);
+    if (link.nexus_open || link.peer_open || link.in_backlog) return;
+    link.live = false;
+    link.generation += 1;
+    free_.push_back(id);
+  }
+
+  Ns jitter(const Link& link) { return link.shape.jitter_ns == 0 ? 0 : dice_.span(0, link.shape.jitter_ns); }
+  Ns arrival(Flow& flow, const Link& link) {
+    flow.last_at = std::max(flow.last_at, now_ + link.shape.latency_ns + jitter(link));
+    return flow.last_at;
+  }
+
+  // Sends bytes in one piece or in several that arrive apart; a piece may be one byte.
+  void put(LinkId id, Link& link, Flow& flow, std::string_view bytes, Due::Kind kind) {
+    if (kind == Due::Kind::peer_data) flow.marks.emplace_back(flow.written, now_);
+    flow.bytes.append(bytes);
+    std::uint64_t at = flow.written;
+    flow.written += bytes.size();
+    if (!dice_.chance(link.shape.split)) return push_piece(id, link, flow, flow.written, kind, false);
+    for (std::uint32_t pieces = dice_.number(1, link.shape.most_pieces); pieces > 1 && at < flow.written; --pieces) {
+      const auto left = static_cast<std::uint32_t>(std::min<std::uint64_t>(flow.written - at, 1u << 20));
+      at += dice_.skewed(1, left);
+      push_piece(id, link, flow, at, kind, true);
+    }
+    if (at < flow.written) push_piece(id, link, flow, flow.written, kind, true);
+  }
+  void push_piece(LinkId id, Link& link, Flow& flow, std::uint64_t up_to, Due::Kind kind, bool apart) {
+    if (apart && link.shape.gap_ns > 0) flow.last_at += dice_.span(0, link.shape.gap_ns);
+    push({arrival(flow, link), 0, kind, Notice::Kind::none, id, link.generation, up_to});
+  }
+  void send_fin(LinkId id, Link& link, Flow& flow, Due::Kind kind) {
+    flow.fin_sent = true;
+    push({arrival(flow, link), 0, kind, Notice::Kind::none, id, link.generation, 0});
+  }
+  // A reset may overtake what is on its way, which is then lost.
+  Ns reset_at(Flow& flow, Link& link) {
+    return dice_.chance(weather.reset_overtakes) ? now_ + link.shape.latency_ns : arrival(flow, link);
+  }
+  void send_reset_to_nexus(LinkId id, Link& link) {
+    push({reset_at(link.to_nexus, link), 0, Due::Kind::nexus_reset, Notice::Kind::none, id, link.generation, 0});
+  }
+
+  void ready(LinkId id, Link& link) {
+    if (!link.nexus_open || link.loop < 0 || link.queued) return;
+    link.queued = true;
+    on_ready(static_cast<std::uint32_t>(link.loop), id);
+  }
+
+  Notice happen(const Due& due, Link& link) {
+    const LinkId id = due.link;
+    switch (due.kind) {
+      case Due::Kind::timer: break;
+      case Due::Kind::link_timer: return {due.notice, id, due.value};
+      case Due::Kind::backlog:
+        if (!listener.open) {
+          if (link.peer_open) return {Notice::Kind::reset, id, 0};
+          return {};
+        }
+        link.in_backlog = true;
+        listener.backlog.push_back(id);
+        wake_listener();
+        break;
+      case Due::Kind::connected:
+        if (!link.nexus_open) break;
+        link.connected = link.peer_open = true;
+        ready(id, link);
+        return {Notice::Kind::connected, id, 0};
+      case Due::Kind::refused:
+        link.refused = true;
+        link.error = ECONNREFUSED;
+        ready(id, link);
+        break;
+      case Due::Kind::nexus_data:
+        if (link.reset_seen) break;
+        if (!link.nexus_open && !link.in_backlog) return refuse_bytes(id, link);
+        link.to_nexus.arrived = std::max(link.to_nexus.arrived, due.value);
+        ready(id, link);
+        break;
+      case Due::Kind::nexus_fin:
+        if (link.reset_seen) break;
+        link.to_nexus.fin_arrived = true;
+        ready(id, link);
+        break;
+      case Due::Kind::nexus_reset:
+        link.reset_seen = true;
+        link.error = link.to_nexus.fin_arrived ? EPIPE : ECONNRESET;
+        ready(id, link);
+        break;
+      case Due::Kind::peer_data:
+        if (!link.peer_open) {
+          if (link.nexus_open && !link.reset_seen) send_reset_to_nexus(id, link);
+          break;
+        }
+        link.to_peer.arrived = std::max(link.to_peer.arrived, due.value);
+        return {Notice::Kind::data, id, 0};
+      case Due::Kind::peer_fin:
+        link.to_peer.fin_arrived = true;
+        if (link.peer_open) return {Notice::Kind::fin, id, 0};
+        break;
+      case Due::Kind::peer_reset:
+        if (link.peer_open) return {Notice::Kind::reset, id, 0};
+        break;
+      case Due::Kind::peer_room:
+        if (link.peer_open && !link.peer_shut) return {Notice::Kind::room, id, 0};
+        break;
+      case Due::Kind::edge: ready(id, link); break;
+    }
+    return {};
+  }
+
+  // Bytes for a socket that Nexus closed are answered by a reset.
+  Notice refuse_bytes(LinkId id, Link& link) {
+    if (link.peer_open) {
+      push({now_ + link.shape.latency_ns, 0, Due::Kind::peer_reset, Notice::Kind::none, id, link.generation, 0});
+    }
+    return {};
+  }
+
+ public:
+  // One of the loops that watch the listener is told, as EPOLLEXCLUSIVE does.
+  void wake_listener() {
+    if (listener.backlog.empty() || listener.watchers.empty()) return;
+    on_ready(listener.watchers[dice_.index(listener.watchers.size())].first, kNoLink);
+  }
+
+  // The listening socket is closed: who waits in its backlog is reset.
+  std::vector<LinkId> close_listener() {
+    listener.open = false;
+    std::vector<LinkId> waiting(listener.backlog.begin(), listener.backlog.end());
+    listener.backlog.clear();
+    for (const LinkId id : waiting) {
+      at(id).in_backlog = false;
+      forget_if_over(id);
+    }
+    return waiting;
+  }
+
+ private:
+  Dice dice_;
+  std::function<ConnectFate(const Address&)> on_connect_;
+  Ns now_ = 1000 * kSecond;
+  std::vector<Due> due_;
+  std::uint64_t pushed_ = 0;
+  std::vector<std::unique_ptr<Link>> links_;
+  std::vector<LinkId> free_;
+  std::size_t descriptors_ = 0;
+  std::uint64_t trace_ = 0;
+};
+
+}  // namespace nexus::sim
