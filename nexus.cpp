@@ -12,6 +12,7 @@
 #include "nexus/check.h"
 #include "nexus/config.h"
 #include "nexus/daemon.h"
+#include "nexus/top.h"
 
 namespace nexus {
 namespace {
@@ -21,6 +22,7 @@ constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
 constexpr std::string_view kHelp = R"(usage: nexus [-c FILE]        serve, as FILE says (default /etc/nexus/nexus.conf)
        nexus -t [-c FILE]     check the configuration and exit
        nexus check [-c FILE]  ask each backend of FILE once and print what it found
+       nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
        nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
        nexus --version
        nexus --help
@@ -34,18 +36,23 @@ models = echo
 token_delay = 20ms
 )";
 
-enum class Mode { serve, test_config, check_fleet, demo, version, help, wrong };
+enum class Mode { serve, test_config, check_fleet, top, demo, version, help, wrong };
 
 struct Options {
   Mode mode = Mode::serve;
   std::string config = kDefaultConfig;
-  std::string wrong;  // what is not understood
+  std::string url = "http://127.0.0.1:8000";  // of top
+  std::string wrong;                          // what is not understood
 };
 
 Options read_options(int argc, char** argv) {
   Options options;
   int first = 1;
-  if (argc > 1 && std::string_view(argv[1]) == "check") {
+  if (argc > 1 && std::string_view(argv[1]) == "top") {
+    options.mode = Mode::top;
+    if (argc > 2) options.url = argv[2];
+    first = 3;
+  } else if (argc > 1 && std::string_view(argv[1]) == "check") {
     options.mode = Mode::check_fleet;
     first = 2;
   }
@@ -103,6 +110,16 @@ int check_fleet(const Options& options) {
   return all_good(*states) ? 0 : 1;
 }
 
+int watch(const Options& options) {
+  const auto url = config::parse_url(options.url);
+  if (!url.ok()) {
+    std::fprintf(stderr, "nexus: %s: %s\n", harmless(options.url, 200).c_str(), url.problem.c_str());
+    return 2;
+  }
+  signal(SIGPIPE, SIG_IGN);
+  return run_top(url.value.address, url.value.base_path, options.url, process_variable("NEXUS_API_KEY").value_or(""));
+}
+
 void print_demo(const std::string& address) {
   const char* at = address.c_str();
   std::printf(
@@ -151,6 +168,7 @@ int run(int argc, char** argv) {
     case Mode::demo: return serve(options);
     case Mode::test_config: return test_config(options);
     case Mode::check_fleet: return check_fleet(options);
+    case Mode::top: return watch(options);
     case Mode::version: std::printf("nexus %s\n", std::string(kVersion).c_str()); return 0;
     case Mode::help: std::fwrite(kHelp.data(), 1, kHelp.size(), stdout); return 0;
     case Mode::wrong:

@@ -1,0 +1,73 @@
+// nexus top: one page of text where it is piped, a page that refreshes on a terminal, and never a terminal left behind.
+import { spawn, spawnSync } from 'node:child_process';
+import { assert, chat, free_port, get, group, post, run_nexus, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
+
+const hostile = '\u001b]0;owned\u0007<b>\nx';
+
+group('nexus top', () => {
+  test('piped, it prints one page whose numbers are those of /v1/stats', async (t) => {
+    const backend = await start_backend(t, { models: ['m1', hostile] });
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }] });
+    for (let i = 0; i < 5; i++) await post(nexus.port, '/v1/chat/completions', chat('m1', { stream: i % 2 === 0 }));
+    await post(nexus.port, '/v1/chat/completions', chat('nobody'));
+    const r = await run_nexus(['top', `http://127.0.0.1:${nexus.port}`]);
+    assert.equal(r.code, 0, r.stderr);
+    const stats = (await get(nexus.port, '/v1/stats')).json;
+    assert.match(r.stdout, new RegExp(`requests ${stats.requests.total} +errors ${stats.requests.errors} `));
+    assert.match(r.stdout, /backends 1 of 1 healthy +models 2/);
+    const line = r.stdout.split('\n').find((l) => l.startsWith('b1 '));
+    assert.match(line, new RegExp(`^b1 +up +0 +0 .* ${stats.backends[0].requests} +${stats.backends[0].errors}$`));
+    assert.doesNotMatch(r.stdout, /[\u0000-\u0009\u000b-\u001f\u007f]/, 'a name reached the terminal as it was');
+    assert.ok(r.stdout.includes('\\u001b]0;owned\\u0007<b>\\nx'));
+  });
+
+  test('it shows the rate of what goes on meanwhile', async (t) => {
+    const backend = await start_backend(t);
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }] });
+    let running = true;
+    const load = (async () => { while (running) await post(nexus.port, '/v1/chat/completions', chat()); })();
+    const r = await run_nexus(['top', `http://localhost:${nexus.port}/`]);
+    running = false;
+    await load;
+    assert.equal(r.code, 0, r.stderr);
+    const rate = /^(\S+) req\/s/m.exec(r.stdout);
+    assert.ok(Number(rate?.[1]) > 1, r.stdout);
+  });
+
+  test('with keys configured it takes one from NEXUS_API_KEY, and says so where it is missing', async (t) => {
+    const backend = await start_backend(t);
+    const nexus = await start_nexus(t, { server: { api_keys_file: t.file('keys', 'me sk-top-secret\n') }, backends: [{ name: 'b1', mock: backend }] });
+    const url = `http://127.0.0.1:${nexus.port}`;
+    assert.equal((await run_nexus(['top', url], { env: { NEXUS_API_KEY: 'sk-top-secret' } })).code, 0);
+    const without = await run_nexus(['top', url]);
+    assert.equal(without.code, 1);
+    assert.match(without.stderr, /NEXUS_API_KEY/);
+  });
+
+  test('where nobody answers it says so and exits 1; a URL that is none exits 2', async () => {
+    const r = await run_nexus(['top', `http://127.0.0.1:${await free_port()}`]);
+    assert.equal(r.code, 1);
+    assert.match(r.stderr, /refused/i);
+    const bad = await run_nexus(['top', 'localhost:8000']);
+    assert.equal(bad.code, 2);
+    assert.match(bad.stderr, /http:\/\//);
+  });
+
+  test('on a terminal it takes the other screen, q gives the old one back', async (t) => {
+    if (spawnSync('script', ['--version']).error) t.skip('script(1), which makes a terminal, is not installed');
+    const backend = await start_backend(t);
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }] });
+    for (const [what, stop] of [['q', (child) => child.stdin.write('q')], ['Ctrl-C', (child) => child.stdin.write('\u0003')]]) {
+      const child = spawn('script', ['-qec', `exec '${settings.nexus}' top http://127.0.0.1:${nexus.port}`, '/dev/null'], { stdio: ['pipe', 'pipe', 'pipe'], env: { ...process.env, TERM: 'xterm', SHELL: '/bin/sh' } });
+      t.after(() => child.kill('SIGKILL'));
+      let screen = '';
+      child.stdout.on('data', (d) => { screen += d; });
+      const exited = new Promise((done) => child.on('close', done));
+      await until(() => screen.includes('backends 1 of 1 healthy'), () => `the page on ${JSON.stringify(screen)}`);
+      assert.ok(screen.includes('\u001b[?1049h'));
+      stop(child);
+      assert.equal(await within(5_000, exited, `${what} to end it`), 0);
+      assert.ok(screen.trimEnd().endsWith('\u001b[?1049l'), JSON.stringify(screen.slice(-80)));
+    }
+  });
+});

@@ -1,0 +1,223 @@
+// Goal: the numbers that `nexus top` and the status page show, and that no name escapes its cell. Method: pages written
+// by hand and by Nexus's own writers, read back.
+#include "nexus/top.h"
+
+#include <doctest/doctest.h>
+
+#include "nexus/metrics.h"
+#include "nexus/prometheus.h"
+#include "nexus/stats.h"
+
+namespace nexus {
+namespace {
+
+const std::string kStats =
+    R"({"uptime_seconds":100,"requests":{"total":30,"success":27,"errors":3},"backends":[)"
+    R"({"id":"gpu-1","requests":20,"average_latency_ms":10.0,"pending":2,"healthy":true,"errors":1,"prompt_tokens":50,"completion_tokens":400},)"
+    R"({"id":"gpu-2","requests":10,"average_latency_ms":10.0,"pending":0,"healthy":false,"errors":2,"prompt_tokens":5,"completion_tokens":40}],)"
+    R"("models":[{"name":"llama3:70b","requests":30,"average_duration_ms":10.0,"errors":3,"prompt_tokens":55,"completion_tokens":440,"new":[1]}],"more":{}})";
+
+std::string buckets(const std::string& labels, int upto_1, int upto_10, int all) {
+  const auto line = [&](const char* le, int count) {
+    return "nexus_request_duration_seconds_bucket{" + labels + ",le=\"" + le + "\"} " + std::to_string(count) + "\n";
+  };
+  return line("1", upto_1) + line("10", upto_10) + line("+Inf", all);
+}
+
+Sample read_pages(std::string_view stats, std::string_view metrics, Ns at) {
+  SampleReader reader;
+  Sample sample;
+  REQUIRE(reader.read(stats, metrics, at, sample));
+  return sample;
+}
+
+TEST_CASE("both pages are read, and a label is found under the name that it came from") {
+  const std::string metrics =
+      "# HELP nexus_backends_total x\nnexus_backends_total 2\nnexus_backends_healthy 1\nnexus_models_available 4\n"
+      "nexus_client_connections 7\nnexus_build_info{version=\"0_1_0\"} 1\nnexus_queue_depth{backend=\"gpu_1\"} 5\n" +
+      buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20) +
+      buckets("model=\"llama3_70b\",backend=\"gpu_2\"", 0, 10, 10) + "nonsense\n{}\nnexus_queue_depth{backend=\"gpu";
+  const Sample sample = read_pages(kStats, metrics, kSecond);
+  CHECK(sample.total == 30);
+  CHECK(sample.success == 27);
+  CHECK(sample.errors == 3);
+  CHECK(sample.backends == 2);
+  CHECK(sample.backends_healthy == 1);
+  CHECK(sample.models_available == 4);
+  CHECK(sample.client_connections == 7);
+  CHECK(sample.version == "0_1_0");
+  REQUIRE(sample.by_backend.size() == 2);
+  CHECK(sample.by_backend[0].name == "gpu-1");
+  CHECK(sample.by_backend[0].pending == 2);
+  CHECK(sample.by_backend[0].queue_depth == 5);
+  CHECK_FALSE(sample.by_backend[1].healthy);
+  CHECK(sample.by_backend[0].duration.count() == 20);
+  REQUIRE(sample.by_model.size() == 1);
+  CHECK(sample.by_model[0].duration.count() == 30);
+  CHECK(sample.by_model[0].completion_tokens == 440);
+  CHECK(sample.duration.count() == 30);
+}
+
+TEST_CASE("raw labels are found too, their escapes undone") {
+  const std::string stats =
+      R"({"uptime_seconds":1,"requests":{"total":1,"success":1,"errors":0},"backends":[],"models":[{"name":"a\"\\\nb","requests":1}]})";
+  const Sample sample = read_pages(stats, buckets(R"(model="a\"\\\nb",backend="x,}")", 1, 1, 1), 0);
+  REQUIRE(sample.by_model.size() == 1);
+  CHECK(sample.by_model[0].duration.count() == 1);
+}
+
+TEST_CASE("what is no page of Nexus is refused") {
+  SampleReader reader;
+  Sample sample;
+  for (const char* text :
+       {"", "{", "[]", "{}", "<html>", R"({"requests":{},"backends":{},"models":[]})",
+        R"({"requests":{},"backends":[{}],"models":[]})", R"({"requests":{},"backends":[{"id":1}],"models":[]})"}) {
+    CAPTURE(text);
+    CHECK_FALSE(reader.read(text, "", 0, sample));
+  }
+}
+
+TEST_CASE("what Nexus writes is what is read") {
+  Metrics metrics;
+  Slab& slab = metrics.add_slab();
+  ModelNames models("unknown", 10);
+  BackendNames backends("none", 10);
+  const ModelId model = models.intern("<img src=x onerror=alert(1)>");
+  const BackendId backend = backends.intern("b:1");
+  slab.add_pending(backend, 3);
+  FleetView fleet;
+  fleet.backends.push_back({backend, true});
+  fleet.models_on_healthy.push_back(model);
+  fleet.models_available = 1;
+  fleet.uptime_ns = 5 * kSecond;
+  fleet.version = "9.9";
+  for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
+    const Sample sample = read_pages(render_stats(metrics, fleet, models, backends),
+                                     render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
+    CHECK(sample.uptime_s == 5);
+    CHECK(sample.backends_healthy == 1);
+    REQUIRE(sample.by_backend.size() == 1);
+    CHECK(sample.by_backend[0].name == "b:1");
+    CHECK(sample.by_backend[0].pending == 3);
+    REQUIRE(sample.by_model.size() == 1);
+    CHECK(sample.by_model[0].name == "<img src=x onerror=alert(1)>");
+  }
+}
+
+SampledHistogram histogram(double upto_1, double upto_10, double all) {
+  return {{{1.0, upto_1}, {10.0, upto_10}, {std::numeric_limits<double>::infinity(), all}}};
+}
+
+TEST_CASE("a quantile is interpolated within its bucket, as histogram_quantile() does") {
+  struct Row {
+    SampledHistogram given;
+    double q;
+    double expected;  // below 0: none
+  };
+  const std::vector<Row> rows{
+      {histogram(10, 10, 10), 0.5, 0.5},    {histogram(0, 10, 10), 0.5, 5.5},      {histogram(5, 10, 10), 0.5, 1.0},
+      {histogram(0, 0, 10), 0.5, INFINITY}, {histogram(9, 9, 10), 0.95, INFINITY}, {histogram(0, 0, 0), 0.5, -1},
+      {SampledHistogram{}, 0.5, -1},
+  };
+  for (const Row& row : rows) {
+    const std::optional<double> got = quantile(row.given, row.q);
+    CHECK(got.has_value() == (row.expected >= 0));
+    if (got && std::isinf(row.expected)) CHECK(std::isinf(*got));
+    if (got && !std::isinf(row.expected)) CHECK(*got == doctest::Approx(row.expected));
+  }
+}
+
+TEST_CASE("rates and quantiles are of the time between, totals of all time") {
+  const std::string labels = "model=\"llama3_70b\",backend=\"gpu_1\"";
+  const Sample before = read_pages(kStats, buckets(labels, 20, 20, 20), 0);
+  std::string later = kStats;
+  later.replace(later.find("\"total\":30"), 10, "\"total\":50");
+  later.replace(later.find("\"requests\":20"), 13, "\"requests\":40");
+  later.replace(later.find("\"completion_tokens\":400"), 23, "\"completion_tokens\":500");
+  const Sample after = read_pages(later, buckets(labels, 20, 40, 40), 10 * kSecond);
+  const Board board = make_board(before, after);
+  CHECK(board.seconds == doctest::Approx(10));
+  CHECK(board.all.requests == 50);
+  CHECK(board.all.requests_per_s == doctest::Approx(2));
+  CHECK(board.all.tokens_per_s == doctest::Approx(10));
+  CHECK(board.all.pending == 2);
+  CHECK(*board.all.p50_s == doctest::Approx(5.5));  // all twenty of the window lie between 1 and 10
+  CHECK(board.by_backend[0].requests_per_s == doctest::Approx(2));
+  CHECK(board.by_backend[1].requests_per_s == doctest::Approx(0));
+  CHECK_FALSE(board.by_backend[1].p50_s.has_value());
+}
+
+TEST_CASE("after a restart the new process's own time counts") {
+  const Sample before = read_pages(kStats, "", 0);
+  std::string later = kStats;
+  later.replace(later.find("\"uptime_seconds\":100"), 20, "\"uptime_seconds\":5");
+  const Board board = make_board(before, read_pages(later, "", 20 * kSecond));
+  CHECK(board.seconds == doctest::Approx(5));
+  CHECK(board.all.requests_per_s == doctest::Approx(6));
+}
+
+TEST_CASE("the page says what is so, in columns, and fits a screen") {
+  Board board = make_board(start_of(read_pages(kStats, "", 0)),
+                           read_pages(kStats, buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20), 0));
+  board.version = "0.1.0";
+  board.backends = 2;
+  board.backends_healthy = 1;
+  const std::string page = top_page(board, "http://x:1", 0, 0);
+  CHECK(page ==
+        "nexus 0.1.0 at http://x:1, up 1m 40s; rates and quantiles of the last 100 s\n"
+        "backends 1 of 2 healthy   models 0   clients 0   requests 30   errors 3 (10.00%)\n"
+        "0.30 req/s   0.03 err/s   pending 2   queue 0   p50 1.00 s   p95 >300 s   first token -   4.40 tok/s\n"
+        "\n"
+        "BACKEND  STATE  PENDING  QUEUE  REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
+        "gpu-1    up           2      0   0.20   0.01  1.00 s  >300 s      -   4.00        20       1\n"
+        "gpu-2    DOWN         0      0   0.10   0.02       -       -      -   0.40        10       2\n"
+        "\n"
+        "MODEL       REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
+        "llama3:70b   0.30   0.03  1.00 s  >300 s      -   4.40        30       3\n");
+  const std::string small = top_page(board, "http://x:1", 20, 6);
+  CHECK(std::count(small.begin(), small.end(), '\n') == 6);
+  CHECK(small.find("5 more lines\n") != std::string::npos);
+  for (std::size_t at = 0; at < small.size(); at = small.find('\n', at) + 1) {
+    CHECK(width_of(std::string_view(small).substr(at, small.find('\n', at) - at)) <= 20);
+  }
+}
+
+TEST_CASE("a hostile name is shown escaped") {
+  Board board;
+  board.version = "\x1b[2J";
+  for (const char* name : {"\x1b]0;owned\a", "a\nb\rc",
+                           "\xc2\x9b"
+                           "31m",
+                           "\xff\xfe",
+                           "\xe2\x80\xae"
+                           "evil"}) {
+    BoardRow row;
+    row.name = name;
+    board.by_backend.push_back(row);
+    board.by_model.push_back(row);
+  }
+  const std::string page = top_page(board, "http://x\x1b[0m", 0, 0);
+  for (const char c : page) CHECK((static_cast<unsigned char>(c) >= 0x20 || c == '\n'));
+  CHECK(page.find("\xc2\x9b") == std::string::npos);
+  CHECK(page.find("\xe2\x80\xae") == std::string::npos);
+  CHECK(page.find("\\u001b]0;owned\\u0007") != std::string::npos);
+  CHECK(std::count(page.begin(), page.end(), '\n') == 4 + 6 + 1 + 6);
+}
+
+TEST_CASE("numbers keep about three digits") {
+  CHECK(detail::rate_text(0) == "0");
+  CHECK(detail::rate_text(0.004) == "0");
+  CHECK(detail::rate_text(1.234) == "1.23");
+  CHECK(detail::rate_text(12.34) == "12.3");
+  CHECK(detail::rate_text(1234.5) == "1234");
+  CHECK(detail::seconds_text(0.0042) == "4.2 ms");
+  CHECK(detail::seconds_text(0.342) == "342 ms");
+  CHECK(detail::seconds_text(1.5) == "1.50 s");
+  CHECK(detail::seconds_text(42.44) == "42.4 s");
+  CHECK(detail::seconds_text(std::nullopt) == "-");
+  CHECK(detail::span_text(7) == "7s");
+  CHECK(detail::span_text(90061) == "1d 1h");
+}
+
+}  // namespace
+}  // namespace nexus
