@@ -49,6 +49,8 @@ if (os.cpus().length < 2) {
   console.error('The benchmark needs two cores: one for the proxy, one for the load.');
   process.exit(1);
 }
+const busy = os.loadavg()[0];
+if (busy > 0.5) console.error(`The machine is busy (load average ${busy.toFixed(1)}): the figures will be too high, and the ratios unsteady.`);
 const quick = options.quick === true;
 const parts = kParts.filter((part) => options.only === '' || options.only.split(',').includes(part.name));
 const nexus = path.join(dir, 'nexus'); // a copy: a build that goes on beside must not change what is measured
@@ -65,7 +67,7 @@ context.backends = await start_backends(context.bin);
 context.proxies = {};
 for (const name of kNames) context.proxies[name] = await start_proxy(name, context);
 
-const results = { date: new Date().toISOString().slice(0, 16).replace('T', ' '), machine: machine(), versions: versions(nexus), quick, rounds: context.rounds, seconds: context.seconds, parts: [] };
+const results = { date: new Date().toISOString().slice(0, 16).replace('T', ' '), machine: machine(), versions: versions(nexus), quick, busy, rounds: context.rounds, seconds: context.seconds, parts: [] };
 for (const part of parts) results.parts.push({ name: part.name, title: part.title, rows: await part.run(context) });
 
 fs.writeFileSync(path.join(context.bin, 'results.json'), JSON.stringify(results, null, 1));

@@ -243,7 +243,7 @@ function longest(before, after) {
 
 async function loop_stalls(context) {
   const { nexus, quick } = context;
-  const wide = await start_wide_nexus({ ...context, backends_count: quick ? 10 : 50, models_each: 40 });
+  const wide = await start_wide_nexus({ ...context, backends_count: quick ? 10 : 56, models_each: 40 });
   context.progress('Nexus: filling series', quick ? 1 : 4);
   const post = (model, text = 'Hello.') => fetch(`http://127.0.0.1:${wide.small}/v1/chat/completions`, {
     method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ model, messages: [{ role: 'user', content: text }] }),
@@ -293,7 +293,7 @@ async function loop_stalls(context) {
   return rows;
 }
 
-// In the order of the table. `rounds(c)`: seconds that the part takes, for the estimate of what is left.
+// In the order of the table. `cost(c)`: seconds that the part takes, for the estimate of what is left.
 export const kParts = [
   { name: 'small', title: 'Small requests', run: small_requests, cost: (c) => c.rounds * c.seconds * 13 },
   { name: 'half', title: 'Latency below saturation', run: half_load, cost: (c) => c.rounds * c.seconds * 5 },

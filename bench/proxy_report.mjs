@@ -6,8 +6,6 @@ import { execFileSync, spawnSync } from 'node:child_process';
 import os from 'node:os';
 import { kNames } from './fleet.mjs';
 
-const titles = { floor: 'floor', nexus: 'Nexus', nginx: 'nginx', haproxy: 'HAProxy' };
-
 export function machine() {
   const cpu = os.cpus()[0]?.model.trim() ?? 'unknown CPU';
   return `${cpu}, ${os.cpus().length} cores, ${Math.round(os.totalmem() / 2 ** 30)} GB; Linux ${os.release()}`;
@@ -52,7 +50,7 @@ function columns(lines) {
   return lines.map((line) => line.map((cell, i) => (left(i) ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  ').trimEnd());
 }
 
-const about = (r) => `nexus ${r.versions.nexus}, nginx ${r.versions.nginx}, HAProxy ${r.versions.haproxy}, wrk ${r.versions.wrk}, ${r.versions.compiler}`;
+const about = (r) => `load average before: ${r.busy.toFixed(1)}; nexus ${r.versions.nexus}, nginx ${r.versions.nginx}, HAProxy ${r.versions.haproxy}, wrk ${r.versions.wrk}, ${r.versions.compiler}`;
 
 export function table(results) {
   const lines = columns([header, ...results.parts.flatMap((part) => part.rows.map(cells))]);
@@ -86,5 +84,3 @@ export function page(results) {
   }
   return `${out.join('\n').trimEnd()}\n`;
 }
-
-export { titles };

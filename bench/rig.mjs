@@ -1,7 +1,7 @@
 // rig.mjs
 // Owns:     the processes of the proxy benchmark: the backends, the floor, the peers, Nexus; the load on them; what they used.
-// Promises: proxies run on core 0, load and backends on core 1; a process's CPU time is utime + stime of all its threads
-//           (proc(5)); what was started is stopped, also after a failure or Ctrl-C; a load that saw an error is an error.
+// Promises: proxies run on core 0, load and backends on core 1; a process's CPU time is user and system time of all its
+//           threads, from /proc; what was started is stopped, also after a failure or Ctrl-C; a load that saw an error is an error.
 // Leaves:   what is measured to proxy_cases.mjs.
 import { execFileSync, spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -106,14 +106,23 @@ function stat_fields(file) {
 
 const seconds_of = (fields) => (Number(fields[11]) + Number(fields[12])) / ticks_per_second;
 
-export const cpu_seconds = (pid) => seconds_of(stat_fields(`/proc/${pid}/stat`));
+// /proc/PID/task/*/schedstat tells the same time in ns where the kernel has it: what utime + stime are made from.
+function task_seconds(pid, task) {
+  try {
+    return Number(fs.readFileSync(`/proc/${pid}/task/${task}/schedstat`, 'latin1').split(' ')[0]) / 1e9;
+  } catch {
+    return seconds_of(stat_fields(`/proc/${pid}/task/${task}/stat`));
+  }
+}
+
+export const cpu_seconds = (pid) => fs.readdirSync(`/proc/${pid}/task`).reduce((sum, task) => sum + task_seconds(pid, task), 0);
 
 // By the threads' names, for those that start with `name`.
 export function thread_cpu_seconds(pid, name) {
   const all = [];
   for (const task of fs.readdirSync(`/proc/${pid}/task`)) {
     if (!fs.readFileSync(`/proc/${pid}/task/${task}/comm`, 'utf8').startsWith(name)) continue;
-    all.push(seconds_of(stat_fields(`/proc/${pid}/task/${task}/stat`)));
+    all.push(task_seconds(pid, task));
   }
   return all;
 }
