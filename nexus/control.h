@@ -32,6 +32,7 @@ namespace nexus {
 
 constexpr std::uint8_t kPlanKind = 11;  // of a Token: a backend's next check
 constexpr Ns kResolveInterval = 30 * kSecond;
+constexpr Ns kMaxReloadHold = 2 * kSecond;
 
 template <class Net>
 class Control {
@@ -103,14 +104,15 @@ class Control {
 
   void turn() {
     bool woken = false;
-    const std::size_t count = net_.wait(events_, wheel_.next(), woken);
+    const std::size_t count =
+        net_.wait(events_, dirty_ ? std::min(wheel_.next(), hold_until_ns_) : wheel_.next(), woken);
     now_ = net_.now();
     for (std::size_t i = 0; i < count; ++i) {
       prober_.on_event(events_[i], now_, [this](ProbeResult&& result) { on_result(std::move(result)); });
     }
     wheel_.fire(now_, [this](Token token) { on_deadline(token); });
     if (woken) take_messages();
-    if (dirty_) publish();
+    if (dirty_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
   const Registry& registry() const { return registry_; }
@@ -149,7 +151,8 @@ class Control {
     take_settings(std::move(reload.settings));
     reload_ok_ = true;
     reload_ok_at_ns_ = wall_now();
-    publish();
+    // Made before broken: what the new backends have is found out before the old ones go.
+    hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
     // What changed may be the key, or where the list of models comes from.
     for (const Registry::Backend& backend : registry_.backends()) check_now(backend.epoch);
@@ -204,8 +207,14 @@ class Control {
     return made;
   }
 
+  bool any_unknown() const {
+    return std::any_of(registry_.backends().begin(), registry_.backends().end(),
+                       [](const Registry::Backend& backend) { return backend.health == Health::unknown; });
+  }
+
   void publish() {
     dirty_ = false;
+    hold_until_ns_ = 0;
     const SnapshotPtr snapshot = make_snapshot();
     for (Worker<Net>* worker : workers_) worker->post(typename Worker<Net>::NewSnapshot{snapshot});
   }
@@ -340,11 +349,12 @@ class Control {
       const FleetView fleet = fleet_view();
       const LabelMode labels = registry_.settings().metrics.labels;
       note_dropped_lines();
+      const ModelNames& models = registry_.model_names();
+      const BackendNames& backends = registry_.backend_names();
       return std::make_shared<const std::string>(
           kind == PageKind::metrics
-              ? render_prometheus(metrics_, fleet, read_process_stats(), registry_.model_names(),
-                                  registry_.backend_names(), labels)
-              : render_stats(metrics_, fleet, registry_.model_names(), registry_.backend_names()));
+              ? prometheus_page_.render(metrics_, fleet, read_process_stats(), models, backends, labels)
+              : stats_page_.render(metrics_, fleet, models, backends));
     } catch (const std::bad_alloc&) {
       slab_.limit_hit(Limit::memory);
       return nullptr;
@@ -400,11 +410,14 @@ class Control {
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
   std::array<Event, Net::kMaxEvents> events_;
-  bool dirty_ = false;
+  bool dirty_ = false;    // the workers' snapshot is not what the registry says
+  Ns hold_until_ns_ = 0;  // it may wait so long for first checks
   bool stopped_ = false;
   bool reload_ok_ = true;
   Ns reload_ok_at_ns_ = 0;
   std::uint64_t lines_dropped_ = 0;
+  PrometheusPage prometheus_page_;  // they keep their room between scrapes
+  StatsPage stats_page_;
 };
 
 }  // namespace nexus

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cassert>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -36,12 +38,21 @@ inline bool is_request_id(std::string_view id) {
   return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
 }
 
+// The two hex digits of every byte.
+inline constexpr auto kHexPairs = [] {
+  constexpr std::string_view kHex = "0123456789abcdef";
+  std::array<std::array<char, 2>, 256> pairs{};
+  for (std::size_t i = 0; i < 256; ++i) pairs[i] = {kHex[i >> 4], kHex[i & 15]};
+  return pairs;
+}();
+
 struct Shared {
   Metrics& metrics;
   Ejector& ejector;
   Admission& admission;
   BodyBudget& body_budget;
   std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
+  std::string via_line = "Via: 1.1 " + instance + "\r\n";
 };
 
 // A snapshot in use by one worker, counted without atomics: exchanges hold on to the one they began with.
@@ -141,11 +152,10 @@ struct Core {
       id.assign(value_of(base, *row));
       return;
     }
-    constexpr std::string_view kHex = "0123456789abcdef";
     id.resize(32);
     for (std::size_t i = 0; i < 32; i += 16) {
       std::uint64_t bits = random.next();
-      for (std::size_t j = 0; j < 16; ++j, bits >>= 4) id[i + j] = kHex[bits & 15];
+      for (std::size_t j = 0; j < 16; j += 2, bits >>= 8) std::memcpy(&id[i + j], kHexPairs[bits & 255].data(), 2);
     }
   }
 

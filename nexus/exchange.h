@@ -38,6 +38,7 @@ inline constexpr std::array<Endpoint, 3> kEndpoints{{
 constexpr std::size_t kMaxModelBytes = 256;  // of an asked name that is kept for the log
 constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
 constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
+constexpr Ns kLookAgain = 100 * kMillisecond;     // from the queue, at what was ejected
 constexpr std::uint32_t kReadsPerTurn = 16;       // of one answer, before others get their turn
 constexpr std::uint32_t kBytesPerToken = 4;       // for the estimate of a prompt's length
 
@@ -98,6 +99,7 @@ class Exchange {
     append_own_error(core_.text, refusal, message, answer, true, param);
     sent_bytes_ += core_.text.size() - (core_.text.find("\r\n\r\n") + 4);
     if (!client_.write(core_.net, core_.blocks, core_.text)) return client_left();
+    status_sent_ = true;
     finish();
   }
 
@@ -129,7 +131,9 @@ class Exchange {
     record_.disconnect = state_ == State::reading ? DisconnectPhase::request
                          : waiting                ? DisconnectPhase::waiting
                                                   : DisconnectPhase::streaming;
-    if (record_.status == 0) record_.status = 499;
+    if (!status_sent_) record_.status = 499;
+    // A FIN is the proper end of a body without length: it must not follow half of one.
+    cut_ = state_ == State::streaming && client_framing_.kind == Framing::Kind::until_close;
     record_.error = ErrorType::client_closed;
     if (state_ == State::streaming) note_usage();
     end_attempt(AttemptOutcome::cancelled);
@@ -168,7 +172,7 @@ class Exchange {
 
   void on_deadline() {
     switch (state_) {
-      case State::queued: return on_queue_timeout();
+      case State::queued: return on_queue_deadline();
       case State::connecting:
       case State::sending:
       case State::awaiting: return fail_attempt(AttemptOutcome::timeout, Refusal::backend_timeout);
@@ -199,7 +203,8 @@ class Exchange {
     request_deadline_ = deadline_ = kNever;
     sent_bytes_ = 0;
     first_body_ns_ = ended_ns_ = -1;
-    cut_ = cut_short_ = false;
+    cut_ = cut_short_ = status_sent_ = false;
+    blocked_bytes_ = 0;
     stale_retry_ = false;
     asked_.clear();
     retry_reason_ = {};
@@ -236,6 +241,7 @@ class Exchange {
 
   // 404 with what could be asked for instead, as far as it fits into a sentence.
   void refuse_unknown_model() {
+    if (snapshot_->discovering) return refuse(Refusal::no_healthy_backend, true);
     constexpr std::size_t kListedBytes = 1024;
     std::vector<std::string_view> names;
     for (const auto& [name, entry] : snapshot_->models) {
@@ -290,12 +296,22 @@ class Exchange {
         return refuse(Refusal::queue_full, true);
     }
     state_ = State::queued;
-    deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
+    queue_deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
+    arm_queue_deadline();
   }
 
-  void on_queue_timeout() {
+  void arm_queue_deadline() {
+    deadline_ = queue_deadline_;
+    if (selection_.passed_over_ejected()) deadline_ = std::min(deadline_, core_.now + kLookAgain);
+  }
+
+  void on_queue_deadline() {
     on_grant();  // it may have come just now
     if (state_ != State::queued) return;
+    if (core_.now < std::min(queue_deadline_, request_deadline_)) {
+      if (const auto next = selection_.look_again()) return follow(*next);
+      return arm_queue_deadline();
+    }
     core_.slab.queue_rejected(QueueRejection::timeout);
     core_.slab.limit_hit(Limit::queue_timeout);
     refuse(Refusal::queue_timeout, true);
@@ -319,7 +335,7 @@ class Exchange {
     remove_usage_event_ = asks_for_usage(*backend_, facts_, record_.stream);
     const std::string& model = *selection_.choice().model_name;
     compose_request(own_, image_, request_, facts_, *backend_, model == entry_->name ? std::string_view() : model,
-                    remove_usage_event_, request_id_, core_.shared.instance);
+                    remove_usage_event_, request_id_, core_.shared.via_line);
     image_sent_ = 0;
     upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_);
     if (upstream_ == nullptr) return connect();
@@ -500,15 +516,16 @@ class Exchange {
     record_.stream = sse && head.status / 100 == 2;
     sse_ = sse;
     answer_body_.start(head.framing);
-    const UsageScan::Kind scan = scan_kind(head, data);
-    remove_usage_event_ = remove_usage_event_ && scan == UsageScan::Kind::event_stream;
-    scan_.start(scan, remove_usage_event_);
+    scan_kind_ = scan_kind(head, data);
+    remove_usage_event_ = remove_usage_event_ && scan_kind_ == UsageScan::Kind::event_stream;
+    scan_.start(scan_kind_, remove_usage_event_);
+    whole_usage_ = Usage{};
     client_framing_ = client_framing(head);
     std::string& out = core_.text;
     out.clear();
     write_route_reason();
     ClientHead to;
-    to.backend = backend_->name;
+    to.backend_line = backend_->answer_line;
     to.request_id = request_id_;
     to.route_reason = reason_;
     if (selection_.choice().fallback) to.fallback_model = *selection_.choice().model_name;
@@ -516,7 +533,7 @@ class Exchange {
     to.http_1_0 = http_1_0_;
     if (client_framing_.kind == Framing::Kind::until_close) keep_alive_ = false;
     to.keep_alive = keep_alive_;
-    append_response_head(out, HeadView{data, answer_fields_.get()}, head, to);
+    append_response_head(out, HeadView{data, answer_fields_.get(), head.head_bytes}, head, to);
     note_stall_deadline();
     relay(out, data + head.head_bytes, bytes - head.head_bytes);
     // What is only needed to try again, or to read a head, is given back before a long stream.
@@ -558,8 +575,12 @@ class Exchange {
     const bool chunked = client_framing_.kind == Framing::Kind::chunked;
     AnswerBody::Piece piece = answer_body_.feed(data, bytes);
     if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = core_.now;
-    UsageScan::Out out;
-    if (!scan_.feed(core_.blocks, core_.json, piece.data, piece.bytes, out)) return out_of_memory();
+    UsageScan::Out out{{}, {piece.data, piece.bytes}};
+    if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
+      whole_usage_ = core_.json.read_answer(piece.data, piece.bytes);  // the usual case: all came in one piece
+    } else if (!scan_.feed(core_.blocks, core_.json, piece.data, piece.bytes, out)) {
+      return out_of_memory();
+    }
     ClientWrite write;
     write.add(head);
     write.add_payload(chunked, out.held, out.piece);
@@ -595,7 +616,7 @@ class Exchange {
   // The answer is whole: the connection goes back, and the client gets the end.
   void end_of_answer(ClientWrite& write, bool excess) {
     note_usage();
-    record_.without_usage = answer_status_ / 100 == 2 && !scan_.usage().told();
+    record_.without_usage = answer_status_ / 100 == 2 && !usage().told();
     if (!send_to_client(write)) return client_left();
     const Ns sent_ns = core_.net.now();
     note_overhead(sent_ns);
@@ -609,7 +630,9 @@ class Exchange {
 
   bool send_to_client(ClientWrite& write) {
     sent_bytes_ += write.payload_bytes();
-    return client_.write(core_.net, core_.blocks, write.parts());
+    const bool written = client_.write(core_.net, core_.blocks, write.parts());
+    status_sent_ |= written;
+    return written;
   }
 
   // The answer's first bytes went on at `sent_ns`.
@@ -622,7 +645,7 @@ class Exchange {
   void note_usage() {
     if (answer_status_ / 100 != 2) return;
     last_body_ns_ = core_.now;
-    const Usage& usage = scan_.usage();
+    const Usage& usage = this->usage();
     record_.prompt_tokens = usage.prompt_tokens;
     record_.completion_tokens = usage.completion_tokens;
     if (record_.stream && first_body_ns_ >= 0) {
@@ -633,10 +656,12 @@ class Exchange {
     }
   }
 
+  const Usage& usage() const { return whole_usage_.told() ? whole_usage_ : scan_.usage(); }
+
   // The backend's connection ended.
   void on_upstream_end(bool broken) {
     if (state_ == State::streaming) {
-      if (answer_body_.ends_with_connection() && !broken) {
+      if (answer_body_.ends_with_connection() && !broken && !send_failed_) {
         answer_keep_alive_ = false;
         return end_of_held_answer(false);
       }
@@ -758,10 +783,16 @@ class Exchange {
     note_write_deadline();
   }
 
-  void note_write_deadline() { deadline_ = deadline_after(core_.now, core_.settings().server.write_timeout_ns); }
+  // The client's time to take something runs anew only where it took something.
+  void note_write_deadline() {
+    if (client_.pending() == blocked_bytes_) return;
+    blocked_bytes_ = client_.pending();
+    deadline_ = deadline_after(core_.now, core_.settings().server.write_timeout_ns);
+  }
   void note_stall_deadline() {
-    deadline_ = client_.pending() > 0 ? deadline_after(core_.now, core_.settings().server.write_timeout_ns)
-                                      : deadline_after(core_.now, snapshot_->settings->upstream.stall_timeout_ns);
+    if (client_.pending() > 0) return note_write_deadline();
+    blocked_bytes_ = 0;
+    deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.stall_timeout_ns);
   }
 
   // The one place where a request is counted.
@@ -825,6 +856,7 @@ class Exchange {
   Ns complete_ns_ = 0;  // when its body was whole
   Ns deadline_ = kNever;
   Ns request_deadline_ = kNever;
+  Ns queue_deadline_ = kNever;
   bool http_1_0_ = false;
   bool keep_alive_ = true;
 
@@ -855,6 +887,8 @@ class Exchange {
   // Of the answer on its way to the client.
   AnswerBody answer_body_;
   UsageScan scan_;
+  UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
+  Usage whole_usage_;  // of an answer that was read whole, without the scan
   Framing client_framing_;
   std::uint16_t answer_status_ = 0;
   bool answer_keep_alive_ = false;
@@ -862,6 +896,8 @@ class Exchange {
   bool overhead_noted_ = false;
   bool cut_ = false;
   bool cut_short_ = false;
+  bool status_sent_ = false;       // its first byte was written
+  std::size_t blocked_bytes_ = 0;  // what waited for the client when its deadline was set
   std::uint64_t sent_bytes_ = 0;
   Ns first_body_ns_ = -1;
   Ns last_body_ns_ = -1;

@@ -69,12 +69,24 @@ namespace detail {
 
 constexpr std::string_view kNexusPrefix = "x-nexus-";
 
-// A set of the lengths of all recognised names: most fields are told apart from them by length alone.
-constexpr std::uint32_t recognised_lengths() {
-  std::uint32_t set = 0;
-  for (const FieldName& row : kFieldNames) set |= 1u << row.name.size();
-  return set;
+// The rows of kFieldNames by length and first letter: a name is compared with one of them, or with none.
+constexpr std::size_t kLongestName = 20;
+
+struct FieldIndex {
+  std::array<std::array<std::uint8_t, 26>, kLongestName> row{};  // 1 + the row's number; 0: none
+};
+
+constexpr FieldIndex make_field_index() {
+  FieldIndex index;
+  for (std::size_t i = 0; i < kFieldNames.size(); ++i) {
+    const std::string_view name = kFieldNames[i].name;
+    std::uint8_t& slot = index.row[name.size()][static_cast<std::size_t>(name[0] - 'a')];
+    if (slot != 0) throw "two recognised names of one length and first letter";  // at compile time only
+    slot = static_cast<std::uint8_t>(i + 1);
+  }
+  return index;
 }
+inline constexpr FieldIndex kFieldIndex = make_field_index();
 
 inline bool equals_dashed(std::string_view name, std::string_view lower) {
   if (name.size() != lower.size()) return false;
@@ -86,16 +98,16 @@ inline bool equals_dashed(std::string_view name, std::string_view lower) {
 }
 
 inline Field classify_dashed(std::string_view name) {
-  if (name.size() > kNexusPrefix.size() && equals_dashed(name.substr(0, kNexusPrefix.size()), kNexusPrefix)) {
+  const auto letter = static_cast<unsigned char>((name[0] | 0x20) - 'a');
+  if (letter >= 26) return Field::other;
+  if (letter == 'x' - 'a' && name.size() >= kNexusPrefix.size() &&
+      equals_dashed(name.substr(0, kNexusPrefix.size()), kNexusPrefix)) {
     return Field::x_nexus;
   }
-  if (name.size() >= 32 || (recognised_lengths() >> name.size() & 1u) == 0) return Field::other;
-  for (const FieldName& row : kFieldNames) {
-    // The first letters differ for most rows: no call for them.
-    const char first = name[0] == '_' ? '-' : to_lower(name[0]);
-    if (row.name.size() == name.size() && row.name[0] == first && equals_dashed(name, row.name)) return row.field;
-  }
-  return Field::other;
+  if (name.size() >= kLongestName) return Field::other;
+  const std::uint8_t row = kFieldIndex.row[name.size()][letter];
+  if (row == 0 || !equals_dashed(name, kFieldNames[row - 1u].name)) return Field::other;
+  return kFieldNames[row - 1u].field;
 }
 
 }  // namespace detail
@@ -103,8 +115,8 @@ inline Field classify_dashed(std::string_view name) {
 inline Field classify_field(std::string_view name) {
   if (name.empty()) return Field::other;
   const Field field = detail::classify_dashed(name);
-  if (field != Field::other && name.find('_') != std::string_view::npos) return Field::underscore_twin;
-  return field;
+  if (field == Field::other) return field;
+  return name.find('_') == std::string_view::npos ? field : Field::underscore_twin;
 }
 
 // RFC 9110 7.6.1: meant for the next hop alone. (Content-Length is framing, not hop-by-hop, and is written anew too.)
@@ -137,6 +149,9 @@ struct FieldRow {
 struct FieldTable {
   std::array<FieldRow, kMaxFields> rows;
   std::uint32_t count = 0;
+  std::uint32_t seen = 0;  // a bit for each kind of field in it: most questions end there
+
+  bool has(Field field) const { return (seen >> static_cast<unsigned>(field) & 1u) != 0; }
 
   const FieldRow* begin() const { return rows.data(); }
   const FieldRow* end() const { return rows.data() + count; }

@@ -6,6 +6,9 @@
 // Threads:  pure functions over buffers of the caller.
 #pragma once
 
+#include <cassert>
+#include <charconv>
+#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -21,11 +24,50 @@ constexpr std::string_view kVersion = "0.1.0";
 struct HeadView {
   const char* base = nullptr;
   const FieldTable* fields = nullptr;
+  std::size_t head_bytes = 0;
 };
 
 namespace detail {
 
-// The values of the Connection fields that name other fields, so that most heads need no second look.
+// Writes into room that the caller has measured: no check and no call for each piece.
+class Cursor {
+ public:
+  // `most` bytes at most will be added behind what `out` holds.
+  Cursor(std::string& out, std::size_t most) : out_(out) {
+    const std::size_t held = out.size();
+    out.resize(held + most);
+    at_ = out.data() + held;
+  }
+  ~Cursor() {
+    const auto written = static_cast<std::size_t>(at_ - out_.data());
+    assert(written <= out_.size());
+    out_.resize(written);
+  }
+  Cursor(const Cursor&) = delete;
+  Cursor& operator=(const Cursor&) = delete;
+
+  template <std::size_t N>
+  Cursor& add(const char (&literal)[N]) {
+    std::memcpy(at_, literal, N - 1);
+    at_ += N - 1;
+    return *this;
+  }
+  Cursor& add(std::string_view text) {
+    std::memcpy(at_, text.data(), text.size());
+    at_ += text.size();
+    return *this;
+  }
+  Cursor& number(std::uint64_t value) {
+    at_ = std::to_chars(at_, at_ + 20, value).ptr;
+    return *this;
+  }
+
+ private:
+  std::string& out_;
+  char* at_;
+};
+
+// Whether a Connection field names other fields; most heads need no second look.
 inline bool names_fields(std::string_view connection) {
   while (!connection.empty()) {
     const std::string_view element = next_list_element(connection);
@@ -37,6 +79,7 @@ inline bool names_fields(std::string_view connection) {
 }
 
 inline bool any_connection_names(const HeadView& head) {
+  if (!head.fields->has(Field::connection)) return false;
   for (const FieldRow& row : *head.fields) {
     if (row.field == Field::connection && names_fields(value_of(head.base, row))) return true;
   }
@@ -54,20 +97,39 @@ inline void append_field(std::string& out, std::string_view name, std::string_vi
   out.append(name).append(": ").append(value).append("\r\n");
 }
 
-// Appends the end-to-end fields that `keep` lets through.
-template <class Keep>
-void append_end_to_end(std::string& out, const HeadView& head, Keep&& keep) {
-  const bool connection_names = any_connection_names(head);
-  for (const FieldRow& row : *head.fields) {
-    if (is_hop_by_hop(row.field) || row.field == Field::content_length || row.field == Field::x_nexus ||
-        row.field == Field::x_request_id || row.field == Field::underscore_twin || !keep(row.field)) {
-      continue;
+// What stays behind in both directions: hop-by-hop fields, framing, and what only Nexus says.
+constexpr std::uint32_t kLeftBehind = [] {
+  std::uint32_t set = 0;
+  for (std::uint32_t i = 0; i <= static_cast<std::uint32_t>(Field::underscore_twin); ++i) {
+    const Field field{static_cast<std::uint8_t>(i)};
+    if (is_hop_by_hop(field) || field == Field::content_length || field == Field::x_nexus ||
+        field == Field::x_request_id || field == Field::underscore_twin) {
+      set |= 1u << i;
     }
-    const std::string_view name = name_of(head.base, row);
-    if (connection_names && row.field == Field::other && named_by_connection(head, name)) continue;
-    append_field(out, name, value_of(head.base, row));
   }
+  return set;
+}();
+
+constexpr std::uint32_t bit_of(Field field) { return 1u << static_cast<unsigned>(field); }
+
+// Adds the end-to-end fields but for those in `left_behind`. Lines that stand together go as one piece: each was seen
+// to be `name: value` and nothing else.
+inline void add_end_to_end(Cursor& out, const HeadView& head, std::uint32_t left_behind) {
+  const FieldTable& fields = *head.fields;
+  const bool connection_names = any_connection_names(head);
+  std::size_t run_from = fields.count > 0 ? fields.rows[0].name_at : 0;
+  for (std::uint32_t i = 0; i < fields.count; ++i) {
+    const FieldRow& row = fields.rows[i];
+    bool leave = (left_behind >> static_cast<unsigned>(row.field) & 1u) != 0;
+    if (connection_names && row.field == Field::other) leave = named_by_connection(head, name_of(head.base, row));
+    if (!leave) continue;
+    out.add(std::string_view(head.base + run_from, row.name_at - run_from));
+    run_from = i + 1 < fields.count ? fields.rows[i + 1].name_at : head.head_bytes - 2;
+  }
+  if (fields.count > 0) out.add(std::string_view(head.base + run_from, head.head_bytes - 2 - run_from));
 }
+
+constexpr std::size_t kOwnLinesBytes = 256;  // the fixed texts and numbers of a head of ours, with room to spare
 
 }  // namespace detail
 
@@ -75,32 +137,29 @@ struct UpstreamHead {
   std::string_view method;
   std::string_view target;
   std::string_view base_path;
-  std::string_view host;
-  std::string_view authorization;  // of the backend's own key; empty: none
-  bool pass_authorization = true;  // the client's own, where the backend has no key
+  std::string_view backend_lines;  // Host, and Authorization where the backend has a key: whole lines
+  bool pass_authorization = true;  // the client's own goes on
   std::string_view request_id;
-  std::string_view via;  // this instance's name in Via
+  std::string_view via_line;
   std::uint64_t content_length = 0;
 };
 
 // Accept-Encoding stays behind too: a compressed answer could not be counted.
 inline void append_request_head(std::string& out, const HeadView& client, const UpstreamHead& to) {
-  out.append(to.method).append(" ").append(to.base_path).append(to.target).append(" HTTP/1.1\r\n");
-  detail::append_field(out, "Host", to.host);
-  const bool client_key = to.pass_authorization && to.authorization.empty();
-  detail::append_end_to_end(out, client, [client_key](Field field) {
-    if (field == Field::authorization) return client_key;
-    return field != Field::host && field != Field::expect && field != Field::accept_encoding;
-  });
-  if (!to.authorization.empty()) detail::append_field(out, "Authorization", to.authorization);
-  detail::append_field(out, "X-Request-Id", to.request_id);
-  out.append("Via: 1.1 ").append(to.via).append("\r\n");
-  detail::append_field(out, "Content-Length", Digits(to.content_length).view());
-  out.append("\r\n");
+  using detail::bit_of;
+  std::uint32_t left_behind =
+      detail::kLeftBehind | bit_of(Field::host) | bit_of(Field::expect) | bit_of(Field::accept_encoding);
+  if (!to.pass_authorization) left_behind |= bit_of(Field::authorization);
+  detail::Cursor cursor(out, client.head_bytes + to.base_path.size() + to.backend_lines.size() + to.request_id.size() +
+                                 to.via_line.size() + detail::kOwnLinesBytes);
+  cursor.add(to.method).add(" ").add(to.base_path).add(to.target).add(" HTTP/1.1\r\n").add(to.backend_lines);
+  detail::add_end_to_end(cursor, client, left_behind);
+  cursor.add("X-Request-Id: ").add(to.request_id).add("\r\n").add(to.via_line);
+  cursor.add("Content-Length: ").number(to.content_length).add("\r\n\r\n");
 }
 
 struct ClientHead {
-  std::string_view backend;
+  std::string_view backend_line;  // X-Nexus-Backend, the whole line
   std::string_view request_id;
   std::string_view route_reason;
   std::string_view fallback_model;  // empty: no fallback
@@ -109,30 +168,27 @@ struct ClientHead {
   bool keep_alive = true;
 };
 
-inline void append_connection(std::string& out, bool http_1_0, bool keep_alive) {
-  if (!keep_alive) {
-    out.append("Connection: close\r\n");
-  } else if (http_1_0) {
-    out.append("Connection: keep-alive\r\n");
-  }
+inline std::string_view connection_line(bool http_1_0, bool keep_alive) {
+  if (!keep_alive) return "Connection: close\r\n";
+  return http_1_0 ? "Connection: keep-alive\r\n" : "";
 }
 
 inline void append_response_head(std::string& out, const HeadView& answer, const ResponseHead& head,
                                  const ClientHead& to) {
-  out.append("HTTP/1.1 ").append(Digits(head.status).view()).append(" ");
-  out.append(answer.base + head.reason_at, head.reason_bytes).append("\r\n");
-  detail::append_end_to_end(out, answer, [](Field) { return true; });
-  detail::append_field(out, "X-Nexus-Backend", to.backend);
-  detail::append_field(out, "X-Nexus-Route-Reason", to.route_reason);
-  if (!to.fallback_model.empty()) detail::append_field(out, "X-Nexus-Fallback-Model", to.fallback_model);
-  detail::append_field(out, "X-Request-Id", to.request_id);
-  append_connection(out, to.http_1_0, to.keep_alive);
+  detail::Cursor cursor(out, answer.head_bytes + to.backend_line.size() + to.request_id.size() +
+                                 to.route_reason.size() + to.fallback_model.size() + detail::kOwnLinesBytes);
+  cursor.add("HTTP/1.1 ").number(head.status).add(" ");
+  cursor.add(std::string_view(answer.base + head.reason_at, head.reason_bytes)).add("\r\n");
+  detail::add_end_to_end(cursor, answer, detail::kLeftBehind);
+  cursor.add(to.backend_line).add("X-Nexus-Route-Reason: ").add(to.route_reason).add("\r\n");
+  if (!to.fallback_model.empty()) cursor.add("X-Nexus-Fallback-Model: ").add(to.fallback_model).add("\r\n");
+  cursor.add("X-Request-Id: ").add(to.request_id).add("\r\n").add(connection_line(to.http_1_0, to.keep_alive));
   if (to.framing.kind == Framing::Kind::length) {
-    detail::append_field(out, "Content-Length", Digits(to.framing.length).view());
+    cursor.add("Content-Length: ").number(to.framing.length).add("\r\n");
   } else if (to.framing.kind == Framing::Kind::chunked) {
-    out.append("Transfer-Encoding: chunked\r\n");
+    cursor.add("Transfer-Encoding: chunked\r\n");
   }
-  out.append("\r\n");
+  cursor.add("\r\n");
 }
 
 // How an answer of Nexus's own leaves.
@@ -155,7 +211,7 @@ inline void append_own_head(std::string& out, const OwnAnswer& answer, std::size
   if (answer.status == 401) out.append("WWW-Authenticate: Bearer\r\n");  // RFC 9110 15.5.2 asks for it
   if (answer.retry_after_s > 0) detail::append_field(out, "Retry-After", Digits(answer.retry_after_s).view());
   if (!answer.request_id.empty()) detail::append_field(out, "X-Request-Id", answer.request_id);
-  append_connection(out, answer.http_1_0, answer.keep_alive);
+  out.append(connection_line(answer.http_1_0, answer.keep_alive));
   out.append("\r\n");
 }
 

@@ -9,6 +9,7 @@
 
 #include <llhttp.h>
 
+#include <array>
 #include <cassert>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +72,7 @@ inline std::string_view value_of(const char* base, const FieldRow& row) {
 
 // The first field of that kind, or nullptr.
 inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
+  if (!fields.has(wanted)) return nullptr;
   for (const FieldRow& row : fields) {
     if (row.field == wanted) return &row;
   }
@@ -94,10 +96,9 @@ class HeadScan {
     llhttp_init(&parser_, type, &settings());
     parser_.data = this;
     fields_ = fields;
-    fields_->count = 0;
+    fields_->count = fields_->seen = 0;
     text_at_ = text_bytes_ = 0;
     fed_ = 0;
-    in_value_ = false;
     overflow_ = false;
   }
 
@@ -130,17 +131,13 @@ class HeadScan {
       std::size_t from = at + row.name_bytes;
       if (base[from] != ':') return "white space before a colon";
       from += 1;
-      const char* line_end = static_cast<const char*>(std::memchr(base + from, '\r', head_bytes - from));
-      if (line_end == nullptr || line_end[1] != '\n') return "a line end that is not CRLF";
-      const std::size_t to = static_cast<std::size_t>(line_end - base);
-      if (std::memchr(base + from, '\n', to - from) != nullptr) return "a line end that is not CRLF";
+      const std::size_t to = find_control(base, from, head_bytes);
+      if (to + 1 >= head_bytes || base[to] != '\r' || base[to + 1] != '\n') return "a line end that is not CRLF";
       const std::string_view value = trim_blanks({base + from, to - from});
-      if (row.value_bytes != 0 && (row.value_at < from || row.value_at + row.value_bytes > to)) {
-        return "a folded header line";
-      }
       row.value_at = static_cast<std::uint32_t>(value.data() - base);
       row.value_bytes = static_cast<std::uint32_t>(value.size());
       row.field = classify_field({base + row.name_at, row.name_bytes});
+      fields_->seen |= 1u << static_cast<unsigned>(row.field);
       at = to + 2;
     }
     if (at + 2 != head_bytes || base[at] != '\r' || base[at + 1] != '\n') return "the head does not end in CRLF CRLF";
@@ -161,31 +158,23 @@ class HeadScan {
     scan.text_bytes_ += static_cast<std::uint32_t>(bytes);
     return 0;
   }
+  // A name may come in pieces; values are found by check_lines(), which would have to look at them anyway.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
     FieldTable& fields = *scan.fields_;
-    if (fields.count == 0 || scan.in_value_) {
-      if (fields.count == kMaxFields) {
-        scan.overflow_ = true;
-        return -1;
+    const std::uint32_t from = scan.offset(at);
+    if (fields.count > 0) {
+      FieldRow& last = fields.rows[fields.count - 1];
+      if (last.name_at + last.name_bytes == from) {
+        last.name_bytes += static_cast<std::uint32_t>(bytes);
+        return 0;
       }
-      fields.rows[fields.count++] = FieldRow{scan.offset(at), 0, 0, 0, Field::other};
-      scan.in_value_ = false;
     }
-    fields.rows[fields.count - 1].name_bytes += static_cast<std::uint32_t>(bytes);
-    return 0;
-  }
-  static int on_name_complete(llhttp_t* parser) {
-    self(parser).in_value_ = true;
-    return 0;
-  }
-  static int on_value(llhttp_t* parser, const char* at, std::size_t bytes) {
-    HeadScan& scan = self(parser);
-    if (bytes == 0) return 0;
-    FieldRow& row = scan.fields_->rows[scan.fields_->count - 1];
-    if (row.value_bytes == 0) row.value_at = scan.offset(at);
-    // From the first byte to the last: where a fold lies between, check_lines() finds the span past its line.
-    row.value_bytes = scan.offset(at) + static_cast<std::uint32_t>(bytes) - row.value_at;
+    if (fields.count == kMaxFields) {
+      scan.overflow_ = true;
+      return -1;
+    }
+    fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     return 0;
   }
   static int on_head_complete(llhttp_t*) { return HPE_PAUSED; }
@@ -197,8 +186,6 @@ class HeadScan {
       s.on_url = on_text;
       s.on_status = on_text;
       s.on_header_field = on_name;
-      s.on_header_field_complete = on_name_complete;
-      s.on_header_value = on_value;
       s.on_headers_complete = on_head_complete;
       return s;
     }();
@@ -211,7 +198,6 @@ class HeadScan {
   std::size_t fed_ = 0;
   std::uint32_t text_at_ = 0;
   std::uint32_t text_bytes_ = 0;
-  bool in_value_ = false;
   bool overflow_ = false;
 };
 
@@ -226,8 +212,10 @@ struct LengthFields {
 
 inline LengthFields read_length_fields(const char* base, const FieldTable& fields, bool http_1_0) {
   LengthFields out;
+  if (!fields.has(Field::content_length) && !fields.has(Field::transfer_encoding)) return out;
   bool has_coding = false;
   for (const FieldRow& row : fields) {
+    if (row.field != Field::content_length && row.field != Field::transfer_encoding) continue;
     const std::string_view value = value_of(base, row);
     if (row.field == Field::content_length) {
       if (out.has_length) out.malformed = "Content-Length twice";
@@ -235,7 +223,7 @@ inline LengthFields read_length_fields(const char* base, const FieldTable& field
       const auto length = parse_decimal(value);
       if (!length) out.malformed = "Content-Length is not a number";
       out.length = length.value_or(0);
-    } else if (row.field == Field::transfer_encoding) {
+    } else {
       if (has_coding) out.malformed = "Transfer-Encoding twice";
       has_coding = true;
       out.chunked = equals_ignoring_case(value, "chunked");
@@ -260,6 +248,7 @@ inline LengthFields read_length_fields(const char* base, const FieldTable& field
 
 // RFC 9112 9.3: HTTP/1.1 stays open unless told to close, HTTP/1.0 closes unless told to stay.
 inline bool wants_keep_alive(const char* base, const FieldTable& fields, bool http_1_0) {
+  if (!fields.has(Field::connection)) return !http_1_0;
   bool close = false;
   bool keep = false;
   for (const FieldRow& row : fields) {
@@ -301,18 +290,27 @@ inline const char* check_host(std::string_view host) {
   return nullptr;
 }
 
-// Origin form (RFC 9112 3.2.1) of visible ASCII, and nothing that another reader could see a second meaning in.
+// What may stand in a target as it is: visible ASCII but for the characters that RFC 3986 excludes, `#` and `\\`.
+constexpr std::array<bool, 256> make_target_bytes() {
+  std::array<bool, 256> plain{};
+  for (std::size_t c = 0x21; c < 0x7f; ++c) plain[c] = true;
+  for (const char c : std::string_view("#\\\"<>^`{|}")) plain[static_cast<unsigned char>(c)] = false;
+  return plain;
+}
+inline constexpr std::array<bool, 256> kTargetBytes = make_target_bytes();
+
+// Origin form (RFC 9112 3.2.1), and nothing that another reader could see a second meaning in.
 inline const char* check_target(std::string_view target) {
   if (target.empty() || target[0] != '/') return "the target is not an absolute path";
-  for (std::size_t i = 0; i < target.size(); ++i) {
-    const unsigned char c = static_cast<unsigned char>(target[i]);
-    if (c <= 0x20 || c >= 0x7f || c == '#' || c == '\\' || c == '"' || c == '<' || c == '>' || c == '^' || c == '`' ||
-        c == '{' || c == '|' || c == '}') {
-      return "a byte in the target that must be escaped";
-    }
-    if (c != '%') continue;
+  bool escapes = false;
+  for (const char c : target) {
+    if (!kTargetBytes[static_cast<unsigned char>(c)]) return "a byte in the target that must be escaped";
+    escapes |= c == '%';
+  }
+  if (!escapes) return nullptr;
+  const auto is_hex = [](char h) { return is_digit(h) || (to_lower(h) >= 'a' && to_lower(h) <= 'f'); };
+  for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
     const std::string_view hex = target.substr(i + 1, 2);
-    const auto is_hex = [](char h) { return is_digit(h) || (to_lower(h) >= 'a' && to_lower(h) <= 'f'); };
     if (hex.size() != 2 || !is_hex(hex[0]) || !is_hex(hex[1])) return "a broken escape in the target";
     if (hex[0] < '2' || hex == "7f" || hex == "7F") return "a control character in the target";
   }
@@ -349,6 +347,7 @@ class RequestReader {
     const std::string_view line_end(base + version_at, 10);
     if (line_end != "HTTP/1.1\r\n" && line_end != "HTTP/1.0\r\n") return bad("the version is not HTTP/1.1 or HTTP/1.0");
     if (const char* why = scan_.check_lines(base, version_at + 10, result.head_bytes)) return bad(why);
+    if (head.method == HTTP_CONNECT) return bad("CONNECT asks for a tunnel");
     if (const char* why = detail::check_target({base + head.target_at, head.target_bytes})) return bad(why);
     return read_meaning(base, head, result);
   }
@@ -373,7 +372,8 @@ class RequestReader {
     }
     if (hosts > 1) return bad("Host twice");
     if (hosts == 0 && !head.http_1_0) return bad("no Host");
-    head.keep_alive = detail::wants_keep_alive(base, *fields_, head.http_1_0);
+    // Behind a body in an unknown coding nobody knows where the next request begins.
+    head.keep_alive = !lengths.unknown_coding && detail::wants_keep_alive(base, *fields_, head.http_1_0);
     if (lengths.chunked) {
       head.framing = {Framing::Kind::chunked, 0};
     } else if (lengths.has_length && lengths.length > 0) {

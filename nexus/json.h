@@ -130,6 +130,24 @@ class JsonReader {
     return usage;
   }
 
+  // The `usage` of a whole answer; the last one counts, as in a stream.
+  Usage read_answer(const char* text, std::size_t bytes) {
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    Usage usage;
+    if (iterate(text, bytes, document) || document.get_object().get(object)) return usage;
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || key_of(field, key)) return usage;
+      simdjson::ondemand::object counts;
+      if (key != "usage" || field.value().get_object().get(counts)) continue;
+      usage = Usage{};
+      read_usage_members(counts, usage);
+    }
+    return usage;
+  }
+
   // One event of a completion stream: its last `usage`, and whether it is the extra one that carries nothing else
   // (`choices` is an empty list).
   struct StreamEvent {

@@ -43,9 +43,10 @@ struct BackendView {
   std::string name;
   BackendKind kind = BackendKind::generic;
   std::optional<Address> address;  // nothing while its host name is not resolved
-  std::string host;                // the Host field: host[:port]
   std::string base_path;
-  std::string authorization;  // `Bearer …`, or empty
+  std::string request_lines;  // of every request to it: Host, and Authorization where it has a key
+  std::string answer_line;    // of every answer of it: X-Nexus-Backend
+  bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
   bool ask_usage = false;
@@ -76,6 +77,7 @@ struct Snapshot {
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
   bool any_vision_stated = false;  // some backend states which of its models see images
+  bool discovering = false;        // some backend was not asked yet: a model that is not here may still turn up
   std::string models_page;         // what GET /v1/models answers, made once for all who ask
 
   const ModelEntry* find(std::string_view model) const {
@@ -138,6 +140,7 @@ class Registry {
 
   const Settings& settings() const { return *settings_; }
   std::vector<Backend>& backends() { return backends_; }
+  const std::vector<Backend>& backends() const { return backends_; }
   const ModelNames& model_names() const { return models_; }
   const BackendNames& backend_names() const { return backend_names_; }
 
@@ -195,6 +198,7 @@ class Registry {
     for (const Backend& backend : backends_) {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
+      made->discovering |= backend.health == Health::unknown && backend.models().empty();
     }
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {
       for (const std::string& model : backends_[i].models()) {
@@ -260,9 +264,11 @@ class Registry {
     view.name = from.name;
     view.kind = from.kind;
     view.address = backend.address;
-    view.host = host_of(from);
     view.base_path = from.base_path;
-    if (!from.api_key.empty()) view.authorization = "Bearer " + from.api_key;
+    view.has_key = !from.api_key.empty();
+    view.request_lines = "Host: " + host_of(from) + "\r\n";
+    if (view.has_key) view.request_lines += "Authorization: Bearer " + from.api_key + "\r\n";
+    view.answer_line = "X-Nexus-Backend: " + from.name + "\r\n";
     view.priority = from.priority;
     view.max_pending = from.max_pending;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||

@@ -137,7 +137,7 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
 // the client's own; empty else.
 inline void compose_request(std::string& own, RequestImage& image, const RequestView& request, const BodyFacts& facts,
                             const BackendView& backend, std::string_view model, bool ask_usage,
-                            std::string_view request_id, std::string_view instance) {
+                            std::string_view request_id, std::string_view via_line) {
   BodyEdits edits;
   std::string model_json;
   if (!model.empty()) {
@@ -149,14 +149,13 @@ inline void compose_request(std::string& own, RequestImage& image, const Request
   head.method = llhttp_method_name(static_cast<llhttp_method_t>(request.head->method));
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
   head.base_path = backend.base_path;
-  head.host = backend.host;
-  head.authorization = backend.authorization;
-  head.pass_authorization = request.pass_authorization;
+  head.backend_lines = backend.request_lines;
+  head.pass_authorization = request.pass_authorization && !backend.has_key;
   head.request_id = request_id;
-  head.via = instance;
+  head.via_line = via_line;
   head.content_length = edits.length_after(request.body_bytes);
   own.clear();
-  append_request_head(own, HeadView{request.base, request.fields}, head);
+  append_request_head(own, HeadView{request.base, request.fields, request.head->head_bytes}, head);
   image.clear();
   image.add_own(0, own.size());
   // A small body is copied behind the head: one plain send costs less than a gathered one.

@@ -72,11 +72,14 @@ class Selection {
   // After all_full: waits for the first place on any of the full ones. `chosen` where one became free just now,
   // `nothing_left` where the queue is full too.
   Next wait_in_queue(Token owner) {
-    Admission::Place place;
-    switch (core_.shared.admission.enqueue(full_, core_.worker, owner, ticket_, place)) {
-      case Admission::Outcome::entered: return use(std::move(place));
-      case Admission::Outcome::full: return Next::nothing_left;
-      case Admission::Outcome::queued: break;
+    for (bool queued = false; !queued;) {
+      Admission::Place place;
+      switch (core_.shared.admission.enqueue(full_, core_.worker, owner, ticket_, place)) {
+        case Admission::Outcome::full: return Next::nothing_left;
+        case Admission::Outcome::queued: queued = true; break;
+        case Admission::Outcome::entered:
+          if (const Next next = use(std::move(place)); next != Next::all_full) return next;
+      }
     }
     queued_on_ = full_.front();
     queued_ns_ = core_.now;
@@ -91,6 +94,26 @@ class Selection {
     if (!place) return std::nullopt;
     leave_queue();
     return use(std::move(*place));
+  }
+
+  // Whether a candidate is left out because it is ejected: look_again() is to be asked now and then.
+  bool passed_over_ejected() const { return passed_over_ejected_; }
+
+  // While queued: what was ejected may be in order again. As next() where that gave a place; the turn is kept if not.
+  std::optional<Next> look_again() {
+    find_choices(core_.turn);
+    full_.clear();
+    for (const Choice& choice : core_.choices) {
+      const BackendView& backend = snapshot_->backends[choice.backend];
+      if (!may_try(choice) || !core_.shared.ejector.usable(backend.id, core_.now)) continue;
+      if (backend.max_pending == 0) {
+        leave_queue();
+        return pick();
+      }
+      full_.push_back(backend.id);
+    }
+    core_.shared.admission.renew(ticket_, full_);
+    return take_grant();
   }
 
   // Gives back whatever is held: the place, the trial, the place in the queue.
@@ -132,6 +155,7 @@ class Selection {
   // nothing else is left, not even a full one or a fallback.
   Next pick() {
     full_.clear();
+    passed_over_ejected_ = false;
     for (const bool last_resort : {false, true}) {
       for (const Choice& choice : core_.choices) {
         if (may_try(choice) && enter(choice, last_resort)) return Next::chosen;
@@ -143,7 +167,10 @@ class Selection {
 
   bool enter(const Choice& choice, bool last_resort) {
     const BackendView& backend = snapshot_->backends[choice.backend];
-    if (!last_resort && !core_.shared.ejector.usable(backend.id, core_.now)) return false;
+    if (!last_resort && !core_.shared.ejector.usable(backend.id, core_.now)) {
+      passed_over_ejected_ = true;
+      return false;
+    }
     Admission::Place place;
     if (!core_.shared.admission.try_enter(backend.id, backend.max_pending, place)) {
       full_.push_back(backend.id);
@@ -165,16 +192,20 @@ class Selection {
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
   }
 
-  // Goes to the backend that the place is on.
+  // Goes to the backend that the place is on. One that was ejected meanwhile frees its places fast because it fails:
+  // it must not drain the queue, so the request looks elsewhere first.
   Next use(Admission::Place place) {
     find_choices(core_.turn++);
     for (const Choice& choice : core_.choices) {
       const BackendId id = snapshot_->backends[choice.backend].id;
       if (id != place.backend() || !may_try(choice)) continue;
-      take(choice, std::move(place), core_.shared.ejector.enter(id, core_.now));
+      Ejector::Passage passage = core_.shared.ejector.enter(id, core_.now);
+      if (passage.closed()) break;
+      take(choice, std::move(place), std::move(passage));
       return Next::chosen;
     }
-    return Next::nothing_left;
+    place = Admission::Place();
+    return pick();
   }
 
   void leave_queue() {
@@ -200,6 +231,7 @@ class Selection {
   std::vector<BackendId> full_;    // candidates that had no place
   std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config_keys.h
   std::ptrdiff_t tried_count_ = 0;
+  bool passed_over_ejected_ = false;
   std::uint32_t primary_tries_ = 0;
   std::uint32_t fallback_tries_ = 0;
 };

@@ -25,8 +25,8 @@ constexpr std::uint8_t kAcceptTimerKind = 4;
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::uint32_t kAcceptsPerTurn = 64;
 constexpr std::uint32_t kClientReadsPerTurn = 32;
-constexpr std::size_t kMaxLingerBytes = 1u << 20;
-constexpr Ns kLingerTime = 2 * kSecond;
+constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
+constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kPageTime = 30 * kSecond;
 constexpr Ns kAcceptPause = 100 * kMillisecond;  // after a descriptor was not to be had
 
@@ -146,8 +146,8 @@ class Worker {
       return client_gone(session);
     }
     if (session.state == State::exchanging) {
-      if (event.hangup) return client_gone(session);
-      if (event.writable) session.exchange.resume();
+      if (event.writable) session.exchange.resume();  // first: its last byte may just have gone
+      if (event.hangup && session.exchange.active()) return client_gone(session);
     }
     drive(session);
   }
@@ -478,9 +478,11 @@ class Worker {
     const ServerSettings& server = core_.settings().server;
     if (head.refusal == HeadError::unknown_coding) return Refusal::unknown_coding;
     if (head.refusal == HeadError::bad_expectation) return Refusal::bad_expectation;
-    if (!is_authorized(server, HeadView{base, session.fields.get()})) return Refusal::unauthorized;
+    if (!is_authorized(server, HeadView{base, session.fields.get(), session.head.head_bytes}))
+      return Refusal::unauthorized;
     if (core_.draining) return Refusal::draining;
-    if (came_round(HeadView{base, session.fields.get()}, core_.shared.instance)) return Refusal::loop_detected;
+    if (came_round(HeadView{base, session.fields.get(), session.head.head_bytes}, core_.shared.instance))
+      return Refusal::loop_detected;
     if (head.framing.kind == Framing::Kind::length) {
       if (head.framing.length > server.max_body_bytes) {
         core_.slab.limit_hit(Limit::max_body);
@@ -584,7 +586,7 @@ class Worker {
       return answer_error(session, Refusal::method_not_allowed, "Allow: GET, HEAD\r\n");
     }
     if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(core_.settings().server, HeadView{base, session.fields.get()})) {
+        !is_authorized(core_.settings().server, HeadView{base, session.fields.get(), session.head.head_bytes})) {
       return answer_error(session, Refusal::unauthorized, {});
     }
     session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !core_.draining;
@@ -757,6 +759,7 @@ class Worker {
     if (session.exchange.active()) session.exchange.client_left();
     if (session.exchange.state() == Exchange<Net>::State::over) {
       in_flight_ -= 1;
+      if (session.exchange.cut()) session.connection.reset(core_.net);
       session.exchange.reset();
     }
     close(session);

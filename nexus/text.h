@@ -5,7 +5,10 @@
 // Threads:  any.
 #pragma once
 
+#include <emmintrin.h>
+
 #include <array>
+#include <bit>
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
@@ -20,6 +23,22 @@ constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 // What a field's value or a reason phrase may hold (RFC 9110 5.5): tabs, spaces, visible ASCII and bytes above it.
 constexpr bool is_field_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
+
+// Where the first byte that is no field text stands in [from, to) of `base`, or `to`. Sixteen bytes at a time.
+inline std::size_t find_control(const char* base, std::size_t from, std::size_t to) {
+  const __m128i last_control = _mm_set1_epi8(0x1f);
+  const __m128i tab = _mm_set1_epi8('\t');
+  const __m128i del = _mm_set1_epi8(0x7f);
+  for (; from + 16 <= to; from += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(base + from));
+    const __m128i below = _mm_cmpeq_epi8(_mm_min_epu8(bytes, last_control), bytes);
+    const __m128i bad = _mm_or_si128(_mm_andnot_si128(_mm_cmpeq_epi8(bytes, tab), below), _mm_cmpeq_epi8(bytes, del));
+    const auto mask = static_cast<unsigned>(_mm_movemask_epi8(bad));
+    if (mask != 0) return from + static_cast<std::size_t>(std::countr_zero(mask));
+  }
+  while (from < to && is_field_text(base[from])) ++from;
+  return from;
+}
 
 constexpr bool equals_ignoring_case(std::string_view a, std::string_view b) {
   if (a.size() != b.size()) return false;

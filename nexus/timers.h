@@ -34,6 +34,7 @@ class Timer {
   friend class TimerWheel;
   Token owner_;
   Ns deadline_ns_ = kNever;
+  Ns linked_ns_ = kNever;  // the deadline that its slot was chosen for: never after deadline_ns_
   TimerWheel* wheel_ = nullptr;
   Timer* next_ = nullptr;
   Timer** link_ = nullptr;  // what points at this timer: the slot's head, or the next_ before it
@@ -48,15 +49,14 @@ class TimerWheel {
   TimerWheel& operator=(const TimerWheel&) = delete;
   ~TimerWheel() { assert(armed_ == 0); }
 
-  // Sets the timer's deadline. kNever cancels. A later deadline than the one armed only takes note of it: the wheel
-  // looks again when the earlier one comes round, so that moving a deadline on with each byte costs nothing.
+  // Sets the timer's deadline. kNever cancels. A later deadline than the one it is linked for is only noted: the
+  // wheel looks again when that one comes round, so that moving a deadline to and fro costs nothing.
   void arm(Timer& timer, Ns deadline) {
     if (deadline == kNever) return cancel(timer);
     if (timer.armed()) {
       assert(timer.wheel_ == this);
-      const bool later = deadline >= timer.deadline_ns_;
       timer.deadline_ns_ = deadline;
-      if (later) return;
+      if (deadline >= timer.linked_ns_) return;
       unlink(timer);
     } else {
       timer.deadline_ns_ = deadline;
@@ -120,6 +120,7 @@ class TimerWheel {
     timer.level_ = static_cast<std::uint8_t>(level);
     timer.slot_ = static_cast<std::uint8_t>(position & kMask);
     timer.wheel_ = this;
+    timer.linked_ns_ = timer.deadline_ns_;
     Timer*& head = slots_[level][timer.slot_];
     timer.next_ = head;
     timer.link_ = &head;
