@@ -124,6 +124,7 @@ class Gateway {
   nexus::SnapshotPtr snapshot_of(const GatewayOptions& options) {
     auto settings = std::make_shared<nexus::Settings>();
     settings->server.max_body_bytes = options.max_body_bytes;
+    settings->upstream.first_byte_timeout_ns = settings->upstream.stall_timeout_ns = 5 * nexus::kSecond;
     settings->health.enabled = false;
     settings->health.eject_after = 1'000'000;
     if (options.keys) settings->server.api_keys = {{"client", "secret"}};

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -33,14 +34,15 @@ struct Link {
   Token token;
   bool watched = false;
 
-  std::string incoming;      // what the far end sent and Nexus has not read yet
-  bool fin = false;          // the far end has sent all
-  bool broken = false;       // the far end has reset it
-  std::string outgoing;      // what Nexus wrote, from the beginning
-  bool ended = false;        // Nexus sent its FIN
-  bool closed = false;       // Nexus let go of it
-  bool cut = false;          // … with a reset
-  std::size_t answered = 0;  // of a backend's link: requests that were answered
+  std::string incoming;         // what the far end sent and Nexus has not read yet
+  bool fin = false;             // the far end has sent all
+  bool broken = false;          // the far end has reset it
+  std::string outgoing;         // what Nexus wrote, from the beginning
+  bool ended = false;           // Nexus sent its FIN
+  bool closed = false;          // Nexus let go of it
+  bool cut = false;             // … with a reset
+  std::size_t answered = 0;     // of a backend's link: requests that were answered
+  std::size_t room = SIZE_MAX;  // what Nexus may still write
 
   bool readable = false, writable = false, hangup = false;  // edges to tell
 };
@@ -77,6 +79,7 @@ class ScriptNet {
     link.incoming.clear();
   }
   std::deque<Link>& links() { return links_; }
+  std::function<void(Link&)> on_connect;  // a connection to a backend begins
   void move_clock(Ns span) { now_ += span; }
 
   // Counts what Nexus did: a turn that did nothing is the end of a story.
@@ -108,7 +111,9 @@ class ScriptNet {
   Opened accept(Socket) { return {SocketOutcome::again, {}, {}, 0}; }
   Opened connect(const Address& address) {
     ++calls_;
-    return {SocketOutcome::ok, Socket{make(true).id}, address, 0};
+    Link& link = make(true);
+    if (on_connect) on_connect(link);
+    return {SocketOutcome::ok, Socket{link.id}, address, 0};
   }
   int connect_error(Socket) { return 0; }
 
@@ -143,9 +148,12 @@ class ScriptNet {
     if (link.broken || link.ended) return {IoResult::Kind::failed, 0, EPIPE};
     std::size_t bytes = 0;
     for (const iovec& part : parts) {
-      link.outgoing.append(static_cast<const char*>(part.iov_base), part.iov_len);
-      bytes += part.iov_len;
+      const std::size_t taken = std::min(part.iov_len, link.room);
+      link.outgoing.append(static_cast<const char*>(part.iov_base), taken);
+      link.room -= taken;
+      bytes += taken;
     }
+    if (bytes == 0) return {IoResult::Kind::again, 0, 0};
     return {IoResult::Kind::ok, bytes, 0};
   }
 
