@@ -294,6 +294,48 @@ group('queue', () => {
     assert.ok(fleet.mocks.bad.requests.length <= 20, `${fleet.mocks.bad.requests.length} of 120 were sent to the backend that fails`);
   });
 
+  // `sick` holds a request that will fail, and so eject it; `full` holds one that lasts; the rest wait for either.
+  async function sick_and_full(t, queue, waiting) {
+    const answer = async (request, reply, backend) => {
+      await backend.gate;
+      return fails_with(500)(request, reply);
+    };
+    const fleet = await start_gated(t, { sick: { answer, ...capped(1, { priority: 1 }) }, full: capped(1, { priority: 2 }) },
+                                    { routing: { strategy: 'priority' }, queue, health: { eject_after: 1, eject_time: '60s' } });
+    const doomed = await fleet.send('m1', { number: -2 });
+    await fleet.mocks.sick.request(1);
+    const lasting = await fleet.send('m1', { number: -1, held: true });
+    await fleet.mocks.full.request(1);
+    return { fleet, doomed, lasting, clients: await line_up(fleet, waiting) };
+  }
+
+  test('a place on a backend that was ejected meanwhile does not begin the wait anew', async (t) => {
+    const timeout = 800 * settings.slow;
+    const { fleet, doomed, lasting, clients } = await sick_and_full(t, { size: 10, timeout: `${timeout}ms` }, 1);
+    const began = performance.now();
+    await sleep(timeout / 2);
+    fleet.mocks.sick.open_gate();
+    assert_error(await clients[0].response(), 503, 'queue_timeout');
+    const waited = performance.now() - began;
+    assert.ok(waited < timeout * 1.3, `${Math.round(waited)} ms, where ${timeout} are the most`);
+    await doomed.response();
+    fleet.mocks.full.open_gate();
+    await finish([lasting]);
+    for (const client of [doomed, ...clients]) client.close();
+  });
+
+  test('nobody who waits is refused because a backend was ejected meanwhile', async (t) => {
+    const { fleet, doomed, lasting, clients } = await sick_and_full(t, { size: 3, timeout: `${10 * settings.slow}s` }, 3);
+    fleet.mocks.sick.open_gate();
+    await fleet.reaches('nexus_backend_attempts_total', 1, { backend: 'sick' });
+    await sleep(100);
+    fleet.mocks.full.open_gate();
+    await finish([lasting, ...clients]);
+    assert.deepEqual(fleet.mocks.full.requests.map((r) => r.json.number).filter((n) => n >= 0), [0, 1, 2]);
+    await doomed.response();   // its retry found the queue with or without a place
+    doomed.close();
+  });
+
   test('those who wait get the places of a backend that was ejected as soon as it is in order again', { limit_ms: 30_000 }, async (t) => {
     let good = false;
     const answer = (...args) => (good ? act(...args) : fails_with(500)(...args));
