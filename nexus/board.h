@@ -61,7 +61,6 @@ struct BoardRow {
 struct Board {
   double seconds = 0;  // between the samples
   std::uint64_t uptime_s = 0;
-  std::string version;
   std::uint64_t backends = 0, backends_healthy = 0, models_available = 0;
   std::int64_t client_connections = 0;
   std::uint64_t success = 0;
@@ -138,7 +137,6 @@ inline Board make_board(const Sample& earlier, const Sample& after) {
   Board board;
   board.seconds = static_cast<double>(after.at_ns - before.at_ns) / static_cast<double>(kSecond);
   board.uptime_s = after.uptime_s;
-  board.version = after.version;
   board.backends = after.backends;
   board.backends_healthy = after.backends_healthy;
   board.models_available = after.models_available;

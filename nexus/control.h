@@ -27,6 +27,7 @@
 #include "registry.h"
 #include "server.h"
 #include "stats.h"
+#include "status_page.h"
 
 namespace nexus {
 
@@ -351,10 +352,15 @@ class Control {
       note_dropped_lines();
       const ModelNames& models = registry_.model_names();
       const BackendNames& backends = registry_.backend_names();
-      return std::make_shared<const std::string>(
-          kind == PageKind::metrics
-              ? prometheus_page_.render(metrics_, fleet, read_process_stats(), models, backends, labels)
-              : stats_page_.render(metrics_, fleet, models, backends));
+      std::string_view metrics, stats;  // the status page is drawn from both
+      if (kind != PageKind::stats) {
+        metrics = prometheus_page_.render(metrics_, fleet, read_process_stats(), models, backends, labels);
+      }
+      if (kind != PageKind::metrics) stats = stats_page_.render(metrics_, fleet, models, backends);
+      if (kind == PageKind::status) {
+        return std::make_shared<const std::string>(render_status(stats, metrics, kVersion));
+      }
+      return std::make_shared<const std::string>(kind == PageKind::metrics ? metrics : stats);
     } catch (const std::bad_alloc&) {
       slab_.limit_hit(Limit::memory);
       return nullptr;

@@ -1,7 +1,7 @@
 // pages.h
 // Owns:     the small built-in pages and who may read them: /health, /v1/models, /v1/models/{id}, the API keys.
 // Promises: pure functions of a snapshot; keys are compared in constant time; valid JSON whatever a name holds.
-// Leaves:   /metrics and /v1/stats to prometheus.h and stats.h.
+// Leaves:   /metrics, /v1/stats and / to prometheus.h, stats.h and status_page.h.
 // Threads:  any.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace nexus {
 
-enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats };
+enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status };
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
@@ -26,6 +26,7 @@ inline PageKind page_of(std::string_view path, const ServerSettings& server, boo
   if (path == "/health") return operators_pages ? PageKind::health : PageKind::none;
   if (path == "/metrics") return operators_pages ? PageKind::metrics : PageKind::none;
   if (path == "/v1/stats") return operators_pages ? PageKind::stats : PageKind::none;
+  if (path == "/") return operators_pages ? PageKind::status : PageKind::none;
   if (metrics_only) return PageKind::none;
   if (path == "/v1/models") return PageKind::models;
   if (path.substr(0, kModelPrefix.size()) == kModelPrefix && path.size() > kModelPrefix.size()) return PageKind::model;

@@ -48,7 +48,6 @@ struct Sample {
   std::uint64_t total = 0, success = 0, errors = 0;
   std::uint64_t backends = 0, backends_healthy = 0, models_available = 0;
   std::int64_t client_connections = 0;
-  std::string version;
   std::vector<SampledEntry> by_backend, by_model;  // in the order of /v1/stats
   SampledHistogram duration, first_token;          // of all
 };
@@ -214,8 +213,6 @@ class SampleReader {
       sample.models_available = static_cast<std::uint64_t>(line.value);
     } else if (line.name == "nexus_client_connections") {
       sample.client_connections = static_cast<std::int64_t>(line.value);
-    } else if (line.name == "nexus_build_info") {
-      sample.version = line.label("version");
     }
   }
 

@@ -16,6 +16,7 @@
 #include "pages.h"
 #include "pulse.h"
 #include "session.h"
+#include "status_policy.h"
 
 namespace nexus {
 
@@ -596,6 +597,7 @@ class Worker {
       case PageKind::model: return answer_model(session, path);
       case PageKind::metrics:
       case PageKind::stats:
+      case PageKind::status:
         if (!core_.settings().metrics.enabled) return answer_error(session, Refusal::metrics_unavailable, {});
         session.state = State::waiting_page;
         arm(session, core_.now + kPageTime);
@@ -667,6 +669,10 @@ class Worker {
     if (page.body == nullptr) return answer_error(session, Refusal::metrics_unavailable, {});
     OwnAnswer answer = own_answer(session, 200);
     if (page.kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
+    if (page.kind == PageKind::status) {
+      answer.content_type = "text/html; charset=utf-8";
+      answer.extra_fields = kStatusFields;
+    }
     session.page_head.clear();
     append_own_head(session.page_head, answer, page.body->size());
     session.page = std::move(page.body);

@@ -72,9 +72,8 @@ inline std::string percent_text(std::uint64_t part, std::uint64_t whole) {
 
 inline std::string top_head(const Board& board, std::string_view where) {
   const BoardRow& all = board.all;
-  std::string out = "nexus " + harmless(board.version) + " at " + harmless(where, 128) + ", up " +
-                    span_text(board.uptime_s) + "; rates and quantiles of the last " + with_decimals(board.seconds, 0) +
-                    " s\n";
+  std::string out = "nexus at " + harmless(where, 128) + ", up " + span_text(board.uptime_s) +
+                    "; rates and quantiles of the last " + with_decimals(board.seconds, 0) + " s\n";
   out += "backends " + std::to_string(board.backends_healthy) + " of " + std::to_string(board.backends) +
          " healthy   models " + std::to_string(board.models_available) + "   clients " +
          std::to_string(board.client_connections) + "   requests " + std::to_string(all.requests) + "   errors " +
