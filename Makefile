@@ -68,6 +68,9 @@ BUILD_PACKAGES := $(strip \
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
   $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(NPM_PACKAGES))
+# Real peers of some end-to-end tests, which are skipped with a line where these can't be installed. Tried once.
+PEER_PACKAGES = $(strip $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) \
+  $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy))
 
 $(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
 	@mkdir -p $(@D)
@@ -77,6 +80,10 @@ $(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
 # After the build's packages, so that apt never runs twice at once.
 $(DEPS)/test-packages: tools/packages.sh $(DEPS)/build-packages $(if $(TEST_PACKAGES),FORCE)
 	@tools/packages.sh $(TEST_PACKAGES)
+	@touch $@
+
+$(DEPS)/peer-packages: tools/packages.sh $(DEPS)/test-packages
+	@tools/packages.sh --optional $(PEER_PACKAGES)
 	@touch $@
 
 # ---- simdjson, from npm, against a pinned digest ---------------------------------------------------------------------
@@ -155,7 +162,7 @@ $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-
 	cd tests && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
-test: $(B)/nexus $(B)/unit_tests $(DEPS)/test-modules
+test: $(B)/nexus $(B)/unit_tests $(DEPS)/test-modules $(DEPS)/peer-packages
 	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------
