@@ -316,7 +316,7 @@ class Clients {
     const ResponseParser& parser = client.parser;
     client.head_seen = true;
     if (client.waiting.empty()) {
-      const bool turned_away = parser.status == 503 && parser.close && !client.answered;
+      const bool turned_away = parser.status == 503 && !client.answered;
       if (!turned_away) ledger_.wrong("client %u: an answer to nothing, %u", who, parser.status);
       return;
     }
@@ -349,7 +349,7 @@ class Clients {
     }
     if (parser.field("X-Request-Id") == id) return;
     // What was refused before its head was read bears no id of the client's.
-    const bool unread = parser.close && mark.empty() &&
+    const bool unread = mark.empty() &&
                         (parser.status == 400 || parser.status == 408 || parser.status == 431 || parser.status == 503);
     if (!unread) ledger_.wrong("client %u: an answer without the id %s", who, id.c_str());
     request.counted = false;
@@ -358,7 +358,8 @@ class Clients {
   void finish_answer(std::uint32_t who) {
     Client& client = clients_[who];
     const bool interim = client.parser.status < 200;
-    const bool closing = client.parser.close;
+    const bool turned_away = client.parser.status == 503 && client.parser.count("X-Request-Id") == 0;
+    const bool closing = client.parser.close || turned_away;
     if (!interim && !client.waiting.empty()) {
       Request& request = ledger_.requests[client.waiting.front()];
       request.whole = true;

@@ -161,8 +161,9 @@ class Fleet {
       if (!read_head(id)) return;
     }
     if (talk.phase != Phase::reading || talk.input.size() < talk.head_bytes + talk.body_bytes) return;
-    if (talk.answered) return forget_request(id);
-    begin_answer(id);
+    if (!talk.answered) return begin_answer(id);
+    forget_request(id);
+    if (!talk.input.empty()) read(id);
   }
 
   // False where the connection is gone, or answers already.
@@ -302,7 +303,7 @@ class Fleet {
     Talk& talk = talks_[id];
     if (talk.phase != Phase::answering || !wire_.at(id).peer_open) return;
     const Answer& answer = talk.answer;
-    while (talk.sent < answer.bytes.size() || talk.pause < answer.pauses.size()) {
+    while (talk.sent < answer.bytes.size()) {
       std::size_t up_to = answer.bytes.size();
       if (talk.pause < answer.pauses.size()) {
         const Answer::Pause& pause = answer.pauses[talk.pause];
@@ -341,8 +342,9 @@ class Fleet {
     talk.input.erase(0, whole);
     talk.taken += whole;
     talk.head_bytes = talk.body_bytes = 0;
+    const bool in_turn = !talk.answered_early;
     talk.answered = talk.answered_early = false;
-    if (!talk.input.empty()) ledger_.wrong("a backend got bytes behind a request: %.100s", talk.input.c_str());
+    if (in_turn && !talk.input.empty()) ledger_.wrong("link %u: a backend got bytes behind a request: %.100s", id, talk.input.c_str());
     if (dice_.chance(manners_.close_idle)) {
       wire_.link_timer(Notice::Kind::backend_timer, id, wire_.now() + dice_.span(0, 300 * kMillisecond), kCloseIdle);
     }

@@ -33,7 +33,9 @@ void on_crash(int signal) {
 
 Outcome run_seed(std::uint64_t seed, Canary canary, LogRings& rings) {
   current_seed = seed;
-  return Simulation(seed, canary, rings).run();
+  Simulation simulation(seed, canary, rings);
+  if (std::getenv("TRACE") != nullptr) simulation.tell(stderr);
+  return simulation.run();
 }
 
 struct Tally {

@@ -56,6 +56,7 @@ class SimNet {
   // Never blocks: the scheduler has looked at waiting() and the deadline before.
   std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
     wait_until_ = deadline;
+    slept_ = !woken_ && deadline > wire_.now();
     woken = woken || std::exchange(woken_, false);
     std::size_t filled = 0;
     if (std::exchange(listener_ready_, false) || watches_listener()) filled = listener_event(out);
@@ -68,6 +69,7 @@ class SimNet {
       filled += event_of(id, link, out[filled]) ? 1 : 0;
     }
     ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(taken));
+    slept_ = slept_ && filled == 0;
     return filled;
   }
 
@@ -100,6 +102,7 @@ class SimNet {
     opened.peer.ip = {192, 0, 2, static_cast<std::uint8_t>(wire_.at(id).peer)};
     opened.peer.port = static_cast<std::uint16_t>(1024 + id);
     wire_.note(1, id, loop_);
+    wire_.tell("accepted", id);
     return opened;
   }
 
@@ -113,6 +116,7 @@ class SimNet {
     opened.socket = socket_of(id);
     opened.peer = address;
     wire_.note(2, id, loop_);
+    wire_.tell("connecting", id);
     return opened;
   }
 
@@ -151,6 +155,7 @@ class SimNet {
     link.to_nexus.take(count);
     wire_.nexus_took(id);
     if (!link.shape.untraced) wire_.note(3, id, count);
+    wire_.tell("nexus read", id, std::string_view(into, count));
     return {IoResult::Kind::ok, count, 0};
   }
 
@@ -205,6 +210,7 @@ class SimNet {
   }
   bool waiting() const { return woken_ || listener_ready_ || !ready_.empty(); }
   Ns wait_until() const { return wait_until_; }
+  bool slept() const { return slept_; }  // the last wait() found nothing to do
 
  private:
   // A descriptor tells its link and which of the link's lives it was made for.
@@ -274,6 +280,7 @@ class SimNet {
   bool event_of(LinkId id, const Link& link, Event& event) {
     event = Event{link.token, readable(link), writable(link), hung_up(link)};
     if (!event.readable && !event.writable && !event.hangup) return false;
+    wire_.tell(event.hangup ? "event (hup)" : event.readable ? "event (in)" : "event (out)", id);
     wire_.note(6, id, (event.readable ? 1u : 0u) | (event.writable ? 2u : 0u) | (event.hangup ? 4u : 0u));
     return true;
   }
@@ -320,6 +327,7 @@ class SimNet {
   Canary canary_;
   std::vector<LinkId> ready_;
   bool woken_ = false;
+  bool slept_ = false;
   bool listener_ready_ = false;
   Ns wait_until_ = 0;
   std::string text_;  // what is being sent

@@ -50,8 +50,12 @@ class Simulation {
     ledger_.memory_faults = swarm_.memory_fails;
   }
 
+  // Tells the run in words.
+  void tell(std::FILE* to) { wire_.story = to; }
+
   Outcome run() {
     const Ns began = wire_.now();
+    for (LogRing& ring : rings_) Audit::empty(ring);
     clients_.start();
     write_script();
     storm();
@@ -203,15 +207,14 @@ class Simulation {
     if (!calm_ && wire_.links() > 0 && dice_.chance(wire_.weather.spurious_event)) {
       net.spurious(static_cast<LinkId>(dice_.index(wire_.all_links())));
     }
-    const bool had_work = net.waiting() || (state.settled && net.wait_until() <= wire_.now());
     turns_ += 1;
     {
       const MemoryFaults faults(swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{}, wire_.dice());
       gateway_.turn(loop);
     }
     // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
-    state.settled = !had_work && net.wait_until() > wire_.now();
-    if (!had_work) return;
+    state.settled = net.slept();
+    if (state.settled) return;
     if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
     audit_.check_step();
     state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);

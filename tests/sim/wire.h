@@ -10,6 +10,7 @@
 #include <cassert>
 #include <cerrno>
 #include <cstdint>
+#include <cstdio>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -147,6 +148,21 @@ class Wire {
     trace_ = mix(trace_ ^ (what << 56) ^ (a << 24) ^ b) + static_cast<std::uint64_t>(now_);
   }
 
+  // The run in words, for whoever replays a seed.
+  std::FILE* story = nullptr;
+  void tell(const char* what, LinkId id, std::string_view bytes = {}) {
+    if (story == nullptr) return;
+    const Link& link = at(id);
+    std::fprintf(story, "%10.3f ms  %-12s %s%u link %u  ", static_cast<double>(now_ - 1000 * kSecond) / 1e6, what,
+                 link.to_backend ? "backend " : "client ", link.peer, id);
+    for (const char c : bytes.substr(0, 600)) {
+      if (c == '\r') std::fputs("\\r", story);
+      else if (c == '\n') std::fputs("\\n", story);
+      else std::fputc(c >= 0x20 && c < 0x7f ? c : '?', story);
+    }
+    std::fprintf(story, bytes.empty() ? "\n" : " [%zu]\n", bytes.size());
+  }
+
   Link& at(LinkId id) { return *links_[id]; }
   std::size_t descriptors() const { return descriptors_; }
   std::size_t most_descriptors = SIZE_MAX;
@@ -195,12 +211,14 @@ class Wire {
     const std::size_t taken = std::min(room, bytes.size());
     if (taken < bytes.size()) link.peer_wants_room = true;
     if (taken > 0) put(id, link, link.to_nexus, bytes.substr(0, taken), Due::Kind::nexus_data);
+    if (taken > 0) tell("peer sends", id, bytes.substr(0, taken));
     return taken;
   }
   void peer_shut(LinkId id) {
     Link& link = at(id);
     if (!link.peer_open || link.peer_shut) return;
     link.peer_shut = true;
+    tell("peer FIN", id);
     send_fin(id, link, link.to_nexus, Due::Kind::nexus_fin);
   }
   std::string_view peer_view(LinkId id) { return at(id).to_peer.view(); }
@@ -224,6 +242,7 @@ class Wire {
     Link& link = at(id);
     if (!link.peer_open) return;
     link.peer_open = false;
+    tell("peer RST", id);
     if (link.in_backlog || link.nexus_open) send_reset_to_nexus(id, link);
     forget_if_over(id);
   }
@@ -261,12 +280,14 @@ class Wire {
 
   void nexus_sends(LinkId id, std::string_view bytes) {
     Link& link = at(id);
+    tell("nexus sends", id, bytes);
     put(id, link, link.to_peer, bytes, Due::Kind::peer_data);
   }
   void nexus_shuts(LinkId id) {
     Link& link = at(id);
     if (link.nexus_shut || link.reset_seen || !link.connected) return;
     link.nexus_shut = true;
+    tell("nexus FIN", id);
     send_fin(id, link, link.to_peer, Due::Kind::peer_fin);
   }
   void nexus_took(LinkId id) {
@@ -278,6 +299,7 @@ class Wire {
   void nexus_closes(LinkId id, bool reset) {
     Link& link = at(id);
     assert(link.nexus_open);
+    tell(reset ? "nexus RST" : "nexus closes", id);
     if (link.connected && !link.reset_seen) {
       if (reset || link.to_nexus.unread() > 0) {
         push({reset_at(link.to_peer, link), 0, Due::Kind::peer_reset, Notice::Kind::none, id, link.generation, 0});
