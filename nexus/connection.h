@@ -38,6 +38,7 @@ class Connection {
   bool may_read() const { return readable_ && !failed_; }
   bool hangup() const { return hangup_; }  // the peer's FIN or a reset is waiting behind what can still be read
   bool failed() const { return failed_; }
+  bool out_of_memory() const { return out_of_memory_; }  // it failed here, not at the peer
   std::size_t pending() const { return out_.size(); }
 
   // Reads once. A short read empties the socket (epoll(7)), which saves the read that would say `again`; behind a
@@ -106,7 +107,9 @@ class Connection {
 
   bool keep(BlockPool& pool, std::span<const iovec> parts) {
     for (const iovec& part : parts) {
-      if (!out_.append(pool, {static_cast<const char*>(part.iov_base), part.iov_len})) return fail();
+      if (out_.append(pool, {static_cast<const char*>(part.iov_base), part.iov_len})) continue;
+      out_of_memory_ = true;
+      return fail();
     }
     return true;
   }
@@ -125,6 +128,7 @@ class Connection {
   bool readable_ = false;
   bool hangup_ = false;
   bool failed_ = false;
+  bool out_of_memory_ = false;
 };
 
 }  // namespace nexus

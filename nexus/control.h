@@ -135,7 +135,7 @@ class Control {
   void take_messages() {
     mailbox_.take(messages_);
     for (Message& message : messages_) {
-      std::visit([this](auto& m) { on_message(m); }, message);
+      std::visit([this](auto& m) { this->on_message(m); }, message);
     }
     messages_.clear();
   }

@@ -38,6 +38,7 @@ inline constexpr std::array<Endpoint, 3> kEndpoints{{
 constexpr std::size_t kMaxModelBytes = 256;  // of an asked name that is kept for the log
 constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
 constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
+constexpr Ns kStaleWindow = kSecond;              // a kept connection found closed so soon was closed before
 constexpr Ns kLookAgain = 100 * kMillisecond;     // from the queue, at what was ejected
 constexpr std::uint32_t kReadsPerTurn = 16;       // of one answer, before others get their turn
 constexpr std::uint32_t kBytesPerToken = 4;       // for the estimate of a prompt's length
@@ -98,7 +99,7 @@ class Exchange {
     core_.text.clear();
     append_own_error(core_.text, refusal, message, answer, true, param);
     sent_bytes_ += core_.text.size() - (core_.text.find("\r\n\r\n") + 4);
-    if (!client_.write(core_.net, core_.blocks, core_.text)) return client_left();
+    if (!client_.write(core_.net, core_.blocks, core_.text)) return client_failed();
     status_sent_ = true;
     finish();
   }
@@ -108,7 +109,8 @@ class Exchange {
     assert(state_ == State::reading);
     request_ = request;
     complete_ns_ = core_.now;
-    const BodyError error = core_.json.read_body(request.body, request.body_bytes, facts_);
+    const BodyError error =
+        core_.json.read_body(request.body, request.body_bytes, facts_, snapshot_->any_vision_stated);
     if (error != BodyError::none) return refuse_body(error);
     asked_.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
@@ -141,6 +143,14 @@ class Exchange {
     keep_alive_ = false;
     cut_short_ = true;
     commit();
+  }
+
+  // A write to the client failed.
+  void client_failed() {
+    if (!client_.out_of_memory()) return client_left();
+    core_.slab.limit_hit(Limit::memory);
+    record_.error = ErrorType::other;
+    abandon();
   }
 
   // An event of the backend connection in use.
@@ -189,7 +199,8 @@ class Exchange {
   // A place was granted to this request while it waited.
   void on_grant() {
     if (state_ != State::queued) return;
-    if (const auto next = selection_.take_grant()) follow(*next);
+    if (const auto next = selection_.take_grant()) return follow(*next);
+    arm_queue_deadline();
   }
 
   // Makes ready for the next request on this connection.
@@ -359,6 +370,16 @@ class Exchange {
     if (core_.net.connect_error(upstream_->connection.socket()) != 0) {
       return fail_attempt(AttemptOutcome::connect_error, Refusal::connect_failed);
     }
+    // What comes before the request is no answer to it, and no further edge would tell of it.
+    if (upstream_->connection.may_read()) {
+      char early = 0;
+      const IoResult result = upstream_->connection.read(core_.net, &early, 1);
+      if (result.ok()) {
+        log_bad_answer("it came before the request");
+        return fail_attempt(AttemptOutcome::bad_response, Refusal::backend_not_http);
+      }
+      if (result.kind != IoResult::Kind::again) return fail_attempt(AttemptOutcome::truncated, Refusal::backend_broke);
+    }
     begin_sending();
   }
 
@@ -439,7 +460,8 @@ class Exchange {
       ResponseHead head;
       const HeadResult result = answer_reader_.feed(data, bytes, head);
       if (result.status == HeadResult::Status::failed ||
-          (result.status == HeadResult::Status::need_more && bytes > kMaxAnswerHeadBytes)) {
+          (result.status == HeadResult::Status::need_more && bytes > kMaxAnswerHeadBytes) ||
+          result.head_bytes > kMaxAnswerHeadBytes) {
         log_bad_answer(result.why.empty() ? "its head is too large" : result.why);
         return fail_attempt(AttemptOutcome::bad_response, Refusal::backend_not_http);
       }
@@ -592,7 +614,7 @@ class Exchange {
       write.add_end(chunked);
       return end_of_answer(write, piece.excess);
     }
-    if (!send_to_client(write)) return client_left();
+    if (!send_to_client(write)) return client_failed();
     if (!overhead_noted_) note_overhead(core_.net.now());
     if (piece.failed) {
       log_bad_answer("its chunked coding is broken");
@@ -617,7 +639,7 @@ class Exchange {
   void end_of_answer(ClientWrite& write, bool excess) {
     note_usage();
     record_.without_usage = answer_status_ / 100 == 2 && !usage().told();
-    if (!send_to_client(write)) return client_left();
+    if (!send_to_client(write)) return client_failed();
     const Ns sent_ns = core_.net.now();
     note_overhead(sent_ns);
     if (client_.pending() == 0) ended_ns_ = sent_ns;
@@ -668,7 +690,9 @@ class Exchange {
       return break_stream(AttemptOutcome::truncated, Refusal::backend_broke);
     }
     // A kept-alive connection that was closed under the request: the backend never saw it, or said nothing of it.
-    if (upstream_->reused && !answer_bytes_seen_ && !stale_retry_) {
+    // One that breaks later may have been broken by this very request, which should then go elsewhere.
+    const bool at_once = state_ == State::sending || core_.now - sent_ns_ < kStaleWindow;
+    if (upstream_->reused && !answer_bytes_seen_ && !stale_retry_ && at_once) {
       stale_retry_ = true;
       release_upstream(AttemptEnd::close);
       send_failed_ = false;
@@ -728,6 +752,11 @@ class Exchange {
     core_.slab.limit_hit(Limit::write_timeout);
     record_.error = ErrorType::other;
     if (state_ == State::streaming) note_usage();
+    abandon();
+  }
+
+  // Nothing more can be sent: the connection is reset, so that what was sent does not look whole.
+  void abandon() {
     end_attempt(AttemptOutcome::cancelled);
     release_upstream(AttemptEnd::close);
     keep_alive_ = false;
@@ -739,11 +768,7 @@ class Exchange {
     core_.slab.limit_hit(Limit::memory);
     if (state_ == State::streaming) {
       record_.error = ErrorType::other;
-      end_attempt(AttemptOutcome::cancelled);
-      release_upstream(AttemptEnd::close);
-      keep_alive_ = false;
-      cut_ = cut_short_ = true;
-      return commit();
+      return abandon();
     }
     end_attempt(AttemptOutcome::cancelled);
     refuse(Refusal::out_of_memory, true);
@@ -779,6 +804,7 @@ class Exchange {
   // All is written; over as soon as the kernel has taken it.
   void finish() {
     state_ = State::finishing;
+    request_deadline_ = kNever;  // from here on only the client's own time counts
     if (client_.pending() == 0) return commit();
     note_write_deadline();
   }

@@ -7,10 +7,13 @@
 // Threads:  a reader belongs to one thread; views in its answers last until its next call.
 #pragma once
 
+#include <emmintrin.h>
 #include <simdjson.h>
 
+#include <array>
 #include <cassert>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -64,14 +67,31 @@ struct Usage {
   bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
 };
 
+// How many `[` (0x5b) and `{` (0x7b) there are, in strings too. Sixteen bytes at a time: large bodies are looked at.
+inline std::size_t count_openers(std::string_view text) {
+  const __m128i fold = _mm_set1_epi8(static_cast<char>(0xdf));
+  const __m128i opener = _mm_set1_epi8(0x5b);
+  std::size_t count = 0;
+  std::size_t at = 0;
+  while (at + 16 <= text.size()) {
+    // A byte counts to 255 at most: so many rounds, then the sixteen sums are added up.
+    __m128i sums = _mm_setzero_si128();
+    for (int round = 0; round < 255 && at + 16 <= text.size(); ++round, at += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(text.data() + at));
+      sums = _mm_sub_epi8(sums, _mm_cmpeq_epi8(_mm_and_si128(bytes, fold), opener));
+    }
+    const __m128i halves = _mm_sad_epu8(sums, _mm_setzero_si128());
+    count += static_cast<std::size_t>(_mm_cvtsi128_si64(halves) + _mm_cvtsi128_si64(_mm_srli_si128(halves, 8)));
+  }
+  for (; at < text.size(); ++at) count += (text[at] & 0xdf) == 0x5b ? 1u : 0u;
+  return count;
+}
+
 // Whether the text nests arrays and objects deeper than `limit`. Cheap where it can't: few brackets open in most
 // bodies.
 inline bool nests_deeper(std::string_view text, std::size_t limit) {
   if (text.size() <= limit) return false;
-  std::size_t opened = 0;
-  // Both openers in one test, so that the compiler counts many bytes at once: `[` is 0x5b, `{` is 0x7b.
-  for (const char c : text) opened += (c & 0xdf) == 0x5b ? 1u : 0u;
-  if (opened <= limit) return false;
+  if (count_openers(text) <= limit) return false;
   std::size_t depth = 0;
   bool in_string = false;
   for (std::size_t i = 0; i < text.size(); ++i) {
@@ -93,7 +113,8 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
 class JsonReader {
  public:
   // Reads a request's body. Behind its last byte kPaddingBytes more must be readable.
-  BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts) {
+  // `find_messages`: whether facts.messages is wanted.
+  BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts, bool find_messages = true) {
     facts = BodyFacts{};
     if (nests_deeper({body, bytes}, kMaxJsonDepth)) return BodyError::too_deep;
     simdjson::ondemand::document document;
@@ -101,7 +122,7 @@ class JsonReader {
     // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would step over it.
     if (bytes >= 3 && std::string_view(body, 3) == "\xef\xbb\xbf") return BodyError::not_json;
     if (iterate(body, bytes, document) || document.get_object().get(object)) return BodyError::not_json;
-    Reading reading{body, facts, {}};
+    Reading reading{body, facts, {}, find_messages};
     bool first = true;
     for (auto member : object) {
       simdjson::ondemand::field field;
@@ -148,36 +169,6 @@ class JsonReader {
     return usage;
   }
 
-  // One event of a completion stream: its last `usage`, and whether it is the extra one that carries nothing else
-  // (`choices` is an empty list).
-  struct StreamEvent {
-    Usage usage;
-    bool choices_empty = false;
-  };
-  StreamEvent read_stream_event(const char* text, std::size_t bytes) {
-    StreamEvent event;
-    simdjson::ondemand::document document;
-    simdjson::ondemand::object object;
-    if (iterate(text, bytes, document) || document.get_object().get(object)) return event;
-    for (auto member : object) {
-      simdjson::ondemand::field field;
-      std::string_view key;
-      if (std::move(member).get(field) || key_of(field, key)) return event;
-      if (key == "usage") {
-        simdjson::ondemand::object usage;
-        if (field.value().get_object().get(usage)) continue;
-        event.usage = Usage{};
-        read_usage_members(usage, event.usage);
-      } else if (key == "choices") {
-        simdjson::ondemand::array choices;
-        bool empty = false;
-        if (field.value().get_array().get(choices) || choices.is_empty().get(empty)) continue;
-        event.choices_empty = empty;
-      }
-    }
-    return event;
-  }
-
   // The model names of a list: `{"data":[{"id":…}]}` (OpenAI) or `{"models":[{"name":…}]}` (Ollama). At most `most`
   // of them; `more` says that there were others. False where the text is no such list.
   bool read_models(const char* text, std::size_t bytes, std::size_t most, std::vector<std::string>& names, bool& more) {
@@ -207,6 +198,7 @@ class JsonReader {
     const char* body;
     BodyFacts& facts;
     Seen seen;
+    bool find_messages;
   };
 
   bool iterate(const char* text, std::size_t bytes, simdjson::ondemand::document& document) {
@@ -217,14 +209,41 @@ class JsonReader {
   }
 
   // The key as a reader sees it: escapes undone where there are any.
-  static bool key_of(simdjson::ondemand::field& field, std::string_view& key) {
-    const simdjson::ondemand::raw_json_string raw = field.key();
-    const std::string_view quoted = field.key_raw_json_token();
-    const std::size_t close = quoted.rfind('"');
+  bool key_of(simdjson::ondemand::field& field, std::string_view& key) {
+    return text_of(field.key(), field.key_raw_json_token(), key_text_, key);
+  }
+
+  bool string_of(simdjson::ondemand::value value, std::string_view& text) {
+    simdjson::ondemand::raw_json_string raw;
+    const std::string_view token = value.raw_json_token();
+    if (value.get_raw_json_string().get(raw)) return true;
+    return text_of(raw, token, value_text_, text);
+  }
+
+  // The same, for what must not overwrite the model's name.
+  bool text_of_type(simdjson::ondemand::value value, std::string_view& text) {
+    simdjson::ondemand::raw_json_string raw;
+    const std::string_view token = value.raw_json_token();
+    if (value.get_raw_json_string().get(raw)) return true;
+    return text_of(raw, token, key_text_, text);
+  }
+
+  // The text of a string: the bytes themselves, or unescaped into `room`. True where its escapes are broken. A longer
+  // one than `room` comes as it stands, cut: no name that matters is so long. (simdjson's own buffer is not used: it
+  // is not looked at whether there was memory for it.)
+  template <std::size_t N>
+  bool text_of(simdjson::ondemand::raw_json_string raw, std::string_view token, std::array<std::uint8_t, N>& room,
+               std::string_view& text) {
+    const std::size_t close = token.rfind('"');
     if (close == 0 || close == std::string_view::npos) return true;
-    key = {raw.raw(), close - 1};
-    if (key.find('\\') == std::string_view::npos) return false;
-    return field.unescaped_key(false).get(key) != simdjson::SUCCESS;
+    text = {raw.raw(), close - 1};
+    if (std::memchr(text.data(), '\\', text.size()) == nullptr) return false;
+    if (text.size() + simdjson::SIMDJSON_PADDING > N) {
+      text = text.substr(0, N);
+      return false;
+    }
+    std::uint8_t* to = room.data();
+    return parser_.unescape(raw, to, false).get(text) != simdjson::SUCCESS;
   }
 
   static std::size_t first_member_of(const char* body) {
@@ -240,7 +259,7 @@ class JsonReader {
     return {static_cast<std::size_t>(text.data() - body), text.size()};
   }
 
-  static BodyError read_member(std::string_view key, simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_member(std::string_view key, simdjson::ondemand::value value, Reading& reading) {
     // By length first: a body has many keys, and almost none of them is one of these.
     switch (key.size()) {
       case 5:
@@ -257,17 +276,17 @@ class JsonReader {
 
   static bool twice(bool& seen) { return std::exchange(seen, true); }
 
-  static BodyError read_model(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_model(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.model)) return BodyError::duplicate_key;
     simdjson::ondemand::json_type type;
     if (value.type().get(type)) return BodyError::not_json;
     if (type != simdjson::ondemand::json_type::string) return BodyError::wrong_type;
     reading.facts.model_value = span_of(reading.body, value.raw_json_token());
-    if (value.get_string().get(reading.facts.model)) return BodyError::not_json;
+    if (string_of(value, reading.facts.model)) return BodyError::not_json;
     return reading.facts.model.empty() ? BodyError::no_model : BodyError::none;
   }
 
-  static BodyError read_stream(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_stream(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.stream)) return BodyError::duplicate_key;
     simdjson::ondemand::json_type type;
     if (value.type().get(type)) return BodyError::not_json;
@@ -276,7 +295,7 @@ class JsonReader {
     return BodyError::none;
   }
 
-  static BodyError read_tools(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_tools(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.tools)) return BodyError::duplicate_key;
     simdjson::ondemand::array tools;
     bool empty = true;
@@ -286,25 +305,27 @@ class JsonReader {
     return BodyError::none;
   }
 
-  static BodyError read_messages(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_messages(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.messages)) return BodyError::duplicate_key;
+    if (!reading.find_messages) return BodyError::none;
     std::string_view text;
     if (value.raw_json().get(text)) return BodyError::not_json;
     reading.facts.messages = span_of(reading.body, text);
     return BodyError::none;
   }
 
-  static BodyError read_format(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_format(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.format)) return BodyError::duplicate_key;
     simdjson::ondemand::object object;
     std::string_view type;
     if (value.get_object().get(object)) return BodyError::none;
-    if (object.find_field_unordered("type").get_string().get(type)) return BodyError::none;
+    simdjson::ondemand::value found;
+    if (object.find_field_unordered("type").get(found) || text_of_type(found, type)) return BodyError::none;
     reading.facts.json_mode = type == "json_object" || type == "json_schema";
     return BodyError::none;
   }
 
-  static BodyError read_stream_options(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_stream_options(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.stream_options)) return BodyError::duplicate_key;
     simdjson::ondemand::json_type type;
     if (value.type().get(type)) return BodyError::not_json;
@@ -332,7 +353,7 @@ class JsonReader {
     return BodyError::none;
   }
 
-  static BodyError read_include_usage(simdjson::ondemand::value value, Reading& reading) {
+  BodyError read_include_usage(simdjson::ondemand::value value, Reading& reading) {
     if (twice(reading.seen.include_usage)) return BodyError::duplicate_key;
     BodyFacts& facts = reading.facts;
     facts.include_usage_value = span_of(reading.body, value.raw_json_token());
@@ -348,7 +369,7 @@ class JsonReader {
     return BodyError::none;
   }
 
-  static void read_usage_members(simdjson::ondemand::object object, Usage& usage) {
+  void read_usage_members(simdjson::ondemand::object object, Usage& usage) {
     for (auto member : object) {
       simdjson::ondemand::field field;
       std::string_view key;
@@ -361,12 +382,14 @@ class JsonReader {
     }
   }
 
-  static bool read_model_list(simdjson::ondemand::array list, std::string_view key, std::size_t most,
-                              std::vector<std::string>& names, bool& more) {
+  bool read_model_list(simdjson::ondemand::array list, std::string_view key, std::size_t most,
+                       std::vector<std::string>& names, bool& more) {
     for (auto element : list) {
       simdjson::ondemand::object model;
       std::string_view name;
-      if (element.get_object().get(model) || model.find_field_unordered(key).get_string().get(name)) return false;
+      simdjson::ondemand::value found;
+      if (element.get_object().get(model) || model.find_field_unordered(key).get(found)) return false;
+      if (string_of(found, name)) return false;
       if (name.empty() || name.size() > 256) continue;
       if (names.size() == most) {
         more = true;
@@ -380,6 +403,8 @@ class JsonReader {
   static constexpr std::size_t kKeptCapacity = 1u << 20;
 
   simdjson::ondemand::parser parser_;
+  std::array<std::uint8_t, 256> key_text_;     // an unescaped key, until the next one
+  std::array<std::uint8_t, 4096> value_text_;  // an unescaped model name, until the next call
 };
 
 }  // namespace nexus

@@ -62,11 +62,12 @@ class Selection {
     return pick();
   }
 
-  // Whether next() would find a candidate that was not tried.
+  // Whether next() would find a candidate that was not tried; one that is full counts where its queue could be joined.
   bool another() {
     find_choices(core_.turn);
-    return std::any_of(core_.choices.begin(), core_.choices.end(),
-                       [this](const Choice& choice) { return may_try(choice); });
+    return std::any_of(core_.choices.begin(), core_.choices.end(), [this](const Choice& choice) {
+      return may_try(choice) && (snapshot_->settings->queue.size > 0 || has_room(choice));
+    });
   }
 
   // After all_full: waits for the first place on any of the full ones. `chosen` where one became free just now,
@@ -90,6 +91,7 @@ class Selection {
 
   // The place that was granted while the request waited, if any was: then as next().
   std::optional<Next> take_grant() {
+    decline_ejected();
     std::optional<Admission::Place> place = core_.shared.admission.take_grant(ticket_);
     if (!place) return std::nullopt;
     leave_queue();
@@ -101,18 +103,11 @@ class Selection {
 
   // While queued: what was ejected may be in order again. As next() where that gave a place; the turn is kept if not.
   std::optional<Next> look_again() {
-    find_choices(core_.turn);
-    full_.clear();
-    for (const Choice& choice : core_.choices) {
-      const BackendView& backend = snapshot_->backends[choice.backend];
-      if (!may_try(choice) || !core_.shared.ejector.usable(backend.id, core_.now)) continue;
-      if (backend.max_pending == 0) {
-        leave_queue();
-        return pick();
-      }
-      full_.push_back(backend.id);
+    if (gather_usable()) {
+      leave_queue();
+      return pick();
     }
-    core_.shared.admission.renew(ticket_, full_);
+    if (!full_.empty()) core_.shared.admission.renew(ticket_, full_);
     return take_grant();
   }
 
@@ -149,6 +144,11 @@ class Selection {
     const BackendId id = snapshot_->backends[choice.backend].id;
     return std::none_of(tried_.begin(), tried_.begin() + tried_count_,
                         [&](const Tried& tried) { return tried.backend == id && tried.model == choice.model; });
+  }
+
+  bool has_room(const Choice& choice) const {
+    const BackendView& backend = snapshot_->backends[choice.backend];
+    return backend.max_pending == 0 || core_.shared.admission.running_on(backend.id) < backend.max_pending;
   }
 
   // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
@@ -190,6 +190,31 @@ class Selection {
     passage_ = std::move(passage);
     tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->id, choice.model};
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
+  }
+
+  // Gathers the backends that may be tried and are not ejected in full_. True where one of them has no cap, so that
+  // there is nothing to wait for.
+  bool gather_usable() {
+    find_choices(core_.turn);
+    full_.clear();
+    bool no_cap = false;
+    for (const Choice& choice : core_.choices) {
+      const BackendView& backend = snapshot_->backends[choice.backend];
+      if (!may_try(choice) || !core_.shared.ejector.usable(backend.id, core_.now)) continue;
+      no_cap |= backend.max_pending == 0;
+      full_.push_back(backend.id);
+    }
+    return no_cap;
+  }
+
+  // A place on a backend that was ejected meanwhile is left to the next in line where another can still be waited for:
+  // in the old turn and time, and whether or not the queue has filled up.
+  void decline_ejected() {
+    const std::optional<BackendId> granted = core_.shared.admission.granted(ticket_);
+    if (!granted || core_.shared.ejector.usable(*granted, core_.now)) return;
+    if (gather_usable() || full_.empty()) return;
+    core_.shared.admission.decline(ticket_, full_);
+    passed_over_ejected_ = true;
   }
 
   // Goes to the backend that the place is on. One that was ejected meanwhile frees its places fast because it fails:

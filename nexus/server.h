@@ -187,7 +187,7 @@ class Worker {
   void take_messages() {
     mailbox_.take(messages_);
     for (Message& message : messages_) {
-      std::visit([this](auto& m) { on_message(m); }, message);
+      std::visit([this](auto& m) { this->on_message(m); }, message);
     }
     messages_.clear();
   }
@@ -277,7 +277,9 @@ class Worker {
   void turn_away(typename Net::Socket socket) {
     core_.slab.limit_hit(Limit::max_connections);
     core_.text.clear();
-    append_own_error(core_.text, Refusal::too_many_connections, {}, OwnAnswer{}, true);
+    OwnAnswer answer;
+    answer.keep_alive = false;
+    append_own_error(core_.text, Refusal::too_many_connections, {}, answer, true);
     iovec part{core_.text.data(), core_.text.size()};
     core_.net.write(socket, std::span(&part, 1));  // best effort: there is no session to hold what is left
     core_.net.shut_write(socket);
@@ -344,6 +346,10 @@ class Worker {
     if (session.input.room() == 0 || session.state == State::reading_body) {
       if (!session.input.reserve(core_.blocks, wanted)) {
         core_.slab.limit_hit(Limit::memory);
+        if (session.exchange.active()) {
+          refuse_body(session, Refusal::out_of_memory);
+          return true;
+        }
         close(session);
         return false;
       }
@@ -582,6 +588,7 @@ class Worker {
     const RequestHead& head = session.head;
     core_.take_request_id(base, session.fields.get(), session.request_id);
     const PageKind kind = page_of(path, core_.settings().server, session.metrics_only);
+    if (head.refusal == HeadError::unknown_coding) return answer_error(session, Refusal::unknown_coding, {});
     if (kind == PageKind::none) return answer_error(session, Refusal::not_found, {});
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) {
       return answer_error(session, Refusal::method_not_allowed, "Allow: GET, HEAD\r\n");
