@@ -29,11 +29,14 @@ constexpr std::uint32_t kClientReadsPerTurn = 32;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kPageTime = 30 * kSecond;
-constexpr Ns kAcceptPause = 100 * kMillisecond;  // after a descriptor was not to be had
+constexpr Ns kAcceptPause = 100 * kMillisecond;   // after a descriptor was not to be had
+constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
+constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
 
 // How many connections each worker holds: read by the others when a new one comes.
 struct alignas(64) WorkerLoad {
   std::atomic<std::uint32_t> connections{0};
+  std::atomic<bool> stopped{false};  // it takes none any more
 };
 
 template <class Net>
@@ -107,7 +110,7 @@ class Worker {
     call_again();
     core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
     if (woken) take_messages();
-    if (core_.draining && in_flight_ == 0 && !answers_under_way()) stopped_ = true;
+    if (core_.draining && is_drained()) stopped_ = true;
     core_.slab.loop_stall(core_.net.now() - turn_began);
   }
 
@@ -215,7 +218,8 @@ class Worker {
     core_.draining = true;
     for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
     listeners_open_ = false;
-    core_.wheel.cancel(accept_timer_);
+    drain_began_ns_ = core_.now;
+    core_.wheel.arm(accept_timer_, core_.now + kHandOverTime);  // so that is_drained() is asked again
   }
   void on_message(Stop&) { stopped_ = true; }
   void on_message(Ping& ping) { ping.answer(); }
@@ -246,6 +250,9 @@ class Worker {
   }
 
   void resume_accepting() {
+    if (core_.draining && core_.now < drain_began_ns_ + kFirstRequestTime) {
+      core_.wheel.arm(accept_timer_, drain_began_ns_ + kFirstRequestTime);
+    }
     if (core_.draining || listeners_open_) return;
     listeners_open_ = true;
     for (std::uint32_t i = 0; i < listeners_.size(); ++i) {
@@ -263,6 +270,7 @@ class Worker {
     for (std::uint32_t i = 0; i < peers_.workers.size(); ++i) {
       const std::uint32_t held = peers_.loads[i].connections.load(std::memory_order_relaxed);
       total += held;
+      if (peers_.loads[i].stopped.load(std::memory_order_relaxed)) continue;
       if (held < peers_.loads[fewest].connections.load(std::memory_order_relaxed)) fewest = i;
     }
     if (total >= core_.settings().server.max_connections) return turn_away(socket);
@@ -320,7 +328,10 @@ class Worker {
           break;
         }
         case State::exchanging:
-          if (session.exchange.active()) return arm(session, session.exchange.deadline());
+          if (session.exchange.active()) {
+            if (session.exchange.state() == Exchange<Net>::State::streaming) release_request(session);
+            return arm(session, session.exchange.deadline());
+          }
           if (!end_exchange(session)) return;
           break;
         case State::waiting_page: return;
@@ -440,12 +451,14 @@ class Worker {
     OwnAnswer answer;
     answer.request_id = session.request_id;
     answer.keep_alive = false;
-    append_own_error(core_.text, refusal, {}, answer, true);
+    const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
+    append_own_error(core_.text, refusal, {}, answer, !to_head);
     write_answer(session, core_.text);
     return Progress::moved;
   }
 
   void on_head(SessionT& session) {
+    session.asked = true;
     const char* base = session.input.data();
     std::string_view path(base + session.head.target_at, session.head.target_bytes);
     path = path.substr(0, path.find('?'));
@@ -578,8 +591,17 @@ class Worker {
       return false;
     }
     if (!keep_alive) return begin_linger(session);
-    next_request(session, session.head.head_bytes + session.body_bytes);
+    next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body_bytes);
     return true;
+  }
+
+  // The answer has begun, so the request is not sent again: its memory is given back before what may be a long stream.
+  void release_request(SessionT& session) {
+    if (session.request_released) return;
+    session.request_released = true;
+    session.input.consume(session.head.head_bytes + session.body_bytes);
+    session.fields.give_back();
+    session.body_share.give_back();
   }
 
   // ---- pages and answers of our own ----
@@ -717,11 +739,16 @@ class Worker {
     return true;
   }
 
-  // Asked while draining only.
-  bool answers_under_way() {
-    bool any = false;
-    sessions_.each([&](SessionT& session) { any |= session.state != State::reading_head; });
-    return any;
+  // Asked while draining only: whether nobody is owed an answer. Who was accepted a moment before the drain, maybe by
+  // another worker, has sent a request that did not get here yet; closing would reset it.
+  bool is_drained() {
+    const Ns drained_for = core_.now - drain_began_ns_;
+    if (in_flight_ > 0 || drained_for < kHandOverTime) return false;
+    bool owed = false;
+    sessions_.each([&](SessionT& session) {
+      owed |= session.state != State::reading_head || (!session.asked && drained_for < kFirstRequestTime);
+    });
+    return !owed;
   }
 
   // ---- between requests, and the end ----
@@ -735,6 +762,7 @@ class Worker {
     session.fields.give_back();
     session.body_share.give_back();
     session.body_bytes = 0;
+    session.request_released = false;
     session.keep_alive = true;
     session.state = State::reading_head;
     arm(session, deadline_after(core_.now, core_.settings().server.idle_timeout_ns));
@@ -814,6 +842,12 @@ class Worker {
   }
 
   void close_all() {
+    peers_.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
+    mailbox_.take(messages_);  // connections that were handed over and never taken
+    for (Message& message : messages_) {
+      if (Adopt* adopt = std::get_if<Adopt>(&message)) core_.net.close(adopt->socket);
+    }
+    messages_.clear();
     sessions_.each([this](SessionT& session) { client_gone(session); });
   }
 
@@ -831,6 +865,7 @@ class Worker {
   Timer accept_timer_;
   bool listeners_open_ = true;
   bool stopped_ = false;
+  Ns drain_began_ns_ = 0;
   std::size_t in_flight_ = 0;  // exchanges
 };
 

@@ -40,7 +40,8 @@ struct Session {
   Token token;
   Connection<Net> connection;
   std::string client_name;
-  bool metrics_only;  // it came in on metrics_listen
+  bool metrics_only;   // it came in on metrics_listen
+  bool asked = false;  // a request came on it
   State state = State::reading_head;
   Timer timer;
 
@@ -55,6 +56,7 @@ struct Session {
   std::size_t body_bytes = 0;  // decoded so far
   ChunkedDecoder decoder;
   BodyShare body_share;
+  bool request_released = false;  // head and body are gone from `input`: the answer is on its way
 
   bool keep_alive = true;  // of an answer of our own
   std::string request_id;  // the same
