@@ -195,9 +195,10 @@ install: $(B)/nexus
 	install -m 644 nexus.conf.example $(DOCDIR)/nexus.conf.example
 	sed 's,/usr/bin/nexus,$(PREFIX)/bin/nexus,' contrib/systemd/nexus.service >$(UNITDIR)/nexus.service
 	chmod 644 $(UNITDIR)/nexus.service
+	install -m 644 contrib/systemd/nexus.socket $(UNITDIR)/nexus.socket
 
 uninstall:
-	rm -f $(BINDIR)/nexus $(MANDIR)/man8/nexus.8 $(MANDIR)/man5/nexus.conf.5 $(UNITDIR)/nexus.service
+	rm -f $(BINDIR)/nexus $(MANDIR)/man8/nexus.8 $(MANDIR)/man5/nexus.conf.5 $(UNITDIR)/nexus.service $(UNITDIR)/nexus.socket
 	rm -f $(DOCDIR)/nexus.conf.example
 	-rmdir $(DOCDIR) 2>/dev/null || true
 

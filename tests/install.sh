@@ -33,8 +33,8 @@ uninstalls() {
 
 check "make install installs" installs
 check "make install puts each file in its place" is_list "$scratch/installed/opt/nexus" ./bin/nexus \
-  ./lib/systemd/system/nexus.service ./share/doc/nexus/nexus.conf.example ./share/man/man5/nexus.conf.5 \
-  ./share/man/man8/nexus.8
+  ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./share/doc/nexus/nexus.conf.example \
+  ./share/man/man5/nexus.conf.5 ./share/man/man8/nexus.8
 check "the installed unit starts the installed binary" \
   starts_nexus_of "$scratch/installed/opt/nexus/lib/systemd/system/nexus.service" /opt/nexus/bin/nexus
 check "the installed example is a configuration that nexus takes" \
@@ -51,7 +51,7 @@ if command -v dpkg-deb >/dev/null; then
   package=$(find build -maxdepth 1 -name 'nexus_*.deb' -newer "$scratch" | head -1)
   check "the package unpacks" dpkg-deb -x "$package" "$scratch/deb"
   check "the package puts each file in its place" is_list "$scratch/deb" ./etc/nexus/nexus.conf \
-    ./lib/systemd/system/nexus.service ./usr/bin/nexus ./usr/share/doc/nexus/copyright \
+    ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./usr/bin/nexus ./usr/share/doc/nexus/copyright \
     ./usr/share/doc/nexus/nexus.conf.example ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
   check "the packaged unit starts the packaged binary" \
     starts_nexus_of "$scratch/deb/lib/systemd/system/nexus.service" /usr/bin/nexus
