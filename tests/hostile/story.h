@@ -84,6 +84,21 @@ struct Story {
   Problems problems;
 };
 
+// What the client got. A head that was refused as such may be answered with a body though it says HEAD: to Nexus it is
+// no request, and the connection ends.
+inline rfc9112::Reading read_answers(const Link& client, std::vector<std::string> methods, bool refused_head) {
+  const bool closed = client.ended && !client.cut;
+  rfc9112::Reading read = rfc9112::read_responses(client.outgoing, methods, closed);
+  if (read.whole() || !refused_head || !closed) return read;
+  for (std::size_t last = methods.size(); last-- > 0;) {
+    methods.resize(last);
+    methods.push_back("POST");
+    rfc9112::Reading other = rfc9112::read_responses(client.outgoing, methods, closed);
+    if (other.whole()) return other;
+  }
+  return read;
+}
+
 // Reads what became of `sent` on one client connection of a gateway.
 inline Story read_story(const Gateway& gateway, std::string_view sent, const Link& client, bool edits = false) {
   Story story;
@@ -104,7 +119,8 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Lin
   for (const rfc9112::Message& message : begun) methods.push_back(message.method);
   methods.push_back("POST");  // an answer to what is no request
 
-  const rfc9112::Reading read = rfc9112::read_responses(client.outgoing, methods, client.ended && !client.cut);
+  const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
+  const rfc9112::Reading read = read_answers(client, methods, rejected > 0);
   if (!read.problem.empty()) wrong("to the client: " + read.problem);
   story.answers = read.messages;
   for (const rfc9112::Message& message : read.messages) {
@@ -127,7 +143,6 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Lin
   story.kept = !client.ended;
   if (story.kept && !read.messages.empty() && !read.messages.back().stays_open) wrong("close was said, and not done");
 
-  const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
   if (rejected > 1) wrong("more than one head was refused");
   const std::size_t answered = story.statuses.size() - std::min<std::size_t>(rejected, story.statuses.size());
   std::uint64_t posts = 0;

@@ -1,0 +1,43 @@
+# The fuzz targets: `make fuzz SECONDS=60` builds and runs each in turn for that long, with AddressSanitizer and UBSan.
+# What a run finds lies in build/fuzz/finds; a file put into tests/fuzz/corpus/TARGET is replayed by every `make test`.
+
+SECONDS ?= 60
+FUZZ := build/fuzz
+FUZZ_CXX ?= clang++
+FUZZ_CC ?= clang
+FUZZ_SAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_FLAGS := -std=c++20 $(FUZZ_SAN) -D_GLIBCXX_ASSERTIONS $(INCLUDES) -pthread
+
+# TARGET:HEADER, where the function fuzz::TARGET stands in tests/fuzz/HEADER.h
+FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chunked request_body:body model_list:body \
+  usage:usage label_page:labels exchange:exchange answer:exchange
+fuzz_name = $(word 1,$(subst :, ,$(1)))
+fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
+FUZZ_PROGRAMS := $(foreach t,$(FUZZ_TARGETS),$(FUZZ)/$(call fuzz_name,$(t)))
+FUZZ_OBJECTS := $(FUZZ)/obj/api.o $(FUZZ)/obj/http.o $(FUZZ)/obj/llhttp.o $(FUZZ)/obj/simdjson.o
+
+$(FUZZ)/obj/%.o: $(LLHTTP)/%.c | $(READY)
+	@mkdir -p $(@D)
+	$(FUZZ_CC) $(FUZZ_SAN) -fsanitize=fuzzer-no-link -w -DLLHTTP_STRICT_MODE=1 $(INCLUDES) -c $< -o $@
+
+$(FUZZ)/obj/simdjson.o: $(SIMDJSON)/simdjson.cpp | $(READY)
+	@mkdir -p $(@D)
+	$(FUZZ_CXX) -std=c++20 -O1 -g -w -fsanitize=address -I$(SIMDJSON) -c $< -o $@
+
+define fuzz_program
+$(FUZZ)/$(call fuzz_name,$(1)): tests/fuzz/fuzzer.cpp $(call fuzz_header,$(1)) $(FUZZ_OBJECTS) \
+  $(wildcard nexus/*.h tests/*.h tests/fuzz/*.h tests/hostile/*.h)
+	$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer -include $(call fuzz_header,$(1)) \
+	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(FUZZ_OBJECTS) -o $$@
+endef
+$(foreach t,$(FUZZ_TARGETS),$(eval $(call fuzz_program,$(t))))
+
+.PHONY: fuzz fuzz-coverage
+fuzz: $(FUZZ_PROGRAMS)
+	@tests/fuzz/run.sh $(FUZZ) $(SECONDS) $(foreach t,$(FUZZ_TARGETS),$(call fuzz_name,$(t)))
+
+# Which lines of the parsers the corpora and the hostile rows reach, by clang's source-based coverage.
+fuzz-coverage: $(LIBS)
+	@tests/fuzz/coverage.sh $(FUZZ) '$(FUZZ_CXX)' '$(INCLUDES)'
+
+HELP_MORE += 'make fuzz         each fuzz target for SECONDS=60, sanitised; make fuzz-coverage: lines that the corpora reach'
