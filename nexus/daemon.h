@@ -35,6 +35,7 @@ namespace nexus {
 
 // The signals that the main thread waits for; every thread blocks them, so that no handler and no flag is needed.
 constexpr int kWorkerDone = SIGUSR1;
+constexpr Ns kLastAccepts = 50 * kMillisecond;  // after the drain begins
 
 inline sigset_t daemon_signals() {
   sigset_t set;
@@ -111,6 +112,7 @@ class Daemon {
   struct Listening {
     EpollNet::Socket socket;
     bool metrics_only;
+    bool passed;  // by the service manager, which keeps it: who connects now is served by the next process
   };
 
   static std::string instance_name() {
@@ -151,7 +153,7 @@ class Daemon {
           if (opened.error == EADDRINUSE) why += " (is another nexus running? change `listen` or stop it)";
           return why;
         }
-        listeners_.push_back({opened.socket, metrics_only});
+        listeners_.push_back({opened.socket, metrics_only, false});
         addresses_.push_back((metrics_only ? "metrics " : "") + to_string(opened.peer));
       }
     }
@@ -165,7 +167,7 @@ class Daemon {
     for (const PassedSocket& socket : passed.sockets) {
       if ((socket.name == "metrics") != metrics_only) continue;
       any = true;
-      listeners_.push_back({EpollNet::Socket{socket.fd}, metrics_only});
+      listeners_.push_back({EpollNet::Socket{socket.fd}, metrics_only, true});
       addresses_.push_back((metrics_only ? "metrics " : "") +
                            to_string(EpollNet::local_address(EpollNet::Socket{socket.fd})) + " (passed)");
     }
@@ -336,9 +338,19 @@ class Daemon {
     notifier_.stopping("draining");
     log_.event(LogLevel::info, "draining");
     for (auto& worker : workers_) worker->post(Worker<EpollNet>::Drain{});
-    const Ns deadline = deadline_after(monotonic_now(), settings_->server.drain_timeout_ns);
+    const Ns began = monotonic_now();
+    const Ns deadline = deadline_after(began, settings_->server.drain_timeout_ns);
+    bool refusing = false;
     while (workers_done_.load(std::memory_order_acquire) < workers_.size()) {
-      const int signal = wait_signal(deadline);
+      // The workers take what has come so far; then new connections are refused, rather than left to wait for the end.
+      const int signal = wait_signal(refusing ? deadline : std::min(deadline, began + kLastAccepts));
+      if (!refusing && monotonic_now() >= began + kLastAccepts) {
+        refusing = true;
+        for (const Listening& listening : listeners_) {
+          if (!listening.passed) EpollNet::refuse_connections(listening.socket);
+        }
+      }
+      if (signal == 0 && monotonic_now() < deadline) continue;
       if (signal == SIGTERM || signal == SIGINT || signal == 0) {
         log_.event(LogLevel::warning, signal == 0 ? "drain_timeout has passed" : "told again to stop");
         return;

@@ -242,6 +242,9 @@ class EpollNet {
     }
   }
 
+  // New connections are refused from now on; the workers have taken what had come.
+  static void refuse_connections(Socket listener) { ::shutdown(listener.fd, SHUT_RDWR); }
+
   // Sends the FIN and leaves the reading side open.
   void shut_write(Socket socket) { ::shutdown(socket.fd, SHUT_WR); }
 

@@ -215,6 +215,9 @@ class Worker {
     drive(*session);
   }
   void on_message(Drain&) {
+    if (listeners_open_) {
+      for (Listener& listener : listeners_) accept_from(listener);  // who was let in before is served
+    }
     core_.draining = true;
     for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
     listeners_open_ = false;

@@ -12,9 +12,9 @@
 
 #include "board.h"
 #include "columns.h"
+#include "figures.h"
 #include "sample.h"
 #include "status_script.h"
-#include "top.h"
 
 namespace nexus {
 

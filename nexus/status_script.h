@@ -1,7 +1,7 @@
 // status_script.h
 // Owns:     the script of the status page: it reads /v1/stats and /metrics every two seconds and draws them.
 // Promises: a name goes into the page as text and nothing else; a page without new numbers says so; what is kept is
-//           bounded. Rates, quantiles and their text are board.h's and top.h's.
+//           bounded. Rates, quantiles and their text are board.h's and figures.h's.
 // Leaves:   the page that it finds to status_page.h, its digest to status_policy.h.
 // Threads:  any; a constant.
 #pragma once

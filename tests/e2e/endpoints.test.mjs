@@ -97,7 +97,7 @@ group('endpoints', () => {
 
   test('an unknown path is 404 in the OpenAI shape, whatever the method', async (t) => {
     const { nexus, backend } = await pair(t);
-    for (const [method, path] of [['GET', '/'], ['GET', '/v1'], ['POST', '/v1/chat/completionsx'], ['POST', '/v1/chat/completions/'], ['GET', '/V1/models'], ['POST', '/v1/audio/speech'],
+    for (const [method, path] of [['GET', '/index.html'], ['POST', '/v1'], ['GET', '/v1'], ['POST', '/v1/chat/completionsx'], ['POST', '/v1/chat/completions/'], ['GET', '/V1/models'], ['POST', '/v1/audio/speech'],
                                   ['GET', '/healthz'], ['DELETE', '/nowhere']]) {
       const error = assert_error(await request(nexus.port, method, path), 404);
       assert.notEqual(error.code, 'model_not_found', path);
