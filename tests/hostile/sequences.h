@@ -25,15 +25,15 @@ inline void add_unread_body_rows(RequestRows& rows) {
   row("a page asked with a body", "9112 9.3", get(length) + smuggled, "200");
   row("a page asked with a chunked body", "9112 9.3", get("Transfer-Encoding: chunked\r\n") + hex, "200");
   row("a page asked with a body in a coding that is not known", "9112 6.1",
-      get("Transfer-Encoding: gzip, chunked\r\n") + hex, "200");
-  row("a page asked with a body in gzip", "9112 6.1", get("Transfer-Encoding: gzip\r\n") + hex, "200");
+      get("Transfer-Encoding: gzip, chunked\r\n") + hex, "501");
+  row("a page asked with a body in gzip", "9112 6.1", get("Transfer-Encoding: gzip\r\n") + hex, "501");
   row("HEAD with a body", "9110 9.3.2", "HEAD /v1/models HTTP/1.1\r\nHost: a\r\n" + length + "\r\n" + smuggled, "200");
   row("no such page, with a body", "9112 9.3", "POST /nope HTTP/1.1\r\nHost: a\r\n" + length + "\r\n" + smuggled,
       "404");
   row("no such page, with a chunked body", "9112 9.3",
       "POST /nope HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + hex, "404");
   row("no such page, with a body in an unknown coding", "9112 6.1",
-      "POST /nope HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n" + hex, "404");
+      "POST /nope HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n" + hex, "501");
   row("a wrong method, with a body", "9112 9.3",
       "PUT /v1/chat/completions HTTP/1.1\r\nHost: a\r\n" + length + "\r\n" + smuggled, "405");
   row("a wrong method, with a body in an unknown coding", "9112 6.1",
