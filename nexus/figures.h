@@ -5,6 +5,7 @@
 // Threads:  any.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -17,7 +18,7 @@ namespace nexus {
 inline std::string with_decimals(double value, int decimals) {
   std::array<char, 64> text;
   const int length = std::snprintf(text.data(), text.size(), "%.*f", decimals, value);
-  return {text.data(), static_cast<std::size_t>(length)};
+  return {text.data(), std::min(static_cast<std::size_t>(length), text.size() - 1)};
 }
 
 // Three digits or so, whatever the size.
@@ -28,7 +29,7 @@ inline std::string rate_text(double value) {
 
 inline std::string seconds_text(const std::optional<double>& seconds) {
   if (!seconds) return "-";
-  if (std::isinf(*seconds)) return ">300 s";  // the last bound of the durations
+  if (std::isinf(*seconds)) return ">5 min";  // beyond the last bound of a histogram, which is later yet
   if (*seconds < 0.9995) return with_decimals(*seconds * 1000, *seconds < 0.00995 ? 1 : 0) + " ms";
   return with_decimals(*seconds, *seconds < 9.995 ? 2 : 1) + " s";
 }

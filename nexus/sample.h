@@ -8,8 +8,11 @@
 
 #include <simdjson.h>
 
+#include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <string>
 #include <string_view>
@@ -92,7 +95,13 @@ inline bool take_value(std::string_view text, double& value) {
     return true;
   }
   const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
-  return result.ec == std::errc() && result.ptr == text.data() + text.size();
+  return result.ec == std::errc() && result.ptr == text.data() + text.size() && std::isfinite(value);
+}
+
+// A gauge as a whole number; 0 where it is none that Nexus could have counted.
+inline std::int64_t whole(double value) {
+  constexpr double kMost = 1e15;
+  return value > -kMost && value < kMost ? static_cast<std::int64_t>(value) : 0;
 }
 
 // False where the line is a comment, or none that Nexus would write.
@@ -199,24 +208,24 @@ class SampleReader {
 
   static void take(const detail::SampleLine& line, const ByLabel& backends, const ByLabel& models, Sample& sample) {
     if (line.name == "nexus_request_duration_seconds_bucket") {
-      take_bucket(line, backends, models, sample, &SampledEntry::duration, sample.duration);
+      take_bucket(line, backends, models, &SampledEntry::duration, sample.duration);
     } else if (line.name == "nexus_time_to_first_token_seconds_bucket") {
-      take_bucket(line, backends, models, sample, &SampledEntry::first_token, sample.first_token);
+      take_bucket(line, backends, models, &SampledEntry::first_token, sample.first_token);
     } else if (line.name == "nexus_queue_depth") {
       const auto [first, last] = backends.equal_range(std::string(line.label("backend")));
-      for (auto at = first; at != last; ++at) at->second->queue_depth += static_cast<std::int64_t>(line.value);
+      for (auto at = first; at != last; ++at) at->second->queue_depth += detail::whole(line.value);
     } else if (line.name == "nexus_backends_total") {
-      sample.backends = static_cast<std::uint64_t>(line.value);
+      sample.backends = static_cast<std::uint64_t>(std::max<std::int64_t>(detail::whole(line.value), 0));
     } else if (line.name == "nexus_backends_healthy") {
-      sample.backends_healthy = static_cast<std::uint64_t>(line.value);
+      sample.backends_healthy = static_cast<std::uint64_t>(std::max<std::int64_t>(detail::whole(line.value), 0));
     } else if (line.name == "nexus_models_available") {
-      sample.models_available = static_cast<std::uint64_t>(line.value);
+      sample.models_available = static_cast<std::uint64_t>(std::max<std::int64_t>(detail::whole(line.value), 0));
     } else if (line.name == "nexus_client_connections") {
-      sample.client_connections = static_cast<std::int64_t>(line.value);
+      sample.client_connections = detail::whole(line.value);
     }
   }
 
-  static void take_bucket(const detail::SampleLine& line, const ByLabel& backends, const ByLabel& models, Sample&,
+  static void take_bucket(const detail::SampleLine& line, const ByLabel& backends, const ByLabel& models,
                           SampledHistogram SampledEntry::*member, SampledHistogram& all) {
     double bound = 0;
     if (!detail::take_value(line.label("le"), bound)) return;

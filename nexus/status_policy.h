@@ -12,7 +12,7 @@ namespace nexus {
 
 inline constexpr std::string_view kStatusFields =
     "Content-Security-Policy: default-src 'none'; "
-    "script-src 'sha256-WkJoVnld/2nCFhtS/UFCaR90efhrbqaJuQxbx/PdTGY='; "
+    "script-src 'sha256-RidT0KF7hKa5x1xohvKXsC6Fk4G7XM3SGdqf7ATwlUE='; "
     "style-src 'sha256-tapObstn3kzwUXsDlSm2JKc/no1+3ZZlE31Mqql3HpQ='; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
     "Cache-Control: no-store\r\n"

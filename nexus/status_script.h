@@ -123,7 +123,7 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
   const rate_text = (v) => (v < 0.005 ? '0' : v.toFixed(v < 9.995 ? 2 : v < 99.95 ? 1 : 0));
   const time_text = (v) => {
     if (v === null) return '-';
-    if (v === Infinity) return '>300 s';
+    if (v === Infinity) return '>5 min';
     return v < 0.9995 ? `${(v * 1000).toFixed(v < 0.00995 ? 1 : 0)} ms` : `${v.toFixed(v < 9.995 ? 2 : 1)} s`;
   };
   const span_text = (s) => {

@@ -164,14 +164,14 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
   CHECK(page ==
         "nexus at http://x:1, up 1m 40s; rates and quantiles of the last 100 s\n"
         "backends 1 of 2 healthy   models 0   clients 0   requests 30   errors 3 (10.00%)\n"
-        "0.30 req/s   0.03 err/s   pending 2   queue 0   p50 1.00 s   p95 >300 s   first token -   4.40 tok/s\n"
+        "0.30 req/s   0.03 err/s   pending 2   queue 0   p50 1.00 s   p95 >5 min   first token -   4.40 tok/s\n"
         "\n"
         "BACKEND  STATE  PENDING  QUEUE  REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
-        "gpu-1    up           2      0   0.20   0.01  1.00 s  >300 s      -   4.00        20       1\n"
+        "gpu-1    up           2      0   0.20   0.01  1.00 s  >5 min      -   4.00        20       1\n"
         "gpu-2    DOWN         0      0   0.10   0.02       -       -      -   0.40        10       2\n"
         "\n"
         "MODEL       REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
-        "llama3:70b   0.30   0.03  1.00 s  >300 s      -   4.40        30       3\n");
+        "llama3:70b   0.30   0.03  1.00 s  >5 min      -   4.40        30       3\n");
   const std::string small = top_page(board, "http://x:1", 20, 6);
   CHECK(std::count(small.begin(), small.end(), '\n') == 6);
   CHECK(small.find("5 more lines\n") != std::string::npos);
@@ -201,19 +201,38 @@ TEST_CASE("a hostile name is shown escaped") {
   CHECK(std::count(page.begin(), page.end(), '\n') == 4 + 6 + 1 + 6);
 }
 
+TEST_CASE("a page of anything, cut anywhere, is read without harm") {
+  const std::string metrics =
+      "nexus_backends_total 1e300\nnexus_client_connections -1e300\nnexus_queue_depth{backend=\"gpu_1\"} +Inf\n"
+      "nexus_models_available NaN\nnexus_backends_healthy inf\n"
+      "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"nan\"} 4\n"
+      "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"1e308\"} 4\n"
+      "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"+Inf\"} 4\n";
+  for (std::size_t end = 0; end <= metrics.size(); ++end) {
+    const Sample sample = read_pages(kStats, std::string_view(metrics).substr(0, end), 0);
+    CHECK(sample.backends < 1'000'000);
+    CHECK(top_page(make_board(start_of(sample), sample), "x", 0, 0).size() < 4000);
+  }
+  SampleReader reader;
+  Sample sample;
+  for (std::size_t end = 0; end < kStats.size(); ++end) {
+    CHECK_FALSE(reader.read(std::string_view(kStats).substr(0, end), "", 0, sample));
+  }
+}
+
 TEST_CASE("numbers keep about three digits") {
-  CHECK(detail::rate_text(0) == "0");
-  CHECK(detail::rate_text(0.004) == "0");
-  CHECK(detail::rate_text(1.234) == "1.23");
-  CHECK(detail::rate_text(12.34) == "12.3");
-  CHECK(detail::rate_text(1234.5) == "1234");
-  CHECK(detail::seconds_text(0.0042) == "4.2 ms");
-  CHECK(detail::seconds_text(0.342) == "342 ms");
-  CHECK(detail::seconds_text(1.5) == "1.50 s");
-  CHECK(detail::seconds_text(42.44) == "42.4 s");
-  CHECK(detail::seconds_text(std::nullopt) == "-");
-  CHECK(detail::span_text(7) == "7s");
-  CHECK(detail::span_text(90061) == "1d 1h");
+  CHECK(rate_text(0) == "0");
+  CHECK(rate_text(0.004) == "0");
+  CHECK(rate_text(1.234) == "1.23");
+  CHECK(rate_text(12.34) == "12.3");
+  CHECK(rate_text(1234.5) == "1234");
+  CHECK(seconds_text(0.0042) == "4.2 ms");
+  CHECK(seconds_text(0.342) == "342 ms");
+  CHECK(seconds_text(1.5) == "1.50 s");
+  CHECK(seconds_text(42.44) == "42.4 s");
+  CHECK(seconds_text(std::nullopt) == "-");
+  CHECK(span_text(7) == "7s");
+  CHECK(span_text(90061) == "1d 1h");
 }
 
 }  // namespace
