@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cassert>
 #include <cstring>
 #include <memory>
@@ -51,6 +52,8 @@ struct Shared {
   Ejector& ejector;
   Admission& admission;
   BodyBudget& body_budget;
+  // Requests in flight over all threads; written only where [server] max_pending is set. Relaxed: a number alone.
+  std::atomic<std::uint32_t>& in_flight;
   std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
 };

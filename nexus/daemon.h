@@ -54,7 +54,7 @@ class Daemon {
         admission_([this](std::uint32_t worker, Token session) {
           peers_.workers[worker]->post(Worker<EpollNet>::Grant{session});
         }),
-        shared_{metrics_, ejector_, admission_, budget_, instance_name()} {}
+        shared_{metrics_, ejector_, admission_, budget_, in_flight_, instance_name()} {}
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
@@ -367,6 +367,7 @@ class Daemon {
   Metrics metrics_;
   Ejector ejector_;
   BodyBudget budget_;
+  std::atomic<std::uint32_t> in_flight_{0};
   Worker<EpollNet>::Peers peers_;
   Admission admission_;
   Shared shared_;

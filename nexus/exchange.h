@@ -120,6 +120,7 @@ class Exchange {
     if (core_.settings().upstream.request_timeout_ns > 0) {
       request_deadline_ = deadline_after(core_.now, core_.settings().upstream.request_timeout_ns);
     }
+    if (!take_overall_place()) return refuse(Refusal::overload, true);
     selection_.begin(*snapshot_, *entry_, needs_of(facts_));
     next_attempt();
   }
@@ -236,6 +237,19 @@ class Exchange {
       needs.vision = messages.find("\"image_url\"") != std::string_view::npos;
     }
     return needs;
+  }
+
+  // One of [server] max_pending places, where there is such a limit.
+  bool take_overall_place() {
+    const std::uint32_t limit = core_.settings().server.max_pending;
+    if (limit == 0) return true;
+    if (core_.shared.in_flight.fetch_add(1, std::memory_order_relaxed) < limit) {
+      overall_place_ = true;
+      return true;
+    }
+    core_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
+    core_.slab.limit_hit(Limit::max_pending);
+    return false;
   }
 
   void refuse_body(BodyError error) {
@@ -825,6 +839,7 @@ class Exchange {
   void commit() {
     assert(state_ != State::over && upstream_ == nullptr);
     leave_backend();
+    if (std::exchange(overall_place_, false)) core_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
     if (ended_ns_ < 0) ended_ns_ = core_.net.now();
     record_.duration_ns = ended_ns_ - started_ns_;
     core_.slab.record(record_);
@@ -889,6 +904,7 @@ class Exchange {
   // Of its attempts.
   Selection<Net> selection_;
   const BackendView* backend_ = nullptr;  // the last one tried
+  bool overall_place_ = false;            // counted in Shared::in_flight
   bool pending_ = false;                  // counted in nexus_pending_requests of backend_
   bool attempt_open_ = false;             // its outcome is not counted yet
   bool stale_retry_ = false;              // a kept-alive connection was found closed once already

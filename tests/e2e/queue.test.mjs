@@ -367,3 +367,19 @@ group('queue', () => {
     await finish([...held, ...waiting]);
   });
 });
+
+group('queue: [server] max_pending', () => {
+  test('over it a request is answered 503 at once, whatever the backend, and a place that is given back is taken again', async (t) => {
+    const fleet = await start_gated(t, { a: {}, b: {} }, { server: { max_pending: 3, threads: 2 } });
+    const held = [];
+    for (let i = 0; i < 3; i++) held.push(await fleet.send('m1', { held: true, number: i }));
+    await until(() => running(fleet) === 3, 'three at the backends');
+    const refused = await (await fleet.send('m1', { number: 9 })).response(15_000);
+    assert_error(refused, 503, 'overloaded');
+    retry_after(refused);
+    assert.equal(await fleet.gauge('nexus_limit_rejections_total', { limit: 'max_pending' }), 1);
+    open_all(fleet);
+    await finish(held);
+    await finish([await fleet.send('m1', { number: 10 })]);
+  });
+});

@@ -5,6 +5,7 @@
 // Threads:  one.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -43,7 +44,7 @@ class Gateway {
   explicit Gateway(const GatewayOptions& options = {})
       : admission_([](std::uint32_t, Token) {}),
         budget_(64u << 20),
-        shared_{metrics_, ejector_, admission_, budget_, "nexus-00c0ffee"},
+        shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-00c0ffee"},
         slab_(metrics_.add_slab()) {
     peers_.loads = std::vector<nexus::WorkerLoad>(1);
     peers_.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
@@ -193,6 +194,7 @@ class Gateway {
   nexus::Ejector ejector_;
   nexus::Admission admission_;
   nexus::BodyBudget budget_;
+  std::atomic<std::uint32_t> in_flight_{0};
   nexus::Shared shared_;
   nexus::Slab& slab_;
   Work::Peers peers_;

@@ -31,7 +31,7 @@ class Gateway {
       : budget_(settings->server.body_memory_bytes),
         admission_(
             [this](std::uint32_t worker, Token session) { peers_.workers[worker]->post(SimWorker::Grant{session}); }),
-        shared_{metrics_, ejector_, admission_, budget_, "nexus-51515151"} {
+        shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-51515151"} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             SimControl::Hooks{}, wire.now());
@@ -95,6 +95,7 @@ class Gateway {
   BodyBudget budget_;
   SimWorker::Peers peers_;
   Admission admission_;
+  std::atomic<std::uint32_t> in_flight_{0};
   Shared shared_;
   std::deque<SimNet> nets_;  // the workers', then control's
   std::unique_ptr<SimControl> control_;
