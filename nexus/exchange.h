@@ -212,7 +212,7 @@ class Exchange {
     entry_ = nullptr;
     record_ = RequestRecord{};
     backend_ = nullptr;
-    request_deadline_ = deadline_ = kNever;
+    request_deadline_ = deadline_ = queue_deadline_ = kNever;
     sent_bytes_ = 0;
     first_body_ns_ = ended_ns_ = -1;
     cut_ = cut_short_ = status_sent_ = false;
@@ -321,7 +321,10 @@ class Exchange {
         return refuse(Refusal::queue_full, true);
     }
     state_ = State::queued;
-    queue_deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
+    // One wait, however often the request is queued: it began with the first.
+    if (queue_deadline_ == kNever) {
+      queue_deadline_ = deadline_after(core_.now, snapshot_->settings->queue.timeout_ns);
+    }
     arm_queue_deadline();
   }
 

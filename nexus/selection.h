@@ -218,19 +218,26 @@ class Selection {
   }
 
   // Goes to the backend that the place is on. One that was ejected meanwhile frees its places fast because it fails:
-  // it must not drain the queue, so the request looks elsewhere first.
+  // it must not drain the queue, so the request looks elsewhere first, where there is an elsewhere.
   Next use(Admission::Place place) {
     find_choices(core_.turn++);
     for (const Choice& choice : core_.choices) {
       const BackendId id = snapshot_->backends[choice.backend].id;
       if (id != place.backend() || !may_try(choice)) continue;
       Ejector::Passage passage = core_.shared.ejector.enter(id, core_.now);
-      if (passage.closed()) break;
+      if (passage.closed() && another_usable(id)) break;
       take(choice, std::move(place), std::move(passage));
       return Next::chosen;
     }
     place = Admission::Place();
     return pick();
+  }
+
+  bool another_usable(BackendId but) const {
+    return std::any_of(core_.choices.begin(), core_.choices.end(), [&](const Choice& choice) {
+      const BackendId id = snapshot_->backends[choice.backend].id;
+      return id != but && may_try(choice) && core_.shared.ejector.usable(id, core_.now);
+    });
   }
 
   void leave_queue() {
