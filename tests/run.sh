@@ -62,6 +62,7 @@ counted() {
 unit
 [ -x tools/lint.sh ] && counted "checks of the source and the manuals" tools/lint.sh --counted
 [ -n "${SAN:-}" ] || counted "tests of what is installed" tests/install.sh "$build"
+[ -x "$build/sim" ] && counted "simulation" "$build/sim" --test
 [ -f tests/e2e/run.mjs ] && counted "end-to-end tests" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@"
 
 echo

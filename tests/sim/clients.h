@@ -30,8 +30,17 @@ class Clients {
   void start() {
     for (std::uint32_t i = 0; i < clients_.size(); ++i) set_timer(i, kVisit, dice_.span(0, 20 * kMillisecond));
   }
-  // No new visits, and no request that is not sent yet.
-  void stop_asking() { left_ = 0; }
+  // No new visits and no request that is not sent yet; all but those that have gone quiet read what they get.
+  void calm() {
+    left_ = 0;
+    for (std::uint32_t i = 0; i < clients_.size(); ++i) {
+      Client& client = clients_[i];
+      client.read_bytes = 0;
+      if (client.link == kNoLink || client.gone_quiet) continue;
+      wire_.ease(client.link);
+      take(i);
+    }
+  }
   bool finished() const {
     if (left_ > 0) return false;
     for (const Client& client : clients_) {
@@ -41,6 +50,7 @@ class Clients {
   }
   // Nexus is gone: what still waits is cut.
   void end_all() {
+    calm();
     for (std::uint32_t i = 0; i < clients_.size(); ++i) {
       if (clients_[i].link != kNoLink) end_visit(i, true);
     }
@@ -349,8 +359,8 @@ class Clients {
     }
     if (parser.field("X-Request-Id") == id) return;
     // What was refused before its head was read bears no id of the client's.
-    const bool unread = mark.empty() &&
-                        (parser.status == 400 || parser.status == 408 || parser.status == 431 || parser.status == 503);
+    const bool unread =
+        mark.empty() && (parser.status == 400 || parser.status == 408 || parser.status == 431 || parser.status == 503);
     if (!unread) ledger_.wrong("client %u: an answer without the id %s", who, id.c_str());
     request.counted = false;
   }

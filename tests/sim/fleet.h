@@ -89,7 +89,15 @@ class Fleet {
   }
 
   // The fault phase is over: everything up, and answers what comes.
-  void calm() { manners_ = Manners{}; }
+  void calm() {
+    manners_ = Manners{};
+    for (Server& server : servers_) {
+      server.down_until = 0;
+      for (const LinkId id : server.links) {
+        if (!talks_[id].deaf) wire_.ease(id);
+      }
+    }
+  }
 
   std::uint64_t connections() const { return connections_; }
   std::uint64_t arrivals() const { return arrivals_; }
@@ -344,7 +352,8 @@ class Fleet {
     talk.head_bytes = talk.body_bytes = 0;
     const bool in_turn = !talk.answered_early;
     talk.answered = talk.answered_early = false;
-    if (in_turn && !talk.input.empty()) ledger_.wrong("link %u: a backend got bytes behind a request: %.100s", id, talk.input.c_str());
+    if (in_turn && !talk.input.empty())
+      ledger_.wrong("link %u: a backend got bytes behind a request: %.100s", id, talk.input.c_str());
     if (dice_.chance(manners_.close_idle)) {
       wire_.link_timer(Notice::Kind::backend_timer, id, wire_.now() + dice_.span(0, 300 * kMillisecond), kCloseIdle);
     }

@@ -122,6 +122,7 @@ class Ledger {
   std::vector<Request> requests;
   std::uint64_t answers = 0;  // whole ones
   bool memory_faults = false;
+  bool gentle = false;   // see swarm.h
   bool stopped = false;  // Nexus was told to end at once, or its drain took too long
 
   [[gnu::format(printf, 2, 3)]] void wrong(const char* format, ...) {

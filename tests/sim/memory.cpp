@@ -30,6 +30,12 @@ extern "C" void* __wrap_malloc(std::size_t bytes) {
   return block && nexus::sim::memory_fails() ? nullptr : __real_malloc(bytes);
 }
 
+void* operator new(std::size_t bytes) {
+  void* const at = std::malloc(bytes == 0 ? 1 : bytes);
+  if (at == nullptr) throw std::bad_alloc();
+  return at;
+}
+void* operator new[](std::size_t bytes) { return operator new(bytes); }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   return nexus::sim::memory_fails() ? nullptr : std::malloc(bytes == 0 ? 1 : bytes);
 }

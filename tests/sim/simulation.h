@@ -38,7 +38,7 @@ class Simulation {
         ledger_(wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_, std::string(fleet_.text(0, 256u << 10))),
-        settings_(settings_maker_.first()),
+        settings_(settings_maker_.first(swarm_.gentle)),
         gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
         audit_(ledger_, gateway_, wire_),
         rings_(rings),
@@ -48,6 +48,7 @@ class Simulation {
     wire_.most_descriptors = swarm_.most_descriptors;
     audit_.note_caps(*settings_);
     ledger_.memory_faults = swarm_.memory_fails;
+    ledger_.gentle = swarm_.gentle;
   }
 
   // Tells the run in words.
@@ -74,7 +75,9 @@ class Simulation {
 
  private:
   static constexpr Ns kLongestStorm = 300 * kSecond;
-  static constexpr Ns kCalm = 120 * kSecond;  // beyond all limits that swarm.h draws, one after the other
+  static constexpr Ns kCalm = 400 * kSecond;  // beyond all limits that swarm.h draws, one after the other
+
+  static constexpr std::uint32_t kMostTurnsAtOnce = 20'000;
 
   enum Step : std::uint32_t { kReload, kDrain, kStop };
 
@@ -125,7 +128,7 @@ class Simulation {
 
   // No fault more. What clients hold up on purpose stays held up: Nexus has to end that.
   void calm() {
-    clients_.stop_asking();
+    clients_.calm();
     wire_.weather = Weather{};
     wire_.most_descriptors = SIZE_MAX;
     fleet_.calm();
@@ -208,6 +211,8 @@ class Simulation {
       net.spurious(static_cast<LinkId>(dice_.index(wire_.all_links())));
     }
     turns_ += 1;
+    if (wire_.now() != turns_at_) turns_at_ = wire_.now(), turns_there_ = 0;
+    if (++turns_there_ > kMostTurnsAtOnce) ledger_.wrong("a loop spins: %u turns without time moving on", turns_there_);
     {
       const MemoryFaults faults(swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{}, wire_.dice());
       gateway_.turn(loop);
@@ -256,6 +261,8 @@ class Simulation {
   LogRings& rings_;
   std::vector<Loop> loops_;
   std::uint64_t turns_ = 0;
+  Ns turns_at_ = 0;
+  std::uint32_t turns_there_ = 0;
   bool calm_ = false;
 };
 

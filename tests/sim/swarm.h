@@ -44,6 +44,7 @@ struct Habits {
 };
 
 struct Swarm {
+  bool gentle = false;  // nothing fails, so nothing may: only the network is as it likes
   std::uint32_t workers = 1;
   std::uint32_t clients = 4;
   std::uint32_t requests = 100;
@@ -96,10 +97,32 @@ class SwarmMaker {
     swarm.weather = weather();
     swarm.manners = manners();
     swarm.habits = habits();
+    if (dice_.one_in(8)) make_gentle(swarm);
     return swarm;
   }
 
  private:
+  void make_gentle(Swarm& swarm) {
+    swarm.gentle = true;
+    swarm.reloads = 0;
+    swarm.drains = swarm.stops = swarm.memory_fails = false;
+    swarm.late_turn = Rate{};
+    swarm.turn_ns = swarm.jitter_ns = 0;
+    swarm.latency_ns = dice_.span(5 * kMicrosecond, 100 * kMicrosecond);
+    swarm.gap_ns = dice_.span(0, 20 * kMicrosecond);
+    swarm.least_window = std::max<std::size_t>(swarm.least_window, 4096);
+    swarm.most_descriptors = SIZE_MAX;
+    swarm.manners = Manners{};
+    const Habits drawn = swarm.habits;
+    swarm.habits = Habits{};
+    swarm.habits.http_1_0 = drawn.http_1_0;
+    swarm.habits.pipelined = drawn.pipelined;
+    swarm.habits.chunked_body = drawn.chunked_body;
+    Weather& weather = swarm.weather;
+    weather.accept_fails = weather.connect_fails = weather.watch_fails = Rate{};
+    weather.edge_delay_ns = 100 * kMicrosecond;
+  }
+
   // None of it, a little, or up to `most` of a thousand.
   Rate often(std::uint32_t most) {
     if (dice_.number(0, 3) > brutality_) return Rate{};
@@ -174,9 +197,12 @@ class SettingsMaker {
  public:
   explicit SettingsMaker(Dice& dice) : dice_(dice) {}
 
-  std::shared_ptr<const Settings> first() {
-    server();
-    upstream();
+  // `gentle`: no limit that a run without faults could meet but those of the queue.
+  std::shared_ptr<const Settings> first(bool gentle) {
+    if (!gentle) {
+      server();
+      upstream();
+    }
     settings_.log.level = LogLevel::error;
     settings_.log.access = "stderr";
     settings_.health.enabled = !dice_.one_in(3);

@@ -156,9 +156,12 @@ class Wire {
     std::fprintf(story, "%10.3f ms  %-12s %s%u link %u  ", static_cast<double>(now_ - 1000 * kSecond) / 1e6, what,
                  link.to_backend ? "backend " : "client ", link.peer, id);
     for (const char c : bytes.substr(0, 600)) {
-      if (c == '\r') std::fputs("\\r", story);
-      else if (c == '\n') std::fputs("\\n", story);
-      else std::fputc(c >= 0x20 && c < 0x7f ? c : '?', story);
+      if (c == '\r')
+        std::fputs("\\r", story);
+      else if (c == '\n')
+        std::fputs("\\n", story);
+      else
+        std::fputc(c >= 0x20 && c < 0x7f ? c : '?', story);
     }
     std::fprintf(story, bytes.empty() ? "\n" : " [%zu]\n", bytes.size());
   }
@@ -245,6 +248,25 @@ class Wire {
     tell("peer RST", id);
     if (link.in_backlog || link.nexus_open) send_reset_to_nexus(id, link);
     forget_if_over(id);
+  }
+
+  // From now on this connection is a good one, with room for whoever waited for it.
+  void ease(LinkId id) {
+    Link& link = at(id);
+    link.shape = Shape{};
+    link.shape.window_bytes = 64u << 20;
+    push({now_, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+    if (link.peer_wants_room) {
+      push({now_, 0, Due::Kind::peer_room, Notice::Kind::none, id, link.generation, 0});
+      link.peer_wants_room = false;
+    }
+  }
+  // Connections that were accepted and that no loop took over.
+  std::size_t unwatched() const {
+    std::size_t found = 0;
+    for (const auto& link : links_)
+      found += link->live && link->nexus_open && link->loop < 0 && !link->to_backend ? 1 : 0;
+    return found;
   }
 
   // ---- Nexus's side, for sim_net.h ----
