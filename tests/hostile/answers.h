@@ -221,6 +221,8 @@ inline void add_answer_chunk_rows(AnswerRows& rows) {
   row("LF in an extension", "2;\nhi\r\n" + end);
   row("LF behind the data", "2\r\nhi\n" + end);
   row("nothing behind the data", "2\r\nhi" + end);
+  row("text and LF behind the data", "2\r\nhix\n" + end);
+  row("LF LF behind the data", "2\r\nhi\n\n" + end);
   row("text behind the data", "2\r\nhixx" + end);
   row("CR and text behind the data", "2\r\nhi\rx" + end);
   row("LF LF at the end", "0\n\n");

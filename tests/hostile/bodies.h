@@ -94,6 +94,8 @@ inline void add_chunk_rows(RequestRows& rows) {
   refused("two bytes of text behind the data", "d\r\n" + kBody + "xx" + end);
   refused("text and CRLF behind the data", "d\r\n" + kBody + "x\r\n" + end);
   refused("CR and text behind the data", "d\r\n" + kBody + "\rx" + end);
+  refused("text and LF behind the data", "d\r\n" + kBody + "x\n" + end);
+  refused("LF LF behind the data", "d\r\n" + kBody + "\n\n" + end);
   refused("CR CR behind the data", "d\r\n" + kBody + "\r\r" + end);
   refused("LF CR behind the data", "d\r\n" + kBody + "\n\r" + end);
   refused("a size too small", "5\r\n" + kBody + "\r\n" + end);

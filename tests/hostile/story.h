@@ -84,21 +84,6 @@ struct Story {
   Problems problems;
 };
 
-// What the client got. A head that was refused as such may be answered with a body though it says HEAD: to Nexus it is
-// no request, and the connection ends.
-inline rfc9112::Reading read_answers(const Link& client, std::vector<std::string> methods, bool refused_head) {
-  const bool closed = client.ended && !client.cut;
-  rfc9112::Reading read = rfc9112::read_responses(client.outgoing, methods, closed);
-  if (read.whole() || !refused_head || !closed) return read;
-  for (std::size_t last = methods.size(); last-- > 0;) {
-    methods.resize(last);
-    methods.push_back("POST");
-    rfc9112::Reading other = rfc9112::read_responses(client.outgoing, methods, closed);
-    if (other.whole()) return other;
-  }
-  return read;
-}
-
 // Reads what became of `sent` on one client connection of a gateway.
 inline Story read_story(const Gateway& gateway, std::string_view sent, const Link& client, bool edits = false) {
   Story story;
@@ -120,7 +105,7 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Lin
   methods.push_back("POST");  // an answer to what is no request
 
   const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
-  const rfc9112::Reading read = read_answers(client, methods, rejected > 0);
+  const rfc9112::Reading read = rfc9112::read_responses(client.outgoing, methods, client.ended && !client.cut);
   if (!read.problem.empty()) wrong("to the client: " + read.problem);
   story.answers = read.messages;
   for (const rfc9112::Message& message : read.messages) {
