@@ -28,6 +28,7 @@
 #include "notify.h"
 #include "pulse.h"
 #include "resolver.h"
+#include "sandbox.h"
 #include "server.h"
 #include "threads.h"
 
@@ -235,6 +236,10 @@ class Daemon {
         pthread_kill(main_thread, kWorkerDone);
       }));
       if (!worker_threads_.back().joinable()) return kNoThread;
+    }
+    // The last step: every socket is bound and every thread of the start runs, and none of them can ask for more now.
+    if (const std::string why = enter_sandbox(); !why.empty()) {
+      log_.event(LogLevel::warning, "system calls are not limited", {{"why", why}});
     }
     for (const std::string& address : addresses_) log_.event(LogLevel::info, "listening", {{"address", address}});
     return {};
