@@ -414,7 +414,7 @@ TEST_CASE("numbers, sizes and durations are read in full or not at all") {
 }
 
 TEST_CASE("only whole characters of UTF-8 are plain text, and a quotation is cut between two of them") {
-  using config::is_plain_text, config::quoted;
+  using config::is_plain_text, config::in_quotes;
   for (std::string_view text : {"", "a\tb", "\xC2\x80", "\xDF\xBF", "\xE0\xA0\x80", "\xED\x9F\xBF", "\xEE\x80\x80",
                                 "\xEF\xBF\xBF", "\xF0\x90\x80\x80", "\xF4\x8F\xBF\xBF"}) {
     CAPTURE(text);
