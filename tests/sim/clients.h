@@ -233,8 +233,6 @@ class Clients {
           wire_.peer_send(client.link, std::string_view(client.out).substr(client.sent, limit - client.sent));
     }
     while (!client.ends.empty() && client.ends.front() <= client.sent) {
-      const std::size_t number = client.waiting[client.waiting.size() - client.ends.size()];
-      ledger_.requests[number].submitted_at = wire_.now();
       client.ends.pop_front();
     }
     if (client.sent >= client.abort_at_sent) return abort(who);
@@ -389,6 +387,9 @@ class Clients {
       return release_body(who);
     }
     client.closing = closing;
+    if (closing) {
+      for (const std::size_t number : client.waiting) ledger_.requests[number].behind_close = true;
+    }
     if (!client.waiting.empty() || closing) return;
     if (client.last_asked || client.to_ask == 0 || left_ == 0) {
       if (!dice_.one_in(4)) set_timer(who, kLeave, dice_.span(0, 50 * kMillisecond));

@@ -85,15 +85,12 @@ struct Request {
   bool counted = false;  // on a proxied endpoint, with a well-formed head: it has a log line
   bool http_1_0 = false;
   bool expects_continue = false;
-  bool whole_request = true;          // the client means to send all of it
   std::uint16_t expected_status = 0;  // of a wrong one; 0: any
   BodyParts body;
   std::string sent_body;  // as rendered; for wrong ones too
-  std::string authorization;
   std::uint32_t client = 0;
   bool client_left = false;   // it did something after which it need not get an answer
-  bool client_idled = false;  // it stopped reading or sending
-  Ns submitted_at = -1;
+  bool behind_close = false;  // the answer before it ended the connection
   std::vector<Attempt> attempts;
 
   // As the client saw it.
@@ -113,6 +110,31 @@ struct Request {
   std::uint64_t line_bytes = 0;
   std::int64_t line_prompt_tokens = -1, line_completion_tokens = -1;
   bool line_cut = false;
+};
+
+// How often what happened, over the requests of a run: that the faults do what they are for can be seen by it.
+struct Happened {
+  std::uint64_t retried = 0, fell_back = 0, failed_over = 0, cut = 0, timed_out = 0, left = 0, parse_errors = 0,
+                backend_errors = 0, refused = 0;
+
+  void add(const Request& request) {
+    if (request.lines == 0) return;
+    const bool served = request.line_error == "-";
+    retried += request.line_attempts > 1 ? 1 : 0;
+    failed_over += request.line_attempts > 1 && served ? 1 : 0;
+    fell_back += request.fallback_model.empty() ? 0 : 1;
+    cut += request.line_cut ? 1 : 0;
+    timed_out += request.line_error == "timeout" ? 1 : 0;
+    left += request.line_error == "client_closed" ? 1 : 0;
+    parse_errors += request.line_error == "parse_error" ? 1 : 0;
+    backend_errors += request.line_error == "backend_error" ? 1 : 0;
+    refused += request.line_error == "other" || request.line_error.starts_with("no_") ? 1 : 0;
+  }
+  void add(const Happened& more) {
+    retried += more.retried, fell_back += more.fell_back, failed_over += more.failed_over, cut += more.cut;
+    timed_out += more.timed_out, left += more.left, parse_errors += more.parse_errors;
+    backend_errors += more.backend_errors, refused += more.refused;
+  }
 };
 
 class Ledger {

@@ -43,6 +43,7 @@ struct Tally {
   Ns simulated_ns = 0;
   std::uint64_t trace = 0;
   Ns began_cpu_ns = 0;
+  Happened happened;
 };
 
 Ns cpu_now() {
@@ -58,6 +59,7 @@ void add(Tally& tally, const Outcome& outcome, std::uint64_t seed) {
   tally.arrivals += outcome.arrivals;
   tally.turns += outcome.turns;
   tally.simulated_ns += outcome.simulated_ns;
+  tally.happened.add(outcome.happened);
   tally.trace = mix(tally.trace ^ outcome.trace);
   if (outcome.wrong.empty()) return;
   tally.failed += 1;
@@ -77,6 +79,22 @@ void print(const Tally& tally) {
       static_cast<unsigned long long>(tally.answers), static_cast<unsigned long long>(tally.arrivals),
       static_cast<unsigned long long>(tally.turns), seconds(tally.simulated_ns), cpu, seconds(tally.simulated_ns) / cpu,
       static_cast<double>(tally.requests) / cpu, static_cast<unsigned long long>(tally.trace));
+}
+
+void print(const Happened& happened) {
+  const auto tell = [](const char* what, std::uint64_t count) {
+    std::printf("%s %llu", what, static_cast<unsigned long long>(count));
+  };
+  tell("of these: retried", happened.retried);
+  tell(", served after that", happened.failed_over);
+  tell(", under another model", happened.fell_back);
+  tell(", cut", happened.cut);
+  tell(", left by their client", happened.left);
+  tell(", timed out", happened.timed_out);
+  tell(", bad answers", happened.parse_errors);
+  tell(", other failures of backends", happened.backend_errors);
+  tell(", refused", happened.refused);
+  std::printf("\n");
 }
 
 // Runs the seeds; a long run tells how far it is.
@@ -145,6 +163,7 @@ int test(LogRings& rings) {
   count(is_repeatable(rings));
   const Tally tally = run_seeds(1001, 1000 + kFixedSeeds, rings, false);
   print(tally);
+  print(tally.happened);
   passed += static_cast<unsigned>(tally.seeds - tally.failed);
   failed += static_cast<unsigned>(tally.failed);
   std::printf("%u passed, %u failed\n", passed, failed);
@@ -176,6 +195,7 @@ int main(int argc, char** argv) {
   }
   const Tally tally = run_seeds(first, last, rings, true);
   print(tally);
+  print(tally.happened);
   std::printf("%llu passed, %llu failed\n", static_cast<unsigned long long>(tally.seeds - tally.failed),
               static_cast<unsigned long long>(tally.failed));
   return tally.failed == 0 ? 0 : 1;

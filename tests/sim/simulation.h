@@ -26,6 +26,7 @@ struct Outcome {
   std::uint64_t arrivals = 0;  // of requests at backends
   std::uint64_t turns = 0;
   Ns simulated_ns = 0;
+  Happened happened;
 };
 
 class Simulation {
@@ -69,6 +70,7 @@ class Simulation {
     outcome.answers = ledger_.answers;
     outcome.arrivals = fleet_.arrivals();
     outcome.turns = turns_;
+    outcome.happened = audit_.happened;
     outcome.simulated_ns = wire_.now() - began;
     return outcome;
   }
