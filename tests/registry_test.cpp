@@ -112,7 +112,7 @@ TEST_CASE("a backend whose host is a name is not healthy for workers until it is
   const auto snapshot = registry.snapshot();
   CHECK(offers(*snapshot, "m") == "a");
   CHECK(snapshot->backends[0].address == address);
-  CHECK(snapshot->backends[0].host == "gpu.lan:8080");
+  CHECK(snapshot->backends[0].request_lines == "Host: gpu.lan:8080\r\n");
 }
 
 TEST_CASE("the Host field is the configured host, with its port but for 80") {
@@ -128,7 +128,7 @@ TEST_CASE("the Host field is the configured host, with its port but for 80") {
   for (const Row& row : rows) {
     Registry registry;
     configure(registry, with({backend("a", {}, row.host, row.port)}));
-    CHECK(registry.snapshot()->backends[0].host == row.expected);
+    CHECK(registry.snapshot()->backends[0].request_lines == "Host: " + std::string(row.expected) + "\r\n");
   }
 }
 
@@ -251,6 +251,8 @@ TEST_CASE("a reload keeps what is known of a backend at the same place, and star
   const std::vector<Row> rows = {
       {"nothing", [](BackendSettings&) {}, true},
       {"priority", [](BackendSettings& b) { b.priority = 7; }, true},
+      {"models", [](BackendSettings& b) { b.models = {"m"}; }, true},
+      {"api_key", [](BackendSettings& b) { b.api_key = "k"; }, true},
       {"max_pending", [](BackendSettings& b) { b.max_pending = 7; }, true},
       {"capabilities", [](BackendSettings& b) { b.vision.stated = true; }, true},
       {"type", [](BackendSettings& b) { b.kind = BackendKind::vllm; }, false},
