@@ -310,7 +310,7 @@ group('queue', () => {
   }
 
   test('a place on a backend that was ejected meanwhile does not begin the wait anew', async (t) => {
-    const timeout = 800 * settings.slow;
+    const timeout = 2_000 * settings.slow;
     const { fleet, doomed, lasting, clients } = await sick_and_full(t, { size: 10, timeout: `${timeout}ms` }, 1);
     const began = performance.now();
     await sleep(timeout / 2);
