@@ -28,11 +28,7 @@ struct Answer {
 
 class AnswerMaker {
  public:
-  AnswerMaker(Dice& dice, const Manners& manners) : dice_(dice), manners_(manners) {
-    for (std::size_t i = 0; i < kPatternBytes; ++i) {
-      pattern_ += "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"[mix(i) % 64];
-    }
-  }
+  AnswerMaker(Dice& dice, const Manners& manners) : dice_(dice), manners_(manners) {}
 
   // `asked` says that the body asks for usage; `by_client`, that the client did.
   Answer make(std::string_view id, std::size_t number, bool stream, bool asked, bool by_client, Attempt& attempt) {
@@ -53,14 +49,7 @@ class AnswerMaker {
     return answer;
   }
 
-  // A piece of text that is this request's alone.
-  std::string_view text(std::size_t number, std::size_t bytes) const {
-    const std::size_t at = mix(number) % (kPatternBytes / 2);
-    return std::string_view(pattern_).substr(at, std::min(bytes, kPatternBytes / 2));
-  }
-
  private:
-  static constexpr std::size_t kPatternBytes = 512u << 10;
   enum class Framing : std::uint8_t { length, chunked, until_close };
 
   std::uint16_t draw_status() {
@@ -83,7 +72,7 @@ class AnswerMaker {
 
   void json_payload(std::string_view id, Attempt& attempt) {
     if (dice_.one_in(20)) return;  // an empty body
-    const std::string content(text(number_ * 64 + attempt.server, draw_bytes()));
+    const std::string content(pattern_of(number_ * 64 + attempt.server, draw_bytes()));
     attempt.payload = R"({"id":")" + std::string(id) + R"(","choices":[{"message":{"content":")" + content + R"("}}])";
     if (!dice_.one_in(4)) {
       draw_usage(attempt);
@@ -97,7 +86,7 @@ class AnswerMaker {
     const std::uint32_t events = dice_.skewed(0, 30);
     const std::size_t each = draw_bytes() / (events + 1) + 1;
     std::string& out = attempt.payload;
-    const std::string_view content = text(number_ * 64 + attempt.server, each * events);
+    const std::string_view content = pattern_of(number_ * 64 + attempt.server, each * events);
     for (std::uint32_t i = 0; i < events; ++i) {
       if (dice_.one_in(20)) out.append(": ping").append(end);
       out.append(R"(data: {"id":")").append(id).append(R"(","choices":[{"index":0,"delta":{"content":")");
@@ -251,7 +240,6 @@ class AnswerMaker {
  private:
   Dice& dice_;
   const Manners& manners_;
-  std::string pattern_;
   std::size_t number_ = 0;
   std::uint32_t interim_ = 0;
 };

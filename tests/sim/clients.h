@@ -18,12 +18,12 @@ namespace nexus::sim {
 
 class Clients {
  public:
-  Clients(Wire& wire, Ledger& ledger, Dice& dice, const Swarm& swarm, std::string pattern)
+  Clients(Wire& wire, Ledger& ledger, Dice& dice, const Swarm& swarm)
       : wire_(wire),
         ledger_(ledger),
         dice_(dice),
         swarm_(swarm),
-        maker_(ledger, dice, swarm.habits, std::move(pattern)),
+        maker_(ledger, dice, swarm.habits),
         clients_(swarm.clients),
         left_(swarm.requests) {}
 
@@ -118,6 +118,7 @@ class Clients {
     std::deque<std::size_t> waiting;  // requests, in order
     std::deque<std::size_t> ends;     // where each ends in `out`
     bool head_seen = false;
+    Ns began_at = 0;  // when Nexus wrote the first byte of the answer being read
     ResponseParser parser;
   };
 
@@ -315,8 +316,7 @@ class Clients {
     client.head_seen = false;
     if (client.closing) return ledger_.wrong("client %u: bytes behind the last answer", who);
     if (client.waiting.empty()) return;  // it may be turned away
-    Request& request = ledger_.requests[client.waiting.front()];
-    if (request.answered_at < 0) request.answered_at = Wire::written_at(wire_.at(client.link).to_peer, position);
+    client.began_at = Wire::written_at(wire_.at(client.link).to_peer, position);
   }
 
   void on_head(std::uint32_t who) {
@@ -336,6 +336,7 @@ class Clients {
       return;
     }
     request.status = parser.status;
+    request.answered_at = client.began_at;
     request.backend = parser.field("X-Nexus-Backend");
     request.fallback_model = parser.field("X-Nexus-Fallback-Model");
     request.event_stream = parser.field("Content-Type") == "text/event-stream";
@@ -382,10 +383,7 @@ class Clients {
       client.answered = true;
     }
     client.parser.start();
-    if (interim) {
-      if (!client.waiting.empty()) ledger_.requests[client.waiting.front()].answered_at = -1;
-      return release_body(who);
-    }
+    if (interim) return release_body(who);
     client.closing = closing;
     if (closing) {
       for (const std::size_t number : client.waiting) ledger_.requests[number].behind_close = true;

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cassert>
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 #include "nexus/clock.h"
 
@@ -53,5 +55,24 @@ class Dice {
  private:
   std::uint64_t state_;
 };
+
+// Text without quotes and controls, long enough that two pieces of it are never alike.
+inline std::string_view pattern() {
+  static const std::string text = [] {
+    constexpr std::size_t kBytes = 512u << 10;
+    std::string made;
+    for (std::size_t i = 0; i < kBytes; ++i) {
+      made += "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"[mix(i) % 64];
+    }
+    return made;
+  }();
+  return text;
+}
+
+// A piece of it that belongs to `number`.
+inline std::string_view pattern_of(std::uint64_t number, std::size_t bytes) {
+  const std::size_t half = pattern().size() / 2;
+  return pattern().substr(mix(number) % half, bytes < half ? bytes : half);
+}
 
 }  // namespace nexus::sim

@@ -21,7 +21,7 @@ class Fleet {
       : wire_(wire), ledger_(ledger), dice_(dice), manners_(manners), answers_(dice, manners), servers_(kServers) {
     for (Server& server : servers_) {
       for (std::uint32_t i = 0; i < kModels; ++i) {
-        if (!dice_.one_in(3)) server.models.push_back("m" + std::to_string(i));
+        if (!dice_.one_in(6)) server.models.push_back("m" + std::to_string(i));
       }
     }
   }
@@ -106,7 +106,6 @@ class Fleet {
     for (const Server& server : servers_) open += server.links.size();
     return open;
   }
-  std::string_view text(std::size_t number, std::size_t bytes) const { return answers_.text(number, bytes); }
 
  private:
   enum class Phase : std::uint8_t { reading, answering, stalled };

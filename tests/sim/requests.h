@@ -15,8 +15,7 @@ namespace nexus::sim {
 
 class RequestMaker {
  public:
-  RequestMaker(Ledger& ledger, Dice& dice, const Habits& habits, std::string pattern)
-      : ledger_(ledger), dice_(dice), habits_(habits), pattern_(std::move(pattern)) {}
+  RequestMaker(Ledger& ledger, Dice& dice, const Habits& habits) : ledger_(ledger), dice_(dice), habits_(habits) {}
 
   struct Made {
     std::size_t number;
@@ -79,13 +78,13 @@ class RequestMaker {
 
   void draw_body(Request& request, std::size_t number, bool streams) {
     BodyParts& body = request.body;
-    constexpr std::string_view kModels[] = {"m0", "m0", "m1", "m2", "m3", "m4", "m5", "a0", "a1"};
+    constexpr std::string_view kModels[] = {"m0", "m0", "m0", "m1", "m1", "m2", "m3", "m3", "m4", "m5", "a0", "a1"};
     body.model = kModels[dice_.index(std::size(kModels))];
     body.stream = streams && dice_.one_in(2);
     body.options = dice_.one_in(2) ? BodyParts::Options::absent : static_cast<BodyParts::Options>(dice_.number(0, 5));
     const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 100'000) : dice_.skewed(0, 1000);
-    const std::size_t at = static_cast<std::size_t>(mix(number * 7) % (pattern_.size() / 2));
-    const std::string content = R"("messages":[{"role":"user","content":")" + pattern_.substr(at, bytes) + R"("}])";
+    const std::string content =
+        R"("messages":[{"role":"user","content":")" + std::string(pattern_of(number * 7, bytes)) + R"("}])";
     if (dice_.one_in(2)) {
       body.before = content + ",";
       body.after = R"("n":1)";
@@ -197,7 +196,6 @@ class RequestMaker {
   Ledger& ledger_;
   Dice& dice_;
   const Habits& habits_;
-  std::string pattern_;
 };
 
 }  // namespace nexus::sim

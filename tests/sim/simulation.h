@@ -38,7 +38,7 @@ class Simulation {
         wire_(seed ^ 0x5eed, [this](const Address& address) { return connect_fate(address); }),
         ledger_(wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
-        clients_(wire_, ledger_, dice_, swarm_, std::string(fleet_.text(0, 256u << 10))),
+        clients_(wire_, ledger_, dice_, swarm_),
         settings_(settings_maker_.first(swarm_.gentle)),
         gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
         audit_(ledger_, gateway_, wire_),

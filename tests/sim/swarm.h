@@ -69,7 +69,7 @@ struct Swarm {
 
 class SwarmMaker {
  public:
-  explicit SwarmMaker(Dice& dice) : dice_(dice), brutality_(dice.number(0, 3)) {}
+  explicit SwarmMaker(Dice& dice) : dice_(dice), brutality_(dice.number(0, 4)) {}
 
   Swarm make() {
     Swarm swarm;
@@ -125,8 +125,8 @@ class SwarmMaker {
 
   // None of it, a little, or up to `most` of a thousand.
   Rate often(std::uint32_t most) {
-    if (dice_.number(0, 3) > brutality_) return Rate{};
-    return per_mille(dice_.skewed(1, most));
+    if (dice_.number(1, 4) > brutality_) return Rate{};
+    return per_mille(dice_.one_in(2) ? dice_.number(1, most) : dice_.skewed(1, most));
   }
 
   Weather weather() {
@@ -173,13 +173,13 @@ class SwarmMaker {
     h.expect_continue = often(200);
     h.wrong_request = often(250);
     h.page = often(200);
-    h.aborts_sending = often(80);
-    h.aborts_receiving = often(120);
-    h.aborts_by_time = often(100);
-    h.half_closes = often(100);
-    h.slow_reader = often(200);
-    h.stalled_reader = often(40);
-    h.stalled_sender = often(40);
+    h.aborts_sending = often(250);
+    h.aborts_receiving = often(250);
+    h.aborts_by_time = often(250);
+    h.half_closes = often(200);
+    h.slow_reader = often(400);
+    h.stalled_reader = often(60);
+    h.stalled_sender = often(60);
     h.large_body = often(100);
     return h;
   }
@@ -251,7 +251,7 @@ class SettingsMaker {
     settings_.routing.retries = dice_.number(0, 4);
     settings_.queue.size = dice_.one_in(2) ? dice_.number(1, 20) : 0;
     settings_.queue.timeout_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
-    if (dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
+    if (!dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
     if (dice_.one_in(3)) settings_.fallbacks = {{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};
   }
   void add_backend() {
@@ -276,7 +276,7 @@ class SettingsMaker {
   std::vector<std::string> some_models() {
     std::vector<std::string> models;
     for (std::uint32_t i = 0; i < kModels; ++i) {
-      if (!dice_.one_in(3)) models.push_back("m" + std::to_string(i));
+      if (!dice_.one_in(6)) models.push_back("m" + std::to_string(i));
     }
     if (models.empty()) models.push_back("m0");
     return models;
