@@ -136,7 +136,8 @@ class Exchange {
                                                   : DisconnectPhase::streaming;
     if (!status_sent_) record_.status = 499;
     // A FIN is the proper end of a body without length: it must not follow half of one.
-    cut_ = state_ == State::streaming && client_framing_.kind == Framing::Kind::until_close;
+    const bool answering = state_ == State::streaming || state_ == State::finishing;
+    cut_ = answering && client_framing_.kind == Framing::Kind::until_close;
     record_.error = ErrorType::client_closed;
     if (state_ == State::streaming) note_usage();
     end_attempt(AttemptOutcome::cancelled);
@@ -217,6 +218,7 @@ class Exchange {
     first_body_ns_ = ended_ns_ = -1;
     cut_ = cut_short_ = status_sent_ = false;
     blocked_bytes_ = 0;
+    client_framing_ = Framing{};
     stale_retry_ = false;
     asked_.clear();
     retry_reason_ = {};
