@@ -35,9 +35,10 @@ ifeq ($(SAN),)
   B := build
   OPTIMISE := -O2
   LINK_MODE := -static
+# Without vptr: its check opens a pipe, so it cries wolf in the test that leaves no descriptor. Nothing here is virtual.
 else ifeq ($(SAN),address)
   B := build/address
-  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
+  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
   LINK_MODE := -fsanitize=address,undefined
 else ifeq ($(SAN),thread)
   B := build/thread
