@@ -29,9 +29,11 @@ class Audit {
       std::uint32_t& most = at->second;
       most = most == 0 || backend.max_pending == 0 ? 0 : std::max(most, backend.max_pending);
     }
-    most_connections_ = std::max(most_connections_, std::size_t{settings.server.max_connections});
-    longest_write_ = std::max({longest_write_, settings.server.write_timeout_ns});
-    keys_ = keys_ || !settings.server.api_keys.empty();
+    const ServerSettings& server = settings.server;
+    most_connections_ = std::max(most_connections_, std::size_t{server.max_connections});
+    // Its request, which a block twice as large may hold, and an answer's piece and head on their way to the client.
+    most_held_bytes_ = std::max(most_held_bytes_, 4 * (server.max_body_bytes + server.max_header_bytes + kRoomyBlock));
+    longest_write_ = std::max(longest_write_, server.write_timeout_ns);
   }
 
   Happened happened;
@@ -69,11 +71,19 @@ class Audit {
       if (cap != caps_.end() && cap->second > 0) check_cap(id, cap->second, here);
     }
     std::size_t connections = 0;
-    for (const auto& worker : gateway_.each_worker()) connections += worker->connections();
+    for (const auto& worker : gateway_.each_worker()) {
+      connections += worker->connections();
+      if (worker->taken_bytes() > kRoomyBlock + worker->connections() * most_held_bytes_) {
+        ledger_.wrong("a worker holds %zu bytes for %zu connections", worker->taken_bytes(), worker->connections());
+      }
+    }
+    // What one worker hands to another is counted when it arrives there.
+    if (connections > most_connections_ + (gateway_.workers() - 1) * kAcceptsPerTurn) {
+      ledger_.wrong("%zu connections, the limit is %zu", connections, most_connections_);
+    }
     if (pending > static_cast<std::int64_t>(connections)) {
       ledger_.wrong("%lld requests pending over %zu connections", static_cast<long long>(pending), connections);
     }
-    most_seen_ = std::max(most_seen_, connections);
   }
 
   // A connection on which no byte was taken for longer than Nexus may wait for that.
@@ -291,7 +301,8 @@ class Audit {
                       static_cast<unsigned long long>(request.line_bytes));
       }
       check_tokens(request, n);
-    } else if (!request.client_left && !request.line_cut && !ledger_.stopped) {
+    } else if (!request.client_left && !request.line_cut && !ledger_.stopped && !ledger_.draining) {
+      // (After a drain a kept connection is closed at once: bytes that were pipelined behind make that a reset.)
       ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
     }
     if (request.attempt >= 0 && request.backend != request.line_backend) {
@@ -353,9 +364,8 @@ class Audit {
   Wire& wire_;
   std::map<std::string, std::uint32_t> caps_;
   std::size_t most_connections_ = 0;
-  std::size_t most_seen_ = 0;
+  std::size_t most_held_bytes_ = 0;
   Ns longest_write_ = 0;
-  bool keys_ = false;
   std::string line_;
 };
 

@@ -76,6 +76,12 @@ class Gateway {
     }
     return true;
   }
+  bool is_empty() const {
+    for (const auto& worker : workers_) {
+      if (worker->connections() > 0 || worker->upstreams() > 0 || worker->armed_timers() > 0) return false;
+    }
+    return true;
+  }
   // As the daemon's end does: each loop closes what it has left.
   void end_workers() {
     workers_.clear();

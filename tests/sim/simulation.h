@@ -115,7 +115,7 @@ class Simulation {
         audit_.note_caps(*next);
         return gateway_.reload(next);
       }
-      case kDrain: return gateway_.drain();
+      case kDrain: ledger_.draining = true; return gateway_.drain();
       case kStop: ledger_.stopped = true; return gateway_.stop();
       default: return;
     }
@@ -137,7 +137,7 @@ class Simulation {
     swarm_.late_turn = Rate{};
     calm_ = true;
     const Ns until = wire_.now() + kCalm;
-    while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended()) step(until);
+    while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended() && !gateway_.is_empty()) step(until);
     if (ledger_.ok() && !gateway_.workers_ended()) audit_.check_rest();
   }
 
