@@ -279,7 +279,7 @@ class Audit {
   }
 
   void check_unanswered(const Request& request, unsigned n) {
-    if (request.client_left || ledger_.stopped || ledger_.memory_faults) return;
+    if (request.client_left || ledger_.stopped || ledger_.draining || ledger_.memory_faults) return;
     if (request.line_cut) return;  // its connection was cut: a reset may throw away what was sent before
     ledger_.wrong("r%u: counted as %u (%s) and its client, still there, got nothing", n, request.line_status,
                   request.line_error.c_str());

@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -224,9 +225,28 @@ class Simulation {
     if (state.settled) return;
     if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
     audit_.check_step();
+    check_servers();
     state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) state.not_before += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  // The caps as the servers see them; a reload would change which backend is where.
+  void check_servers() {
+    if (swarm_.reloads > 0) return;
+    std::array<std::uint32_t, kServers> caps{};
+    std::array<bool, kServers> capped{};
+    capped.fill(true);
+    for (const BackendSettings& backend : settings_->backends) {
+      const std::size_t server = backend.address.port - 9000u;
+      capped[server] = capped[server] && backend.max_pending > 0;
+      caps[server] += backend.max_pending;
+    }
+    for (std::uint32_t server = 0; server < kServers; ++server) {
+      const std::uint32_t running = capped[server] ? fleet_.running_on(server) : 0;
+      if (running > caps[server])
+        ledger_.wrong("server %u runs %u requests, caps allow %u", server, running, caps[server]);
+    }
   }
 
   Ns slack() const { return swarm_.late_by_ns + 2 * swarm_.turn_ns + 2 * swarm_.latency_ns + 100 * kMillisecond; }
