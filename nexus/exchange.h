@@ -163,8 +163,12 @@ class Exchange {
       if (event.writable || event.hangup) on_connected();
       return;
     }
+    // An answer that is there before the request is sent whole is read first: its connection must not be used again.
+    const Upstream<Net>* const upstream = upstream_;
+    if (state_ == State::sending) read_answer();
+    if (upstream_ != upstream) return;
     if (state_ == State::sending && event.writable) send_request();
-    if (upstream_ != nullptr && state_ != State::connecting) read_answer();
+    if (upstream_ == upstream && state_ != State::connecting) read_answer();
   }
 
   // The client's socket took what waited, or the turn comes round again: go on reading.
