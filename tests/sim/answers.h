@@ -24,6 +24,7 @@ struct Answer {
   std::string bytes;
   std::vector<Pause> pauses;  // in order
   End end = End::keep;
+  bool overlong = false;
 };
 
 class AnswerMaker {
@@ -200,7 +201,10 @@ class AnswerMaker {
       if (until_close && answer.end == Answer::End::stall) attempt.may_be_whole = false;
       return;
     }
-    if (!until_close && dice_.chance(manners_.overlong)) answer.bytes.append(dice_.number(1, 20), 'Z');
+    if (!until_close && dice_.chance(manners_.overlong)) {
+      answer.bytes.append(dice_.number(1, 20), 'Z');
+      answer.overlong = true;
+    }
     if (!until_close && dice_.chance(manners_.reset)) answer.end = Answer::End::reset;
   }
 

@@ -65,7 +65,10 @@ class Clients {
     if (client.link != id) return;
     // Linux lets what came before a reset be read; others throw it away.
     if (!dice_.one_in(4) && !client.gone_quiet) read(who, wire_.peer_view(id).size());
-    if (client.link == id) end_visit(who, true);
+    if (client.link != id) return;
+    // A reset for the sake of a later request takes with it what was not read yet of the answers before.
+    if (client.waiting.size() > 1) leave_all(who);
+    end_visit(who, true);
   }
   void on_timer(std::uint32_t who, std::uint64_t value) {
     Client& client = clients_[who];
@@ -215,7 +218,7 @@ class Clients {
       }
     }
     client.ends.push_back(client.out.size());
-    if (client.gone_quiet) leave(who, client.waiting.back());
+    if (client.gone_quiet) leave_all(who);
   }
 
   void release_body(std::uint32_t who) {
@@ -242,9 +245,8 @@ class Clients {
     if (client.sent >= client.stop_sending_at && client.sent < client.out.size()) go_quiet(who);
   }
 
-  void leave(std::uint32_t, std::size_t number) { ledger_.requests[number].client_left = true; }
   void leave_all(std::uint32_t who) {
-    for (const std::size_t number : clients_[who].waiting) leave(who, number);
+    for (const std::size_t number : clients_[who].waiting) ledger_.requests[number].client_left = true;
   }
 
   // From here on it does nothing more, and Nexus has to see to that.

@@ -349,7 +349,7 @@ class Fleet {
     talk.input.erase(0, whole);
     talk.taken += whole;
     talk.head_bytes = talk.body_bytes = 0;
-    const bool in_turn = !talk.answered_early;
+    const bool in_turn = !talk.answered_early && !talk.answer.overlong;  // else the next may be here already
     talk.answered = talk.answered_early = false;
     if (in_turn && !talk.input.empty())
       ledger_.wrong("link %u: a backend got bytes behind a request: %.100s", id, talk.input.c_str());

@@ -31,16 +31,18 @@ extern "C" void* __wrap_malloc(std::size_t bytes) {
 }
 
 void* operator new(std::size_t bytes) {
-  void* const at = std::malloc(bytes == 0 ? 1 : bytes);
+  void* const at = __real_malloc(bytes == 0 ? 1 : bytes);
   if (at == nullptr) throw std::bad_alloc();
   return at;
 }
 void* operator new[](std::size_t bytes) { return operator new(bytes); }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  return nexus::sim::memory_fails() ? nullptr : std::malloc(bytes == 0 ? 1 : bytes);
+  return nexus::sim::memory_fails() ? nullptr : __real_malloc(bytes == 0 ? 1 : bytes);
 }
 // Not made to fail: simdjson does not look at what its string buffer got.
-void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes == 0 ? 1 : bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
+  return __real_malloc(bytes == 0 ? 1 : bytes);
+}
 void operator delete(void* at) noexcept { std::free(at); }
 void operator delete(void* at, std::size_t) noexcept { std::free(at); }
 void operator delete[](void* at) noexcept { std::free(at); }
