@@ -202,6 +202,7 @@ class JsonReader {
   };
 
   bool iterate(const char* text, std::size_t bytes, simdjson::ondemand::document& document) {
+    if (bytes == 0) return true;  // simdjson would look into an index that it may have no memory for
     // A document far larger than the last ones would keep its index for good: give a large one back.
     if (parser_.capacity() > kKeptCapacity && bytes < kKeptCapacity) parser_ = simdjson::ondemand::parser();
     const simdjson::padded_string_view padded(text, bytes, bytes + simdjson::SIMDJSON_PADDING);
