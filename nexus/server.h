@@ -33,7 +33,8 @@ constexpr Ns kAcceptPause = 100 * kMillisecond;   // after a descriptor was not 
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
 constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
 
-// How many connections each worker holds: read by the others when a new one comes.
+// How many connections each worker holds or was handed: counted by the worker that places a new one, so that those on
+// their way to another count too; given back by the one that closes it. Relaxed: numbers alone.
 struct alignas(64) WorkerLoad {
   std::atomic<std::uint32_t> connections{0};
   std::atomic<bool> stopped{false};  // it takes none any more
@@ -66,6 +67,7 @@ class Worker {
   struct Peers {
     std::vector<Worker*> workers;
     std::vector<WorkerLoad> loads;
+    std::atomic<std::uint32_t> connections{0};  // over all workers, for [server] max_connections; relaxed
     std::function<void(std::uint32_t worker, Token session, PageKind kind)> ask_page;
   };
 
@@ -268,20 +270,22 @@ class Worker {
   // Keeps a new connection, or hands it to the worker that holds clearly fewer: streams are long, and chance alone
   // would leave one thread loaded and another idle.
   void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
-    std::uint32_t total = 0;
+    if (peers_.connections.fetch_add(1, std::memory_order_relaxed) >= core_.settings().server.max_connections) {
+      peers_.connections.fetch_sub(1, std::memory_order_relaxed);
+      return turn_away(socket);
+    }
     std::uint32_t fewest = core_.worker;
+    const std::uint32_t mine = peers_.loads[core_.worker].connections.load(std::memory_order_relaxed);
+    std::uint32_t least = mine;
     for (std::uint32_t i = 0; i < peers_.workers.size(); ++i) {
       const std::uint32_t held = peers_.loads[i].connections.load(std::memory_order_relaxed);
-      total += held;
-      if (peers_.loads[i].stopped.load(std::memory_order_relaxed)) continue;
-      if (held < peers_.loads[fewest].connections.load(std::memory_order_relaxed)) fewest = i;
+      if (held >= least || peers_.loads[i].stopped.load(std::memory_order_relaxed)) continue;
+      fewest = i;
+      least = held;
     }
-    if (total >= core_.settings().server.max_connections) return turn_away(socket);
-    const std::uint32_t mine = peers_.loads[core_.worker].connections.load(std::memory_order_relaxed);
-    const std::uint32_t least = peers_.loads[fewest].connections.load(std::memory_order_relaxed);
-    if (fewest != core_.worker && mine > least + least / 16) {
-      return peers_.workers[fewest]->post(Adopt{socket, peer, metrics_only});
-    }
+    if (mine <= least + least / 16) fewest = core_.worker;
+    peers_.loads[fewest].connections.fetch_add(1, std::memory_order_relaxed);
+    if (fewest != core_.worker) return peers_.workers[fewest]->post(Adopt{socket, peer, metrics_only});
     add_session(socket, peer, metrics_only);
   }
 
@@ -297,21 +301,22 @@ class Worker {
     core_.net.close(socket);
   }
 
+  // For a connection that place() counted.
   void add_session(typename Net::Socket socket, const Address& peer, bool metrics_only) {
     SessionT* session = sessions_.make(core_, pool_, socket, peer, metrics_only);
     if (session == nullptr || !core_.net.watch(socket, session->token)) {
       core_.slab.limit_hit(Limit::memory);
       if (session != nullptr) sessions_.destroy(session->token);
+      give_place_back();
       return core_.net.close(socket);
     }
-    note_load(1);
+    core_.slab.add_client_connections(1);
     core_.wheel.arm(session->timer, deadline_after(core_.now, core_.settings().server.header_timeout_ns));
   }
 
-  void note_load(int delta) {
-    std::atomic<std::uint32_t>& mine = peers_.loads[core_.worker].connections;  // written by this thread alone
-    mine.store(mine.load(std::memory_order_relaxed) + static_cast<std::uint32_t>(delta), std::memory_order_relaxed);
-    core_.slab.add_client_connections(delta);
+  void give_place_back() {
+    peers_.loads[core_.worker].connections.fetch_sub(1, std::memory_order_relaxed);
+    peers_.connections.fetch_sub(1, std::memory_order_relaxed);
   }
 
   // ---- a session's course ----
@@ -812,7 +817,8 @@ class Worker {
   void close(SessionT& session) {
     assert(!session.exchange.active());
     session.connection.close(core_.net);
-    note_load(-1);
+    give_place_back();
+    core_.slab.add_client_connections(-1);
     sessions_.destroy(session.token);
     if (!listeners_open_ && !core_.draining) resume_accepting();
   }
@@ -848,7 +854,10 @@ class Worker {
     peers_.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
     mailbox_.take(messages_);  // connections that were handed over and never taken
     for (Message& message : messages_) {
-      if (Adopt* adopt = std::get_if<Adopt>(&message)) core_.net.close(adopt->socket);
+      Adopt* adopt = std::get_if<Adopt>(&message);
+      if (adopt == nullptr) continue;
+      core_.net.close(adopt->socket);
+      give_place_back();
     }
     messages_.clear();
     sessions_.each([this](SessionT& session) { client_gone(session); });

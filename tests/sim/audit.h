@@ -77,8 +77,7 @@ class Audit {
         ledger_.wrong("a worker holds %zu bytes for %zu connections", worker->taken_bytes(), worker->connections());
       }
     }
-    // What one worker hands to another is counted when it arrives there.
-    if (connections > most_connections_ + (gateway_.workers() - 1) * kAcceptsPerTurn) {
+    if (connections > most_connections_) {
       ledger_.wrong("%zu connections, the limit is %zu", connections, most_connections_);
     }
     if (pending > static_cast<std::int64_t>(connections)) {
@@ -126,6 +125,7 @@ class Audit {
     std::int64_t clients = 0;
     for (const auto& slab : gateway_.metrics().slabs()) clients += slab->thread().client_connections.read_signed();
     expect_zero("client connections by the gauge", clients);
+    expect_zero("client connections placed", gateway_.placed());
   }
 
   void check_closed() {

@@ -94,6 +94,13 @@ class Gateway {
   const Metrics& metrics() const { return metrics_; }
   const Admission& admission() const { return admission_; }
   const BodyBudget& budget() const { return budget_; }
+  // Client connections as their placing counts them: over all workers, and the sum of what each holds or was handed.
+  std::int64_t placed() const {
+    std::int64_t held = 0;
+    for (const WorkerLoad& load : peers_.loads) held += load.connections.load(std::memory_order_relaxed);
+    assert(held == peers_.connections.load(std::memory_order_relaxed));
+    return held;
+  }
 
  private:
   Metrics metrics_;
