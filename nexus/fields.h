@@ -5,9 +5,12 @@
 // Threads:  plain values.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
+#include <type_traits>
 
 #include "text.h"
 
@@ -88,35 +91,86 @@ constexpr FieldIndex make_field_index() {
 }
 inline constexpr FieldIndex kFieldIndex = make_field_index();
 
-inline bool equals_dashed(std::string_view name, std::string_view lower) {
-  if (name.size() != lower.size()) return false;
-  for (std::size_t i = 0; i < name.size(); ++i) {
-    const char c = name[i] == '_' ? '-' : to_lower(name[i]);
-    if (c != lower[i]) return false;
+// Two words that hold the first and the last bytes of a name (they overlap in a short one), and what is between them.
+// With the bit that tells upper from lower case set: no two characters of a token (RFC 9110 5.6.2) that a recognised name
+// may hold become one that way.
+struct NameWords {
+  std::uint64_t first = 0;
+  std::uint64_t last = 0;
+  std::uint64_t middle = 0;
+  constexpr bool operator==(const NameWords&) const = default;
+};
+
+constexpr std::uint64_t kLowerCase = 0x2020202020202020;
+
+template <class Word>
+constexpr std::uint64_t word_at(const char* at) {
+  if (std::is_constant_evaluated()) {
+    std::uint64_t word = 0;
+    for (std::size_t i = 0; i < sizeof(Word); ++i) {
+      word |= std::uint64_t{static_cast<unsigned char>(at[i])} << (8 * i);
+    }
+    return word;
   }
-  return true;
+  Word word = 0;
+  std::memcpy(&word, at, sizeof word);
+  return word;
 }
 
+// Of a name of 2 to 24 bytes.
+constexpr NameWords words_of(std::string_view name) {
+  const char* const at = name.data();
+  const std::size_t bytes = name.size();
+  NameWords words;
+  if (bytes >= 8) {
+    words.first = word_at<std::uint64_t>(at) | kLowerCase;
+    words.last = word_at<std::uint64_t>(at + bytes - 8) | kLowerCase;
+    if (bytes > 16) words.middle = word_at<std::uint64_t>(at + 8) | kLowerCase;
+  } else if (bytes >= 4) {
+    words.first = word_at<std::uint32_t>(at) | kLowerCase;
+    words.last = word_at<std::uint32_t>(at + bytes - 4) | kLowerCase;
+  } else {
+    words.first = word_at<std::uint16_t>(at) | kLowerCase;
+    words.last = word_at<std::uint16_t>(at + bytes - 2) | kLowerCase;
+  }
+  return words;
+}
+
+inline constexpr auto kFieldWords = [] {
+  std::array<NameWords, kFieldNames.size()> words{};
+  for (std::size_t i = 0; i < kFieldNames.size(); ++i) words[i] = words_of(kFieldNames[i].name);
+  return words;
+}();
+inline constexpr std::uint64_t kNexusWord = words_of(kNexusPrefix).first;
+static_assert(kNexusPrefix.size() == 8 && kLongestName <= 24);
+
+// The field of a name without underscores.
 inline Field classify_dashed(std::string_view name) {
   const auto letter = static_cast<unsigned char>((name[0] | 0x20) - 'a');
-  if (letter >= 26) return Field::other;
-  if (letter == 'x' - 'a' && name.size() >= kNexusPrefix.size() &&
-      equals_dashed(name.substr(0, kNexusPrefix.size()), kNexusPrefix)) {
-    return Field::x_nexus;
-  }
+  if (letter >= 26 || name.size() < 2) return Field::other;
+  if (letter == 'x' - 'a' && name.size() >= 8 && words_of(name.substr(0, 8)).first == kNexusWord) return Field::x_nexus;
   if (name.size() >= kLongestName) return Field::other;
   const std::uint8_t row = kFieldIndex.row[name.size()][letter];
-  if (row == 0 || !equals_dashed(name, kFieldNames[row - 1u].name)) return Field::other;
+  if (row == 0 || words_of(name) != kFieldWords[row - 1u]) return Field::other;
   return kFieldNames[row - 1u].field;
+}
+
+// Whether the name would be another's with dashes for its underscores.
+inline bool is_underscore_twin(std::string_view name) {
+  std::array<char, kLongestName> dashed{};
+  const std::size_t bytes = std::min(name.size(), dashed.size());
+  for (std::size_t i = 0; i < bytes; ++i) dashed[i] = name[i] == '_' ? '-' : name[i];
+  // (A longer name is one that begins as ours do, or none: its end does not matter.)
+  return classify_dashed({dashed.data(), bytes}) != Field::other;
 }
 
 }  // namespace detail
 
 inline Field classify_field(std::string_view name) {
   if (name.empty()) return Field::other;
-  const Field field = detail::classify_dashed(name);
-  if (field == Field::other) return field;
-  return name.find('_') == std::string_view::npos ? field : Field::underscore_twin;
+  const bool underscore = std::memchr(name.data(), '_', name.size()) != nullptr;
+  if (!underscore) return detail::classify_dashed(name);
+  return detail::is_underscore_twin(name) ? Field::underscore_twin : Field::other;
 }
 
 // RFC 9110 7.6.1: meant for the next hop alone. (Content-Length is framing, not hop-by-hop, and is written anew too.)

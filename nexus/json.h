@@ -10,12 +10,14 @@
 #include <emmintrin.h>
 #include <simdjson.h>
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "bytes.h"
@@ -153,9 +155,10 @@ class JsonReader {
 
   // The `usage` of a whole answer; the last one counts, as in a stream.
   Usage read_answer(const char* text, std::size_t bytes) {
+    Usage usage;
+    if (read_last_member({text, bytes}, usage)) return usage;
     simdjson::ondemand::document document;
     simdjson::ondemand::object object;
-    Usage usage;
     if (iterate(text, bytes, document) || document.get_object().get(object)) return usage;
     for (auto member : object) {
       simdjson::ondemand::field field;
@@ -200,6 +203,32 @@ class JsonReader {
     Seen seen;
     bool find_messages;
   };
+
+  // The usual case: `usage` is the last member, and small, so that only the answer's end has to be looked at. An object
+  // that stands behind `"usage":` and before nothing but the brace which ends the text is a member of the outermost
+  // object: in JSON, a quote inside a string is escaped, and braces pair. False where it is not so.
+  bool read_last_member(std::string_view text, Usage& usage) {
+    constexpr std::string_view kKey = "\"usage\"";
+    constexpr std::string_view kBlanks = " \n\r\t";
+    constexpr std::size_t kLookedAt = 512;
+    const std::size_t last = text.find_last_not_of(kBlanks);
+    if (last == std::string_view::npos || text[last] != '}') return false;
+    text = text.substr(0, last);
+    text.remove_prefix(text.size() - std::min(text.size(), kLookedAt));
+    std::size_t at = text.rfind(kKey);
+    if (at == std::string_view::npos || at == 0 || text[at - 1] == '\\') return false;
+    at = text.find_first_not_of(kBlanks, at + kKey.size());
+    if (at == std::string_view::npos || text[at] != ':') return false;
+    at = text.find_first_not_of(kBlanks, at + 1);
+    if (at == std::string_view::npos || text[at] != '{') return false;
+    simdjson::ondemand::document document;
+    simdjson::ondemand::object object;
+    if (iterate(text.data() + at, text.size() - at, document) || document.get_object().get(object)) return false;
+    read_usage_members(object, usage);
+    if (document.is_alive() && document.at_end()) return true;
+    usage = Usage{};
+    return false;
+  }
 
   bool iterate(const char* text, std::size_t bytes, simdjson::ondemand::document& document) {
     if (bytes == 0) return true;  // simdjson would look into an index that it may have no memory for

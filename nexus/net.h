@@ -14,6 +14,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -221,9 +222,11 @@ class EpollNet {
     return epoll_ctl(epoll_, EPOLL_CTL_ADD, socket.fd, &event) == 0;
   }
 
+  // recv() and send() without the C library's wrappers, which are points where a thread may be cancelled: two such calls
+  // a request each way, and no thread here is ever cancelled.
   IoResult read(Socket socket, char* into, std::size_t bytes) {
     for (;;) {
-      const ssize_t n = ::recv(socket.fd, into, bytes, 0);
+      const ssize_t n = ::syscall(SYS_recvfrom, socket.fd, into, bytes, 0, nullptr, nullptr);
       if (n > 0) return {IoResult::Kind::ok, static_cast<std::size_t>(n), 0};
       if (n == 0) return {IoResult::Kind::eof, 0, 0};
       if (errno != EINTR) return io_error(errno);
@@ -235,7 +238,8 @@ class EpollNet {
     message.msg_iov = const_cast<iovec*>(parts.data());  // sendmsg reads it only
     message.msg_iovlen = parts.size();
     for (;;) {
-      const ssize_t n = parts.size() == 1 ? ::send(socket.fd, parts[0].iov_base, parts[0].iov_len, MSG_NOSIGNAL)
+      const ssize_t n = parts.size() == 1 ? ::syscall(SYS_sendto, socket.fd, parts[0].iov_base, parts[0].iov_len,
+                                                      MSG_NOSIGNAL, nullptr, 0)
                                           : ::sendmsg(socket.fd, &message, MSG_NOSIGNAL);
       if (n >= 0) return {IoResult::Kind::ok, static_cast<std::size_t>(n), 0};
       if (errno != EINTR) return io_error(errno);

@@ -306,6 +306,63 @@ TEST_CASE("a usage tells its counts, as far as they are counts") {
   }
 }
 
+TEST_CASE("an answer tells the usage of its outermost object, wherever that stands") {
+  struct Row {
+    std::string text;
+    std::int64_t prompt, completion;
+  };
+  const std::string usage = R"("usage":{"prompt_tokens":7,"completion_tokens":9})";
+  const std::string other = R"("usage":{"prompt_tokens":1,"completion_tokens":2})";
+  const std::string details =
+      R"("usage":{"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":3},"completion_tokens":9})";
+  const std::string far(2000, 'x');
+  const std::vector<Row> rows = {
+      {"{" + usage + "}", 7, 9},
+      {"{" + details + "}", 7, 9},
+      {"{\"id\":1," + usage + "}\n", 7, 9},
+      {"{\"id\":1," + usage + " \r\n\t} \n", 7, 9},
+      {"{ \"usage\" : { \"prompt_tokens\" : 7 , \"completion_tokens\" : 9 } }", 7, 9},
+      {"{" + usage + ",\"timings\":{\"a\":1}}", 7, 9},
+      {"{" + usage + ",\"prompt_logprobs\":null}", 7, 9},
+      {"{" + usage + ",\"text\":\"" + far + "\"}", 7, 9},
+      {"{\"text\":\"" + far + "\"," + usage + "}", 7, 9},
+      {"{\"usage\":{\"prompt_tokens\":7,\"note\":\"" + far + "\",\"completion_tokens\":9}}", 7, 9},
+      // The last one counts, and null tells nothing.
+      {"{" + other + "," + usage + "}", 7, 9},
+      {"{\"usage\":null," + usage + "}", 7, 9},
+      {"{" + usage + ",\"usage\":null}", 7, 9},
+      // One that is nested, or in a string, is another's.
+      {"{\"choices\":[{" + other + "}]," + usage + "}", 7, 9},
+      {"{" + usage + ",\"choices\":[{" + other + "}]}", 7, 9},
+      {"{" + usage + ",\"choices\":{" + other + "}}", 7, 9},
+      {"{\"choices\":{" + other + "}}", -1, -1},
+      {"{\"usage\":{\"prompt_tokens\":7," + other + ",\"completion_tokens\":9}}", 7, 9},
+      {R"({"text":"\"usage\":{\"prompt_tokens\":1}"})", -1, -1},
+      {R"({"text":"say \"usage\":{}", "a":{}})", -1, -1},
+      {"{" + usage + R"(,"text":"\"usage\":{\"prompt_tokens\":1}"})", 7, 9},
+      {R"({"usage\u0041":{"prompt_tokens":1}})", -1, -1},
+      {R"({"\u0075sage":{"prompt_tokens":7,"completion_tokens":9}})", 7, 9},
+      {R"({"text":"usage","a":{"prompt_tokens":1}})", -1, -1},
+      // What is no object tells nothing.
+      {"[" + usage + "]", -1, -1},
+      {usage + "}", -1, -1},
+      {"\"usage\"}", -1, -1},
+      {"{\"usage\"}", -1, -1},
+      {"{\"usage\":}", -1, -1},
+      {"{\"usage\":7}", -1, -1},
+      {"}", -1, -1},
+      {"", -1, -1},
+      {" \n", -1, -1},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const Padded padded(row.text);
+    const Usage found = reader().read_answer(padded.data(), padded.size());
+    CHECK(found.prompt_tokens == row.prompt);
+    CHECK(found.completion_tokens == row.completion);
+  }
+}
+
 TEST_CASE("a list of models names them, in either form") {
   using Names = std::vector<std::string>;
   CHECK(read_models(R"({"object":"list","data":[{"id":"a","object":"model"},{"object":"model","id":"b:7b"}]})").names ==
