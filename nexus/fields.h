@@ -92,8 +92,8 @@ constexpr FieldIndex make_field_index() {
 inline constexpr FieldIndex kFieldIndex = make_field_index();
 
 // Two words that hold the first and the last bytes of a name (they overlap in a short one), and what is between them.
-// With the bit that tells upper from lower case set: no two characters of a token (RFC 9110 5.6.2) that a recognised name
-// may hold become one that way.
+// With the bit that tells upper from lower case set: no two characters of a token (RFC 9110 5.6.2) that a recognised
+// name may hold become one that way.
 struct NameWords {
   std::uint64_t first = 0;
   std::uint64_t last = 0;

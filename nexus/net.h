@@ -222,8 +222,8 @@ class EpollNet {
     return epoll_ctl(epoll_, EPOLL_CTL_ADD, socket.fd, &event) == 0;
   }
 
-  // recv() and send() without the C library's wrappers, which are points where a thread may be cancelled: two such calls
-  // a request each way, and no thread here is ever cancelled.
+  // recv() and send() without the C library's wrappers, which are points where a thread may be cancelled: two such
+  // calls a request each way, and no thread here is ever cancelled.
   IoResult read(Socket socket, char* into, std::size_t bytes) {
     for (;;) {
       const ssize_t n = ::syscall(SYS_recvfrom, socket.fd, into, bytes, 0, nullptr, nullptr);
