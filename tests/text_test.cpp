@@ -123,3 +123,19 @@ TEST_CASE("whatever bytes go in, a JSON string comes out that reads back") {
     if (ascii) REQUIRE(back == text);
   }
 }
+
+TEST_CASE("the first byte that is no field text is found wherever it stands, and none outside the range") {
+  for (std::size_t bytes = 0; bytes <= 40; ++bytes) {
+    for (std::size_t at = 0; at <= bytes; ++at) {
+      for (const char c : {'\0', '\n', '\r', '\x1f', '\x7f', '\t', ' ', '\x80', '\xff'}) {
+        std::string text(bytes, 'x');
+        if (at < bytes) text[at] = c;
+        for (std::size_t from = 0; from <= bytes; ++from) {
+          std::size_t expected = from;
+          while (expected < bytes && nexus::is_field_text(text[expected])) ++expected;
+          REQUIRE(nexus::find_control(text.data(), from, bytes) == expected);
+        }
+      }
+    }
+  }
+}
