@@ -276,7 +276,9 @@ class Worker {
 
   // Reads once into the session's input. False where the session is gone.
   bool read_more(SessionT& session) {
-    const std::size_t wanted = session.state == State::reading_body ? body_room(session) : kFirstReadBytes;
+    const std::size_t wanted = session.state == State::reading_body
+                                   ? session.body.room_wanted(session.head, session.input, kFirstReadBytes)
+                                   : kFirstReadBytes;
     if (session.input.room() == 0 || session.state == State::reading_body) {
       if (!session.input.reserve(core_.blocks, wanted)) {
         core_.slab.limit_hit(Limit::memory);
@@ -296,15 +298,6 @@ class Worker {
       case IoResult::Kind::failed: client_gone(session); return false;
     }
     return false;
-  }
-
-  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer.
-  std::size_t body_room(const SessionT& session) const {
-    const std::size_t held = session.input.size();
-    if (session.head.framing.kind == Framing::Kind::length) {
-      return session.head.head_bytes + static_cast<std::size_t>(session.head.framing.length) - held;
-    }
-    return std::max(session.input.room(), std::max(held, kFirstReadBytes));
   }
 
   // ---- the head ----
@@ -397,8 +390,6 @@ class Worker {
     session.state = State::exchanging;
     if (const auto refusal = refusal_of_head(session, base)) return session.exchange.refuse(*refusal, false);
     session.state = State::reading_body;
-    session.body_bytes = 0;
-    session.decoder = ChunkedDecoder();
     arm(session, deadline_after(core_.now, core_.settings().server.body_timeout_ns));
     const bool body_here = session.input.size() > head.head_bytes;
     if (head.expects_continue && !body_here) {
@@ -417,57 +408,19 @@ class Worker {
     if (core_.draining) return Refusal::draining;
     if (came_round(HeadView{base, session.fields.get(), session.head.head_bytes}, core_.shared.instance))
       return Refusal::loop_detected;
-    if (head.framing.kind == Framing::Kind::length) {
-      if (head.framing.length > server.max_body_bytes) {
-        core_.slab.limit_hit(Limit::max_body);
-        return Refusal::body_too_large;
-      }
-      if (!session.body_share.grow_to(core_.budget, static_cast<std::size_t>(head.framing.length))) {
-        core_.slab.limit_hit(Limit::body_memory);
-        return Refusal::body_memory;
-      }
-    }
-    return std::nullopt;
+    return session.body.begin(head, server.max_body_bytes);
   }
 
   Progress parse_body(SessionT& session) {
-    switch (session.head.framing.kind) {
-      case Framing::Kind::none: return submit(session);
-      case Framing::Kind::length: {
-        const std::size_t length = static_cast<std::size_t>(session.head.framing.length);
-        if (session.input.size() - session.head.head_bytes < length) return Progress::waiting;
-        session.body_bytes = length;
-        return submit(session);
-      }
-      case Framing::Kind::chunked: return decode_body(session);
-      case Framing::Kind::until_close: break;
+    const RequestBody::Step step =
+        session.body.read(session.head, session.input, core_.settings().server.max_body_bytes);
+    switch (step.status) {
+      case RequestBody::Status::need_more: return Progress::waiting;
+      case RequestBody::Status::whole: return submit(session);
+      case RequestBody::Status::refused: return refuse_body(session, step.refusal);
     }
     assert(false);
     return Progress::waiting;
-  }
-
-  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
-  Progress decode_body(SessionT& session) {
-    const std::size_t decoded_end = session.head.head_bytes + session.body_bytes;
-    const std::size_t fresh = session.input.size() - decoded_end;
-    if (fresh == 0) return Progress::waiting;
-    const std::size_t most = session.body_bytes + fresh;
-    if (!session.body_share.grow_to(core_.budget, std::min(most, core_.settings().server.max_body_bytes))) {
-      core_.slab.limit_hit(Limit::body_memory);
-      return refuse_body(session, Refusal::body_memory);
-    }
-    char* data = session.input.data() + decoded_end;
-    const ChunkedDecoder::Result result = session.decoder.decode(data, fresh);
-    session.body_bytes += result.decoded;
-    if (result.status == ChunkedDecoder::Status::failed) return refuse_body(session, Refusal::malformed);
-    if (session.body_bytes > core_.settings().server.max_body_bytes) {
-      core_.slab.limit_hit(Limit::max_body);
-      return refuse_body(session, Refusal::body_too_large);
-    }
-    const std::size_t behind = fresh - result.consumed;
-    std::memmove(data + result.decoded, data + result.consumed, behind);
-    session.input.truncate(decoded_end + result.decoded + behind);
-    return result.status == ChunkedDecoder::Status::done ? submit(session) : Progress::waiting;
   }
 
   Progress refuse_body(SessionT& session, Refusal refusal) {
@@ -487,7 +440,7 @@ class Worker {
     view.head = &session.head;
     view.fields = session.fields.get();
     view.body = session.input.data() + session.head.head_bytes;
-    view.body_bytes = session.body_bytes;
+    view.body_bytes = session.body.bytes();
     view.pass_authorization = core_.settings().server.api_keys.empty();
     session.exchange.submit(view);
     return Progress::moved;
@@ -505,7 +458,7 @@ class Worker {
       return false;
     }
     if (!keep_alive) return begin_linger(session);
-    next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body_bytes);
+    next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
     return true;
   }
 
@@ -513,9 +466,9 @@ class Worker {
   void release_request(SessionT& session) {
     if (session.request_released) return;
     session.request_released = true;
-    session.input.consume(session.head.head_bytes + session.body_bytes);
+    session.input.consume(session.head.head_bytes + session.body.bytes());
     session.fields.give_back();
-    session.body_share.give_back();
+    session.body.give_back();
   }
 
   // False where the session is gone.
@@ -557,8 +510,7 @@ class Worker {
     session.head_started = false;
     session.line_skipped = false;
     session.fields.give_back();
-    session.body_share.give_back();
-    session.body_bytes = 0;
+    session.body.reset();
     session.request_released = false;
     session.keep_alive = true;
     session.state = State::reading_head;
@@ -569,7 +521,7 @@ class Worker {
   bool begin_linger(SessionT& session) {
     session.input.clear();
     session.fields.give_back();
-    session.body_share.give_back();
+    session.body.give_back();
     session.parsed = 0;
     session.lingered_bytes = 0;
     if (session.connection.failed() || session.connection.hangup()) {
