@@ -199,7 +199,7 @@ class Daemon {
 
   std::string make_workers() {
     const std::uint32_t count = worker_count();
-    peers_.loads = std::vector<WorkerLoad>(count);
+    peers_.placement.loads = std::vector<WorkerLoad>(count);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
       control_->post(Control<EpollNet>::AskPage{worker, session, kind});
     };

@@ -1,73 +1,53 @@
 // server.h
-// Owns:     a worker: its loop, its listeners' share, the client connections and what is asked of them.
+// Owns:     a worker: its loop, the client connections and what is asked of them.
 // Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; what one
 //           connection may hold is bounded; a connection is closed with its descriptors, memory and counts.
-// Leaves:   proxied requests to exchange.h from their head on, pages to pages.h, the fleet to control.h.
+// Leaves:   taking connections to acceptor.h, proxied requests to exchange.h from their head on, what Nexus answers
+//           itself to own_answers.h, the fleet to control.h.
 // Threads:  run() is the worker thread; post() may be called from any.
 #pragma once
 
-#include <atomic>
+#include <array>
 #include <functional>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
 
+#include "acceptor.h"
+#include "endpoint.h"
 #include "mailbox.h"
+#include "own_answers.h"
 #include "pages.h"
-#include "pulse.h"
 #include "session.h"
-#include "status_policy.h"
+#include "worker_message.h"
 
 namespace nexus {
 
-constexpr std::uint8_t kListenerKind = 1;  // of a Token
-constexpr std::uint8_t kAcceptTimerKind = 4;
+constexpr std::uint8_t kDrainTimerKind = 5;  // of a Token
 
 constexpr std::size_t kFirstReadBytes = 16u << 10;
-constexpr std::uint32_t kAcceptsPerTurn = 64;
 constexpr std::uint32_t kClientReadsPerTurn = 32;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
-constexpr Ns kPageTime = 30 * kSecond;
-constexpr Ns kAcceptPause = 100 * kMillisecond;   // after a descriptor was not to be had
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
 constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
-
-// How many connections each worker holds or was handed: counted by the worker that places a new one, so that those on
-// their way to another count too; given back by the one that closes it. Relaxed: numbers alone.
-struct alignas(64) WorkerLoad {
-  std::atomic<std::uint32_t> connections{0};
-  std::atomic<bool> stopped{false};  // it takes none any more
-};
 
 template <class Net>
 class Worker {
  public:
-  struct Adopt {
-    typename Net::Socket socket;
-    Address peer;
-    bool metrics_only = false;
-  };
-  struct NewSnapshot {
-    SnapshotPtr snapshot;
-  };
-  struct Page {
-    Token session;
-    std::shared_ptr<const std::string> body;  // nothing: metrics_unavailable
-    PageKind kind = PageKind::metrics;
-  };
-  struct Grant {
-    Token session;
-  };
-  struct Drain {};  // stop accepting, finish what is in flight
-  struct Stop {};   // end now
-  using Message = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop, Ping>;
+  using Adopt = typename WorkerMessage<Net>::Adopt;
+  using NewSnapshot = typename WorkerMessage<Net>::NewSnapshot;
+  using Page = typename WorkerMessage<Net>::Page;
+  using Grant = typename WorkerMessage<Net>::Grant;
+  using Drain = typename WorkerMessage<Net>::Drain;
+  using Stop = typename WorkerMessage<Net>::Stop;
+  using Message = typename WorkerMessage<Net>::Any;
 
   // What the workers know of each other, and how they ask for pages.
   struct Peers {
     std::vector<Worker*> workers;
-    std::vector<WorkerLoad> loads;
-    std::atomic<std::uint32_t> connections{0};  // over all workers, for [server] max_connections; relaxed
+    Placement placement;
     std::function<void(std::uint32_t worker, Token session, PageKind kind)> ask_page;
   };
 
@@ -78,18 +58,15 @@ class Worker {
         pool_(core_),
         sessions_(kSessionKind),
         peers_(peers),
-        process_started_ns_(process_started),
-        accept_timer_(Token::make(kAcceptTimerKind, 0, 0)) {}
+        acceptor_(core_),
+        own_(core_, process_started),
+        drain_timer_(Token::make(kDrainTimerKind, 0, 0)) {}
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
   ~Worker() { close_all(); }
 
   // Before run(): takes connections from this socket. False where the kernel refuses.
-  bool add_listener(typename Net::Socket listener, bool metrics_only) {
-    const auto number = static_cast<std::uint32_t>(listeners_.size());
-    listeners_.push_back({listener, metrics_only});
-    return core_.net.watch_listener(listener, Token::make(kListenerKind, 0, number));
-  }
+  bool add_listener(typename Net::Socket listener, bool metrics_only) { return acceptor_.add(listener, metrics_only); }
 
   // Any thread.
   void post(Message message) {
@@ -126,16 +103,11 @@ class Worker {
   using SessionT = Session<Net>;
   using State = typename SessionT::State;
 
-  struct Listener {
-    typename Net::Socket socket;
-    bool metrics_only;
-  };
-
   // ---- events ----
 
   void dispatch(const Event& event) {
     switch (event.token.kind()) {
-      case kListenerKind: return accept_from(listeners_[event.token.slot()]);
+      case kListenerKind: return acceptor_.on_event(event.token, placer());
       case kSessionKind:
         if (SessionT* session = sessions_.get(event.token)) on_session(*session, event);
         return;
@@ -169,7 +141,8 @@ class Worker {
   void on_deadline(Token token) {
     switch (token.kind()) {
       case kUpstreamKind: return pool_.on_deadline(token);
-      case kAcceptTimerKind: return resume_accepting();
+      case kAcceptTimerKind: return acceptor_.resume();
+      case kDrainTimerKind: return on_drain_deadline();
       case kSessionKind:
         if (SessionT* session = sessions_.get(token)) on_session_deadline(*session);
         return;
@@ -213,92 +186,35 @@ class Worker {
   void on_message(Page& page) {
     SessionT* session = sessions_.get(page.session);
     if (session == nullptr || session->state != State::waiting_page) return;
-    begin_page(*session, page);
+    own_.begin_page(*session, std::move(page.body), page.kind);
     drive(*session);
   }
   void on_message(Drain&) {
-    if (listeners_open_) {
-      for (Listener& listener : listeners_) accept_from(listener);  // who was let in before is served
-    }
+    acceptor_.stop(placer());  // who was let in before is served
     core_.draining = true;
-    for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
-    listeners_open_ = false;
     drain_began_ns_ = core_.now;
-    core_.wheel.arm(accept_timer_, core_.now + kHandOverTime);  // so that is_drained() is asked again
+    core_.wheel.arm(drain_timer_, core_.now + kHandOverTime);  // so that is_drained() is asked again
   }
   void on_message(Stop&) { stopped_ = true; }
   void on_message(Ping& ping) { ping.answer(); }
 
   // ---- accepting ----
 
-  void accept_from(const Listener& listener) {
-    for (std::uint32_t i = 0; i < kAcceptsPerTurn; ++i) {
-      typename Net::Opened opened = core_.net.accept(listener.socket);
-      switch (opened.outcome) {
-        case SocketOutcome::ok: place(opened.socket, opened.peer, listener.metrics_only); break;
-        case SocketOutcome::again: return;
-        case SocketOutcome::failed: continue;  // that connection broke before it was taken
-        case SocketOutcome::no_descriptor:
-        case SocketOutcome::no_memory:
-          core_.slab.limit_hit(opened.outcome == SocketOutcome::no_memory ? Limit::memory : Limit::descriptors);
-          return pause_accepting();
-      }
-    }
+  auto placer() {
+    return [this](typename Net::Socket socket, const Address& peer, bool metrics_only) {
+      place(socket, peer, metrics_only);
+    };
   }
 
-  // The connections wait in the backlog; looking at them in every turn would only spin.
-  void pause_accepting() {
-    if (!listeners_open_) return;
-    listeners_open_ = false;
-    for (Listener& listener : listeners_) core_.net.unwatch(listener.socket);
-    core_.wheel.arm(accept_timer_, core_.now + kAcceptPause);
-  }
-
-  void resume_accepting() {
-    if (core_.draining && core_.now < drain_began_ns_ + kFirstRequestTime) {
-      core_.wheel.arm(accept_timer_, drain_began_ns_ + kFirstRequestTime);
-    }
-    if (core_.draining || listeners_open_) return;
-    listeners_open_ = true;
-    for (std::uint32_t i = 0; i < listeners_.size(); ++i) {
-      if (core_.net.watch_listener(listeners_[i].socket, Token::make(kListenerKind, 0, i))) continue;
-      core_.slab.limit_hit(Limit::memory);
-      return pause_accepting();
-    }
-  }
-
-  // Keeps a new connection, or hands it to the worker that holds clearly fewer: streams are long, and chance alone
-  // would leave one thread loaded and another idle.
+  // Keeps a new connection, or hands it to another worker.
   void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
-    if (peers_.connections.fetch_add(1, std::memory_order_relaxed) >= core_.settings().server.max_connections) {
-      peers_.connections.fetch_sub(1, std::memory_order_relaxed);
-      return turn_away(socket);
+    const auto worker = peers_.placement.take(core_.worker, core_.settings().server.max_connections);
+    if (!worker) {
+      core_.slab.limit_hit(Limit::max_connections);
+      return own_.turn_away(socket);
     }
-    std::uint32_t fewest = core_.worker;
-    const std::uint32_t mine = peers_.loads[core_.worker].connections.load(std::memory_order_relaxed);
-    std::uint32_t least = mine;
-    for (std::uint32_t i = 0; i < peers_.workers.size(); ++i) {
-      const std::uint32_t held = peers_.loads[i].connections.load(std::memory_order_relaxed);
-      if (held >= least || peers_.loads[i].stopped.load(std::memory_order_relaxed)) continue;
-      fewest = i;
-      least = held;
-    }
-    if (mine <= least + least / 16) fewest = core_.worker;
-    peers_.loads[fewest].connections.fetch_add(1, std::memory_order_relaxed);
-    if (fewest != core_.worker) return peers_.workers[fewest]->post(Adopt{socket, peer, metrics_only});
+    if (*worker != core_.worker) return peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});
     add_session(socket, peer, metrics_only);
-  }
-
-  void turn_away(typename Net::Socket socket) {
-    core_.slab.limit_hit(Limit::max_connections);
-    core_.text.clear();
-    OwnAnswer answer;
-    answer.keep_alive = false;
-    append_own_error(core_.text, Refusal::too_many_connections, {}, answer, true);
-    iovec part{core_.text.data(), core_.text.size()};
-    core_.net.write(socket, std::span(&part, 1));  // best effort: there is no session to hold what is left
-    core_.net.shut_write(socket);
-    core_.net.close(socket);
   }
 
   // For a connection that place() counted.
@@ -307,16 +223,11 @@ class Worker {
     if (session == nullptr || !core_.net.watch(socket, session->token)) {
       core_.slab.limit_hit(Limit::memory);
       if (session != nullptr) sessions_.destroy(session->token);
-      give_place_back();
+      peers_.placement.give_back(core_.worker);
       return core_.net.close(socket);
     }
     core_.slab.add_client_connections(1);
     core_.wheel.arm(session->timer, deadline_after(core_.now, core_.settings().server.header_timeout_ns));
-  }
-
-  void give_place_back() {
-    peers_.loads[core_.worker].connections.fetch_sub(1, std::memory_order_relaxed);
-    peers_.connections.fetch_sub(1, std::memory_order_relaxed);
   }
 
   // ---- a session's course ----
@@ -344,7 +255,11 @@ class Worker {
           break;
         case State::waiting_page: return;
         case State::sending_page:
-          if (!send_page(session)) return;
+          switch (own_.send_page(session)) {
+            case IoResult::Kind::ok: break;
+            case IoResult::Kind::again: return;
+            default: return close(session);
+          }
           break;
         case State::answering:
           if (session.connection.pending() > 0) return;
@@ -361,7 +276,9 @@ class Worker {
 
   // Reads once into the session's input. False where the session is gone.
   bool read_more(SessionT& session) {
-    const std::size_t wanted = session.state == State::reading_body ? body_room(session) : kFirstReadBytes;
+    const std::size_t wanted = session.state == State::reading_body
+                                   ? session.body.room_wanted(session.head, session.input, kFirstReadBytes)
+                                   : kFirstReadBytes;
     if (session.input.room() == 0 || session.state == State::reading_body) {
       if (!session.input.reserve(core_.blocks, wanted)) {
         core_.slab.limit_hit(Limit::memory);
@@ -381,15 +298,6 @@ class Worker {
       case IoResult::Kind::failed: client_gone(session); return false;
     }
     return false;
-  }
-
-  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer.
-  std::size_t body_room(const SessionT& session) const {
-    const std::size_t held = session.input.size();
-    if (session.head.framing.kind == Framing::Kind::length) {
-      return session.head.head_bytes + static_cast<std::size_t>(session.head.framing.length) - held;
-    }
-    return std::max(session.input.room(), std::max(held, kFirstReadBytes));
   }
 
   // ---- the head ----
@@ -451,17 +359,8 @@ class Worker {
     return refuse_head(session, Refusal::header_too_large);
   }
 
-  // No endpoint is known: an answer of our own, and the end of the connection.
   Progress refuse_head(SessionT& session, Refusal refusal) {
-    session.keep_alive = false;
-    core_.text.clear();
-    core_.take_request_id(nullptr, nullptr, session.request_id);
-    OwnAnswer answer;
-    answer.request_id = session.request_id;
-    answer.keep_alive = false;
-    const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
-    append_own_error(core_.text, refusal, {}, answer, !to_head);
-    write_answer(session, core_.text);
+    own_.refuse_head(session, refusal);
     return Progress::moved;
   }
 
@@ -475,7 +374,7 @@ class Worker {
         if (path == endpoint.path) return on_endpoint(session, endpoint, base);
       }
     }
-    on_page(session, base, path);
+    if (const auto page = own_.answer(session, base, path)) peers_.ask_page(core_.worker, session.token, *page);
   }
 
   // ---- proxied endpoints ----
@@ -484,15 +383,13 @@ class Worker {
     const RequestHead& head = session.head;
     if (head.method != HTTP_POST) {
       core_.take_request_id(base, session.fields.get(), session.request_id);
-      return answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
+      return own_.answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
     }
     session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
     in_flight_ += 1;
     session.state = State::exchanging;
     if (const auto refusal = refusal_of_head(session, base)) return session.exchange.refuse(*refusal, false);
     session.state = State::reading_body;
-    session.body_bytes = 0;
-    session.decoder = ChunkedDecoder();
     arm(session, deadline_after(core_.now, core_.settings().server.body_timeout_ns));
     const bool body_here = session.input.size() > head.head_bytes;
     if (head.expects_continue && !body_here) {
@@ -511,57 +408,19 @@ class Worker {
     if (core_.draining) return Refusal::draining;
     if (came_round(HeadView{base, session.fields.get(), session.head.head_bytes}, core_.shared.instance))
       return Refusal::loop_detected;
-    if (head.framing.kind == Framing::Kind::length) {
-      if (head.framing.length > server.max_body_bytes) {
-        core_.slab.limit_hit(Limit::max_body);
-        return Refusal::body_too_large;
-      }
-      if (!session.body_share.grow_to(core_.budget, static_cast<std::size_t>(head.framing.length))) {
-        core_.slab.limit_hit(Limit::body_memory);
-        return Refusal::body_memory;
-      }
-    }
-    return std::nullopt;
+    return session.body.begin(head, server.max_body_bytes);
   }
 
   Progress parse_body(SessionT& session) {
-    switch (session.head.framing.kind) {
-      case Framing::Kind::none: return submit(session);
-      case Framing::Kind::length: {
-        const std::size_t length = static_cast<std::size_t>(session.head.framing.length);
-        if (session.input.size() - session.head.head_bytes < length) return Progress::waiting;
-        session.body_bytes = length;
-        return submit(session);
-      }
-      case Framing::Kind::chunked: return decode_body(session);
-      case Framing::Kind::until_close: break;
+    const RequestBody::Step step =
+        session.body.read(session.head, session.input, core_.settings().server.max_body_bytes);
+    switch (step.status) {
+      case RequestBody::Status::need_more: return Progress::waiting;
+      case RequestBody::Status::whole: return submit(session);
+      case RequestBody::Status::refused: return refuse_body(session, step.refusal);
     }
     assert(false);
     return Progress::waiting;
-  }
-
-  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
-  Progress decode_body(SessionT& session) {
-    const std::size_t decoded_end = session.head.head_bytes + session.body_bytes;
-    const std::size_t fresh = session.input.size() - decoded_end;
-    if (fresh == 0) return Progress::waiting;
-    const std::size_t most = session.body_bytes + fresh;
-    if (!session.body_share.grow_to(core_.budget, std::min(most, core_.settings().server.max_body_bytes))) {
-      core_.slab.limit_hit(Limit::body_memory);
-      return refuse_body(session, Refusal::body_memory);
-    }
-    char* data = session.input.data() + decoded_end;
-    const ChunkedDecoder::Result result = session.decoder.decode(data, fresh);
-    session.body_bytes += result.decoded;
-    if (result.status == ChunkedDecoder::Status::failed) return refuse_body(session, Refusal::malformed);
-    if (session.body_bytes > core_.settings().server.max_body_bytes) {
-      core_.slab.limit_hit(Limit::max_body);
-      return refuse_body(session, Refusal::body_too_large);
-    }
-    const std::size_t behind = fresh - result.consumed;
-    std::memmove(data + result.decoded, data + result.consumed, behind);
-    session.input.truncate(decoded_end + result.decoded + behind);
-    return result.status == ChunkedDecoder::Status::done ? submit(session) : Progress::waiting;
   }
 
   Progress refuse_body(SessionT& session, Refusal refusal) {
@@ -581,7 +440,7 @@ class Worker {
     view.head = &session.head;
     view.fields = session.fields.get();
     view.body = session.input.data() + session.head.head_bytes;
-    view.body_bytes = session.body_bytes;
+    view.body_bytes = session.body.bytes();
     view.pass_authorization = core_.settings().server.api_keys.empty();
     session.exchange.submit(view);
     return Progress::moved;
@@ -599,7 +458,7 @@ class Worker {
       return false;
     }
     if (!keep_alive) return begin_linger(session);
-    next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body_bytes);
+    next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
     return true;
   }
 
@@ -607,88 +466,9 @@ class Worker {
   void release_request(SessionT& session) {
     if (session.request_released) return;
     session.request_released = true;
-    session.input.consume(session.head.head_bytes + session.body_bytes);
+    session.input.consume(session.head.head_bytes + session.body.bytes());
     session.fields.give_back();
-    session.body_share.give_back();
-  }
-
-  // ---- pages and answers of our own ----
-
-  void on_page(SessionT& session, const char* base, std::string_view path) {
-    const RequestHead& head = session.head;
-    core_.take_request_id(base, session.fields.get(), session.request_id);
-    const PageKind kind = page_of(path, core_.settings().server, session.metrics_only);
-    if (head.refusal == HeadError::unknown_coding) return answer_error(session, Refusal::unknown_coding, {});
-    if (kind == PageKind::none) return answer_error(session, Refusal::not_found, {});
-    if (head.method != HTTP_GET && head.method != HTTP_HEAD) {
-      return answer_error(session, Refusal::method_not_allowed, "Allow: GET, HEAD\r\n");
-    }
-    if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(core_.settings().server, HeadView{base, session.fields.get(), session.head.head_bytes})) {
-      return answer_error(session, Refusal::unauthorized, {});
-    }
-    session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !core_.draining;
-    switch (kind) {
-      case PageKind::health: return answer_health(session);
-      case PageKind::models: return answer_json(session, 200, core_.snapshot->models_page);
-      case PageKind::model: return answer_model(session, path);
-      case PageKind::metrics:
-      case PageKind::stats:
-      case PageKind::status:
-        if (!core_.settings().metrics.enabled) return answer_error(session, Refusal::metrics_unavailable, {});
-        session.state = State::waiting_page;
-        arm(session, core_.now + kPageTime);
-        return peers_.ask_page(core_.worker, session.token, kind);
-      case PageKind::none: break;
-    }
-    assert(false);
-  }
-
-  void answer_health(SessionT& session) {
-    std::string body;
-    const std::uint16_t status = render_health(body, *core_.snapshot, core_.draining, core_.now - process_started_ns_);
-    answer_json(session, status, body);
-  }
-
-  void answer_model(SessionT& session, std::string_view path) {
-    std::string body;
-    if (!render_model(body, *core_.snapshot, path)) {
-      const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
-      return answer_error(session, Refusal::model_not_found, {},
-                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.");
-    }
-    answer_json(session, 200, body);
-  }
-
-  OwnAnswer own_answer(const SessionT& session, std::uint16_t status) const {
-    OwnAnswer answer;
-    answer.status = status;
-    answer.request_id = session.request_id;
-    answer.http_1_0 = session.head.http_1_0;
-    answer.keep_alive = session.keep_alive;
-    return answer;
-  }
-
-  void answer_json(SessionT& session, std::uint16_t status, std::string_view body) {
-    core_.text.clear();
-    append_own_head(core_.text, own_answer(session, status), body.size());
-    if (session.head.method != HTTP_HEAD) core_.text += body;
-    write_answer(session, core_.text);
-  }
-
-  void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields, std::string_view message = {}) {
-    session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !core_.draining;
-    OwnAnswer answer = own_answer(session, row_of(refusal).status);
-    answer.extra_fields = extra_fields;
-    core_.text.clear();
-    append_own_error(core_.text, refusal, message, answer, session.head.method != HTTP_HEAD);
-    write_answer(session, core_.text);
-  }
-
-  void write_answer(SessionT& session, std::string_view text) {
-    session.state = State::answering;
-    arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
-    session.connection.write(core_.net, core_.blocks, text);  // a failure is seen in end_answer()
+    session.body.give_back();
   }
 
   // False where the session is gone.
@@ -702,49 +482,11 @@ class Worker {
     return true;
   }
 
-  void begin_page(SessionT& session, Page& page) {
-    if (page.body == nullptr) return answer_error(session, Refusal::metrics_unavailable, {});
-    OwnAnswer answer = own_answer(session, 200);
-    if (page.kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
-    if (page.kind == PageKind::status) {
-      answer.content_type = "text/html; charset=utf-8";
-      answer.extra_fields = kStatusFields;
-    }
-    session.page_head.clear();
-    append_own_head(session.page_head, answer, page.body->size());
-    session.page = std::move(page.body);
-    session.page_body = session.head.method != HTTP_HEAD;
-    session.page_sent = 0;
-    session.state = State::sending_page;
-    arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
-  }
+  // ---- the end of a drain ----
 
-  // Writes what the kernel takes, straight from the rendered text. True once all is written.
-  bool send_page(SessionT& session) {
-    const std::size_t head_bytes = session.page_head.size();
-    const std::size_t total = head_bytes + (session.page_body ? session.page->size() : 0);
-    while (session.page_sent < total) {
-      std::array<iovec, 2> parts;
-      std::size_t count = 0;
-      if (session.page_sent < head_bytes) {
-        parts[count++] = {session.page_head.data() + session.page_sent, head_bytes - session.page_sent};
-      }
-      const std::size_t at = session.page_sent < head_bytes ? 0 : session.page_sent - head_bytes;
-      if (total > head_bytes + at) {
-        parts[count++] = {const_cast<char*>(session.page->data()) + at, session.page->size() - at};
-      }
-      const IoResult result = core_.net.write(session.connection.socket(), std::span(parts.data(), count));
-      if (result.kind == IoResult::Kind::again) return false;
-      if (!result.ok()) {
-        close(session);
-        return false;
-      }
-      session.page_sent += result.bytes;
-      arm(session, deadline_after(core_.now, core_.settings().server.write_timeout_ns));
-    }
-    session.page.reset();
-    session.state = State::answering;
-    return true;
+  void on_drain_deadline() {
+    const Ns last_ns = drain_began_ns_ + kFirstRequestTime;
+    if (core_.now < last_ns) core_.wheel.arm(drain_timer_, last_ns);
   }
 
   // Asked while draining only: whether nobody is owed an answer. Who was accepted a moment before the drain, maybe by
@@ -768,8 +510,7 @@ class Worker {
     session.head_started = false;
     session.line_skipped = false;
     session.fields.give_back();
-    session.body_share.give_back();
-    session.body_bytes = 0;
+    session.body.reset();
     session.request_released = false;
     session.keep_alive = true;
     session.state = State::reading_head;
@@ -780,7 +521,7 @@ class Worker {
   bool begin_linger(SessionT& session) {
     session.input.clear();
     session.fields.give_back();
-    session.body_share.give_back();
+    session.body.give_back();
     session.parsed = 0;
     session.lingered_bytes = 0;
     if (session.connection.failed() || session.connection.hangup()) {
@@ -817,10 +558,10 @@ class Worker {
   void close(SessionT& session) {
     assert(!session.exchange.active());
     session.connection.close(core_.net);
-    give_place_back();
+    peers_.placement.give_back(core_.worker);
     core_.slab.add_client_connections(-1);
     sessions_.destroy(session.token);
-    if (!listeners_open_ && !core_.draining) resume_accepting();
+    acceptor_.resume();
   }
 
   void on_session_deadline(SessionT& session) {
@@ -831,7 +572,7 @@ class Worker {
         refuse_body(session, Refusal::body_timeout);
         return drive(session);
       case State::exchanging: session.exchange.on_deadline(); return drive(session);
-      case State::waiting_page: answer_error(session, Refusal::metrics_unavailable, {}); return drive(session);
+      case State::waiting_page: own_.answer_error(session, Refusal::metrics_unavailable); return drive(session);
       case State::sending_page:
       case State::answering: core_.slab.limit_hit(Limit::write_timeout); return close(session);
       case State::lingering: return close(session);
@@ -851,13 +592,13 @@ class Worker {
   }
 
   void close_all() {
-    peers_.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
+    peers_.placement.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
     mailbox_.take(messages_);  // connections that were handed over and never taken
     for (Message& message : messages_) {
       Adopt* adopt = std::get_if<Adopt>(&message);
       if (adopt == nullptr) continue;
       core_.net.close(adopt->socket);
-      give_place_back();
+      peers_.placement.give_back(core_.worker);
     }
     messages_.clear();
     sessions_.each([this](SessionT& session) { client_gone(session); });
@@ -870,12 +611,11 @@ class Worker {
   Peers& peers_;
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
-  std::vector<Listener> listeners_;
   std::vector<Token> again_;
   std::array<Event, Net::kMaxEvents> events_;
-  Ns process_started_ns_;
-  Timer accept_timer_;
-  bool listeners_open_ = true;
+  Acceptor<Net> acceptor_;
+  OwnAnswers<Net> own_;
+  Timer drain_timer_;
   bool stopped_ = false;
   Ns drain_began_ns_ = 0;
   std::size_t in_flight_ = 0;  // exchanges

@@ -8,9 +8,8 @@
 #include <memory>
 #include <string>
 
-#include "budget.h"
-#include "chunked.h"
 #include "exchange.h"
+#include "request_body.h"
 
 namespace nexus {
 
@@ -35,6 +34,7 @@ struct Session {
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
         timer(token_in),
+        body(core.budget, core.slab),
         exchange(token_in, core, pool, connection) {}
 
   Token token;
@@ -53,9 +53,7 @@ struct Session {
   typename Spares<FieldTable>::Loan fields;  // while a request is in hand
   RequestHead head;
 
-  std::size_t body_bytes = 0;  // decoded so far
-  ChunkedDecoder decoder;
-  BodyShare body_share;
+  RequestBody body;
   bool request_released = false;  // head and body are gone from `input`: the answer is on its way
 
   bool keep_alive = true;  // of an answer of our own

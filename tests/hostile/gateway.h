@@ -46,7 +46,7 @@ class Gateway {
         budget_(64u << 20),
         shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-00c0ffee"},
         slab_(metrics_.add_slab()) {
-    peers_.loads = std::vector<nexus::WorkerLoad>(1);
+    peers_.placement.loads = std::vector<nexus::WorkerLoad>(1);
     peers_.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
       worker_->post(Work::Page{session, std::make_shared<const std::string>("nexus_up 1\n"), kind});
     };

@@ -36,7 +36,7 @@ class Gateway {
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             SimControl::Hooks{}, wire.now());
     SnapshotPtr snapshot = control_->begin(settings);
-    peers_.loads = std::vector<WorkerLoad>(workers);
+    peers_.placement.loads = std::vector<WorkerLoad>(workers);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
       control_->post(SimControl::AskPage{worker, session, kind});
     };
@@ -97,8 +97,8 @@ class Gateway {
   // Client connections as their placing counts them: over all workers, and the sum of what each holds or was handed.
   std::int64_t placed() const {
     std::int64_t held = 0;
-    for (const WorkerLoad& load : peers_.loads) held += load.connections.load(std::memory_order_relaxed);
-    assert(held == peers_.connections.load(std::memory_order_relaxed));
+    for (const WorkerLoad& load : peers_.placement.loads) held += load.connections.load(std::memory_order_relaxed);
+    assert(held == peers_.placement.connections.load(std::memory_order_relaxed));
     return held;
   }
 

@@ -1,0 +1,114 @@
+// request_body.h
+// Owns:     a client's request body while it comes: how far it is read, its share of the budget, what it may not be.
+// Promises: a body's memory is asked for before it is filled; a chunked one is decoded in place, behind its head; no
+//           byte behind the end is touched.
+// Leaves:   reading the socket to server.h, what the body says to json.h.
+// Threads:  one worker's.
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <optional>
+
+#include "budget.h"
+#include "bytes.h"
+#include "chunked.h"
+#include "http.h"
+#include "metrics.h"
+#include "openai.h"
+
+namespace nexus {
+
+class RequestBody {
+ public:
+  enum class Status : std::uint8_t { need_more, whole, refused };
+  struct Step {
+    Status status;
+    Refusal refusal{};  // where refused
+  };
+
+  RequestBody(ThreadBudget& budget, Slab& slab) : budget_(budget), slab_(slab) {}
+  RequestBody(const RequestBody&) = delete;
+  RequestBody& operator=(const RequestBody&) = delete;
+
+  std::size_t bytes() const { return bytes_; }  // decoded so far
+
+  // What can be said of it from its head alone.
+  std::optional<Refusal> begin(const RequestHead& head, std::size_t most_bytes) {
+    bytes_ = 0;
+    decoder_ = ChunkedDecoder();
+    if (head.framing.kind != Framing::Kind::length) return std::nullopt;
+    if (head.framing.length > most_bytes) return too_large();
+    if (!share_.grow_to(budget_, static_cast<std::size_t>(head.framing.length))) return no_memory();
+    return std::nullopt;
+  }
+
+  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer.
+  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes) const {
+    const std::size_t held = input.size();
+    if (head.framing.kind == Framing::Kind::length) {
+      return head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
+    }
+    return std::max(input.room(), std::max(held, least_bytes));
+  }
+
+  // Looks at what came into `input`, which begins with the head.
+  Step read(const RequestHead& head, Buffer& input, std::size_t most_bytes) {
+    switch (head.framing.kind) {
+      case Framing::Kind::none: return {Status::whole};
+      case Framing::Kind::length: {
+        const std::size_t length = static_cast<std::size_t>(head.framing.length);
+        if (input.size() - head.head_bytes < length) return {Status::need_more};
+        bytes_ = length;
+        return {Status::whole};
+      }
+      case Framing::Kind::chunked: return decode(head.head_bytes, input, most_bytes);
+      case Framing::Kind::until_close: break;
+    }
+    assert(false);
+    return {Status::need_more};
+  }
+
+  // It is not in `input` any more.
+  void give_back() { share_.give_back(); }
+  void reset() {
+    share_.give_back();
+    bytes_ = 0;
+  }
+
+ private:
+  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
+  Step decode(std::size_t head_bytes, Buffer& input, std::size_t most_bytes) {
+    const std::size_t decoded_end = head_bytes + bytes_;
+    const std::size_t fresh = input.size() - decoded_end;
+    if (fresh == 0) return {Status::need_more};
+    if (!share_.grow_to(budget_, std::min(bytes_ + fresh, most_bytes))) return {Status::refused, no_memory()};
+    char* data = input.data() + decoded_end;
+    const ChunkedDecoder::Result result = decoder_.decode(data, fresh);
+    bytes_ += result.decoded;
+    if (result.status == ChunkedDecoder::Status::failed) return {Status::refused, Refusal::malformed};
+    if (bytes_ > most_bytes) return {Status::refused, too_large()};
+    const std::size_t behind = fresh - result.consumed;
+    std::memmove(data + result.decoded, data + result.consumed, behind);
+    input.truncate(decoded_end + result.decoded + behind);
+    return {result.status == ChunkedDecoder::Status::done ? Status::whole : Status::need_more};
+  }
+
+  Refusal too_large() {
+    slab_.limit_hit(Limit::max_body);
+    return Refusal::body_too_large;
+  }
+  Refusal no_memory() {
+    slab_.limit_hit(Limit::body_memory);
+    return Refusal::body_memory;
+  }
+
+  ThreadBudget& budget_;
+  Slab& slab_;
+  std::size_t bytes_ = 0;
+  ChunkedDecoder decoder_;
+  BodyShare share_;
+};
+
+}  // namespace nexus

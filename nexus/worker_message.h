@@ -1,0 +1,47 @@
+// worker_message.h
+// Owns:     what may be posted to a worker, message by message.
+// Promises: plain data; whoever holds one holds what it names.
+// Leaves:   carrying them to mailbox.h, acting on them to server.h.
+// Threads:  made on any, taken by the worker's.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <variant>
+
+#include "net.h"
+#include "pages.h"
+#include "pulse.h"
+#include "registry.h"
+#include "slots.h"
+
+namespace nexus {
+
+template <class Net>
+struct WorkerMessage {
+  // A new connection, which is counted as the worker's already.
+  struct Adopt {
+    typename Net::Socket socket;
+    Address peer;
+    bool metrics_only = false;
+  };
+  struct NewSnapshot {
+    SnapshotPtr snapshot;
+  };
+  // The page that the session waits for.
+  struct Page {
+    Token session;
+    std::shared_ptr<const std::string> body;  // nothing: metrics_unavailable
+    PageKind kind = PageKind::metrics;
+  };
+  // A place on a backend, for the session's request that waits in the queue.
+  struct Grant {
+    Token session;
+  };
+  struct Drain {};  // stop accepting, finish what is in flight
+  struct Stop {};   // end now
+
+  using Any = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop, Ping>;
+};
+
+}  // namespace nexus
