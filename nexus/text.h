@@ -37,8 +37,8 @@ inline unsigned controls_in(const char* at) {
 
 }  // namespace detail
 
-// Where the first byte that is no field text stands in [from, to) of `base`, or `to`. Sixteen bytes at a time; fewer are
-// looked at together with those before them.
+// Where the first byte that is no field text stands in [from, to) of `base`, or `to`. Sixteen bytes at a time; fewer
+// are looked at together with those before them.
 inline std::size_t find_control(const char* base, std::size_t from, std::size_t to) {
   for (; from + 16 <= to; from += 16) {
     const unsigned mask = detail::controls_in(base + from);
