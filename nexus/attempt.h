@@ -61,7 +61,7 @@ class Attempt {
   }
 
   // A new one, on its way. False where there is none to be had.
-  bool connect() {
+  [[gnu::cold]] bool connect() {
     const typename Pool<Net>::Connecting connecting = pool_.connect(backend_->id, *backend_->address, owner_);
     if (connecting.upstream == nullptr) {
       if (connecting.outcome == SocketOutcome::no_descriptor) core_.slab.limit_hit(Limit::descriptors);
@@ -107,7 +107,7 @@ class Attempt {
   }
 
   // After found_closed(): the same again; connect() follows.
-  void start_over() {
+  [[gnu::cold]] void start_over() {
     close();
     stale_seen_ = true;
     send_failed_ = false;

@@ -75,7 +75,8 @@ class Exchange {
   }
 
   // Refuses the request; `keep_alive` only where its body was read whole.
-  void refuse(Refusal refusal, bool keep_alive, std::string_view message = {}, std::string_view param = {}) {
+  [[gnu::cold]] void refuse(Refusal refusal, bool keep_alive, std::string_view message = {},
+                            std::string_view param = {}) {
     assert(active());
     close_upstream();
     leave_backend();
@@ -109,7 +110,7 @@ class Exchange {
   }
 
   // The client is gone: nothing more can be sent to it. Ends the exchange at once.
-  void client_left() {
+  [[gnu::cold]] void client_left() {
     assert(active());
     if (state_ == State::over) return;
     const bool waiting =
@@ -131,7 +132,7 @@ class Exchange {
   }
 
   // A write to the client failed.
-  void client_failed() {
+  [[gnu::cold]] void client_failed() {
     if (!client_.out_of_memory()) return client_left();
     core_.slab.limit_hit(Limit::memory);
     tally_.record.error = ErrorType::other;
@@ -169,7 +170,7 @@ class Exchange {
     }
   }
 
-  void on_deadline() {
+  [[gnu::cold]] void on_deadline() {
     switch (state_) {
       case State::queued: return on_queue_deadline();
       case State::connecting:
@@ -186,7 +187,7 @@ class Exchange {
   }
 
   // A place was granted to this request while it waited.
-  void on_grant() {
+  [[gnu::cold]] void on_grant() {
     if (state_ != State::queued) return;
     if (const auto next = selection_.take_grant()) return follow(*next);
     arm_queue_deadline();
@@ -223,12 +224,12 @@ class Exchange {
     return false;
   }
 
-  void refuse_body(BodyError error) {
+  [[gnu::cold]] void refuse_body(BodyError error) {
     if (error == BodyError::too_deep) core_.slab.limit_hit(Limit::json_depth);
     refuse(refusal_of(error), true, {}, error == BodyError::no_model ? "model" : "");
   }
 
-  void refuse_unknown_model() {
+  [[gnu::cold]] void refuse_unknown_model() {
     if (snapshot_->discovering) return refuse(Refusal::no_healthy_backend, true);
     refuse(Refusal::model_not_found, true, unknown_model_message(*snapshot_, asked_), "model");
   }
@@ -250,7 +251,7 @@ class Exchange {
   }
 
   // Every candidate is at its cap: wait for the first place on any of them.
-  void wait_in_queue() {
+  [[gnu::cold]] void wait_in_queue() {
     using Next = typename Selection<Net>::Next;
     switch (selection_.wait_in_queue(owner_)) {
       case Next::chosen: return begin_attempt();
@@ -273,7 +274,7 @@ class Exchange {
     if (selection_.passed_over_ejected()) deadline_ = std::min(deadline_, core_.now + kLookAgain);
   }
 
-  void on_queue_deadline() {
+  [[gnu::cold]] void on_queue_deadline() {
     on_grant();  // it may have come just now
     if (state_ != State::queued) return;
     if (core_.now < std::min(queue_deadline_, request_deadline_)) {
@@ -305,13 +306,13 @@ class Exchange {
     begin_sending();
   }
 
-  void connect() {
+  [[gnu::cold]] void connect() {
     if (!attempt_.connect()) return fail_attempt(AttemptOutcome::connect_error, Refusal::connect_failed);
     state_ = State::connecting;
     deadline_ = deadline_after(core_.now, snapshot_->settings->upstream.connect_timeout_ns);
   }
 
-  void on_connected() {
+  [[gnu::cold]] void on_connected() {
     assert(state_ == State::connecting);
     if (!attempt_.is_connected()) return fail_attempt(AttemptOutcome::connect_error, Refusal::connect_failed);
     // What comes before the request is no answer to it, and no further edge would tell of it.
@@ -403,7 +404,7 @@ class Exchange {
   }
 
   // The answer is thrown away for another backend's. Its connection is kept where the whole of it has come.
-  void retry_after_status(const AnswerHead::Result& result) {
+  [[gnu::cold]] void retry_after_status(const AnswerHead::Result& result) {
     const ResponseHead& head = result.head;
     AnswerBody body;
     body.start(head.framing);
@@ -495,7 +496,7 @@ class Exchange {
   void note_usage() { answer_.note_usage(tally_.record, tally_.complete_ns, core_.now); }
 
   // The backend's connection ended.
-  void on_upstream_end(bool broken) {
+  [[gnu::cold]] void on_upstream_end(bool broken) {
     if (state_ == State::streaming) {
       if (answer_.ends_with_connection() && !broken && !attempt_.send_failed()) return end_of_body();
       return break_stream(AttemptOutcome::truncated, Refusal::backend_broke);
@@ -512,7 +513,7 @@ class Exchange {
   // ---- ends ----
 
   // This attempt failed and nothing went to the client: on to the next candidate, or to an error.
-  void fail_attempt(AttemptOutcome outcome, Refusal refusal) {
+  [[gnu::cold]] void fail_attempt(AttemptOutcome outcome, Refusal refusal) {
     note_backend_failure(std::nullopt);
     attempt_.end(outcome);
     close_upstream();
@@ -528,7 +529,7 @@ class Exchange {
   }
 
   // The answer broke after its head went out: it must not look whole.
-  void break_stream(AttemptOutcome outcome, Refusal refusal) {
+  [[gnu::cold]] void break_stream(AttemptOutcome outcome, Refusal refusal) {
     assert(state_ == State::streaming);
     const RefusalRow& row = row_of(refusal);
     tally_.record.error = row.label;
@@ -547,7 +548,7 @@ class Exchange {
   }
 
   // The client takes nothing: cut it, so that it holds nothing here.
-  void cut_client() {
+  [[gnu::cold]] void cut_client() {
     core_.slab.limit_hit(Limit::write_timeout);
     tally_.record.error = ErrorType::other;
     if (state_ == State::streaming) note_usage();
@@ -555,7 +556,7 @@ class Exchange {
   }
 
   // Nothing more can be sent: the connection is reset, so that what was sent does not look whole.
-  void abandon() {
+  [[gnu::cold]] void abandon() {
     attempt_.end(AttemptOutcome::cancelled);
     close_upstream();
     client_.cut_connection();
@@ -563,7 +564,7 @@ class Exchange {
     commit();
   }
 
-  void out_of_memory() {
+  [[gnu::cold]] void out_of_memory() {
     core_.slab.limit_hit(Limit::memory);
     if (state_ == State::streaming) {
       tally_.record.error = ErrorType::other;
@@ -639,7 +640,7 @@ class Exchange {
     core_.log.access(entry);
   }
 
-  void log_bad_answer(std::string_view why) {
+  [[gnu::cold]] void log_bad_answer(std::string_view why) {
     core_.log.event(LogLevel::warning, "bad answer from a backend",
                     {{"backend", attempt_.backend()->name}, {"why", why}, {"request_id", request_id_}});
   }

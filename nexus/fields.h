@@ -203,7 +203,8 @@ struct FieldRow {
 struct FieldTable {
   std::array<FieldRow, kMaxFields> rows;
   std::uint32_t count = 0;
-  std::uint32_t seen = 0;  // a bit for each kind of field in it: most questions end there
+  std::uint32_t seen = 0;         // a bit for each kind of field in it: most questions end there
+  bool connection_names = false;  // a Connection field names others, beside close and keep-alive
 
   bool has(Field field) const { return (seen >> static_cast<unsigned>(field) & 1u) != 0; }
 

@@ -67,25 +67,6 @@ class Cursor {
   char* at_;
 };
 
-// Whether a Connection field names other fields; most heads need no second look.
-inline bool names_fields(std::string_view connection) {
-  while (!connection.empty()) {
-    const std::string_view element = next_list_element(connection);
-    if (!element.empty() && !equals_ignoring_case(element, "keep-alive") && !equals_ignoring_case(element, "close")) {
-      return true;
-    }
-  }
-  return false;
-}
-
-inline bool any_connection_names(const HeadView& head) {
-  if (!head.fields->has(Field::connection)) return false;
-  for (const FieldRow& row : *head.fields) {
-    if (row.field == Field::connection && names_fields(value_of(head.base, row))) return true;
-  }
-  return false;
-}
-
 inline bool named_by_connection(const HeadView& head, std::string_view name) {
   for (const FieldRow& row : *head.fields) {
     if (row.field == Field::connection && list_holds(value_of(head.base, row), name)) return true;
@@ -116,12 +97,12 @@ constexpr std::uint32_t bit_of(Field field) { return 1u << static_cast<unsigned>
 // to be `name: value` and nothing else.
 inline void add_end_to_end(Cursor& out, const HeadView& head, std::uint32_t left_behind) {
   const FieldTable& fields = *head.fields;
-  const bool connection_names = any_connection_names(head);
   std::size_t run_from = fields.count > 0 ? fields.rows[0].name_at : 0;
   for (std::uint32_t i = 0; i < fields.count; ++i) {
     const FieldRow& row = fields.rows[i];
     bool leave = (left_behind >> static_cast<unsigned>(row.field) & 1u) != 0;
-    if (connection_names && row.field == Field::other) leave = named_by_connection(head, name_of(head.base, row));
+    if (fields.connection_names && row.field == Field::other)
+      leave = named_by_connection(head, name_of(head.base, row));
     if (!leave) continue;
     out.add(std::string_view(head.base + run_from, row.name_at - run_from));
     run_from = i + 1 < fields.count ? fields.rows[i + 1].name_at : head.head_bytes - 2;

@@ -97,6 +97,7 @@ class HeadScan {
     parser_.data = this;
     fields_ = fields;
     fields_->count = fields_->seen = 0;
+    fields_->connection_names = false;
     text_at_ = text_bytes_ = 0;
     fed_ = 0;
     overflow_ = false;
@@ -246,15 +247,25 @@ inline LengthFields read_length_fields(const char* base, const FieldTable& field
   return out;
 }
 
-// RFC 9112 9.3: HTTP/1.1 stays open unless told to close, HTTP/1.0 closes unless told to stay.
-inline bool wants_keep_alive(const char* base, const FieldTable& fields, bool http_1_0) {
+// RFC 9112 9.3: HTTP/1.1 stays open unless told to close, HTTP/1.0 closes unless told to stay. Notes whether the
+// Connection fields name other fields, which few do.
+inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0) {
   if (!fields.has(Field::connection)) return !http_1_0;
   bool close = false;
   bool keep = false;
   for (const FieldRow& row : fields) {
     if (row.field != Field::connection) continue;
-    if (list_holds(value_of(base, row), "close")) close = true;
-    if (list_holds(value_of(base, row), "keep-alive")) keep = true;
+    std::string_view list = value_of(base, row);
+    while (!list.empty()) {
+      const std::string_view option = next_list_element(list);
+      if (equals_ignoring_case(option, "keep-alive")) {
+        keep = true;
+      } else if (equals_ignoring_case(option, "close")) {
+        close = true;
+      } else if (!option.empty()) {
+        fields.connection_names = true;
+      }
+    }
   }
   return !close && (!http_1_0 || keep);
 }
@@ -373,7 +384,7 @@ class RequestReader {
     if (hosts > 1) return bad("Host twice");
     if (hosts == 0 && !head.http_1_0) return bad("no Host");
     // Behind a body in an unknown coding nobody knows where the next request begins.
-    head.keep_alive = !lengths.unknown_coding && detail::wants_keep_alive(base, *fields_, head.http_1_0);
+    head.keep_alive = detail::read_connection(base, *fields_, head.http_1_0) && !lengths.unknown_coding;
     if (lengths.chunked) {
       head.framing = {Framing::Kind::chunked, 0};
     } else if (lengths.has_length && lengths.length > 0) {
@@ -429,7 +440,7 @@ class ResponseReader {
     const detail::LengthFields lengths = detail::read_length_fields(base, *fields_, head.http_1_0);
     if (lengths.malformed != nullptr) return bad(lengths.malformed);
     if (lengths.unknown_coding) return bad("a transfer coding other than chunked");
-    head.keep_alive = detail::wants_keep_alive(base, *fields_, head.http_1_0);
+    head.keep_alive = detail::read_connection(base, *fields_, head.http_1_0);
     if (head.status < 200 || head.status == 204 || head.status == 304) {
       // RFC 9112 6.3: never a body; a sign of one says that the two sides disagree. 304 may tell the length it saves.
       if (lengths.chunked || (lengths.has_length && lengths.length > 0 && head.status != 304)) {

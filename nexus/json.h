@@ -208,22 +208,40 @@ class JsonReader {
   // that stands behind `"usage":` and before nothing but the brace which ends the text is a member of the outermost
   // object: in JSON, a quote inside a string is escaped, and braces pair. False where it is not so.
   bool read_last_member(std::string_view text, Usage& usage) {
-    constexpr std::string_view kKey = "\"usage\"";
     constexpr std::string_view kBlanks = " \n\r\t";
     constexpr std::size_t kLookedAt = 512;
+    constexpr int kObjects = 4;  // that may begin in a usage: its details
     const std::size_t last = text.find_last_not_of(kBlanks);
     if (last == std::string_view::npos || text[last] != '}') return false;
     text = text.substr(0, last);
     text.remove_prefix(text.size() - std::min(text.size(), kLookedAt));
-    std::size_t at = text.rfind(kKey);
-    if (at == std::string_view::npos || at == 0 || text[at - 1] == '\\') return false;
-    at = text.find_first_not_of(kBlanks, at + kKey.size());
-    if (at == std::string_view::npos || text[at] != ':') return false;
-    at = text.find_first_not_of(kBlanks, at + 1);
-    if (at == std::string_view::npos || text[at] != '{') return false;
+    std::size_t at = text.size();
+    for (int i = 0; i < kObjects; ++i) {
+      const void* const brace = memrchr(text.data(), '{', at);
+      if (brace == nullptr) return false;
+      at = static_cast<std::size_t>(static_cast<const char*>(brace) - text.data());
+      if (ends_with_usage_key(text.substr(0, at))) return read_to_end(text.substr(at), usage);
+    }
+    return false;
+  }
+
+  // `…"usage":`, the first quote being no escaped one.
+  static bool ends_with_usage_key(std::string_view text) {
+    constexpr std::string_view kBlanks = " \n\r\t";
+    constexpr std::string_view kKey = "\"usage\"";
+    std::size_t last = text.find_last_not_of(kBlanks);
+    if (last == std::string_view::npos || text[last] != ':') return false;
+    last = text.substr(0, last).find_last_not_of(kBlanks);
+    if (last == std::string_view::npos || last < kKey.size()) return false;
+    const std::size_t at = last + 1 - kKey.size();
+    return text.substr(at, kKey.size()) == kKey && text[at - 1] != '\\';
+  }
+
+  // A text that must be one usage object and nothing else.
+  bool read_to_end(std::string_view text, Usage& usage) {
     simdjson::ondemand::document document;
     simdjson::ondemand::object object;
-    if (iterate(text.data() + at, text.size() - at, document) || document.get_object().get(object)) return false;
+    if (iterate(text.data(), text.size(), document) || document.get_object().get(object)) return false;
     read_usage_members(object, usage);
     if (document.is_alive() && document.at_end()) return true;
     usage = Usage{};

@@ -58,8 +58,8 @@ class OwnAnswers {
     return std::nullopt;
   }
 
-  void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields = {},
-                    std::string_view message = {}) {
+  [[gnu::cold]] void answer_error(SessionT& session, Refusal refusal, std::string_view extra_fields = {},
+                                  std::string_view message = {}) {
     session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !core_.draining;
     OwnAnswer answer = own_answer(session, row_of(refusal).status);
     answer.extra_fields = extra_fields;
@@ -69,7 +69,7 @@ class OwnAnswers {
   }
 
   // For a head that can't be read: no endpoint is known, and the connection ends.
-  void refuse_head(SessionT& session, Refusal refusal) {
+  [[gnu::cold]] void refuse_head(SessionT& session, Refusal refusal) {
     session.keep_alive = false;
     core_.text.clear();
     core_.take_request_id(nullptr, nullptr, session.request_id);
@@ -82,7 +82,7 @@ class OwnAnswers {
   }
 
   // For a connection that is one too many.
-  void turn_away(typename Net::Socket socket) {
+  [[gnu::cold]] void turn_away(typename Net::Socket socket) {
     core_.text.clear();
     OwnAnswer answer;
     answer.keep_alive = false;
@@ -94,7 +94,7 @@ class OwnAnswers {
   }
 
   // The page that the session waits for is here.
-  void begin_page(SessionT& session, std::shared_ptr<const std::string> body, PageKind kind) {
+  [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const std::string> body, PageKind kind) {
     if (body == nullptr) return answer_error(session, Refusal::metrics_unavailable);
     OwnAnswer answer = own_answer(session, 200);
     if (kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";

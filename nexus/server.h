@@ -66,7 +66,9 @@ class Worker {
   ~Worker() { close_all(); }
 
   // Before run(): takes connections from this socket. False where the kernel refuses.
-  bool add_listener(typename Net::Socket listener, bool metrics_only) { return acceptor_.add(listener, metrics_only); }
+  [[gnu::cold]] bool add_listener(typename Net::Socket listener, bool metrics_only) {
+    return acceptor_.add(listener, metrics_only);
+  }
 
   // Any thread.
   void post(Message message) {
@@ -207,7 +209,7 @@ class Worker {
   }
 
   // Keeps a new connection, or hands it to another worker.
-  void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+  [[gnu::cold]] void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
     const auto worker = peers_.placement.take(core_.worker, core_.settings().server.max_connections);
     if (!worker) {
       core_.slab.limit_hit(Limit::max_connections);
@@ -218,7 +220,7 @@ class Worker {
   }
 
   // For a connection that place() counted.
-  void add_session(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+  [[gnu::cold]] void add_session(typename Net::Socket socket, const Address& peer, bool metrics_only) {
     SessionT* session = sessions_.make(core_, pool_, socket, peer, metrics_only);
     if (session == nullptr || !core_.net.watch(socket, session->token)) {
       core_.slab.limit_hit(Limit::memory);
@@ -353,13 +355,13 @@ class Worker {
     session.line_skipped = true;
   }
 
-  Progress refuse_large_head(SessionT& session) {
+  [[gnu::cold]] Progress refuse_large_head(SessionT& session) {
     core_.slab.http_rejected(HttpRejection::header_too_large);
     core_.slab.limit_hit(Limit::max_header);
     return refuse_head(session, Refusal::header_too_large);
   }
 
-  Progress refuse_head(SessionT& session, Refusal refusal) {
+  [[gnu::cold]] Progress refuse_head(SessionT& session, Refusal refusal) {
     own_.refuse_head(session, refusal);
     return Progress::moved;
   }
@@ -423,7 +425,7 @@ class Worker {
     return Progress::waiting;
   }
 
-  Progress refuse_body(SessionT& session, Refusal refusal) {
+  [[gnu::cold]] Progress refuse_body(SessionT& session, Refusal refusal) {
     session.state = State::exchanging;
     session.exchange.refuse(refusal, false);
     return Progress::moved;
@@ -484,7 +486,7 @@ class Worker {
 
   // ---- the end of a drain ----
 
-  void on_drain_deadline() {
+  [[gnu::cold]] void on_drain_deadline() {
     const Ns last_ns = drain_began_ns_ + kFirstRequestTime;
     if (core_.now < last_ns) core_.wheel.arm(drain_timer_, last_ns);
   }
@@ -518,7 +520,7 @@ class Worker {
   }
 
   // Sends our FIN and reads away what still comes, up to a bound. False where the session is gone.
-  bool begin_linger(SessionT& session) {
+  [[gnu::cold]] bool begin_linger(SessionT& session) {
     session.input.clear();
     session.fields.give_back();
     session.body.give_back();
@@ -534,7 +536,7 @@ class Worker {
     return true;
   }
 
-  void linger(SessionT& session) {
+  [[gnu::cold]] void linger(SessionT& session) {
     char* scratch = core_.scratch();
     while (scratch != nullptr && session.connection.may_read()) {
       const IoResult result = session.connection.read(core_.net, scratch, core_.scratch_bytes());
@@ -545,7 +547,7 @@ class Worker {
   }
 
   // The client's connection ended or broke.
-  void client_gone(SessionT& session) {
+  [[gnu::cold]] void client_gone(SessionT& session) {
     if (session.exchange.active()) session.exchange.client_left();
     if (session.exchange.state() == Exchange<Net>::State::over) {
       in_flight_ -= 1;
@@ -555,7 +557,7 @@ class Worker {
     close(session);
   }
 
-  void close(SessionT& session) {
+  [[gnu::cold]] void close(SessionT& session) {
     assert(!session.exchange.active());
     session.connection.close(core_.net);
     peers_.placement.give_back(core_.worker);
@@ -564,7 +566,7 @@ class Worker {
     acceptor_.resume();
   }
 
-  void on_session_deadline(SessionT& session) {
+  [[gnu::cold]] void on_session_deadline(SessionT& session) {
     switch (session.state) {
       case State::reading_head: return on_head_deadline(session);
       case State::reading_body:
@@ -580,7 +582,7 @@ class Worker {
   }
 
   // An idle connection just ends; one in the middle of a head is told.
-  void on_head_deadline(SessionT& session) {
+  [[gnu::cold]] void on_head_deadline(SessionT& session) {
     if (session.input.empty()) {
       core_.slab.limit_hit(Limit::idle_timeout);
       return close(session);
@@ -591,7 +593,7 @@ class Worker {
     drive(session);
   }
 
-  void close_all() {
+  [[gnu::cold]] void close_all() {
     peers_.placement.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
     mailbox_.take(messages_);  // connections that were handed over and never taken
     for (Message& message : messages_) {
