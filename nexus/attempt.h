@@ -47,6 +47,9 @@ class Attempt {
     answered_ = false;
   }
 
+  // Its connection stands: from here on the answer may come, also before the request is sent whole.
+  void begin_sending() { sent_ns_ = core_.now; }
+
   // Writes the request as this backend gets it; `model` is empty where it is the client's own.
   void compose(const RequestView& request, const BodyFacts& facts, std::string_view model, bool ask_usage,
                std::string_view request_id) {
@@ -93,7 +96,7 @@ class Attempt {
   }
 
   std::size_t sent_bytes() const { return image_sent_; }
-  Ns sent_ns() const { return sent_ns_; }
+  Ns sent_ns() const { return sent_ns_; }  // or when sending began, until all is sent
   bool send_failed() const { return send_failed_; }
   bool is_first() const { return !stale_seen_; }  // on this backend
   void note_answer() { answered_ = true; }

@@ -205,6 +205,7 @@ class Exchange {
     client_.reset();
     request_deadline_ = deadline_ = queue_deadline_ = kNever;
     asked_.clear();
+    last_failure_ = Refusal::no_healthy_backend;
     retry_reason_ = {};
   }
 
@@ -243,6 +244,10 @@ class Exchange {
     switch (next) {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return wait_in_queue();
+      case Next::queue_full:
+        core_.slab.queue_rejected(QueueRejection::full);
+        core_.slab.limit_hit(Limit::queue_size);
+        return refuse(Refusal::queue_full, true);
       case Next::nothing_left: return refuse(last_failure_, true);
       case Next::unknown_model: return refuse_unknown_model();
       case Next::none_healthy: return refuse(Refusal::no_healthy_backend, true);
@@ -252,15 +257,8 @@ class Exchange {
 
   // Every candidate is at its cap: wait for the first place on any of them.
   [[gnu::cold]] void wait_in_queue() {
-    using Next = typename Selection<Net>::Next;
-    switch (selection_.wait_in_queue(owner_)) {
-      case Next::chosen: return begin_attempt();
-      case Next::all_full: break;
-      default:
-        core_.slab.queue_rejected(QueueRejection::full);
-        core_.slab.limit_hit(Limit::queue_size);
-        return refuse(Refusal::queue_full, true);
-    }
+    const auto next = selection_.wait_in_queue(owner_);
+    if (next != Selection<Net>::Next::all_full) return follow(next);
     state_ = State::queued;
     // One wait, however often the request is queued: it began with the first.
     if (queue_deadline_ == kNever) {
@@ -330,6 +328,7 @@ class Exchange {
 
   void begin_sending() {
     state_ = State::sending;
+    attempt_.begin_sending();
     tally_.record.reached_backend = true;
     note_first_byte_deadline();
     send_request();
@@ -669,7 +668,7 @@ class Exchange {
   Attempt<Net> attempt_;
   AnswerHead answer_head_;
   bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
-  Refusal last_failure_ = Refusal::connect_failed;
+  Refusal last_failure_ = Refusal::no_healthy_backend;  // until one was tried
   std::string_view retry_reason_;
   std::string reason_;  // in words, for the client
 

@@ -22,6 +22,7 @@ class Selection {
   enum class Next : std::uint8_t {
     chosen,        // backend() and choice() say which
     all_full,      // every candidate is at its cap: wait_in_queue()
+    queue_full,    // there is no room to wait either
     nothing_left,  // all have been tried
     unknown_model,
     none_healthy,
@@ -70,13 +71,13 @@ class Selection {
     });
   }
 
-  // After all_full: waits for the first place on any of the full ones. `chosen` where one became free just now,
-  // `nothing_left` where the queue is full too.
+  // After all_full: waits for the first place on any of the full ones. As next() where one became free just now, and
+  // `queue_full` where there is no room to wait.
   Next wait_in_queue(Token owner) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
       switch (core_.shared.admission.enqueue(full_, core_.worker, owner, ticket_, place)) {
-        case Admission::Outcome::full: return Next::nothing_left;
+        case Admission::Outcome::full: return Next::queue_full;
         case Admission::Outcome::queued: queued = true; break;
         case Admission::Outcome::entered:
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;

@@ -1,5 +1,5 @@
 // Every error of Nexus's own: its status, its shape, its words, and that nothing reached a backend that should not.
-import { RawClient, assert, assert_error, chat, get, group, pair, pending_is, post, request_bytes, seeded, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { RawClient, answer_plainly, assert, assert_error, chat, get, group, pair, pending_is, post, request_bytes, seeded, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 
@@ -337,6 +337,41 @@ group('backend failures', () => {
       assert.equal(r.text, '"big!"');
       assert.equal(early, i, 'a fresh connection each');
     }
+  });
+
+  test('an answer that comes before the body is sent whole tells no wrong latency: the fast backend stays preferred', async (t) => {
+    const fast = await start_backend(t);
+    const slow = await start_backend(t, { answer: async (request, reply, self) => { await sleep(60); return answer_plainly(request, reply, self); } });
+    const body = JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) }));
+    const accept = fast.accept.bind(fast);
+    let early = 0;
+    fast.accept = (socket) => {
+      socket.prependOnceListener('data', (data) => {
+        const length = Number(/content-length: (\d+)/i.exec(data.toString('latin1'))?.[1] ?? 0);
+        if (length < 1 << 20) return;
+        early++;
+        socket.removeAllListeners('data');
+        socket.resume();
+        socket.write('HTTP/1.1 413 Too Large\r\nContent-Length: 6\r\n\r\n"big!"');
+      });
+      accept(socket);
+    };
+    const nexus = await start_nexus(t, {
+      server: { threads: 1 },
+      backends: [{ name: 'fast', url: fast.url, type: 'generic', models: 'm1' }, { name: 'slow', url: slow.url, type: 'generic', models: 'm1' }],
+      routing: { strategy: 'smart', weight_priority: 0, weight_load: 0, weight_latency: 100 },
+    });
+    for (let i = 0; early === 0; i++) {
+      assert.ok(i < 20, 'the fast backend gets a large request');
+      await post(nexus.port, path, body);
+    }
+    let by_fast = 0;
+    for (let i = 0; i < 20; i++) {
+      const r = await post(nexus.port, path, chat());
+      assert.equal(r.status, 200);
+      if (r.headers.get('x-nexus-backend') === 'fast') by_fast++;
+    }
+    assert.ok(by_fast >= 15, `the fast backend served ${by_fast} of 20`);
   });
 });
 
