@@ -60,6 +60,9 @@ class Control {
     std::function<void(const HostPort& where, std::uint64_t epoch)> resolve;  // answers with Resolved, later
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;
     std::function<std::uint64_t()> log_lines_dropped;  // since the start
+    // What no two runs have alike; the simulator says something of its own.
+    std::function<ProcessStats()> process_stats = read_process_stats;
+    std::function<Ns()> wall_time = wall_now;
   };
 
   Control(Net& net, Metrics& metrics, Slab& slab, Admission& admission, BodyBudget& budget, Log log, Hooks hooks,
@@ -82,7 +85,7 @@ class Control {
   SnapshotPtr begin(std::shared_ptr<const Settings> settings) {
     take_settings(std::move(settings));
     dirty_ = false;
-    reload_ok_at_ns_ = wall_now();
+    reload_ok_at_ns_ = hooks_.wall_time();
     return make_snapshot();
   }
 
@@ -151,7 +154,7 @@ class Control {
   void on_message(Reload& reload) {
     take_settings(std::move(reload.settings));
     reload_ok_ = true;
-    reload_ok_at_ns_ = wall_now();
+    reload_ok_at_ns_ = hooks_.wall_time();
     // Made before broken: what the new backends have is found out before the old ones go.
     hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
@@ -354,11 +357,13 @@ class Control {
       const BackendNames& backends = registry_.backend_names();
       std::string_view metrics, stats;  // the status page is drawn from both
       if (kind != PageKind::stats) {
-        metrics = prometheus_page_.render(metrics_, fleet, read_process_stats(), models, backends, labels);
+        metrics = prometheus_page_.render(metrics_, fleet, hooks_.process_stats(), models, backends, labels);
       }
       if (kind != PageKind::metrics) stats = stats_page_.render(metrics_, fleet, models, backends);
       if (kind == PageKind::status) {
-        return std::make_shared<const std::string>(render_status(stats, metrics, kVersion));
+        std::optional<std::string> page = render_status(stats, metrics, kVersion);
+        if (!page) throw std::bad_alloc();
+        return std::make_shared<const std::string>(std::move(*page));
       }
       return std::make_shared<const std::string>(kind == PageKind::metrics ? metrics : stats);
     } catch (const std::bad_alloc&) {

@@ -139,10 +139,14 @@ TEST_CASE("a row has a cell under each title, and many rows are cut with a word 
   CHECK(many.find("and 7 more") != std::string::npos);
 }
 
+TEST_CASE("without what /v1/stats says there is no page") { CHECK_FALSE(render_status("", "", "0.1.0").has_value()); }
+
 TEST_CASE("the page says what /v1/stats says") {
-  const std::string page = render_status(
-      R"({"uptime_seconds":10,"requests":{"total":31,"success":27,"errors":4},"backends":[{"id":"g","requests":31,"errors":4,"pending":2,"healthy":false,"completion_tokens":50}],"models":[]})",
-      "nexus_backends_total 1\nnexus_backends_healthy 0\n", "0.1.0");
+  const std::string page =
+      render_status(
+          R"({"uptime_seconds":10,"requests":{"total":31,"success":27,"errors":4},"backends":[{"id":"g","requests":31,"errors":4,"pending":2,"healthy":false,"completion_tokens":50}],"models":[]})",
+          "nexus_backends_total 1\nnexus_backends_healthy 0\n", "0.1.0")
+          .value();
   for (const char* part : {"<span id=\"total\">31</span>", "<span id=\"success\">27</span>",
                            "<span id=\"errors\">4</span>", "0 of 1 backends healthy", "class=\"state down\"",
                            "<dd id=\"all_rate\"><b>3.10</b>", "<dd id=\"all_errors\" class=\"bad\"><b>0.40</b>",

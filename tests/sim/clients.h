@@ -98,7 +98,6 @@ class Clients {
     // Of this visit.
     bool http_1_0 = false;
     bool keep_alive = true;
-    bool untraced = false;
     std::uint32_t to_ask = 0;
     std::uint32_t at_once = 1;
     std::size_t read_bytes = 0;  // at a time; 0: all
@@ -129,14 +128,9 @@ class Clients {
     wire_.timer(Notice::Kind::client_timer, who, wire_.now() + in, clients_[who].visits << 8 | what);
   }
 
-  Shape draw_shape(bool untraced) {
+  Shape draw_shape() {
     Shape shape;
     shape.latency_ns = swarm_.latency_ns;
-    if (untraced) {
-      shape.untraced = true;
-      shape.window_bytes = SIZE_MAX / 2;
-      return shape;
-    }
     shape.jitter_ns = swarm_.jitter_ns;
     shape.split = swarm_.split;
     shape.most_pieces = swarm_.most_pieces;
@@ -151,10 +145,9 @@ class Clients {
     Client& client = clients_[who] = Client{};
     client.visits = visits;
     const Habits& habits = swarm_.habits;
-    client.untraced = dice_.one_in(100);
     client.http_1_0 = dice_.chance(habits.http_1_0);
     client.keep_alive = !client.http_1_0 || dice_.one_in(2);
-    client.to_ask = client.keep_alive && !client.untraced ? dice_.skewed(1, 12) : 1;
+    client.to_ask = client.keep_alive ? dice_.skewed(1, 12) : 1;
     if (dice_.chance(habits.pipelined)) client.at_once = dice_.number(2, 5);
     if (dice_.chance(habits.slow_reader)) {
       client.read_bytes = dice_.skewed(1, 4000);
@@ -163,7 +156,7 @@ class Clients {
     if (dice_.chance(habits.stalled_reader)) client.stop_reading_at = dice_.skewed(0, 5000);
     if (dice_.chance(habits.stalled_sender)) client.stop_sending_at = dice_.skewed(0, 3000);
     draw_abort(who);
-    client.link = wire_.client_connects(who, draw_shape(client.untraced));
+    client.link = wire_.client_connects(who, draw_shape());
     ask(who);
   }
 
@@ -205,17 +198,13 @@ class Clients {
   void ask_one(std::uint32_t who) {
     Client& client = clients_[who];
     const std::size_t from = client.out.size();
-    if (client.untraced) {
-      client.waiting.push_back(maker_.make_scrape(client.out, who));
-    } else {
-      const bool alone = client.at_once == 1;
-      const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
-      client.waiting.push_back(made.number);
-      client.last_asked = client.last_asked || made.ends_connection;
-      if (ledger_.requests[made.number].expects_continue) {
-        client.hold_at = from + made.head_bytes;
-        set_timer(who, kSendBody, 50 * kMillisecond);
-      }
+    const bool alone = client.at_once == 1;
+    const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
+    client.waiting.push_back(made.number);
+    client.last_asked = client.last_asked || made.ends_connection;
+    if (ledger_.requests[made.number].expects_continue) {
+      client.hold_at = from + made.head_bytes;
+      set_timer(who, kSendBody, 50 * kMillisecond);
     }
     client.ends.push_back(client.out.size());
     if (client.gone_quiet) leave_all(who);

@@ -21,6 +21,19 @@ constexpr std::uint64_t mix(std::uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// A number for a text: texts that differ have others.
+constexpr std::uint64_t digest(std::string_view text) {
+  std::uint64_t sum = text.size();
+  for (; text.size() >= 8; text.remove_prefix(8)) {
+    std::uint64_t eight = 0;
+    for (std::size_t i = 0; i < 8; ++i) eight |= std::uint64_t{static_cast<unsigned char>(text[i])} << (8 * i);
+    sum = (sum ^ eight) * 0x9e3779b97f4a7c15;
+    sum ^= sum >> 29;
+  }
+  for (const char c : text) sum = (sum ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  return sum;
+}
+
 // How often something happens, in parts of 65536: one shift and one comparison to ask.
 struct Rate {
   std::uint32_t parts = 0;

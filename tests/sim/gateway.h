@@ -34,7 +34,7 @@ class Gateway {
         shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-51515151"} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
-                                            SimControl::Hooks{}, wire.now());
+                                            hooks(wire), wire.now());
     SnapshotPtr snapshot = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
@@ -103,6 +103,14 @@ class Gateway {
   }
 
  private:
+  // What a page says of the process and of the date is the same in every run, as all else is.
+  static SimControl::Hooks hooks(const Wire& wire) {
+    SimControl::Hooks hooks;
+    hooks.process_stats = [] { return ProcessStats{}; };
+    hooks.wall_time = [&wire] { return wire.now(); };
+    return hooks;
+  }
+
   Metrics metrics_;
   Ejector ejector_;
   BodyBudget budget_;

@@ -1,16 +1,18 @@
 // The simulation's command line. `sim 1..1000` runs those seeds; `sim --test` is what `make test` runs: that each
-// canary is noticed, that a seed gives the same run twice, and a fixed set of seeds. A seed that fails names how to
-// replay it.
+// canary is noticed, a fixed set of seeds, and that another process comes to the same traces, which `sim --traces`
+// prints seed by seed. A seed that fails names how to replay it.
 #include <signal.h>
 #include <unistd.h>
 
 #include <charconv>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "simulation.h"
 
@@ -41,7 +43,7 @@ Outcome run_seed(std::uint64_t seed, Canary canary, LogRings& rings) {
 struct Tally {
   std::uint64_t seeds = 0, failed = 0, requests = 0, answers = 0, arrivals = 0, turns = 0;
   Ns simulated_ns = 0;
-  std::uint64_t trace = 0;
+  std::vector<std::uint64_t> traces;  // seed by seed
   Ns began_cpu_ns = 0;
   Happened happened;
 };
@@ -60,12 +62,18 @@ void add(Tally& tally, const Outcome& outcome, std::uint64_t seed) {
   tally.turns += outcome.turns;
   tally.simulated_ns += outcome.simulated_ns;
   tally.happened.add(outcome.happened);
-  tally.trace = mix(tally.trace ^ outcome.trace);
+  tally.traces.push_back(outcome.trace);
   if (outcome.wrong.empty()) return;
   tally.failed += 1;
   std::printf("seed %llu: %s; replay: make sim SEEDS=%llu..%llu\n", static_cast<unsigned long long>(seed),
               outcome.wrong.c_str(), static_cast<unsigned long long>(seed), static_cast<unsigned long long>(seed));
   std::fflush(stdout);
+}
+
+std::uint64_t trace_of(const Tally& tally) {
+  std::uint64_t trace = 0;
+  for (const std::uint64_t one : tally.traces) trace = mix(trace ^ one);
+  return trace;
 }
 
 double seconds(Ns span) { return static_cast<double>(span) / static_cast<double>(kSecond); }
@@ -78,7 +86,7 @@ void print(const Tally& tally) {
       static_cast<unsigned long long>(tally.seeds), static_cast<unsigned long long>(tally.requests),
       static_cast<unsigned long long>(tally.answers), static_cast<unsigned long long>(tally.arrivals),
       static_cast<unsigned long long>(tally.turns), seconds(tally.simulated_ns), cpu, seconds(tally.simulated_ns) / cpu,
-      static_cast<double>(tally.requests) / cpu, static_cast<unsigned long long>(tally.trace));
+      static_cast<double>(tally.requests) / cpu, static_cast<unsigned long long>(trace_of(tally)));
 }
 
 void print(const Happened& happened) {
@@ -142,14 +150,48 @@ bool is_noticed(Canary canary, LogRings& rings) {
   return false;
 }
 
-bool is_repeatable(LogRings& rings) {
-  for (std::uint64_t seed = 1; seed <= 100; ++seed) {
-    const std::uint64_t once = run_seed(seed, Canary::none, rings).trace;
-    if (run_seed(seed, Canary::none, rings).trace == once) continue;
-    std::printf("FAILED: seed %llu runs otherwise the second time\n", static_cast<unsigned long long>(seed));
+// The traces of a range of seeds, from its last to its first, as another process runs them: its addresses are others,
+// and what each seed left behind for the next is too.
+class TracesElsewhere {
+ public:
+  TracesElsewhere(std::uint64_t first, std::uint64_t last) : first_(first), last_(last) {
+    char self[PATH_MAX] = "";
+    if (readlink("/proc/self/exe", self, sizeof self - 1) <= 0) return;
+    const std::string range = std::to_string(last) + ".." + std::to_string(first);
+    output_ = popen(("exec '" + std::string(self) + "' --traces " + range).c_str(), "re");
+  }
+  TracesElsewhere(const TracesElsewhere&) = delete;
+  TracesElsewhere& operator=(const TracesElsewhere&) = delete;
+  ~TracesElsewhere() {
+    if (output_ != nullptr) pclose(output_);
+  }
+
+  // Whether they are `here`, which begins with the first seed's.
+  bool are(const std::vector<std::uint64_t>& here) {
+    std::uint64_t expected = last_;
+    unsigned long long seed = 0;
+    unsigned long long trace = 0;
+    for (; output_ != nullptr && std::fscanf(output_, "%llu %llx", &seed, &trace) == 2; --expected) {
+      if (seed == expected && trace == here[seed - first_]) continue;
+      std::printf("FAILED: seed %llu runs otherwise in another process\n", seed);
+      return false;
+    }
+    if (expected == first_ - 1) return true;
+    std::printf("FAILED: the other process ended before seed %llu\n", static_cast<unsigned long long>(expected));
     return false;
   }
-  return true;
+
+ private:
+  std::uint64_t first_, last_;
+  std::FILE* output_ = nullptr;
+};
+
+int print_traces(std::uint64_t from, std::uint64_t to, LogRings& rings) {
+  for (std::uint64_t seed = from;; seed = from < to ? seed + 1 : seed - 1) {
+    std::printf("%llu %016llx\n", static_cast<unsigned long long>(seed),
+                static_cast<unsigned long long>(run_seed(seed, Canary::none, rings).trace));
+    if (seed == to) return 0;
+  }
 }
 
 int test(LogRings& rings) {
@@ -158,16 +200,19 @@ int test(LogRings& rings) {
 #else
   constexpr std::uint64_t kFixedSeeds = 2000;
 #endif
+  constexpr std::uint64_t kFirst = 1001;
+  constexpr std::uint64_t kLast = kFirst + kFixedSeeds - 1;
+  TracesElsewhere elsewhere(kFirst, kLast);  // runs while this process does
   unsigned passed = 0;
   unsigned failed = 0;
   const auto count = [&](bool ok) { (ok ? passed : failed) += 1; };
   for (auto canary = 1; canary < static_cast<int>(Canary::count); ++canary) {
     count(is_noticed(static_cast<Canary>(canary), rings));
   }
-  count(is_repeatable(rings));
-  const Tally tally = run_seeds(1001, 1000 + kFixedSeeds, rings, false);
+  const Tally tally = run_seeds(kFirst, kLast, rings, false);
   print(tally);
   print(tally.happened);
+  count(elsewhere.are(tally.traces));
   passed += static_cast<unsigned>(tally.seeds - tally.failed);
   failed += static_cast<unsigned>(tally.failed);
   std::printf("%u passed, %u failed\n", passed, failed);
@@ -179,7 +224,7 @@ bool read_range(std::string_view text, std::uint64_t& first, std::uint64_t& last
   const std::string_view from = text.substr(0, dots);
   const std::string_view to = dots == std::string_view::npos ? from : text.substr(dots + 2);
   return std::from_chars(from.data(), from.data() + from.size(), first).ec == std::errc() &&
-         std::from_chars(to.data(), to.data() + to.size(), last).ec == std::errc() && first <= last;
+         std::from_chars(to.data(), to.data() + to.size(), last).ec == std::errc();
 }
 
 }  // namespace
@@ -189,14 +234,16 @@ int main(int argc, char** argv) {
   using namespace nexus::sim;
   for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL}) ::signal(signal, on_crash);
   LogRings rings;
-  const std::string_view what = argc == 2 ? argv[1] : "";
-  if (what == "--test") return test(rings);
+  const std::string_view what = argc >= 2 ? argv[1] : "";
+  const bool traces = argc == 3 && what == "--traces";
+  if (argc == 2 && what == "--test") return test(rings);
   std::uint64_t first = 0;
   std::uint64_t last = 0;
-  if (!read_range(what, first, last)) {
-    std::fprintf(stderr, "usage: sim FIRST..LAST | sim --test\n");
+  if ((argc != 2 && !traces) || !read_range(traces ? argv[2] : what, first, last) || (first > last && !traces)) {
+    std::fprintf(stderr, "usage: sim FIRST..LAST | sim --traces FROM..TO | sim --test\n");
     return 2;
   }
+  if (traces) return print_traces(first, last, rings);
   const Tally tally = run_seeds(first, last, rings, true);
   print(tally);
   print(tally.happened);

@@ -45,22 +45,10 @@ class RequestMaker {
     return made;
   }
 
-  // A scrape, whose bytes differ from run to run.
-  std::size_t make_scrape(std::string& out, std::uint32_t client) {
-    Request request;
-    request.client = client;
-    request.kind = Request::Kind::page;
-    const std::size_t number = ledger_.requests.size();
-    out +=
-        "GET /metrics HTTP/1.1\r\nHost: nexus\r\nAuthorization: Bearer sk-sim\r\nConnection: close\r\nX-Request-Id: " +
-        Ledger::id_of(number) + "\r\n\r\n";
-    ledger_.requests.push_back(std::move(request));
-    return number;
-  }
-
  private:
   void write_page(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive) {
-    constexpr std::string_view kPaths[] = {"/health", "/v1/models", "/v1/models/m0", "/v1/stats", "/v1/models?x=y"};
+    constexpr std::string_view kPaths[] = {"/health",  "/v1/models", "/v1/models/m0", "/v1/stats", "/v1/models?x=y",
+                                           "/metrics", "/"};
     request.kind = Request::Kind::page;
     out.append("GET ")
         .append(kPaths[dice_.index(std::size(kPaths))])

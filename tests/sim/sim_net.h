@@ -140,7 +140,7 @@ class SimNet {
     const std::size_t there = link.to_nexus.unread();
     if (there == 0) return read_nothing(link);
     const Weather& weather = wire_.weather;
-    const bool plain = link.shape.untraced || link.to_nexus.fin_arrived || link.reset_seen;
+    const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
     if (!plain && wire_.dice().chance(weather.eagain_read)) {
       wire_.edge_later(id);
       return {IoResult::Kind::again, 0, 0};
@@ -154,7 +154,7 @@ class SimNet {
     link.to_nexus.view().copy(into, count);
     link.to_nexus.take(count);
     wire_.nexus_took(id);
-    if (!link.shape.untraced) wire_.note(3, id, count);
+    wire_.note(3, id, count);
     wire_.tell("nexus read", id, std::string_view(into, count));
     return {IoResult::Kind::ok, count, 0};
   }
@@ -181,7 +181,7 @@ class SimNet {
       text_.append(static_cast<const char*>(part.iov_base), std::min(part.iov_len, count - text_.size()));
     }
     send(id, link);
-    if (!link.shape.untraced) wire_.note(4, id, count);
+    wire_.note(4, id, digest(text_));
     return {IoResult::Kind::ok, count, 0};
   }
 
@@ -294,7 +294,7 @@ class SimNet {
 
   std::size_t writable_bytes(LinkId, const Link& link, std::size_t total) {
     const std::size_t count = std::min(total, room_of(link));
-    if (link.shape.untraced || count == 0) return count;
+    if (count == 0) return count;
     if (wire_.dice().chance(wire_.weather.eagain_write)) return 0;
     if (count > 1 && wire_.dice().chance(wire_.weather.short_write)) {
       return wire_.dice().skewed(1, static_cast<std::uint32_t>(std::min<std::size_t>(count - 1, 1u << 20)));

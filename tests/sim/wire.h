@@ -44,7 +44,6 @@ struct Shape {
   std::uint32_t most_pieces = 1;
   Ns gap_ns = 0;  // between pieces, at most
   std::size_t window_bytes = 256u << 10;
-  bool untraced = false;  // its bytes differ from run to run (a page with process figures): none is counted
 };
 
 // One direction. Positions count bytes since the beginning.
