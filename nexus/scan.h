@@ -1,12 +1,13 @@
 // scan.h
 // Owns:     a large JSON text seen as bits: sixty-four bytes at a time, a bit each, for the few kinds that matter.
-// Promises: no branch depends on what the bytes are. May read kBlockBytes past a text's end; a caller masks what lies
+// Promises: hardly a branch depends on what the bytes are. May read kBlockBytes past a text's end; a caller masks what
+// lies
 //           there.
 // Leaves:   what the bits mean to skim.h; proving that text is UTF-8 to simdjson.
 // Threads:  any.
 #pragma once
 
-#include <emmintrin.h>
+#include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -29,15 +30,7 @@ class ByteBlock {
   std::uint64_t bracket(char square) const {
     return bits([square](__m128i part) { return is(_mm_and_si128(part, _mm_set1_epi8(char(0xdf))), square); });
   }
-  // Whether a string just goes on: without a quote, a backslash or a control character.
-  bool is_plain() const {
-    const auto stops = [](__m128i part) {
-      return _mm_or_si128(_mm_or_si128(is(part, '"'), is(part, '\\')), is_control(part));
-    };
-    return _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(stops(a_), stops(b_)), _mm_or_si128(stops(c_), stops(d_)))) == 0;
-  }
-  // All bytes, ored: 0x80 and above is no ASCII.
-  __m128i ored() const { return _mm_or_si128(_mm_or_si128(a_, b_), _mm_or_si128(c_, d_)); }
+  bool is_ascii() const { return _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(a_, b_), _mm_or_si128(c_, d_))) == 0; }
 
  private:
   static __m128i load(const char* text) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(text)); }
@@ -52,8 +45,6 @@ class ByteBlock {
 
   __m128i a_, b_, c_, d_;
 };
-
-inline bool is_ascii(__m128i ored) { return _mm_movemask_epi8(ored) == 0; }
 
 // The lowest `count` bits, 1 to 64 of them.
 inline std::uint64_t low_bits(std::size_t count) { return ~std::uint64_t{0} >> (64 - count); }
@@ -91,6 +82,57 @@ struct Escapes {
     escaping = codes & backslashes;
   }
 };
+
+// How far a string goes on.
+struct TextRun {
+  std::size_t at;     // where a block begins in which it ends, or what is no whole block
+  bool escaped;       // whether the byte there is
+  bool ascii = true;  // what was passed over
+};
+
+// Goes on by whole blocks while a string does. A control character ends it, too: it breaks it.
+inline TextRun skip_text_by_16(const char* text, std::size_t at, std::size_t end, bool escaped) {
+  TextRun run{at, escaped};
+  for (; end - run.at >= kBlockBytes; run.at += kBlockBytes) {
+    const ByteBlock block(text + run.at);
+    run.ascii = run.ascii && block.is_ascii();
+    const Escapes escapes(block.equal('\\'), run.escaped);
+    if (((block.equal('"') & ~escapes.escaped) | block.control()) != 0) break;
+    run.escaped = escapes.escaping >> (kBlockBytes - 1) != 0;
+  }
+  return run;
+}
+
+// The same where the processor has AVX2.
+[[gnu::target("avx2")]] inline std::uint64_t bits_of(__m256i low, __m256i high) {
+  return static_cast<std::uint32_t>(_mm256_movemask_epi8(low)) |
+         std::uint64_t{static_cast<std::uint32_t>(_mm256_movemask_epi8(high))} << 32;
+}
+[[gnu::target("avx2")]] inline TextRun skip_text_by_32(const char* text, std::size_t at, std::size_t end,
+                                                       bool escaped) {
+  const __m256i quote = _mm256_set1_epi8('"'), backslash = _mm256_set1_epi8('\\'), last = _mm256_set1_epi8(0x1f);
+  __m256i seen = _mm256_setzero_si256();
+  TextRun run{at, escaped};
+  for (; end - run.at >= kBlockBytes; run.at += kBlockBytes) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text + run.at));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text + run.at + 32));
+    seen = _mm256_or_si256(seen, _mm256_or_si256(low, high));
+    const Escapes escapes(bits_of(_mm256_cmpeq_epi8(low, backslash), _mm256_cmpeq_epi8(high, backslash)), run.escaped);
+    const std::uint64_t quotes = bits_of(_mm256_cmpeq_epi8(low, quote), _mm256_cmpeq_epi8(high, quote));
+    const std::uint64_t controls = bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(low, last), last),
+                                           _mm256_cmpeq_epi8(_mm256_max_epu8(high, last), last));
+    if (((quotes & ~escapes.escaped) | controls) != 0) break;
+    run.escaped = escapes.escaping >> (kBlockBytes - 1) != 0;
+  }
+  run.ascii = _mm256_movemask_epi8(seen) == 0;
+  return run;
+}
+
+inline const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
+
+inline TextRun skip_text(const char* text, std::size_t at, std::size_t end, bool escaped) {
+  return kHasAvx2 ? skip_text_by_32(text, at, end, escaped) : skip_text_by_16(text, at, end, escaped);
+}
 
 // Where the last whole character ends in text that is UTF-8 from `begin` on: at `end`, or before a character whose last
 // bytes are behind it.

@@ -76,7 +76,7 @@ class BodySkim {
     body_ = body;
     new_ = end_;
     end_ = bytes;
-    seen_ = _mm_setzero_si128();
+    ascii_ = true;
     while (fault_ == BodyError::none && at_ < end_ && step(reader)) {
     }
     check_characters();
@@ -325,11 +325,11 @@ class BodySkim {
     bool in_string = state_ == State::in_nested_string;
     bool escaped = false;  // the byte at hand
     while (at_ < end_) {
-      if (in_string && !escaped) skip_plain();
-      if (at_ >= end_) break;
+      if (in_string) pass_text(escaped);
+      if (at_ == end_) break;
       const ByteBlock block(body_ + at_);
       const std::size_t count = std::min(kBlockBytes, end_ - at_);
-      seen_ = _mm_or_si128(seen_, block.ored());
+      ascii_ = ascii_ && block.is_ascii();
       const std::uint64_t backslashes = block.equal('\\');
       const Escapes escapes(backslashes, escaped);
       const std::uint64_t quotes = block.equal('"') & ~escapes.escaped;
@@ -376,15 +376,13 @@ class BodySkim {
 
   // ---- strings ----
 
-  void skip_plain() {
-    __m128i seen = seen_;
-    while (end_ - at_ >= kBlockBytes) {
-      const ByteBlock block(body_ + at_);
-      seen = _mm_or_si128(seen, block.ored());
-      if (!block.is_plain()) break;
-      at_ += kBlockBytes;
-    }
-    seen_ = seen;
+  // Goes on by whole blocks while the string does. `escaped`: whether the byte at hand is.
+  void pass_text(bool& escaped) {
+    if (end_ - at_ < kBlockBytes) return;
+    const TextRun run = skip_text(body_, at_, end_, escaped);
+    at_ = run.at;
+    escaped = run.escaped;
+    ascii_ = ascii_ && run.ascii;
   }
 
   // Goes to the quote that ends the string. False where it is not here yet, or there is a fault.
@@ -393,11 +391,11 @@ class BodySkim {
     if (at_ < end_ && body_[at_] == '"') return true;
     bool escaped = false;
     while (at_ < end_) {
-      if (!escaped) skip_plain();
-      if (at_ >= end_) break;
+      pass_text(escaped);
+      if (at_ == end_) break;
       const ByteBlock block(body_ + at_);
       const std::size_t count = std::min(kBlockBytes, end_ - at_);
-      seen_ = _mm_or_si128(seen_, block.ored());
+      ascii_ = ascii_ && block.is_ascii();
       const std::uint64_t backslashes = block.equal('\\');
       const Escapes escapes(backslashes, escaped);
       const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
@@ -427,7 +425,7 @@ class BodySkim {
   // That all is UTF-8, but for a character that is not here whole. ASCII is, which was seen on the way.
   void check_characters() {
     if (fault_ != BodyError::none) return;
-    if (is_ascii(seen_) && checked_ == new_) {
+    if (ascii_ && checked_ == new_) {
       checked_ = end_;
       return;
     }
@@ -454,7 +452,7 @@ class BodySkim {
   const char* body_ = nullptr;
   std::size_t new_ = 0;  // where it begins
   std::size_t end_ = 0;
-  __m128i seen_{};  // the bytes of strings and of what is stepped over, ored
+  bool ascii_ = true;  // so far
 
   State state_ = State::before;
   BodyError fault_ = BodyError::none;

@@ -205,6 +205,25 @@ TEST_CASE("a value that is skimmed over may be broken, but it hides no key") {
   }
 }
 
+TEST_CASE("text is passed over alike with and without AVX2") {
+  if (!nexus::kHasAvx2) return;
+  for (std::uint64_t seed = 1; seed <= 2000; ++seed) {
+    fuzz::Draw draw(std::to_string(seed));
+    std::string text(64 + draw.below(400), 'x');
+    for (std::size_t i = draw.below(6); i > 0; --i) text[draw.below(text.size())] = "\\\\\\\x80\x01\"z"[draw.below(7)];
+    for (std::size_t i = draw.below(70), at = draw.below(text.size()); i > 0 && at < text.size(); --i, ++at)
+      text[at] = '\\';
+    const std::size_t at = draw.below(10);
+    const bool escaped = draw.below(2) == 0;
+    const nexus::TextRun one = nexus::skip_text_by_16(text.data(), at, text.size(), escaped);
+    const nexus::TextRun other = nexus::skip_text_by_32(text.data(), at, text.size(), escaped);
+    CAPTURE(text);
+    CHECK(one.at == other.at);
+    CHECK(one.escaped == other.escaped);
+    CHECK(one.ascii == other.ascii);
+  }
+}
+
 TEST_CASE("an array or object that is opened when it is read at once must look like one") {
   for (const std::string value :
        {"[}", "[}]", "[:]", "[:]]", "[,]", "[,]]", R"(["a":1])", R"(["a":1]])", "{1}", "{]", "{]}", R"({"a"})",
