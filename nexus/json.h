@@ -43,6 +43,15 @@ enum class BodyError : std::uint8_t {
 
 constexpr std::size_t kMaxJsonDepth = 512;
 
+// The longest string, as it stands in a body, that is read as a name: a longer one comes as it stands, cut. Names that
+// an owner can set have kMaxModelNameBytes at most.
+constexpr std::size_t kReadNameBytes = 4096 - simdjson::SIMDJSON_PADDING;
+constexpr std::size_t kCutNameBytes = 4096;
+constexpr std::size_t kReadKeyBytes = 256 - simdjson::SIMDJSON_PADDING;
+
+// Messages with images say so by this key.
+inline constexpr std::string_view kImageKey = "\"image_url\"";
+
 // What a request's body says that matters here.
 struct BodyFacts {
   enum class Options : std::uint8_t { absent, null, object };
@@ -59,7 +68,8 @@ struct BodyFacts {
   BodySpan include_usage_value;
   bool has_tools = false;
   bool json_mode = false;
-  BodySpan messages;  // the value of `messages`, if any
+  BodySpan messages;        // the value of `messages`, if any
+  bool has_images = false;  // they say "image_url" somewhere
 };
 
 // Token counts of a `usage` object; -1 where it tells none.
@@ -115,7 +125,7 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
 class JsonReader {
  public:
   // Reads a request's body. Behind its last byte kPaddingBytes more must be readable.
-  // `find_messages`: whether facts.messages is wanted.
+  // `find_messages`: whether facts.messages and facts.has_images are wanted.
   BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts, bool find_messages = true) {
     facts = BodyFacts{};
     if (nests_deeper({body, bytes}, kMaxJsonDepth)) return BodyError::too_deep;
@@ -141,6 +151,14 @@ class JsonReader {
     if (!document.is_alive() || !document.at_end()) return BodyError::not_json;
     if (!reading.seen.model) return BodyError::no_model;
     return BodyError::none;
+  }
+
+  // A key of a body, quotes and all, as read_body() sees it: escapes undone where there are any. Behind its quote
+  // kPaddingBytes must be readable. False where its escapes are broken.
+  bool read_key(std::string_view token, std::string_view& key) {
+    if (parser_.capacity() == 0 && parser_.allocate(kReadKeyBytes) != simdjson::SUCCESS) return false;
+    const simdjson::ondemand::raw_json_string raw(reinterpret_cast<const std::uint8_t*>(token.data()) + 1);
+    return !text_of(raw, token, key_text_, key);
   }
 
   // Reads `{"prompt_tokens": …, "completion_tokens": …}`.
@@ -285,11 +303,11 @@ class JsonReader {
     const std::size_t close = token.rfind('"');
     if (close == 0 || close == std::string_view::npos) return true;
     text = {raw.raw(), close - 1};
-    if (std::memchr(text.data(), '\\', text.size()) == nullptr) return false;
     if (text.size() + simdjson::SIMDJSON_PADDING > N) {
       text = text.substr(0, N);
       return false;
     }
+    if (std::memchr(text.data(), '\\', text.size()) == nullptr) return false;
     std::uint8_t* to = room.data();
     return parser_.unescape(raw, to, false).get(text) != simdjson::SUCCESS;
   }
@@ -359,6 +377,7 @@ class JsonReader {
     std::string_view text;
     if (value.raw_json().get(text)) return BodyError::not_json;
     reading.facts.messages = span_of(reading.body, text);
+    reading.facts.has_images = text.find(kImageKey) != std::string_view::npos;
     return BodyError::none;
   }
 
@@ -451,8 +470,8 @@ class JsonReader {
   static constexpr std::size_t kKeptCapacity = 1u << 20;
 
   simdjson::ondemand::parser parser_;
-  std::array<std::uint8_t, 256> key_text_;     // an unescaped key, until the next one
-  std::array<std::uint8_t, 4096> value_text_;  // an unescaped model name, until the next call
+  std::array<std::uint8_t, kReadKeyBytes + simdjson::SIMDJSON_PADDING> key_text_;  // an unescaped key, until the next
+  std::array<std::uint8_t, kCutNameBytes> value_text_;  // an unescaped model name, until the next call
 };
 
 }  // namespace nexus

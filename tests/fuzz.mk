@@ -10,7 +10,7 @@ FUZZ_FLAGS := -std=c++20 $(FUZZ_SAN) -D_GLIBCXX_ASSERTIONS $(INCLUDES) -pthread
 
 # TARGET:HEADER, where the function fuzz::TARGET stands in tests/fuzz/HEADER.h
 FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chunked request_body:body model_list:body \
-  usage:usage label_page:labels exchange:exchange answer:exchange
+  skim:skim usage:usage label_page:labels exchange:exchange answer:exchange
 fuzz_name = $(word 1,$(subst :, ,$(1)))
 fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
 FUZZ_PROGRAMS := $(foreach t,$(FUZZ_TARGETS),$(FUZZ)/$(call fuzz_name,$(t)))

@@ -270,7 +270,23 @@ TEST_CASE("a large body is read, and its index is given back") {
   std::string text = R"({"model":"m","messages":")" + std::string(3'000'000, 'x') + "\"}";
   CHECK(read_body(text).error == BodyError::none);
   CHECK(read_body(R"({"model":"small"})").model == "small");
-  CHECK(read_body(R"({"model":")" + std::string(1'000'000, 'm') + "\"}").model.size() == 1'000'000);
+}
+
+TEST_CASE("a model's name comes whole up to kReadNameBytes, and cut as it stands behind that") {
+  for (const std::size_t bytes : {nexus::kReadNameBytes - 1, nexus::kReadNameBytes}) {
+    CHECK(read_body(R"({"model":")" + std::string(bytes, 'm') + "\"}").model == std::string(bytes, 'm'));
+    CHECK(read_body(R"({"model":"\n)" + std::string(bytes - 2, 'm') + "\"}").model ==
+          "\n" + std::string(bytes - 2, 'm'));
+  }
+  for (const std::size_t bytes : {nexus::kReadNameBytes + 1, nexus::kCutNameBytes, nexus::kCutNameBytes + 1}) {
+    const std::size_t cut = std::min(bytes, nexus::kCutNameBytes);
+    CHECK(read_body(R"({"model":")" + std::string(bytes, 'm') + "\"}").model == std::string(cut, 'm'));
+    const std::string escaped = R"(\n)" + std::string(bytes - 2, 'm');
+    const Read read = read_body(R"({"model":")" + escaped + "\"}");
+    CHECK(read.model == escaped.substr(0, cut));
+    CHECK(read.part(read.facts.model_value) == '"' + escaped + '"');
+  }
+  CHECK(read_body(R"({"model":")" + std::string(1'000'000, 'm') + "\"}").model.size() == nexus::kCutNameBytes);
 }
 
 TEST_CASE("a usage tells its counts, as far as they are counts") {
