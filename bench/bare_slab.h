@@ -2,7 +2,9 @@
 // Owns:     the anchor that recording is measured against: the same numbers as a Slab in the plainest memory that could
 //           hold them, fixed arrays that one thread reads and writes.
 // Promises: only the arithmetic: no table to search, no atomics, nothing that another thread could read, nothing that
-// grows. Leaves:   being of use. Threads:  one.
+//           grows.
+// Leaves:   being of use.
+// Threads:  one.
 #pragma once
 
 #include <array>

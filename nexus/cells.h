@@ -1,8 +1,8 @@
 // cells.h
 // Owns:     the storage of a slab: counters with one writer, and the tables of them that grow.
 // Promises: recording is a plain load, add and store (no lock prefix); what a table holds never moves and is never
-// freed
-//           while the table lives, so a reader walks it while its writer adds to it. A known key allocates nothing.
+//           freed while the table lives, so a reader walks it while its writer adds to it. A known key allocates
+//           nothing.
 // Leaves:   what the cells mean to metrics.h; adding the threads' tables up to its readers.
 // Threads:  at() and add(): the owning thread alone. find(), read() and for_each(): any thread, at any time.
 #pragma once

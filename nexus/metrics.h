@@ -1,11 +1,10 @@
 // metrics.h
 // Owns:     what is counted: the outcomes and their label names, the record of a request, a slab of cells per thread.
 // Promises: record() is wait-free and takes no lock, no read-modify-write on a shared line and, for a known pair of
-// model
-//           and backend, no memory (but for a sixth status code of it). A count once made is never lost or taken back.
+//           model and backend, no memory (but for a sixth status code of it). A count once made is never lost.
 // Leaves:   what to record, and when, to its callers; which model names may have an id to registry.h; text to
-// prometheus.h. Threads:  a Slab's recording functions: its own thread alone; everything const: any thread. Slabs are
-// added at start.
+//           prometheus.h.
+// Threads:  a Slab's recording functions: its own thread alone; everything const: any thread. Slabs are added at start.
 #pragma once
 
 #include <array>

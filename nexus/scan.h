@@ -1,8 +1,7 @@
 // scan.h
 // Owns:     a large JSON text seen as bits: sixty-four bytes at a time, a bit each, for the few kinds that matter.
 // Promises: hardly a branch depends on what the bytes are. May read kBlockBytes past a text's end; a caller masks what
-// lies
-//           there.
+//           lies there.
 // Leaves:   what the bits mean to skim.h; proving that text is UTF-8 to simdjson.
 // Threads:  any.
 #pragma once
