@@ -2,6 +2,7 @@
 // Owns:     the bucket bounds of every histogram family, and a histogram of integer cells.
 // Promises: observe() is two plain adds and finds its bucket without a loop over the bounds; the count is the sum of
 //           the buckets, so no reader can catch the two apart. Values are integers (ns or tokens), sums are exact.
+// Leaves:   how bounds and sums are written to prometheus.h.
 // Threads:  observe(): the owning thread alone. add_to(): any thread.
 #pragma once
 
