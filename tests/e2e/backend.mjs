@@ -178,7 +178,7 @@ export class Reply {
     this.socket = socket;
     this.request = request;
   }
-  get gone() { return this.socket.destroyed; }
+  get gone() { return this.socket.destroyed || !this.socket.writable; }   // nothing more can be sent
   raw(bytes) {
     if (!this.gone && this.socket.writable) return this.socket.write(bytes);
     return false;
@@ -210,8 +210,9 @@ export class Reply {
   close() { this.socket.destroy(); }
   reset() { this.socket.resetAndDestroy(); }
   wait(ms) { return sleep(ms); }
-  // Resolves once everything written so far was taken by the kernel.
-  drained() { return new Promise((done) => { this.socket.writableLength === 0 || this.gone ? done() : (this.socket.once('drain', done), this.socket.once('close', done)); }); }
+  // Resolves once everything written so far was taken by the kernel; never before others had their turn, so that a script
+  // which waits for it in a loop can't keep the connection's end from being seen.
+  drained() { return new Promise((done) => { this.socket.writableLength === 0 || this.gone ? setImmediate(done) : (this.socket.once('drain', done), this.socket.once('close', done)); }); }
 }
 
 // What an OpenAI-compatible server answers, plain or streamed, with usage as asked for.
