@@ -24,10 +24,17 @@ struct Target {
 };
 
 constexpr Target kTargets[] = {
-    {"config", fuzz::config},   {"request_head", fuzz::request_head}, {"response_head", fuzz::response_head},
-    {"chunked", fuzz::chunked}, {"request_body", fuzz::request_body}, {"model_list", fuzz::model_list},
-    {"usage", fuzz::usage},     {"label_page", fuzz::label_page},     {"exchange", fuzz::exchange},
-    {"answer", fuzz::answer},   {"skim", fuzz::skim},
+    {"config", fuzz::config},
+    {"request_head", fuzz::request_head},
+    {"response_head", fuzz::response_head},
+    {"chunked", fuzz::chunked},
+    {"request_body", fuzz::request_body},
+    {"model_list", fuzz::model_list},
+    {"usage", fuzz::usage},
+    {"label_page", fuzz::label_page},
+    {"exchange", fuzz::exchange},
+    {"answer", fuzz::answer},
+    {"skim", fuzz::skim},
 };
 
 const std::filesystem::path kCorpora = "tests/fuzz/corpus";  // tests run in the repository's root
