@@ -23,15 +23,12 @@ constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kep
 constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt's length
 constexpr std::size_t kListedModelBytes = 1024;  // of names in the message about an unknown one
 
-inline RouteNeeds needs_of(const Snapshot& snapshot, const RequestView& request, const BodyFacts& facts) {
+inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
   RouteNeeds needs;
   needs.tools = facts.has_tools;
   needs.json_mode = facts.json_mode;
   needs.context_tokens = request.body_bytes / kBytesPerToken;
-  if (snapshot.any_vision_stated) {
-    const std::string_view messages(request.body + facts.messages.at, facts.messages.bytes);
-    needs.vision = messages.find("\"image_url\"") != std::string_view::npos;
-  }
+  needs.vision = facts.has_images;
   return needs;
 }
 

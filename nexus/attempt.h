@@ -18,13 +18,15 @@
 
 namespace nexus {
 
-constexpr Ns kStaleWindow = kSecond;  // a kept connection found closed so soon was closed before
+constexpr std::size_t kSentPerTurn = 512u << 10;  // of a request, before others get their turn
+constexpr Ns kStaleWindow = kSecond;              // a kept connection found closed so soon was closed before
 
 template <class Net>
 class Attempt {
  public:
   enum class Sent : std::uint8_t {
-    some,  // the kernel takes no more now
+    some,   // the kernel takes no more now
+    share,  // as much as goes out in one turn
     all,
     failed,  // what the backend said before it closed can still be read
   };
@@ -80,8 +82,10 @@ class Attempt {
   // Sends what the kernel takes of the request; `body` is where it was composed from.
   Sent send(char* body) {
     std::array<iovec, RequestImage::kMaxPieces> parts;
+    const std::size_t share_end = image_sent_ + kSentPerTurn;
     while (image_sent_ < image_.total()) {
-      const std::size_t count = image_.fill(parts, own_.data(), body, image_sent_);
+      if (image_sent_ == share_end) return Sent::share;
+      const std::size_t count = image_.fill(parts, own_.data(), body, image_sent_, share_end);
       const IoResult result = core_.net.write(connection().socket(), std::span(parts.data(), count));
       if (result.kind == IoResult::Kind::again) return Sent::some;
       if (!result.ok()) {

@@ -26,6 +26,7 @@
 #include "metrics.h"
 #include "registry.h"
 #include "router.h"
+#include "skim.h"
 #include "spares.h"
 #include "timers.h"
 
@@ -117,6 +118,7 @@ struct Core {
         now(net_in.now()),
         wheel(now),
         tables(64),
+        skims(16),
         budget(shared_in.body_budget),
         random(seed) {
     use(std::move(snapshot_in));
@@ -172,6 +174,7 @@ struct Core {
   BlockPool blocks;
   Block scratch_block;
   Spares<FieldTable> tables;
+  Spares<BodySkim> skims;
   JsonReader json;
   ThreadBudget budget;
   Random random;

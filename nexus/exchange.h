@@ -88,13 +88,15 @@ class Exchange {
     finish();
   }
 
-  // The body is complete: read it, find a backend, and be on the way.
-  void submit(const RequestView& request) {
+  // The body is complete: read it, find a backend, and be on the way. `skim`: where it was skimmed as it came.
+  void submit(const RequestView& request, BodySkim* skim) {
     assert(state_ == State::reading);
     request_ = request;
     tally_.complete_ns = core_.now;
-    const BodyError error =
-        core_.json.read_body(request.body, request.body_bytes, facts_, snapshot_->any_vision_stated);
+    const bool find_messages = snapshot_->any_vision_stated;
+    const BodyError error = skim != nullptr
+                                ? skim->read(core_.json, request.body, request.body_bytes, facts_, find_messages)
+                                : core_.json.read_body(request.body, request.body_bytes, facts_, find_messages);
     if (error != BodyError::none) return refuse_body(error);
     asked_.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
@@ -105,7 +107,7 @@ class Exchange {
       request_deadline_ = deadline_after(core_.now, core_.settings().upstream.request_timeout_ns);
     }
     if (!take_overall_place()) return refuse(Refusal::overload, true);
-    selection_.begin(*snapshot_, *entry_, needs_of(*snapshot_, request_, facts_));
+    selection_.begin(*snapshot_, *entry_, needs_of(request_, facts_));
     next_attempt();
   }
 
@@ -155,9 +157,11 @@ class Exchange {
     if (attempt_.upstream() == upstream && state_ != State::connecting) read_answer();
   }
 
-  // The client's socket took what waited, or the turn comes round again: go on reading.
+  // The client's socket took what waited, or the turn comes round again: go on reading, or sending.
   void resume() {
-    if (state_ == State::streaming || state_ == State::awaiting) {
+    if (state_ == State::sending) {
+      send_request();
+    } else if (state_ == State::streaming || state_ == State::awaiting) {
       if (!client_.waits()) {
         if (state_ == State::streaming) note_stall_deadline();
         read_answer();
@@ -341,6 +345,7 @@ class Exchange {
     if (attempt_.sent_bytes() > sent_before) note_first_byte_deadline();
     switch (sent) {
       case Attempt<Net>::Sent::some: return;
+      case Attempt<Net>::Sent::share: return core_.call_again(owner_);
       case Attempt<Net>::Sent::all:
         state_ = State::awaiting;
         if (selection_.tries() == 1 && attempt_.is_first()) tally_.note_request_sent(attempt_.sent_ns());

@@ -1,8 +1,8 @@
 // request_body.h
 // Owns:     a client's request body while it comes: how far it is read, its share of the budget, what it may not be.
 // Promises: a body's memory is asked for before it is filled; a chunked one is decoded in place, behind its head; no
-//           byte behind the end is touched.
-// Leaves:   reading the socket to server.h, what the body says to json.h.
+//           byte behind the end is touched; a large one is skimmed as it comes.
+// Leaves:   reading the socket to server.h, what the body says to json.h and skim.h.
 // Threads:  one worker's.
 #pragma once
 
@@ -11,15 +11,18 @@
 #include <cstring>
 #include <optional>
 
-#include "budget.h"
-#include "bytes.h"
 #include "chunked.h"
+#include "core.h"
 #include "http.h"
-#include "metrics.h"
 #include "openai.h"
 
 namespace nexus {
 
+// A larger body is skimmed while it comes; a smaller one is still in the processor's cache when its last byte comes,
+// and is read in one pass, which costs less.
+constexpr std::size_t kSkimmedBytes = 64u << 10;
+
+template <class Net>
 class RequestBody {
  public:
   enum class Status : std::uint8_t { need_more, whole, refused };
@@ -28,11 +31,12 @@ class RequestBody {
     Refusal refusal{};  // where refused
   };
 
-  RequestBody(ThreadBudget& budget, Slab& slab) : budget_(budget), slab_(slab) {}
+  explicit RequestBody(Core<Net>& core) : core_(core) {}
   RequestBody(const RequestBody&) = delete;
   RequestBody& operator=(const RequestBody&) = delete;
 
-  std::size_t bytes() const { return bytes_; }  // decoded so far
+  std::size_t bytes() const { return bytes_; }    // decoded so far
+  BodySkim* skim() const { return skim_.get(); }  // of a large body
 
   // What can be said of it from its head alone.
   std::optional<Refusal> begin(const RequestHead& head, std::size_t most_bytes) {
@@ -40,7 +44,7 @@ class RequestBody {
     decoder_ = ChunkedDecoder();
     if (head.framing.kind != Framing::Kind::length) return std::nullopt;
     if (head.framing.length > most_bytes) return too_large();
-    if (!share_.grow_to(budget_, static_cast<std::size_t>(head.framing.length))) return no_memory();
+    if (!share_.grow_to(core_.budget, static_cast<std::size_t>(head.framing.length))) return no_share();
     return std::nullopt;
   }
 
@@ -59,9 +63,9 @@ class RequestBody {
       case Framing::Kind::none: return {Status::whole};
       case Framing::Kind::length: {
         const std::size_t length = static_cast<std::size_t>(head.framing.length);
-        if (input.size() - head.head_bytes < length) return {Status::need_more};
-        bytes_ = length;
-        return {Status::whole};
+        bytes_ = std::min(length, input.size() - head.head_bytes);
+        if (length > kSkimmedBytes && !skim_new(input.data() + head.head_bytes)) return no_memory();
+        return {bytes_ == length ? Status::whole : Status::need_more};
       }
       case Framing::Kind::chunked: return decode(head.head_bytes, input, most_bytes);
       case Framing::Kind::until_close: break;
@@ -70,10 +74,15 @@ class RequestBody {
     return {Status::need_more};
   }
 
+  // It was read.
+  void end_skim() { skim_.give_back(); }
   // It is not in `input` any more.
-  void give_back() { share_.give_back(); }
-  void reset() {
+  void give_back() {
+    skim_.give_back();
     share_.give_back();
+  }
+  void reset() {
+    give_back();
     bytes_ = 0;
   }
 
@@ -83,7 +92,7 @@ class RequestBody {
     const std::size_t decoded_end = head_bytes + bytes_;
     const std::size_t fresh = input.size() - decoded_end;
     if (fresh == 0) return {Status::need_more};
-    if (!share_.grow_to(budget_, std::min(bytes_ + fresh, most_bytes))) return {Status::refused, no_memory()};
+    if (!share_.grow_to(core_.budget, std::min(bytes_ + fresh, most_bytes))) return {Status::refused, no_share()};
     char* data = input.data() + decoded_end;
     const ChunkedDecoder::Result result = decoder_.decode(data, fresh);
     bytes_ += result.decoded;
@@ -92,23 +101,39 @@ class RequestBody {
     const std::size_t behind = fresh - result.consumed;
     std::memmove(data + result.decoded, data + result.consumed, behind);
     input.truncate(decoded_end + result.decoded + behind);
+    if (bytes_ > kSkimmedBytes && !skim_new(input.data() + head_bytes)) return no_memory();
     return {result.status == ChunkedDecoder::Status::done ? Status::whole : Status::need_more};
   }
 
-  Refusal too_large() {
-    slab_.limit_hit(Limit::max_body);
-    return Refusal::body_too_large;
-  }
-  Refusal no_memory() {
-    slab_.limit_hit(Limit::body_memory);
-    return Refusal::body_memory;
+  // Skims what is here of the body and was not yet. False where there is no memory for it.
+  bool skim_new(const char* body) {
+    if (!skim_) {
+      skim_ = core_.skims.take();
+      if (!skim_) return false;
+      skim_->start();
+    }
+    skim_->feed(core_.json, body, bytes_);
+    return true;
   }
 
-  ThreadBudget& budget_;
-  Slab& slab_;
+  Refusal too_large() {
+    core_.slab.limit_hit(Limit::max_body);
+    return Refusal::body_too_large;
+  }
+  Refusal no_share() {
+    core_.slab.limit_hit(Limit::body_memory);
+    return Refusal::body_memory;
+  }
+  Step no_memory() {
+    core_.slab.limit_hit(Limit::memory);
+    return {Status::refused, Refusal::out_of_memory};
+  }
+
+  Core<Net>& core_;
   std::size_t bytes_ = 0;
   ChunkedDecoder decoder_;
   BodyShare share_;
+  typename Spares<BodySkim>::Loan skim_;
 };
 
 }  // namespace nexus

@@ -3,7 +3,9 @@
 // the
 //           few values that Nexus changes in it.
 // Promises: a body of any size is not copied to be sent; it can be sent from any offset on, and again to another
-// backend. Leaves:   reading the body to json.h, sending to exchange.h. Threads:  parts of one exchange.
+//           backend.
+// Leaves:   reading the body to json.h, sending to attempt.h.
+// Threads:  parts of one exchange.
 #pragma once
 
 #include <sys/uio.h>
@@ -44,17 +46,14 @@ class RequestImage {
   void add_body(std::size_t at, std::size_t bytes) { add(true, at, bytes); }
   std::size_t total() const { return total_; }
 
-  // Fills `out` with what lies behind the first `sent` bytes; says how many parts.
-  std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent) const {
+  // Fills `out` with what lies behind the first `sent` bytes, up to the first `end`; says how many parts.
+  std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent, std::size_t end) const {
     std::size_t filled = 0;
-    for (std::size_t i = 0; i < count_; ++i) {
+    std::size_t begin = 0;  // of the piece
+    for (std::size_t i = 0; i < count_ && begin < end; begin += pieces_[i++].bytes) {
       const Piece& piece = pieces_[i];
-      if (sent >= piece.bytes) {
-        sent -= piece.bytes;
-        continue;
-      }
-      out[filled++] = {(piece.of_body ? body : own) + piece.at + sent, piece.bytes - sent};
-      sent = 0;
+      const std::size_t from = std::max(sent, begin), to = std::min(end, begin + piece.bytes);
+      if (from < to) out[filled++] = {(piece.of_body ? body : own) + piece.at + (from - begin), to - from};
     }
     return filled;
   }

@@ -27,7 +27,10 @@ namespace nexus {
 constexpr std::uint8_t kDrainTimerKind = 5;  // of a Token
 
 constexpr std::size_t kFirstReadBytes = 16u << 10;
-constexpr std::uint32_t kClientReadsPerTurn = 32;
+// Of a body: still in the processor's cache when it is looked at. So many in a turn are half a megabyte, which even the
+// most awkward JSON keeps the loop for some 2 ms only.
+constexpr std::size_t kMostReadBytes = 128u << 10;
+constexpr std::uint32_t kClientReadsPerTurn = 4;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
@@ -292,7 +295,8 @@ class Worker {
         return false;
       }
     }
-    const IoResult result = session.connection.read(core_.net, session.input.tail(), session.input.room());
+    const std::size_t bytes = std::min(session.input.room(), kMostReadBytes);
+    const IoResult result = session.connection.read(core_.net, session.input.tail(), bytes);
     switch (result.kind) {
       case IoResult::Kind::ok: session.input.commit(result.bytes); return true;
       case IoResult::Kind::again: return true;
@@ -414,12 +418,12 @@ class Worker {
   }
 
   Progress parse_body(SessionT& session) {
-    const RequestBody::Step step =
+    const typename RequestBody<Net>::Step step =
         session.body.read(session.head, session.input, core_.settings().server.max_body_bytes);
     switch (step.status) {
-      case RequestBody::Status::need_more: return Progress::waiting;
-      case RequestBody::Status::whole: return submit(session);
-      case RequestBody::Status::refused: return refuse_body(session, step.refusal);
+      case RequestBody<Net>::Status::need_more: return Progress::waiting;
+      case RequestBody<Net>::Status::whole: return submit(session);
+      case RequestBody<Net>::Status::refused: return refuse_body(session, step.refusal);
     }
     assert(false);
     return Progress::waiting;
@@ -444,7 +448,8 @@ class Worker {
     view.body = session.input.data() + session.head.head_bytes;
     view.body_bytes = session.body.bytes();
     view.pass_authorization = core_.settings().server.api_keys.empty();
-    session.exchange.submit(view);
+    session.exchange.submit(view, session.body.skim());
+    session.body.end_skim();
     return Progress::moved;
   }
 

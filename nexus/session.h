@@ -34,7 +34,7 @@ struct Session {
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
         timer(token_in),
-        body(core.budget, core.slab),
+        body(core),
         exchange(token_in, core, pool, connection) {}
 
   Token token;
@@ -53,7 +53,7 @@ struct Session {
   typename Spares<FieldTable>::Loan fields;  // while a request is in hand
   RequestHead head;
 
-  RequestBody body;
+  RequestBody<Net> body;
   bool request_released = false;  // head and body are gone from `input`: the answer is on its way
 
   bool keep_alive = true;  // of an answer of our own
