@@ -38,11 +38,11 @@ ifeq ($(SAN),)
 # Without vptr: its check opens a pipe, so it cries wolf in the test that leaves no descriptor. Nothing here is virtual.
 else ifeq ($(SAN),address)
   B := build/address
-  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
+  OPTIMISE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS
   LINK_MODE := -fsanitize=address,undefined
 else ifeq ($(SAN),thread)
   B := build/thread
-  OPTIMISE := -O1 -g -fno-omit-frame-pointer -fsanitize=thread -D_GLIBCXX_ASSERTIONS
+  OPTIMISE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=thread -D_GLIBCXX_ASSERTIONS
   LINK_MODE := -fsanitize=thread
 else
   $(error SAN=$(SAN): give SAN=address, SAN=thread, or nothing)
@@ -118,11 +118,13 @@ $(B)/deps/simdjson.o: $(SIMDJSON)/simdjson.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 $(THIRD_PARTY) $(CXXFLAGS) -I$(SIMDJSON) -c $< -o $@
 
+compile = $(CXX) $(CXXFLAGS_ALL) $(LEVEL) -MMD -MP -c $< -o $@
+
 $(B)/obj/%.o: %.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS_ALL) -MMD -MP -c $< -o $@
+	$(compile)
 
-# What tests/tests.mk and bench/bench.mk build on: $(B), $(LIBS), $(B)/obj/%.o for any .cpp here, $(CXXFLAGS_ALL), $(link).
+# What tests/tests.mk and bench/bench.mk build on: $(B), $(LIBS), $(B)/obj/%.o for any .cpp here, $(compile), $(link).
 link = tools/link.sh $(CXX) $(LDFLAGS_ALL) $(filter %.o,$^) $(LDLIBS) -o $@
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------
@@ -138,32 +140,13 @@ run: $(B)/nexus
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test unit unit-%
-UNIT_SOURCES := $(sort $(wildcard tests/*_test.cpp))
-UNIT_OBJECTS := $(UNIT_SOURCES:%.cpp=$(B)/obj/%.o)
-
-$(UNIT_OBJECTS): | $(DEPS)/test-packages
-
-$(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
-	$(link)
-
-unit: $(B)/unit_tests
-	$(B)/unit_tests $(UNIT)
-
-# `make unit-text` builds and runs tests/text_test.cpp alone.
-$(B)/alone/%: $(B)/obj/tests/%_test.o $(B)/obj/tests/main_test.o $(LIBS)
-	@mkdir -p $(@D)
-	$(link)
-
-.PRECIOUS: $(B)/alone/% $(B)/obj/%.o
-unit-%: $(B)/alone/%
-	$< $(UNIT)
-
+# Its programs, the unit tests and the simulation, are built in tests/tests.mk.
+.PHONY: test
 $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-packages
 	cd tests && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
-test: $(B)/nexus $(B)/unit_tests $(DEPS)/test-modules $(DEPS)/peer-packages
+test: $(B)/nexus $(B)/sim $(B)/unit_tests $(DEPS)/test-modules $(DEPS)/peer-packages
 	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 
 #include "nexus/config.h"
 
-namespace nexus {
+using namespace nexus;
+
 namespace {
 
 ProbeResult answered(std::uint16_t status, std::vector<std::string> models = {}) {
@@ -173,4 +174,3 @@ TEST_CASE("no backend is no trouble") {
 }
 
 }  // namespace
-}  // namespace nexus

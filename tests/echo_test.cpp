@@ -127,7 +127,7 @@ std::string post(std::string_view path, std::string_view body, std::string_view 
          "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + std::string(body);
 }
 
-std::string chat(std::string_view content, std::string_view more = "") {
+std::string chat_body(std::string_view content, std::string_view more = "") {
   return R"({"model":"echo","messages":[{"role":"user","content":)" + json_string(content) + "}]" + std::string(more) +
          "}";
 }
@@ -239,13 +239,14 @@ TEST_CASE("echo questions: what is echoed is the last user message, and all cont
 TEST_CASE("echo questions: stream, usage, limits and formats are read") {
   EchoQuestion question;
   REQUIRE(!read_question(EchoEndpoint::chat,
-                         chat("x", R"(,"stream":true,"stream_options":{"include_usage":true},"max_tokens":7,)"
-                                   R"("max_completion_tokens":5,"n":1,"temperature":0.5)"),
+                         chat_body("x", R"(,"stream":true,"stream_options":{"include_usage":true},"max_tokens":7,)"
+                                        R"("max_completion_tokens":5,"n":1,"temperature":0.5)"),
                          question));
   CHECK(question.stream);
   CHECK(question.include_usage);
   CHECK(question.max_tokens == 5);
-  REQUIRE(!read_question(EchoEndpoint::chat, chat("x", R"(,"stream":false,"max_tokens":null,"n":null)"), question));
+  REQUIRE(
+      !read_question(EchoEndpoint::chat, chat_body("x", R"(,"stream":false,"max_tokens":null,"n":null)"), question));
   CHECK(!question.stream);
   CHECK(!question.include_usage);
   CHECK(question.max_tokens == UINT64_MAX);
@@ -300,10 +301,10 @@ TEST_CASE("echo questions: what can't be done as asked is refused, with the plac
       {chat, R"({"model":"echo","messages":["x"]})", 400, "messages", ""},
       {chat, R"({"model":"echo","messages":[{"role":"user","content":5}]})", 400, "messages", ""},
       {chat, R"({"model":"echo","messages":[{"role":1,"content":"x"}]})", 400, "messages", ""},
-      {chat, ::chat("x", R"(,"max_tokens":0)"), 400, "max_tokens", ""},
-      {chat, ::chat("x", R"(,"max_tokens":1.5)"), 400, "max_tokens", ""},
-      {chat, ::chat("x", R"(,"max_completion_tokens":"9")"), 400, "max_completion_tokens", ""},
-      {chat, ::chat("x", R"(,"n":2)"), 400, "n", ""},
+      {chat, chat_body("x", R"(,"max_tokens":0)"), 400, "max_tokens", ""},
+      {chat, chat_body("x", R"(,"max_tokens":1.5)"), 400, "max_tokens", ""},
+      {chat, chat_body("x", R"(,"max_completion_tokens":"9")"), 400, "max_completion_tokens", ""},
+      {chat, chat_body("x", R"(,"n":2)"), 400, "n", ""},
       {completions, R"({"model":"echo","prompt":["a","b"]})", 400, "prompt", ""},
       {completions, R"({"model":"echo","prompt":[1,2]})", 400, "prompt", ""},
       {completions, R"({"model":"echo","prompt":null})", 400, "prompt", ""},
@@ -349,7 +350,7 @@ TEST_CASE("echo answers: base64 vectors are the numbers' bytes, and vectors have
 TEST_CASE("echo server: a whole chat answer repeats the words and counts them") {
   Serving serving;
   Client client(serving.server.address());
-  client.send_all(post("/v1/chat/completions", chat("say  \"hi\"\nto the w\xc3\xb6rld")));
+  client.send_all(post("/v1/chat/completions", chat_body("say  \"hi\"\nto the w\xc3\xb6rld")));
   const Response response = client.read_response();
   CHECK(response.status == 200);
   CHECK(contains(response.head, "content-type: application/json"));
@@ -362,8 +363,9 @@ TEST_CASE("echo server: a whole chat answer repeats the words and counts them") 
 TEST_CASE("echo server: a stream is a role, a chunk a token, an end, the usage if asked for, and [DONE]") {
   Serving serving;
   Client client(serving.server.address());
-  client.send_all(post("/v1/chat/completions",
-                       chat("a b c d", R"(,"stream":true,"max_tokens":3,"stream_options":{"include_usage":true})")));
+  client.send_all(
+      post("/v1/chat/completions",
+           chat_body("a b c d", R"(,"stream":true,"max_tokens":3,"stream_options":{"include_usage":true})")));
   Response response = client.read_response();
   CHECK(response.status == 200);
   CHECK(response.whole);
@@ -391,9 +393,9 @@ TEST_CASE("echo server: a stream is a role, a chunk a token, an end, the usage i
 TEST_CASE("echo server: an empty message has an empty answer") {
   Serving serving;
   Client client(serving.server.address());
-  client.send_all(post("/v1/chat/completions", chat(" ", R"(,"stream":true)")));
+  client.send_all(post("/v1/chat/completions", chat_body(" ", R"(,"stream":true)")));
   CHECK(all_between(client.read_response().body, "data: ", "\n\n").size() == 3);
-  client.send_all(post("/v1/chat/completions", chat("")));
+  client.send_all(post("/v1/chat/completions", chat_body("")));
   CHECK(contains(client.read_response().body, R"("content":"","refusal":null)"));
 }
 
@@ -425,7 +427,7 @@ TEST_CASE("echo server: embeddings and the model list") {
 
 TEST_CASE("echo server: a request may come byte by byte, chunked, expected or behind others") {
   Serving serving;
-  const std::string body = chat("one two three");
+  const std::string body = chat_body("one two three");
   std::string chunked = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
   for (std::size_t at = 0; at < body.size(); at += 7) {
     const std::string piece = body.substr(at, 7);
@@ -443,7 +445,7 @@ TEST_CASE("echo server: a request may come byte by byte, chunked, expected or be
   }
   SUBCASE("pipelined: answers come in order") {
     Client client(serving.server.address());
-    client.send_all(chunked + post("/v1/chat/completions", chat("second", R"(,"stream":true)")) +
+    client.send_all(chunked + post("/v1/chat/completions", chat_body("second", R"(,"stream":true)")) +
                     "GET /none HTTP/1.1\r\nHost: x\r\n\r\n" + chunked);
     CHECK(contains(client.read_response().body, expected));
     CHECK(contains(client.read_response().body, "second"));
@@ -460,7 +462,7 @@ TEST_CASE("echo server: a request may come byte by byte, chunked, expected or be
   }
   SUBCASE("HTTP/1.0: the stream ends with the connection") {
     Client client(serving.server.address());
-    const std::string stream = chat("one", R"(,"stream":true)");
+    const std::string stream = chat_body("one", R"(,"stream":true)");
     client.send_all("POST /v1/chat/completions HTTP/1.0\r\nContent-Length: " + std::to_string(stream.size()) +
                     "\r\n\r\n" + stream);
     const Response response = client.read_response();
@@ -509,7 +511,7 @@ TEST_CASE("echo server: what it refuses it answers with an OpenAI-style error") 
     if (row.closes) {
       CHECK(client.at_end());
     } else {
-      client.send_all(post("/v1/chat/completions", chat("still here")));
+      client.send_all(post("/v1/chat/completions", chat_body("still here")));
       CHECK(contains(client.read_response().body, "still here"));
     }
   }
@@ -520,7 +522,7 @@ TEST_CASE("echo server: a token takes its delay, in a stream and as a whole") {
   Serving serving(kDelay);
   Client client(serving.server.address());
   Ns start = monotonic_now();
-  client.send_all(post("/v1/chat/completions", chat("a b c", R"(,"stream":true)")));
+  client.send_all(post("/v1/chat/completions", chat_body("a b c", R"(,"stream":true)")));
   REQUIRE(client.wait_for("\"assistant\""));
   REQUIRE(client.wait_for("\"content\":\"a\""));
   CHECK(monotonic_now() - start >= kDelay);
@@ -529,7 +531,7 @@ TEST_CASE("echo server: a token takes its delay, in a stream and as a whole") {
   CHECK(client.read_response().whole);
   CHECK(monotonic_now() - start >= 3 * kDelay);
   start = monotonic_now();
-  client.send_all(post("/v1/chat/completions", chat("a b c")));
+  client.send_all(post("/v1/chat/completions", chat_body("a b c")));
   CHECK(client.read_response().status == 200);
   CHECK(monotonic_now() - start >= 3 * kDelay);
 }
@@ -537,9 +539,9 @@ TEST_CASE("echo server: a token takes its delay, in a stream and as a whole") {
 TEST_CASE("echo server: a client that leaves is dropped at once, in whatever phase") {
   // The server's FIN or reset tells that it let go, long before the answer's time (an hour a token) would come.
   Serving serving(3600 * kSecond);
-  const std::string requests[] = {post("/v1/chat/completions", chat("a", R"(,"stream":true)")),
-                                  post("/v1/chat/completions", chat("a")),
-                                  post("/v1/chat/completions", chat("a")).substr(0, 90), "GET /v1/mo", ""};
+  const std::string requests[] = {post("/v1/chat/completions", chat_body("a", R"(,"stream":true)")),
+                                  post("/v1/chat/completions", chat_body("a")),
+                                  post("/v1/chat/completions", chat_body("a")).substr(0, 90), "GET /v1/mo", ""};
   for (const std::string& request : requests) {
     CAPTURE(request);
     Client client(serving.server.address());
@@ -558,10 +560,10 @@ TEST_CASE("echo server: a large question comes back whole to a slow reader, and 
   std::string words;
   for (int i = 0; i < 100'000; ++i) words += "w" + std::to_string(i) + " ";
   Client slow(serving.server.address());
-  slow.send_all(post("/v1/chat/completions", chat(words, R"(,"stream":true)")));
+  slow.send_all(post("/v1/chat/completions", chat_body(words, R"(,"stream":true)")));
   REQUIRE(slow.wait_for("\"w0\""));  // some 20 MB of events follow: more than the sockets hold
   Client other(serving.server.address());
-  other.send_all(post("/v1/chat/completions", chat("quick")));
+  other.send_all(post("/v1/chat/completions", chat_body("quick")));
   CHECK(contains(other.read_response().body, "quick"));
   const Response response = slow.read_response();
   CHECK(response.whole);
@@ -577,7 +579,7 @@ TEST_CASE("echo server: many clients at once each get their own answer, and stop
   for (int i = 0; i < 50; ++i) {
     clients.push_back(std::make_unique<Client>(serving.server.address()));
     clients.back()->send_all(
-        post("/v1/chat/completions", chat("client number " + std::to_string(i) + " !", R"(,"stream":true)")));
+        post("/v1/chat/completions", chat_body("client number " + std::to_string(i) + " !", R"(,"stream":true)")));
   }
   for (int i = 0; i < 50; ++i) {
     const Response response = clients[static_cast<std::size_t>(i)]->read_response();
@@ -587,8 +589,8 @@ TEST_CASE("echo server: many clients at once each get their own answer, and stop
   }
   std::string words;
   for (int i = 0; i < 10'000; ++i) words += "w ";
-  clients[0]->send_all(post("/v1/chat/completions", chat(words)));
-  clients[1]->send_all(post("/v1/chat/completions", chat(words, R"(,"stream":true)")));
+  clients[0]->send_all(post("/v1/chat/completions", chat_body(words)));
+  clients[1]->send_all(post("/v1/chat/completions", chat_body(words, R"(,"stream":true)")));
   REQUIRE(clients[1]->wait_for("assistant"));
   serving.server.stop();
   CHECK(clients[0]->at_end());

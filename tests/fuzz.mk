@@ -13,6 +13,7 @@ FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chu
   skim:skim usage:usage label_page:labels exchange:exchange answer:exchange
 fuzz_name = $(word 1,$(subst :, ,$(1)))
 fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
+fuzz_more = $(if $(filter %:exchange,$(1)),tests/hostile/gateway.cpp)
 FUZZ_PROGRAMS := $(foreach t,$(FUZZ_TARGETS),$(FUZZ)/$(call fuzz_name,$(t)))
 FUZZ_OBJECTS := $(FUZZ)/obj/api.o $(FUZZ)/obj/http.o $(FUZZ)/obj/llhttp.o $(FUZZ)/obj/simdjson.o
 
@@ -26,9 +27,9 @@ $(FUZZ)/obj/simdjson.o: $(SIMDJSON)/simdjson.cpp | $(READY)
 
 define fuzz_program
 $(FUZZ)/$(call fuzz_name,$(1)): tests/fuzz/fuzzer.cpp $(call fuzz_header,$(1)) $(FUZZ_OBJECTS) \
-  $(wildcard nexus/*.h tests/*.h tests/fuzz/*.h tests/hostile/*.h)
+  $(wildcard nexus/*.h tests/*.h tests/fuzz/*.h tests/hostile/*)
 	$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer -include $(call fuzz_header,$(1)) \
-	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(FUZZ_OBJECTS) -o $$@
+	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(call fuzz_more,$(1)) $(FUZZ_OBJECTS) -o $$@
 endef
 $(foreach t,$(FUZZ_TARGETS),$(eval $(call fuzz_program,$(t))))
 

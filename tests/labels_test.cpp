@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "exposition_parser.h"
-#include "hostile_names.h"
+#include "tests/exposition_parser.h"
+#include "tests/hostile_names.h"
 
 using namespace nexus;
 using namespace std::string_view_literals;

@@ -19,7 +19,8 @@
 #include "nexus/net.h"
 #include "nexus/pulse.h"
 
-namespace nexus {
+using namespace nexus;
+
 namespace {
 
 GetVariable variables(std::map<std::string, std::string> values) {
@@ -329,4 +330,3 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
 }
 
 }  // namespace
-}  // namespace nexus

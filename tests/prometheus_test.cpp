@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "exposition_parser.h"
-#include "hostile_names.h"
+#include "tests/exposition_parser.h"
+#include "tests/hostile_names.h"
 
 using namespace nexus;
 using exposition::Labels;

@@ -9,7 +9,8 @@
 #include <atomic>
 #include <thread>
 
-namespace nexus {
+using namespace nexus;
+
 namespace {
 
 // Runs `body` in a process of its own, bound; its status from wait(2), or -1 where the kernel has no seccomp.
@@ -110,4 +111,3 @@ TEST_CASE("sandbox: no new privileges, even where there is no filter") {
 }
 
 }  // namespace
-}  // namespace nexus

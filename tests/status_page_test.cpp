@@ -10,7 +10,8 @@
 
 #include "nexus/status_policy.h"
 
-namespace nexus {
+using namespace nexus;
+
 namespace {
 
 // FIPS 180-4.
@@ -157,4 +158,3 @@ TEST_CASE("the page says what /v1/stats says") {
 }
 
 }  // namespace
-}  // namespace nexus

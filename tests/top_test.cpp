@@ -8,7 +8,8 @@
 #include "nexus/prometheus.h"
 #include "nexus/stats.h"
 
-namespace nexus {
+using namespace nexus;
+
 namespace {
 
 const std::string kStats =
@@ -236,4 +237,3 @@ TEST_CASE("numbers keep about three digits") {
 }
 
 }  // namespace
-}  // namespace nexus

@@ -3,14 +3,15 @@
 // Promises: it asks nobody but the page's server; what the page logged, threw or was refused is kept; it is gone, with
 //           its files, when the test ends.
 // Leaves:   what a page should show to the test.
-import { spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { find_program } from './prometheus.mjs';
 import { sleep, within } from './runner.mjs';
 
 // The name of an installed Chromium, or ''.
-export const chromium = () => ['chromium', 'chromium-browser', 'google-chrome'].find((name) => !spawnSync(name, ['--version']).error) ?? '';
+export const chromium = () => ['chromium', 'chromium-browser', 'google-chrome'].find(find_program) ?? '';
 
 export class Browser {
   static async start(t, { width = 1280, height = 900 } = {}) {

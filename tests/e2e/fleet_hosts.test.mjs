@@ -61,7 +61,7 @@ async function check_recorded(fleet, prometheus, before, labels) {
 }
 
 group('more than one host', () => {
-  test('recording rules add two Nexus up, and no alert fires that should not', { serial: true, limit_ms: 90_000 }, async (t) => {
+  test('recording rules add two Nexus up, and no alert fires that should not', { calm: true, limit_ms: 90_000 }, async (t) => {
     need_program(t, 'prometheus');
     const fleet = await two_hosts(t);
     const config = with_replaced(repository_file('contrib/prometheus/prometheus.yml'), {
@@ -89,7 +89,7 @@ group('more than one host', () => {
     await until(async () => (await prometheus.api('alerts')).alerts.some((a) => a.labels.alertname === 'NexusDown' && a.labels.instance.endsWith(`:${fleet[1].port}`)), 'NexusDown pending', 5_000);
   });
 
-  test('an agent on each host writes to the site’s Prometheus, which records the same sums', { serial: true, limit_ms: 90_000 }, async (t) => {
+  test('an agent on each host writes to the site’s Prometheus, which records the same sums', { calm: true, limit_ms: 90_000 }, async (t) => {
     need_program(t, 'prometheus');
     const fleet = await two_hosts(t);
     const site = await start_prometheus(t, `global: { evaluation_interval: 200ms }
@@ -115,7 +115,7 @@ rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml ]
     await check_recorded(fleet, site, before, { job: 'nexus', site: 'cellar' });
   });
 
-  test('HAProxy in front: a Nexus is stopped under load and no request is lost', { serial: true, limit_ms: 60_000 }, async (t) => {
+  test('HAProxy in front: a Nexus is stopped under load and no request is lost', { calm: true, limit_ms: 60_000 }, async (t) => {
     const binary = need_program(t, 'haproxy');
     const backend = await start_backend(t);
     const conf = () => ({ backends: [{ name: 'gpu', mock: backend }] });

@@ -89,7 +89,7 @@ group('grafana', () => {
     }
   });
 
-  test('every expression parses and answers with data while Nexus is under load, under the labels that are shown', { serial: true, limit_ms: 90_000 }, async (t) => {
+  test('every expression parses and answers with data while Nexus is under load, under the labels that are shown', { calm: true, limit_ms: 90_000 }, async (t) => {
     need_program(t, 'prometheus');
     const d = dashboard();
     const load = await start_load(t);

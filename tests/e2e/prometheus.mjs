@@ -33,6 +33,22 @@ export function run_beside(t, binary, args) {
   return program;
 }
 
+// Runs a program to its end. Not by spawnSync, which would hold up every test beside this one.
+export async function run_to_end(binary, args, { input = '', ms = 20_000, ...options } = {}) {
+  const child = spawn(binary, args, { stdio: ['pipe', 'pipe', 'pipe'], ...options });
+  kill_at_end(child);
+  const end = { status: null, output: '' };
+  for (const stream of [child.stdout, child.stderr]) stream.on('data', (d) => { end.output += d; });
+  child.stdin.on('error', () => {});   // it need not read
+  child.stdin.end(input);
+  const closed = new Promise((done) => child.on('close', done));
+  end.status = await within(ms, closed, () => `${path.basename(binary)} ${args.join(' ')} to end`).catch((error) => {
+    child.kill('SIGKILL');
+    throw error;
+  });
+  return end;
+}
+
 let started = 0;
 
 // `config` is the text of prometheus.yml. options.agent: agent mode; options.receiver: takes remote writes.

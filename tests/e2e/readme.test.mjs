@@ -4,7 +4,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { assert, chat, free_port, get, group, kill_at_end, parse_metrics, post, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
-import { find_program, need_program, repository, repository_file, with_replaced } from './prometheus.mjs';
+import { find_program, need_program, repository, repository_file, run_to_end, with_replaced } from './prometheus.mjs';
 
 const pages = ['README.md', 'CONTRIBUTING.md'];
 const known_languages = ['sh', 'ini', 'text', 'json', 'yaml', 'promql', 'python', 'js'];
@@ -127,17 +127,16 @@ async function run_example(t, program, name, text) {
 }
 
 group('README', () => {
-  test('is under 250 lines, its blocks are of kinds that are checked, its links lead to files and its make targets exist', { limit_ms: 60_000 }, () => {
+  test('is under 250 lines, its blocks are of kinds that are checked, its links lead to files and its make targets exist', { limit_ms: 60_000 }, async () => {
     assert.ok(repository_file('README.md').split('\n').length <= 250);
     for (const page of pages) {
       const text = repository_file(page);
       for (const { language } of blocks_of(page)) assert.ok(known_languages.includes(language), `${page}: a block of ${language || 'no language'}`);
       for (const [, target] of text.matchAll(/\]\(([^)#:]+)\)/g)) assert.ok(fs.existsSync(path.join(repository, target)), `${page}: ${target}`);
       for (const [, header] of text.matchAll(/`([a-z_]+\.h)`/g)) assert.ok(fs.existsSync(path.join(repository, 'nexus', header)), `${page}: ${header}`);
-      for (const target of new Set([...text.matchAll(/(?:`|^)make ([a-z][a-z-]*)/gm)].map(([, name]) => name))) {
-        const r = spawnSync('make', ['-n', target], { cwd: repository, env: outside_make(), encoding: 'utf8' });
-        assert.ok(r.status === 0 && !r.stdout.includes('Nothing to be done'), `${page}: make ${target}: ${r.stdout}${r.stderr}`);
-      }
+      const targets = new Set([...text.matchAll(/(?:`|^)make ([a-z][a-z-]*)/gm)].map(([, name]) => name));
+      const r = await run_to_end('make', ['-n', ...targets], { cwd: repository, env: outside_make() });
+      assert.ok(r.status === 0 && !r.output.includes('Nothing to be done'), `${page}: make -n ${[...targets]}: ${r.output.slice(-300)}`);
     }
   });
 
@@ -207,9 +206,9 @@ group('README', () => {
 
   test('the example for Python prints what the demo answers', { limit_ms: 60_000 }, async (t) => {
     const python = need_program(t, 'python3');
-    const compiles = spawnSync(python, ['-c', 'compile(open(0).read(), "client.py", "exec")'], { input: one_block('python'), encoding: 'utf8' });
-    assert.equal(compiles.status, 0, compiles.stderr);
-    if (spawnSync(python, ['-c', 'import openai']).status !== 0) t.skip('the example compiles; to run it, the Python package openai is needed');
+    const compiles = await run_to_end(python, ['-c', 'compile(open(0).read(), "client.py", "exec")'], { input: one_block('python') });
+    assert.equal(compiles.status, 0, compiles.output);
+    if ((await run_to_end(python, ['-c', 'import openai'])).status !== 0) t.skip('the example compiles; to run it, the Python package openai is needed');
     assert.equal(await run_example(t, python, 'client.py', one_block('python')), 'One word at a time');
   });
 
@@ -224,7 +223,7 @@ group('README', () => {
     const shape = (value) => (Array.isArray(value) ? value.map(shape) : value && typeof value === 'object' ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, shape(v)])) : typeof value);
     assert.deepEqual(shape(JSON.parse(one_block('json'))), shape((await get(nexus.port, '/v1/stats')).json));
     const promtool = need_program(t, 'promtool', 'prometheus');
-    const r = spawnSync(promtool, ['check', 'config', t.file('prometheus.yml', one_block('yaml'))], { encoding: 'utf8' });
-    assert.equal(r.status, 0, r.stdout + r.stderr);
+    const r = await run_to_end(promtool, ['check', 'config', t.file('prometheus.yml', one_block('yaml'))]);
+    assert.equal(r.status, 0, r.output);
   });
 });

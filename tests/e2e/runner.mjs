@@ -23,10 +23,11 @@ export function group(name, declare) {
   current_group = '';
 }
 
-// options.limit_ms: when the test is given up; options.serial: run with no other test beside it.
+// options.limit_ms: when the test is given up; options.serial: run with no other test beside it; options.calm: mostly
+// waits for what goes by times of its own (a Prometheus, say), so run with one other of its kind beside it.
 export function test(name, options, run) {
   if (typeof options === 'function') [options, run] = [{}, options];
-  tests.push({ name: current_group ? `${current_group}: ${name}` : name, run, limit_ms: 20_000, serial: false, ...options });
+  tests.push({ name: current_group ? `${current_group}: ${name}` : name, run, limit_ms: 20_000, serial: false, calm: false, ...options });
 }
 
 class Skip extends Error {}
@@ -131,24 +132,24 @@ function report(result) {
 const strays = [];
 process.on('unhandledRejection', (error) => strays.push(error));
 
-// Runs the tests whose names hold `only`: the parallel ones `jobs` at a time, then the serial ones. Returns the exit code.
+// Runs the tests whose names hold `only`: `jobs` at a time, then the calm ones two at a time, then the serial ones. Those
+// that may take long begin first, so that none of them is waited for alone. Returns the exit code.
 export async function run_all({ only = '', jobs = 4 } = {}) {
-  const chosen = tests.filter((t) => t.name.includes(only));
+  const chosen = tests.filter((t) => t.name.includes(only)).sort((a, b) => b.limit_ms - a.limit_ms);
   const results = [];
-  const queue = chosen.filter((t) => !t.serial);
-  const worker = async () => {
-    for (let t = queue.shift(); t; t = queue.shift()) {
-      const result = await run_one(t);
-      results.push(result);
-      report(result);
-    }
+  const run_beside = async (queue, width) => {
+    const worker = async () => {
+      for (let t = queue.shift(); t; t = queue.shift()) {
+        const result = await run_one(t);
+        results.push(result);
+        report(result);
+      }
+    };
+    await Promise.all(Array.from({ length: width }, worker));
   };
-  await Promise.all(Array.from({ length: jobs }, worker));
-  for (const t of chosen.filter((t) => t.serial)) {
-    const result = await run_one(t);
-    results.push(result);
-    report(result);
-  }
+  await run_beside(chosen.filter((t) => !t.serial && !t.calm), jobs);
+  await run_beside(chosen.filter((t) => t.calm), Math.min(jobs, 2));
+  await run_beside(chosen.filter((t) => t.serial), 1);
   if (strays.length && !results.some((r) => r.failure)) {
     results.push({ name: 'the run itself: no promise is left rejected', failure: strays[0], skipped: null, notes: [] });
     report(results.at(-1));

@@ -8,7 +8,7 @@ tool() { command -v "$1" || command -v "$1-14" || ls /usr/lib/llvm-*/bin/"$1" 2>
 profdata=$(tool llvm-profdata) cov=$(tool llvm-cov)
 mkdir -p "$directory"
 objects=()
-for source in tests/main_test.cpp tests/fuzz_corpus_test.cpp tests/hostile_*_test.cpp; do
+for source in tests/main_test.cpp tests/fuzz_corpus_test.cpp tests/hostile_*_test.cpp tests/hostile/gateway.cpp; do
   object=$directory/$(basename "$source" .cpp).o
   objects+=("$object")
   echo "compiling $source"
