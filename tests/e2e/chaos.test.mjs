@@ -244,7 +244,7 @@ group('chaos', () => {
 
   test('a backend that is killed again and again under load, and comes back each time, costs only streams that had begun', { limit_ms: 60_000 }, async (t) => {
     const breaking = await start_backend(t, { answer: act });
-    const fleet = await start_fleet(t, { good: {} }, { health: { interval: ms(100), timeout: ms(500), failures: 1, recoveries: 1, eject_time: '50ms' }, routing: { strategy: 'round_robin' },
+    const fleet = await start_fleet(t, { good: {} }, { health: { interval: ms(100), timeout: ms(5_000), failures: 1, recoveries: 1, eject_time: '50ms' }, routing: { strategy: 'round_robin' },
                                                        'backend breaking': { url: breaking.url, type: 'generic' } });
     fleet.moved = true;
     const answers = [];
