@@ -19,9 +19,10 @@ async function listen(count) {
 function manage(t, servers, names, conf, script) {
   const file = t.file('nexus.conf', conf);
   const start = `start() { LISTEN_FDS=${servers.length} LISTEN_FDNAMES=${names} exec sh -c 'LISTEN_PID=$$ exec "$0" -c "$1"' '${settings.nexus}' '${file}'; }`;
-  const child = spawn('sh', ['-c', `${start}\n${script}`], { detached: true, stdio: ['ignore', 'pipe', 'pipe', ...servers.map((s) => s._handle.fd)] });
+  const child = spawn('sh', ['-c', `${start}\n${script}`], { detached: true, stdio: ['pipe', 'pipe', 'pipe', ...servers.map((s) => s._handle.fd)] });
   const ports = servers.map((s) => s.address().port);
   for (const server of servers) server.close();
+  child.stdin.on('error', () => {});
   const run = { child, ports, stderr: '' };
   child.stderr.on('data', (d) => { run.stderr += d; });
   run.exited = new Promise((done) => child.on('close', (code) => done(code)));
@@ -52,7 +53,7 @@ group('socket activation', () => {
   test('a restart refuses no connection: those made meanwhile are answered by the next process', { limit_ms: 40_000 }, async (t) => {
     const restarts = 4;
     const run = manage(t, await listen(1), 'nexus', '[server]\nlisten = 127.0.0.1:1\nthreads = 2\n',
-      `for i in $(seq ${restarts}); do start & child=$!; sleep 0.5; kill $child; wait $child || echo "ended with $?" >&2; sleep 0.1; done; start & child=$!; trap "kill $child" TERM; wait $child; wait $child`);
+      `for i in $(seq ${restarts}); do start & child=$!; read -r go; kill $child; wait $child || echo "ended with $?" >&2; sleep 0.1; done; start & child=$!; trap "kill $child" TERM; wait $child; wait $child`);
     const [port] = run.ports;
     const failures = [];
     let asked = 0, done = false;
@@ -64,8 +65,13 @@ group('socket activation', () => {
       }
     };
     const clients = Array.from({ length: 4 }, client);
-    await until(() => run.stderr.split(' listening ').length > restarts + 1, 'the last start', 20_000);
-    await sleep(200);
+    // Each process has served before it is stopped, however slowly it starts.
+    for (let starts = 1; starts <= restarts + 1; starts++) {
+      await until(() => run.stderr.split(' listening ').length > starts, `start ${starts}`, 10_000);
+      const before = asked;
+      await until(() => asked >= before + 20, `requests after start ${starts}`, 10_000);
+      if (starts <= restarts) run.child.stdin.write('go\n');
+    }
     done = true;
     await Promise.all(clients);
     assert.deepEqual(failures, []);
