@@ -7,10 +7,13 @@
 // Threads:  a pool and everything from it belong to one thread.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <array>
 #include <bit>
 #include <cassert>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -19,10 +22,11 @@
 
 namespace nexus {
 
-constexpr std::size_t kPaddingBytes = 64;       // simdjson::SIMDJSON_PADDING; json.h asserts that it is enough
-constexpr std::size_t kSmallestBlock = 4096;    // the capacity of a block of class 0
-constexpr std::size_t kBlockClasses = 20;       // 4 KiB … 2 GiB
-constexpr std::size_t kKeptBytes = 32u << 20;   // what a pool keeps in its free lists at most
+constexpr std::size_t kPaddingBytes = 64;      // simdjson::SIMDJSON_PADDING; json.h asserts that it is enough
+constexpr std::size_t kSmallestBlock = 4096;   // the capacity of a block of class 0
+constexpr std::size_t kBlockClasses = 20;      // 4 KiB … 2 GiB
+constexpr std::size_t kKeptBytes = 32u << 20;  // what a pool keeps in its free lists at most
+constexpr std::size_t kHugePageBytes = 2u << 20;
 constexpr std::size_t kRoomyBlock = 64u << 10;  // the capacity that receives a response in one read
 
 class BlockPool;
@@ -82,6 +86,7 @@ class BlockPool {
     } else {
       block.data_ = static_cast<char*>(std::malloc((kSmallestBlock << klass) + kPaddingBytes));
       if (block.data_ == nullptr) return {};
+      prefer_huge_pages(block.data_, kSmallestBlock << klass);
     }
     block.pool_ = this;
     block.class_ = klass;
@@ -101,6 +106,14 @@ class BlockPool {
   static std::size_t class_of(std::size_t bytes) {
     if (bytes <= kSmallestBlock) return 0;
     return static_cast<std::size_t>(std::bit_width((bytes - 1) / kSmallestBlock));
+  }
+
+  // The faults of a large block's many small pages, and giving them back, cost more than all else that is done with it.
+  // A kernel that has no huge pages to give goes on without.
+  static void prefer_huge_pages(char* data, std::size_t bytes) {
+    if (bytes < 2 * kHugePageBytes) return;
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(data) % kHugePageBytes;
+    ::madvise(data + before, (bytes - before) / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);
   }
 
   static char* pop(Free*& list) {

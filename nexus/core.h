@@ -134,8 +134,12 @@ struct Core {
   }
   std::size_t scratch_bytes() const { return scratch_block.capacity(); }
 
-  // Asks the worker to call on `session` once more in this turn, after the events of others.
-  void call_again(Token session) { again.push_back(session); }
+  // Asks the worker to call on `session` once more, after the events of others. Once: who asks again before that, since
+  // an event came meanwhile, must not get one more turn in each round for it.
+  void call_again(Token session) {
+    const auto is_it = [&](const Token& other) { return other.value == session.value; };
+    if (std::none_of(again.begin(), again.end(), is_it)) again.push_back(session);
+  }
 
   // Time to first byte of a backend as this thread saw it, smoothed (1/8 of each new one); 0 where nothing was seen for
   // kLatencyLife: one slow answer, a model's cold load, must not keep requests away for good.

@@ -22,6 +22,8 @@ namespace nexus {
 // and is read in one pass, which costs less.
 constexpr std::size_t kSkimmedBytes = 64u << 10;
 
+constexpr std::size_t kCopiedInputBytes = 1u << 20;  // of a body of unknown length, up to which its buffer doubles
+
 template <class Net>
 class RequestBody {
  public:
@@ -48,13 +50,16 @@ class RequestBody {
     return std::nullopt;
   }
 
-  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer.
-  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes) const {
+  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer. A large one
+  // becomes eight times as large: memory that is not written to costs nothing, and copying would hold the loop.
+  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes,
+                          std::size_t most_bytes) const {
     const std::size_t held = input.size();
     if (head.framing.kind == Framing::Kind::length) {
       return head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
     }
-    return std::max(input.room(), std::max(held, least_bytes));
+    if (input.room() >= least_bytes) return input.room();
+    return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes), least_bytes);
   }
 
   // Looks at what came into `input`, which begins with the head.

@@ -27,10 +27,10 @@ namespace nexus {
 constexpr std::uint8_t kDrainTimerKind = 5;  // of a Token
 
 constexpr std::size_t kFirstReadBytes = 16u << 10;
-// Of a body: still in the processor's cache when it is looked at. So many in a turn are half a megabyte, which even the
-// most awkward JSON keeps the loop for some 2 ms only.
-constexpr std::size_t kMostReadBytes = 128u << 10;
-constexpr std::uint32_t kClientReadsPerTurn = 4;
+constexpr std::size_t kMostReadBytes = 128u << 10;  // still in the processor's cache when it is looked at
+// Before others get their turn. A turn may come by an event and by call_again(): half a megabyte in all, which even the
+// most awkward JSON does not make longer than some 3 ms.
+constexpr std::uint32_t kClientReadsPerTurn = 2;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
@@ -282,7 +282,8 @@ class Worker {
   // Reads once into the session's input. False where the session is gone.
   bool read_more(SessionT& session) {
     const std::size_t wanted = session.state == State::reading_body
-                                   ? session.body.room_wanted(session.head, session.input, kFirstReadBytes)
+                                   ? session.body.room_wanted(session.head, session.input, kFirstReadBytes,
+                                                              core_.settings().server.max_body_bytes)
                                    : kFirstReadBytes;
     if (session.input.room() == 0 || session.state == State::reading_body) {
       if (!session.input.reserve(core_.blocks, wanted)) {
