@@ -175,12 +175,13 @@ export async function hold_streams(bin, port, count) {
   const [file, ...args] = pinned('1', [path.join(bin, 'sse_client'), ...[port, count, 2, silence_us, 'hold'].map(String)]);
   const child = spawn(file, args, { stdio: ['pipe', 'pipe', 'inherit'] });
   children.add(child);
+  child.stdin.on('error', () => {}); // it may have ended by itself
+  const closed = new Promise((done) => child.once('close', done));
   await new Promise((done, failed) => {
     child.stdout.on('data', done);
     child.on('close', (code) => failed(new Error(`sse_client ended with ${code}`)));
   });
   return async () => {
-    const closed = new Promise((done) => child.once('close', done));
     child.stdin.end();
     await closed;
     children.delete(child);
