@@ -70,6 +70,8 @@ class Clients {
     if (client.waiting.size() > 1) leave_all(who);
     end_visit(who, true);
   }
+  // Its connection broke where it can't see that yet.
+  void on_broken(std::uint32_t who) { leave_all(who); }
   void on_timer(std::uint32_t who, std::uint64_t value) {
     Client& client = clients_[who];
     if (value >> 8 != client.visits && (value & 0xff) != kVisit) return;  // of an earlier visit
@@ -200,9 +202,12 @@ class Clients {
     const std::size_t from = client.out.size();
     const bool alone = client.at_once == 1;
     const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
+    Request& request = ledger_.requests[made.number];
+    request.kept = client.answered;
+    request.pipelined = !client.waiting.empty();
     client.waiting.push_back(made.number);
     client.last_asked = client.last_asked || made.ends_connection;
-    if (ledger_.requests[made.number].expects_continue) {
+    if (request.expects_continue) {
       client.hold_at = from + made.head_bytes;
       set_timer(who, kSendBody, 50 * kMillisecond);
     }

@@ -85,6 +85,10 @@ struct Request {
   bool counted = false;  // on a proxied endpoint, with a well-formed head: it has a log line
   bool http_1_0 = false;
   bool expects_continue = false;
+  bool chunked = false;
+  bool kept = false;                  // on a connection that had carried another
+  bool pipelined = false;             // behind another that was not answered yet
+  std::string_view page;              // of which it asks
   std::uint16_t expected_status = 0;  // of a wrong one; 0: any
   BodyParts body;
   std::string sent_body;  // as rendered; for wrong ones too

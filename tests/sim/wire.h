@@ -279,6 +279,8 @@ class Wire {
 
   // Makes a loop look at a link, or at the listener.
   std::function<void(std::uint32_t loop, LinkId link)> on_ready;
+  // Told of a link on which a call of Nexus's failed for no reason of its peer's.
+  std::function<void(LinkId link)> on_broken;
 
   LinkId nexus_connects(const ConnectFate& fate) {
     const LinkId id = make_link(fate.shape);
