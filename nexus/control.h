@@ -92,12 +92,12 @@ class Control {
 
   void set_workers(std::vector<Worker<Net>*> workers) { workers_ = std::move(workers); }
 
-  // Any thread. False where memory is too short: then nothing was posted.
-  bool post(Message message) noexcept {
-    using Posted = typename Mailbox<Message>::Posted;
+  // Any thread. It is posted, or memory is too short.
+  using Posted = typename Mailbox<Message>::Posted;
+  Posted post(Message message) noexcept {
     const Posted posted = mailbox_.post(std::move(message));
     if (posted == Posted::first) net_.wake();
-    return posted != Posted::no_memory;
+    return posted;
   }
 
   void run() {
@@ -175,7 +175,8 @@ class Control {
     page.session = ask.session;
     page.kind = ask.kind;
     page.body = render(ask.kind);
-    if (!workers_[ask.worker]->post(std::move(page))) slab_.limit_hit(Limit::memory);  // its session waits in vain
+    const auto posted = workers_[ask.worker]->post(std::move(page));
+    if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
 
   void on_message(Reload& message) {
@@ -254,7 +255,8 @@ class Control {
       const SnapshotPtr snapshot = make_snapshot();
       for (Worker<Net>* worker : workers_) {
         auto local = std::make_unique<LocalSnapshot>(LocalSnapshot{snapshot, 0});
-        if (!worker->post(typename Worker<Net>::NewSnapshot{std::move(local)})) throw std::bad_alloc();
+        const auto posted = worker->post(typename Worker<Net>::NewSnapshot{std::move(local)});
+        if (posted == Worker<Net>::Posted::no_memory) throw std::bad_alloc();
       }
     });
     dirty_ = !published;

@@ -199,7 +199,8 @@ class Daemon {
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
-      return control_->post(Control<EpollNet>::AskPage{worker, session, kind});
+      using Posted = Control<EpollNet>::Posted;
+      return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
@@ -247,7 +248,7 @@ class Daemon {
   template <class Message, class Loop, class... Parts>
   static void deliver(Loop& loop, const Parts&... parts) {
     constexpr timespec kPause{0, 10 * kMillisecond};
-    while (!loop.post(Message{parts...})) nanosleep(&kPause, nullptr);
+    while (loop.post(Message{parts...}) == Loop::Posted::no_memory) nanosleep(&kPause, nullptr);
   }
 
   // ---- hooks of the control thread ----
@@ -306,8 +307,11 @@ class Daemon {
   // The last loop is the control thread's, the others are the workers', in their order.
   void beat() {
     const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Ping& ping) {
-      const bool asked = loop < workers_.size() ? workers_[loop]->post(ping) : control_->post(ping);
-      if (!asked) ping.answer();  // that memory is short is not the loop's fault
+      using ByWorker = Worker<EpollNet>::Posted;
+      using ByControl = Control<EpollNet>::Posted;
+      const bool lost = loop < workers_.size() ? workers_[loop]->post(ping) == ByWorker::no_memory
+                                               : control_->post(ping) == ByControl::no_memory;
+      if (lost) ping.answer();  // that memory is short is not the loop's fault
     });
     if (well) notifier_.alive();
   }

@@ -141,6 +141,7 @@ class Exchange {
     if (!client_.out_of_memory()) return client_left();
     core_.slab.limit_hit(Limit::memory);
     tally_.record.error = ErrorType::other;
+    if (!client_.has_begun()) tally_.record.status = 499;
     abandon();
   }
 
@@ -149,9 +150,11 @@ class Exchange {
     if (state_ != State::counting) out_of_memory();
   }
 
-  // The process ends, and there is still no memory to count it.
-  void leave_uncounted() {
-    if (state_ == State::counting) state_ = State::over;
+  // The process ends: it is counted now or never.
+  void count_now() {
+    if (state_ != State::counting) return;
+    count();
+    state_ = State::over;
   }
 
   // An event of the backend connection in use.
@@ -641,6 +644,7 @@ class Exchange {
     if (std::exchange(overall_place_, false)) core_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
     if (tally_.ended_ns < 0) tally_.ended_ns = core_.net.now();
     tally_.record.duration_ns = tally_.ended_ns - tally_.started_ns;
+    if (core_.log.wants_access()) log_access();
     state_ = State::counting;
     count();
   }
@@ -655,7 +659,6 @@ class Exchange {
       deadline_ = core_.now + kCountAgain;
       return;
     }
-    if (core_.log.wants_access()) log_access();
     deadline_ = kNever;
     state_ = State::over;
   }

@@ -3,7 +3,7 @@
 // Promises: messages arrive in the order in which each sender posted them; post() says when the receiver must be woken,
 //           and where memory was too short to post anything.
 // Leaves:   waking to the sender (net's wake()), meaning to the receiver.
-// Threads:  post(): any. take(): the owner's.
+// Threads:  post(): any. take() and close_if_empty(): the owner's.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,13 @@ class Mailbox {
   enum class Posted : std::uint8_t {
     first,  // the box was empty: the receiver may be asleep
     behind_others,
-    no_memory,  // the message is lost, and its sender's to see to
+    no_memory,  // this and the next: the message is lost, and its sender's to see to
+    closed,
   };
 
   Posted post(Message message) noexcept {
     const std::lock_guard lock(mutex_);
+    if (closed_) return Posted::closed;
     try {
       messages_.push_back(std::move(message));
     } catch (const std::bad_alloc&) {
@@ -40,9 +42,17 @@ class Mailbox {
     out.swap(messages_);
   }
 
+  // False where a message is there. From then on none is taken any more.
+  bool close_if_empty() {
+    const std::lock_guard lock(mutex_);
+    closed_ = messages_.empty();
+    return closed_;
+  }
+
  private:
   std::mutex mutex_;
   std::vector<Message> messages_;
+  bool closed_ = false;
 };
 
 }  // namespace nexus

@@ -37,6 +37,7 @@ constexpr std::uint32_t kClientReadsPerTurn = 2;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
+constexpr Ns kFarewellTime = kSecond;             // of a drain: kept connections get to see our FIN
 constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
 
 template <class Net>
@@ -76,16 +77,16 @@ class Worker {
     return acceptor_.add(listener, metrics_only);
   }
 
-  // Any thread. False where memory is too short: then nothing was posted.
-  bool post(Message message) noexcept {
-    using Posted = typename Mailbox<Message>::Posted;
+  // Any thread. It is posted, or memory is too short, or this worker has ended.
+  using Posted = typename Mailbox<Message>::Posted;
+  Posted post(Message message) noexcept {
     const Posted posted = mailbox_.post(std::move(message));
     if (posted == Posted::first) core_.net.wake();
-    return posted != Posted::no_memory;
+    return posted;
   }
   // Any thread, from whatever frees a place: it can't fail.
   void grant(Token session) noexcept {
-    if (post(Grant{session})) return;
+    if (post(Grant{session}) != Posted::no_memory) return;
     grants_missed_.store(true, std::memory_order_relaxed);  // wake() makes it seen
     core_.net.wake();
   }
@@ -107,7 +108,7 @@ class Worker {
     core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
     if (woken) take_messages();
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) look_for_grants();
-    if (core_.draining && is_drained()) stopped_ = true;
+    if (core_.draining && is_drained()) end_drain();
     core_.slab.loop_stall(core_.net.now() - turn_began);
   }
 
@@ -284,7 +285,8 @@ class Worker {
       return own_.turn_away(socket);
     }
     if (*worker != core_.worker) {
-      if (peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only})) return;
+      const Posted posted = peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});
+      if (posted != Posted::no_memory && posted != Posted::closed) return;
       peers_.placement.move(*worker, core_.worker);
     }
     add_session(socket, peer, metrics_only);
@@ -470,9 +472,10 @@ class Worker {
     session.state = State::reading_body;
     arm(session, deadline_after(core_.now, core_.settings().server.body_timeout_ns));
     const bool body_here = session.input.size() > head.head_bytes;
-    if (head.expects_continue && !body_here) {
-      session.connection.write(core_.net, core_.blocks, "HTTP/1.1 100 Continue\r\n\r\n");
-    }
+    if (!head.expects_continue || body_here) return;
+    if (session.connection.write(core_.net, core_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
+    session.state = State::exchanging;
+    session.exchange.client_failed();
   }
 
   // What can be said before the body is read.
@@ -575,9 +578,19 @@ class Worker {
     if (in_flight_ > 0 || drained_for < kHandOverTime) return false;
     bool owed = false;
     sessions_.each([&](SessionT& session) {
-      owed |= session.state != State::reading_head || (!session.asked && drained_for < kFirstRequestTime);
+      const bool idle = session.state == State::reading_head && session.input.empty();
+      owed |= !idle || (!session.asked && drained_for < kFirstRequestTime);
     });
     return !owed;
+  }
+
+  // Only connections between two requests are left. They get our FIN; what comes from now on is read away for a while
+  // and not answered, which its client can tell: a reset could take with it the answer before.
+  void end_drain() {
+    sessions_.each([this](SessionT& session) {
+      if (begin_linger(session)) arm(session, core_.now + kFarewellTime);
+    });
+    if (sessions_.live() == 0) stopped_ = mailbox_.close_if_empty();
   }
 
   // ---- between requests, and the end ----
@@ -673,16 +686,18 @@ class Worker {
 
   [[gnu::cold]] void close_all() {
     peers_.placement.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
-    mailbox_.take(messages_);  // connections that were handed over and never taken
-    for (Message& message : messages_) {
-      Adopt* adopt = std::get_if<Adopt>(&message);
-      if (adopt == nullptr) continue;
-      core_.net.close(adopt->socket);
-      peers_.placement.give_back(core_.worker);
-    }
-    messages_.clear();
+    do {
+      mailbox_.take(messages_);
+      for (Message& message : messages_) {  // connections that were handed over and never taken
+        Adopt* adopt = std::get_if<Adopt>(&message);
+        if (adopt == nullptr) continue;
+        core_.net.close(adopt->socket);
+        peers_.placement.give_back(core_.worker);
+      }
+      messages_.clear();
+    } while (!mailbox_.close_if_empty());
     sessions_.each([this](SessionT& session) {
-      session.exchange.leave_uncounted();  // nobody will ask for that count any more
+      session.exchange.count_now();
       client_gone(session);
     });
   }

@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <string>
 #include <string_view>
@@ -66,8 +67,9 @@ class Clients {
     // Linux lets what came before a reset be read; others throw it away.
     if (!dice_.one_in(4) && !client.gone_quiet) read(who, wire_.peer_view(id).size());
     if (client.link != id) return;
-    // A reset for the sake of a later request takes with it what was not read yet of the answers before.
-    if (client.waiting.size() > 1) leave_all(who);
+    // A reset for the sake of a later request, whose answer broke, takes with it what was not read yet of those before.
+    const auto is_cut = [&](std::size_t number) { return ledger_.requests[number].line_cut; };
+    if (std::any_of(client.waiting.begin(), client.waiting.end(), is_cut)) leave_all(who);
     end_visit(who, true);
   }
   // Its connection broke where it can't see that yet.
@@ -363,8 +365,7 @@ class Clients {
   void finish_answer(std::uint32_t who) {
     Client& client = clients_[who];
     const bool interim = client.parser.status < 200;
-    const bool turned_away = client.parser.status == 503 && client.parser.count("X-Request-Id") == 0;
-    const bool closing = client.parser.close || turned_away;
+    const bool closing = client.parser.close;
     if (!interim && !client.waiting.empty()) {
       Request& request = ledger_.requests[client.waiting.front()];
       request.whole = true;

@@ -37,7 +37,7 @@ class Gateway {
     SnapshotPtr snapshot = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
-      return control_->post(SimControl::AskPage{worker, session, kind});
+      return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
       Log log(&rings[i], log_config(settings->log, false));

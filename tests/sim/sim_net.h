@@ -155,6 +155,7 @@ class SimNet {
     const std::size_t there = link.to_nexus.unread();
     if (there == 0) return read_nothing(link);
     const Weather& weather = wire_.weather;
+    // Behind a FIN or a reset nothing is still on its way that could come later.
     const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
     if (!plain && wire_.dice().chance(weather.eagain_read)) {
       wire_.edge_later(id);

@@ -70,7 +70,10 @@ class Simulation {
         loops_(gateway_.loops()) {
     wire_.on_ready = [this](std::uint32_t loop, LinkId link) { gateway_.net(loop).make_ready(link); };
     wire_.on_broken = [this](LinkId link) {
-      if (!wire_.at(link).to_backend) clients_.on_broken(wire_.at(link).peer);
+      if (wire_.at(link).to_backend) return;
+      clients_.on_broken(wire_.at(link).peer);
+      broken_ = link;
+      broken_life_ = wire_.at(link).generation;
     };
     wire_.weather = swarm_.weather;
     wire_.most_descriptors = swarm_.most_descriptors;
@@ -212,6 +215,7 @@ class Simulation {
     for (const LinkId id : wire_.close_listener()) {
       if (wire_.at(id).live) clients_.on_reset(id);
     }
+    clients_.calm();
     deliver_all();
     clients_.end_all();
     audit_.check_counts();
@@ -219,9 +223,9 @@ class Simulation {
     if (ledger_.ok()) audit_.check_closed();
   }
 
-  // What is on its way arrives; nobody answers any more.
+  // What is on its way arrives, however slow the way is; nobody answers any more.
   void deliver_all() {
-    const Ns until = wire_.now() + kSecond;
+    const Ns until = wire_.now() + 60 * kSecond;
     while (ledger_.ok() && wire_.next_at() <= until) {
       wire_.advance(std::max(wire_.now(), wire_.next_at()));
       handle(wire_.step());
@@ -283,6 +287,7 @@ class Simulation {
       gateway_.turn(loop);
     }
     faults().dice = nullptr;
+    check_broken();
     // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
     state.settled = net.slept();
     if (state.settled) return;
@@ -292,6 +297,16 @@ class Simulation {
     state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) state.not_before += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  // A client's connection on which a call failed is good for nothing: it ends in the same turn.
+  void check_broken() {
+    if (broken_ == kNoLink) return;
+    const Link& link = wire_.at(broken_);
+    if (link.live && link.nexus_open && link.generation == broken_life_) {
+      ledger_.wrong("client %u: its connection is kept, though a call on it failed", link.peer);
+    }
+    broken_ = kNoLink;
   }
 
   // The caps as the servers see them; a reload would change which backend is where.
@@ -312,6 +327,7 @@ class Simulation {
     }
   }
 
+  // A loop that is late by so much looks at a deadline so much later; the wire's own times come on top, and a tick.
   Ns slack() const { return swarm_.late_by_ns + 2 * swarm_.turn_ns + 2 * swarm_.latency_ns + 100 * kMillisecond; }
 
   void handle(const Notice& notice) {
@@ -348,6 +364,8 @@ class Simulation {
   std::uint64_t turns_ = 0;
   Ns turns_at_ = 0;
   std::uint32_t turns_there_ = 0;
+  LinkId broken_ = kNoLink;  // a client's, in this turn
+  std::uint32_t broken_life_ = 0;
   bool calm_ = false;
 };
 

@@ -260,13 +260,6 @@ class Wire {
       link.peer_wants_room = false;
     }
   }
-  // Connections that were accepted and that no loop took over.
-  std::size_t unwatched() const {
-    std::size_t found = 0;
-    for (const auto& link : links_)
-      found += link->live && link->nexus_open && link->loop < 0 && !link->to_backend ? 1 : 0;
-    return found;
-  }
 
   // ---- Nexus's side, for sim_net.h ----
 
