@@ -55,6 +55,12 @@ struct Placement {
     return fewest;
   }
 
+  // The one for `from` could not be handed over: `to` keeps it.
+  void move(std::uint32_t from, std::uint32_t to) {
+    loads[from].connections.fetch_sub(1, std::memory_order_relaxed);
+    loads[to].connections.fetch_add(1, std::memory_order_relaxed);
+  }
+
   void give_back(std::uint32_t worker) {
     loads[worker].connections.fetch_sub(1, std::memory_order_relaxed);
     connections.fetch_sub(1, std::memory_order_relaxed);

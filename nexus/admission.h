@@ -33,7 +33,7 @@ class Admission {
  public:
   // Told of each request in the queue that was given a place: `waiter` as it was enqueued, on the thread `worker`. It
   // is called by whatever thread gave the place back, without the mutex held, and should only post a message. It may
-  // come after the ticket was taken or dropped: take_grant() says what is the case.
+  // come after the ticket was taken or dropped: take_grant() says what is the case. It must not throw.
   using Wake = std::function<void(std::uint32_t worker, Token waiter)>;
 
   struct Cap {
@@ -120,13 +120,11 @@ class Admission {
     std::vector<Wakeup> woken;
     {
       const std::lock_guard lock(mutex_);
+      woken.reserve(waiting_);  // before anything changes, for memory may be short
+      make_room(caps);
       queue_size_ = queue_size;
       for (const Cap& cap : caps) {
-        assert(index_of(cap.backend) < kMaxBackendNames);
-        if (index_of(cap.backend) >= backends_.size()) {
-          if (cap.places == 0) continue;
-          backends_.resize(index_of(cap.backend) + 1);
-        }
+        if (!knows(cap.backend)) continue;  // it has no cap and never had one
         at(cap.backend).cap = cap.places;
         while (auto next = grant_next(cap.backend)) woken.push_back(*next);
       }
@@ -158,6 +156,7 @@ class Admission {
     made->worker = worker;
     made->token = waiter;
     made->candidates.assign(candidates.begin(), candidates.end());
+    Nodes nodes = make_nodes(*made, candidates.size());
     std::optional<BackendId> entered;
     {
       const std::lock_guard lock(mutex_);
@@ -165,7 +164,7 @@ class Admission {
       if (!entered) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
-        line_up(*made);
+        line_up(*made, nodes);
       }
     }
     if (entered) {
@@ -200,12 +199,13 @@ class Admission {
     if (!ticket.held()) return;
     std::vector<BackendId> renewed(candidates.begin(), candidates.end());
     Waiter& waiter = *ticket.waiter_;
+    Nodes nodes = make_nodes(waiter, renewed.size());
     const std::lock_guard lock(mutex_);
     if (waiter.granted) return;
     step_out(waiter);
     waiter.candidates.swap(renewed);
     waiter.granted = take_first_room(waiter.candidates);
-    if (!waiter.granted) line_up(waiter);
+    if (!waiter.granted) line_up(waiter, nodes);
   }
 
   // The backend on which `ticket` was granted a place, before take_grant() hands it out.
@@ -221,16 +221,17 @@ class Admission {
   void decline(Ticket& ticket, std::span<const BackendId> candidates) {
     assert(ticket.held() && !candidates.empty());
     std::vector<BackendId> renewed(candidates.begin(), candidates.end());
+    Waiter& waiter = *ticket.waiter_;
+    Nodes nodes = make_nodes(waiter, renewed.size());
     std::optional<Wakeup> woken;
     {
       const std::lock_guard lock(mutex_);
-      Waiter& waiter = *ticket.waiter_;
       assert(waiter.granted);
       const BackendId refused = *waiter.granted;
       assert(std::find(renewed.begin(), renewed.end(), refused) == renewed.end());
       waiter.candidates.swap(renewed);
       waiter.granted = take_first_room(waiter.candidates);
-      if (!waiter.granted) line_up(waiter);
+      if (!waiter.granted) line_up(waiter, nodes);
       at(refused).running -= 1;
       woken = grant_next(refused);
     }
@@ -256,10 +257,12 @@ class Admission {
  private:
   // Invariant whenever the mutex is free: where the queue is not empty, there is no room. So a newcomer that finds room
   // overtakes nobody, and a place that frees up lets in exactly one.
+  using Queue = std::map<std::uint64_t, Waiter*>;  // by arrival
+  using Nodes = std::vector<Queue::node_type>;
   struct Backend {
     std::uint32_t cap = 0;  // 0: none
     std::uint32_t running = 0;
-    std::map<std::uint64_t, Waiter*> queue;  // by arrival; a waiter stands in that of each of its candidates
+    Queue queue;  // a waiter stands in that of each of its candidates
 
     bool room() const { return cap == 0 || running < cap; }
   };
@@ -293,9 +296,30 @@ class Admission {
     return std::nullopt;
   }
 
-  void line_up(Waiter& waiter) {
-    for (const BackendId candidate : waiter.candidates) at(candidate).queue.emplace(waiter.arrival, &waiter);
+  // What line_up() puts into the queues. Made before anything changes and without the mutex: memory may be short.
+  static Nodes make_nodes(Waiter& waiter, std::size_t count) {
+    Nodes nodes;
+    nodes.reserve(count);
+    Queue made;
+    for (; nodes.size() < count; nodes.push_back(made.extract(0))) made.emplace(0, &waiter);
+    return nodes;
+  }
+
+  void line_up(Waiter& waiter, Nodes& nodes) {
+    for (std::size_t i = 0; i < waiter.candidates.size(); ++i) {
+      nodes[i].key() = waiter.arrival;
+      at(waiter.candidates[i]).queue.insert(std::move(nodes[i]));
+    }
     waiting_ += 1;
+  }
+
+  void make_room(std::span<const Cap> caps) {
+    std::size_t wanted = backends_.size();
+    for (const Cap& cap : caps) {
+      assert(index_of(cap.backend) < kMaxBackendNames);
+      if (cap.places > 0) wanted = std::max<std::size_t>(wanted, index_of(cap.backend) + 1);
+    }
+    backends_.resize(wanted);
   }
 
   void step_out(Waiter& waiter) {

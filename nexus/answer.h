@@ -46,6 +46,7 @@ class Answer {
     remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
     scan_.start(scan_kind_, remove_usage_event);
     whole_usage_ = Usage{};
+    usage_lost_ = false;
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
   }
 
@@ -58,6 +59,7 @@ class Answer {
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
       whole_usage_ = json.read_answer(piece.data, piece.bytes);  // the usual case: all came in one piece
+      usage_lost_ = json.out_of_memory();
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
       return Step::out_of_memory;
     }
@@ -96,7 +98,9 @@ class Answer {
     record.first_byte_ns = first_body_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
   }
-  bool lacks_usage() const { return is_success() && !usage().told(); }
+  bool lacks_usage() const { return is_success() && !usage().told() && !usage_lost(); }
+  // The backend may have told it, and memory was too short to read that.
+  bool usage_lost() const { return is_success() && !usage().told() && (usage_lost_ || scan_.out_of_memory()); }
 
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
@@ -139,6 +143,7 @@ class Answer {
   AnswerBody body_;
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
+  bool usage_lost_ = false;
   Usage whole_usage_;  // of an answer that was read whole, without the scan
   Framing framing_;
   std::uint16_t status_ = 0;

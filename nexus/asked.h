@@ -41,6 +41,7 @@ inline Refusal refusal_of(BodyError error) {
     case BodyError::no_model: return Refusal::no_model;
     case BodyError::wrong_type: return Refusal::wrong_type;
     case BodyError::too_deep: return Refusal::too_deep;
+    case BodyError::out_of_memory: return Refusal::out_of_memory;
   }
   assert(false);
   return Refusal::bad_json;

@@ -213,7 +213,8 @@ class FleetCheck {
       : timeout_ns_(settings.health.timeout_ns),
         wheel_(monotonic_now()),
         resolver_([this](std::uint64_t id, std::vector<Address> all, std::string error) {
-          if (answers_.post({id, std::move(all), std::move(error)})) net_.wake();
+          answers_.post({id, std::move(all), std::move(error)});
+          net_.wake();
         }),
         prober_(net_, wheel_, blocks_, json_) {
     for (const BackendSettings& backend : settings.backends) states_.push_back({backend, false, "", {}, {}, {}, {}});

@@ -66,13 +66,16 @@ class ClientSide {
 
   // The last event of a chunked event stream that broke; no end of the body follows.
   bool send_error_event(const RefusalRow& row) {
-    std::string event = "\n\ndata: ";
-    append_error_body(event, row, row.message);
-    event += "\n\n";
+    core_.text = "\n\ndata: ";
+    append_error_body(core_.text, row, row.message);
+    core_.text += "\n\n";
     ClientWrite write;
-    write.add_payload(true, event, {});
+    write.add_payload(true, core_.text, {});
     return connection_.write(core_.net, core_.blocks, write.parts());
   }
+
+  // No byte of what was to be sent went out: nothing of it counts.
+  void forget_unsent() { sent_bytes_ = 0; }
 
   // Whether less waits than when this was asked last, or more.
   bool has_moved() {

@@ -2,7 +2,7 @@
 // Owns:     the control thread: the registry, the health checks' schedule, host names, reloads, and the pages that are
 //           rendered from all threads' counts.
 // Promises: workers learn of a change by one message with a whole snapshot; several changes of one turn are one
-//           snapshot; no work of this thread holds up a proxied byte.
+//           snapshot; no work of this thread holds up a proxied byte; what there was no memory for is done later.
 // Leaves:   probing to health.h, resolving to the hook it is given, signals to nexus.cpp.
 // Threads:  run() is the control thread; post() may be called from any.
 #pragma once
@@ -34,6 +34,7 @@ namespace nexus {
 constexpr std::uint8_t kPlanKind = 11;  // of a Token: a backend's next check
 constexpr Ns kResolveInterval = 30 * kSecond;
 constexpr Ns kMaxReloadHold = 2 * kSecond;
+constexpr Ns kTryAgain = 100 * kMillisecond;  // what there was no memory for
 
 template <class Net>
 class Control {
@@ -55,7 +56,7 @@ class Control {
   struct Stop {};
   using Message = std::variant<AskPage, Reload, ReloadFailed, Resolved, Stop, Ping>;
 
-  // What the outside does for it.
+  // What the outside does for it. Each may throw std::bad_alloc.
   struct Hooks {
     std::function<void(const HostPort& where, std::uint64_t epoch)> resolve;  // answers with Resolved, later
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;
@@ -91,9 +92,12 @@ class Control {
 
   void set_workers(std::vector<Worker<Net>*> workers) { workers_ = std::move(workers); }
 
-  // Any thread.
-  void post(Message message) {
-    if (mailbox_.post(std::move(message))) net_.wake();
+  // Any thread. It is posted, or memory is too short.
+  using Posted = typename Mailbox<Message>::Posted;
+  Posted post(Message message) noexcept {
+    const Posted posted = mailbox_.post(std::move(message));
+    if (posted == Posted::first) net_.wake();
+    return posted;
   }
 
   void run() {
@@ -103,19 +107,23 @@ class Control {
 
   // The simulator calls these two itself.
   void check_new_backends() {
-    for (std::size_t i = 0; i < registry_.backends().size(); ++i) plan_first(registry_.backends()[i], i);
+    for (std::size_t i = 0; i < registry_.backends().size(); ++i) {
+      guarded([&] { plan_first(registry_.backends()[i], i); });
+    }
   }
 
   void turn() {
     bool woken = false;
-    const std::size_t count =
-        net_.wait(events_, dirty_ ? std::min(wheel_.next(), hold_until_ns_) : wheel_.next(), woken);
+    const Ns hold = dirty_ ? hold_until_ns_ : kNever;
+    const std::size_t count = net_.wait(events_, std::min({wheel_.next(), hold, again_at_ns_}), woken);
     now_ = net_.now();
     for (std::size_t i = 0; i < count; ++i) {
-      prober_.on_event(events_[i], now_, [this](ProbeResult&& result) { on_result(std::move(result)); });
+      guarded(
+          [&] { prober_.on_event(events_[i], now_, [this](ProbeResult&& result) { on_result(std::move(result)); }); });
     }
-    wheel_.fire(now_, [this](Token token) { on_deadline(token); });
+    wheel_.fire(now_, [this](Token token) { guarded([&] { on_deadline(token); }); });
     if (woken) take_messages();
+    if (now_ >= again_at_ns_) try_again();
     if (dirty_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
@@ -135,10 +143,29 @@ class Control {
     bool resolve_failed_logged = false;
   };
 
+  // Runs what may find memory short. False where it did: what was not done by then is left undone.
+  template <class Work>
+  bool guarded(Work&& work) {
+    try {
+      work();
+      return true;
+    } catch (const std::bad_alloc&) {
+      slab_.limit_hit(Limit::memory);
+      again_at_ns_ = std::min(again_at_ns_, now_ + kTryAgain);
+      return false;
+    }
+  }
+
+  void try_again() {
+    again_at_ns_ = kNever;
+    if (reloading_) reload();
+    check_new_backends();
+  }
+
   void take_messages() {
     mailbox_.take(messages_);
     for (Message& message : messages_) {
-      std::visit([this](auto& m) { this->on_message(m); }, message);
+      guarded([&] { std::visit([this](auto& m) { this->on_message(m); }, message); });
     }
     messages_.clear();
   }
@@ -148,11 +175,18 @@ class Control {
     page.session = ask.session;
     page.kind = ask.kind;
     page.body = render(ask.kind);
-    workers_[ask.worker]->post(std::move(page));
+    const auto posted = workers_[ask.worker]->post(std::move(page));
+    if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
 
-  void on_message(Reload& reload) {
-    take_settings(std::move(reload.settings));
+  void on_message(Reload& message) {
+    reloading_ = std::move(message.settings);
+    reload();
+  }
+
+  void reload() {
+    if (!guarded([&] { take_settings(reloading_); })) return;
+    reloading_.reset();
     reload_ok_ = true;
     reload_ok_at_ns_ = hooks_.wall_time();
     // Made before broken: what the new backends have is found out before the old ones go.
@@ -174,9 +208,9 @@ class Control {
       if (!first && std::find(all.begin(), all.end(), *backend->address) != all.end()) return;
       registry_.set_address(*backend, all.front());
       dirty_ = true;
+      if (first) check_now(resolved.epoch);
       log_.event(LogLevel::info, "backend's address",
                  {{"backend", backend->settings.name}, {"address", to_string(all.front())}});
-      if (first) check_now(resolved.epoch);
     } else {
       log_.event(
           LogLevel::warning, "backend's host name is not resolved",
@@ -217,10 +251,16 @@ class Control {
   }
 
   void publish() {
-    dirty_ = false;
-    hold_until_ns_ = 0;
-    const SnapshotPtr snapshot = make_snapshot();
-    for (Worker<Net>* worker : workers_) worker->post(typename Worker<Net>::NewSnapshot{snapshot});
+    const bool published = guarded([&] {
+      const SnapshotPtr snapshot = make_snapshot();
+      for (Worker<Net>* worker : workers_) {
+        auto local = std::make_unique<LocalSnapshot>(LocalSnapshot{snapshot, 0});
+        const auto posted = worker->post(typename Worker<Net>::NewSnapshot{std::move(local)});
+        if (posted == Worker<Net>::Posted::no_memory) throw std::bad_alloc();
+      }
+    });
+    dirty_ = !published;
+    hold_until_ns_ = published ? 0 : now_ + kTryAgain;
   }
 
   // ---- checks ----
@@ -237,13 +277,15 @@ class Control {
   void plan_first(const Registry::Backend& backend, std::size_t index) {
     if (find_plan(backend.epoch) != nullptr) return;
     Plan* plan = plans_.make(backend.epoch);
-    if (plan == nullptr) return;
+    if (plan == nullptr) throw std::bad_alloc();
     const Ns interval = registry_.settings().health.interval_ns;
     const auto share = static_cast<Ns>(index % registry_.backends().size() + 1);
     plan->next_check_ns = now_ + interval * share / static_cast<Ns>(registry_.backends().size());
     plan->next_resolve_ns = now_;
-    resolve_if_due(*plan, backend);
-    check(*plan, backend);
+    guarded([&] {
+      resolve_if_due(*plan, backend);
+      check(*plan, backend);
+    });
     arm(*plan);
   }
 
@@ -292,7 +334,9 @@ class Control {
     order.wants_models = from.models.empty();
     order.timeout_ns = registry_.settings().health.timeout_ns;
     plan.checking = true;
-    prober_.start(order, now_, [this](ProbeResult&& result) { on_result(std::move(result)); });
+    if (!guarded([&] { prober_.start(order, now_, [this](ProbeResult&& result) { on_result(std::move(result)); }); })) {
+      plan.checking = false;
+    }
   }
 
   void on_deadline(Token token) {
@@ -303,11 +347,13 @@ class Control {
     if (plan == nullptr) return;
     const Registry::Backend* backend = registry_.find_epoch(plan->epoch);
     if (backend == nullptr) return plans_.destroy(token);
-    if (now_ >= plan->next_check_ns) {
-      plan->next_check_ns = now_ + registry_.settings().health.interval_ns;
-      check(*plan, *backend);
-    }
-    resolve_if_due(*plan, *backend);
+    guarded([&] {
+      if (now_ >= plan->next_check_ns) {
+        plan->next_check_ns = now_ + registry_.settings().health.interval_ns;
+        check(*plan, *backend);
+      }
+      resolve_if_due(*plan, *backend);
+    });
     arm(*plan);
   }
 
@@ -315,6 +361,8 @@ class Control {
     if (Plan* plan = find_plan(result.epoch)) plan->checking = false;
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
+    if (result.out_of_memory) slab_.limit_hit(Limit::memory);
+    if (result.out_of_memory && !result.passed) return;  // nothing is known of the backend: the next check tells
     if (result.passed) slab_.health_check(backend->id, result.round_trip_ns);
     if (result.models_cut) slab_.limit_hit(Limit::models);
     if (registry_.settings().health.enabled) note_health(*backend, result);
@@ -426,6 +474,8 @@ class Control {
   bool stopped_ = false;
   bool reload_ok_ = true;
   Ns reload_ok_at_ns_ = 0;
+  Ns again_at_ns_ = kNever;                    // for what there was no memory for
+  std::shared_ptr<const Settings> reloading_;  // not taken over yet
   std::uint64_t lines_dropped_ = 0;
   PrometheusPage prometheus_page_;  // they keep their room between scrapes
   StatsPage stats_page_;

@@ -11,6 +11,7 @@
 #include <cassert>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,6 +34,7 @@
 namespace nexus {
 
 constexpr Ns kLatencyLife = 60 * kSecond;
+constexpr std::size_t kTextBytes = 16u << 10;    // longer than any error of our own
 constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
 
 inline bool is_request_id(std::string_view id) {
@@ -47,6 +49,17 @@ inline constexpr auto kHexPairs = [] {
   for (std::size_t i = 0; i < 256; ++i) pairs[i] = {kHex[i >> 4], kHex[i & 15]};
   return pairs;
 }();
+
+// So that `list[index]` is there. False where memory is short.
+template <class T>
+bool make_room(std::vector<T>& list, std::size_t index) {
+  try {
+    if (index >= list.size()) list.resize(index + 1);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
 
 struct Shared {
   Metrics& metrics;
@@ -121,10 +134,11 @@ struct Core {
         skims(16),
         budget(shared_in.body_budget),
         random(seed) {
-    use(std::move(snapshot_in));
+    text.reserve(kTextBytes);
+    use(std::make_unique<LocalSnapshot>(LocalSnapshot{std::move(snapshot_in), 0}));
   }
 
-  void use(SnapshotPtr next) { snapshot = SnapshotUse(new LocalSnapshot{std::move(next), 0}); }
+  void use(std::unique_ptr<LocalSnapshot> next) { snapshot = SnapshotUse(next.release()); }
   const Settings& settings() const { return *snapshot->settings; }
 
   // Room to read an answer into; empty where memory is short.
@@ -149,7 +163,7 @@ struct Core {
     return now - latency.seen_at_ns > kLatencyLife ? 0 : latency.smoothed_ns;
   }
   void note_latency(BackendId id, Ns seen_ns) {
-    if (index_of(id) >= latencies.size()) latencies.resize(index_of(id) + 1);
+    if (!make_room(latencies, index_of(id))) return;  // it stays unknown
     const Ns before_ns = latency_of(id);
     latencies[index_of(id)] = {before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
   }
@@ -158,9 +172,11 @@ struct Core {
   void take_request_id(const char* base, const FieldTable* fields, std::string& id) {
     const FieldRow* row = fields == nullptr ? nullptr : find_field(*fields, Field::x_request_id);
     if (row != nullptr && is_request_id(value_of(base, *row))) {
+      id.clear();
       id.assign(value_of(base, *row));
       return;
     }
+    id.clear();  // where memory is short for one, the request has none
     id.resize(32);
     for (std::size_t i = 0; i < 32; i += 16) {
       std::uint64_t bits = random.next();
@@ -192,7 +208,7 @@ struct Core {
   std::vector<Latency> latencies;  // by BackendId
   std::vector<Choice> choices;     // of the route being picked
   std::vector<Token> again;
-  std::string text;  // heads and errors are written here
+  std::string text;  // heads and errors are written here; an error of our own always finds room
 };
 
 }  // namespace nexus

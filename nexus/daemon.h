@@ -52,9 +52,7 @@ class Daemon {
         started_ns_(monotonic_now()),
         journald_(std::getenv("JOURNAL_STREAM") != nullptr),
         budget_(settings_->server.body_memory_bytes),
-        admission_([this](std::uint32_t worker, Token session) {
-          peers_.workers[worker]->post(Worker<EpollNet>::Grant{session});
-        }),
+        admission_([this](std::uint32_t worker, Token session) { peers_.workers[worker]->grant(session); }),
         shared_{metrics_, ejector_, admission_, budget_, in_flight_, instance_name()} {}
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -91,11 +89,11 @@ class Daemon {
 
   // Joins everything and writes the log out.
   void stop() {
-    for (auto& worker : workers_) worker->post(Worker<EpollNet>::Stop{});
+    for (auto& worker : workers_) deliver<Worker<EpollNet>::Stop>(*worker);
     for (std::thread& thread : worker_threads_) thread.join();
     worker_threads_.clear();
     if (control_thread_.joinable()) {
-      control_->post(Control<EpollNet>::Stop{});
+      deliver<Control<EpollNet>::Stop>(*control_);
       control_thread_.join();
     }
     if (resolver_) resolver_->stop();
@@ -201,7 +199,8 @@ class Daemon {
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
-      control_->post(Control<EpollNet>::AskPage{worker, session, kind});
+      using Posted = Control<EpollNet>::Posted;
+      return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
@@ -243,6 +242,13 @@ class Daemon {
     }
     for (const std::string& address : addresses_) log_.event(LogLevel::info, "listening", {{"address", address}});
     return {};
+  }
+
+  // Posts what must arrive: where memory is short, as soon as there is some.
+  template <class Message, class Loop, class... Parts>
+  static void deliver(Loop& loop, const Parts&... parts) {
+    constexpr timespec kPause{0, 10 * kMillisecond};
+    while (loop.post(Message{parts...}) == Loop::Posted::no_memory) nanosleep(&kPause, nullptr);
   }
 
   // ---- hooks of the control thread ----
@@ -301,8 +307,11 @@ class Daemon {
   // The last loop is the control thread's, the others are the workers', in their order.
   void beat() {
     const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Ping& ping) {
-      if (loop < workers_.size()) return workers_[loop]->post(ping);
-      control_->post(ping);
+      using ByWorker = Worker<EpollNet>::Posted;
+      using ByControl = Control<EpollNet>::Posted;
+      const bool lost = loop < workers_.size() ? workers_[loop]->post(ping) == ByWorker::no_memory
+                                               : control_->post(ping) == ByControl::no_memory;
+      if (lost) ping.answer();  // that memory is short is not the loop's fault
     });
     if (well) notifier_.alive();
   }
@@ -322,7 +331,7 @@ class Daemon {
   }
 
   void take_settings(std::shared_ptr<const Settings> next) {
-    if (next == nullptr) return control_->post(Control<EpollNet>::ReloadFailed{});
+    if (next == nullptr) return deliver<Control<EpollNet>::ReloadFailed>(*control_);
     if (next->server.listen != settings_->server.listen || next->server.threads != settings_->server.threads ||
         next->server.metrics_listen != settings_->server.metrics_listen) {
       log_.event(LogLevel::warning, "listen, metrics_listen and threads change with a restart only");
@@ -334,7 +343,7 @@ class Daemon {
     }
     settings_ = next;
     log_.configure(log_config(settings_->log, journald_));
-    control_->post(Control<EpollNet>::Reload{std::move(next)});
+    deliver<Control<EpollNet>::Reload>(*control_, next);
     log_.event(LogLevel::info, "reloaded");
   }
 
@@ -342,7 +351,7 @@ class Daemon {
   void drain() {
     notifier_.stopping("draining");
     log_.event(LogLevel::info, "draining");
-    for (auto& worker : workers_) worker->post(Worker<EpollNet>::Drain{});
+    for (auto& worker : workers_) deliver<Worker<EpollNet>::Drain>(*worker);
     const Ns began = monotonic_now();
     const Ns deadline = deadline_after(began, settings_->server.drain_timeout_ns);
     bool refusing = false;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -33,7 +34,8 @@
 namespace nexus {
 
 constexpr Ns kLookAgain = 100 * kMillisecond;  // from the queue, at what was ejected
-constexpr std::uint32_t kReadsPerTurn = 16;    // of one answer, before others get their turn
+constexpr Ns kCountAgain = 100 * kMillisecond;
+constexpr std::uint32_t kReadsPerTurn = 16;  // of one answer, before others get their turn
 
 template <class Net>
 class Exchange {
@@ -47,6 +49,7 @@ class Exchange {
     awaiting,    // the answer's head
     streaming,   // the answer's body
     finishing,   // all is written; the client's kernel buffer has not taken all of it
+    counting,    // all is done, but there was no memory to count it: soon again
     over,        // recorded; the session looks at keep_alive()
   };
 
@@ -114,7 +117,7 @@ class Exchange {
   // The client is gone: nothing more can be sent to it. Ends the exchange at once.
   [[gnu::cold]] void client_left() {
     assert(active());
-    if (state_ == State::over) return;
+    if (state_ == State::counting) return;
     const bool waiting =
         state_ == State::queued || state_ == State::connecting || state_ == State::sending || state_ == State::awaiting;
     tally_.record.disconnect = state_ == State::reading ? DisconnectPhase::request
@@ -138,7 +141,20 @@ class Exchange {
     if (!client_.out_of_memory()) return client_left();
     core_.slab.limit_hit(Limit::memory);
     tally_.record.error = ErrorType::other;
+    if (!client_.has_begun()) tally_.record.status = 499;
     abandon();
+  }
+
+  // There was no memory for something on the way, which was left undone.
+  void on_no_memory() {
+    if (state_ != State::counting) out_of_memory();
+  }
+
+  // The process ends: it is counted now or never.
+  void count_now() {
+    if (state_ != State::counting) return;
+    count();
+    state_ = State::over;
   }
 
   // An event of the backend connection in use.
@@ -184,6 +200,7 @@ class Exchange {
         if (client_.waits()) return cut_client();
         return break_stream(AttemptOutcome::timeout, Refusal::backend_timeout);
       case State::finishing: return cut_client();
+      case State::counting: return count();
       case State::idle:
       case State::reading:
       case State::over: assert(false);
@@ -231,6 +248,7 @@ class Exchange {
 
   [[gnu::cold]] void refuse_body(BodyError error) {
     if (error == BodyError::too_deep) core_.slab.limit_hit(Limit::json_depth);
+    if (error == BodyError::out_of_memory) core_.slab.limit_hit(Limit::memory);
     refuse(refusal_of(error), true, {}, error == BodyError::no_model ? "model" : "");
   }
 
@@ -497,7 +515,10 @@ class Exchange {
     finish();
   }
 
-  void note_usage() { answer_.note_usage(tally_.record, tally_.complete_ns, core_.now); }
+  void note_usage() {
+    answer_.note_usage(tally_.record, tally_.complete_ns, core_.now);
+    if (answer_.usage_lost()) core_.slab.limit_hit(Limit::memory);
+  }
 
   // The backend's connection ended.
   [[gnu::cold]] void on_upstream_end(bool broken) {
@@ -570,12 +591,13 @@ class Exchange {
 
   [[gnu::cold]] void out_of_memory() {
     core_.slab.limit_hit(Limit::memory);
-    if (state_ == State::streaming) {
+    if (client_.has_begun()) {
       tally_.record.error = ErrorType::other;
       return abandon();
     }
     attempt_.end(AttemptOutcome::cancelled);
-    refuse(Refusal::out_of_memory, true);
+    client_.forget_unsent();
+    refuse(Refusal::out_of_memory, state_ != State::reading);
   }
 
   void release_upstream(bool clean) {
@@ -617,14 +639,27 @@ class Exchange {
 
   // The one place where a request is counted.
   void commit() {
-    assert(state_ != State::over && attempt_.upstream() == nullptr);
+    assert(state_ != State::counting && state_ != State::over && attempt_.upstream() == nullptr);
     leave_backend();
     if (std::exchange(overall_place_, false)) core_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
     if (tally_.ended_ns < 0) tally_.ended_ns = core_.net.now();
     tally_.record.duration_ns = tally_.ended_ns - tally_.started_ns;
-    core_.slab.record(tally_.record);
     if (core_.log.wants_access()) log_access();
-    deadline_ = request_deadline_ = kNever;
+    state_ = State::counting;
+    count();
+  }
+
+  // A count may be late, but it is never lost.
+  void count() {
+    request_deadline_ = kNever;
+    try {
+      core_.slab.record(tally_.record);
+    } catch (const std::bad_alloc&) {
+      core_.slab.limit_hit(Limit::memory);
+      deadline_ = core_.now + kCountAgain;
+      return;
+    }
+    deadline_ = kNever;
     state_ = State::over;
   }
 

@@ -6,6 +6,7 @@
 // Threads:  pure functions over buffers of the caller.
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <charconv>
 #include <cstring>
@@ -196,16 +197,23 @@ inline void append_own_head(std::string& out, const OwnAnswer& answer, std::size
   out.append("\r\n");
 }
 
-// An error of Nexus's own, head and body. `message` is the row's where it is empty.
+// An error of Nexus's own, head and body. `message` is the row's where it is empty. Nothing is allocated where `out`
+// has room: these are the words for having no memory, too.
 inline void append_own_error(std::string& out, Refusal refusal, std::string_view message, OwnAnswer answer,
                              bool with_body, std::string_view param = {}) {
   const RefusalRow& row = row_of(refusal);
-  std::string body;
-  append_error_body(body, row, message.empty() ? row.message : message, param);
+  const std::size_t body_at = out.size();
+  append_error_body(out, row, message.empty() ? row.message : message, param);
+  const std::size_t head_at = out.size();
   answer.status = row.status;
   answer.retry_after_s = row.retry_after_s;
-  append_own_head(out, answer, body.size());
-  if (with_body) out += body;
+  append_own_head(out, answer, head_at - body_at);
+  const auto at = [&out](std::size_t byte) { return out.begin() + static_cast<std::ptrdiff_t>(byte); };
+  if (with_body) {
+    std::rotate(at(body_at), at(head_at), out.end());
+  } else {
+    out.erase(at(body_at), at(head_at));
+  }
 }
 
 }  // namespace nexus

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cassert>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -57,7 +58,8 @@ struct ProbeResult {
   std::uint16_t status = 0;  // of its last answer; 0: none came
   Ns round_trip_ns = 0;
   bool models_read = false;
-  bool models_cut = false;  // it lists more than kMaxModelsPerBackend
+  bool models_cut = false;     // it lists more than kMaxModelsPerBackend, or in more than kMaxProbeBytes
+  bool out_of_memory = false;  // then `passed` alone says something, and only where it is true
   std::vector<std::string> models;
 };
 
@@ -88,9 +90,15 @@ class Prober {
   template <class Done>
   void start(const ProbeOrder& order, Ns now, Done&& done) {
     Probe* probe = probes_.make(order, now);
-    if (probe == nullptr) return done(failure(order.epoch, "memory is short"));
-    if (const char* why = connect(*probe)) return end(*probe, failure(order.epoch, why), done);
-    wheel_.arm(probe->timer, deadline_after(now, order.timeout_ns));
+    if (probe == nullptr) {
+      ProbeResult result;
+      result.epoch = order.epoch;
+      return done(without_memory(std::move(result)));
+    }
+    guarded(probe->token, done, [&] {
+      if (const char* why = connect(*probe)) return end(*probe, failure(order.epoch, why), done);
+      wheel_.arm(probe->timer, deadline_after(now, order.timeout_ns));
+    });
   }
 
   template <class Done>
@@ -98,22 +106,26 @@ class Prober {
     Probe* probe = probes_.get(event.token);
     if (probe == nullptr) return;
     probe->connection.note(event);
-    if (!probe->asked) {
-      if (!event.writable && !event.hangup) return;
-      if (const int error = net_.connect_error(probe->connection.socket())) {
-        return end(*probe, failure(probe->order.epoch, std::string("connect: ") + strerror(error)), done);
+    guarded(event.token, done, [&] {
+      if (!probe->asked) {
+        if (!event.writable && !event.hangup) return;
+        if (const int error = net_.connect_error(probe->connection.socket())) {
+          return end(*probe, failure(probe->order.epoch, std::string("connect: ") + strerror(error)), done);
+        }
+        ask(*probe);
       }
-      ask(*probe);
-    }
-    if (event.writable) probe->connection.flush(net_);
-    read(*probe, now, done);
+      if (event.writable) probe->connection.flush(net_);
+      read(*probe, now, done);
+    });
   }
 
   template <class Done>
   void on_deadline(Token token, Done&& done) {
     Probe* probe = probes_.get(token);
     if (probe == nullptr) return;
-    end(*probe, failure(probe->order.epoch, probe->asked ? "no answer in time" : "no connection in time"), done);
+    guarded(token, done, [&] {
+      end(*probe, failure(probe->order.epoch, probe->asked ? "no answer in time" : "no connection in time"), done);
+    });
   }
 
   std::size_t running() const { return probes_.live(); }
@@ -141,6 +153,31 @@ class Prober {
     ProbeResult result;
   };
 
+  // Where memory is short on the way the probe ends, and says that it found nothing out.
+  template <class Done, class Work>
+  void guarded(Token token, Done&& done, Work&& work) {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+      Probe* probe = probes_.get(token);
+      if (probe == nullptr) throw;  // it is over: what was short of memory was done()
+      end_without_memory(*probe, done);
+    }
+  }
+
+  template <class Done>
+  void end_without_memory(Probe& probe, Done&& done) {
+    end(probe, without_memory(std::move(probe.result)), done);
+  }
+
+  // A success of the first step stays one.
+  static ProbeResult without_memory(ProbeResult result) {
+    result.out_of_memory = true;
+    result.models_read = result.models_cut = false;
+    result.reason = "memory is short";  // so short that it needs none itself
+    return result;
+  }
+
   static ProbeResult failure(std::uint64_t epoch, std::string reason) {
     ProbeResult result;
     result.epoch = epoch;
@@ -151,10 +188,11 @@ class Prober {
   const char* connect(Probe& probe) {
     typename Net::Opened opened = net_.connect(probe.order.address);
     if (opened.outcome == SocketOutcome::no_descriptor) return "no file descriptor is free";
+    if (opened.outcome == SocketOutcome::no_memory) throw std::bad_alloc();
     if (opened.outcome != SocketOutcome::ok) return "the connection was refused at once";
     if (!net_.watch(opened.socket, probe.token)) {
       net_.close(opened.socket);
-      return "memory is short";
+      throw std::bad_alloc();
     }
     probe.connection.attach(opened.socket);
     probe.asked = probe.head_done = false;
@@ -179,9 +217,12 @@ class Prober {
   template <class Done>
   void read(Probe& probe, Ns now, Done&& done) {
     while (probe.connection.may_read()) {
-      if (probe.input.size() > kMaxProbeBytes) return end_unread(probe, now, "its answer is too large", done);
+      if (probe.input.size() > kMaxProbeBytes) {
+        probe.result.models_cut = asks_for_models(probe);
+        return end_unread(probe, now, "its answer is too large", done);
+      }
       if (!probe.input.reserve(blocks_, std::max(kProbeReadBytes, probe.input.size()))) {
-        return end(probe, failure(probe.order.epoch, "memory is short"), done);
+        return end_without_memory(probe, done);
       }
       const IoResult result = probe.connection.read(net_, probe.input.tail(), probe.input.room());
       if (result.kind == IoResult::Kind::again) return;
@@ -255,10 +296,19 @@ class Prober {
     end(probe, std::move(probe.result), done);
   }
 
+  // Whether the answer that is being read is the list of models, and that is wanted.
+  static bool asks_for_models(const Probe& probe) {
+    const ProbePaths& paths = probe_paths(probe.order.kind);
+    return probe.order.wants_models && (probe.second || paths.models == paths.health);
+  }
+
   void read_models(Probe& probe) {
     const char* text = probe.input.data() + probe.head.head_bytes;
-    probe.result.models_read =
-        json_.read_models(text, probe.body_bytes, kMaxModelsPerBackend, probe.result.models, probe.result.models_cut);
+    ProbeResult& result = probe.result;
+    const ModelList list =
+        json_.read_models(text, probe.body_bytes, kMaxModelsPerBackend, result.models, result.models_cut);
+    if (list == ModelList::out_of_memory) throw std::bad_alloc();
+    result.models_read = list == ModelList::read;
     if (!probe.result.models_read) probe.result.reason = "its list of models could not be read";
     if (probe.result.models_cut) probe.result.reason = "it lists too many models: the rest is left out";
   }
@@ -266,7 +316,7 @@ class Prober {
   // A failed second step leaves the first one's success.
   template <class Done>
   void end(Probe& probe, ProbeResult result, Done&& done) {
-    if (probe.second && !result.passed) {
+    if (probe.second && !result.passed && !result.out_of_memory) {
       probe.result.reason = result.reason;
       result = std::move(probe.result);
     }

@@ -15,6 +15,7 @@
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -39,7 +40,11 @@ enum class BodyError : std::uint8_t {
   no_model,       // no `model`, or it is empty
   wrong_type,     // `model` is no string, `stream` no boolean, …
   too_deep,       // nested deeper than kMaxJsonDepth
+  out_of_memory,  // it may be in order: it was not read
 };
+
+// What came of reading a list of models.
+enum class ModelList : std::uint8_t { read, none, out_of_memory };
 
 constexpr std::size_t kMaxJsonDepth = 512;
 
@@ -124,6 +129,14 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
 
 class JsonReader {
  public:
+  // What a piece of an answer or a usual body needs is there from the start; it is touched only as far as it is used.
+  JsonReader() {
+    if (small_.allocate(kSmallText) != simdjson::SUCCESS) throw std::bad_alloc();
+  }
+
+  // The text of the last call was not read, for memory was too short.
+  bool out_of_memory() const { return out_of_memory_; }
+
   // Reads a request's body. Behind its last byte kPaddingBytes more must be readable.
   // `find_messages`: whether facts.messages and facts.has_images are wanted.
   BodyError read_body(const char* body, std::size_t bytes, BodyFacts& facts, bool find_messages = true) {
@@ -133,7 +146,8 @@ class JsonReader {
     simdjson::ondemand::object object;
     // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would step over it.
     if (bytes >= 3 && std::string_view(body, 3) == "\xef\xbb\xbf") return BodyError::not_json;
-    if (iterate(body, bytes, document) || document.get_object().get(object)) return BodyError::not_json;
+    if (iterate(body, bytes, document)) return out_of_memory_ ? BodyError::out_of_memory : BodyError::not_json;
+    if (document.get_object().get(object)) return BodyError::not_json;
     Reading reading{body, facts, {}, find_messages};
     bool first = true;
     for (auto member : object) {
@@ -156,7 +170,6 @@ class JsonReader {
   // A key of a body, quotes and all, as read_body() sees it: escapes undone where there are any. Behind its quote
   // kPaddingBytes must be readable. False where its escapes are broken.
   bool read_key(std::string_view token, std::string_view& key) {
-    if (parser_.capacity() == 0 && parser_.allocate(kReadKeyBytes) != simdjson::SUCCESS) return false;
     const simdjson::ondemand::raw_json_string raw(reinterpret_cast<const std::uint8_t*>(token.data()) + 1);
     return !text_of(raw, token, key_text_, key);
   }
@@ -191,23 +204,26 @@ class JsonReader {
   }
 
   // The model names of a list: `{"data":[{"id":…}]}` (OpenAI) or `{"models":[{"name":…}]}` (Ollama). At most `most`
-  // of them; `more` says that there were others. False where the text is no such list.
-  bool read_models(const char* text, std::size_t bytes, std::size_t most, std::vector<std::string>& names, bool& more) {
+  // of them; `more` says that there were others.
+  ModelList read_models(const char* text, std::size_t bytes, std::size_t most, std::vector<std::string>& names,
+                        bool& more) {
     names.clear();
     more = false;
     simdjson::ondemand::document document;
     simdjson::ondemand::object object;
-    if (iterate(text, bytes, document) || document.get_object().get(object)) return false;
+    if (iterate(text, bytes, document)) return out_of_memory_ ? ModelList::out_of_memory : ModelList::none;
+    if (document.get_object().get(object)) return ModelList::none;
     for (auto member : object) {
       simdjson::ondemand::field field;
       std::string_view key;
-      if (std::move(member).get(field) || key_of(field, key)) return false;
+      if (std::move(member).get(field) || key_of(field, key)) return ModelList::none;
       if (key != "data" && key != "models") continue;
       simdjson::ondemand::array list;
-      if (field.value().get_array().get(list)) return false;
-      return read_model_list(list, key == "data" ? "id" : "name", most, names, more);
+      if (field.value().get_array().get(list)) return ModelList::none;
+      const bool read = read_model_list(list, key == "data" ? "id" : "name", most, names, more);
+      return read ? ModelList::read : ModelList::none;
     }
-    return false;
+    return ModelList::none;
   }
 
  private:
@@ -266,12 +282,16 @@ class JsonReader {
     return false;
   }
 
+  // True where the text can't be read.
   bool iterate(const char* text, std::size_t bytes, simdjson::ondemand::document& document) {
+    out_of_memory_ = false;
     if (bytes == 0) return true;  // simdjson would look into an index that it may have no memory for
     // A document far larger than the last ones would keep its index for good: give a large one back.
-    if (parser_.capacity() > kKeptCapacity && bytes < kKeptCapacity) parser_ = simdjson::ondemand::parser();
+    if (large_.capacity() > kKeptCapacity && bytes < kKeptCapacity) large_ = simdjson::ondemand::parser();
     const simdjson::padded_string_view padded(text, bytes, bytes + simdjson::SIMDJSON_PADDING);
-    return parser_.iterate(padded).get(document) != simdjson::SUCCESS;
+    const simdjson::error_code error = (bytes <= kSmallText ? small_ : large_).iterate(padded).get(document);
+    out_of_memory_ = error == simdjson::MEMALLOC;
+    return error != simdjson::SUCCESS;
   }
 
   // The key as a reader sees it: escapes undone where there are any.
@@ -309,7 +329,7 @@ class JsonReader {
     }
     if (std::memchr(text.data(), '\\', text.size()) == nullptr) return false;
     std::uint8_t* to = room.data();
-    return parser_.unescape(raw, to, false).get(text) != simdjson::SUCCESS;
+    return small_.unescape(raw, to, false).get(text) != simdjson::SUCCESS;
   }
 
   static std::size_t first_member_of(const char* body) {
@@ -469,7 +489,11 @@ class JsonReader {
 
   static constexpr std::size_t kKeptCapacity = 1u << 20;
 
-  simdjson::ondemand::parser parser_;
+  static constexpr std::size_t kSmallText = kRoomyBlock;  // what one read of an answer brings
+
+  simdjson::ondemand::parser small_;  // for texts up to kSmallText
+  simdjson::ondemand::parser large_;
+  bool out_of_memory_ = false;
   std::array<std::uint8_t, kReadKeyBytes + simdjson::SIMDJSON_PADDING> key_text_;  // an unescaped key, until the next
   std::array<std::uint8_t, kCutNameBytes> value_text_;  // an unescaped model name, until the next call
 };

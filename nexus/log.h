@@ -258,7 +258,9 @@ class Log {
   }
 
  private:
-  static constexpr std::size_t kLineBytes = 4096;  // the usual line and more: it grows where one is longer
+  // The longest line there can be, so that none needs memory: an event's text and seven values, or an access line, each
+  // byte of them escaped. Of the room only as much is ever touched as a line had bytes.
+  static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 7 * kMaxLogValueBytes) + 1024;
 
   bool json() const { return config_.format == LogFormat::json; }
 

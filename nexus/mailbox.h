@@ -1,11 +1,14 @@
 // mailbox.h
 // Owns:     messages from any thread to the one that owns a loop.
-// Promises: messages arrive in the order in which each sender posted them; post() says when the receiver must be woken.
+// Promises: messages arrive in the order in which each sender posted them; post() says when the receiver must be woken,
+//           and where memory was too short to post anything.
 // Leaves:   waking to the sender (net's wake()), meaning to the receiver.
-// Threads:  post(): any. take(): the owner's.
+// Threads:  post(): any. take() and close_if_empty(): the owner's.
 #pragma once
 
+#include <cstdint>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -14,11 +17,22 @@ namespace nexus {
 template <class Message>
 class Mailbox {
  public:
-  // True where the box was empty: the receiver may be asleep.
-  bool post(Message message) {
+  enum class Posted : std::uint8_t {
+    first,  // the box was empty: the receiver may be asleep
+    behind_others,
+    no_memory,  // this and the next: the message is lost, and its sender's to see to
+    closed,
+  };
+
+  Posted post(Message message) noexcept {
     const std::lock_guard lock(mutex_);
-    messages_.push_back(std::move(message));
-    return messages_.size() == 1;
+    if (closed_) return Posted::closed;
+    try {
+      messages_.push_back(std::move(message));
+    } catch (const std::bad_alloc&) {
+      return Posted::no_memory;
+    }
+    return messages_.size() == 1 ? Posted::first : Posted::behind_others;
   }
 
   // Moves all messages to `out`, which is emptied first.
@@ -28,9 +42,17 @@ class Mailbox {
     out.swap(messages_);
   }
 
+  // False where a message is there. From then on none is taken any more.
+  bool close_if_empty() {
+    const std::lock_guard lock(mutex_);
+    closed_ = messages_.empty();
+    return closed_;
+  }
+
  private:
   std::mutex mutex_;
   std::vector<Message> messages_;
+  bool closed_ = false;
 };
 
 }  // namespace nexus

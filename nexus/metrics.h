@@ -159,11 +159,15 @@ struct alignas(kCacheAlign) ThreadCells {  // what has no id in its labels
 // All cells of one thread. A gauge is the sum over the slabs: what one thread adds another may take away.
 class alignas(kCacheAlign) Slab {
  public:
-  // In line: it has one caller, the end of an exchange.
+  // In line: it has one caller, the end of an exchange. Where memory for new cells is short it throws and has counted
+  // nothing: the same record can be told again.
   [[gnu::always_inline]] void record(const RequestRecord& r) {
     assert(!r.reached_backend || r.backend != BackendId::none);
     PairCells& pair = pairs_.at(index_of(r.model), index_of(r.backend));
     const ErrorType error = error_of(r);
+    const bool rare = error != ErrorType::none || r.without_usage || r.fell_back;
+    if (rare) [[unlikely]]
+      make_rare_cells(r);
     pair.statuses.add(r.status, error != ErrorType::none);
     if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
     if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
@@ -171,7 +175,7 @@ class alignas(kCacheAlign) Slab {
     if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
     if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
-    if (error != ErrorType::none || r.without_usage || r.fell_back) [[unlikely]]
+    if (rare) [[unlikely]]
       record_rare(r, error);
   }
 
@@ -205,6 +209,13 @@ class alignas(kCacheAlign) Slab {
   const ThreadCells& thread() const { return thread_; }
 
  private:
+  // The cells of record_rare(), so that nothing is counted where there is no memory for one of them.
+  [[gnu::noinline]] void make_rare_cells(const RequestRecord& r) {
+    models_.at(index_of(r.model));
+    backends_.at(index_of(r.backend));
+    if (r.fell_back) fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to));
+  }
+
   // What most requests have nothing of, out of the way of those. A client that left is an error, see error_of().
   [[gnu::noinline]] void record_rare(const RequestRecord& r, ErrorType error) {
     if (error != ErrorType::none) count(models_.at(index_of(r.model)).errors, error);

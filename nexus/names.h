@@ -8,6 +8,7 @@
 #include <cassert>
 #include <cstdint>
 #include <deque>
+#include <new>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -41,7 +42,12 @@ class NameTable {
     if (names_.size() >= capacity_) return Id{0};
     const Id id{static_cast<std::uint32_t>(names_.size())};
     names_.emplace_back(name);
-    ids_.emplace(names_.back(), id);
+    try {
+      ids_.emplace(names_.back(), id);
+    } catch (const std::bad_alloc&) {
+      names_.pop_back();  // the id was not given
+      throw;
+    }
     return id;
   }
 

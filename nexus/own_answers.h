@@ -8,6 +8,7 @@
 #include <array>
 #include <cassert>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -72,7 +73,11 @@ class OwnAnswers {
   [[gnu::cold]] void refuse_head(SessionT& session, Refusal refusal) {
     session.keep_alive = false;
     core_.text.clear();
-    core_.take_request_id(nullptr, nullptr, session.request_id);
+    try {
+      core_.take_request_id(nullptr, nullptr, session.request_id);
+    } catch (const std::bad_alloc&) {
+      // then it bears none
+    }
     OwnAnswer answer;
     answer.request_id = session.request_id;
     answer.keep_alive = false;

@@ -84,7 +84,7 @@ class Pool {
   // Keeps a connection whose exchange ended in order.
   void give_back(Upstream<Net>& upstream) {
     const UpstreamSettings& settings = core_.settings().upstream;
-    if (index_of(upstream.backend) >= lines_.size()) lines_.resize(index_of(upstream.backend) + 1);
+    if (!make_room(lines_, index_of(upstream.backend))) return drop(upstream);
     Line& line = lines_[index_of(upstream.backend)];
     upstream.owner = Token{};
     if (upstream.snapshot_version != core_.snapshot->version) {  // it was made before a reload

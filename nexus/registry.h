@@ -119,23 +119,31 @@ class Registry {
   Registry() : models_("unknown", kMaxModelNames), backend_names_("none", kMaxBackendNames) {}
 
   // Takes the configuration over. Backends of the same name, type and url keep their health, models and address.
+  // Where memory is short it throws, and all is as it was.
   void configure(std::shared_ptr<const Settings> settings) {
-    settings_ = std::move(settings);
     std::vector<Backend> next;
-    for (const BackendSettings& wanted : settings_->backends) {
-      Backend backend;
-      if (Backend* known = find(wanted.name); known != nullptr && same_place(known->settings, wanted)) {
-        backend = std::move(*known);
-      } else {
-        backend.id = backend_names_.intern(wanted.name);
-        backend.epoch = ++epochs_;
-        backend.address = parse_address(wanted.address.host, wanted.address.port);
-      }
+    std::vector<Backend*> known;
+    next.reserve(settings->backends.size());
+    known.reserve(settings->backends.size());
+    for (const BackendSettings& wanted : settings->backends) {
+      Backend& backend = next.emplace_back();
       backend.settings = wanted;
-      if (!settings_->health.enabled) backend.health = Health::healthy;
-      next.push_back(std::move(backend));
+      known.push_back(find(wanted.name));
+      if (known.back() != nullptr && same_place(known.back()->settings, wanted)) continue;
+      known.back() = nullptr;
+      backend.id = backend_names_.intern(wanted.name);
+      backend.epoch = ++epochs_;
+      backend.address = parse_address(wanted.address.host, wanted.address.port);
+    }
+    for (std::size_t i = 0; i < next.size(); ++i) {
+      if (known[i] != nullptr) {
+        std::swap(next[i].settings, known[i]->settings);
+        next[i] = std::move(*known[i]);
+      }
+      if (!settings->health.enabled) next[i].health = Health::healthy;
     }
     backends_ = std::move(next);
+    settings_ = std::move(settings);
   }
 
   const Settings& settings() const { return *settings_; }

@@ -83,10 +83,10 @@ class Selection {
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;
       }
     }
+    core_.slab.add_pending(full_.front(), 1);
+    core_.slab.queue_depth(full_.front(), 1);
     queued_on_ = full_.front();
     queued_ns_ = core_.now;
-    core_.slab.add_pending(queued_on_, 1);
-    core_.slab.queue_depth(queued_on_, 1);
     return Next::all_full;
   }
 
@@ -242,12 +242,12 @@ class Selection {
   }
 
   void leave_queue() {
+    ticket_ = Admission::Ticket();
     if (queued_on_ == BackendId::none) return;
     core_.slab.add_pending(queued_on_, -1);
     core_.slab.queue_depth(queued_on_, -1);
     core_.slab.queue_wait(queued_for(core_.now));
     queued_on_ = BackendId::none;
-    ticket_ = Admission::Ticket();
   }
 
   Core<Net>& core_;

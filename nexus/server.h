@@ -1,14 +1,17 @@
 // server.h
 // Owns:     a worker: its loop, the client connections and what is asked of them.
 // Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; what one
-//           connection may hold is bounded; a connection is closed with its descriptors, memory and counts.
+//           connection may hold is bounded; a connection is closed with its descriptors, memory and counts; where
+//           memory is short it is the connection in hand that ends, with an answer if none was begun (see guarded()).
 // Leaves:   taking connections to acceptor.h, proxied requests to exchange.h from their head on, what Nexus answers
 //           itself to own_answers.h, the fleet to control.h.
 // Threads:  run() is the worker thread; post() may be called from any.
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <functional>
+#include <new>
 #include <optional>
 #include <string>
 #include <variant>
@@ -34,6 +37,7 @@ constexpr std::uint32_t kClientReadsPerTurn = 2;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
+constexpr Ns kFarewellTime = kSecond;             // of a drain: kept connections get to see our FIN
 constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
 
 template <class Net>
@@ -51,7 +55,7 @@ class Worker {
   struct Peers {
     std::vector<Worker*> workers;
     Placement placement;
-    std::function<void(std::uint32_t worker, Token session, PageKind kind)> ask_page;
+    std::function<bool(std::uint32_t worker, Token session, PageKind kind)> ask_page;  // false: there is no memory
   };
 
   Worker(Net& net, Shared& shared, Slab& slab, Log log, std::uint32_t index, std::uint64_t seed, SnapshotPtr snapshot,
@@ -73,9 +77,18 @@ class Worker {
     return acceptor_.add(listener, metrics_only);
   }
 
-  // Any thread.
-  void post(Message message) {
-    if (mailbox_.post(std::move(message))) core_.net.wake();
+  // Any thread. It is posted, or memory is too short, or this worker has ended.
+  using Posted = typename Mailbox<Message>::Posted;
+  Posted post(Message message) noexcept {
+    const Posted posted = mailbox_.post(std::move(message));
+    if (posted == Posted::first) core_.net.wake();
+    return posted;
+  }
+  // Any thread, from whatever frees a place: it can't fail.
+  void grant(Token session) noexcept {
+    if (post(Grant{session}) != Posted::no_memory) return;
+    grants_missed_.store(true, std::memory_order_relaxed);  // wake() makes it seen
+    core_.net.wake();
   }
 
   void run() {
@@ -94,7 +107,8 @@ class Worker {
     call_again();
     core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
     if (woken) take_messages();
-    if (core_.draining && is_drained()) stopped_ = true;
+    if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) look_for_grants();
+    if (core_.draining && is_drained()) end_drain();
     core_.slab.loop_stall(core_.net.now() - turn_began);
   }
 
@@ -108,13 +122,51 @@ class Worker {
   using SessionT = Session<Net>;
   using State = typename SessionT::State;
 
+  // ---- where memory is short ----
+
+  // Runs what is to be done for one session. Blocks and slots say "no memory" as a value; what throws are the strings
+  // and lists of a request's way, and their owner has to be able to go on from there: an exchange is then ended, and
+  // counted, from whatever state it was left in.
+  template <class Work>
+  void guarded(Token token, Work&& work) {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+      on_no_memory(token);
+    }
+  }
+
+  // Says so where an answer can still be given, and ends the connection where not even for that there is memory.
+  void on_no_memory(Token token) {
+    SessionT* session = sessions_.get(token);
+    if (session == nullptr) return core_.slab.limit_hit(Limit::memory);
+    try {
+      if (session->exchange.active()) {
+        session->state = State::exchanging;
+        session->exchange.on_no_memory();
+      } else {
+        core_.slab.limit_hit(Limit::memory);
+        switch (session->state) {
+          case State::reading_head: own_.refuse_head(*session, Refusal::out_of_memory); break;
+          case State::waiting_page: own_.answer_error(*session, Refusal::out_of_memory); break;
+          default: return client_gone(*session);
+        }
+      }
+      drive(*session);
+    } catch (const std::bad_alloc&) {
+      if ((session = sessions_.get(token)) != nullptr) client_gone(*session);
+    }
+  }
+
   // ---- events ----
 
   void dispatch(const Event& event) {
     switch (event.token.kind()) {
       case kListenerKind: return acceptor_.on_event(event.token, placer());
       case kSessionKind:
-        if (SessionT* session = sessions_.get(event.token)) on_session(*session, event);
+        if (SessionT* session = sessions_.get(event.token)) {
+          guarded(event.token, [&] { on_session(*session, event); });
+        }
         return;
       case kUpstreamKind:
         if (Upstream<Net>* upstream = pool_.get(event.token)) on_upstream(*upstream, event);
@@ -139,8 +191,10 @@ class Worker {
     if (upstream.owner.value == 0) return pool_.on_idle_event(upstream, event);
     SessionT* session = sessions_.get(upstream.owner);
     assert(session != nullptr && session->state == State::exchanging);
-    session->exchange.on_upstream(event);
-    drive(*session);
+    guarded(session->token, [&] {
+      session->exchange.on_upstream(event);
+      drive(*session);
+    });
   }
 
   void on_deadline(Token token) {
@@ -149,7 +203,7 @@ class Worker {
       case kAcceptTimerKind: return acceptor_.resume();
       case kDrainTimerKind: return on_drain_deadline();
       case kSessionKind:
-        if (SessionT* session = sessions_.get(token)) on_session_deadline(*session);
+        if (SessionT* session = sessions_.get(token)) guarded(token, [&] { on_session_deadline(*session); });
         return;
       default: assert(false);
     }
@@ -161,8 +215,10 @@ class Worker {
     for (const Token token : again_) {
       SessionT* session = sessions_.get(token);
       if (session == nullptr) continue;
-      if (session->state == State::exchanging) session->exchange.resume();
-      drive(*session);
+      guarded(token, [&] {
+        if (session->state == State::exchanging) session->exchange.resume();
+        drive(*session);
+      });
     }
     again_.clear();
   }
@@ -183,16 +239,15 @@ class Worker {
     log_.configure(log_config(log, log_.config().journald));
   }
   void on_message(Grant& grant) {
-    SessionT* session = sessions_.get(grant.session);
-    if (session == nullptr || session->state != State::exchanging) return;
-    session->exchange.on_grant();
-    drive(*session);
+    if (SessionT* session = sessions_.get(grant.session)) look_for_grant(*session);
   }
   void on_message(Page& page) {
     SessionT* session = sessions_.get(page.session);
     if (session == nullptr || session->state != State::waiting_page) return;
-    own_.begin_page(*session, std::move(page.body), page.kind);
-    drive(*session);
+    guarded(page.session, [&] {
+      own_.begin_page(*session, std::move(page.body), page.kind);
+      drive(*session);
+    });
   }
   void on_message(Drain&) {
     acceptor_.stop(placer());  // who was let in before is served
@@ -202,6 +257,17 @@ class Worker {
   }
   void on_message(Stop&) { stopped_ = true; }
   void on_message(Ping& ping) { ping.answer(); }
+
+  void look_for_grant(SessionT& session) {
+    if (session.state != State::exchanging) return;
+    guarded(session.token, [&] {
+      session.exchange.on_grant();
+      drive(session);
+    });
+  }
+  void look_for_grants() {
+    sessions_.each([this](SessionT& session) { look_for_grant(session); });
+  }
 
   // ---- accepting ----
 
@@ -218,7 +284,11 @@ class Worker {
       core_.slab.limit_hit(Limit::max_connections);
       return own_.turn_away(socket);
     }
-    if (*worker != core_.worker) return peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});
+    if (*worker != core_.worker) {
+      const Posted posted = peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});
+      if (posted != Posted::no_memory && posted != Posted::closed) return;
+      peers_.placement.move(*worker, core_.worker);
+    }
     add_session(socket, peer, metrics_only);
   }
 
@@ -381,7 +451,10 @@ class Worker {
         if (path == endpoint.path) return on_endpoint(session, endpoint, base);
       }
     }
-    if (const auto page = own_.answer(session, base, path)) peers_.ask_page(core_.worker, session.token, *page);
+    const auto page = own_.answer(session, base, path);
+    if (!page || peers_.ask_page(core_.worker, session.token, *page)) return;
+    core_.slab.limit_hit(Limit::memory);
+    own_.answer_error(session, Refusal::out_of_memory);
   }
 
   // ---- proxied endpoints ----
@@ -392,16 +465,17 @@ class Worker {
       core_.take_request_id(base, session.fields.get(), session.request_id);
       return own_.answer_error(session, Refusal::method_not_allowed, "Allow: POST\r\n");
     }
-    session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
     in_flight_ += 1;
     session.state = State::exchanging;
+    session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
     if (const auto refusal = refusal_of_head(session, base)) return session.exchange.refuse(*refusal, false);
     session.state = State::reading_body;
     arm(session, deadline_after(core_.now, core_.settings().server.body_timeout_ns));
     const bool body_here = session.input.size() > head.head_bytes;
-    if (head.expects_continue && !body_here) {
-      session.connection.write(core_.net, core_.blocks, "HTTP/1.1 100 Continue\r\n\r\n");
-    }
+    if (!head.expects_continue || body_here) return;
+    if (session.connection.write(core_.net, core_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
+    session.state = State::exchanging;
+    session.exchange.client_failed();
   }
 
   // What can be said before the body is read.
@@ -504,9 +578,19 @@ class Worker {
     if (in_flight_ > 0 || drained_for < kHandOverTime) return false;
     bool owed = false;
     sessions_.each([&](SessionT& session) {
-      owed |= session.state != State::reading_head || (!session.asked && drained_for < kFirstRequestTime);
+      const bool idle = session.state == State::reading_head && session.input.empty();
+      owed |= !idle || (!session.asked && drained_for < kFirstRequestTime);
     });
     return !owed;
+  }
+
+  // Only connections between two requests are left. They get our FIN; what comes from now on is read away for a while
+  // and not answered, which its client can tell: a reset could take with it the answer before.
+  void end_drain() {
+    sessions_.each([this](SessionT& session) {
+      if (begin_linger(session)) arm(session, core_.now + kFarewellTime);
+    });
+    if (sessions_.live() == 0) stopped_ = mailbox_.close_if_empty();
   }
 
   // ---- between requests, and the end ----
@@ -555,6 +639,7 @@ class Worker {
   // The client's connection ended or broke.
   [[gnu::cold]] void client_gone(SessionT& session) {
     if (session.exchange.active()) session.exchange.client_left();
+    if (session.exchange.active()) return arm(session, session.exchange.deadline());  // it is not counted yet
     if (session.exchange.state() == Exchange<Net>::State::over) {
       in_flight_ -= 1;
       if (session.exchange.cut()) session.connection.reset(core_.net);
@@ -601,15 +686,20 @@ class Worker {
 
   [[gnu::cold]] void close_all() {
     peers_.placement.loads[core_.worker].stopped.store(true, std::memory_order_relaxed);
-    mailbox_.take(messages_);  // connections that were handed over and never taken
-    for (Message& message : messages_) {
-      Adopt* adopt = std::get_if<Adopt>(&message);
-      if (adopt == nullptr) continue;
-      core_.net.close(adopt->socket);
-      peers_.placement.give_back(core_.worker);
-    }
-    messages_.clear();
-    sessions_.each([this](SessionT& session) { client_gone(session); });
+    do {
+      mailbox_.take(messages_);
+      for (Message& message : messages_) {  // connections that were handed over and never taken
+        Adopt* adopt = std::get_if<Adopt>(&message);
+        if (adopt == nullptr) continue;
+        core_.net.close(adopt->socket);
+        peers_.placement.give_back(core_.worker);
+      }
+      messages_.clear();
+    } while (!mailbox_.close_if_empty());
+    sessions_.each([this](SessionT& session) {
+      session.exchange.count_now();
+      client_gone(session);
+    });
   }
 
   Log log_;
@@ -624,6 +714,7 @@ class Worker {
   Acceptor<Net> acceptor_;
   OwnAnswers<Net> own_;
   Timer drain_timer_;
+  std::atomic<bool> grants_missed_{false};
   bool stopped_ = false;
   Ns drain_began_ns_ = 0;
   std::size_t in_flight_ = 0;  // exchanges

@@ -44,16 +44,22 @@ class Slots {
     }
   }
 
-  // A new object, or nullptr when memory is short. T's constructor gets its own token first.
+  // A new object, or nullptr when memory is short, for the slot or for what T's constructor makes. That gets its own
+  // token first.
   template <class... Args>
   T* make(Args&&... args) {
-    if (free_ == kNone && !grow()) return nullptr;
-    const std::uint32_t number = free_;
-    Slot& slot = at(number);
-    free_ = slot.next_free;
-    slot.live = true;
-    live_ += 1;
-    return new (slot.storage) T(Token::make(kind_, slot.generation, number), std::forward<Args>(args)...);
+    try {
+      if (free_ == kNone) grow();
+      const std::uint32_t number = free_;
+      Slot& slot = at(number);
+      T* const made = new (slot.storage) T(Token::make(kind_, slot.generation, number), std::forward<Args>(args)...);
+      free_ = slot.next_free;
+      slot.live = true;
+      live_ += 1;
+      return made;
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
   }
 
   T* get(Token token) {
@@ -104,14 +110,12 @@ class Slots {
 
   Slot& at(std::uint32_t number) { return chunks_[number / kChunk]->slots[number % kChunk]; }
 
-  bool grow() {
-    std::unique_ptr<Chunk> chunk(new (std::nothrow) Chunk);
-    if (!chunk) return false;
+  void grow() {
+    auto chunk = std::make_unique_for_overwrite<Chunk>();
     const auto first = static_cast<std::uint32_t>(chunks_.size() * kChunk);
     for (std::uint32_t i = 0; i < kChunk; ++i) chunk->slots[i].next_free = i + 1 < kChunk ? first + i + 1 : kNone;
     chunks_.push_back(std::move(chunk));
     free_ = first;
-    return true;
   }
 
   std::uint8_t kind_;

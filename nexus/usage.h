@@ -283,6 +283,7 @@ class UsageScan {
   const Usage& usage() const { return usage_; }
   bool removed() const { return removed_; }
   std::size_t held_bytes() const { return held_.size(); }
+  bool out_of_memory() const { return out_of_memory_; }  // so that counts may be missing
 
  private:
   // How far a piece was dealt with: [start, write) goes on, and so does [run, …) unless an event in it may not.
@@ -438,7 +439,11 @@ class UsageScan {
   // Keeps a part of a `usage` that is cut. No memory is no reason to stop the body: it only goes uncounted.
   void capture(BlockPool& pool, std::string_view part) {
     if (capture_lost_) return;
-    capture_lost_ = capture_.size() + part.size() > kUsageBytes || !capture_.append(pool, part);
+    if (capture_.size() + part.size() > kUsageBytes) {
+      capture_lost_ = true;
+    } else if (!capture_.append(pool, part)) {
+      capture_lost_ = out_of_memory_ = true;
+    }
     if (capture_lost_) capture_.clear();
   }
 
@@ -464,6 +469,7 @@ class UsageScan {
   bool removed_ = false;
   bool last_removed_ = false;  // the last event was removed, and so is a LF of its blank line that comes late
   bool capture_lost_ = false;  // the open `usage` is too large, or memory was short
+  bool out_of_memory_ = false;
   bool counts_found_ = false;  // this event told counts_
   bool data_seen_ = false;     // this event has a line of data
   std::size_t event_bytes_ = 0;

@@ -9,6 +9,7 @@
 #include <string>
 #include <variant>
 
+#include "core.h"
 #include "net.h"
 #include "pages.h"
 #include "pulse.h"
@@ -26,7 +27,7 @@ struct WorkerMessage {
     bool metrics_only = false;
   };
   struct NewSnapshot {
-    SnapshotPtr snapshot;
+    std::unique_ptr<LocalSnapshot> snapshot;  // made by the sender: taking it over needs no memory
   };
   // The page that the session waits for.
   struct Page {

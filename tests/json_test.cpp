@@ -11,6 +11,7 @@ using nexus::BodyError;
 using nexus::BodyFacts;
 using nexus::BodySpan;
 using nexus::JsonReader;
+using nexus::ModelList;
 using nexus::Usage;
 using Flag = nexus::BodyFacts::Flag;
 using Options = nexus::BodyFacts::Options;
@@ -66,7 +67,7 @@ struct Models {
 Models read_models(std::string_view text, std::size_t most = 100) {
   const Padded padded(text);
   Models models;
-  models.list = reader().read_models(padded.data(), padded.size(), most, models.names, models.more);
+  models.list = reader().read_models(padded.data(), padded.size(), most, models.names, models.more) == ModelList::read;
   return models;
 }
 

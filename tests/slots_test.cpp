@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -33,6 +34,19 @@ TEST_CASE("a token carries its kind, generation and slot") {
   CHECK_FALSE(Token::make(1, 2, 3) == Token::make(2, 2, 3));
   CHECK_FALSE(Token::make(1, 2, 3) == Token::make(1, 3, 3));
   CHECK_FALSE(Token::make(1, 2, 3) == Token::make(1, 2, 4));
+}
+
+TEST_CASE("an object whose constructor finds no memory is none, and its slot is free") {
+  struct Needy {
+    Needy(Token, bool short_of_memory) {
+      if (short_of_memory) throw std::bad_alloc();
+    }
+  };
+  Slots<Needy> slots(5);
+  CHECK(slots.make(true) == nullptr);
+  CHECK(slots.live() == 0);
+  CHECK(slots.make(false) != nullptr);
+  CHECK(slots.live() == 1);
 }
 
 TEST_CASE("a token of an object that is gone finds nothing, also when its slot was given to another") {

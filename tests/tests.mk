@@ -53,7 +53,7 @@ SEEDS ?= 1..2000# of make sim: FIRST..LAST; TRACE=1 tells the run of one seed in
 HELP_MORE += 'make sim          the gateway on a simulated network: SEEDS=1..2000; with one seed TRACE=1 tells the run'
 
 .PHONY: sim
-$(B)/sim: $(B)/obj/tests/sim/main.o $(B)/obj/tests/sim/memory.o $(LIBS) $(B)/flags
+$(B)/sim: $(B)/obj/tests/sim/main.o $(B)/obj/tests/sim/faults.o $(LIBS) $(B)/flags
 	$(link) -Wl,--wrap=malloc
 
 sim: $(B)/sim

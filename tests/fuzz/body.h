@@ -101,6 +101,7 @@ inline void request_body(std::string_view input) {
     case nexus::BodyError::wrong_type: return check(wanted.wrong_type, "the types are right");
     case nexus::BodyError::too_deep: return check(false, "it is not too deep");
     case nexus::BodyError::not_json: return check(false, "it is JSON");
+    case nexus::BodyError::out_of_memory: return;
   }
 }
 
@@ -109,7 +110,8 @@ inline void model_list(std::string_view input) {
   std::vector<std::string> names;
   bool more = false;
   constexpr std::size_t kMost = 5;
-  const bool read = json_reader().read_models(copy.data(), input.size(), kMost, names, more);
+  const nexus::ModelList found = json_reader().read_models(copy.data(), input.size(), kMost, names, more);
+  const bool read = found == nexus::ModelList::read;
   check(names.size() <= kMost, "more names than asked for");
   for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");
   const auto body = plain_json::read(input);

@@ -44,6 +44,7 @@ struct Gateway::Nexus {
     peers.placement.loads = std::vector<nexus::WorkerLoad>(1);
     peers.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
       worker->post(Work::Page{session, std::make_shared<const std::string>("nexus_up 1\n"), kind});
+      return true;
     };
     worker = std::make_unique<Work>(net, shared, slab, nexus::Log(), 0, 7, snapshot, peers, net.now());
     peers.workers.push_back(worker.get());

@@ -89,8 +89,7 @@ class Audit {
   void check_blocked(LinkId id, Ns slack) {
     const Link& link = wire_.at(id);
     if (!link.live || !link.nexus_open || link.to_backend || link.blocked_since < 0) return;
-    // (Without memory for it, what a client was to get is given up: then nothing is blocked.)
-    if (ledger_.memory_faults || wire_.now() - link.blocked_since <= longest_write_ + slack) return;
+    if (wire_.now() - link.blocked_since <= longest_write_ + slack) return;
     ledger_.wrong("a client that takes nothing is held for %lld ms, write_timeout is %lld ms",
                   static_cast<long long>((wire_.now() - link.blocked_since) / kMillisecond),
                   static_cast<long long>(longest_write_ / kMillisecond));
@@ -120,6 +119,7 @@ class Audit {
       expect_zero("client connections", static_cast<std::int64_t>(worker->connections()));
       expect_zero("backend connections", static_cast<std::int64_t>(worker->upstreams()));
       expect_zero("armed timers", static_cast<std::int64_t>(worker->armed_timers()));
+      // Its scratch block stays.
       if (worker->taken_bytes() > kRoomyBlock) ledger_.wrong("at rest a worker holds %zu bytes", worker->taken_bytes());
     }
     std::int64_t clients = 0;
@@ -129,8 +129,7 @@ class Audit {
   }
 
   void check_closed() {
-    // A connection on its way to a worker that has ended meanwhile is closed with the process.
-    expect_zero("descriptors", static_cast<std::int64_t>(wire_.descriptors() - wire_.unwatched()));
+    expect_zero("descriptors", static_cast<std::int64_t>(wire_.descriptors()));
     expect_zero("bytes of the body budget", static_cast<std::int64_t>(gateway_.budget().used()));
   }
 
@@ -266,6 +265,7 @@ class Audit {
     if (!request.counted && request.kind != Request::Kind::completion && request.kind != Request::Kind::wrong) {
       return ledger_.wrong("r%u: counted, though it is no request", n);
     }
+    // Each attempt may arrive twice: over a kept connection that was found closed, and over a new one.
     if (request.attempts.size() > 2 * request.line_attempts) {
       return ledger_.wrong("r%u: %zu arrivals at backends of %u attempts", n, request.attempts.size(),
                            request.line_attempts);
@@ -280,7 +280,7 @@ class Audit {
   }
 
   void check_unanswered(const Request& request, unsigned n) {
-    if (request.client_left || ledger_.stopped || ledger_.draining || ledger_.memory_faults) return;
+    if (request.client_left || ledger_.stopped) return;
     if (request.line_cut) return;  // its connection was cut: a reset may throw away what was sent before
     ledger_.wrong("r%u: counted as %u (%s) and its client, still there, got nothing", n, request.line_status,
                   request.line_error.c_str());
@@ -288,7 +288,8 @@ class Audit {
 
   void check_answered(const Request& request, unsigned n) {
     const bool succeeded = request.line_error == "-";
-    if (request.line_status != request.status && !(may_have_left(request) && request.line_status == 499)) {
+    const bool may_have_left = request.client_left || ledger_.stopped;
+    if (request.line_status != request.status && !(may_have_left && request.line_status == 499)) {
       return ledger_.wrong("r%u: the client saw %u, counted is %u", n, request.status, request.line_status);
     }
     if (succeeded && request.status / 100 != 2) ledger_.wrong("r%u: %u counted as a success", n, request.status);
@@ -302,24 +303,21 @@ class Audit {
                       static_cast<unsigned long long>(request.line_bytes));
       }
       check_tokens(request, n);
-    } else if (!request.client_left && !request.line_cut && !ledger_.stopped && !ledger_.draining) {
-      // (After a drain a kept connection is closed at once: bytes that were pipelined behind make that a reset.)
+    } else if (!request.client_left && !request.line_cut && !ledger_.stopped) {
       ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
     }
     if (request.attempt >= 0 && request.backend != request.line_backend) {
       ledger_.wrong("r%u: answered by %s, counted for %s", n, request.backend.c_str(), request.line_backend.c_str());
     }
   }
-  // Where a client's connection fails for want of memory, Nexus counts it as one that left.
-  bool may_have_left(const Request& request) const {
-    return request.client_left || ledger_.memory_faults || ledger_.stopped;
-  }
   static std::size_t sent_bytes(const Request& request) { return request.received.size(); }
 
   void check_tokens(const Request& request, unsigned n) {
     if (request.attempt < 0 || request.status / 100 != 2) return;
     const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
-    if (attempt.prompt_tokens == kTokensUnsure || request.client_left || ledger_.memory_faults) return;
+    if (attempt.prompt_tokens == kTokensUnsure || request.client_left) return;
+    // Without memory for a usage that comes in two pieces it is not read; never is it read wrongly.
+    if (ledger_.memory_faults && request.line_prompt_tokens == -1 && request.line_completion_tokens == -1) return;
     if (attempt.prompt_tokens != request.line_prompt_tokens ||
         attempt.completion_tokens != request.line_completion_tokens) {
       ledger_.wrong("r%u: its backend told %lld tokens, counted are %lld", n,

@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <string>
 #include <string_view>
@@ -66,10 +67,13 @@ class Clients {
     // Linux lets what came before a reset be read; others throw it away.
     if (!dice_.one_in(4) && !client.gone_quiet) read(who, wire_.peer_view(id).size());
     if (client.link != id) return;
-    // A reset for the sake of a later request takes with it what was not read yet of the answers before.
-    if (client.waiting.size() > 1) leave_all(who);
+    // A reset for the sake of a later request, whose answer broke, takes with it what was not read yet of those before.
+    const auto is_cut = [&](std::size_t number) { return ledger_.requests[number].line_cut; };
+    if (std::any_of(client.waiting.begin(), client.waiting.end(), is_cut)) leave_all(who);
     end_visit(who, true);
   }
+  // Its connection broke where it can't see that yet.
+  void on_broken(std::uint32_t who) { leave_all(who); }
   void on_timer(std::uint32_t who, std::uint64_t value) {
     Client& client = clients_[who];
     if (value >> 8 != client.visits && (value & 0xff) != kVisit) return;  // of an earlier visit
@@ -200,9 +204,12 @@ class Clients {
     const std::size_t from = client.out.size();
     const bool alone = client.at_once == 1;
     const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
+    Request& request = ledger_.requests[made.number];
+    request.kept = client.answered;
+    request.pipelined = !client.waiting.empty();
     client.waiting.push_back(made.number);
     client.last_asked = client.last_asked || made.ends_connection;
-    if (ledger_.requests[made.number].expects_continue) {
+    if (request.expects_continue) {
       client.hold_at = from + made.head_bytes;
       set_timer(who, kSendBody, 50 * kMillisecond);
     }
@@ -358,8 +365,7 @@ class Clients {
   void finish_answer(std::uint32_t who) {
     Client& client = clients_[who];
     const bool interim = client.parser.status < 200;
-    const bool turned_away = client.parser.status == 503 && client.parser.count("X-Request-Id") == 0;
-    const bool closing = client.parser.close || turned_away;
+    const bool closing = client.parser.close;
     if (!interim && !client.waiting.empty()) {
       Request& request = ledger_.requests[client.waiting.front()];
       request.whole = true;

@@ -29,8 +29,7 @@ class Gateway {
   Gateway(Wire& wire, std::shared_ptr<const Settings> settings, std::uint32_t workers, std::uint64_t seed,
           Canary canary, LogRings& rings)
       : budget_(settings->server.body_memory_bytes),
-        admission_(
-            [this](std::uint32_t worker, Token session) { peers_.workers[worker]->post(SimWorker::Grant{session}); }),
+        admission_([this](std::uint32_t worker, Token session) { peers_.workers[worker]->grant(session); }),
         shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-51515151"} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
@@ -38,7 +37,7 @@ class Gateway {
     SnapshotPtr snapshot = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
     peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
-      control_->post(SimControl::AskPage{worker, session, kind});
+      return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
       Log log(&rings[i], log_config(settings->log, false));

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "every_failure.h"
 #include "simulation.h"
 
 namespace nexus::sim {
@@ -194,6 +195,17 @@ int print_traces(std::uint64_t from, std::uint64_t to, LogRings& rings) {
   }
 }
 
+Tally run_every_failure(LogRings& rings) {
+  Tally tally;
+  tally.began_cpu_ns = cpu_now();
+  const EveryFailure::Counts counts = EveryFailure(rings).run();
+  tally.seeds = counts.runs;
+  tally.failed = counts.failed;
+  std::printf("every failure: %llu runs, %llu went wrong, in %.1f s\n", static_cast<unsigned long long>(counts.runs),
+              static_cast<unsigned long long>(counts.failed), seconds(cpu_now() - tally.began_cpu_ns));
+  return tally;
+}
+
 int test(LogRings& rings) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   constexpr std::uint64_t kFixedSeeds = 100;  // each takes ten times as long
@@ -209,6 +221,9 @@ int test(LogRings& rings) {
   for (auto canary = 1; canary < static_cast<int>(Canary::count); ++canary) {
     count(is_noticed(static_cast<Canary>(canary), rings));
   }
+  const Tally every = run_every_failure(rings);
+  passed += static_cast<unsigned>(every.seeds - every.failed);
+  failed += static_cast<unsigned>(every.failed);
   const Tally tally = run_seeds(kFirst, kLast, rings, false);
   print(tally);
   print(tally.happened);
@@ -237,6 +252,11 @@ int main(int argc, char** argv) {
   const std::string_view what = argc >= 2 ? argv[1] : "";
   const bool traces = argc == 3 && what == "--traces";
   if (argc == 2 && what == "--test") return test(rings);
+  if (argc == 2 && what == "--failures") return run_every_failure(rings).failed == 0 ? 0 : 1;
+  if (argc == 5 && what == "--failure") {
+    const Failure failure{std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10), std::atoi(argv[4])};
+    return EveryFailure(rings).run_one(failure) ? 0 : 1;
+  }
   std::uint64_t first = 0;
   std::uint64_t last = 0;
   if ((argc != 2 && !traces) || !read_range(traces ? argv[2] : what, first, last) || (first > last && !traces)) {

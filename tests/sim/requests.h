@@ -50,9 +50,8 @@ class RequestMaker {
     constexpr std::string_view kPaths[] = {"/health",  "/v1/models", "/v1/models/m0", "/v1/stats", "/v1/models?x=y",
                                            "/metrics", "/"};
     request.kind = Request::Kind::page;
-    out.append("GET ")
-        .append(kPaths[dice_.index(std::size(kPaths))])
-        .append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
+    request.page = kPaths[dice_.index(std::size(kPaths))];
+    out.append("GET ").append(request.page).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
     out.append("Host: nexus\r\nAuthorization: Bearer sk-sim\r\n");
     write_id(out, id, http_1_0, keep_alive);
     out += "\r\n";
@@ -101,7 +100,7 @@ class RequestMaker {
       out.append("Authorization: Bearer sk-sim\r\n");
     write_id(out, id, http_1_0, keep_alive);
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
-    const bool chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
+    const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
     request.expects_continue = may_expect && !http_1_0 && dice_.chance(habits_.expect_continue);
     if (request.expects_continue) out.append("Expect: 100-continue\r\n");
     if (!chunked) {

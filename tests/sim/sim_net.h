@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "faults.h"
 #include "wire.h"
 
 namespace nexus::sim {
@@ -55,6 +56,7 @@ class SimNet {
 
   // Never blocks: the scheduler has looked at waiting() and the deadline before.
   std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
+    const Runs simulation(false);
     wait_until_ = deadline;
     slept_ = !woken_ && deadline > wire_.now();
     woken = woken || std::exchange(woken_, false);
@@ -77,6 +79,8 @@ class SimNet {
 
   static Socket listening_socket() { return Socket{kListenerFd}; }
   bool watch_listener(Socket socket, Token token) {
+    const Runs simulation(false);
+    if (call_fails(Call::watch_listener) != 0) return false;
     assert(socket.fd == kListenerFd);
     if (fails(wire_.weather.watch_fails)) return false;
     wire_.listener.watchers.emplace_back(loop_, token);
@@ -86,12 +90,15 @@ class SimNet {
 
   // Of the listener alone, as Nexus uses it.
   void unwatch(Socket socket) {
+    const Runs simulation(false);
     assert(socket.fd == kListenerFd);
     std::erase_if(wire_.listener.watchers, [this](const auto& watcher) { return watcher.first == loop_; });
   }
 
   Opened accept(Socket) {
+    const Runs simulation(false);
     Opened opened;
+    if (const int error = call_fails(Call::accept)) return fail(opened, error, outcome_of(error));
     if (wire_.listener.backlog.empty()) return fail(opened, EAGAIN, SocketOutcome::again);
     if (out_of_descriptors() || fails(wire_.weather.accept_fails)) return fail_somehow(opened);
     const LinkId id = wire_.listener.backlog.front();
@@ -107,7 +114,9 @@ class SimNet {
   }
 
   Opened connect(const Address& address) {
+    const Runs simulation(false);
     Opened opened;
+    if (const int error = call_fails(Call::connect)) return fail(opened, error, outcome_of(error));
     if (out_of_descriptors() || fails(wire_.weather.connect_fails)) return fail_somehow(opened);
     const ConnectFate fate = wire_.fate_of(address);
     if (fate.kind == ConnectFate::Kind::refused_at_once) return fail(opened, ECONNREFUSED, SocketOutcome::failed);
@@ -121,11 +130,15 @@ class SimNet {
   }
 
   int connect_error(Socket socket) {
+    const Runs simulation(false);
     Link& link = link_of(socket);
+    if (const int error = call_fails(Call::connect_error)) return error;
     return std::exchange(link.error, 0);
   }
 
   bool watch(Socket socket, Token token) {
+    const Runs simulation(false);
+    if (call_fails(Call::watch) != 0) return false;
     if (fails(wire_.weather.watch_fails)) return false;
     Link& link = link_of(socket);
     link.loop = static_cast<std::int32_t>(loop_);
@@ -135,11 +148,14 @@ class SimNet {
   }
 
   IoResult read(Socket socket, char* into, std::size_t bytes) {
+    const Runs simulation(false);
     Link& link = link_of(socket);
     const LinkId id = id_of(socket);
+    if (const int error = call_fails(Call::read)) return break_link(id, error);
     const std::size_t there = link.to_nexus.unread();
     if (there == 0) return read_nothing(link);
     const Weather& weather = wire_.weather;
+    // Behind a FIN or a reset nothing is still on its way that could come later.
     const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
     if (!plain && wire_.dice().chance(weather.eagain_read)) {
       wire_.edge_later(id);
@@ -160,8 +176,10 @@ class SimNet {
   }
 
   IoResult write(Socket socket, std::span<const iovec> parts) {
+    const Runs simulation(false);
     Link& link = link_of(socket);
     const LinkId id = id_of(socket);
+    if (const int error = call_fails(Call::write)) return break_link(id, error);
     if (link.error != 0) return {IoResult::Kind::failed, 0, std::exchange(link.error, 0)};
     if (link.reset_seen || link.nexus_shut) return {IoResult::Kind::failed, 0, EPIPE};
     if (!link.connected) return {IoResult::Kind::again, 0, 0};
@@ -186,6 +204,7 @@ class SimNet {
   }
 
   void shut_write(Socket socket) {
+    const Runs simulation(false);
     wire_.nexus_shuts(id_of(socket));
     wire_.note(5, id_of(socket));
   }
@@ -231,6 +250,15 @@ class SimNet {
 
   bool fails(Rate rate) { return wire_.dice().chance(rate); }
   bool out_of_descriptors() const { return wire_.descriptors() >= wire_.most_descriptors; }
+  static SocketOutcome outcome_of(int error) {
+    if (error == EMFILE) return SocketOutcome::no_descriptor;
+    return error == ENOMEM ? SocketOutcome::no_memory : SocketOutcome::failed;
+  }
+  // The call fails and the connection is good for nothing more, though its peer does not know.
+  IoResult break_link(LinkId id, int error) {
+    if (wire_.on_broken) wire_.on_broken(id);
+    return {IoResult::Kind::failed, 0, error};
+  }
   static Opened& fail(Opened& opened, int error, SocketOutcome outcome) {
     opened.error = error;
     opened.outcome = outcome;
@@ -313,6 +341,7 @@ class SimNet {
   }
 
   void close(Socket& socket, bool reset) {
+    const Runs simulation(false);
     if (!socket.open()) return;
     link_of(socket);
     const LinkId id = id_of(socket);

@@ -12,9 +12,9 @@
 
 #include "audit.h"
 #include "clients.h"
+#include "faults.h"
 #include "fleet.h"
 #include "gateway.h"
-#include "memory.h"
 #include "swarm.h"
 
 namespace nexus::sim {
@@ -28,28 +28,57 @@ struct Outcome {
   std::uint64_t turns = 0;
   Ns simulated_ns = 0;
   Happened happened;
+  std::uint32_t kinds = 0;  // a bit for each of kKinds that was among the requests
 };
+
+// What a small run must hold of each, to be worth its name.
+inline constexpr const char* kKinds[] = {"plain answer",
+                                         "stream",
+                                         "stream with usage added",
+                                         "chunked body",
+                                         "large body",
+                                         "alias",
+                                         "fallback",
+                                         "retry",
+                                         "wait in queue",
+                                         "client that leaves",
+                                         "kept connection",
+                                         "pipelined",
+                                         "expects",
+                                         "/metrics",
+                                         "/v1/models",
+                                         "/health",
+                                         "refusal"};
+constexpr std::uint32_t kAllKinds = (1u << std::size(kKinds)) - 1;
+
+enum class Scale : std::uint8_t { whole, small };
 
 class Simulation {
  public:
-  Simulation(std::uint64_t seed, Canary canary, LogRings& rings)
+  Simulation(std::uint64_t seed, Canary canary, LogRings& rings, Scale scale = Scale::whole)
       : dice_(seed),
-        swarm_(SwarmMaker(dice_).make()),
+        swarm_(scale == Scale::small ? SwarmMaker::make_small() : SwarmMaker(dice_).make()),
         settings_maker_(dice_),
         wire_(seed ^ 0x5eed, [this](const Address& address) { return connect_fate(address); }),
         ledger_(wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
-        settings_(settings_maker_.first(swarm_.gentle)),
+        settings_(scale == Scale::small ? settings_maker_.small() : settings_maker_.first(swarm_.gentle)),
         gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
         audit_(ledger_, gateway_, wire_),
         rings_(rings),
         loops_(gateway_.loops()) {
     wire_.on_ready = [this](std::uint32_t loop, LinkId link) { gateway_.net(loop).make_ready(link); };
+    wire_.on_broken = [this](LinkId link) {
+      if (wire_.at(link).to_backend) return;
+      clients_.on_broken(wire_.at(link).peer);
+      broken_ = link;
+      broken_life_ = wire_.at(link).generation;
+    };
     wire_.weather = swarm_.weather;
     wire_.most_descriptors = swarm_.most_descriptors;
     audit_.note_caps(*settings_);
-    ledger_.memory_faults = swarm_.memory_fails;
+    ledger_.memory_faults = swarm_.memory_fails || faults().failing_allocation > 0;
     ledger_.gentle = swarm_.gentle;
   }
 
@@ -73,6 +102,7 @@ class Simulation {
     outcome.turns = turns_;
     outcome.happened = audit_.happened;
     outcome.simulated_ns = wire_.now() - began;
+    outcome.kinds = kinds();
     return outcome;
   }
 
@@ -122,6 +152,39 @@ class Simulation {
     }
   }
 
+  std::uint32_t kinds() const {
+    std::uint32_t seen = 0;
+    for (const Request& request : ledger_.requests) {
+      const bool good = request.whole && request.status == 200 && request.attempt >= 0;
+      const bool added = good && request.attempts[static_cast<std::size_t>(request.attempt)].extra_bytes > 0;
+      const std::size_t body_bytes = request.sent_body.size();
+      const bool is[std::size(kKinds)] = {good && !request.event_stream,
+                                          good && request.event_stream && !added,
+                                          added,
+                                          good && request.chunked,
+                                          good && body_bytes > 20'000,
+                                          good && request.body.model[0] == 'a',
+                                          good && !request.fallback_model.empty(),
+                                          good && request.line_attempts > 1 && request.fallback_model.empty(),
+                                          false,
+                                          request.client_left,
+                                          good && request.kept,
+                                          good && request.pipelined,
+                                          good && request.expects_continue,
+                                          request.page == "/metrics",
+                                          request.page == "/v1/models",
+                                          request.page == "/health",
+                                          request.status / 100 == 4};
+      for (std::size_t i = 0; i < std::size(kKinds); ++i) seen |= (is[i] ? 1u : 0u) << i;
+    }
+    for (const auto& slab : gateway_.metrics().slabs()) {
+      HistogramValues<kDurationBounds> waits;
+      slab->thread().queue_wait.add_to(waits);
+      if (waits.count() > 0) seen |= 1u << 8;
+    }
+    return seen;
+  }
+
   // ---- phases ----
 
   void storm() {
@@ -152,6 +215,7 @@ class Simulation {
     for (const LinkId id : wire_.close_listener()) {
       if (wire_.at(id).live) clients_.on_reset(id);
     }
+    clients_.calm();
     deliver_all();
     clients_.end_all();
     audit_.check_counts();
@@ -159,9 +223,9 @@ class Simulation {
     if (ledger_.ok()) audit_.check_closed();
   }
 
-  // What is on its way arrives; nobody answers any more.
+  // What is on its way arrives, however slow the way is; nobody answers any more.
   void deliver_all() {
-    const Ns until = wire_.now() + kSecond;
+    const Ns until = wire_.now() + 60 * kSecond;
     while (ledger_.ok() && wire_.next_at() <= until) {
       wire_.advance(std::max(wire_.now(), wire_.next_at()));
       handle(wire_.step());
@@ -217,9 +281,13 @@ class Simulation {
     if (wire_.now() != turns_at_) turns_at_ = wire_.now(), turns_there_ = 0;
     if (++turns_there_ > kMostTurnsAtOnce) ledger_.wrong("a loop spins: %u turns without time moving on", turns_there_);
     {
-      const MemoryFaults faults(swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{}, wire_.dice());
+      faults().memory = swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{};
+      faults().dice = &wire_.dice();
+      const Runs nexus(true);
       gateway_.turn(loop);
     }
+    faults().dice = nullptr;
+    check_broken();
     // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
     state.settled = net.slept();
     if (state.settled) return;
@@ -229,6 +297,16 @@ class Simulation {
     state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) state.not_before += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  // A client's connection on which a call failed is good for nothing: it ends in the same turn.
+  void check_broken() {
+    if (broken_ == kNoLink) return;
+    const Link& link = wire_.at(broken_);
+    if (link.live && link.nexus_open && link.generation == broken_life_) {
+      ledger_.wrong("client %u: its connection is kept, though a call on it failed", link.peer);
+    }
+    broken_ = kNoLink;
   }
 
   // The caps as the servers see them; a reload would change which backend is where.
@@ -249,6 +327,7 @@ class Simulation {
     }
   }
 
+  // A loop that is late by so much looks at a deadline so much later; the wire's own times come on top, and a tick.
   Ns slack() const { return swarm_.late_by_ns + 2 * swarm_.turn_ns + 2 * swarm_.latency_ns + 100 * kMillisecond; }
 
   void handle(const Notice& notice) {
@@ -285,6 +364,8 @@ class Simulation {
   std::uint64_t turns_ = 0;
   Ns turns_at_ = 0;
   std::uint32_t turns_there_ = 0;
+  LinkId broken_ = kNoLink;  // a client's, in this turn
+  std::uint32_t broken_life_ = 0;
   bool calm_ = false;
 };
 

@@ -101,6 +101,28 @@ class SwarmMaker {
     return swarm;
   }
 
+  // A few requests of every kind, with what brings them to all of Nexus's ways, and no fault beside.
+  static Swarm make_small() {
+    Swarm swarm;
+    swarm.workers = 2;
+    swarm.clients = 3;
+    swarm.requests = 20;
+    swarm.latency_ns = 50 * kMicrosecond;
+    swarm.think_ns = 5 * kMillisecond;
+    swarm.weather.edge_delay_ns = kMillisecond;
+    swarm.manners.error_status = per_mille(150);
+    swarm.manners.slow = per_mille(300);
+    swarm.manners.large = per_mille(50);
+    Habits& habits = swarm.habits;
+    habits.pipelined = per_mille(300);
+    habits.chunked_body = per_mille(300);
+    habits.expect_continue = per_mille(100);
+    habits.page = per_mille(250);
+    habits.aborts_receiving = per_mille(80);
+    habits.large_body = per_mille(150);
+    return swarm;
+  }
+
  private:
   void make_gentle(Swarm& swarm) {
     swarm.gentle = true;
@@ -215,6 +237,36 @@ class SettingsMaker {
     routing();
     const std::uint32_t count = dice_.number(1, 4);
     for (std::uint32_t i = 0; i < count; ++i) add_backend();
+    return std::make_shared<const Settings>(settings_);
+  }
+
+  // One worker's backends are often full, a model has a fallback, another an alias; checks go on meanwhile.
+  std::shared_ptr<const Settings> small() {
+    settings_.server.idle_timeout_ns = settings_.upstream.idle_timeout_ns = 200 * kMillisecond;
+    settings_.server.write_timeout_ns = settings_.server.body_timeout_ns = kSecond;
+    settings_.log.level = LogLevel::warning;
+    settings_.log.access = "stderr";
+    settings_.health.interval_ns = 100 * kMillisecond;
+    settings_.health.timeout_ns = 50 * kMillisecond;
+    settings_.health.eject_after = 100;
+    settings_.routing.retries = 1;
+    settings_.queue.size = 5;
+    settings_.queue.timeout_ns = 2 * kSecond;
+    settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
+    settings_.fallbacks = {{"m1", {"m5"}}, {"m3", {"m5"}}};
+    const auto add = [this](std::uint32_t server, BackendKind kind, std::uint32_t cap,
+                            std::vector<std::string> models) {
+      BackendSettings backend;
+      backend.name = "b" + std::to_string(made_++);
+      backend.kind = kind;
+      backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
+      backend.max_pending = cap;
+      backend.models = std::move(models);
+      settings_.backends.push_back(std::move(backend));
+    };
+    add(0, BackendKind::ollama, 1, {});
+    add(1, BackendKind::vllm, 1, {"m0", "m1", "m2", "m3", "m4"});
+    add(2, BackendKind::openai, 0, {"m5"});
     return std::make_shared<const Settings>(settings_);
   }
 

@@ -260,13 +260,6 @@ class Wire {
       link.peer_wants_room = false;
     }
   }
-  // Connections that were accepted and that no loop took over.
-  std::size_t unwatched() const {
-    std::size_t found = 0;
-    for (const auto& link : links_)
-      found += link->live && link->nexus_open && link->loop < 0 && !link->to_backend ? 1 : 0;
-    return found;
-  }
 
   // ---- Nexus's side, for sim_net.h ----
 
@@ -279,6 +272,8 @@ class Wire {
 
   // Makes a loop look at a link, or at the listener.
   std::function<void(std::uint32_t loop, LinkId link)> on_ready;
+  // Told of a link on which a call of Nexus's failed for no reason of its peer's.
+  std::function<void(LinkId link)> on_broken;
 
   LinkId nexus_connects(const ConnectFate& fate) {
     const LinkId id = make_link(fate.shape);
