@@ -3,6 +3,7 @@
 // Promises: both show the same numbers; the machine, versions and date stand with them.
 // Leaves:   the chart to chart.mjs.
 import { execFileSync, spawnSync } from 'node:child_process';
+import fs from 'node:fs';
 import os from 'node:os';
 import { kNames } from './fleet.mjs';
 
@@ -82,5 +83,10 @@ export function page(results) {
     for (const row of part.rows) if (row.note) out.push(`- ${row.label}: ${row.note}`);
     if (part.rows.some((row) => row.note)) out.push('');
   }
-  return `${out.join('\n').trimEnd()}\n`;
+  return `${out.join('\n').trimEnd()}\n\n${remarks()}`;
+}
+
+// What people add to the figures of the machine that they were last measured on.
+function remarks() {
+  return fs.readFileSync(new URL('REMARKS.md', import.meta.url), 'utf8');
 }
