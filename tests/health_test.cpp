@@ -6,12 +6,12 @@
 #include <optional>
 #include <string>
 
-#include "hostile/script_net.h"
+#include "tests/hostile/script_net.h"
 
-namespace nexus {
-namespace {
-
+using namespace nexus;
 using hostile::ScriptNet;
+
+namespace {
 
 // One probe of a backend that answers as it is told, a connection after the other.
 struct Probing {
@@ -73,4 +73,3 @@ TEST_CASE("a list of models that is too large to be read is one that is cut, an 
 }
 
 }  // namespace
-}  // namespace nexus
