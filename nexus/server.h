@@ -38,7 +38,7 @@ constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
 constexpr Ns kFarewellTime = kSecond;             // of a drain: kept connections get to see our FIN
-constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a new connection's request may be on its way
+constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a request may be on its way, or begun
 
 template <class Net>
 class Worker {
@@ -578,8 +578,8 @@ class Worker {
     if (in_flight_ > 0 || drained_for < kHandOverTime) return false;
     bool owed = false;
     sessions_.each([&](SessionT& session) {
-      const bool idle = session.state == State::reading_head && session.input.empty();
-      owed |= !idle || (!session.asked && drained_for < kFirstRequestTime);
+      const bool coming = !session.asked || !session.input.empty();  // a request may be, or is: not for ever
+      owed |= session.state != State::reading_head || (coming && drained_for < kFirstRequestTime);
     });
     return !owed;
   }
