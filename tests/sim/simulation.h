@@ -175,7 +175,11 @@ class Simulation {
                                           request.page == "/v1/models",
                                           request.page == "/health",
                                           request.status / 100 == 4};
-      for (std::size_t i = 0; i < std::size(kKinds); ++i) seen |= (is[i] ? 1u : 0u) << i;
+      std::uint32_t bit = 1;
+      for (const bool one : is) {
+        if (one) seen |= bit;
+        bit <<= 1;
+      }
     }
     for (const auto& slab : gateway_.metrics().slabs()) {
       HistogramValues<kDurationBounds> waits;
