@@ -340,7 +340,7 @@ group('queue', () => {
     let good = false;
     const answer = (...args) => (good ? act(...args) : fails_with(500)(...args));
     const fleet = await start_fleet(t, { sick: { answer, ...capped(1, { priority: 1 }) }, held: capped(1, { priority: 2 }) },
-                                    { routing: { strategy: 'priority' }, queue: { size: 50, timeout: `${10 * settings.slow}s` }, health: { eject_after: 1, eject_time: `${400 * settings.slow}ms` } });
+                                    { routing: { strategy: 'priority' }, queue: { size: 50, timeout: `${10 * settings.slow}s` }, health: { eject_after: 1, eject_time: `${1_500 * settings.slow}ms` } });
     add_gate(fleet.mocks.held);
     const first = await fleet.send('m1', { held: true });   // fails on `sick`, which is ejected for it
     await fleet.mocks.held.request(1);
