@@ -110,11 +110,11 @@ class HeadScan {
     fed_ = bytes;
     if (error == HPE_OK) return {};
     if (error == HPE_PAUSED) {
+      if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
       HeadResult done{HeadResult::Status::done, HeadError::none, {}, 0};
       done.head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
       return done;
     }
-    if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
     const char* reason = llhttp_get_error_reason(&parser_);
     return refuse(HeadError::malformed, reason == nullptr ? "not HTTP/1.1" : reason);
   }
@@ -159,7 +159,8 @@ class HeadScan {
     scan.text_bytes_ += static_cast<std::uint32_t>(bytes);
     return 0;
   }
-  // A name may come in pieces; values are found by check_lines(), which would have to look at them anyway.
+  // A name may come in pieces; values are found by check_lines(), which would have to look at them anyway. Fields too
+  // many are told at the head's end: a piece of a name can't be told from the beginning of what is none.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
     FieldTable& fields = *scan.fields_;
@@ -173,7 +174,7 @@ class HeadScan {
     }
     if (fields.count == kMaxFields) {
       scan.overflow_ = true;
-      return -1;
+      return 0;
     }
     fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     return 0;

@@ -416,6 +416,14 @@ TEST_CASE("a head has at most kMaxFields fields") {
   }
 }
 
+TEST_CASE("a field too many whose name is none is malformed, however it is cut") {
+  std::string lines;
+  for (std::size_t i = 1; i < nexus::kMaxFields; ++i) lines += "a:\r\n";
+  const auto read = read_request(post(lines + "na me: y\r\n"));
+  CHECK(read.result.error == HeadError::malformed);
+  CHECK(read_response(answer("a:\r\n" + lines + "na me: y\r\n")).result.error == HeadError::malformed);
+}
+
 TEST_CASE("a name is as long as it is, also where its length wraps around") {
   for (const std::size_t bytes : {255u, 256u, 257u, 65535u, 65536u, 65550u}) {
     const std::string name(bytes, 'n');
