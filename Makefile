@@ -50,7 +50,8 @@ endif
 
 WARNINGS := -Wall -Wextra -Wconversion -Werror
 INCLUDES := -I. -isystem $(SIMDJSON) -isystem /usr/share/include -isystem /usr/share/include/llhttp
-CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread $(INCLUDES) $(CXXFLAGS)
+# simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
+CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(LDFLAGS)
 LDLIBS := -lcares

@@ -3,7 +3,8 @@
 # ---- unit tests ------------------------------------------------------------------------------------------------------
 
 # Compiled several to one object, for most of what a test costs is the headers that all of them read; `make unit-text`
-# compiles tests/text_test.cpp alone. Tests that do much are optimised: for the others it takes longer than it saves.
+# compiles tests/text_test.cpp alone. Tests that do much are optimised, a little: for the others it takes longer
+# than it saves.
 UNIT_MUCH := $(wildcard $(addprefix tests/,bytes_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_test.cpp))
 UNIT_LITTLE := $(filter-out tests/main_test.cpp $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
 JOINED := $(addprefix $(B)/obj/tests/joined/,much little1 little2 little3)
@@ -26,6 +27,7 @@ $(addprefix $(B)/alone/,fuzz_corpus hostile_answers hostile_requests): $(B)/obj/
 
 $(B)/obj/tests/%_test.o $(B)/obj/tests/joined/%.o: LEVEL := -O0
 $(B)/obj/tests/main_test.o $(B)/obj/tests/joined/much.o $(UNIT_MUCH:%.cpp=$(B)/obj/%.o): LEVEL := -O1
+$(B)/obj/tests/hostile/gateway.o $(B)/obj/tests/sim/main.o: LEVEL := -O1
 
 every_third = $(shell printf '%s\n' $(UNIT_LITTLE) | sed -n '$(1)~3p')
 $(B)/obj/tests/joined/much.cpp: $(UNIT_MUCH)

@@ -342,7 +342,7 @@ group('backend failures', () => {
 
   test('an answer that comes before the body is sent whole tells no wrong latency: the fast backend stays preferred', async (t) => {
     const fast = await start_backend(t);
-    const slow = await start_backend(t, { answer: async (request, reply, self) => { await sleep(60); return answer_plainly(request, reply, self); } });
+    const slow = await start_backend(t, { answer: async (request, reply, self) => { await sleep(500); return answer_plainly(request, reply, self); } });
     const body = JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) }));
     const accept = fast.accept.bind(fast);
     let early = 0;
