@@ -141,14 +141,14 @@ run: $(B)/nexus
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-# Its programs, the unit tests and the simulation, are built in tests/tests.mk.
+# Its other programs, the unit tests and the simulation, are built beside the end-to-end tests, as tests/tests.mk says.
 .PHONY: test
 $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-packages
 	cd tests && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
-test: $(B)/nexus $(B)/sim $(B)/unit_tests $(DEPS)/test-modules $(DEPS)/peer-packages
-	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
+test: $(B)/nexus $(B)/obj/tests/sim/main.o $(DEPS)/test-modules $(DEPS)/peer-packages
+	@MAKE='$(MAKE)' NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------
 

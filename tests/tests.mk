@@ -7,7 +7,7 @@
 # than it saves.
 UNIT_MUCH := $(wildcard $(addprefix tests/,bytes_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_test.cpp))
 UNIT_LITTLE := $(filter-out tests/main_test.cpp $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
-JOINED := $(addprefix $(B)/obj/tests/joined/,much little1 little2 little3)
+JOINED := $(addprefix $(B)/obj/tests/joined/,much little)
 UNIT_OBJECTS := $(B)/obj/tests/hostile/gateway.o $(JOINED:=.o) $(B)/obj/tests/main_test.o
 
 .PHONY: unit unit-%
@@ -29,11 +29,8 @@ $(B)/obj/tests/%_test.o $(B)/obj/tests/joined/%.o: LEVEL := -O0
 $(B)/obj/tests/main_test.o $(B)/obj/tests/joined/much.o $(UNIT_MUCH:%.cpp=$(B)/obj/%.o): LEVEL := -O1
 $(B)/obj/tests/hostile/gateway.o $(B)/obj/tests/sim/main.o: LEVEL := -O1
 
-every_third = $(shell printf '%s\n' $(UNIT_LITTLE) | sed -n '$(1)~3p')
 $(B)/obj/tests/joined/much.cpp: $(UNIT_MUCH)
-$(B)/obj/tests/joined/little1.cpp: $(call every_third,1)
-$(B)/obj/tests/joined/little2.cpp: $(call every_third,2)
-$(B)/obj/tests/joined/little3.cpp: $(call every_third,3)
+$(B)/obj/tests/joined/little.cpp: $(UNIT_LITTLE)
 $(JOINED:=.cpp): tests/join.sh $(B)/joined
 	@mkdir -p $(@D)
 	@tests/join.sh $(filter %.cpp,$^) >$@
