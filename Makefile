@@ -148,7 +148,7 @@ $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-
 	@touch $@
 
 test: $(B)/nexus $(B)/obj/tests/sim/main.o $(DEPS)/test-modules $(DEPS)/peer-packages
-	@MAKE='$(MAKE)' NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
+	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------
 

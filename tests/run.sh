@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs the whole suite against a built daemon, builds the other programs on its way, and closes with one line: "N passed, N failed" (and ", N skipped").
+# Runs the whole suite against a built daemon, and builds the other programs on its way. Closes with one line:
+# "N passed, N failed" (and ", N skipped").
 # usage: tests/run.sh BUILD_DIRECTORY [unit test arguments] -- [end-to-end arguments]
 # A part that crashes or says no figures counts as one failure, so that silence can't pass for success.
 set -uo pipefail
@@ -73,7 +74,7 @@ told() {
 # Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so the other
 # programs are compiled beside them; and those of them that mostly wait go beside these programs.
 end_to_end=("${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@")
-in_background nice -n 19 "${MAKE:-make}" -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests" "$build/sim"
+in_background nice -n 19 make -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests" "$build/sim"
 counted "end-to-end tests" "${end_to_end[@]}" --part other
 wait "$background" || told $? "$said"
 
