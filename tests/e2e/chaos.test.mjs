@@ -145,7 +145,7 @@ group('chaos', () => {
   test('a backend that stops (SIGSTOP) under load loses no request that had not begun, and serves again when it goes on', { limit_ms: 40_000 }, async (t) => {
     const fleet = await start_fleet(t, { stops: { child: {} }, good: {} }, {
       routing: { strategy: 'round_robin' }, upstream: { first_byte_timeout: ms(300), stall_timeout: ms(300) },
-      health: { interval: ms(100), timeout: ms(150), failures: 2, recoveries: 1, eject_after: 3, eject_time: ms(150) },
+      health: { interval: ms(100), timeout: ms(400), failures: 2, recoveries: 1, eject_after: 3, eject_time: ms(150) },
     });
     fleet.moved = true;
     // A stream on each, begun.

@@ -4,6 +4,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { assert, chat, conf_text, free_port, get, group, kill_at_end, post, run_nexus, settings, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { run_to_end } from './prometheus.mjs';
 
 const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
 
@@ -239,9 +240,9 @@ group('demo', () => {
     assert.equal(lines.length, 3, output);
     if (spawnSync('curl', ['--version']).error) t.skip('curl is not installed');
     for (const line of lines) {
-      const r = spawnSync('sh', ['-c', line], { encoding: 'utf8', timeout: 15_000 * settings.slow });
-      assert.equal(r.status, 0, `${line}: ${r.stderr}`);
-      assert.ok(r.stdout.length > 20 && !r.stdout.includes('"error"'), `${line} gave ${r.stdout}`);
+      const r = await run_to_end('sh', ['-c', line], { ms: 15_000 });
+      assert.equal(r.status, 0, `${line}: ${r.output}`);
+      assert.ok(r.output.length > 20 && !r.output.includes('"error"'), `${line} gave ${r.output}`);
     }
     child.kill('SIGTERM');
     assert.equal(await within(5_000, exited, 'the demo to end'), 0);

@@ -81,7 +81,9 @@ export class RawClient {
   write(data) { return this.socket.write(data); }
   send(method, path, headers = {}, body = null) {
     this.method = method;
-    return this.write(request_bytes(method, path, headers, body));
+    if (!Buffer.isBuffer(body) || body.length < 100_000) return this.write(request_bytes(method, path, headers, body));
+    this.write(request_bytes(method, path, headers, body, '1.1', false));   // a large one is not copied
+    return this.write(body);
   }
   half_close() { this.socket.end(); }
   reset() { this.socket.resetAndDestroy(); }
@@ -205,7 +207,7 @@ function finish_response(head, body, framing) {
 }
 
 // headers: an object, or a list of [name, value] where order or repetition matters. Host is added unless given (or null).
-export function request_bytes(method, path, headers = {}, body = null, version = '1.1') {
+export function request_bytes(method, path, headers = {}, body = null, version = '1.1', with_body = true) {
   const list = Array.isArray(headers) ? [...headers] : Object.entries(headers);
   const names = list.map(([n]) => n.toLowerCase());
   if (!names.includes('host')) list.unshift(['Host', 'nexus.test']);
@@ -214,7 +216,8 @@ export function request_bytes(method, path, headers = {}, body = null, version =
     list.push(['Content-Length', String(bytes.length)]);
   }
   const lines = list.filter(([, v]) => v !== null).map(([n, v]) => `${n}: ${v}\r\n`).join('');
-  return Buffer.concat([Buffer.from(`${method} ${path} HTTP/${version}\r\n${lines}\r\n`, 'latin1'), bytes]);
+  const head = Buffer.from(`${method} ${path} HTTP/${version}\r\n${lines}\r\n`, 'latin1');
+  return with_body ? Buffer.concat([head, bytes]) : head;
 }
 
 export function chunked_bytes(body, sizes, { extension = '', trailers = '' } = {}) {

@@ -202,7 +202,7 @@ group('limits', () => {
   test('many big bodies never take more memory than body_memory allows', { limit_ms: 60_000 }, async (t) => {
     const { nexus } = await pair(t, {}, { server: { max_body: '4M', body_memory: '16M' } });
     const before = nexus.rss_bytes();
-    const body = JSON.stringify(chat('m1', { pad: 'x'.repeat(3 << 20) }));
+    const body = Buffer.from(JSON.stringify(chat('m1', { pad: 'x'.repeat(3 << 20) })));
     const seen = await Promise.all(Array.from({ length: 40 }, async () => {
       const r = await post(nexus.port, path, body, { ms: 30_000 }).catch((error) => ({ status: error.message }));
       return r.status;
@@ -316,7 +316,7 @@ group('backend failures', () => {
 
   test('a backend that answers before the body is sent whole is passed on, and its connection is not used again', async (t) => {
     const backend = await start_backend(t);
-    const body = JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) }));
+    const body = Buffer.from(JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) })));
     const accept = backend.accept.bind(backend);
     let early = 0;
     backend.accept = (socket) => {
@@ -343,7 +343,7 @@ group('backend failures', () => {
   test('an answer that comes before the body is sent whole tells no wrong latency: the fast backend stays preferred', async (t) => {
     const fast = await start_backend(t);
     const slow = await start_backend(t, { answer: async (request, reply, self) => { await sleep(500); return answer_plainly(request, reply, self); } });
-    const body = JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) }));
+    const body = Buffer.from(JSON.stringify(chat('m1', { pad: 'x'.repeat(8 << 20) })));
     const accept = fast.accept.bind(fast);
     let early = 0;
     fast.accept = (socket) => {

@@ -359,7 +359,7 @@ group('routing', () => {
 
   // ---- a large body ----
 
-  test('a 20 MB image prompt fails over like a small one, with its model changed in it', { limit_ms: 40_000 }, async (t) => {
+  test('a 20 MB image prompt fails over like a small one, with its model changed in it', { limit_ms: 40_000, serial: true }, async (t) => {
     const url = `data:image/png;base64,${'iVBORw0KGgo0'.repeat(Math.ceil((20 << 20) / 12))}`;
     const more = { messages: [{ role: 'user', content: [{ type: 'image_url', image_url: { url } }, { type: 'text', text: 'what is it?' }] }], max_tokens: 5 };
     // a: reads all, then 500. b: resets in the middle of the body. c: answers 429 without reading on. d, under another name: serves.

@@ -6,6 +6,7 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
 
 const tests = [];
 let current_group = '';
@@ -34,12 +35,14 @@ class Skip extends Error {}
 
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
-// Rejects with `what` if `promise` is not settled after `ms` (times the slowness of the build).
+// Rejects with `what` if `promise` is not settled after `ms` (times the slowness of the build). Timers come before sockets
+// where this process was held up, so what has come meanwhile is looked at before the verdict.
 export function within(ms, promise, what) {
   let timer;
   const late = new Promise((_, fail) => {
-    timer = setTimeout(() => fail(new Error(`${typeof what === 'function' ? what() : what}: not within ${ms * settings.slow} ms`)),
-                       ms * settings.slow);
+    timer = setTimeout(() => {
+      timer = setTimeout(() => fail(new Error(`${typeof what === 'function' ? what() : what}: not within ${ms * settings.slow} ms`)), 20);
+    }, ms * settings.slow);
   });
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
@@ -95,6 +98,8 @@ class Context {
 
 async function run_one(t) {
   const context = new Context(t.name);
+  const delay = monitorEventLoopDelay({ resolution: 10 });
+  delay.enable();
   let failure = null;
   let skipped = null;
   const started = Date.now();
@@ -104,6 +109,8 @@ async function run_one(t) {
     if (error instanceof Skip) skipped = error.message;
     else failure = error;
   }
+  delay.disable();
+  if (delay.max > 100e6) context.notes.push(() => `the tests' own process was held up for up to ${Math.round(delay.max / 1e6)} ms`);
   const notes = failure ? context.notes.map((note) => note()).filter(Boolean) : [];
   for (const undo of context.undo.reverse()) {
     try {
