@@ -250,15 +250,17 @@ class Control {
                        [](const Registry::Backend& backend) { return backend.health == Health::unknown; });
   }
 
+  // All have it before the first is woken: a woken one may run at once, in place of this thread.
   void publish() {
     const bool published = guarded([&] {
       const SnapshotPtr snapshot = make_snapshot();
       for (Worker<Net>* worker : workers_) {
         auto local = std::make_unique<LocalSnapshot>(LocalSnapshot{snapshot, 0});
-        const auto posted = worker->post(typename Worker<Net>::NewSnapshot{std::move(local)});
+        const auto posted = worker->put(typename Worker<Net>::NewSnapshot{std::move(local)});
         if (posted == Worker<Net>::Posted::no_memory) throw std::bad_alloc();
       }
     });
+    for (Worker<Net>* worker : workers_) worker->wake();
     dirty_ = !published;
     hold_until_ns_ = published ? 0 : now_ + kTryAgain;
   }

@@ -3,9 +3,10 @@
 // Promises: messages arrive in the order in which each sender posted them; post() says when the receiver must be woken,
 //           and where memory was too short to post anything.
 // Leaves:   waking to the sender (net's wake()), meaning to the receiver.
-// Threads:  post(): any. take() and close_if_empty(): the owner's.
+// Threads:  post(): any. The others: the owner's.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <new>
@@ -32,14 +33,19 @@ class Mailbox {
     } catch (const std::bad_alloc&) {
       return Posted::no_memory;
     }
+    any_.store(true, std::memory_order_release);
     return messages_.size() == 1 ? Posted::first : Posted::behind_others;
   }
+
+  // Without waiting for whoever posts.
+  bool has_any() const { return any_.load(std::memory_order_acquire); }
 
   // Moves all messages to `out`, which is emptied first.
   void take(std::vector<Message>& out) {
     out.clear();
     const std::lock_guard lock(mutex_);
     out.swap(messages_);
+    any_.store(false, std::memory_order_relaxed);
   }
 
   // False where a message is there. From then on none is taken any more.
@@ -53,6 +59,7 @@ class Mailbox {
   std::mutex mutex_;
   std::vector<Message> messages_;
   bool closed_ = false;
+  std::atomic<bool> any_{false};
 };
 
 }  // namespace nexus

@@ -80,10 +80,13 @@ class Worker {
   // Any thread. It is posted, or memory is too short, or this worker has ended.
   using Posted = typename Mailbox<Message>::Posted;
   Posted post(Message message) noexcept {
-    const Posted posted = mailbox_.post(std::move(message));
+    const Posted posted = put(std::move(message));
     if (posted == Posted::first) core_.net.wake();
     return posted;
   }
+  // The same, but whoever puts it there sees to wake().
+  Posted put(Message message) noexcept { return mailbox_.post(std::move(message)); }
+  void wake() noexcept { core_.net.wake(); }
   // Any thread, from whatever frees a place: it can't fail.
   void grant(Token session) noexcept {
     if (post(Grant{session}) != Posted::no_memory) return;
@@ -103,10 +106,11 @@ class Worker {
     const std::size_t count = core_.net.wait(events_, deadline, woken);
     core_.now = core_.net.now();
     const Ns turn_began = core_.now;
+    // First, and unasked: who was told by another worker that a backend is healthy must not hear the contrary here.
+    if (mailbox_.has_any()) take_messages();
     for (std::size_t i = 0; i < count; ++i) dispatch(events_[i]);
     call_again();
     core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
-    if (woken) take_messages();
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) look_for_grants();
     if (core_.draining && is_drained()) end_drain();
     core_.slab.loop_stall(core_.net.now() - turn_began);
@@ -639,7 +643,10 @@ class Worker {
   // The client's connection ended or broke.
   [[gnu::cold]] void client_gone(SessionT& session) {
     if (session.exchange.active()) session.exchange.client_left();
-    if (session.exchange.active()) return arm(session, session.exchange.deadline());  // it is not counted yet
+    if (session.exchange.active()) {  // it is not counted yet
+      session.state = State::exchanging;
+      return arm(session, session.exchange.deadline());
+    }
     if (session.exchange.state() == Exchange<Net>::State::over) {
       in_flight_ -= 1;
       if (session.exchange.cut()) session.connection.reset(core_.net);

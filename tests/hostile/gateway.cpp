@@ -37,9 +37,7 @@ struct Gateway::Nexus {
         budget(64u << 20),
         shared{metrics, ejector, admission, budget, in_flight, "nexus-00c0ffee"},
         slab(metrics.add_slab()) {
-    registry.configure(settings_of(options));
-    auto snapshot = registry.snapshot();
-    snapshot->models_page = nexus::render_models(*snapshot);
+    const auto snapshot = configure(options);
     backend_id = snapshot->backends[0].id;
     peers.placement.loads = std::vector<nexus::WorkerLoad>(1);
     peers.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
@@ -48,6 +46,13 @@ struct Gateway::Nexus {
     };
     worker = std::make_unique<Work>(net, shared, slab, nexus::Log(), 0, 7, snapshot, peers, net.now());
     peers.workers.push_back(worker.get());
+  }
+
+  std::shared_ptr<nexus::Snapshot> configure(const GatewayOptions& options) {
+    registry.configure(settings_of(options));
+    auto snapshot = registry.snapshot();
+    snapshot->models_page = nexus::render_models(*snapshot);
+    return snapshot;
   }
 
   nexus::Metrics metrics;
@@ -97,6 +102,11 @@ void Gateway::settle() {
     if (!backend_step()) return;
     if (rounds == 100'000) throw std::logic_error("the story has no end");
   }
+}
+
+void Gateway::reload_unnoticed(const GatewayOptions& options) {
+  auto snapshot = std::make_unique<nexus::LocalSnapshot>(nexus::LocalSnapshot{nexus_->configure(options), 0});
+  nexus_->worker->put(Work::NewSnapshot{std::move(snapshot)});
 }
 
 void Gateway::pass(Ns span) {

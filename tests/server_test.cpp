@@ -1,0 +1,29 @@
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "tests/hostile/gateway.h"
+
+using namespace hostile;
+
+namespace {
+
+const std::string kBody = R"({"model":"m"})";
+const std::string kPost =
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: " + std::to_string(kBody.size()) + "\r\n\r\n" +
+    kBody;
+
+}  // namespace
+
+// One worker may have told a client of it already, which then comes to this one.
+TEST_CASE("a new configuration holds for the request whose turn it is, also where nobody has woken the worker yet") {
+  Gateway gateway;
+  Link& client = gateway.connect();
+  gateway.send(client, kPost);
+  CHECK(client.outgoing.starts_with("HTTP/1.1 200"));
+  const std::size_t answered = client.outgoing.size();
+  gateway.reload_unnoticed({.keys = true});
+  gateway.net.send(client, kPost);
+  gateway.settle();
+  CHECK(client.outgoing.substr(answered).starts_with("HTTP/1.1 401"));
+}
