@@ -31,9 +31,9 @@ constexpr std::uint8_t kDrainTimerKind = 5;  // of a Token
 
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::size_t kMostReadBytes = 128u << 10;  // still in the processor's cache when it is looked at
-// Before others get their turn. A turn may come by an event and by call_again(): half a megabyte in all, which even the
-// most awkward JSON does not make longer than some 3 ms.
-constexpr std::uint32_t kClientReadsPerTurn = 2;
+// Before others get their turn. A turn may come by an event and by call_again(): a quarter of a megabyte in all, for
+// which even the most awkward JSON takes no more than some 3 ms, also on a slow machine.
+constexpr std::uint32_t kClientReadsPerTurn = 1;
 constexpr std::size_t kMaxLingerBytes = 64u << 20;  // a refused body on its way: reading it away costs little
 constexpr Ns kLingerTime = 5 * kSecond;
 constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing a connection over
