@@ -159,7 +159,7 @@ lint:
 	@CLANG_FORMAT='$(CLANG_FORMAT)' tools/lint.sh
 
 format:
-	$(CLANG_FORMAT) -i $(wildcard nexus.cpp nexus/*.h tests/*.h tests/*.cpp bench/*.h bench/*.cpp)
+	@$(CLANG_FORMAT) -i $$(git ls-files "*.h" "*.cpp")
 
 # Keeps build/deps, which came over the network; `rm -r build` removes that too.
 clean:

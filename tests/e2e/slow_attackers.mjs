@@ -1,16 +1,19 @@
 // slow_attackers.mjs: clients that hold on to what they get, in a process of their own so that their work is not taken
-// for Nexus's slowness. Its argument is { port, heads, bodies, readers, drip_ms } as JSON. It tells its parent `attacking`
-// once all are connected; `over` with how each dripping one ended once they all have; and, told `look`, how each reader did.
+// for Nexus's slowness. Its argument is { port, heads, bodies, readers, pagers, drip_ms } as JSON: readers take nothing of
+// a stream, pagers nothing of many pages. It tells its parent `attacking` once all are connected; `over` with how each
+// dripping one ended once they all have; and, told `look`, how each reader did.
 import net from 'node:net';
 
-const { port, heads, bodies, readers, drip_ms } = JSON.parse(process.argv[2]);
+const { port, heads, bodies, readers, pagers, drip_ms } = JSON.parse(process.argv[2]);
 const post = 'POST /v1/chat/completions HTTP/1.1\r\nHost: nexus.test\r\nContent-Type: application/json\r\n';
 const stream = JSON.stringify({ model: 'm1', stream: true, flood: true, messages: [{ role: 'user', content: 'Hi' }] });
 const opening = {
   head: `${post}X-Slow: `,
   body: `${post}Content-Length: 20000\r\n\r\n{"model":"m1","messages":"`,
   reader: `${post}Content-Length: ${stream.length}\r\n\r\n${stream}`,
+  pager: 'GET /v1/models HTTP/1.1\r\nHost: nexus.test\r\n\r\n'.repeat(40),
 };
+const reads = (kind) => kind !== 'reader' && kind !== 'pager';
 
 function attack(kind) {
   return new Promise((done) => {
@@ -20,7 +23,7 @@ function attack(kind) {
     socket.on('error', (error) => { attacker.error = error.code; });
     socket.on('connect', () => {
       attacker.began = performance.now();
-      if (kind === 'reader') socket.pause();
+      if (!reads(kind)) socket.pause();
       socket.write(opening[kind]);
       done(attacker);
     });
@@ -32,25 +35,25 @@ function attack(kind) {
       socket.on('end', end);
       socket.on('close', end);
     });
-    if (kind !== 'reader') socket.on('data', (data) => { attacker.text += data.toString('latin1'); });
+    if (reads(kind)) socket.on('data', (data) => { attacker.text += data.toString('latin1'); });
   });
 }
 
-const kinds = [...Array(heads).fill('head'), ...Array(bodies).fill('body'), ...Array(readers).fill('reader')];
+const kinds = [...Array(heads).fill('head'), ...Array(bodies).fill('body'), ...Array(readers).fill('reader'), ...Array(pagers).fill('pager')];
 const attackers = [];
 const drip = setInterval(() => {
-  for (const a of attackers) if (a.kind !== 'reader' && !a.ended) a.socket.write('x');
+  for (const a of attackers) if (reads(a.kind) && !a.ended) a.socket.write('x');
 }, drip_ms);
 for (let i = 0; i < kinds.length; i += 100) attackers.push(...await Promise.all(kinds.slice(i, i + 100).map(attack)));
 process.send({ attacking: attackers.length });
 
-const dripping = attackers.filter((a) => a.kind !== 'reader');
+const dripping = attackers.filter((a) => reads(a.kind));
 await Promise.all(dripping.map((a) => a.over));
 clearInterval(drip);
 process.send({ over: dripping.map(({ kind, began, ended, text }) => ({ kind, lasted_ms: ended - began, status: Number(text.slice(9, 12)), text: text.slice(0, 600) })) });
 
 process.on('message', async () => {
-  const reading = attackers.filter((a) => a.kind === 'reader');
+  const reading = attackers.filter((a) => !reads(a.kind));
   for (const a of reading) {
     a.bytes = 0;
     a.tail = '';
@@ -61,6 +64,6 @@ process.on('message', async () => {
     a.socket.resume();
   }
   await Promise.all(reading.map((a) => a.over));
-  process.send({ readers: reading.map(({ error, bytes, tail }) => ({ error, bytes, tail })) });
+  process.send({ readers: reading.map(({ kind, error, bytes, tail }) => ({ kind, error, bytes, tail })) });
 });
 process.on('disconnect', () => process.exit(0));

@@ -48,9 +48,9 @@ class Gateway {
 
   Link& connect();
   void send(Link& client, std::string_view bytes);
-  void settle();       // turns until nothing more happens; the backend answers what is whole
+  void settle();  // turns until nothing more happens; the backend answers what is whole
   void reload_unnoticed(const GatewayOptions& options);  // what the worker goes by has changed, and nobody woke it
-  void pass(Ns span);  // lets time pass until the far end's patience is at its end
+  void pass(Ns span);                                    // lets time pass until the far end's patience is at its end
 
   std::vector<rfc9112::Reading> backend_saw() const;  // all that was written to the backend, one reading a connection
   std::size_t backend_links() const;
