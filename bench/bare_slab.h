@@ -28,7 +28,7 @@ struct BareHistogram {
   }
 };
 
-class BareSlab {
+class alignas(kCacheAlign) BareSlab {
  public:
   BareSlab(std::size_t models, std::size_t backends)
       : backends_count_(backends), pairs_(models * backends), backends_(backends), errors_(models) {}
@@ -52,14 +52,14 @@ class BareSlab {
   }
 
  private:
-  struct alignas(64) Pair {
+  struct alignas(kCacheAlign) Pair {
     std::array<std::uint64_t, 8> statuses{};
     BareHistogram<kDurationBounds> duration;
     BareHistogram<kTokenBounds> prompt, completion;
     BareHistogram<kFirstTokenBounds> first_token;
     BareHistogram<kPerTokenBounds> per_token;
   };
-  struct alignas(64) Backend {
+  struct alignas(kCacheAlign) Backend {
     std::uint64_t pending = 0, without_usage = 0;
     std::array<std::uint64_t, 8> attempts{};
   };

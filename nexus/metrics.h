@@ -163,20 +163,9 @@ class alignas(kCacheAlign) Slab {
   // nothing: the same record can be told again.
   [[gnu::always_inline]] void record(const RequestRecord& r) {
     assert(!r.reached_backend || r.backend != BackendId::none);
-    PairCells& pair = pairs_.at(index_of(r.model), index_of(r.backend));
-    const ErrorType error = error_of(r);
-    const bool rare = error != ErrorType::none || r.without_usage || r.fell_back;
-    if (rare) [[unlikely]]
-      make_rare_cells(r);
-    pair.statuses.add(r.status, error != ErrorType::none);
-    if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
-    if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
-    if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens, pair.completion_sum);
-    if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
-    if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
-    if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
-    if (rare) [[unlikely]]
-      record_rare(r, error);
+    if (is_rare(r)) [[unlikely]]
+      return record_rare(r);
+    record_pair(r, false);
   }
 
   void attempt(BackendId id, AttemptOutcome outcome) { count(backends_.at(index_of(id)).attempts, outcome); }
@@ -209,19 +198,36 @@ class alignas(kCacheAlign) Slab {
   const ThreadCells& thread() const { return thread_; }
 
  private:
-  // The cells of record_rare(), so that nothing is counted where there is no memory for one of them.
-  [[gnu::noinline]] void make_rare_cells(const RequestRecord& r) {
-    models_.at(index_of(r.model));
-    backends_.at(index_of(r.backend));
-    if (r.fell_back) fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to));
+  // Whether it is more than a success of a model on its backend. Without branches, but for the one that is made of it.
+  [[gnu::always_inline]] static bool is_rare(const RequestRecord& r) {
+    const auto told = static_cast<unsigned>(r.error) | static_cast<unsigned>(r.disconnect) |
+                      static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.fell_back);
+    return (told | static_cast<unsigned>(r.status < 200) | static_cast<unsigned>(r.status > 299)) != 0;
   }
 
-  // What most requests have nothing of, out of the way of those. A client that left is an error, see error_of().
-  [[gnu::noinline]] void record_rare(const RequestRecord& r, ErrorType error) {
-    if (error != ErrorType::none) count(models_.at(index_of(r.model)).errors, error);
+  [[gnu::always_inline]] void record_pair(const RequestRecord& r, bool failed) {
+    PairCells& pair = pairs_.at(index_of(r.model), index_of(r.backend));
+    pair.statuses.add(r.status, failed);
+    if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
+    if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
+    if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens, pair.completion_sum);
+    if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
+    if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
+    if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
+  }
+
+  // What most requests have nothing of, out of the way of those. A client that left is an error, see error_of(). All
+  // cells are there before the first is written to: nothing is counted where there is no memory for one of them.
+  [[gnu::noinline]] void record_rare(const RequestRecord& r) {
+    const ErrorType error = error_of(r);
+    ModelCells& model = models_.at(index_of(r.model));
+    BackendCells& backend = backends_.at(index_of(r.backend));
+    Cell* const fallback = r.fell_back ? &fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to)) : nullptr;
+    record_pair(r, error != ErrorType::none);
+    if (error != ErrorType::none) count(model.errors, error);
     if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);
-    if (r.without_usage) backends_.at(index_of(r.backend)).without_usage.add(1);
-    if (r.fell_back) fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to)).add(1);
+    if (r.without_usage) backend.without_usage.add(1);
+    if (fallback != nullptr) fallback->add(1);
   }
 
   template <std::size_t N, class Outcome>
