@@ -151,7 +151,10 @@ class Worker {
       } else {
         core_.slab.limit_hit(Limit::memory);
         switch (session->state) {
-          case State::reading_head: own_.refuse_head(*session, Refusal::out_of_memory); break;
+          case State::reading_head:
+            if (session->input.empty()) return client_gone(*session);  // nothing was asked: nothing to answer
+            own_.refuse_head(*session, Refusal::out_of_memory);
+            break;
           case State::waiting_page: own_.answer_error(*session, Refusal::out_of_memory); break;
           default: return client_gone(*session);
         }

@@ -75,7 +75,7 @@ class EveryFailure {
 
  private:
   // The first seed from here on whose run has all kinds of requests.
-  static constexpr std::uint64_t kFirstSeed = 4285;
+  static constexpr std::uint64_t kFirstSeed = 11673;
   static constexpr std::uint64_t kLastSeed = kFirstSeed + 20'000;
 
   bool find_seed() {

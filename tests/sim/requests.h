@@ -69,7 +69,7 @@ class RequestMaker {
     body.model = kModels[dice_.index(std::size(kModels))];
     body.stream = streams && dice_.one_in(2);
     body.options = dice_.one_in(2) ? BodyParts::Options::absent : static_cast<BodyParts::Options>(dice_.number(0, 5));
-    const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 100'000) : dice_.skewed(0, 1000);
+    const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 250'000) : dice_.skewed(0, 1000);
     const std::string content =
         R"("messages":[{"role":"user","content":")" + std::string(pattern_of(number * 7, bytes)) + R"("}])";
     if (dice_.one_in(2)) {
