@@ -101,8 +101,8 @@ READY := $(SIMDJSON)/simdjson.h $(DEPS)/build-packages
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
 # A change of compiler or flags compiles everything anew.
-FLAGS := $(CXX) $(CXXFLAGS_ALL) / $(CC) $(CFLAGS) / $(LDFLAGS_ALL)
-FLAGS_BEFORE := $(if $(wildcard $(B)/flags),$(file <$(B)/flags))
+FLAGS := $(strip $(CXX) $(CXXFLAGS_ALL) / $(CC) $(CFLAGS) / $(LDFLAGS_ALL))
+FLAGS_BEFORE := $(strip $(if $(wildcard $(B)/flags),$(file <$(B)/flags)))# make 4.3 may leave the line's end there
 $(B)/flags: $(if $(subst x$(FLAGS_BEFORE),,x$(FLAGS)),FORCE)
 	@mkdir -p $(@D)
 	@printf '%s\n' '$(FLAGS)' >$@

@@ -38,8 +38,8 @@ $(JOINED:=.o): %.o: %.cpp $(B)/flags | $(READY)
 	$(compile)
 
 # A test file that came or went joins them anew.
-JOINED_BEFORE := $(if $(wildcard $(B)/joined),$(file <$(B)/joined))
-$(B)/joined: $(if $(subst x$(JOINED_BEFORE),,x$(UNIT_MUCH) $(UNIT_LITTLE)),FORCE)
+JOINED_BEFORE := $(strip $(if $(wildcard $(B)/joined),$(file <$(B)/joined)))
+$(B)/joined: $(if $(subst x$(JOINED_BEFORE),,x$(strip $(UNIT_MUCH) $(UNIT_LITTLE))),FORCE)
 	@mkdir -p $(@D)
 	@echo '$(UNIT_MUCH) $(UNIT_LITTLE)' >$@
 
