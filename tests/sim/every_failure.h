@@ -1,5 +1,5 @@
 // every_failure.h
-// Owns:     one small run of twenty requests, over and over: each time another allocation fails, or another system
+// Owns:     small runs, over and over: each time another allocation fails, or another system
 //           call, in each way that it can.
 // Promises: none is left out; in each run all the checks of a run hold, and every allocation is given back.
 // Leaves:   the run and its checks to simulation.h, failing to faults.h.
@@ -45,7 +45,7 @@ inline std::span<const int> errors_of(Call call) {
 
 class EveryFailure {
  public:
-  explicit EveryFailure(LogRings& rings) : rings_(rings) {}
+  EveryFailure(LogRings& rings, Scale scale) : rings_(rings), scale_(scale) {}
 
   // Runs all; says how many there were and how many went wrong.
   struct Counts {
@@ -54,8 +54,9 @@ class EveryFailure {
   Counts run() {
     if (!find_seed()) return {1, 1};
     clean_run();
-    std::printf("seed %llu, %u requests: %llu allocations and %zu calls of Nexus's, each made to fail\n",
-                static_cast<unsigned long long>(seed_), SwarmMaker::make_small().requests,
+    std::printf("seed %llu, %llu requests%s: %llu allocations and %zu calls of Nexus's, each made to fail\n",
+                static_cast<unsigned long long>(seed_), static_cast<unsigned long long>(requests_),
+                scale_ == Scale::leavers ? " of clients that leave within their body" : "",
                 static_cast<unsigned long long>(allocations_), calls_.size());
     Counts counts;
     for (std::uint64_t n = 1; n <= allocations_; ++n) add(counts, {n, 0, 0});
@@ -74,7 +75,7 @@ class EveryFailure {
   }
 
  private:
-  // The first seed from here on whose run has all kinds of requests.
+  // The first seed from here on whose run has all kinds of requests that are wanted.
   static constexpr std::uint64_t kFirstSeed = 11673;
   static constexpr std::uint64_t kLastSeed = kFirstSeed + 20'000;
 
@@ -87,19 +88,20 @@ class EveryFailure {
                     outcome.wrong.c_str());
         return false;
       }
-      if (outcome.kinds == kAllKinds) return true;
-      if (std::popcount(outcome.kinds) > std::popcount(most)) most = outcome.kinds;
+      const std::uint32_t kinds = outcome.kinds & wanted_kinds(scale_);
+      if (kinds == wanted_kinds(scale_)) return true;
+      if (std::popcount(kinds) > std::popcount(most)) most = kinds;
     }
-    std::printf("FAILED: no seed has all kinds of requests;");
+    std::printf("FAILED: no seed has all kinds of requests that are wanted;");
     for (std::size_t i = 0; i < std::size(kKinds); ++i) {
-      if ((most >> i & 1u) == 0) std::printf(" the best one lacks: %s", kKinds[i]);
+      if ((wanted_kinds(scale_) & ~most) >> i & 1u) std::printf(" the best one lacks: %s", kKinds[i]);
     }
     std::printf("\n");
     return false;
   }
 
   Outcome simulate(std::FILE* story) {
-    Simulation simulation(seed_, Canary::none, rings_, Scale::small);
+    Simulation simulation(seed_, Canary::none, rings_, scale_);
     if (story != nullptr) simulation.tell(story);
     return simulation.run();
   }
@@ -107,7 +109,7 @@ class EveryFailure {
   void clean_run() {
     faults() = Faults{};
     faults().call_list = &calls_;
-    simulate(nullptr);
+    requests_ = simulate(nullptr).requests;
     allocations_ = faults().allocations;
     faults() = Faults{};
   }
@@ -137,14 +139,16 @@ class EveryFailure {
     std::printf("%s %llu", memory ? "allocation" : "call",
                 static_cast<unsigned long long>(memory ? failure.allocation : failure.call));
     if (!memory) std::printf(" (%s)", strerrorname_np(failure.error));
-    std::printf(" failed: %s; replay: build/sim --failure %llu %llu %d\n", wrong.c_str(),
-                static_cast<unsigned long long>(failure.allocation), static_cast<unsigned long long>(failure.call),
-                failure.error);
+    std::printf(" failed: %s; replay: build/sim --failure %s %llu %llu %d\n", wrong.c_str(),
+                scale_ == Scale::leavers ? "leavers" : "small", static_cast<unsigned long long>(failure.allocation),
+                static_cast<unsigned long long>(failure.call), failure.error);
     std::fflush(stdout);
   }
 
   LogRings& rings_;
+  Scale scale_;
   std::uint64_t seed_ = 0;
+  std::uint64_t requests_ = 0;
   std::uint64_t allocations_ = 0;
   std::vector<Call> calls_;
 };

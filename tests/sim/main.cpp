@@ -198,11 +198,13 @@ int print_traces(std::uint64_t from, std::uint64_t to, LogRings& rings) {
 Tally run_every_failure(LogRings& rings) {
   Tally tally;
   tally.began_cpu_ns = cpu_now();
-  const EveryFailure::Counts counts = EveryFailure(rings).run();
-  tally.seeds = counts.runs;
-  tally.failed = counts.failed;
-  std::printf("every failure: %llu runs, %llu went wrong, in %.1f s\n", static_cast<unsigned long long>(counts.runs),
-              static_cast<unsigned long long>(counts.failed), seconds(cpu_now() - tally.began_cpu_ns));
+  for (const Scale scale : {Scale::small, Scale::leavers}) {
+    const EveryFailure::Counts counts = EveryFailure(rings, scale).run();
+    tally.seeds += counts.runs;
+    tally.failed += counts.failed;
+  }
+  std::printf("every failure: %llu runs, %llu went wrong, in %.1f s\n", static_cast<unsigned long long>(tally.seeds),
+              static_cast<unsigned long long>(tally.failed), seconds(cpu_now() - tally.began_cpu_ns));
   return tally;
 }
 
@@ -253,9 +255,10 @@ int main(int argc, char** argv) {
   const bool traces = argc == 3 && what == "--traces";
   if (argc == 2 && what == "--test") return test(rings);
   if (argc == 2 && what == "--failures") return run_every_failure(rings).failed == 0 ? 0 : 1;
-  if (argc == 5 && what == "--failure") {
-    const Failure failure{std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10), std::atoi(argv[4])};
-    return EveryFailure(rings).run_one(failure) ? 0 : 1;
+  if (argc == 6 && what == "--failure") {
+    const Scale scale = std::string_view(argv[2]) == "leavers" ? Scale::leavers : Scale::small;
+    const Failure failure{std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), std::atoi(argv[5])};
+    return EveryFailure(rings, scale).run_one(failure) ? 0 : 1;
   }
   std::uint64_t first = 0;
   std::uint64_t last = 0;

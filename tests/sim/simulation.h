@@ -48,22 +48,29 @@ inline constexpr const char* kKinds[] = {"plain answer",
                                          "/metrics",
                                          "/v1/models",
                                          "/health",
-                                         "refusal"};
-constexpr std::uint32_t kAllKinds = (1u << std::size(kKinds)) - 1;
+                                         "refusal",
+                                         "client that leaves within its body"};
 
-enum class Scale : std::uint8_t { whole, small };
+// Small runs are the same for every seed but for its dice.
+enum class Scale : std::uint8_t { whole, small, leavers };
+
+constexpr std::uint32_t kWaitInQueue = 1u << 8;
+constexpr std::uint32_t kLeavesWithinBody = 1u << (std::size(kKinds) - 1);
+constexpr std::uint32_t wanted_kinds(Scale scale) {
+  return scale == Scale::leavers ? kLeavesWithinBody : kLeavesWithinBody - 1;
+}
 
 class Simulation {
  public:
   Simulation(std::uint64_t seed, Canary canary, LogRings& rings, Scale scale = Scale::whole)
       : dice_(seed),
-        swarm_(scale == Scale::small ? SwarmMaker::make_small() : SwarmMaker(dice_).make()),
+        swarm_(make_swarm(scale)),
         settings_maker_(dice_),
         wire_(seed ^ 0x5eed, [this](const Address& address) { return connect_fate(address); }),
         ledger_(wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
-        settings_(scale == Scale::small ? settings_maker_.small() : settings_maker_.first(swarm_.gentle)),
+        settings_(scale == Scale::whole ? settings_maker_.first(swarm_.gentle) : settings_maker_.small()),
         gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
         audit_(ledger_, gateway_, wire_),
         rings_(rings),
@@ -118,6 +125,15 @@ class Simulation {
     Ns not_before = 0;
     bool settled = false;  // its last turn found nothing to do: it sleeps until wait_until
   };
+
+  Swarm make_swarm(Scale scale) {
+    switch (scale) {
+      case Scale::whole: break;
+      case Scale::small: return SwarmMaker::make_small();
+      case Scale::leavers: return SwarmMaker::make_leavers();
+    }
+    return SwarmMaker(dice_).make();
+  }
 
   ConnectFate connect_fate(const Address& address) {
     Shape shape;
@@ -174,7 +190,8 @@ class Simulation {
                                           request.page == "/metrics",
                                           request.page == "/v1/models",
                                           request.page == "/health",
-                                          request.status / 100 == 4};
+                                          request.status / 100 == 4,
+                                          false};
       std::uint32_t bit = 1;
       for (const bool one : is) {
         if (one) seen |= bit;
@@ -184,7 +201,10 @@ class Simulation {
     for (const auto& slab : gateway_.metrics().slabs()) {
       HistogramValues<kDurationBounds> waits;
       slab->thread().queue_wait.add_to(waits);
-      if (waits.count() > 0) seen |= 1u << 8;
+      if (waits.count() > 0) seen |= kWaitInQueue;
+      if (slab->thread().disconnects[static_cast<std::size_t>(DisconnectPhase::request)].read() > 0) {
+        seen |= kLeavesWithinBody;
+      }
     }
     return seen;
   }

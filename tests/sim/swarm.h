@@ -123,6 +123,19 @@ class SwarmMaker {
     return swarm;
   }
 
+  // Clients that break off within their body, and nothing else: what comes first to be counted is a 499.
+  static Swarm make_leavers() {
+    Swarm swarm = make_small();
+    swarm.requests = 8;
+    swarm.manners = Manners{};
+    swarm.split = per_mille(1000);  // the head is read before the end comes
+    swarm.most_pieces = 4;
+    swarm.gap_ns = kMillisecond;
+    swarm.habits = Habits{};
+    swarm.habits.aborts_sending = per_mille(1000);
+    return swarm;
+  }
+
  private:
   void make_gentle(Swarm& swarm) {
     swarm.gentle = true;
