@@ -1,13 +1,11 @@
 // admission.h
 // Owns:     how many requests run on each backend that has a cap (`max_pending`), and the queue of those that wait.
 // Promises: a cap holds over all threads; a place that frees up goes to the request that has waited longest for it,
-// never
-//           to a newcomer; the queue is bounded; each place and each queue place is given back by a destructor.
+//           never to a newcomer; the queue is bounded; each place and each queue place is given back by a destructor.
 // Leaves:   the timeout of a wait and its answer to exchange.h; carrying a wake-up to its thread to server.h.
 // Threads:  any. One mutex guards all, and is only taken where a cap is set: a capped backend takes a handful of
-// requests
-//           a second, each two short locks, so nothing finer would be noticed. No cap, no lock, no shared memory
-//           touched.
+//           requests a second, each two short locks, so nothing finer would be noticed. No cap, no lock, no shared
+//           memory touched.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // config.h
 // Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it; reading its
-// files. Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was
-// expected.
+//           files.
+// Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was expected.
 //           parse_config is pure over any bytes; no message holds a key's text. At most 100 errors are listed.
 // Leaves:   keys, ranges and defaults to config_keys.h; how values are written to config_values.h; keys of clients and
 //           backends to config_secrets.h.

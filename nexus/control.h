@@ -20,6 +20,7 @@
 #include "log.h"
 #include "mailbox.h"
 #include "metrics.h"
+#include "page_shelf.h"
 #include "pages.h"
 #include "process.h"
 #include "prometheus.h"
@@ -171,7 +172,7 @@ class Control {
   }
 
   void on_message(AskPage& ask) {
-    typename Worker<Net>::Page page;
+    typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
     page.kind = ask.kind;
     page.body = render(ask.kind);
@@ -398,7 +399,7 @@ class Control {
 
   // ---- pages ----
 
-  std::shared_ptr<const std::string> render(PageKind kind) {
+  std::shared_ptr<const Page> render(PageKind kind) {
     try {
       const FleetView fleet = fleet_view();
       const LabelMode labels = registry_.settings().metrics.labels;
@@ -407,15 +408,22 @@ class Control {
       const BackendNames& backends = registry_.backend_names();
       std::string_view metrics, stats;  // the status page is drawn from both
       if (kind != PageKind::stats) {
+        metrics_shelf_.take_back(prometheus_page_.page());
         metrics = prometheus_page_.render(metrics_, fleet, hooks_.process_stats(), models, backends, labels);
       }
-      if (kind != PageKind::metrics) stats = stats_page_.render(metrics_, fleet, models, backends);
-      if (kind == PageKind::status) {
-        std::optional<std::string> page = render_status(stats, metrics, kVersion);
-        if (!page) throw std::bad_alloc();
-        return std::make_shared<const std::string>(std::move(*page));
+      if (kind != PageKind::metrics) {
+        stats_shelf_.take_back(stats_page_.page());
+        stats = stats_page_.render(metrics_, fleet, models, backends);
       }
-      return std::make_shared<const std::string>(kind == PageKind::metrics ? metrics : stats);
+      if (kind == PageKind::status) {
+        const std::optional<std::string> text = render_status(stats, metrics, kVersion);
+        if (!text) throw std::bad_alloc();
+        auto page = std::make_shared<Page>();
+        page->add(*text);
+        return page;
+      }
+      return kind == PageKind::metrics ? metrics_shelf_.lend(prometheus_page_.page())
+                                       : stats_shelf_.lend(stats_page_.page());
     } catch (const std::bad_alloc&) {
       slab_.limit_hit(Limit::memory);
       return nullptr;
@@ -479,8 +487,9 @@ class Control {
   Ns again_at_ns_ = kNever;                    // for what there was no memory for
   std::shared_ptr<const Settings> reloading_;  // not taken over yet
   std::uint64_t lines_dropped_ = 0;
-  PrometheusPage prometheus_page_;  // they keep their room between scrapes
+  PrometheusPage prometheus_page_;
   StatsPage stats_page_;
+  PageShelf metrics_shelf_, stats_shelf_;  // pages keep their room between scrapes
 };
 
 }  // namespace nexus

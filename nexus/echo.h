@@ -1,8 +1,8 @@
 // echo.h
 // Owns:     the built-in backend (`type = echo`): a thread that serves a small OpenAI-compatible model on a loopback
-// port. Promises: HTTP/1.1 with keep-alive, streams and whole answers, a delay per token; a client that leaves (its FIN
-// counts)
-//           is dropped at once; memory is bounded per connection and overall; a slow reader pauses its stream.
+//           port.
+// Promises: HTTP/1.1 with keep-alive, streams and whole answers, a delay per token; a client that leaves (its FIN
+//           counts) is dropped at once; memory is bounded per connection and overall; a slow reader pauses its stream.
 // Leaves:   what the model understands and says to echo_question.h and echo_answer.h.
 // Threads:  start() and stop() are the owner's; all else runs in the server's own.
 #pragma once

@@ -1,11 +1,11 @@
 // ejection.h
 // Owns:     for each backend: how many requests failed on it in a row, until when it is left out, whether it is on
-// trial. Promises: a backend in order costs one relaxed load to ask about and no write when it serves; after an
-// ejection exactly
-//           one request over all threads is the trial; a trial that is dropped undecided is given to the next request.
+//           trial.
+// Promises: a backend in order costs one relaxed load to ask about and no write when it serves; after an ejection
+//           exactly one request over all threads is the trial; a trial that is dropped undecided is given to the next
+//           request.
 // Leaves:   what counts as a failure to exchange.h (never a 4xx but 429); that the last candidate is tried none the
-// less
-//           to router.h; failed health checks to registry.h.
+//           less to router.h; failed health checks to registry.h.
 // Threads:  any; all state of a backend is one atomic word.
 #pragma once
 

@@ -1,8 +1,7 @@
 // exposition.h
 // Owns:     the text exposition format 0.0.4: family heads, sample lines, histograms.
 // Promises: buckets are cumulative and `_count` is the +Inf bucket; a line costs a copy of its ready-made beginning and
-// a
-//           number; all memory is kept for the next page.
+//           a number; all memory is kept for the next page.
 // Leaves:   which families there are, and that no series comes twice, to prometheus.h; label values come in ready-made.
 // Threads:  one.
 #pragma once
@@ -71,6 +70,7 @@ class Exposition {
 
   void clear() { page_.clear(); }
   std::string_view text() const { return page_.text(); }
+  Page& page() { return page_; }
   std::size_t capacity() const { return page_.capacity(); }
 
   // Begins a family; the samples that follow belong to it and begin without labels.

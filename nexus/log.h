@@ -1,8 +1,7 @@
 // log.h
 // Owns:     how a line of the log looks: events for people, one access line a request; text or JSON.
 // Promises: one line is one line: whatever a client sent is escaped and cut short, so that it can neither forge a line
-// nor
-//           steer a terminal; no allocation in the steady state, no system call but the ring's rare wake-up.
+//           nor steer a terminal; no allocation in the steady state, no system call but the ring's rare wake-up.
 // Leaves:   the way to the file to log_ring.h and log_writer.h; what is worth a line to everybody else. Prompts are
 //           never handed in.
 // Threads:  a Log belongs to one thread, and so does its ring's putting end.

@@ -1,9 +1,8 @@
 // log_writer.h
 // Owns:     the thread that writes the log: from all rings to standard error and to the access log's file.
 // Promises: it sleeps while there is nothing to write, and gathers what comes within 20 ms into one write; no failure
-// to
-//           write stops or delays anybody: lines are dropped and counted, and the next ones tried anew; a line that was
-//           cut by a failure is ended before the next begins; flush() and stop() leave nothing behind in a ring.
+//           to write stops or delays anybody: lines are dropped and counted, and the next ones tried anew; a line that
+//           was cut by a failure is ended before the next begins; flush() and stop() leave nothing behind in a ring.
 // Leaves:   the form of a line to log.h; SIGHUP to the control thread, which calls reopen().
 // Threads:  add_ring(), start(), reopen(), reconfigure(), flush(), stop(): the owner's. dropped(): any.
 #pragma once

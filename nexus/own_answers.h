@@ -5,6 +5,7 @@
 // Threads:  its worker's.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <memory>
@@ -16,6 +17,7 @@
 #include <utility>
 
 #include "asked.h"
+#include "page.h"
 #include "pages.h"
 #include "session.h"
 #include "status_policy.h"
@@ -23,6 +25,7 @@
 namespace nexus {
 
 constexpr Ns kPageTime = 30 * kSecond;
+constexpr std::size_t kPageShareBytes = 128u << 10;  // of a page in one go: some 50 µs
 
 template <class Net>
 class OwnAnswers {
@@ -99,7 +102,7 @@ class OwnAnswers {
   }
 
   // The page that the session waits for is here.
-  [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const std::string> body, PageKind kind) {
+  [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const Page> body, PageKind kind) {
     if (body == nullptr) return answer_error(session, Refusal::metrics_unavailable);
     OwnAnswer answer = own_answer(session, 200);
     if (kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
@@ -116,28 +119,33 @@ class OwnAnswers {
     arm_write_deadline(session);
   }
 
-  // Writes what the kernel takes, straight from the rendered text. Where all is written the state moves on.
-  IoResult::Kind send_page(SessionT& session) {
+  enum class Sent : std::uint8_t { whole, share, waits, failed };
+
+  // Writes what the kernel takes, straight from the rendered text, but no more than a share of it at once, so that
+  // others get their turn. Where all is written the state moves on.
+  Sent send_page(SessionT& session) {
     const std::size_t head_bytes = session.page_head.size();
     const std::size_t total = head_bytes + (session.page_body ? session.page->size() : 0);
-    while (session.page_sent < total) {
+    const std::size_t share_end = std::min(total, session.page_sent + kPageShareBytes);
+    while (session.page_sent < share_end) {
       std::array<iovec, 2> parts;
       std::size_t count = 0;
       if (session.page_sent < head_bytes) {
         parts[count++] = {session.page_head.data() + session.page_sent, head_bytes - session.page_sent};
       }
       const std::size_t at = session.page_sent < head_bytes ? 0 : session.page_sent - head_bytes;
-      if (total > head_bytes + at) {
-        parts[count++] = {const_cast<char*>(session.page->data()) + at, session.page->size() - at};
+      if (share_end > head_bytes + at) {
+        parts[count++] = {const_cast<char*>(session.page->data()) + at, share_end - head_bytes - at};
       }
       const IoResult result = core_.net.write(session.connection.socket(), std::span(parts.data(), count));
-      if (!result.ok()) return result.kind;
+      if (!result.ok()) return result.kind == IoResult::Kind::again ? Sent::waits : Sent::failed;
       session.page_sent += result.bytes;
       arm_write_deadline(session);
     }
+    if (share_end < total) return Sent::share;
     session.page.reset();
     session.state = State::answering;
-    return IoResult::Kind::ok;
+    return Sent::whole;
   }
 
  private:

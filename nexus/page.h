@@ -1,8 +1,8 @@
 // page.h
 // Owns:     the memory that a page of text is written into, and numbers as text.
 // Promises: seconds are written exactly from integer nanoseconds, without a trailing zero and without floating point;
-// the
-//           memory is kept from one page to the next, and kSlack bytes beyond what was asked for may be overwritten.
+//           the memory is kept from one page to the next, and kSlack bytes beyond what was asked for may be
+//           overwritten.
 // Leaves:   what the text means to prometheus.h and stats.h.
 // Threads:  a Page belongs to one thread; the functions: any.
 #pragma once
@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <string_view>
+#include <utility>
 
 #include "clock.h"
 
@@ -56,6 +57,11 @@ class Page {
   static constexpr std::size_t kSlack = 64;
 
   void clear() { size_ = 0; }
+  void swap(Page& other) noexcept {
+    memory_.swap(other.memory_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
   std::string_view text() const { return {memory_.get(), size_}; }
   const char* data() const { return memory_.get(); }  // kSlack bytes behind the text may be read
   std::size_t size() const { return size_; }

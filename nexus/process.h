@@ -1,8 +1,7 @@
 // process.h
 // Owns:     what the kernel says of this process, for the standard process_* metrics.
 // Promises: a value that can't be read is kUnknown, never a guess; reading costs four short files and no allocation
-// that
-//           grows with the process (where the kernel counts the open descriptors itself, Linux 6.2 on).
+//           that grows with the process (where the kernel counts the open descriptors itself, Linux 6.2 on).
 // Leaves:   text to prometheus.h.
 // Threads:  any.
 #pragma once

@@ -1,8 +1,8 @@
 // prometheus.h
 // Owns:     the page at /metrics: its families, in order, and the adding up of the threads' slabs.
 // Promises: every family once, its lines together; no series twice, whatever the names are; a counter never goes back
-// from
-//           one page to the next; recorders are neither blocked nor slowed. Memory is kept for the next page.
+//           from one page to the next; recorders are neither blocked nor slowed, nor kept from their processor. Memory
+//           is kept for the next page.
 // Leaves:   the format to exposition.h, label values to labels.h, sockets and the 503 when there is no page to others.
 // Threads:  one (control), which also owns the name tables; the slabs may be written meanwhile.
 #pragma once
@@ -14,6 +14,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "exposition.h"
@@ -51,9 +52,12 @@ class PrometheusPage {
     return out_.text();
   }
 
-  std::size_t capacity() const { return out_.capacity(); }
+  // Between two calls its memory may be handed over, and other memory given.
+  Page& page() { return out_.page(); }
 
  private:
+  static constexpr std::size_t kPairsAtOnce = 64;  // some 20 µs
+
   // The cells of one thread under the labels that they are shown with: several threads, and several names that became
   // one label, may share a key. Sorted by key, the sources of a series stand side by side.
   template <class Cells>
@@ -93,7 +97,6 @@ class PrometheusPage {
   };
 
   // ---- adding up
-  // -----------------------------------------------------------------------------------------------------
 
   void collect_pairs(const Metrics& metrics) {
     pair_sources_.clear();
@@ -189,11 +192,10 @@ class PrometheusPage {
   }
 
   // ---- families
-  // ------------------------------------------------------------------------------------------------------
 
   void write_requests() {
     out_.family("nexus_requests_total", FamilyType::counter, "Requests ended, by the status sent to the client.");
-    for (const Pair& pair : pairs_) write_statuses(pair);
+    for_each_pair([this](const Pair& pair) { write_statuses(pair); });
 
     out_.family("nexus_errors_total", FamilyType::counter, "Requests that ended as an error, one type each.");
     for (std::uint32_t model = 0; model < errors_.size(); ++model) {
@@ -223,9 +225,19 @@ class PrometheusPage {
                 "Streams that told their usage: the mean time between two output tokens.");
     write_pair_histograms(&PairCells::per_token, &PairCells::per_token_sum);
     out_.family("nexus_tokens_total", FamilyType::histogram, "Tokens of each response, as its usage told.");
-    for (const Pair& pair : pairs_) {
+    for_each_pair([this](const Pair& pair) {
       write_pair_histogram(pair, &PairCells::prompt_tokens, &PairCells::prompt_sum, {"type", "prompt"});
       write_pair_histogram(pair, &PairCells::completion_tokens, &PairCells::completion_sum, {"type", "completion"});
+    });
+  }
+
+  // A worker that shares this processor gets it again and again: it would wait milliseconds for a large page.
+  template <class Write>
+  void for_each_pair(Write&& write) {
+    std::size_t written = 0;
+    for (const Pair& pair : pairs_) {
+      write(pair);
+      if (++written % kPairsAtOnce == 0) std::this_thread::yield();
     }
   }
 
@@ -252,7 +264,7 @@ class PrometheusPage {
 
   template <const auto& kBounds>
   void write_pair_histograms(Buckets<kBounds> PairCells::*buckets, Cell PairCells::*sum) {
-    for (const Pair& pair : pairs_) write_pair_histogram(pair, buckets, sum, {});
+    for_each_pair([&](const Pair& pair) { write_pair_histogram(pair, buckets, sum, {}); });
   }
 
   // A series appears with its first observation, and stays.

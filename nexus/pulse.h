@@ -1,8 +1,7 @@
 // pulse.h
 // Owns:     whether every loop still turns: a number that each is asked to say back, and when to ask next.
 // Promises: due() is true only where every loop has answered since it was true last; a loop that hangs is asked once,
-// so
-//           that its mailbox does not fill; a loop that has ended on purpose counts as turning.
+//           so that its mailbox does not fill; a loop that has ended on purpose counts as turning.
 // Leaves:   carrying the question to a loop, and telling the service manager, to daemon.h.
 // Threads:  the main thread's; Ping::answer() and over() are the loop's own, over() its last word.
 #pragma once

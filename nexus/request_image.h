@@ -1,7 +1,6 @@
 // request_image.h
 // Owns:     the bytes of a request on its way to a backend: a head of ours, and the client's body as it came but for
-// the
-//           few values that Nexus changes in it.
+//           the few values that Nexus changes in it.
 // Promises: a body of any size is not copied to be sent; it can be sent from any offset on, and again to another
 //           backend.
 // Leaves:   reading the body to json.h, sending to attempt.h.

@@ -2,9 +2,8 @@
 // Owns:     host names to addresses, by c-ares in a thread of its own: a static binary must not call getaddrinfo, and
 //           nobody else should wait for a DNS server.
 // Promises: each lookup is answered once, within limit_ns of its start, but not after stop(); /etc/hosts goes before
-// DNS,
-//           and localhost needs neither; both files of the system are read anew, so that a change is seen; an answer is
-//           the same whatever order the server lists it in; the thread exists from the first lookup on.
+//           DNS, and localhost needs neither; both files of the system are read anew, so that a change is seen; an
+//           answer is the same whatever order the server lists it in; the thread exists from the first lookup on.
 // Leaves:   when to ask again, and numeric addresses, to the caller; the cache to the DNS server.
 // Threads:  lookup() and stop(): the owner's. The answer is called in the resolver's thread.
 #pragma once

@@ -4,7 +4,8 @@
 //           twice, the ejected come last among those of their model, and equal candidates share the load evenly.
 //           Nothing is allocated but the room of `out`, which is kept between calls.
 // Leaves:   load and latency to the metrics; who is ejected to ejection.h; hard caps to admission.h; retries to
-// exchange.h. Threads:  any; a snapshot is immutable.
+//           exchange.h.
+// Threads:  any; a snapshot is immutable.
 #pragma once
 
 #include <algorithm>

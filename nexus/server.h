@@ -45,7 +45,7 @@ class Worker {
  public:
   using Adopt = typename WorkerMessage<Net>::Adopt;
   using NewSnapshot = typename WorkerMessage<Net>::NewSnapshot;
-  using Page = typename WorkerMessage<Net>::Page;
+  using RenderedPage = typename WorkerMessage<Net>::RenderedPage;
   using Grant = typename WorkerMessage<Net>::Grant;
   using Drain = typename WorkerMessage<Net>::Drain;
   using Stop = typename WorkerMessage<Net>::Stop;
@@ -248,7 +248,7 @@ class Worker {
   void on_message(Grant& grant) {
     if (SessionT* session = sessions_.get(grant.session)) look_for_grant(*session);
   }
-  void on_message(Page& page) {
+  void on_message(RenderedPage& page) {
     SessionT* session = sessions_.get(page.session);
     if (session == nullptr || session->state != State::waiting_page) return;
     guarded(page.session, [&] {
@@ -338,9 +338,10 @@ class Worker {
         case State::waiting_page: return;
         case State::sending_page:
           switch (own_.send_page(session)) {
-            case IoResult::Kind::ok: break;
-            case IoResult::Kind::again: return;
-            default: return close(session);
+            case OwnAnswers<Net>::Sent::whole: break;
+            case OwnAnswers<Net>::Sent::share: return core_.call_again(session.token);
+            case OwnAnswers<Net>::Sent::waits: return;
+            case OwnAnswers<Net>::Sent::failed: return close(session);
           }
           break;
         case State::answering:

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "exchange.h"
+#include "page.h"
 #include "request_body.h"
 
 namespace nexus {
@@ -58,7 +59,7 @@ struct Session {
 
   bool keep_alive = true;  // of an answer of our own
   std::string request_id;  // the same
-  std::shared_ptr<const std::string> page;
+  std::shared_ptr<const Page> page;
   std::string page_head;
   std::size_t page_sent = 0;  // of page_head and page together
   bool page_body = true;      // not for HEAD

@@ -1,8 +1,7 @@
 // stats.h
 // Owns:     the JSON at /v1/stats: which backends and models it lists, their order, sums and averages.
 // Promises: `total` = `success` + `errors` in every page; names as they are, escaped for JSON; averages with one
-// decimal
-//           place, computed in integers and rounded half up.
+//           decimal place, computed in integers and rounded half up.
 // Leaves:   sockets and the 503 when there is no page to others.
 // Threads:  one (control), which also owns the name tables; the slabs may be written meanwhile.
 #pragma once
@@ -93,6 +92,9 @@ class StatsPage {
     page_.add("]}\n");
     return page_.text();
   }
+
+  // Between two calls its memory may be handed over, and other memory given.
+  Page& page() { return page_; }
 
  private:
   using Sums = detail::StatsSums;

@@ -1,8 +1,7 @@
 // threads.h
 // Owns:     how Nexus starts a thread.
 // Promises: the new thread takes no signal, from its first instruction on (they belong to the control thread), and
-// bears
-//           a name that top(1) shows; a thread that could not be had is an answer, not an exception.
+//           bears a name that top(1) shows; a thread that could not be had is an answer, not an exception.
 // Leaves:   joining to the owner.
 // Threads:  any.
 #pragma once

@@ -11,6 +11,7 @@
 
 #include "core.h"
 #include "net.h"
+#include "page.h"
 #include "pages.h"
 #include "pulse.h"
 #include "registry.h"
@@ -30,9 +31,9 @@ struct WorkerMessage {
     std::unique_ptr<LocalSnapshot> snapshot;  // made by the sender: taking it over needs no memory
   };
   // The page that the session waits for.
-  struct Page {
+  struct RenderedPage {
     Token session;
-    std::shared_ptr<const std::string> body;  // nothing: metrics_unavailable
+    std::shared_ptr<const Page> body;  // nothing: metrics_unavailable
     PageKind kind = PageKind::metrics;
   };
   // A place on a backend, for the session's request that waits in the queue.
@@ -42,7 +43,7 @@ struct WorkerMessage {
   struct Drain {};  // stop accepting, finish what is in flight
   struct Stop {};   // end now
 
-  using Any = std::variant<Adopt, NewSnapshot, Page, Grant, Drain, Stop, Ping>;
+  using Any = std::variant<Adopt, NewSnapshot, RenderedPage, Grant, Drain, Stop, Ping>;
 };
 
 }  // namespace nexus

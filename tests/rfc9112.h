@@ -1,7 +1,7 @@
 // rfc9112.h
 // Owns:     a second reading of HTTP/1.1 messages, written from RFC 9112 alone, for tests: slow, plain, whole texts
-// only. Promises: it shares no code with nexus/; what the RFC calls invalid is a `problem`, what it lets a reader put
-// up with
+//           only.
+// Promises: it shares no code with nexus/; what the RFC calls invalid is a `problem`, what it lets a reader put up with
 //           (bare LF, folds, several lengths of one value) is one too, since a proxy must never send it.
 // Leaves:   the inner grammar of targets, hosts and other values; limits.
 // Threads:  any.

@@ -36,12 +36,15 @@ struct Gateway::Nexus {
       : admission([](std::uint32_t, Token) {}),
         budget(64u << 20),
         shared{metrics, ejector, admission, budget, in_flight, "nexus-00c0ffee"},
-        slab(metrics.add_slab()) {
+        slab(metrics.add_slab()),
+        page_text(options.page) {
     const auto snapshot = configure(options);
     backend_id = snapshot->backends[0].id;
     peers.placement.loads = std::vector<nexus::WorkerLoad>(1);
     peers.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
-      worker->post(Work::Page{session, std::make_shared<const std::string>("nexus_up 1\n"), kind});
+      auto page = std::make_shared<nexus::Page>();
+      page->add(page_text);
+      worker->post(Work::RenderedPage{session, std::move(page), kind});
       return true;
     };
     worker = std::make_unique<Work>(net, shared, slab, nexus::Log(), 0, 7, snapshot, peers, net.now());
@@ -65,6 +68,7 @@ struct Gateway::Nexus {
   Work::Peers peers;
   nexus::Registry registry;
   nexus::BackendId backend_id{};
+  std::string page_text;
   std::unique_ptr<Work> worker;
 };
 
@@ -95,6 +99,8 @@ void Gateway::send(Link& client, std::string_view bytes) {
   net.send(client, bytes);
   settle();
 }
+
+void Gateway::turn() { nexus_->worker->turn(); }
 
 void Gateway::settle() {
   for (int rounds = 0;; ++rounds) {

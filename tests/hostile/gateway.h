@@ -24,6 +24,7 @@ struct GatewayOptions {
   bool keys = false;  // clients need `Authorization: Bearer secret`
   std::size_t max_body_bytes = 64u << 10;
   bool ask_usage = false;
+  std::string page = "nexus_up 1\n";  // what is shown at /metrics
 };
 
 // What a backend does with the bytes of a request that came whole.
@@ -48,6 +49,7 @@ class Gateway {
 
   Link& connect();
   void send(Link& client, std::string_view bytes);
+  void turn();    // the worker's next one
   void settle();  // turns until nothing more happens; the backend answers what is whole
   void reload_unnoticed(const GatewayOptions& options);  // what the worker goes by has changed, and nobody woke it
   void pass(Ns span);                                    // lets time pass until the far end's patience is at its end
