@@ -1,5 +1,5 @@
 -- wrk's script: POSTs a prompt, and ends with one line of JSON. The environment: PROMPT_BYTES (0: a body of 230 bytes), MODEL,
--- and PAUSE_MS (between an answer and the next request of its connection; 0: none).
+-- PAUSE_MS (between an answer and the next request of its connection; 0: none), and PAGE: a path that is read instead.
 local model = os.getenv("MODEL") or "bench-7b"
 local prompt_bytes = tonumber(os.getenv("PROMPT_BYTES") or "0")
 local pause_ms = tonumber(os.getenv("PAUSE_MS") or "0")
@@ -13,10 +13,15 @@ if prompt_bytes > 0 then
   body = '{"model":"' .. model .. '","messages":[{"role":"user","content":"' .. text .. '"}],"max_tokens":8,"temperature":0.7}'
 end
 
-wrk.method = "POST"
-wrk.path = "/v1/chat/completions"
-wrk.headers["Content-Type"] = "application/json"
-wrk.body = body
+local page = os.getenv("PAGE") or ""
+if page ~= "" then
+  wrk.path = page
+else
+  wrk.method = "POST"
+  wrk.path = "/v1/chat/completions"
+  wrk.headers["Content-Type"] = "application/json"
+  wrk.body = body
+end
 
 -- Defined only where it is wanted: wrk's fast path has none.
 if pause_ms > 0 then

@@ -1,5 +1,5 @@
 // fleet.mjs
-// Owns:     who takes part in the proxy benchmark: backends on core 1, the four proxies on core 0.
+// Owns:     who takes part in the proxy benchmark: backends on core 1, the four proxies and the peer of a scrape on core 0.
 // Promises: each proxy has one thread for traffic, keep-alive on both sides, no access log, and the same two backends.
 // Leaves:   loads and figures to proxy_cases.mjs.
 import fs from 'node:fs';
@@ -59,6 +59,16 @@ export async function cold_command(name, { bin, nexus, backends }) {
   if (name === 'floor') return { port: small, command: [path.join(bin, 'blind'), String(small), String(backends.backend)] };
   const values = { ...backends, small, stream: await free_port(), threads: 1 };
   return { port: small, command: command_of(name, bin, nexus, values) };
+}
+
+// An nginx on Nexus's core that has `text` as the file /metrics.
+export async function start_page_server(text) {
+  const page = await free_port();
+  const file = configure('page-nginx.conf', { backend: page, page });
+  const folder = path.join(path.dirname(file), 'pages');
+  fs.mkdirSync(folder, { recursive: true });
+  fs.writeFileSync(path.join(folder, 'metrics'), text);
+  return { port: page, child: await start(['nginx', '-c', file], page, { cores: '0' }) };
 }
 
 // A Nexus of `backends_count` × `models_each` models, each on one backend; they all are the same nginx.

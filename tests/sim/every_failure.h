@@ -1,6 +1,6 @@
 // every_failure.h
-// Owns:     small runs, over and over: each time another allocation fails, or another system
-//           call, in each way that it can.
+// Owns:     small runs, over and over: each time another allocation fails, or another system call, in each way that it
+//           can.
 // Promises: none is left out; in each run all the checks of a run hold, and every allocation is given back.
 // Leaves:   the run and its checks to simulation.h, failing to faults.h.
 // Threads:  one.
