@@ -16,8 +16,8 @@ MAKEFLAGS=$(printf '%s' "${MAKEFLAGS:-}" | sed -E 's/(^| )(-j[0-9]*|--jobserver[
 export MAKEFLAGS
 
 passed=0 failed=0 skipped=0
-output=$(mktemp) said=$(mktemp) background=
-trap '[ -z "$background" ] || kill "$background" 2>/dev/null; rm -f "$output" "$said"' EXIT
+output=$(mktemp) said=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$output" "$said"' EXIT
 
 export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 export TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1}
@@ -60,32 +60,36 @@ counted() {
   count "$name" "$status" "$p" "$f" "${s:-0}"
 }
 
+# in_background NAME COMMAND…: begins it, and keeps what it says.
+declare -A running
 in_background() {
-  "$@" >"$said" 2>&1 &
-  background=$!
+  local name=$1
+  shift
+  "$@" >"$said/$name" 2>&1 &
+  running[$name]=$!
 }
-
-# told STATUS FILE: what a part in the background said, with the status that it ended with.
+# told STATUS NAME: what that one said, with the status that it ended with.
 told() {
-  cat "$2"
+  cat "$said/$2"
   return "$1"
 }
 
 # Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so the other
-# programs are compiled beside them; and those of them that mostly wait go beside these programs.
+# programs are compiled beside them, the longest first; and those of them that mostly wait go beside these programs.
 end_to_end=("${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@")
-in_background nice -n 19 make -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests" "$build/sim"
+in_background compiler nice -n 19 make -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests" "$build/sim"
 counted "end-to-end tests" "${end_to_end[@]}" --part other
-wait "$background" || told $? "$said"
-
-in_background "${end_to_end[@]}" --part calm
-unit
 [ -x tools/lint.sh ] && counted "checks of the source and the manuals" tools/lint.sh --counted
 [ -n "${SAN:-}" ] || counted "tests of what is installed" tests/install.sh "$build"
-counted "simulation" "$build/sim" --test
-wait "$background"
-counted "end-to-end tests that mostly wait" told $? "$said"
-background=
+wait "${running[compiler]}" || told $? compiler
+
+in_background calm "${end_to_end[@]}" --part calm
+in_background simulation "$build/sim" --test
+unit
+wait "${running[simulation]}"
+counted "simulation" told $? simulation
+wait "${running[calm]}"
+counted "end-to-end tests that mostly wait" told $? calm
 
 echo
 if [ "$skipped" -gt 0 ]; then

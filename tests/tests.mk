@@ -7,8 +7,8 @@
 # than it saves.
 UNIT_MUCH := $(wildcard $(addprefix tests/,bytes_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_test.cpp))
 UNIT_LITTLE := $(filter-out tests/main_test.cpp $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
-JOINED := $(addprefix $(B)/obj/tests/joined/,much little)
-UNIT_OBJECTS := $(B)/obj/tests/hostile/gateway.o $(JOINED:=.o) $(B)/obj/tests/main_test.o
+JOINED := $(addprefix $(B)/obj/tests/joined/,little much)
+UNIT_OBJECTS := $(JOINED:=.o) $(B)/obj/tests/hostile/gateway.o $(B)/obj/tests/main_test.o
 
 .PHONY: unit unit-%
 unit: $(B)/unit_tests
