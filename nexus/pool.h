@@ -44,7 +44,6 @@ class Pool {
   }
 
   Upstream<Net>* get(Token token) { return upstreams_.get(token); }
-  void prefetch(Token token) const { upstreams_.prefetch(token); }
 
   // An idle connection to that backend at that address, or nullptr.
   Upstream<Net>* take_idle(BackendId backend, const Address& address, Token owner) {

@@ -108,11 +108,7 @@ class Worker {
     const Ns turn_began = core_.now;
     // First, and unasked: who was told by another worker that a backend is healthy must not hear the contrary here.
     if (mailbox_.has_any()) take_messages();
-    for (std::size_t i = 0; i < count; ++i) {
-      if (i + 2 < count) prefetch_upstream(events_[i + 2].token);
-      if (i + 1 < count) prefetch_session(events_[i + 1].token);
-      dispatch(events_[i]);
-    }
+    for (std::size_t i = 0; i < count; ++i) dispatch(events_[i]);
     call_again();
     core_.wheel.fire(core_.now, [this](Token token) { on_deadline(token); });
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) look_for_grants();
@@ -170,17 +166,6 @@ class Worker {
   }
 
   // ---- events ----
-
-  // The sessions of a busy worker don't fit into the caches: the next one is on its way there while one is served.
-  void prefetch_session(Token token) {
-    if (token.kind() == kSessionKind) return sessions_.prefetch(token);
-    if (token.kind() != kUpstreamKind) return;
-    const Upstream<Net>* upstream = pool_.get(token);
-    if (upstream != nullptr && upstream->owner.value != 0) sessions_.prefetch(upstream->owner);
-  }
-  void prefetch_upstream(Token token) {
-    if (token.kind() == kUpstreamKind) pool_.prefetch(token);
-  }
 
   void dispatch(const Event& event) {
     switch (event.token.kind()) {

@@ -69,15 +69,6 @@ class Slots {
     return slot.live && slot.generation == token.generation() ? slot.object() : nullptr;
   }
 
-  // Begins to fetch an object's memory into the cache. Any token of this kind will do.
-  void prefetch(Token token) const {
-    constexpr std::size_t kLineBytes = 64;
-    if (token.slot() >= chunks_.size() * kChunk) return;
-    const Slot& slot = chunks_[token.slot() / kChunk]->slots[token.slot() % kChunk];
-    const auto* const begin = reinterpret_cast<const char*>(&slot);
-    for (std::size_t i = 0; i < sizeof(Slot); i += kLineBytes) __builtin_prefetch(begin + i);
-  }
-
   void destroy(Token token) {
     T* object = get(token);
     assert(object != nullptr);
