@@ -71,7 +71,6 @@ class Exposition {
   void clear() { page_.clear(); }
   std::string_view text() const { return page_.text(); }
   Page& page() { return page_; }
-  std::size_t capacity() const { return page_.capacity(); }
 
   // Begins a family; the samples that follow belong to it and begin without labels.
   void family(std::string_view name, FamilyType type, std::string_view help) {
