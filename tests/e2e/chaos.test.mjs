@@ -65,7 +65,7 @@ group('chaos', () => {
     assert.ok(cut > total * 0.1, `${cut} streams were cut`);
     const moved = results.filter(({ answer }) => /retry after truncated/.test(reason_of(answer))).length;
     assert.equal(moved, on_victim - cut, 'all others of the victim\'s were moved');
-    const page = await fleet.page();
+    const page = await fleet.page_of_all();
     assert.equal(page.sum('nexus_errors_total', { error_type: 'backend_error' }), cut);
     for (const answer of await fleet.ask_many(20)) assert.equal(answer.status, 200, 'and later requests do not notice');
   });

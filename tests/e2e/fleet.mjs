@@ -7,7 +7,7 @@ import { fork } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
-import { RawClient, answer_plainly, chat, chat_chunk, get, parse_metrics, post, request_bytes, settings, sleep, sse, start_backend, start_nexus, until, within } from './harness.mjs';
+import { RawClient, answer_plainly, chat, chat_chunk, get, page_after, parse_metrics, post, request_bytes, settings, sleep, sse, start_backend, start_nexus, until, within } from './harness.mjs';
 
 export const completions = '/v1/chat/completions';
 const here = path.dirname(new URL(import.meta.url).pathname);
@@ -156,6 +156,8 @@ class Fleet {
   }
 
   async page() { return parse_metrics((await get(this.port, '/metrics')).text); }
+  // The page when all that was asked is counted.
+  page_of_all() { return page_after(this.asked, this.port); }
   async gauge(name, labels = {}) { return (await this.page()).sum(name, labels); }
   queued(n) { return this.reaches('nexus_queue_depth', n); }
   pending(n, labels) { return this.reaches('nexus_pending_requests', n, labels); }

@@ -1,5 +1,8 @@
 // harness.mjs: everything that a file of tests imports, from one place.
 import assert from 'node:assert/strict';
+import { get } from './client.mjs';
+import { parse_metrics } from './metrics.mjs';
+import { until } from './runner.mjs';
 
 export { assert };
 export * from './backend.mjs';
@@ -33,6 +36,15 @@ export function seeded(seed) {
     return ((x ^ (x >>> 14)) >>> 0) / 4294967296;
   };
   return { next, below: (n) => Math.floor(next() * n), pick: (list) => list[Math.floor(next() * list.length)] };
+}
+
+// The page of the Nexus at `port` once it counts as many requests as were answered: a client may have the last byte of
+// its answer a moment before the request is counted.
+export async function page_after(requests, port) {
+  let page;
+  await until(async () => (page = parse_metrics((await get(port, '/metrics')).text)).sum('nexus_requests_total') === requests,
+              () => `${requests} requests counted (${page?.sum('nexus_requests_total')})`);
+  return page;
 }
 
 export const median = (list) => [...list].sort((a, b) => a - b)[Math.floor(list.length / 2)];

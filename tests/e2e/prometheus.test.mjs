@@ -2,7 +2,7 @@
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { assert, chat, chat_answer, free_port, get, group, histograms, kill_at_end, pair, parse_metrics, post, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { assert, chat, chat_answer, free_port, get, group, histograms, kill_at_end, page_after, pair, post, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
 import { run_to_end } from './prometheus.mjs';
 
 const endpoint = '/v1/chat/completions';
@@ -94,10 +94,9 @@ group('prometheus', () => {
     for (const model of ['llama3:70b', 'big']) for (const n of [4, 1]) await post(nexus.port, endpoint, chat(model, { n }));
     const prometheus = await start_prometheus(t, nexus);
     await sleep(700);
-    const page = async () => parse_metrics((await get(nexus.port, '/metrics')).text);
-    const before = await page();
+    const before = await page_after(4, nexus.port);
     for (let n = 0; n < 60; n++) await post(nexus.port, endpoint, chat(n % 3 ? 'llama3:70b' : 'big', { n }));
-    const after = await page();
+    const after = await page_after(64, nexus.port);
     await sleep(900);
 
     const targets = (await get(prometheus.port, '/api/v1/targets')).json.data.activeTargets;

@@ -229,7 +229,7 @@ group('queue', () => {
     fleet.mocks.a.open_gate();
     await finish([first, waiting[1], waiting[3], ...more]);
     assert.deepEqual(fleet.mocks.a.requests.slice(1).map((r) => r.json.number), [1, 3, 10, 11]);
-    const page = await fleet.page();
+    const page = await fleet.page_of_all();
     assert.equal(page.sum('nexus_client_disconnects_total', { phase: 'waiting' }), 2);
     assert.equal(page.sum('nexus_requests_total', { status: '499' }), 2);
   });

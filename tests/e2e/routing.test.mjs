@@ -291,7 +291,7 @@ group('routing', () => {
       assert.equal(answer.headers.get('x-nexus-fallback-model'), 'spare');
       assert.equal(fleet.mocks.a.requests.at(-1).json.model, 'spare');
     }
-    const page = await fleet.page();
+    const page = await fleet.page_of_all();
     assert.equal(page.sum('nexus_fallbacks_total', { to_model: 'spare' }), 2);
     assert.equal(page.sum('nexus_requests_total', { model: 'big', status: '200' }), 1);
     assert.equal(page.sum('nexus_requests_total', { model: 'gpt', status: '200' }), 1);
