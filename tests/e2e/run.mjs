@@ -5,6 +5,9 @@ import os from 'node:os';
 import path from 'node:path';
 import { list_names, run_all, settings } from './runner.mjs';
 
+// Set by run.sh for this process alone, not for those it starts.
+for (const name of ['MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_']) delete process.env[name];
+
 const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--part calm|other] [--verbose] [--list]';
 const options = { nexus: 'build/nexus', only: '', jobs: '4', part: '' };
 const args = process.argv.slice(2);
