@@ -143,14 +143,13 @@ run: $(B)/nexus
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-# Its other programs, the unit tests and the simulation, are built beside the end-to-end tests, as tests/run.sh says; what
-# is wanted before them takes as long as the daemon does, beside which it is compiled.
+# The simulation is compiled beside the daemon, and the unit tests beside the end-to-end tests, as tests/run.sh says.
 .PHONY: test
 $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-packages
 	cd tests && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
-test: $(B)/nexus $(B)/obj/tests/hostile/gateway.o $(DEPS)/test-modules $(DEPS)/peer-packages
+test: $(B)/nexus $(B)/sim $(DEPS)/test-modules $(DEPS)/peer-packages
 	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------

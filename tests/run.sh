@@ -74,27 +74,28 @@ told() {
   return "$1"
 }
 
-# Two cores are not enough to do one thing after the other in three minutes: while the end-to-end tests run, which wait
-# much, the other programs are compiled beside them, and the simulation, which knows no real time, runs too.
-gently() { nice -n 19 "$@"; }
-build_and_simulate() { gently make -j1 SAN="${SAN:-}" "$build/sim" && gently "$build/sim" --test; }
+# Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so beside
+# them run the simulation, which knows no real time, and the compiler of the unit tests.
 # The process of the tests keeps the memory that it frees: asked for again, it would cost a fault a page. (run.mjs sees
 # to it that the daemons it starts do as they do elsewhere.)
 end_to_end=(env MALLOC_TRIM_THRESHOLD_=$((1 << 30)) MALLOC_MMAP_THRESHOLD_=$((1 << 25))
   "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@")
 
-in_background unit-build gently make -j1 SAN="${SAN:-}" "$build/unit_tests"
-in_background simulation build_and_simulate
+in_background simulation nice -n 19 "$build/sim" --test
+in_background compiler nice -n 19 make -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests"
 counted "end-to-end tests" "${end_to_end[@]}" --part other
-[ -x tools/lint.sh ] && counted "checks of the source and the manuals" tools/lint.sh --counted
-[ -n "${SAN:-}" ] || counted "tests of what is installed" tests/install.sh "$build"
+wait "${running[compiler]}" || told $? compiler
+
 in_background calm "${end_to_end[@]}" --part calm
-wait "${running[unit-build]}" || told $? unit-build
+in_background lint tools/lint.sh --counted
 unit
 wait "${running[simulation]}"
 counted "simulation" told $? simulation
+wait "${running[lint]}"
+counted "checks of the source and the manuals" told $? lint
 wait "${running[calm]}"
 counted "end-to-end tests that mostly wait" told $? calm
+[ -n "${SAN:-}" ] || counted "tests of what is installed" tests/install.sh "$build"
 
 echo
 if [ "$skipped" -gt 0 ]; then

@@ -69,7 +69,7 @@ group('queue', () => {
       const later = started.slice(0, at).filter((m) => wave_of(m) > wave_of(n)).length;
       assert.ok(later <= 12, `${later} of a later wave came before ${n}`);
     });
-    assert.equal(await fleet.gauge('nexus_queue_wait_seconds_count'), total - 12);
+    await fleet.reaches('nexus_queue_wait_seconds_count', total - 12);
   });
 
   test('300 streams for 3 × 4 places and a queue of 100: all are served or refused at once with 429 and Retry-After', { limit_ms: 40_000 }, async (t) => {
@@ -92,7 +92,7 @@ group('queue', () => {
     }
     for (const answer of done.filter((a) => a.status === 200)) assert.ok(answer.complete && /\[DONE\]/.test(answer.text));
     for (const mock of Object.values(fleet.mocks)) assert.equal(mock.most, 4);
-    assert.equal(await fleet.gauge('nexus_queue_rejected_total', { reason: 'full' }), 188);
+    await fleet.reaches('nexus_queue_rejected_total', 188, { reason: 'full' });
     for (const client of clients) client.close();
   });
 
@@ -209,7 +209,7 @@ group('queue', () => {
       return performance.now() - began;
     }));
     for (const ms of waits) assert.ok(ms >= timeout - 5 && ms < timeout + 600 * settings.slow, `${ms} ms`);
-    assert.equal(await fleet.gauge('nexus_queue_rejected_total', { reason: 'timeout' }), 3);
+    await fleet.reaches('nexus_queue_rejected_total', 3, { reason: 'timeout' });
     open_all(fleet);
     await finish([first]);
     assert.equal(fleet.mocks.a.requests.length, 1, 'none of them reached the backend');
@@ -377,7 +377,7 @@ group('queue: [server] max_pending', () => {
     const refused = await (await fleet.send('m1', { number: 9 })).response(15_000);
     assert_error(refused, 503, 'overloaded');
     retry_after(refused);
-    assert.equal(await fleet.gauge('nexus_limit_rejections_total', { limit: 'max_pending' }), 1);
+    await fleet.reaches('nexus_limit_rejections_total', 1, { limit: 'max_pending' });
     open_all(fleet);
     await finish(held);
     await finish([await fleet.send('m1', { number: 10 })]);
