@@ -74,18 +74,18 @@ told() {
   return "$1"
 }
 
-# Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so beside
-# them run the simulation, which knows no real time, and the compiler of the unit tests.
+# Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so the unit
+# tests are compiled beside them; and beside these run those that mostly wait, and the simulation, which knows no time.
 # The process of the tests keeps the memory that it frees: asked for again, it would cost a fault a page. (run.mjs sees
 # to it that the daemons it starts do as they do elsewhere.)
 end_to_end=(env MALLOC_TRIM_THRESHOLD_=$((1 << 30)) MALLOC_MMAP_THRESHOLD_=$((1 << 25))
   "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@")
 
-in_background simulation nice -n 19 "$build/sim" --test
 in_background compiler nice -n 19 make -j"$(nproc)" SAN="${SAN:-}" "$build/unit_tests"
 counted "end-to-end tests" "${end_to_end[@]}" --part other
 wait "${running[compiler]}" || told $? compiler
 
+in_background simulation nice -n 19 "$build/sim" --test
 in_background calm "${end_to_end[@]}" --part calm
 in_background lint tools/lint.sh --counted
 unit
