@@ -14,7 +14,7 @@ WRITE ?=
 ONLY ?=
 
 BENCH := $(B)/bench
-BENCH_TOOLS := $(addprefix $(BENCH)/,blind sse_backend sse_client start_time)
+BENCH_TOOLS := $(addprefix $(BENCH)/,blind sse_backend sse_client start_time wake_time)
 BENCH_PACKAGES := $(strip \
   $(call lacks_command,nginx,nginx-light) $(call lacks_command,haproxy,haproxy) $(call lacks_command,wrk,wrk) \
   $(call lacks_command,strace,strace) $(call lacks_command,$(NODE),nodejs) \

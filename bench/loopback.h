@@ -1,7 +1,8 @@
 // loopback.h
-// Owns:     what the benchmark's small servers and clients share: sockets on 127.0.0.1, the clock, the descriptor
-// limit. Promises: every socket is non-blocking, close-on-exec and has TCP_NODELAY; what fails ends the process with a
-// reason. Leaves:   event loops to each program. Threads:  any.
+// Owns:     what the benchmark's small servers and clients share: sockets on 127.0.0.1, clocks, the descriptor limit.
+// Promises: every socket is non-blocking, close-on-exec and has TCP_NODELAY; what fails ends the process with a reason.
+// Leaves:   event loops to each program.
+// Threads:  any.
 #pragma once
 
 #include <netinet/in.h>
@@ -23,6 +24,13 @@ using Ns = std::int64_t;
 inline Ns now_ns() {
   timespec t{};
   clock_gettime(CLOCK_MONOTONIC, &t);
+  return Ns{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
+// The clock of the kernel's own time stamps.
+inline Ns wall_ns() {
+  timespec t{};
+  clock_gettime(CLOCK_REALTIME, &t);
   return Ns{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
 }
 

@@ -123,7 +123,8 @@ async function event_streams(context) {
   const rate = Math.round(count / pace_us * 1e6);
   rows.push(row(`${label}: added p50`, 'µs', all, 'p50_us', { minus: 'direct', ratio: false }));
   rows.push(row(`${label}: added p99`, 'µs', all, 'p99_us', { minus: 'direct', ratio: false, wanted: 'Nexus < 100 µs' }));
-  rows.at(-1).note = `${rate.toLocaleString('en')} chunks/s: Nexus's core is ${Math.round(100 * median(all.nexus.map((r) => r.busy)))} % in use; direct p99 ${Math.round(median(all.direct.map((r) => r.p99_us)))} µs`;
+  const [wake, wake_p99] = (await run([path.join(bin, 'wake_time'), '3'], { cores: '0' })).trim().split(' ');
+  rows.at(-1).note = `${rate.toLocaleString('en')} chunks/s: Nexus's core is ${Math.round(100 * median(all.nexus.map((r) => r.busy)))} % in use; direct p99 ${Math.round(median(all.direct.map((r) => r.p99_us)))} µs; a process that sleeps on that core wakes ${wake} µs late, p99 ${wake_p99}`;
   return rows;
 }
 

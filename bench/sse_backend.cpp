@@ -1,7 +1,7 @@
 // sse_backend.cpp
 // Owns:     a model server's manners without a model: it reads a whole request, then answers with a completion of about
 //           350 bytes, or streams chunks at the pace that the request's body names.
-// Promises: each chunk is one send and one HTTP chunk, with the time of that send in it ("t", CLOCK_MONOTONIC in ns); a
+// Promises: each chunk is one send and one HTTP chunk, with the time of that send in it ("t", CLOCK_REALTIME in ns); a
 //           chunk is never sent early, and one that is late does not move the next; connections are kept alive.
 // Leaves:   counting to sse_client. Of a body it looks for three words: "stream":true, "max_tokens":CHUNKS and
 //           "pace_us":PACE, at its front or end (0: as fast as the socket takes them).
@@ -228,7 +228,7 @@ class Server {
                  "\"model\":\"bench-stream\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" "
                  "fox\"},\"finish_reason\":null}],"
                  "\"t\":%lld}\n\n",
-                 static_cast<long long>(now_ns()));
+                 static_cast<long long>(wall_ns()));
     char line[16];
     peer.chunk += 1;
     peer.chunks_left -= 1;

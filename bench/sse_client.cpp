@@ -1,10 +1,10 @@
 // sse_client.cpp
 // Owns:     many event streams at a time, opened through a proxy; what each of their chunks took from the backend's
-// send
-//           to the read here.
+//           send to this end of the last connection.
 // Promises: every stream is checked: status 200, framing, as many chunks as were asked for, `[DONE]` at the end; delays
 //           are kept one by one, so that quantiles are exact; the starts are spread over a pace, so that chunks are
-//           too.
+//           too. A chunk is here when the kernel has it here: that this client, which shares its core with the backend,
+//           reads it later is no proxy's delay.
 // Leaves:   the pace to sse_backend.
 // usage:    sse_client PORT STREAMS CHUNKS PACE_US SECONDS     new streams on the same connections until SECONDS passed
 //           sse_client PORT STREAMS CHUNKS PACE_US hold        opens them, says "ready", holds them until stdin ends
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -141,6 +142,8 @@ class Client {
   void open(Stream& stream, std::uint8_t from) {
     stream.fd = connect_to(plan_.port, from);
     if (stream.fd < 0) return fail("no connection");
+    const int on = 1;
+    setsockopt(stream.fd, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
     open_ += 1;
     epoll_event event{};
     event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
@@ -173,17 +176,38 @@ class Client {
 
   void read_all(Stream& stream) {
     while (!stream.over) {
-      const ssize_t got = recv(stream.fd, buffer_.data(), buffer_.size(), 0);
-      const Ns now = now_ns();
+      Ns came_ns = 0;
+      const ssize_t got = receive(stream.fd, came_ns);
       if (got < 0 && errno == EAGAIN) return;
       if (got <= 0) return fail("the connection ended");
       const auto bytes = static_cast<std::size_t>(got);
-      take(stream, {buffer_.data(), bytes}, now);
+      take(stream, {buffer_.data(), bytes}, came_ns);
       if (bytes < buffer_.size()) return;
     }
   }
 
-  void take(Stream& stream, std::string_view bytes, Ns now) {
+  // `came_ns`: when the kernel had the last of these bytes, by CLOCK_REALTIME.
+  ssize_t receive(int fd, Ns& came_ns) {
+    iovec piece{buffer_.data(), buffer_.size()};
+    alignas(cmsghdr) std::array<char, 64> control;
+    msghdr message{};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    const ssize_t got = recvmsg(fd, &message, 0);
+    const cmsghdr* stamp = got > 0 ? CMSG_FIRSTHDR(&message) : nullptr;
+    if (stamp == nullptr || stamp->cmsg_level != SOL_SOCKET || stamp->cmsg_type != SCM_TIMESTAMPNS) {
+      came_ns = wall_ns();
+      return got;
+    }
+    timespec at{};
+    std::memcpy(&at, CMSG_DATA(stamp), sizeof at);
+    came_ns = Ns{at.tv_sec} * 1'000'000'000 + at.tv_nsec;
+    return got;
+  }
+
+  void take(Stream& stream, std::string_view bytes, Ns came_ns) {
     if (!stream.in_body) {
       stream.text += bytes;
       const std::size_t head_end = stream.text.find("\r\n\r\n");
@@ -192,14 +216,14 @@ class Client {
       const std::string rest = stream.text.substr(head_end + 4);
       stream.text.clear();
       stream.in_body = true;
-      return take(stream, rest, now);
+      return take(stream, rest, came_ns);
     }
     if (!stream.body.feed(bytes, stream.text)) return fail("broken framing");
-    read_events(stream, now);
+    read_events(stream, came_ns);
     if (stream.body.done()) end(stream);
   }
 
-  void read_events(Stream& stream, Ns now) {
+  void read_events(Stream& stream, Ns came_ns) {
     std::size_t from = 0;
     for (std::size_t end; (end = stream.text.find("\n\n", from)) != std::string::npos; from = end + 2) {
       const std::string_view event = std::string_view(stream.text).substr(from, end - from);
@@ -208,7 +232,7 @@ class Client {
       if (at == std::string_view::npos) continue;
       stream.chunks += 1;
       all_chunks_ += 1;
-      if (delays_.size() < kMostDelays) delays_.push_back(now - std::strtoll(event.data() + at + 4, nullptr, 10));
+      if (delays_.size() < kMostDelays) delays_.push_back(came_ns - std::strtoll(event.data() + at + 4, nullptr, 10));
     }
     stream.text.erase(0, from);
   }
