@@ -74,8 +74,10 @@ told() {
   return "$1"
 }
 
-# Two cores are not enough to do one thing after the other in three minutes: the end-to-end tests wait much, so the unit
-# tests are compiled beside them; and beside these run those that mostly wait, and the simulation, which knows no time.
+# Two cores are not enough to do one thing after the other in three minutes. The end-to-end tests wait much, so the unit
+# tests are compiled beside them. The unit tests keep one core, so beside them run lint, the end-to-end tests that mostly
+# wait, and the simulation, which knows no real time.
+
 # The process of the tests keeps the memory that it frees: asked for again, it would cost a fault a page. (run.mjs sees
 # to it that the daemons it starts do as they do elsewhere.)
 end_to_end=(env MALLOC_TRIM_THRESHOLD_=$((1 << 30)) MALLOC_MMAP_THRESHOLD_=$((1 << 25))
