@@ -1,18 +1,18 @@
 // Nexus: one address for a fleet of OpenAI-compatible inference servers.
 //
-// A client's request comes in on a worker thread (server.h), is read (http.h, json.h), gets a backend (router.h), goes
-// there over a kept connection (pool.h, exchange.h), and its answer streams back while its tokens are counted
-// (relay.h, usage.h, metrics.h). One control thread (control.h) checks the backends and renders the pages; one more
-// writes the log. This file is the command line; daemon.h puts the threads together.
+// A client's request comes in on a worker thread (worker.h), is read (head_parser.h, request_json.h), gets a backend
+// (router.h), goes there over a kept connection (upstream_pool.h, exchange.h), and its answer streams back while its
+// tokens are counted (body_framing.h, usage_scan.h, slab.h). One control thread (control.h) checks the backends and
+// renders the pages; one more writes the log. This file is the command line; daemon.h puts the threads together.
 
 #include <cstdio>
 #include <cstring>
 #include <string>
 
-#include "nexus/check.h"
-#include "nexus/config.h"
+#include "nexus/apps/check.h"
+#include "nexus/apps/top.h"
+#include "nexus/config/parser.h"
 #include "nexus/daemon.h"
-#include "nexus/top.h"
 
 namespace nexus {
 namespace {
@@ -113,7 +113,7 @@ int check_fleet(const Options& options) {
 int watch(const Options& options) {
   const auto url = config::parse_url(options.url);
   if (!url.ok()) {
-    std::fprintf(stderr, "nexus: %s: %s\n", harmless(options.url, 200).c_str(), url.problem.c_str());
+    std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), url.problem.c_str());
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);

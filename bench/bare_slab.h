@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "nexus/histogram.h"
-#include "nexus/metrics.h"
+#include "nexus/metrics/histogram.h"
+#include "nexus/metrics/slab.h"
 
 namespace nexus::bench {
 

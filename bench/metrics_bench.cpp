@@ -25,8 +25,8 @@
 #include <vector>
 
 #include "bare_slab.h"
-#include "nexus/prometheus.h"
-#include "nexus/stats.h"
+#include "nexus/metrics/prometheus.h"
+#include "nexus/metrics/stats_json.h"
 #include "prometheus_cpp_peer.h"
 
 using namespace nexus;

@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "nexus/histogram.h"
-#include "nexus/metrics.h"
+#include "nexus/metrics/histogram.h"
+#include "nexus/metrics/slab.h"
 
 namespace nexus::bench {
 

@@ -21,16 +21,14 @@
 #include <thread>
 #include <vector>
 
-#include "activation.h"
-#include "control.h"
-#include "echo.h"
-#include "log_writer.h"
-#include "notify.h"
-#include "pulse.h"
-#include "resolver.h"
-#include "sandbox.h"
-#include "server.h"
-#include "threads.h"
+#include "nexus/apps/echo_backend.h"
+#include "nexus/base/threads.h"
+#include "nexus/net/resolver.h"
+#include "nexus/os/log_thread.h"
+#include "nexus/os/seccomp.h"
+#include "nexus/os/systemd.h"
+#include "nexus/server/control.h"
+#include "nexus/server/worker.h"
 
 namespace nexus {
 
@@ -52,8 +50,8 @@ class Daemon {
         started_ns_(monotonic_now()),
         journald_(std::getenv("JOURNAL_STREAM") != nullptr),
         budget_(settings_->server.body_memory_bytes),
-        admission_([this](std::uint32_t worker, Token session) { peers_.workers[worker]->grant(session); }),
-        shared_{metrics_, ejector_, admission_, budget_, in_flight_, instance_name()} {}
+        admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
+        shared_{metrics_, breaker_, admission_, budget_, in_flight_, instance_name()} {}
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
@@ -198,7 +196,7 @@ class Daemon {
   std::string make_workers() {
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
-    peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, PageKind kind) {
       using Posted = Control<EpollNet>::Posted;
       return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Posted::no_memory;
     };
@@ -223,7 +221,7 @@ class Daemon {
     constexpr const char* kNoThread = "no thread can be started: is the system's limit reached?";
     if (!log_writer_.start()) return kNoThread;
     const Ns watchdog_ns = watchdog_limit_ns(process_variable, getpid());
-    pulse_ = std::make_unique<Pulse>(workers_.size() + 1, watchdog_ns, monotonic_now());
+    pulse_ = std::make_unique<Watchdog>(workers_.size() + 1, watchdog_ns, monotonic_now());
     control_thread_ = start_thread("nexus-control", [this] { control_->run(); });
     if (!control_thread_.joinable()) return kNoThread;
     const pthread_t main_thread = pthread_self();
@@ -306,7 +304,7 @@ class Daemon {
 
   // The last loop is the control thread's, the others are the workers', in their order.
   void beat() {
-    const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Ping& ping) {
+    const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Heartbeat& ping) {
       using ByWorker = Worker<EpollNet>::Posted;
       using ByControl = Control<EpollNet>::Posted;
       const bool lost = loop < workers_.size() ? workers_[loop]->post(ping) == ByWorker::no_memory
@@ -379,7 +377,7 @@ class Daemon {
   LogWriter log_writer_;  // before all that logs: it goes last
   Log log_;
   Metrics metrics_;
-  Ejector ejector_;
+  CircuitBreaker breaker_;
   BodyBudget budget_;
   std::atomic<std::uint32_t> in_flight_{0};
   Worker<EpollNet>::Peers peers_;
@@ -395,7 +393,7 @@ class Daemon {
   std::deque<EpollNet> nets_;  // a worker's, at a fixed place
   std::vector<std::unique_ptr<Worker<EpollNet>>> workers_;
   std::atomic<std::size_t> workers_done_{0};
-  std::unique_ptr<Pulse> pulse_;
+  std::unique_ptr<Watchdog> pulse_;
   std::thread control_thread_;
   std::vector<std::thread> worker_threads_;
 };

@@ -1,7 +1,7 @@
 // admission_test.cpp
 // Goal:   a cap is never exceeded, the queue is served in turn, and no place is lost, whatever order things happen in.
 // Method: the rules one by one; random steps beside a simple model of the queue; then threads that fight for places.
-#include "nexus/admission.h"
+#include "nexus/fleet/admission.h"
 
 #include <doctest/doctest.h>
 
@@ -28,13 +28,13 @@ constexpr BackendId kA{1};
 constexpr BackendId kB{2};
 constexpr BackendId kC{3};
 
-Token token(std::uint32_t number) { return Token::make(1, 0, number); }
+Handle token(std::uint32_t number) { return Handle::make(1, 0, number); }
 
 // An Admission that notes whom it woke.
 struct Gate {
   std::vector<std::uint32_t> woken;  // the waiters' numbers, in order
   std::vector<std::uint32_t> workers;
-  Admission admission{[this](std::uint32_t worker, Token waiter) {
+  Admission admission{[this](std::uint32_t worker, Handle waiter) {
     workers.push_back(worker);
     woken.push_back(waiter.slot());
   }};
@@ -358,8 +358,8 @@ TEST_CASE("random steps agree with a plain list of who waits, in order of arriva
   std::mt19937 random(5);
   const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
   const std::vector<BackendId> backends = {kA, kB, kC};
-  for (int trial = 0; trial < 60; ++trial) {
-    CAPTURE(trial);
+  for (int probe = 0; probe < 60; ++probe) {
+    CAPTURE(probe);
     Gate gate;
     std::vector<std::uint32_t> caps(4), running(4);
     std::uint32_t queue_size = 5;
@@ -464,7 +464,7 @@ TEST_CASE("threads that fight for places never exceed a cap, and every request i
   constexpr std::size_t kAtOnce = 8;
   constexpr std::uint32_t kCaps[] = {0, 3, 2, 1};
   std::vector<Inbox> inboxes(kThreads);
-  Admission admission([&](std::uint32_t worker, Token waiter) {
+  Admission admission([&](std::uint32_t worker, Handle waiter) {
     Inbox& inbox = inboxes[worker];
     const std::lock_guard lock(inbox.mutex);
     inbox.waiters.push_back(waiter.slot());

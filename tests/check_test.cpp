@@ -1,10 +1,10 @@
 // Goal: what `nexus check` asks and says. Method: answers as a backend of each kind gives them, and the verdict on
 // each.
-#include "nexus/check.h"
+#include "nexus/apps/check.h"
 
 #include <doctest/doctest.h>
 
-#include "nexus/config.h"
+#include "nexus/config/parser.h"
 
 using namespace nexus;
 

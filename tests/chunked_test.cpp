@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "nexus/chunked.h"
+#include "nexus/http/chunked.h"
 
 using nexus::ChunkedDecoder;
 using Status = nexus::ChunkedDecoder::Status;

@@ -2,7 +2,7 @@
 // Owns:     what nexus.conf may say and what it may not, each refusal with its exact line and words.
 // Leaves:   whether the manual and the example agree with the table to docs_test.cpp.
 
-#include "nexus/config.h"
+#include "nexus/config/parser.h"
 
 #include <doctest/doctest.h>
 #include <stdlib.h>

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "nexus/config.h"
+#include "nexus/config/parser.h"
 
 namespace {
 

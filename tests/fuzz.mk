@@ -10,7 +10,7 @@ FUZZ_FLAGS := -std=c++20 $(FUZZ_SAN) -D_GLIBCXX_ASSERTIONS $(INCLUDES) -pthread
 
 # TARGET:HEADER, where the function fuzz::TARGET stands in tests/fuzz/HEADER.h
 FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chunked request_body:body model_list:body \
-  skim:skim usage:usage label_page:labels exchange:exchange answer:exchange
+  incremental_json:incremental_json usage:usage label_page:labels exchange:exchange answer:exchange
 fuzz_name = $(word 1,$(subst :, ,$(1)))
 fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
 fuzz_more = $(if $(filter %:exchange,$(1)),tests/hostile/gateway.cpp)
@@ -27,7 +27,7 @@ $(FUZZ)/obj/simdjson.o: $(SIMDJSON)/simdjson.cpp | $(READY)
 
 define fuzz_program
 $(FUZZ)/$(call fuzz_name,$(1)): tests/fuzz/fuzzer.cpp $(call fuzz_header,$(1)) $(FUZZ_OBJECTS) \
-  $(wildcard nexus/*.h tests/*.h tests/fuzz/*.h tests/hostile/*)
+  $(wildcard nexus/*.h nexus/*/*.h tests/*.h tests/fuzz/*.h tests/hostile/*)
 	$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer -include $(call fuzz_header,$(1)) \
 	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(call fuzz_more,$(1)) $(FUZZ_OBJECTS) -o $$@
 endef

@@ -12,8 +12,8 @@
 #include "tests/fuzz/config.h"
 #include "tests/fuzz/exchange.h"
 #include "tests/fuzz/heads.h"
+#include "tests/fuzz/incremental_json.h"
 #include "tests/fuzz/labels.h"
-#include "tests/fuzz/skim.h"
 #include "tests/fuzz/usage.h"
 
 namespace {
@@ -34,7 +34,7 @@ constexpr Target kTargets[] = {
     {"label_page", fuzz::label_page},
     {"exchange", fuzz::exchange},
     {"answer", fuzz::answer},
-    {"skim", fuzz::skim},
+    {"incremental_json", fuzz::incremental_json},
 };
 
 const std::filesystem::path kCorpora = "tests/fuzz/corpus";  // tests run in the repository's root

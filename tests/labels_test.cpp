@@ -1,7 +1,7 @@
 // labels_test.cpp
 // Goal:   every label value is one that Prometheus accepts, and names that become the same one are known to be.
 // Method: rows from the contract; then seeded random names against a decoder that shares no code with labels.h.
-#include "nexus/labels.h"
+#include "nexus/metrics/labels.h"
 
 #include <doctest/doctest.h>
 

@@ -4,7 +4,7 @@
 // Method: rows of values against golden lines; a ring small enough to fill and wrap all the time, between two threads;
 // a
 //         writer on real files and pipes: full (/dev/full), closed, not read, renamed.
-#include "nexus/log.h"
+#include "nexus/os/log.h"
 
 #include <doctest/doctest.h>
 #include <fcntl.h>
@@ -20,7 +20,7 @@
 #include <thread>
 #include <vector>
 
-#include "nexus/log_writer.h"
+#include "nexus/os/log_thread.h"
 
 using namespace nexus;
 using namespace std::string_view_literals;

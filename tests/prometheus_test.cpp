@@ -4,7 +4,7 @@
 // Method: one whole page to the letter; each rule of the contract as a case; seeded hostile names and threads, every
 // page
 //         through a strict reader (exposition_parser.h) that shares no code with the writer.
-#include "nexus/prometheus.h"
+#include "nexus/metrics/prometheus.h"
 
 #include <doctest/doctest.h>
 
@@ -243,7 +243,7 @@ nexus_requests_total{model="m",backend="b",status="503"} 1
         {18'446'744'073'709'551'615u, "18446744073.709551615"},
     };
     for (const auto& [ns, expected] : rows) {
-      Page page;
+      TextBuffer page;
       CHECK(page.add_seconds(ns).text() == expected);
     }
   }

@@ -1,7 +1,7 @@
 // registry_test.cpp
 // Goal:   what workers see of the fleet follows from the configuration and the checks, and a reload loses nothing.
 // Method: a configuration a test, checks told by hand, and a look at the snapshot that comes of it.
-#include "nexus/registry.h"
+#include "nexus/fleet/registry.h"
 
 #include <doctest/doctest.h>
 

@@ -2,7 +2,7 @@
 // Goal:   a name becomes its addresses, or an error that can be read, whatever the DNS server does, and nobody waits.
 // Method: a DNS server of this file's own on a loopback port, which answers by rows: each name has the behaviour that
 //         its first label says. localhost is asked where no server answers at all.
-#include "nexus/resolver.h"
+#include "nexus/net/resolver.h"
 
 #include <doctest/doctest.h>
 #include <sys/socket.h>

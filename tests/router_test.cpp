@@ -2,7 +2,7 @@
 // Goal:   a request goes to the right backends in the right order, whatever the fleet and the strategy.
 // Method: tables of one fleet a row; then thousands of random fleets, checked against properties that must always hold;
 //         then each strategy's spread over 10,000 turns.
-#include "nexus/router.h"
+#include "nexus/fleet/router.h"
 
 #include <doctest/doctest.h>
 

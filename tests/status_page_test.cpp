@@ -1,6 +1,6 @@
 // Goal: the status page before any script runs, and the fields that go with it. Method: pages rendered from samples
 // made here; the digests computed anew.
-#include "nexus/status_page.h"
+#include "nexus/apps/status_page.h"
 
 #include <doctest/doctest.h>
 
@@ -8,7 +8,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "nexus/status_policy.h"
+#include "nexus/apps/status_policy.h"
 
 using namespace nexus;
 
@@ -73,10 +73,10 @@ std::size_t times(std::string_view text, std::string_view part) {
   return count;
 }
 
-Board board_of(std::size_t backends, const std::string& name = "b") {
-  Board board;
+Rates board_of(std::size_t backends, const std::string& name = "b") {
+  Rates board;
   for (std::size_t i = 0; i < backends; ++i) {
-    BoardRow row;
+    RateRow row;
     row.name = name;
     row.requests = 10 + i;
     board.by_backend.push_back(row);
@@ -98,7 +98,7 @@ TEST_CASE("the policy names the script and the style that the page has, and noth
   CHECK(fields.find("default-src 'none';") != std::string::npos);
   CHECK(fields.find("unsafe") == std::string::npos);
   CHECK(fields.substr(fields.size() - 2) == "\r\n");
-  const std::string page = status_page(Board{}, "1");
+  const std::string page = status_page(Rates{}, "1");
   CHECK(page.find("<script>" + std::string(kStatusScript) + "</script>") != std::string::npos);
   CHECK(page.find("<style>" + std::string(kStatusStyle) + "</style>") != std::string::npos);
   CHECK(times(page, "<script") == 1);
@@ -106,7 +106,7 @@ TEST_CASE("the policy names the script and the style that the page has, and noth
 }
 
 TEST_CASE("the page is under 40 kB and asks no other server for anything") {
-  const std::string page = status_page(Board{}, "1");
+  const std::string page = status_page(Rates{}, "1");
   CHECK(page.size() < 40'000);
   CHECK(times(page, "http://") == times(page, "http://www.w3.org/"));  // names of namespaces
   CHECK(page.find("https://") == std::string::npos);

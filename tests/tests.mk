@@ -5,7 +5,7 @@
 # Compiled several to one object, for most of what a test costs is the headers that all of them read; `make unit-text`
 # compiles tests/text_test.cpp alone. Tests that do much are optimised, a little: for the others it takes longer
 # than it saves.
-UNIT_MUCH := $(wildcard $(addprefix tests/,bytes_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_test.cpp))
+UNIT_MUCH := $(wildcard $(addprefix tests/,buffer_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_scan_test.cpp))
 UNIT_LITTLE := $(filter-out tests/main_test.cpp $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
 JOINED := $(addprefix $(B)/obj/tests/joined/,little much)
 UNIT_OBJECTS := $(JOINED:=.o) $(B)/obj/tests/hostile/gateway.o $(B)/obj/tests/main_test.o
@@ -23,7 +23,7 @@ $(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
 $(B)/alone/%: $(B)/obj/tests/%_test.o $(B)/obj/tests/main_test.o $(LIBS)
 	@mkdir -p $(@D)
 	$(link)
-$(addprefix $(B)/alone/,fuzz_corpus hostile_answers hostile_requests server): $(B)/obj/tests/hostile/gateway.o
+$(addprefix $(B)/alone/,fuzz_corpus hostile_answers hostile_requests worker): $(B)/obj/tests/hostile/gateway.o
 
 $(B)/obj/tests/%_test.o $(B)/obj/tests/joined/%.o: LEVEL := -O0
 $(B)/obj/tests/main_test.o $(B)/obj/tests/joined/much.o $(UNIT_MUCH:%.cpp=$(B)/obj/%.o): LEVEL := -O1

@@ -5,7 +5,7 @@
 #include <string>
 #include <string_view>
 
-#include "nexus/text.h"
+#include "nexus/base/text.h"
 
 using namespace nexus;
 

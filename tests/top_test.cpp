@@ -1,12 +1,12 @@
 // Goal: the numbers that `nexus top` and the status page show, and that no name escapes its cell. Method: pages written
 // by hand and by Nexus's own writers, read back.
-#include "nexus/top.h"
+#include "nexus/apps/top.h"
 
 #include <doctest/doctest.h>
 
-#include "nexus/metrics.h"
-#include "nexus/prometheus.h"
-#include "nexus/stats.h"
+#include "nexus/metrics/prometheus.h"
+#include "nexus/metrics/slab.h"
+#include "nexus/metrics/stats_json.h"
 
 using namespace nexus;
 
@@ -25,9 +25,9 @@ std::string buckets(const std::string& labels, int upto_1, int upto_10, int all)
   return line("1", upto_1) + line("10", upto_10) + line("+Inf", all);
 }
 
-Sample read_pages(std::string_view stats, std::string_view metrics, Ns at) {
-  SampleReader reader;
-  Sample sample;
+Scrape read_pages(std::string_view stats, std::string_view metrics, Ns at) {
+  ScrapeReader reader;
+  Scrape sample;
   REQUIRE(reader.read(stats, metrics, at, sample));
   return sample;
 }
@@ -38,7 +38,7 @@ TEST_CASE("both pages are read, and a label is found under the name that it came
       "nexus_client_connections 7\nnexus_queue_depth{backend=\"gpu_1\"} 5\n" +
       buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20) +
       buckets("model=\"llama3_70b\",backend=\"gpu_2\"", 0, 10, 10) + "nonsense\n{}\nnexus_queue_depth{backend=\"gpu";
-  const Sample sample = read_pages(kStats, metrics, kSecond);
+  const Scrape sample = read_pages(kStats, metrics, kSecond);
   CHECK(sample.total == 30);
   CHECK(sample.success == 27);
   CHECK(sample.errors == 3);
@@ -61,14 +61,14 @@ TEST_CASE("both pages are read, and a label is found under the name that it came
 TEST_CASE("raw labels are found too, their escapes undone") {
   const std::string stats =
       R"({"uptime_seconds":1,"requests":{"total":1,"success":1,"errors":0},"backends":[],"models":[{"name":"a\"\\\nb","requests":1}]})";
-  const Sample sample = read_pages(stats, buckets(R"(model="a\"\\\nb",backend="x,}")", 1, 1, 1), 0);
+  const Scrape sample = read_pages(stats, buckets(R"(model="a\"\\\nb",backend="x,}")", 1, 1, 1), 0);
   REQUIRE(sample.by_model.size() == 1);
   CHECK(sample.by_model[0].duration.count() == 1);
 }
 
 TEST_CASE("what is no page of Nexus is refused") {
-  SampleReader reader;
-  Sample sample;
+  ScrapeReader reader;
+  Scrape sample;
   for (const char* text :
        {"", "{", "[]", "{}", "<html>", R"({"requests":{},"backends":{},"models":[]})",
         R"({"requests":{},"backends":[{}],"models":[]})", R"({"requests":{},"backends":[{"id":1}],"models":[]})"}) {
@@ -92,7 +92,7 @@ TEST_CASE("what Nexus writes is what is read") {
   fleet.uptime_ns = 5 * kSecond;
   fleet.version = "9.9";
   for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
-    const Sample sample = read_pages(render_stats(metrics, fleet, models, backends),
+    const Scrape sample = read_pages(render_stats(metrics, fleet, models, backends),
                                      render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
     CHECK(sample.uptime_s == 5);
     CHECK(sample.backends_healthy == 1);
@@ -104,20 +104,20 @@ TEST_CASE("what Nexus writes is what is read") {
   }
 }
 
-SampledHistogram histogram(double upto_1, double upto_10, double all) {
+ScrapedHistogram histogram(double upto_1, double upto_10, double all) {
   return {{{1.0, upto_1}, {10.0, upto_10}, {std::numeric_limits<double>::infinity(), all}}};
 }
 
 TEST_CASE("a quantile is interpolated within its bucket, as histogram_quantile() does") {
   struct Row {
-    SampledHistogram given;
+    ScrapedHistogram given;
     double q;
     double expected;  // below 0: none
   };
   const std::vector<Row> rows{
       {histogram(10, 10, 10), 0.5, 0.5},    {histogram(0, 10, 10), 0.5, 5.5},      {histogram(5, 10, 10), 0.5, 1.0},
       {histogram(0, 0, 10), 0.5, INFINITY}, {histogram(9, 9, 10), 0.95, INFINITY}, {histogram(0, 0, 0), 0.5, -1},
-      {SampledHistogram{}, 0.5, -1},
+      {ScrapedHistogram{}, 0.5, -1},
   };
   for (const Row& row : rows) {
     const std::optional<double> got = quantile(row.given, row.q);
@@ -129,13 +129,13 @@ TEST_CASE("a quantile is interpolated within its bucket, as histogram_quantile()
 
 TEST_CASE("rates and quantiles are of the time between, totals of all time") {
   const std::string labels = "model=\"llama3_70b\",backend=\"gpu_1\"";
-  const Sample before = read_pages(kStats, buckets(labels, 20, 20, 20), 0);
+  const Scrape before = read_pages(kStats, buckets(labels, 20, 20, 20), 0);
   std::string later = kStats;
   later.replace(later.find("\"total\":30"), 10, "\"total\":50");
   later.replace(later.find("\"requests\":20"), 13, "\"requests\":40");
   later.replace(later.find("\"completion_tokens\":400"), 23, "\"completion_tokens\":500");
-  const Sample after = read_pages(later, buckets(labels, 20, 40, 40), 10 * kSecond);
-  const Board board = make_board(before, after);
+  const Scrape after = read_pages(later, buckets(labels, 20, 40, 40), 10 * kSecond);
+  const Rates board = compute_rates(before, after);
   CHECK(board.seconds == doctest::Approx(10));
   CHECK(board.all.requests == 50);
   CHECK(board.all.requests_per_s == doctest::Approx(2));
@@ -148,17 +148,17 @@ TEST_CASE("rates and quantiles are of the time between, totals of all time") {
 }
 
 TEST_CASE("after a restart the new process's own time counts") {
-  const Sample before = read_pages(kStats, "", 0);
+  const Scrape before = read_pages(kStats, "", 0);
   std::string later = kStats;
   later.replace(later.find("\"uptime_seconds\":100"), 20, "\"uptime_seconds\":5");
-  const Board board = make_board(before, read_pages(later, "", 20 * kSecond));
+  const Rates board = compute_rates(before, read_pages(later, "", 20 * kSecond));
   CHECK(board.seconds == doctest::Approx(5));
   CHECK(board.all.requests_per_s == doctest::Approx(6));
 }
 
 TEST_CASE("the page says what is so, in columns, and fits a screen") {
-  Board board = make_board(start_of(read_pages(kStats, "", 0)),
-                           read_pages(kStats, buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20), 0));
+  Rates board = compute_rates(start_of(read_pages(kStats, "", 0)),
+                              read_pages(kStats, buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20), 0));
   board.backends = 2;
   board.backends_healthy = 1;
   const std::string page = top_page(board, "http://x:1", 0, 0);
@@ -182,14 +182,14 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
 }
 
 TEST_CASE("a hostile name is shown escaped") {
-  Board board;
+  Rates board;
   for (const char* name : {"\x1b]0;owned\a", "a\nb\rc",
                            "\xc2\x9b"
                            "31m",
                            "\xff\xfe",
                            "\xe2\x80\xae"
                            "evil"}) {
-    BoardRow row;
+    RateRow row;
     row.name = name;
     board.by_backend.push_back(row);
     board.by_model.push_back(row);
@@ -210,12 +210,12 @@ TEST_CASE("a page of anything, cut anywhere, is read without harm") {
       "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"1e308\"} 4\n"
       "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"+Inf\"} 4\n";
   for (std::size_t end = 0; end <= metrics.size(); ++end) {
-    const Sample sample = read_pages(kStats, std::string_view(metrics).substr(0, end), 0);
+    const Scrape sample = read_pages(kStats, std::string_view(metrics).substr(0, end), 0);
     CHECK(sample.backends < 1'000'000);
-    CHECK(top_page(make_board(start_of(sample), sample), "x", 0, 0).size() < 4000);
+    CHECK(top_page(compute_rates(start_of(sample), sample), "x", 0, 0).size() < 4000);
   }
-  SampleReader reader;
-  Sample sample;
+  ScrapeReader reader;
+  Scrape sample;
   for (std::size_t end = 0; end < kStats.size(); ++end) {
     CHECK_FALSE(reader.read(std::string_view(kStats).substr(0, end), "", 0, sample));
   }

@@ -7,7 +7,7 @@
 // Threads:  one.
 #pragma once
 
-#include "nexus/json.h"
+#include "nexus/api/request_json.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/plain_json.h"
 

@@ -8,7 +8,7 @@
 
 #include <llhttp.h>
 
-#include "nexus/chunked.h"
+#include "nexus/http/chunked.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/rfc9112.h"
 

@@ -8,7 +8,7 @@
 
 #include <cerrno>
 
-#include "nexus/config.h"
+#include "nexus/config/parser.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace fuzz {

@@ -19,4 +19,4 @@ done
 LLVM_PROFILE_FILE=$directory/raw "$directory/tests"
 "$profdata" merge -sparse "$directory/raw" -o "$directory/merged"
 "$cov" report "$directory/tests" -instr-profile="$directory/merged" -show-region-summary=false \
-  nexus/{config,config_keys,config_values,config_secrets,http,fields,chunked,heads,relay,json,skim,scan,sse,usage,labels,exposition,server,exchange}.h
+  nexus/{config,http,api}/*.h nexus/base/simd.h nexus/metrics/{labels,exposition}.h nexus/server/worker.h nexus/proxy/exchange.h

@@ -6,7 +6,7 @@
 // Threads:  one.
 #pragma once
 
-#include "nexus/http.h"
+#include "nexus/http/head_parser.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/rfc9112.h"
 

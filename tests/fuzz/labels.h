@@ -8,8 +8,8 @@
 
 #include <map>
 
-#include "nexus/exposition.h"
-#include "nexus/labels.h"
+#include "nexus/metrics/exposition.h"
+#include "nexus/metrics/labels.h"
 #include "tests/exposition_parser.h"
 #include "tests/fuzz/fuzz.h"
 

@@ -6,7 +6,7 @@
 // Threads:  one.
 #pragma once
 
-#include "nexus/usage.h"
+#include "nexus/api/usage_scan.h"
 #include "tests/fuzz/body.h"
 #include "tests/fuzz/fuzz.h"
 

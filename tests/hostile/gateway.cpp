@@ -5,7 +5,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "nexus/server.h"
+#include "nexus/server/worker.h"
 
 namespace hostile {
 
@@ -33,16 +33,16 @@ std::shared_ptr<const nexus::Settings> settings_of(const GatewayOptions& options
 
 struct Gateway::Nexus {
   Nexus(ScriptNet& net, const GatewayOptions& options)
-      : admission([](std::uint32_t, Token) {}),
+      : admission([](std::uint32_t, Handle) {}),
         budget(64u << 20),
-        shared{metrics, ejector, admission, budget, in_flight, "nexus-00c0ffee"},
+        shared{metrics, breaker, admission, budget, in_flight, "nexus-00c0ffee"},
         slab(metrics.add_slab()),
         page_text(options.page) {
     const auto snapshot = configure(options);
     backend_id = snapshot->backends[0].id;
     peers.placement.loads = std::vector<nexus::WorkerLoad>(1);
-    peers.ask_page = [this](std::uint32_t, Token session, nexus::PageKind kind) {
-      auto page = std::make_shared<nexus::Page>();
+    peers.ask_page = [this](std::uint32_t, Handle session, nexus::PageKind kind) {
+      auto page = std::make_shared<nexus::TextBuffer>();
       page->add(page_text);
       worker->post(Work::RenderedPage{session, std::move(page), kind});
       return true;
@@ -59,7 +59,7 @@ struct Gateway::Nexus {
   }
 
   nexus::Metrics metrics;
-  nexus::Ejector ejector;
+  nexus::CircuitBreaker breaker;
   nexus::Admission admission;
   nexus::BodyBudget budget;
   std::atomic<std::uint32_t> in_flight{0};
@@ -136,10 +136,10 @@ std::size_t Gateway::backend_links() const {
 }
 
 std::uint64_t Gateway::counted_attempts() const {
-  const nexus::BackendCells* cells = nexus_->slab.backend(nexus_->backend_id);
+  const nexus::BackendCounters* cells = nexus_->slab.backend(nexus_->backend_id);
   std::uint64_t sum = 0;
   if (cells != nullptr) {
-    for (const nexus::Cell& cell : cells->attempts) sum += cell.read();
+    for (const nexus::Counter& cell : cells->attempts) sum += cell.read();
   }
   return sum;
 }

@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-#include "nexus/metrics.h"
+#include "nexus/metrics/slab.h"
 #include "tests/hostile/script_net.h"
 #include "tests/rfc9112.h"
 

@@ -16,22 +16,22 @@
 #include <string>
 #include <string_view>
 
-#include "nexus/net.h"
+#include "nexus/net/epoll.h"
 
 namespace hostile {
 
 using nexus::Address;
 using nexus::Event;
+using nexus::Handle;
 using nexus::IoResult;
 using nexus::Ns;
 using nexus::SocketOutcome;
-using nexus::Token;
 
 // A connection as its far end sees it.
 struct Link {
   std::uint32_t id = 0;
   bool to_backend = false;
-  Token token;
+  Handle token;
   bool watched = false;
 
   std::string incoming;         // what the far end sent and Nexus has not read yet
@@ -107,7 +107,7 @@ class ScriptNet {
   }
   void wake() { woken_ = true; }
 
-  bool watch_listener(Socket, Token) { return true; }
+  bool watch_listener(Socket, Handle) { return true; }
   Opened accept(Socket) { return {SocketOutcome::again, {}, {}, 0}; }
   Opened connect(const Address& address) {
     ++calls_;
@@ -117,7 +117,7 @@ class ScriptNet {
   }
   int connect_error(Socket) { return 0; }
 
-  bool watch(Socket socket, Token token) {
+  bool watch(Socket socket, Handle token) {
     Link& link = of(socket);
     link.token = token;
     link.watched = link.writable = true;

@@ -59,16 +59,16 @@ inline void check_origin(const rfc9112::Reading& client, const std::vector<rfc91
 
 inline std::uint64_t sum_of(const auto& cells) {
   std::uint64_t sum = 0;
-  for (const nexus::Cell& cell : cells) sum += cell.read();
+  for (const nexus::Counter& cell : cells) sum += cell.read();
   return sum;
 }
 
 // Requests on proxied endpoints that Nexus counted, but for clients that left.
 inline std::uint64_t counted_requests(const Gateway& gateway) {
   std::uint64_t sum = 0;
-  gateway.slab().pairs().for_each([&](std::uint32_t, std::uint32_t, const nexus::PairCells& cells) {
+  gateway.slab().pairs().for_each([&](std::uint32_t, std::uint32_t, const nexus::PairCounters& cells) {
     cells.statuses.for_each(
-        [&](const nexus::StatusCells::Count& count) { sum += count.status == 499 ? 0 : count.count; });
+        [&](const nexus::StatusCounters::Count& count) { sum += count.status == 499 ? 0 : count.count; });
   });
   return sum;
 }

@@ -106,7 +106,7 @@ class Audit {
       std::int64_t open = 0;
       std::int64_t queued = 0;
       for (const auto& slab : gateway_.metrics().slabs()) {
-        if (const BackendCells* cells = slab->backend(id)) {
+        if (const BackendCounters* cells = slab->backend(id)) {
           open += cells->connections.read_signed();
           queued += cells->queue_depth.read_signed();
         }
@@ -174,8 +174,8 @@ class Audit {
     HistogramValues<kTokenBounds> prompts;
     HistogramValues<kTokenBounds> completions;
     for (const auto& slab : gateway_.metrics().slabs()) {
-      slab->pairs().for_each([&](std::uint32_t, std::uint32_t backend, const PairCells& pair) {
-        pair.statuses.for_each([&](const StatusCells::Count& count) {
+      slab->pairs().for_each([&](std::uint32_t, std::uint32_t backend, const PairCounters& pair) {
+        pair.statuses.for_each([&](const StatusCounters::Count& count) {
           sums.statuses[{registry.backend_names().name(BackendId{backend}), count.status}] +=
               static_cast<std::int64_t>(count.count);
           sums.requests += static_cast<std::int64_t>(count.count);
@@ -185,18 +185,18 @@ class Audit {
         pair.completion_tokens.add_to(completions, pair.completion_sum);
       });
       for (std::uint32_t i = 0; i < registry.model_names().size(); ++i) {
-        const ModelCells* cells = slab->model(ModelId{i});
+        const ModelCounters* cells = slab->model(ModelId{i});
         for (std::size_t type = 1; cells != nullptr && type < kErrorTypeNames.size(); ++type) {
           const auto count = static_cast<std::int64_t>(cells->errors[type].read());
           if (count > 0) sums.errors[std::string(kErrorTypeNames[type])] += count;
         }
       }
       for (std::uint32_t i = 0; i < registry.backend_names().size(); ++i) {
-        const BackendCells* cells = slab->backend(BackendId{i});
+        const BackendCounters* cells = slab->backend(BackendId{i});
         if (cells == nullptr) continue;
-        for (const Cell& outcome : cells->attempts) sums.attempts += static_cast<std::int64_t>(outcome.read());
+        for (const Counter& outcome : cells->attempts) sums.attempts += static_cast<std::int64_t>(outcome.read());
       }
-      for (const Cell& phase : slab->thread().disconnects) sums.left += static_cast<std::int64_t>(phase.read());
+      for (const Counter& phase : slab->thread().disconnects) sums.left += static_cast<std::int64_t>(phase.read());
     }
     sums.prompts = static_cast<std::int64_t>(prompts.count());
     sums.prompt_tokens = static_cast<std::int64_t>(prompts.sum);
@@ -232,7 +232,7 @@ class Audit {
     if (running > cap) ledger_.wrong("%u requests run on %s, whose cap is %u", running, name.c_str(), cap);
     std::int64_t queued = 0;
     for (const auto& slab : gateway_.metrics().slabs()) {
-      if (const BackendCells* cells = slab->backend(id)) queued += cells->queue_depth.read_signed();
+      if (const BackendCounters* cells = slab->backend(id)) queued += cells->queue_depth.read_signed();
     }
     if (pending - queued > static_cast<std::int64_t>(cap)) {
       ledger_.wrong("%lld requests are pending on %s, whose cap is %u", static_cast<long long>(pending - queued),

@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-#include "nexus/clock.h"
+#include "nexus/base/clock.h"
 
 namespace nexus::sim {
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "nexus/bytes.h"
+#include "nexus/base/buffer.h"
 
 extern "C" void* __real_malloc(std::size_t bytes);
 
@@ -47,7 +47,7 @@ void give_back(void* at) {
 }  // namespace
 }  // namespace nexus::sim
 
-// A block of bytes.h is known by its size.
+// A block of buffer.h is known by its size.
 extern "C" void* __wrap_malloc(std::size_t bytes) {
   const bool block = bytes > nexus::kSmallestBlock && std::has_single_bit(bytes - nexus::kPaddingBytes);
   return block && nexus::sim::allocation_fails() ? nullptr : __real_malloc(bytes);

@@ -10,8 +10,8 @@
 #include <memory>
 #include <vector>
 
-#include "nexus/control.h"
-#include "nexus/server.h"
+#include "nexus/server/control.h"
+#include "nexus/server/worker.h"
 #include "sim_net.h"
 
 namespace nexus::sim {
@@ -29,14 +29,14 @@ class Gateway {
   Gateway(Wire& wire, std::shared_ptr<const Settings> settings, std::uint32_t workers, std::uint64_t seed,
           Canary canary, LogRings& rings)
       : budget_(settings->server.body_memory_bytes),
-        admission_([this](std::uint32_t worker, Token session) { peers_.workers[worker]->grant(session); }),
-        shared_{metrics_, ejector_, admission_, budget_, in_flight_, "nexus-51515151"} {
+        admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
+        shared_{metrics_, breaker_, admission_, budget_, in_flight_, "nexus-51515151"} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             hooks(wire), wire.now());
     SnapshotPtr snapshot = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
-    peers_.ask_page = [this](std::uint32_t worker, Token session, PageKind kind) {
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, PageKind kind) {
       return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
@@ -111,7 +111,7 @@ class Gateway {
   }
 
   Metrics metrics_;
-  Ejector ejector_;
+  CircuitBreaker breaker_;
   BodyBudget budget_;
   SimWorker::Peers peers_;
   Admission admission_;

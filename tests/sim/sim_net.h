@@ -78,7 +78,7 @@ class SimNet {
   void wake() { woken_ = true; }
 
   static Socket listening_socket() { return Socket{kListenerFd}; }
-  bool watch_listener(Socket socket, Token token) {
+  bool watch_listener(Socket socket, Handle token) {
     const Runs simulation(false);
     if (call_fails(Call::watch_listener) != 0) return false;
     assert(socket.fd == kListenerFd);
@@ -136,7 +136,7 @@ class SimNet {
     return std::exchange(link.error, 0);
   }
 
-  bool watch(Socket socket, Token token) {
+  bool watch(Socket socket, Handle token) {
     const Runs simulation(false);
     if (call_fails(Call::watch) != 0) return false;
     if (fails(wire_.weather.watch_fails)) return false;

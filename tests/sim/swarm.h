@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "nexus/settings.h"
+#include "nexus/config/settings.h"
 #include "wire.h"
 
 namespace nexus::sim {

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "dice.h"
-#include "nexus/net.h"
+#include "nexus/net/epoll.h"
 
 namespace nexus::sim {
 
@@ -91,7 +91,7 @@ struct Link {
   bool reset_seen = false;  // a reset arrived at Nexus
   int error = 0;            // to be told once
   std::int32_t loop = -1;   // that watches it
-  Token token;
+  Handle token;
   bool queued = false;  // for an event
   bool wants_room = false;
   Ns blocked_since = -1;  // since when no byte was taken, while Nexus has some to write
@@ -265,7 +265,7 @@ class Wire {
 
   struct Listener {
     std::deque<LinkId> backlog;
-    std::vector<std::pair<std::uint32_t, Token>> watchers;  // loop, token
+    std::vector<std::pair<std::uint32_t, Handle>> watchers;  // loop, token
     bool open = true;
   };
   Listener listener;

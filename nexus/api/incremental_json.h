@@ -1,0 +1,477 @@
+// incremental_json.h
+// Owns:     the reading of a large request body while it is received: each piece is looked at once, while the processor
+//           still has it in its cache, and the few members that Nexus acts on go into a short JSON text, the skeleton.
+// Promises: read() says of a body what JsonReader::read_body would say of it, spans included; of what is no JSON it
+//           refuses whatever that refuses. What a body makes it hold is bounded by kSkeletonBytes, whatever the body's
+//           size; what a call costs, by the bytes that are new.
+// Leaves:   what a member means to request_json.h, which reads the skeleton; receiving to worker.h.
+// Threads:  one.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "nexus/api/request_json.h"
+#include "nexus/base/simd.h"
+
+namespace nexus {
+
+// The members that JsonReader::read_body acts on.
+enum class BodyKey : std::uint8_t {
+  model,
+  tools,
+  stream,
+  messages,
+  stream_options,
+  response_format,
+  include_usage,
+  type,
+  other,  // any other member
+  none,   // no member: the body itself
+};
+
+struct BodyKeyRow {
+  std::string_view name;
+  BodyKey key;
+  BodyKey within;
+  std::size_t kept_bytes;  // of its value where it is a string, a number or a word: a longer one can mean nothing
+};
+
+constexpr std::size_t kKeptWordBytes = 128;
+constexpr std::size_t kShortBytes = 16;  // of a string that is looked at byte by byte
+
+inline constexpr std::array<BodyKeyRow, 8> kBodyKeys{{
+    {"model", BodyKey::model, BodyKey::none, kReadNameBytes + 2},
+    {"tools", BodyKey::tools, BodyKey::none, kKeptWordBytes},
+    {"stream", BodyKey::stream, BodyKey::none, kKeptWordBytes},
+    {"messages", BodyKey::messages, BodyKey::none, kKeptWordBytes},
+    {"stream_options", BodyKey::stream_options, BodyKey::none, kKeptWordBytes},
+    {"response_format", BodyKey::response_format, BodyKey::none, kKeptWordBytes},
+    {"include_usage", BodyKey::include_usage, BodyKey::stream_options, kKeptWordBytes},
+    {"type", BodyKey::type, BodyKey::response_format, kKeptWordBytes},
+}};
+
+// Each key stands in the skeleton twice at most, the second time with the value 0; each of its three objects may begin
+// with a `"":0`.
+inline constexpr std::size_t kSkeletonBytes = [] {
+  std::size_t bytes = 3 * std::string_view(R"({"":0,})").size();
+  for (const BodyKeyRow& row : kBodyKeys) bytes += 2 * (row.name.size() + 4) + row.kept_bytes + 1;
+  return bytes;
+}();
+
+class IncrementalJson {
+ public:
+  // Makes ready for another body.
+  void start() { *this = IncrementalJson(); }
+
+  // `body`: all of it that is here by now. It may lie elsewhere than last time; what was there before is unchanged.
+  // Behind it kPaddingBytes must be readable.
+  void feed(JsonReader& reader, const char* body, std::size_t bytes) {
+    assert(bytes >= end_);
+    body_ = body;
+    new_ = end_;
+    end_ = bytes;
+    ascii_ = true;
+    while (fault_ == BodyError::none && at_ < end_ && step(reader)) {
+    }
+    check_characters();
+  }
+
+  // The body is whole: what read_body() would say of it.
+  BodyError read(JsonReader& reader, const char* body, std::size_t bytes, BodyFacts& facts, bool find_messages = true) {
+    facts = BodyFacts{};
+    feed(reader, body, bytes);
+    if (fault_ != BodyError::none) return fault_;
+    if (state_ != State::behind || checked_ != bytes) return BodyError::not_json;
+    const BodyError error = reader.read_body(skeleton_.data(), used_, facts, find_messages);
+    if (error != BodyError::none) return error;
+    facts.first_member = first_member_;
+    facts.model_value = span_of(BodyKey::model);
+    facts.stream_options_value = span_of(BodyKey::stream_options);
+    facts.include_usage_value = span_of(BodyKey::include_usage);
+    if (find_messages) facts.messages = span_of(BodyKey::messages);
+    facts.has_images = find_messages && has_images_;
+    // The model's name lies in the skeleton, or it was too long for that: the body lasts longer than the one, and says
+    // the other. But where it has escapes it lies with the reader.
+    const std::string_view name = text(facts.model_value.at + 1, facts.model_value.bytes - 2);
+    if (name.size() > kReadNameBytes) facts.model = name.substr(0, kCutNameBytes);
+    if (facts.model.data() > skeleton_.data() && facts.model.data() < skeleton_.data() + used_) facts.model = name;
+    return BodyError::none;
+  }
+
+ private:
+  enum class State : std::uint8_t {
+    before,        // the body's `{` is to come
+    first_key,     // a key, or the `}` of an empty object
+    key,           // behind a comma
+    in_key,        // within its quotes
+    colon,         // behind a key
+    value,         // behind a colon
+    in_string,     // a value that is a string
+    in_scalar,     // a value that is a number or a word
+    array_begun,   // behind the `[` of a value
+    object_begun,  // behind the `{` of one that is stepped over
+    in_first_string,
+    behind_first_string,
+    nested,  // within an array or object that is stepped over, outside its strings
+    in_nested_string,
+    next,    // behind a member: a comma or a `}`
+    behind,  // the body's `}`
+  };
+
+  static constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
+
+  // Goes on until the state changes. False where more bytes are needed, or none, since there is a fault.
+  bool step(JsonReader& reader) {
+    switch (state_) {
+      case State::in_key: return in_key(reader);
+      case State::in_string: return in_string();
+      case State::in_scalar: return in_scalar();
+      case State::in_first_string: return in_first_string();
+      case State::nested:
+      case State::in_nested_string: return in_nested();
+      default: break;
+    }
+    while (is_json_space(body_[at_])) {
+      if (++at_ == end_) return false;
+    }
+    return between(body_[at_]);
+  }
+
+  // The states that expect one of a few characters.
+  bool between(char c) {
+    switch (state_) {
+      case State::before: return c == '{' ? open_body() : no_json();
+      case State::first_key: return c == '}' ? close_object() : begin_key(c);
+      case State::key: return begin_key(c);
+      case State::colon: return c == ':' ? pass(State::value) : no_json();
+      case State::value: return begin_value(c);
+      case State::array_begun: return begin_elements(c);
+      case State::object_begun:
+        return c == '"' ? pass(State::in_first_string) : c == '}' ? go(State::nested) : no_json();
+      case State::behind_first_string: return behind_first_string(c);
+      case State::next: return c == '}' ? close_object() : c == ',' ? pass(State::key) : no_json();
+      default: return no_json();  // something behind the body
+    }
+  }
+
+  // The character at hand is the next state's, too.
+  bool go(State state) {
+    state_ = state;
+    return true;
+  }
+  // The character at hand is done with.
+  bool pass(State state) {
+    at_ += 1;
+    return go(state);
+  }
+
+  bool no_json() {
+    fault_ = BodyError::not_json;
+    return false;
+  }
+  bool too_deep() {
+    fault_ = BodyError::too_deep;
+    return false;
+  }
+  static bool is_json_space(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
+  // What a string just goes on with; of ASCII.
+  static bool is_plain(char c) { return c >= ' ' && c != '"' && c != '\\'; }
+  // Of a number or a word. What else a reader might take for one is no JSON.
+  static bool is_scalar_byte(char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '+' ||
+           c == '.';
+  }
+
+  std::string_view text(std::size_t at, std::size_t bytes) const { return {body_ + at, bytes}; }
+  BodySpan span_of(BodyKey key) const { return spans_[index_of(key)]; }
+
+  // ---- objects whose members are looked at: the body (level 1), and two of its values (level 2) ----
+
+  bool open_body() {
+    put("{");
+    level_ = depth_ = 1;
+    first_member_ = at_ + 1;
+    return pass(State::first_key);
+  }
+
+  // Its other members may matter as little as its own length: only what is asked of it is kept.
+  bool open_walked() {
+    put_name();
+    put("{");
+    spans_[index_of(key_)].at = at_;
+    within_ = key_;
+    level_ = depth_ = 2;
+    return pass(State::first_key);
+  }
+
+  bool close_object() {
+    put("}");
+    depth_ = --level_;
+    if (level_ == 0) return pass(State::behind);
+    BodySpan& span = spans_[index_of(within_)];
+    span.bytes = at_ + 1 - span.at;
+    within_ = BodyKey::none;
+    return pass(State::next);
+  }
+
+  // ---- a member ----
+
+  bool begin_key(char c) {
+    begin_ = at_;
+    return c == '"' ? pass(State::in_key) : no_json();
+  }
+
+  bool in_key(JsonReader& reader) {
+    if (!to_quote()) return false;
+    const std::string_view token = text(begin_, at_ + 1 - begin_);
+    std::string_view name = token.substr(1, token.size() - 2);
+    // But request_json.h looks for `type` as it stands.
+    const bool escaped = within_ != BodyKey::response_format && name.find('\\') != std::string_view::npos;
+    if (escaped && !reader.read_key(token, name)) return no_json();
+    key_ = BodyKey::other;
+    for (const BodyKeyRow& row : kBodyKeys) {
+      if (row.name.size() == name.size() && row.name == name && row.within == within_) key_ = row.key;
+    }
+    // What follows a second one can't matter any more.
+    std::uint8_t& times = times_[index_of(key_)];
+    time_ = times;
+    if (times < 2) times += 1;
+    return pass(State::colon);
+  }
+
+  bool begin_value(char c) {
+    begin_ = at_;
+    switch (c) {
+      case '"': return pass(State::in_string);
+      case '[': return nest(State::array_begun);
+      case '{': {
+        const bool walked = key_ == BodyKey::stream_options || key_ == BodyKey::response_format;
+        if (walked && time_ == 0) return open_walked();
+        stand_in_ = "{}";
+        return nest(State::object_begun);
+      }
+      default: return is_scalar_byte(c) ? go(State::in_scalar) : no_json();
+    }
+  }
+
+  bool in_string() {
+    if (!to_quote()) return false;
+    note_image_key(at_);
+    at_ += 1;
+    return end_value(kept_or(R"("-")"));
+  }
+
+  bool in_scalar() {
+    while (is_scalar_byte(body_[at_])) {
+      if (++at_ == end_) return false;
+    }
+    return end_value(kept_or("0"));
+  }
+
+  // The value that ends here, where the skeleton has room for it.
+  std::string_view kept_or(std::string_view stand_in) const {
+    if (key_ == BodyKey::other || at_ - begin_ > kBodyKeys[index_of(key_)].kept_bytes) return stand_in;
+    return text(begin_, at_ - begin_);
+  }
+
+  bool end_value(std::string_view shown) {
+    state_ = State::next;
+    if (key_ == BodyKey::other) {
+      if (skeleton_[used_ - 1] == '{') put(R"("":0)");  // whether an object is empty does matter
+    } else if (time_ == 0) {
+      put_name();
+      put(shown);
+      spans_[index_of(key_)] = {begin_, at_ - begin_};
+    } else if (time_ == 1) {
+      put_name();
+      put("0");
+    }
+    return true;
+  }
+
+  // ---- arrays and objects that are stepped over ----
+
+  bool nest(State state) {
+    if (depth_ == kMaxJsonDepth) return too_deep();
+    depth_ += 1;
+    return pass(state);
+  }
+
+  // What request_json.h asks of an array or object that it opens: its beginning must look like one.
+  bool begin_elements(char c) {
+    if (c == ':' || c == ',' || c == '}') return no_json();
+    stand_in_ = c == ']' ? "[]" : "[0]";
+    return c == '"' ? pass(State::in_first_string) : go(State::nested);
+  }
+
+  bool in_first_string() {
+    if (!to_quote()) return false;
+    note_image_key(at_);
+    return pass(State::behind_first_string);
+  }
+
+  bool behind_first_string(char c) {
+    const bool fits = stand_in_ == "{}" ? c == ':' : c == ',' || c == ']';
+    return fits ? go(State::nested) : no_json();
+  }
+
+  bool in_nested() {
+    bool in_string = state_ == State::in_nested_string;
+    bool escaped = false;  // the byte at hand
+    while (at_ < end_) {
+      if (in_string) pass_text(escaped);
+      if (at_ == end_) break;
+      const ByteBlock block(body_ + at_);
+      const std::size_t count = std::min(kBlockBytes, end_ - at_);
+      ascii_ = ascii_ && block.is_ascii();
+      const std::uint64_t backslashes = block.equal('\\');
+      const Escapes escapes(backslashes, escaped);
+      const std::uint64_t quotes = block.equal('"') & ~escapes.escaped;
+      const std::uint64_t strings = between_pairs(quotes) ^ (in_string ? ~std::uint64_t{0} : 0);
+      std::uint64_t here = low_bits(count);
+      const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
+      if (fault_ != BodyError::none) return false;
+      if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return no_json();
+      if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
+      if (closed) {
+        at_ += count_bits(here);
+        return end_value(stand_in_);
+      }
+      in_string = (strings >> (count - 1) & 1) != 0;
+      escaped = (escapes.escaping >> (count - 1) & 1) != 0;
+      at_ += count;
+    }
+    if (escaped) at_ -= 1;  // it is looked at again, with what it escapes
+    return go(in_string ? State::in_nested_string : State::nested) && false;
+  }
+
+  // Counts brackets in the bits that are `here`. True where the value ends: then only what is before its end is here.
+  bool count_brackets(std::uint64_t opening, std::uint64_t closing, std::uint64_t& here) {
+    opening &= here;
+    closing &= here;
+    if ((opening | closing) == 0) return false;
+    const std::size_t opened = count_bits(opening), closed = count_bits(closing);
+    if (depth_ + opened <= kMaxJsonDepth && closed < depth_ - level_) {
+      depth_ += opened - closed;
+      return false;
+    }
+    for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
+      const std::uint64_t bit = left & (~left + 1);
+      if ((opening & bit) != 0) {
+        if (depth_ == kMaxJsonDepth) return too_deep();
+        depth_ += 1;
+      } else if (--depth_ == level_) {
+        here = bit | (bit - 1);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // ---- strings ----
+
+  // Goes on by whole blocks while the string does. `escaped`: whether the byte at hand is.
+  void pass_text(bool& escaped) {
+    if (end_ - at_ < kBlockBytes) return;
+    const TextRun run = skip_text(body_, at_, end_, escaped);
+    at_ = run.at;
+    escaped = run.escaped;
+    ascii_ = ascii_ && run.ascii;
+  }
+
+  // Goes to the quote that ends the string. False where it is not here yet, or there is a fault.
+  bool to_quote() {
+    for (const std::size_t near = std::min(end_, at_ + kShortBytes); at_ < near && is_plain(body_[at_]);) at_ += 1;
+    if (at_ < end_ && body_[at_] == '"') return true;
+    bool escaped = false;
+    while (at_ < end_) {
+      pass_text(escaped);
+      if (at_ == end_) break;
+      const ByteBlock block(body_ + at_);
+      const std::size_t count = std::min(kBlockBytes, end_ - at_);
+      ascii_ = ascii_ && block.is_ascii();
+      const std::uint64_t backslashes = block.equal('\\');
+      const Escapes escapes(backslashes, escaped);
+      const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
+      if (stops != 0) {
+        at_ += static_cast<std::size_t>(std::countr_zero(stops));
+        return body_[at_] == '"' || no_json();
+      }
+      escaped = (escapes.escaping >> (count - 1) & 1) != 0;
+      at_ += count;
+    }
+    if (escaped) at_ -= 1;  // it is looked at again, with what it escapes
+    return false;
+  }
+
+  void note_image_keys(std::uint64_t closing_quotes) {
+    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
+      note_image_key(at_ + static_cast<std::size_t>(std::countr_zero(left)));
+    }
+  }
+
+  void note_image_key(std::size_t closing_quote) {
+    constexpr std::size_t kBytes = kImageKey.size();
+    if (body_[closing_quote - 1] != kImageKey[kBytes - 2] || closing_quote + 1 < begin_ + kBytes) return;
+    has_images_ |= key_ == BodyKey::messages && text(closing_quote + 1 - kBytes, kBytes) == kImageKey;
+  }
+
+  // That all is UTF-8, but for a character that is not here whole. ASCII is, which was seen on the way.
+  void check_characters() {
+    if (fault_ != BodyError::none) return;
+    if (ascii_ && checked_ == new_) {
+      checked_ = end_;
+      return;
+    }
+    const std::size_t end = end_of_characters(body_, checked_, end_);
+    if (!simdjson::validate_utf8(body_ + checked_, end - checked_)) fault_ = BodyError::not_json;
+    checked_ = end;
+  }
+
+  // ---- the skeleton ----
+
+  void put(std::string_view piece) {
+    assert(used_ + piece.size() <= kSkeletonBytes);
+    std::memcpy(skeleton_.data() + used_, piece.data(), piece.size());
+    used_ += piece.size();
+  }
+
+  void put_name() {
+    put(skeleton_[used_ - 1] == '{' ? "\"" : ",\"");
+    put(kBodyKeys[index_of(key_)].name);
+    put("\":");
+  }
+
+  // The piece at hand.
+  const char* body_ = nullptr;
+  std::size_t new_ = 0;  // where it begins
+  std::size_t end_ = 0;
+  bool ascii_ = true;  // so far
+
+  State state_ = State::before;
+  BodyError fault_ = BodyError::none;
+  std::size_t at_ = 0;       // the first byte that is not decided on
+  std::size_t checked_ = 0;  // so far it is UTF-8
+  std::size_t first_member_ = 0;
+  std::size_t depth_ = 0;
+  std::size_t level_ = 0;             // of the object whose members are looked at
+  BodyKey within_ = BodyKey::none;    // the key of that object
+  BodyKey key_ = BodyKey::other;      // of the member at hand
+  std::uint8_t time_ = 0;             // how often it stood there before
+  std::size_t begin_ = 0;             // of the key or value at hand
+  std::string_view stand_in_ = "{}";  // for the array or object at hand
+  bool has_images_ = false;
+  std::array<std::uint8_t, kBodyKeys.size() + 1> times_{};
+  std::array<BodySpan, kBodyKeys.size()> spans_{};
+
+  std::array<char, kSkeletonBytes + kPaddingBytes> skeleton_{};
+  std::size_t used_ = 0;
+};
+
+}  // namespace nexus

@@ -1,0 +1,308 @@
+// status_script.h
+// Owns:     the script of the status page: it reads /v1/stats and /metrics every two seconds and draws them.
+// Promises: a name goes into the page as text and nothing else; a page without new numbers says so; what is kept is
+//           bounded. Rates, quantiles and their text are rates.h's and format.h's.
+// Leaves:   the page that it finds to status_page.h, its digest to status_policy.h.
+// Threads:  any; a constant.
+#pragma once
+
+#include <string_view>
+
+namespace nexus {
+
+inline constexpr std::string_view kStatusScript = R"js('use strict';
+(() => {
+  const STEP_MS = 2000, WINDOW_MS = 10000, KEPT = 150, MOST_ROWS = 200;
+  const element = (id) => document.getElementById(id);
+
+  // ---- reading the two pages ----
+
+  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, duration: new Map(), first: new Map() });
+  const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true });
+
+  // A name as the label that it becomes, unless labels are raw.
+  const sanitized = (name) => {
+    const text = [...name].map((c) => (/^[a-zA-Z0-9_]$/.test(c) ? c : '_')).join('') || '_';
+    return /^[0-9]/.test(text) ? '_' + text : text;
+  };
+
+  function index(entries) {
+    const by_label = new Map();
+    for (const [name, entry] of entries) {
+      for (const label of new Set([name, sanitized(name)])) {
+        if (!by_label.has(label)) by_label.set(label, []);
+        by_label.get(label).push(entry);
+      }
+    }
+    return by_label;
+  }
+
+  const LINE = /^nexus_(request_duration_seconds_bucket|time_to_first_token_seconds_bucket|queue_depth|client_connections|models_available|backends_total|backends_healthy)(?:\{(.*)\})? (\S+)$/gm;
+  const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
+  const unescaped = (text) => text.replace(/\\(.)/g, (_, c) => (c === 'n' ? '\n' : c));
+
+  function read_metrics(text, sample) {
+    const backends = index(sample.backends), models = index(sample.models);
+    for (const [, family, labels = '', number] of text.matchAll(LINE)) {
+      const value = Number(number);
+      const label = {};
+      for (const [, key, escaped] of labels.matchAll(LABEL)) label[key] = unescaped(escaped);
+      const of_backend = backends.get(label.backend) ?? [];
+      if (family === 'queue_depth') {
+        sample.all.queue += value;
+        for (const entry of of_backend) entry.queue += value;
+      } else if (family.endsWith('_bucket')) {
+        const bound = label.le === '+Inf' ? Infinity : Number(label.le);
+        const which = family.startsWith('request') ? 'duration' : 'first';
+        for (const entry of [sample.all, ...of_backend, ...(models.get(label.model) ?? [])]) {
+          entry[which].set(bound, (entry[which].get(bound) ?? 0) + value);
+        }
+      } else {
+        sample[family] = value;
+      }
+    }
+  }
+
+  async function text_of(path) {
+    const answer = await fetch(path, { cache: 'no-store', signal: AbortSignal.timeout(8000) });
+    if (!answer.ok) throw new Error(answer.status === 401 ? 'the numbers want a key' : `${path} answers ${answer.status}`);
+    return answer.text();
+  }
+
+  async function take_sample() {
+    const [stats_text, metrics] = await Promise.all([text_of('v1/stats'), text_of('metrics')]);
+    const stats = JSON.parse(stats_text);
+    const sample = { at: performance.now(), stats, all: blank(), backends: new Map(), models: new Map() };
+    for (const b of stats.backends) sample.backends.set(b.id, from_stats(b));
+    for (const m of stats.models) sample.models.set(m.name, from_stats(m));
+    sample.all.requests = stats.requests.total;
+    sample.all.errors = stats.requests.errors;
+    for (const b of sample.backends.values()) {
+      sample.all.pending += b.pending;
+      sample.all.tokens += b.tokens;
+    }
+    read_metrics(metrics, sample);
+    return sample;
+  }
+
+  // ---- what two samples say of the time between them ----
+
+  // Interpolated within its bucket, as histogram_quantile() does; null where nothing was observed.
+  function quantile(before, after, q) {
+    const bounds = [...after.keys()].sort((a, b) => a - b);
+    const count = (bound) => after.get(bound) - (before.get(bound) ?? 0);
+    const total = bounds.length ? count(bounds.at(-1)) : 0;
+    if (!(total > 0)) return null;
+    let lower = 0, below = 0;
+    for (const bound of bounds) {
+      const here = count(bound);
+      if (here >= q * total && here > below) {
+        return bound === Infinity ? Infinity : lower + (bound - lower) * (q * total - below) / (here - below);
+      }
+      lower = bound;
+      below = here;
+    }
+    return null;
+  }
+
+  const numbers_of = (before, after, seconds) => ({
+    rate: (after.requests - before.requests) / seconds,
+    errors: (after.errors - before.errors) / seconds,
+    pending: after.pending,
+    queue: after.queue,
+    p50: quantile(before.duration, after.duration, 0.5),
+    p95: quantile(before.duration, after.duration, 0.95),
+    first: quantile(before.first, after.first, 0.5),
+    tokens: (after.tokens - before.tokens) / seconds,
+    sum: after.requests,
+    failed: after.errors,
+  });
+
+  // ---- text ----
+
+  const rate_text = (v) => (v < 0.005 ? '0' : v.toFixed(v < 9.995 ? 2 : v < 99.95 ? 1 : 0));
+  const time_text = (v) => {
+    if (v === null) return '-';
+    if (v === Infinity) return '>5 min';
+    return v < 0.9995 ? `${(v * 1000).toFixed(v < 0.00995 ? 1 : 0)} ms` : `${v.toFixed(v < 9.995 ? 2 : 1)} s`;
+  };
+  const span_text = (s) => {
+    const part = (unit, of) => Math.floor(s / unit) % of;
+    if (s >= 86400) return `${Math.floor(s / 86400)}d ${part(3600, 24)}h`;
+    if (s >= 3600) return `${part(3600, 24)}h ${part(60, 60)}m`;
+    return s >= 60 ? `${part(60, 60)}m ${s % 60}s` : `${s}s`;
+  };
+  // What would not be seen, or would turn the text around, is spelled out.
+  const visible = (name) => name.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
+    (c) => (c === '\n' ? '\\n' : '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0')));
+
+  const METRICS = [
+    ['rate', 'Req/s', rate_text, true], ['errors', 'Err/s', rate_text, true], ['pending', 'Pending', String, true],
+    ['queue', 'Queue', String, true], ['p50', 'p50', time_text, true], ['p95', 'p95', time_text, true],
+    ['first', 'First token', time_text, true], ['tokens', 'Tokens/s', rate_text, true],
+    ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
+  ];
+  const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
+
+  // ---- drawing; every name goes in as text ----
+
+  const make = (tag, content = '', name = '') => {
+    const made = document.createElement(tag);
+    made.textContent = content;
+    if (name) made.className = name;
+    return made;
+  };
+
+  function make_line() {
+    const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+    svg.setAttribute('viewBox', '0 0 100 20');
+    svg.setAttribute('preserveAspectRatio', 'none');
+    svg.setAttribute('aria-hidden', 'true');
+    for (const name of ['area', 'edge']) {
+      const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
+      path.setAttribute('class', name);
+      svg.append(path);
+    }
+    return svg;
+  }
+
+  // The newest value stands at the right, the oldest step of all lines at the left; a gap where there was no value.
+  function draw_line(svg, values) {
+    const steps = Math.min(Math.max(step - 2, 30), KEPT - 1);
+    const known = values.filter(Number.isFinite);
+    const most = Math.max(...known, 1e-9);
+    let edge = '', area = '', start = null, end = 0;
+    const close = () => {
+      if (start !== null) area += `V20H${start}Z`;
+      start = null;
+    };
+    values.forEach((value, i) => {
+      if (!Number.isFinite(value)) return close();
+      end = 100 - (values.length - 1 - i) * 100 / steps;
+      const point = `${end.toFixed(2)} ${(19.2 - 18.4 * value / most).toFixed(2)}`;
+      edge += (start === null ? 'M' : 'L') + point;
+      area += start === null ? `M${end.toFixed(2)} 20L${point}` : `L${point}`;
+      start ??= end.toFixed(2);
+    });
+    close();
+    svg.children[0].setAttribute('d', area);
+    svg.children[1].setAttribute('d', edge);
+  }
+
+  function fill(cell, key, value, text, values) {
+    cell.querySelector('b').textContent = text(value);
+    cell.classList.toggle('bad', key === 'errors' && value > 0);
+    if (values) draw_line(cell.querySelector('svg') ?? cell.appendChild(make_line()), values);
+  }
+
+  const histories = new Map();   // of a row's key: for each metric its last values
+
+  function remember(key, numbers) {
+    if (!histories.has(key)) histories.set(key, {});
+    const history = histories.get(key);
+    history.seen = step;
+    for (const [metric, , , has_line] of METRICS) {
+      if (!has_line) continue;
+      const values = (history[metric] ??= []);
+      values.push(numbers[metric]);
+      if (values.length > KEPT) values.shift();
+    }
+    return history;
+  }
+
+  function make_row(name, metrics) {
+    const row = document.createElement('tr');
+    const head = make('th');
+    head.scope = 'row';
+    head.append(make('bdi', visible(name)));
+    row.append(head);
+    for (const [, title] of metrics) {
+      const cell = make('td');
+      cell.dataset.title = title;
+      cell.append(make('b'));
+      row.append(cell);
+    }
+    return row;
+  }
+
+  function show_state(row, healthy) {
+    const head = row.firstChild;
+    const state = head.querySelector('.state') ?? head.appendChild(make('span'));
+    state.textContent = healthy ? 'up' : 'down';
+    state.className = `state ${healthy ? 'up' : 'down'}`;
+  }
+
+  const tables = { backends: new Map(), models: new Map() };   // rows by name
+
+  function draw_table(kind, metrics, before, after, seconds) {
+    const body = element(kind), rows = tables[kind];
+    const names = [...after.keys()].slice(0, MOST_ROWS);
+    for (const [name, row] of rows) {
+      if (names.includes(name)) continue;
+      row.remove();
+      rows.delete(name);
+    }
+    names.forEach((name, i) => {
+      if (!rows.has(name)) rows.set(name, make_row(name, metrics));
+      const row = rows.get(name), entry = after.get(name);
+      if (body.children[i] !== row) body.insertBefore(row, body.children[i] ?? null);
+      const numbers = numbers_of(before.get(name) ?? blank(), entry, seconds);
+      const history = remember(`${kind} ${name}`, numbers);
+      if (kind === 'backends') show_state(row, entry.healthy);
+      metrics.forEach(([key, , text, has_line], at) => fill(row.children[at + 1], key, numbers[key], text, has_line && history[key]));
+    });
+    element(`${kind}_more`).textContent = after.size > names.length ? `and ${after.size - names.length} more` : '';
+  }
+
+  function draw(before, after) {
+    const seconds = (after.at - before.at) / 1000;
+    const healthy = after.backends_healthy ?? 0, total = after.backends_total ?? 0;
+    const state = element('state');
+    state.textContent = `${healthy} of ${total} backends healthy`;
+    state.className = `state ${healthy === 0 ? 'down' : healthy < total ? 'some' : 'up'}`;
+    document.title = `Nexus: ${healthy} of ${total} healthy`;
+    element('uptime').textContent = span_text(after.stats.uptime_seconds);
+    element('model_count').textContent = after.models_available ?? 0;
+    element('clients').textContent = after.client_connections ?? 0;
+    for (const key of ['total', 'success', 'errors']) element(key).textContent = after.stats.requests[key];
+    const numbers = numbers_of(before.all, after.all, seconds);
+    const history = remember('all', numbers);
+    METRICS.forEach(([key, , text, has_line]) => has_line && fill(element(`all_${key}`), key, numbers[key], text, history[key]));
+    draw_table('backends', METRICS, before.backends, after.backends, seconds);
+    draw_table('models', OF_MODELS, before.models, after.models, seconds);
+    for (const [key, kept] of histories) if (kept.seen !== step) histories.delete(key);
+    element('span').textContent = `of the last ${Math.round(seconds)} s, lines of the last ${Math.ceil(Math.min(Math.max(step - 2, 30), KEPT) * STEP_MS / 60000)} min`;
+  }
+
+  // ---- every two seconds ----
+
+  let samples = [], step = 0, failing_since = null;
+
+  async function turn() {
+    const live = element('live');
+    try {
+      const sample = await take_sample();
+      // Another process answers: its page may be another too.
+      if (samples.length && sample.stats.uptime_seconds < samples.at(-1).stats.uptime_seconds) return location.reload();
+      samples.push(sample);
+      while (samples.length > 2 && samples[1].at <= sample.at - WINDOW_MS) samples.shift();
+      step += 1;
+      if (samples.length > 1) {
+        if (step === 2) for (const kind of ['backends', 'models']) element(kind).replaceChildren();
+        draw(samples[0], sample);
+      }
+      failing_since = null;
+      live.textContent = `live, ${new Date().toLocaleTimeString()}`;
+      live.className = '';
+    } catch (error) {
+      failing_since ??= new Date().toLocaleTimeString();
+      live.textContent = `no new numbers since ${failing_since}: ${error.message}`;
+      live.className = 'late';
+    }
+    setTimeout(turn, STEP_MS);
+  }
+  turn();
+})();
+)js";
+
+}  // namespace nexus

@@ -1,0 +1,140 @@
+// settings.h
+// Owns:     what a configuration can say: one struct a section, each field with its default and unit.
+// Promises: plain values; a default-constructed Settings is valid and listens on 127.0.0.1:8000 with no backend.
+// Leaves:   reading nexus.conf, ranges and error messages to parser.h; meaning to the modules that use a field.
+// Threads:  immutable once parser.h returned it; shared as std::shared_ptr<const Settings>.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "nexus/base/clock.h"
+
+namespace nexus {
+
+constexpr std::uint32_t kMaxAliasHops = 3;  // an alias may lead to an alias
+
+struct HostPort {
+  std::string host;  // an address or a name, an IPv6 address without its brackets
+  std::uint16_t port = 0;
+  bool operator==(const HostPort&) const = default;
+};
+
+enum class BackendKind : std::uint8_t { ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo };
+enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least_pending };
+enum class LabelMode : std::uint8_t { sanitize, raw };
+enum class LogLevel : std::uint8_t { error, warning, info, debug };
+enum class LogFormat : std::uint8_t { text, json };
+enum class StreamUsage : std::uint8_t { by_kind, ask, as_is };  // by_kind: ask, but as_is for `generic`
+
+struct ApiKey {
+  std::string name;
+  std::string key;
+  bool operator==(const ApiKey&) const = default;
+};
+
+struct ServerSettings {
+  std::vector<HostPort> listen{{"127.0.0.1", 8000}};
+  std::uint32_t threads = 0;  // workers; 0 = one per core
+  std::uint32_t max_connections = 10'000;
+  std::size_t max_body_bytes = 64u << 20;
+  std::size_t body_memory_bytes = 256u << 20;  // all buffered bodies together
+  std::size_t max_header_bytes = 16u << 10;
+  std::uint32_t max_pending = 0;  // requests in flight over all backends and threads; 0 = no limit
+  Ns header_timeout_ns = 10 * kSecond;
+  Ns body_timeout_ns = 60 * kSecond;
+  Ns idle_timeout_ns = 75 * kSecond;
+  Ns write_timeout_ns = 60 * kSecond;  // a client that takes no byte for so long is cut
+  Ns drain_timeout_ns = 600 * kSecond;
+  std::vector<HostPort> metrics_listen;  // empty: the built-in pages stand on `listen`
+  std::string api_keys_file;
+  std::vector<ApiKey> api_keys;  // what api_keys_file held when it was read
+};
+
+struct UpstreamSettings {
+  Ns connect_timeout_ns = 2 * kSecond;
+  Ns first_byte_timeout_ns = 300 * kSecond;
+  Ns stall_timeout_ns = 120 * kSecond;
+  Ns request_timeout_ns = 0;            // 0 = none
+  std::uint32_t idle_connections = 64;  // kept per backend and thread
+  Ns idle_timeout_ns = 60 * kSecond;
+};
+
+struct HealthSettings {
+  bool enabled = true;
+  Ns interval_ns = 30 * kSecond;
+  Ns timeout_ns = 5 * kSecond;
+  std::uint32_t failures = 3;
+  std::uint32_t recoveries = 2;
+  std::uint32_t eject_after = 3;
+  Ns eject_time_ns = 5 * kSecond;
+};
+
+struct RoutingSettings {
+  Strategy strategy = Strategy::smart;
+  std::uint32_t retries = 2;
+  std::uint32_t weight_priority = 50;
+  std::uint32_t weight_load = 30;
+  std::uint32_t weight_latency = 20;
+};
+
+struct QueueSettings {
+  std::uint32_t size = 0;  // 0 = no queue
+  Ns timeout_ns = 30 * kSecond;
+};
+
+struct MetricsSettings {
+  bool enabled = true;
+  LabelMode labels = LabelMode::sanitize;
+};
+
+struct LogSettings {
+  LogLevel level = LogLevel::info;
+  LogFormat format = LogFormat::text;
+  std::string access = "off";  // off | stderr | a path
+};
+
+struct Capability {
+  bool stated = false;              // not stated: every model of the backend is taken to have it
+  std::vector<std::string> models;  // the models that have it; `*` = all
+};
+
+struct ContextLength {
+  std::string model;  // `*` = every model of the backend
+  std::uint64_t tokens = 0;
+};
+
+struct BackendSettings {
+  std::string name;
+  BackendKind kind = BackendKind::generic;
+  HostPort address;       // of `url`; empty for echo
+  std::string base_path;  // of `url`: "" or "/prefix", without a trailing slash or /v1
+  std::uint32_t priority = 50;
+  std::vector<std::string> models;  // a fixed list; empty: discovered
+  std::string api_key;              // read from api_key_env or api_key_file; empty: none
+  std::uint32_t max_pending = 0;    // 0 = no cap
+  StreamUsage stream_usage = StreamUsage::by_kind;
+  Capability vision, tools, json_mode;
+  std::vector<ContextLength> context_length;
+  Ns token_delay_ns = 20 * kMillisecond;  // echo only
+};
+
+using NamePair = std::pair<std::string, std::string>;
+
+struct Settings {
+  ServerSettings server;
+  UpstreamSettings upstream;
+  HealthSettings health;
+  RoutingSettings routing;
+  QueueSettings queue;
+  MetricsSettings metrics;
+  LogSettings log;
+  std::vector<NamePair> aliases;                                            // name → model, in file order
+  std::vector<std::pair<std::string, std::vector<std::string>>> fallbacks;  // model → models to try, in order
+  std::vector<BackendSettings> backends;
+};
+
+}  // namespace nexus

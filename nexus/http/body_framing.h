@@ -1,0 +1,132 @@
+// body_framing.h
+// Owns:     an answer's body on its way: taken out of the backend's framing, put into the client's.
+// Promises: payload bytes pass unchanged and in order; an end is told to the client only where the backend told one; no
+//           byte behind the end is taken for body.
+// Leaves:   sockets and decisions to exchange.h, token counts to usage_scan.h.
+// Threads:  parts of one exchange.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string_view>
+
+#include "nexus/base/text.h"
+#include "nexus/http/chunked.h"
+#include "nexus/http/head_parser.h"
+
+namespace nexus {
+
+// The backend's framing undone.
+class BodyDecoder {
+ public:
+  struct Piece {
+    char* data = nullptr;
+    std::size_t bytes = 0;
+    bool done = false;
+    bool failed = false;  // the framing is broken
+    bool excess = false;  // bytes came behind the end: the connection can't be used again
+  };
+
+  void start(const Framing& framing) {
+    framing_ = framing;
+    decoder_ = ChunkedDecoder();
+  }
+
+  Piece feed(char* data, std::size_t bytes) {
+    Piece piece{data, bytes, false, false, false};
+    switch (framing_.kind) {
+      case Framing::Kind::none:
+        piece.bytes = 0;
+        piece.done = true;
+        piece.excess = bytes > 0;
+        break;
+      case Framing::Kind::length:
+        piece.bytes = static_cast<std::size_t>(std::min<std::uint64_t>(bytes, framing_.length));
+        framing_.length -= piece.bytes;
+        piece.done = framing_.length == 0;
+        piece.excess = bytes > piece.bytes;
+        break;
+      case Framing::Kind::chunked: {
+        const ChunkedDecoder::Result result = decoder_.decode(data, bytes);
+        piece.bytes = result.decoded;
+        piece.done = result.status == ChunkedDecoder::Status::done;
+        piece.failed = result.status == ChunkedDecoder::Status::failed;
+        piece.excess = piece.done && result.consumed < bytes;
+        break;
+      }
+      case Framing::Kind::until_close: break;
+    }
+    return piece;
+  }
+
+  // Whether the end of the connection is this body's proper end.
+  bool ends_with_connection() const { return framing_.kind == Framing::Kind::until_close; }
+
+ private:
+  Framing framing_;
+  ChunkedDecoder decoder_;
+};
+
+// One write to the client: a head, and up to two runs of payload in the client's framing.
+class ClientWrite {
+ public:
+  void add(std::string_view bytes) {
+    if (bytes.empty()) return;
+    assert(count_ < parts_.size());
+    parts_[count_++] = {const_cast<char*>(bytes.data()), bytes.size()};
+    total_bytes_ += bytes.size();
+  }
+
+  void add_payload(bool chunked, std::string_view first, std::string_view second) {
+    const std::size_t bytes = first.size() + second.size();
+    if (bytes == 0) return;
+    if (chunked) {
+      assert(size_line_bytes_ == 0);
+      const Digits digits(bytes, 16);
+      size_line_bytes_ = digits.view().copy(size_line_.data(), digits.view().size());
+      size_line_[size_line_bytes_++] = '\r';
+      size_line_[size_line_bytes_++] = '\n';
+      add({size_line_.data(), size_line_bytes_});
+    }
+    add(first);
+    add(second);
+    if (chunked) add("\r\n");
+    payload_bytes_ += bytes;
+  }
+
+  void add_end(bool chunked) {
+    if (chunked) add("0\r\n\r\n");
+  }
+
+  // What to write; small parts are put together, since one plain send costs less than a gathered one.
+  std::span<iovec> parts() {
+    if (count_ > 1 && total_bytes_ <= small_.size()) {
+      char* at = small_.data();
+      for (std::size_t i = 0; i < count_; ++i) {
+        std::memcpy(at, parts_[i].iov_base, parts_[i].iov_len);
+        at += parts_[i].iov_len;
+      }
+      parts_[0] = {small_.data(), total_bytes_};
+      count_ = 1;
+    }
+    return {parts_.data(), count_};
+  }
+  std::size_t payload_bytes() const { return payload_bytes_; }
+
+ private:
+  std::array<iovec, 8> parts_;
+  std::size_t count_ = 0;
+  std::array<char, 20> size_line_;
+  std::size_t size_line_bytes_ = 0;
+  std::size_t payload_bytes_ = 0;
+  std::size_t total_bytes_ = 0;
+  std::array<char, 2048> small_;
+};
+
+}  // namespace nexus

@@ -1,0 +1,183 @@
+// exposition.h
+// Owns:     the text exposition format 0.0.4: family heads, sample lines, histograms.
+// Promises: buckets are cumulative and `_count` is the +Inf bucket; a line costs a copy of its ready-made beginning and
+//           a number; all memory is kept for the next page.
+// Leaves:   which families there are, and that no series comes twice, to prometheus.h; label values come in ready-made.
+// Threads:  one.
+#pragma once
+
+#include <array>
+#include <cassert>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <span>
+#include <string_view>
+#include <utility>
+
+#include "nexus/base/text_buffer.h"
+#include "nexus/metrics/histogram.h"
+
+namespace nexus {
+
+enum class FamilyType : std::uint8_t { counter, gauge, histogram };
+
+namespace detail {
+
+// What follows the labels of a bucket's line up to its number: `le="0.25"} `. Padded to the step of copy_padded.
+struct BucketTail {
+  static constexpr std::size_t kBytes = 16;
+  std::array<char, kBytes> text{};
+  std::size_t length = 0;
+};
+
+inline BucketTail make_bucket_tail(Unit unit, std::int64_t bound) {
+  BucketTail tail;
+  TextBuffer page;
+  page.add("le=\"");
+  if (bound < 0) {
+    page.add("+Inf");
+  } else if (unit == Unit::seconds) {
+    page.add_seconds(static_cast<std::uint64_t>(bound));
+  } else {
+    page.add_signed(bound);
+  }
+  page.add("\"} ");
+  assert(page.size() <= BucketTail::kBytes);
+  tail.length = page.text().copy(tail.text.data(), BucketTail::kBytes);
+  return tail;
+}
+
+template <const auto& kBounds>
+std::span<const BucketTail> bucket_tails() {
+  constexpr std::size_t kBuckets = HistogramValues<kBounds>::kBuckets;
+  static const auto kTails = [] {
+    std::array<BucketTail, kBuckets> tails;
+    for (std::size_t i = 0; i + 1 < kBuckets; ++i) tails[i] = make_bucket_tail(kBounds.unit, kBounds.upper[i]);
+    tails[kBuckets - 1] = make_bucket_tail(kBounds.unit, -1);
+    return tails;
+  }();
+  return kTails;
+}
+
+}  // namespace detail
+
+class Exposition {
+ public:
+  using Label = std::pair<std::string_view, std::string_view>;  // the value as it is written, already escaped
+
+  void clear() { page_.clear(); }
+  std::string_view text() const { return page_.text(); }
+  TextBuffer& page() { return page_; }
+
+  // Begins a family; the samples that follow belong to it and begin without labels.
+  void family(std::string_view name, FamilyType type, std::string_view help) {
+    static constexpr std::array<std::string_view, 3> kTypes{"counter", "gauge", "histogram"};
+    name_.clear();
+    name_.add(name);
+    labels_.clear();
+    page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ");
+    page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
+  }
+
+  // Writes labels as they stand between the braces.
+  static void write_labels(TextBuffer& page, std::initializer_list<Label> labels) {
+    std::string_view comma;
+    for (const auto& [name, value] : labels) {
+      page.add(comma).add(name).add("=\"").add(value).add("\"");
+      comma = ",";
+    }
+  }
+
+  // The labels of the samples that follow.
+  void labels(std::initializer_list<Label> labels) {
+    labels_.clear();
+    write_labels(labels_, labels);
+  }
+
+  // The same, ready-made by write_labels() in `page` from `offset` on, and one more if `last` has a name.
+  void labels(const TextBuffer& page, std::size_t offset, std::size_t length, Label last = {}) {
+    labels_.clear();
+    labels_.finish(copy_padded(labels_.room(length), page.data() + offset, length));
+    if (!last.first.empty()) labels_.add(",").add(last.first).add("=\"").add(last.second).add("\"");
+  }
+
+  void sample(std::uint64_t value) { end_line(write_unsigned(begin_line(), value)); }
+  void sample_signed(std::int64_t value) { end_line(write_signed(begin_line(), value)); }
+  void sample_seconds(std::uint64_t ns) { end_line(write_seconds(begin_line(), ns)); }
+  void sample_double(double value) {
+    std::array<char, 400> digits;  // the longest double without an exponent
+    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value, std::chars_format::fixed).ptr;
+    page_.finish(begin_line());
+    page_.add({digits.data(), static_cast<std::size_t>(end - digits.data())}).add("\n");
+  }
+
+  template <const auto& kBounds>
+  void histogram(const HistogramValues<kBounds>& values) {
+    write_histogram(detail::bucket_tails<kBounds>(), values.buckets, values.sum, kBounds.unit);
+  }
+
+ private:
+  // `name_suffix{labels} `, or `name_suffix ` where there are none. At most kSuffixBytes beyond name and labels.
+  static constexpr std::size_t kSuffixBytes = 16;
+  template <std::size_t N>
+  char* write_start(char* at, const char (&suffix)[N]) const {
+    at = copy_padded(at, name_.data(), name_.size());
+    std::memcpy(at, suffix, N - 1);
+    at += N - 1;
+    if (labels_.size() > 0) {
+      *at++ = '{';
+      at = copy_padded(at, labels_.data(), labels_.size());
+      *at++ = '}';
+    }
+    *at++ = ' ';
+    return at;
+  }
+
+  std::size_t start_bytes() const { return name_.size() + labels_.size() + kSuffixBytes; }
+  char* begin_line() { return write_start(page_.room(start_bytes() + kNumberBytes + 1), ""); }
+  void end_line(char* at) {
+    *at++ = '\n';
+    page_.finish(at);
+  }
+
+  void write_histogram(std::span<const detail::BucketTail> tails, std::span<const std::uint64_t> counts,
+                       std::uint64_t sum, Unit unit) {
+    begin_.clear();
+    begin_.add(name_.text()).add("_bucket{").add(labels_.text()).add(labels_.size() > 0 ? "," : "");
+    const std::size_t line_bytes = start_bytes() + detail::BucketTail::kBytes + kNumberBytes + 1;
+    char* at = page_.room(line_bytes * (counts.size() + 2));
+
+    std::uint64_t cumulative = 0;
+    std::array<char, 32> number{'0', '\n'};  // of the line before: a bucket that holds nothing says the same again
+    std::size_t number_length = 2;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      if (counts[i] != 0) {
+        cumulative += counts[i];
+        char* end = write_unsigned(number.data(), cumulative);
+        *end++ = '\n';
+        number_length = static_cast<std::size_t>(end - number.data());
+      }
+      at = copy_padded(at, begin_.data(), begin_.size());
+      std::memcpy(at, tails[i].text.data(), detail::BucketTail::kBytes);
+      at += tails[i].length;
+      std::memcpy(at, number.data(), number.size());
+      at += number_length;
+    }
+    at = write_start(at, "_sum");
+    at = unit == Unit::seconds ? write_seconds(at, sum) : write_unsigned(at, sum);
+    *at++ = '\n';
+    at = write_start(at, "_count");
+    std::memcpy(at, number.data(), number.size());  // the +Inf bucket's own
+    page_.finish(at + number_length);
+  }
+
+  TextBuffer page_;
+  TextBuffer name_;
+  TextBuffer labels_;  // `a="x",b="y"`
+  TextBuffer begin_;   // what all bucket lines of a histogram begin with
+};
+
+}  // namespace nexus

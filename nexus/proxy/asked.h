@@ -1,0 +1,78 @@
+// asked.h
+// Owns:     what a request's body asks of the fleet: a backend that can do this, or the refusal where it can't be had.
+// Promises: pure functions over the body's facts and a snapshot.
+// Leaves:   reading the body to request_json.h, choosing to router.h, answering to exchange.h.
+// Threads:  any.
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "nexus/api/errors.h"
+#include "nexus/api/request_json.h"
+#include "nexus/fleet/registry.h"
+#include "nexus/fleet/router.h"
+#include "nexus/proxy/upstream_request.h"
+
+namespace nexus {
+
+constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kept for the log
+constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt's length
+constexpr std::size_t kListedModelBytes = 1024;  // of names in the message about an unknown one
+
+inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
+  RouteNeeds needs;
+  needs.tools = facts.has_tools;
+  needs.json_mode = facts.json_mode;
+  needs.context_tokens = request.body_bytes / kBytesPerToken;
+  needs.vision = facts.has_images;
+  return needs;
+}
+
+// Of a body that can't be read: not for BodyError::none.
+inline ApiError refusal_of(BodyError error) {
+  switch (error) {
+    case BodyError::none: break;
+    case BodyError::not_json: return ApiError::bad_json;
+    case BodyError::duplicate_key: return ApiError::duplicate_key;
+    case BodyError::no_model: return ApiError::no_model;
+    case BodyError::wrong_type: return ApiError::wrong_type;
+    case BodyError::too_deep: return ApiError::too_deep;
+    case BodyError::out_of_memory: return ApiError::out_of_memory;
+  }
+  assert(false);
+  return ApiError::bad_json;
+}
+
+inline bool is_available(const Snapshot& snapshot, const ModelEntry& entry) {
+  return std::any_of(entry.offers.begin(), entry.offers.end(),
+                     [&](const Offer& offer) { return snapshot.backends[offer.backend].healthy; });
+}
+
+// For a 404: what could be asked for instead, as far as it fits into a sentence.
+inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked) {
+  std::vector<std::string_view> names;
+  for (const auto& [name, entry] : snapshot.models) {
+    if (is_available(snapshot, entry)) names.push_back(name);
+  }
+  std::sort(names.begin(), names.end());
+  std::string message = "The model '";
+  message.append(asked).append("' is not available here. ");
+  message += names.empty() ? "No model is available now: see /health." : "Available: ";
+  const std::size_t start = message.size();
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (message.size() - start + names[i].size() > kListedModelBytes) {
+      message += ", … (GET /v1/models lists all)";
+      break;
+    }
+    if (i > 0) message += ", ";
+    message += names[i];
+  }
+  if (!names.empty()) message += ".";
+  return message;
+}
+
+}  // namespace nexus

@@ -1,0 +1,272 @@
+// candidate_picker.h
+// Owns:     which backend a request is tried on next: what was tried, the place it holds there, its place in the queue.
+// Promises: no backend is tried twice with one model; an ejected one only as the last resort; every place, queue place
+//           and probe goes back when the request moves on or ends.
+// Leaves:   the order of candidates to router.h, caps to admission.h, trials to circuit_breaker.h, sending to
+// exchange.h. Threads:  its worker's.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <optional>
+#include <vector>
+
+#include "nexus/proxy/worker_context.h"
+
+namespace nexus {
+
+template <class Net>
+class CandidatePicker {
+ public:
+  enum class Next : std::uint8_t {
+    chosen,        // backend() and choice() say which
+    all_full,      // every candidate is at its cap: wait_in_queue()
+    queue_full,    // there is no room to wait either
+    nothing_left,  // all have been tried
+    unknown_model,
+    none_healthy,
+    not_capable,
+  };
+
+  explicit CandidatePicker(WorkerContext<Net>& core) : context_(core) {}
+  CandidatePicker(const CandidatePicker&) = delete;
+  CandidatePicker& operator=(const CandidatePicker&) = delete;
+
+  // `snapshot` outlives the selection's use; `entry` is one of its models.
+  void begin(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs) {
+    snapshot_ = &snapshot;
+    entry_ = &entry;
+    needs_ = needs;
+    tried_count_ = 0;
+    primary_tries_ = fallback_tries_ = 0;
+    backend_ = nullptr;
+  }
+
+  const BackendView* backend() const { return backend_; }  // the last one chosen
+  const Choice& choice() const { return choice_; }
+  std::uint32_t tries() const { return primary_tries_ + fallback_tries_; }
+  CircuitBreaker::Permit& permit() { return permit_; }
+  Ns queued_for(Ns now) const { return now - queued_ns_; }
+
+  // Chooses the next candidate and takes its place; it counts as tried from here on.
+  Next next() {
+    const RouteOutcome outcome = find_choices(context_.turn++);
+    if (tries() == 0) {
+      switch (outcome) {
+        case RouteOutcome::ok: break;
+        case RouteOutcome::unknown_model: return Next::unknown_model;
+        case RouteOutcome::none_healthy: return Next::none_healthy;
+        case RouteOutcome::not_capable: return Next::not_capable;
+      }
+    }
+    return pick();
+  }
+
+  // Whether next() would find a candidate that was not tried; one that is full counts where its queue could be joined.
+  bool another() {
+    find_choices(context_.turn);
+    return std::any_of(context_.choices.begin(), context_.choices.end(), [this](const Choice& choice) {
+      return may_try(choice) && (snapshot_->settings->queue.size > 0 || has_room(choice));
+    });
+  }
+
+  // After all_full: waits for the first place on any of the full ones. As next() where one became free just now, and
+  // `queue_full` where there is no room to wait.
+  Next wait_in_queue(Handle owner) {
+    for (bool queued = false; !queued;) {
+      Admission::Place place;
+      switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place)) {
+        case Admission::Outcome::full: return Next::queue_full;
+        case Admission::Outcome::queued: queued = true; break;
+        case Admission::Outcome::entered:
+          if (const Next next = use(std::move(place)); next != Next::all_full) return next;
+      }
+    }
+    context_.slab.add_pending(full_.front(), 1);
+    context_.slab.queue_depth(full_.front(), 1);
+    queued_on_ = full_.front();
+    queued_ns_ = context_.now;
+    return Next::all_full;
+  }
+
+  // The place that was granted while the request waited, if any was: then as next().
+  std::optional<Next> take_grant() {
+    decline_ejected();
+    std::optional<Admission::Place> place = context_.shared.admission.take_grant(ticket_);
+    if (!place) return std::nullopt;
+    leave_queue();
+    return use(std::move(*place));
+  }
+
+  // Whether a candidate is left out because it is ejected: look_again() is to be asked now and then.
+  bool passed_over_ejected() const { return passed_over_ejected_; }
+
+  // While queued: what was ejected may be in order again. As next() where that gave a place; the turn is kept if not.
+  std::optional<Next> look_again() {
+    if (gather_usable()) {
+      leave_queue();
+      return pick();
+    }
+    if (!full_.empty()) context_.shared.admission.renew(ticket_, full_);
+    return take_grant();
+  }
+
+  // Gives back whatever is held: the place, the probe, the place in the queue.
+  void leave() {
+    leave_queue();
+    place_ = Admission::Place();
+    permit_ = CircuitBreaker::Permit();
+  }
+
+ private:
+  struct Tried {
+    BackendId backend;
+    ModelId model;
+  };
+
+  RouteOutcome find_choices(std::uint64_t turn) {
+    return route(
+        *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, context_.random.next(),
+        [this](const BackendView& backend) { return load_of(backend); }, context_.choices);
+  }
+
+  BackendLoad load_of(const BackendView& backend) const {
+    BackendLoad load;
+    load.pending = context_.shared.metrics.pending(backend.id);
+    load.latency_ns = context_.latency_of(backend.id);
+    load.ejected = !context_.shared.breaker.usable(backend.id, context_.now);
+    return load;
+  }
+
+  bool may_try(const Choice& choice) const {
+    const std::uint32_t retries = snapshot_->settings->routing.retries;
+    if ((choice.fallback ? fallback_tries_ : primary_tries_) > retries) return false;
+    const BackendId id = snapshot_->backends[choice.backend].id;
+    return std::none_of(tried_.begin(), tried_.begin() + tried_count_,
+                        [&](const Tried& tried) { return tried.backend == id && tried.model == choice.model; });
+  }
+
+  bool has_room(const Choice& choice) const {
+    const BackendView& backend = snapshot_->backends[choice.backend];
+    return backend.max_pending == 0 || context_.shared.admission.running_on(backend.id) < backend.max_pending;
+  }
+
+  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
+  // nothing else is left, not even a full one or a fallback.
+  Next pick() {
+    full_.clear();
+    passed_over_ejected_ = false;
+    for (const bool last_resort : {false, true}) {
+      for (const Choice& choice : context_.choices) {
+        if (may_try(choice) && enter(choice, last_resort)) return Next::chosen;
+      }
+      if (!full_.empty()) return Next::all_full;
+    }
+    return Next::nothing_left;
+  }
+
+  bool enter(const Choice& choice, bool last_resort) {
+    const BackendView& backend = snapshot_->backends[choice.backend];
+    if (!last_resort && !context_.shared.breaker.usable(backend.id, context_.now)) {
+      passed_over_ejected_ = true;
+      return false;
+    }
+    Admission::Place place;
+    if (!context_.shared.admission.try_enter(backend.id, backend.max_pending, place)) {
+      full_.push_back(backend.id);
+      return false;
+    }
+    CircuitBreaker::Permit permit = context_.shared.breaker.enter(backend.id, context_.now);
+    if (permit.closed() && !last_resort) return false;  // another request took the probe just now
+    take(choice, std::move(place), std::move(permit));
+    return true;
+  }
+
+  void take(const Choice& choice, Admission::Place place, CircuitBreaker::Permit permit) {
+    assert(static_cast<std::size_t>(tried_count_) < tried_.size());
+    choice_ = choice;
+    backend_ = &snapshot_->backends[choice.backend];
+    place_ = std::move(place);
+    permit_ = std::move(permit);
+    tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->id, choice.model};
+    (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
+  }
+
+  // Gathers the backends that may be tried and are not ejected in full_. True where one of them has no cap, so that
+  // there is nothing to wait for.
+  bool gather_usable() {
+    find_choices(context_.turn);
+    full_.clear();
+    bool no_cap = false;
+    for (const Choice& choice : context_.choices) {
+      const BackendView& backend = snapshot_->backends[choice.backend];
+      if (!may_try(choice) || !context_.shared.breaker.usable(backend.id, context_.now)) continue;
+      no_cap |= backend.max_pending == 0;
+      full_.push_back(backend.id);
+    }
+    return no_cap;
+  }
+
+  // A place on a backend that was ejected meanwhile is left to the next in line where another can still be waited for:
+  // in the old turn and time, and whether or not the queue has filled up.
+  void decline_ejected() {
+    const std::optional<BackendId> granted = context_.shared.admission.granted(ticket_);
+    if (!granted || context_.shared.breaker.usable(*granted, context_.now)) return;
+    if (gather_usable() || full_.empty()) return;
+    context_.shared.admission.decline(ticket_, full_);
+    passed_over_ejected_ = true;
+  }
+
+  // Goes to the backend that the place is on. One that was ejected meanwhile frees its places fast because it fails:
+  // it must not drain the queue, so the request looks elsewhere first, where there is an elsewhere.
+  Next use(Admission::Place place) {
+    find_choices(context_.turn++);
+    for (const Choice& choice : context_.choices) {
+      const BackendId id = snapshot_->backends[choice.backend].id;
+      if (id != place.backend() || !may_try(choice)) continue;
+      CircuitBreaker::Permit permit = context_.shared.breaker.enter(id, context_.now);
+      if (permit.closed() && another_usable(id)) break;
+      take(choice, std::move(place), std::move(permit));
+      return Next::chosen;
+    }
+    place = Admission::Place();
+    return pick();
+  }
+
+  bool another_usable(BackendId but) const {
+    return std::any_of(context_.choices.begin(), context_.choices.end(), [&](const Choice& choice) {
+      const BackendId id = snapshot_->backends[choice.backend].id;
+      return id != but && may_try(choice) && context_.shared.breaker.usable(id, context_.now);
+    });
+  }
+
+  void leave_queue() {
+    ticket_ = Admission::Ticket();
+    if (queued_on_ == BackendId::none) return;
+    context_.slab.add_pending(queued_on_, -1);
+    context_.slab.queue_depth(queued_on_, -1);
+    context_.slab.queue_wait(queued_for(context_.now));
+    queued_on_ = BackendId::none;
+  }
+
+  WorkerContext<Net>& context_;
+  const Snapshot* snapshot_ = nullptr;
+  const ModelEntry* entry_ = nullptr;
+  RouteNeeds needs_;
+  Choice choice_;
+  const BackendView* backend_ = nullptr;
+  Admission::Place place_;  // on backend_, where it has a cap
+  CircuitBreaker::Permit permit_;
+  Admission::Ticket ticket_;  // while queued
+  BackendId queued_on_{};     // the backend that the wait is counted on
+  Ns queued_ns_ = 0;
+  std::vector<BackendId> full_;    // candidates that had no place
+  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see keys.h
+  std::ptrdiff_t tried_count_ = 0;
+  bool passed_over_ejected_ = false;
+  std::uint32_t primary_tries_ = 0;
+  std::uint32_t fallback_tries_ = 0;
+};
+
+}  // namespace nexus

@@ -1,0 +1,144 @@
+// request_body.h
+// Owns:     a client's request body while it comes: how far it is read, its share of the budget, what it may not be.
+// Promises: a body's memory is asked for before it is filled; a chunked one is decoded in place, behind its head; no
+//           byte behind the end is touched; a large one is skimmed as it comes.
+// Leaves:   reading the socket to worker.h, what the body says to request_json.h and incremental.h.
+// Threads:  one worker's.
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <optional>
+
+#include "nexus/api/errors.h"
+#include "nexus/http/chunked.h"
+#include "nexus/http/head_parser.h"
+#include "nexus/proxy/worker_context.h"
+
+namespace nexus {
+
+// A larger body is skimmed while it comes; a smaller one is still in the processor's cache when its last byte comes,
+// and is read in one pass, which costs less.
+constexpr std::size_t kIncrementalBytes = 64u << 10;
+
+constexpr std::size_t kCopiedInputBytes = 1u << 20;  // of a body of unknown length, up to which its buffer doubles
+
+template <class Net>
+class RequestBody {
+ public:
+  enum class Status : std::uint8_t { need_more, whole, refused };
+  struct Step {
+    Status status;
+    ApiError refusal{};  // where refused
+  };
+
+  explicit RequestBody(WorkerContext<Net>& core) : context_(core) {}
+  RequestBody(const RequestBody&) = delete;
+  RequestBody& operator=(const RequestBody&) = delete;
+
+  std::size_t bytes() const { return bytes_; }                         // decoded so far
+  IncrementalJson* incremental() const { return incremental_.get(); }  // of a large body
+
+  // What can be said of it from its head alone.
+  std::optional<ApiError> begin(const RequestHead& head, std::size_t most_bytes) {
+    bytes_ = 0;
+    decoder_ = ChunkedDecoder();
+    if (head.framing.kind != Framing::Kind::length) return std::nullopt;
+    if (head.framing.length > most_bytes) return too_large();
+    if (!share_.grow_to(context_.budget, static_cast<std::size_t>(head.framing.length))) return no_share();
+    return std::nullopt;
+  }
+
+  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer. A large one
+  // becomes eight times as large: memory that is not written to costs nothing, and copying would hold the loop.
+  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes,
+                          std::size_t most_bytes) const {
+    const std::size_t held = input.size();
+    if (head.framing.kind == Framing::Kind::length) {
+      return head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
+    }
+    if (input.room() >= least_bytes) return input.room();
+    return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes), least_bytes);
+  }
+
+  // Looks at what came into `input`, which begins with the head.
+  Step read(const RequestHead& head, Buffer& input, std::size_t most_bytes) {
+    switch (head.framing.kind) {
+      case Framing::Kind::none: return {Status::whole};
+      case Framing::Kind::length: {
+        const std::size_t length = static_cast<std::size_t>(head.framing.length);
+        bytes_ = std::min(length, input.size() - head.head_bytes);
+        if (length > kIncrementalBytes && !read_new(input.data() + head.head_bytes)) return no_memory();
+        return {bytes_ == length ? Status::whole : Status::need_more};
+      }
+      case Framing::Kind::chunked: return decode(head.head_bytes, input, most_bytes);
+      case Framing::Kind::until_close: break;
+    }
+    assert(false);
+    return {Status::need_more};
+  }
+
+  // It was read.
+  void end_incremental() { incremental_.give_back(); }
+  // It is not in `input` any more.
+  void give_back() {
+    incremental_.give_back();
+    share_.give_back();
+  }
+  void reset() {
+    give_back();
+    bytes_ = 0;
+  }
+
+ private:
+  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
+  Step decode(std::size_t head_bytes, Buffer& input, std::size_t most_bytes) {
+    const std::size_t decoded_end = head_bytes + bytes_;
+    const std::size_t fresh = input.size() - decoded_end;
+    if (fresh == 0) return {Status::need_more};
+    if (!share_.grow_to(context_.budget, std::min(bytes_ + fresh, most_bytes))) return {Status::refused, no_share()};
+    char* data = input.data() + decoded_end;
+    const ChunkedDecoder::Result result = decoder_.decode(data, fresh);
+    bytes_ += result.decoded;
+    if (result.status == ChunkedDecoder::Status::failed) return {Status::refused, ApiError::malformed};
+    if (bytes_ > most_bytes) return {Status::refused, too_large()};
+    const std::size_t behind = fresh - result.consumed;
+    std::memmove(data + result.decoded, data + result.consumed, behind);
+    input.truncate(decoded_end + result.decoded + behind);
+    if (bytes_ > kIncrementalBytes && !read_new(input.data() + head_bytes)) return no_memory();
+    return {result.status == ChunkedDecoder::Status::done ? Status::whole : Status::need_more};
+  }
+
+  // Skims what is here of the body and was not yet. False where there is no memory for it.
+  bool read_new(const char* body) {
+    if (!incremental_) {
+      incremental_ = context_.incremental_readers.take();
+      if (!incremental_) return false;
+      incremental_->start();
+    }
+    incremental_->feed(context_.json, body, bytes_);
+    return true;
+  }
+
+  ApiError too_large() {
+    context_.slab.limit_hit(Limit::max_body);
+    return ApiError::body_too_large;
+  }
+  ApiError no_share() {
+    context_.slab.limit_hit(Limit::body_memory);
+    return ApiError::body_memory;
+  }
+  Step no_memory() {
+    context_.slab.limit_hit(Limit::memory);
+    return {Status::refused, ApiError::out_of_memory};
+  }
+
+  WorkerContext<Net>& context_;
+  std::size_t bytes_ = 0;
+  ChunkedDecoder decoder_;
+  BodyShare share_;
+  typename ObjectPool<IncrementalJson>::Lease incremental_;
+};
+
+}  // namespace nexus

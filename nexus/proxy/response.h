@@ -1,0 +1,360 @@
+// response.h
+// Owns:     an answer on its way from a backend to the client: how its body is framed there, and the usage that is read
+//           in passing.
+// Promises: bytes in, one write out; it never looks whole where the backend's was not; what is read of an answer cut in
+//           pieces is the same as of one that came whole.
+// Leaves:   the framings themselves to body_framing.h, token counts to usage_scan.h, sockets and decisions to
+// exchange.h. Threads:  parts of one exchange. Owns:     the head of a backend's answer while it comes: its fields, and
+// the bytes of one that comes in pieces. Promises: nothing is kept where the head comes in one read; interim answers
+// are read past, up to a bound; what it
+//           holds goes back with clear().
+// Leaves:   HTTP's grammar to head_parser.h, what the head means to exchange.h.
+// Threads:  parts of one exchange.
+// Owns:     what an exchange sends to its client: the writes, their count, and what becomes of the connection after.
+// Promises: bytes are counted as payload, framing and heads are not; the client's time to take something runs anew only
+//           where it took something.
+// Leaves:   which bytes to response.h and head_writer.h, when and what then to exchange.h.
+// Threads:  parts of one exchange.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "nexus/api/errors.h"
+#include "nexus/api/request_json.h"
+#include "nexus/api/usage_scan.h"
+#include "nexus/base/buffer.h"
+#include "nexus/base/object_pool.h"
+#include "nexus/http/body_framing.h"
+#include "nexus/http/head_parser.h"
+#include "nexus/http/head_writer.h"
+#include "nexus/http/header_fields.h"
+#include "nexus/metrics/slab.h"
+#include "nexus/net/connection.h"
+#include "nexus/proxy/worker_context.h"
+
+namespace nexus {
+class Response {
+ public:
+  enum class Step : std::uint8_t {
+    goes_on,        // more of the body is to come
+    holds_back,     // the body has ended, but not all of it is in the write: end() tells the rest
+    whole,          // the write holds the end
+    broken,         // the backend's framing is; the write holds what came before
+    out_of_memory,  // bytes are lost
+  };
+
+  void reset() {
+    framing_ = Framing{};
+    first_body_ns_ = -1;
+  }
+
+  // The client gets the answer with this head. `remove_usage_event`: Nexus asked for the counts, the client did not.
+  void begin(const ResponseHead& head, const HeadView& view, bool to_http_1_0, bool remove_usage_event) {
+    status_ = head.status;
+    keep_alive_ = head.keep_alive;
+    excess_ = false;
+    event_stream_ = is_event_stream(view);
+    body_.start(head.framing);
+    scan_kind_ = scan_kind(head, view);
+    remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
+    scan_.start(scan_kind_, remove_usage_event);
+    whole_usage_ = Usage{};
+    usage_lost_ = false;
+    framing_ = client_framing(head, to_http_1_0, remove_usage_event);
+  }
+
+  // Puts a piece of the body into `write`, behind `head`. The write lasts until the next call.
+  Step feed(BlockPool& blocks, JsonReader& json, Ns now, std::string_view head, char* data, std::size_t bytes,
+            ClientWrite& write) {
+    const BodyDecoder::Piece piece = body_.feed(data, bytes);
+    excess_ = piece.excess;
+    if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = now;
+    UsageScan::Out out{{}, {piece.data, piece.bytes}};
+    if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
+      whole_usage_ = json.read_answer(piece.data, piece.bytes);  // the usual case: all came in one piece
+      usage_lost_ = json.out_of_memory();
+    } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
+      return Step::out_of_memory;
+    }
+    write.add(head);
+    write.add_payload(is_chunked(), out.held, out.piece);
+    if (piece.failed) return Step::broken;
+    if (!piece.done) return Step::goes_on;
+    // In one write where nothing is held: finish() ends the life of `out.held`.
+    if (scan_.held_bytes() > 0 || !out.held.empty()) return Step::holds_back;
+    UsageScan::Out rest;
+    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
+    assert(rest.held.empty() && rest.piece.empty());
+    write.add_end(is_chunked());
+    return Step::whole;
+  }
+
+  // The body has ended while bytes were held back: they go on, or are the event that is taken out.
+  Step end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
+    UsageScan::Out rest;
+    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
+    write.add_payload(is_chunked(), rest.held, rest.piece);
+    write.add_end(is_chunked());
+    return Step::whole;
+  }
+
+  // Whether the end of the backend's connection is the body's proper end.
+  bool ends_with_connection() const { return body_.ends_with_connection(); }
+
+  // What was read of the counts and times, once no more is to come; `asked_ns`: when the request was whole.
+  void note_usage(RequestRecord& record, Ns asked_ns, Ns now) const {
+    if (!is_success()) return;
+    const Usage& told = usage();
+    record.prompt_tokens = told.prompt_tokens;
+    record.completion_tokens = told.completion_tokens;
+    if (!record.stream || first_body_ns_ < 0) return;
+    record.first_byte_ns = first_body_ns_ - asked_ns;
+    if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
+  }
+  bool lacks_usage() const { return is_success() && !usage().told() && !usage_lost(); }
+  // The backend may have told it, and memory was too short to read that.
+  bool usage_lost() const { return is_success() && !usage().told() && (usage_lost_ || scan_.out_of_memory()); }
+
+  std::uint16_t status() const { return status_; }
+  bool is_success() const { return status_ / 100 == 2; }
+  bool is_event_stream() const { return event_stream_; }
+  const Framing& framing() const { return framing_; }  // towards the client
+  bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
+  bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }
+  Ns first_body_ns() const { return first_body_ns_; }  // -1: none came
+  // Whether the backend's connection can carry another request; of an answer that is whole.
+  bool leaves_connection() const { return keep_alive_ && !excess_ && !ends_with_connection(); }
+
+ private:
+  static bool is_event_stream(const HeadView& head) {
+    const FieldRow* row = find_field(*head.fields, Field::content_type);
+    return row != nullptr && starts_with_ignoring_case(value_of(head.base, *row), "text/event-stream");
+  }
+
+  UsageScan::Kind scan_kind(const ResponseHead& head, const HeadView& view) const {
+    if (head.status / 100 != 2 || head.framing.kind == Framing::Kind::none) return UsageScan::Kind::none;
+    const FieldRow* coding = find_field(*view.fields, Field::content_encoding);
+    if (coding != nullptr && !equals_ignoring_case(value_of(view.base, *coding), "identity")) {
+      return UsageScan::Kind::none;
+    }
+    return event_stream_ ? UsageScan::Kind::event_stream : UsageScan::Kind::json;
+  }
+
+  static Framing client_framing(const ResponseHead& head, bool to_http_1_0, bool remove_usage_event) {
+    if (head.framing.kind == Framing::Kind::none) {
+      // 204 and 304 carry no length; every other answer without a body says so.
+      if (head.status == 204 || head.status == 304) return {};
+      return {Framing::Kind::length, 0};
+    }
+    const bool length_holds = !remove_usage_event;
+    if (head.framing.kind == Framing::Kind::length && length_holds) return head.framing;
+    return {to_http_1_0 ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
+  }
+
+  const Usage& usage() const { return whole_usage_.told() ? whole_usage_ : scan_.usage(); }
+
+  BodyDecoder body_;
+  UsageScan scan_;
+  UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
+  bool usage_lost_ = false;
+  Usage whole_usage_;  // of an answer that was read whole, without the scan
+  Framing framing_;
+  std::uint16_t status_ = 0;
+  bool keep_alive_ = false;
+  bool excess_ = false;  // bytes came behind the body's end
+  bool event_stream_ = false;
+  Ns first_body_ns_ = -1;
+};
+
+constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
+constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
+
+class ResponseHeadReader {
+ public:
+  enum class Status : std::uint8_t { need_more, done, failed, out_of_memory };
+
+  struct Result {
+    Status status = Status::need_more;
+    std::string_view why;  // it failed: a constant text
+    ResponseHead head;     // where done; it begins at `data`, the body's first bytes stand behind it
+    char* data = nullptr;
+    std::size_t bytes = 0;
+  };
+
+  // Reads what came; where done, the fields last until clear().
+  Result feed(ObjectPool<FieldTable>& tables, BlockPool& blocks, char* data, std::size_t bytes) {
+    if (!fields_) {
+      fields_ = tables.take();
+      if (!fields_) return failed(Status::out_of_memory);
+      reader_.start(fields_.get());
+    }
+    if (!partial_.empty()) {
+      if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
+      data = partial_.data();
+      bytes = partial_.size();
+    }
+    for (;;) {
+      Result told;
+      const HeadResult result = reader_.feed(data, bytes, told.head);
+      if (result.status == HeadResult::Status::failed ||
+          (result.status == HeadResult::Status::need_more && bytes > kMaxAnswerHeadBytes) ||
+          result.head_bytes > kMaxAnswerHeadBytes) {
+        return failed(Status::failed, result.why.empty() ? "its head is too large" : result.why);
+      }
+      if (result.status == HeadResult::Status::need_more) return keep_partial(blocks, data, bytes);
+      if (told.head.status >= 200) {
+        told.status = Status::done;
+        told.data = data;
+        told.bytes = bytes;
+        return told;
+      }
+      // RFC 9110 15.2: an interim answer is read past. 101 was not asked for.
+      if (told.head.status == 101 || ++interim_answers_ > kMaxInterimAnswers) {
+        return failed(Status::failed, "an interim answer that was not asked for");
+      }
+      data += result.head_bytes;
+      bytes -= result.head_bytes;
+      reader_.start(fields_.get());
+      if (bytes == 0) {
+        partial_.clear();
+        return {};
+      }
+    }
+  }
+
+  HeadView view(const Result& result) const { return {result.data, fields_.get(), result.head.head_bytes}; }
+
+  void clear() {
+    fields_.give_back();
+    partial_.clear();
+    interim_answers_ = 0;
+  }
+
+ private:
+  static Result failed(Status status, std::string_view why = {}) {
+    Result result;
+    result.status = status;
+    result.why = why;
+    return result;
+  }
+
+  // Heads come whole in the first read but for slow or strange backends: the rest is kept only then.
+  Result keep_partial(BlockPool& blocks, const char* data, std::size_t bytes) {
+    if (partial_.empty()) {
+      if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
+    } else {
+      partial_.consume(partial_.size() - bytes);  // interim answers before it
+    }
+    return {};
+  }
+
+  ResponseReader reader_;
+  ObjectPool<FieldTable>::Lease fields_;
+  Buffer partial_;
+  std::uint32_t interim_answers_ = 0;
+};
+
+// When the backend wants to be asked again, if it says so in seconds.
+inline std::optional<Ns> retry_after_of(const HeadView& head) {
+  const FieldRow* row = find_field(*head.fields, Field::retry_after);
+  if (row == nullptr) return std::nullopt;
+  const auto seconds = parse_decimal(value_of(head.base, *row));
+  if (!seconds) return std::nullopt;  // a date: the host's clock may not be the backend's
+  return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
+}
+
+template <class Net>
+class ClientResponse {
+ public:
+  ClientResponse(WorkerContext<Net>& core, Connection<Net>& connection) : context_(core), connection_(connection) {}
+  ClientResponse(const ClientResponse&) = delete;
+  ClientResponse& operator=(const ClientResponse&) = delete;
+
+  // A request begins.
+  void open(bool http_1_0, bool keep_alive) {
+    http_1_0_ = http_1_0;
+    keep_alive_ = keep_alive;
+  }
+
+  bool http_1_0() const { return http_1_0_; }
+  bool keep_alive() const { return keep_alive_; }
+  bool cut() const { return cut_; }
+  bool has_begun() const { return begun_; }  // a first byte was written
+  bool waits() const { return connection_.pending() > 0; }
+  bool out_of_memory() const { return connection_.out_of_memory(); }  // why a send failed
+  std::uint64_t sent_bytes() const { return sent_bytes_; }
+
+  // This answer is the connection's last.
+  void end_connection() { keep_alive_ = false; }
+  // It must not end with a FIN, which would make what was sent look whole.
+  void cut_connection() {
+    keep_alive_ = false;
+    cut_ = true;
+  }
+
+  // False where the connection failed, or memory did.
+  bool send(ClientWrite& write) {
+    sent_bytes_ += write.payload_bytes();
+    return note(connection_.write(context_.net, context_.blocks, write.parts()));
+  }
+
+  // An answer of our own, whole.
+  bool send_error(ApiError refusal, std::string_view message, std::string_view param, std::string_view request_id) {
+    OwnResponse answer;
+    answer.request_id = request_id;
+    answer.http_1_0 = http_1_0_;
+    answer.keep_alive = keep_alive_;
+    context_.text.clear();
+    append_own_error(context_.text, refusal, message, answer, true, param);
+    sent_bytes_ += context_.text.size() - (context_.text.find("\r\n\r\n") + 4);
+    return note(connection_.write(context_.net, context_.blocks, context_.text));
+  }
+
+  // The last event of a chunked event stream that broke; no end of the body follows.
+  bool send_error_event(const ApiErrorRow& row) {
+    context_.text = "\n\ndata: ";
+    append_error_body(context_.text, row, row.message);
+    context_.text += "\n\n";
+    ClientWrite write;
+    write.add_payload(true, context_.text, {});
+    return connection_.write(context_.net, context_.blocks, write.parts());
+  }
+
+  // No byte of what was to be sent went out: nothing of it counts.
+  void forget_unsent() { sent_bytes_ = 0; }
+
+  // Whether less waits than when this was asked last, or more.
+  bool has_moved() {
+    if (connection_.pending() == waiting_bytes_) return false;
+    waiting_bytes_ = connection_.pending();
+    return true;
+  }
+  void forget_waiting() { waiting_bytes_ = 0; }
+
+  // Makes ready for the next request.
+  void reset() {
+    cut_ = begun_ = false;
+    waiting_bytes_ = 0;
+    sent_bytes_ = 0;
+  }
+
+ private:
+  bool note(bool written) {
+    begun_ |= written;
+    return written;
+  }
+
+  WorkerContext<Net>& context_;
+  Connection<Net>& connection_;
+  bool http_1_0_ = false;
+  bool keep_alive_ = true;
+  bool cut_ = false;
+  bool begun_ = false;
+  std::size_t waiting_bytes_ = 0;  // of what was sent, when the client's deadline was set
+  std::uint64_t sent_bytes_ = 0;
+};
+
+}  // namespace nexus

@@ -1,0 +1,170 @@
+// upstream_pool.h
+// Owns:     the connections to backends: each in use by one exchange, or idle and kept for the next.
+// Promises: an idle one that shows any sign (bytes, FIN, reset) is closed; the most recently used is taken first, so
+//           that the others can time out; the counts per backend are exact.
+// Leaves:   what is sent over them to exchange.h.
+// Threads:  one worker's.
+#pragma once
+
+#include <cassert>
+#include <vector>
+
+#include "nexus/net/connection.h"
+#include "nexus/proxy/worker_context.h"
+
+namespace nexus {
+
+constexpr std::uint8_t kUpstreamKind = 3;  // of a Handle
+
+template <class Net>
+struct Upstream {
+  Upstream(Handle token_in, BackendId backend_in, const Address& address_in)
+      : token(token_in), backend(backend_in), address(address_in), timer(token_in) {}
+
+  Handle token;
+  Connection<Net> connection;
+  BackendId backend;
+  Address address;
+  Handle owner;                        // the session whose exchange uses it; its value is 0 while idle
+  std::uint64_t snapshot_version = 0;  // in which the backend was last seen at this address
+  bool reused = false;                 // it carried an exchange before
+  Timer timer;                         // while idle
+  Upstream* newer = nullptr;
+  Upstream* older = nullptr;
+};
+
+template <class Net>
+class UpstreamPool {
+ public:
+  explicit UpstreamPool(WorkerContext<Net>& core) : context_(core), upstreams_(kUpstreamKind) {}
+  UpstreamPool(const UpstreamPool&) = delete;
+  UpstreamPool& operator=(const UpstreamPool&) = delete;
+  ~UpstreamPool() {
+    upstreams_.each([this](Upstream<Net>& upstream) { drop(upstream); });
+  }
+
+  Upstream<Net>* get(Handle token) { return upstreams_.get(token); }
+
+  // An idle connection to that backend at that address, or nullptr.
+  Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner) {
+    if (index_of(backend) >= lines_.size()) return nullptr;
+    while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
+      unlink(*upstream);
+      if (upstream->address == address) {
+        context_.wheel.cancel(upstream->timer);
+        upstream->owner = owner;
+        return upstream;
+      }
+      drop(*upstream);  // the backend has moved
+    }
+    return nullptr;
+  }
+
+  struct Connecting {
+    Upstream<Net>* upstream = nullptr;
+    SocketOutcome outcome = SocketOutcome::failed;
+  };
+
+  // A new connection, on its way.
+  Connecting connect(BackendId backend, const Address& address, Handle owner) {
+    typename Net::Opened opened = context_.net.connect(address);
+    if (opened.outcome != SocketOutcome::ok) return {nullptr, opened.outcome};
+    Upstream<Net>* upstream = upstreams_.make(backend, address);
+    if (upstream == nullptr || !context_.net.watch(opened.socket, upstream->token)) {
+      context_.net.close(opened.socket);
+      if (upstream != nullptr) upstreams_.destroy(upstream->token);
+      return {nullptr, SocketOutcome::no_memory};
+    }
+    upstream->connection.attach(opened.socket);
+    upstream->owner = owner;
+    context_.slab.add_backend_connections(backend, 1);
+    return {upstream, SocketOutcome::ok};
+  }
+
+  // Keeps a connection whose exchange ended in order.
+  void give_back(Upstream<Net>& upstream) {
+    const UpstreamSettings& settings = context_.settings().upstream;
+    if (!make_room(lines_, index_of(upstream.backend))) return drop(upstream);
+    Line& line = lines_[index_of(upstream.backend)];
+    upstream.owner = Handle{};
+    if (upstream.snapshot_version != context_.snapshot->version) {  // it was made before a reload
+      if (!belongs(upstream, *context_.snapshot)) return drop(upstream);
+      upstream.snapshot_version = context_.snapshot->version;
+    }
+    const bool quiet = !upstream.connection.hangup() && !upstream.connection.may_read();
+    if (context_.draining || !quiet || line.idle >= settings.idle_connections) {
+      return drop(upstream);
+    }
+    upstream.reused = true;
+    upstream.newer = nullptr;
+    upstream.older = line.newest;
+    if (line.newest != nullptr) line.newest->newer = &upstream;
+    line.newest = &upstream;
+    line.idle += 1;
+    context_.wheel.arm(upstream.timer, deadline_after(context_.now, settings.idle_timeout_ns));
+  }
+
+  // Closes a connection, in use or (unlinked) idle.
+  void drop(Upstream<Net>& upstream) {
+    upstream.connection.close(context_.net);
+    context_.slab.add_backend_connections(upstream.backend, -1);
+    upstreams_.destroy(upstream.token);
+  }
+
+  // An idle connection has no business to show anything.
+  void on_idle_event(Upstream<Net>& upstream, const Event& event) {
+    assert(upstream.owner.value == 0);
+    if (!event.readable && !event.hangup) return;
+    unlink(upstream);
+    drop(upstream);
+  }
+
+  void on_deadline(Handle token) {
+    Upstream<Net>* upstream = upstreams_.get(token);
+    if (upstream == nullptr || upstream->owner.value != 0) return;
+    unlink(*upstream);
+    drop(*upstream);
+  }
+
+  // A new snapshot: idle connections to what is no longer in the fleet, or elsewhere now, are closed.
+  void forget_departed(const Snapshot& snapshot) {
+    for (std::uint32_t i = 0; i < lines_.size(); ++i) {
+      for (Upstream<Net>* upstream = lines_[i].newest; upstream != nullptr;) {
+        Upstream<Net>* const older = upstream->older;
+        if (!belongs(*upstream, snapshot)) {
+          unlink(*upstream);
+          drop(*upstream);
+        }
+        upstream = older;
+      }
+    }
+  }
+
+  std::size_t open() const { return upstreams_.live(); }
+
+ private:
+  static bool belongs(const Upstream<Net>& upstream, const Snapshot& snapshot) {
+    return std::any_of(snapshot.backends.begin(), snapshot.backends.end(), [&](const BackendView& backend) {
+      return backend.id == upstream.backend && backend.address == upstream.address;
+    });
+  }
+
+  struct Line {
+    Upstream<Net>* newest = nullptr;
+    std::uint32_t idle = 0;
+  };
+
+  void unlink(Upstream<Net>& upstream) {
+    Line& line = lines_[index_of(upstream.backend)];
+    (upstream.newer == nullptr ? line.newest : upstream.newer->older) = upstream.older;
+    if (upstream.older != nullptr) upstream.older->newer = upstream.newer;
+    upstream.newer = upstream.older = nullptr;
+    line.idle -= 1;
+  }
+
+  WorkerContext<Net>& context_;
+  SlotMap<Upstream<Net>> upstreams_;
+  std::vector<Line> lines_;  // by BackendId
+};
+
+}  // namespace nexus

@@ -1,0 +1,176 @@
+// upstream_request.h
+// Owns:     the bytes of a request on its way to a backend: a head of ours, and the client's body as it came but for
+//           the few values that Nexus changes in it.
+// Promises: a body of any size is not copied to be sent; it can be sent from any offset on, and again to another
+//           backend.
+// Leaves:   reading the body to request_json.h, sending to attempt.h.
+// Threads:  parts of one exchange.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <string>
+#include <string_view>
+
+#include "nexus/api/request_json.h"
+#include "nexus/fleet/registry.h"
+#include "nexus/http/head_writer.h"
+
+namespace nexus {
+
+// A request as the session read it; it stays in place until the exchange is over.
+struct RequestView {
+  const char* base = nullptr;  // the head's first byte
+  const RequestHead* head = nullptr;
+  const FieldTable* fields = nullptr;
+  char* body = nullptr;
+  std::size_t body_bytes = 0;
+  bool pass_authorization = true;
+};
+
+// What goes to a backend, as pieces of two texts: `own` (the head, then what is put into the body) and the client's
+// body. Its bytes can be counted and sent from any offset on, so that a body is never copied to be sent.
+class UpstreamRequest {
+ public:
+  static constexpr std::size_t kMaxPieces = 8;
+
+  void clear() {
+    count_ = 0;
+    total_ = 0;
+  }
+  void add_own(std::size_t at, std::size_t bytes) { add(false, at, bytes); }
+  void add_body(std::size_t at, std::size_t bytes) { add(true, at, bytes); }
+  std::size_t total() const { return total_; }
+
+  // Fills `out` with what lies behind the first `sent` bytes, up to the first `end`; says how many parts.
+  std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent, std::size_t end) const {
+    std::size_t filled = 0;
+    std::size_t begin = 0;  // of the piece
+    for (std::size_t i = 0; i < count_ && begin < end; begin += pieces_[i++].bytes) {
+      const Piece& piece = pieces_[i];
+      const std::size_t from = std::max(sent, begin), to = std::min(end, begin + piece.bytes);
+      if (from < to) out[filled++] = {(piece.of_body ? body : own) + piece.at + (from - begin), to - from};
+    }
+    return filled;
+  }
+
+ private:
+  struct Piece {
+    bool of_body;
+    std::size_t at;
+    std::size_t bytes;
+  };
+
+  void add(bool of_body, std::size_t at, std::size_t bytes) {
+    if (bytes == 0) return;
+    total_ += bytes;
+    if (count_ > 0 && pieces_[count_ - 1].of_body == of_body &&
+        pieces_[count_ - 1].at + pieces_[count_ - 1].bytes == at) {
+      pieces_[count_ - 1].bytes += bytes;  // it goes on where the last one ends
+      return;
+    }
+    assert(count_ < kMaxPieces);
+    pieces_[count_++] = {of_body, at, bytes};
+  }
+
+  std::array<Piece, kMaxPieces> pieces_;
+  std::size_t count_ = 0;
+  std::size_t total_ = 0;
+};
+
+// A replacement in the client's body.
+struct BodyEdit {
+  std::size_t at = 0;
+  std::size_t removed = 0;
+  std::string_view inserted;
+};
+
+class BodyEdits {
+ public:
+  void add(const BodyEdit& edit) {
+    assert(count_ < edits_.size());
+    std::size_t slot = count_++;
+    for (; slot > 0 && edits_[slot - 1].at > edit.at; --slot) edits_[slot] = edits_[slot - 1];
+    edits_[slot] = edit;
+  }
+  const BodyEdit* begin() const { return edits_.data(); }
+  const BodyEdit* end() const { return edits_.data() + count_; }
+
+  std::size_t length_after(std::size_t body_bytes) const {
+    for (const BodyEdit& edit : *this) body_bytes = body_bytes - edit.removed + edit.inserted.size();
+    return body_bytes;
+  }
+
+ private:
+  std::array<BodyEdit, 2> edits_;
+  std::size_t count_ = 0;
+};
+
+constexpr std::size_t kCopiedBodyBytes = 4096;
+
+// Whether Nexus asks this backend for token counts that the client did not ask for.
+inline bool asks_for_usage(const BackendView& backend, const BodyFacts& facts, bool streams) {
+  return backend.ask_usage && streams && facts.include_usage != BodyFacts::Flag::yes;
+}
+
+// Where `"include_usage": true` goes in the body.
+inline BodyEdit usage_edit(const BodyFacts& facts) {
+  switch (facts.stream_options) {
+    case BodyFacts::Options::absent: return {facts.first_member, 0, R"("stream_options":{"include_usage":true},)"};
+    case BodyFacts::Options::null:
+      return {facts.stream_options_value.at, facts.stream_options_value.bytes, R"({"include_usage":true})"};
+    case BodyFacts::Options::object: break;
+  }
+  if (facts.include_usage != BodyFacts::Flag::absent) {
+    return {facts.include_usage_value.at, facts.include_usage_value.bytes, "true"};
+  }
+  const std::string_view member = facts.stream_options_empty ? R"("include_usage":true)" : R"("include_usage":true,)";
+  return {facts.stream_options_value.at + 1, 0, member};
+}
+
+// Writes the request for `backend` into `own` (what is ours) and `image`. `model`: the name to ask for, where it is not
+// the client's own; empty else.
+inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
+                            const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
+                            std::string_view request_id, std::string_view via_line) {
+  BodyEdits edits;
+  std::string model_json;
+  if (!model.empty()) {
+    model_json = json_string(model);
+    edits.add({facts.model_value.at, facts.model_value.bytes, model_json});
+  }
+  if (ask_usage) edits.add(usage_edit(facts));
+  UpstreamHead head;
+  head.method = llhttp_method_name(static_cast<llhttp_method_t>(request.head->method));
+  head.target = {request.base + request.head->target_at, request.head->target_bytes};
+  head.base_path = backend.base_path;
+  head.backend_lines = backend.request_lines;
+  head.pass_authorization = request.pass_authorization && !backend.has_key;
+  head.request_id = request_id;
+  head.via_line = via_line;
+  head.content_length = edits.length_after(request.body_bytes);
+  own.clear();
+  append_request_head(own, HeadView{request.base, request.fields, request.head->head_bytes}, head);
+  image.clear();
+  image.add_own(0, own.size());
+  // A small body is copied behind the head: one plain send costs less than a gathered one.
+  const bool copy = request.body_bytes <= kCopiedBodyBytes;
+  const auto add_body = [&](std::size_t at, std::size_t bytes) {
+    if (!copy) return image.add_body(at, bytes);
+    image.add_own(own.size(), bytes);
+    own.append(request.body + at, bytes);
+  };
+  std::size_t at = 0;
+  for (const BodyEdit& edit : edits) {
+    add_body(at, edit.at - at);
+    image.add_own(own.size(), edit.inserted.size());
+    own += edit.inserted;
+    at = edit.at + edit.removed;
+  }
+  add_body(at, request.body_bytes - at);
+}
+
+}  // namespace nexus

@@ -1,0 +1,214 @@
+// worker_context.h
+// Owns:     what the parts of one worker share: its net, timers, memory, counters, scratch space and snapshot.
+// Promises: one worker thread uses it, so nothing in it locks; what all threads share is in Shared, named as such.
+// Leaves:   everything that happens to upstream_pool.h, exchange.h and worker.h.
+// Threads:  WorkerContext: one worker's. Shared: every worker's, see each member's own header.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "nexus/api/incremental_json.h"
+#include "nexus/api/request_json.h"
+#include "nexus/base/buffer.h"
+#include "nexus/base/memory_budget.h"
+#include "nexus/base/object_pool.h"
+#include "nexus/fleet/admission.h"
+#include "nexus/fleet/circuit_breaker.h"
+#include "nexus/fleet/registry.h"
+#include "nexus/fleet/router.h"
+#include "nexus/http/head_parser.h"
+#include "nexus/http/header_fields.h"
+#include "nexus/metrics/slab.h"
+#include "nexus/net/timer_wheel.h"
+#include "nexus/os/log.h"
+
+namespace nexus {
+
+constexpr Ns kLatencyLife = 60 * kSecond;
+constexpr std::size_t kTextBytes = 16u << 10;    // longer than any error of our own
+constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
+
+inline bool is_request_id(std::string_view id) {
+  if (id.empty() || id.size() > kMaxRequestIdBytes) return false;
+  return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
+}
+
+// The two hex digits of every byte.
+inline constexpr auto kHexPairs = [] {
+  constexpr std::string_view kHex = "0123456789abcdef";
+  std::array<std::array<char, 2>, 256> pairs{};
+  for (std::size_t i = 0; i < 256; ++i) pairs[i] = {kHex[i >> 4], kHex[i & 15]};
+  return pairs;
+}();
+
+// So that `list[index]` is there. False where memory is short.
+template <class T>
+bool make_room(std::vector<T>& list, std::size_t index) {
+  try {
+    if (index >= list.size()) list.resize(index + 1);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
+struct Shared {
+  Metrics& metrics;
+  CircuitBreaker& breaker;
+  Admission& admission;
+  BodyBudget& body_budget;
+  // Requests in flight over all threads; written only where [server] max_pending is set. Relaxed: a number alone.
+  std::atomic<std::uint32_t>& in_flight;
+  std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
+  std::string via_line = "Via: 1.1 " + instance + "\r\n";
+};
+
+// A snapshot in use by one worker, counted without atomics: exchanges hold on to the one they began with.
+struct LocalSnapshot {
+  SnapshotPtr ptr;
+  std::uint32_t users = 0;
+};
+
+class SnapshotUse {
+ public:
+  SnapshotUse() = default;
+  explicit SnapshotUse(LocalSnapshot* local) : local_(local) {
+    if (local_ != nullptr) local_->users += 1;
+  }
+  SnapshotUse(SnapshotUse&& other) noexcept : local_(std::exchange(other.local_, nullptr)) {}
+  SnapshotUse& operator=(SnapshotUse&& other) noexcept {
+    SnapshotUse taken(std::move(other));
+    std::swap(local_, taken.local_);
+    return *this;
+  }
+  ~SnapshotUse() {
+    if (local_ == nullptr) return;
+    local_->users -= 1;
+    if (local_->users == 0) delete local_;  // the current one has its WorkerContext as a user
+  }
+  const Snapshot* operator->() const { return local_->ptr.get(); }
+  const Snapshot& operator*() const { return *local_->ptr; }
+  explicit operator bool() const { return local_ != nullptr; }
+  SnapshotUse again() const { return SnapshotUse(local_); }
+
+ private:
+  LocalSnapshot* local_ = nullptr;
+};
+
+// xorshift64*: for request ids and the order of equal candidates, not for secrets.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed | 1) {}
+  std::uint64_t next() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return state_ * 2685821657736338717ull;
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+template <class Net>
+struct WorkerContext {
+  WorkerContext(Net& net_in, Shared& shared_in, Slab& slab_in, Log& log_in, std::uint32_t worker_in, std::uint64_t seed,
+                SnapshotPtr snapshot_in)
+      : net(net_in),
+        shared(shared_in),
+        slab(slab_in),
+        log(log_in),
+        worker(worker_in),
+        now(net_in.now()),
+        wheel(now),
+        tables(64),
+        incremental_readers(16),
+        budget(shared_in.body_budget),
+        random(seed) {
+    text.reserve(kTextBytes);
+    use(std::make_unique<LocalSnapshot>(LocalSnapshot{std::move(snapshot_in), 0}));
+  }
+
+  void use(std::unique_ptr<LocalSnapshot> next) { snapshot = SnapshotUse(next.release()); }
+  const Settings& settings() const { return *snapshot->settings; }
+
+  // Room to read an answer into; empty where memory is short.
+  char* scratch() {
+    if (!scratch_block) scratch_block = blocks.take(kRoomyBlock);
+    return scratch_block.data();
+  }
+  std::size_t scratch_bytes() const { return scratch_block.capacity(); }
+
+  // Asks the worker to call on `session` once more, after the events of others. Once: who asks again before that, since
+  // an event came meanwhile, must not get one more turn in each round for it.
+  void reschedule(Handle session) {
+    const auto is_it = [&](const Handle& other) { return other.value == session.value; };
+    if (std::none_of(again.begin(), again.end(), is_it)) again.push_back(session);
+  }
+
+  // Time to first byte of a backend as this thread saw it, smoothed (1/8 of each new one); 0 where nothing was seen for
+  // kLatencyLife: one slow answer, a model's cold load, must not keep requests away for good.
+  Ns latency_of(BackendId id) const {
+    if (index_of(id) >= latencies.size()) return 0;
+    const Latency& latency = latencies[index_of(id)];
+    return now - latency.seen_at_ns > kLatencyLife ? 0 : latency.smoothed_ns;
+  }
+  void note_latency(BackendId id, Ns seen_ns) {
+    if (!make_room(latencies, index_of(id))) return;  // it stays unknown
+    const Ns before_ns = latency_of(id);
+    latencies[index_of(id)] = {before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
+  }
+
+  // The client's own X-Request-Id where it is usable, or a new one.
+  void take_request_id(const char* base, const FieldTable* fields, std::string& id) {
+    const FieldRow* row = fields == nullptr ? nullptr : find_field(*fields, Field::x_request_id);
+    if (row != nullptr && is_request_id(value_of(base, *row))) {
+      id.clear();
+      id.assign(value_of(base, *row));
+      return;
+    }
+    id.clear();  // where memory is short for one, the request has none
+    id.resize(32);
+    for (std::size_t i = 0; i < 32; i += 16) {
+      std::uint64_t bits = random.next();
+      for (std::size_t j = 0; j < 16; j += 2, bits >>= 8) std::memcpy(&id[i + j], kHexPairs[bits & 255].data(), 2);
+    }
+  }
+
+  Net& net;
+  Shared& shared;
+  Slab& slab;
+  Log& log;
+  std::uint32_t worker;
+  Ns now;  // read when a wait ends
+  TimerWheel wheel;
+  BlockPool blocks;
+  Block scratch_block;
+  ObjectPool<FieldTable> tables;
+  ObjectPool<IncrementalJson> incremental_readers;
+  JsonReader json;
+  ThreadBudget budget;
+  Random random;
+  SnapshotUse snapshot;
+  std::uint64_t turn = 0;  // requests routed
+  bool draining = false;
+  struct Latency {
+    Ns smoothed_ns = 0;
+    Ns seen_at_ns = 0;
+  };
+  std::vector<Latency> latencies;  // by BackendId
+  std::vector<Choice> choices;     // of the route being picked
+  std::vector<Handle> again;
+  std::string text;  // heads and errors are written here; an error of our own always finds room
+};
+
+}  // namespace nexus

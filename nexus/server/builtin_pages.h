@@ -1,0 +1,363 @@
+// builtin_pages.h
+// Owns:     the small built-in pages and who may read them: /health, /v1/models, /v1/models/{id}, the API keys.
+// Promises: pure functions of a snapshot; keys are compared in constant time; valid JSON whatever a name holds.
+// Leaves:   /metrics, /v1/stats and / to prometheus.h, stats_json.h and status_page.h.
+// Threads:  any.
+// Owns:     what Nexus itself answers to a client outside an exchange: the pages, and the errors.
+// Promises: an answer is written whole or waits in its connection, with a deadline; a large page is never copied.
+// Leaves:   what a page says to builtin_pages.h and the control thread, the session's course before and after to
+// worker.h. Threads:  its worker's.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "nexus/apps/status_policy.h"
+#include "nexus/base/text_buffer.h"
+#include "nexus/fleet/registry.h"
+#include "nexus/http/head_writer.h"
+#include "nexus/proxy/asked.h"
+#include "nexus/server/session.h"
+
+namespace nexus {
+enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status };
+
+constexpr std::string_view kModelPrefix = "/v1/models/";
+
+// Which page stands at `path`. With metrics_listen set, the operator's pages stand there and only there.
+inline PageKind page_of(std::string_view path, const ServerSettings& server, bool metrics_only) {
+  const bool operators_pages = metrics_only || server.metrics_listen.empty();
+  if (path == "/health") return operators_pages ? PageKind::health : PageKind::none;
+  if (path == "/metrics") return operators_pages ? PageKind::metrics : PageKind::none;
+  if (path == "/v1/stats") return operators_pages ? PageKind::stats : PageKind::none;
+  if (path == "/") return operators_pages ? PageKind::status : PageKind::none;
+  if (metrics_only) return PageKind::none;
+  if (path == "/v1/models") return PageKind::models;
+  if (path.substr(0, kModelPrefix.size()) == kModelPrefix && path.size() > kModelPrefix.size()) return PageKind::model;
+  return PageKind::none;
+}
+
+constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
+
+namespace detail {
+
+// Takes as long for a near miss as for a far one; only the length shows.
+inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
+  if (a.size() != b.size()) return false;
+  unsigned difference = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i]);
+  }
+  return difference == 0;
+}
+
+}  // namespace detail
+
+// Whether the request bears one of the configured keys (RFC 6750 2.1), or none are configured.
+inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
+  if (server.api_keys.empty()) return true;
+  const FieldRow* row = find_field(*head.fields, Field::authorization);
+  if (row == nullptr) return false;
+  const std::string_view value = value_of(head.base, *row);
+  if (!starts_with_ignoring_case(value, "bearer ")) return false;
+  const std::string_view key = trim_blanks(value.substr(7));
+  bool known = false;
+  for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
+  return known;
+}
+
+// Whether a Via field names this very process: a backend of ours leads back to us.
+inline bool came_round(const HeadView& head, std::string_view instance) {
+  for (const FieldRow& row : *head.fields) {
+    if (row.field == Field::via && value_of(head.base, row).find(instance) != std::string_view::npos) return true;
+  }
+  return false;
+}
+
+namespace detail {
+
+inline void append_model(std::string& out, std::string_view model, std::string_view backend) {
+  out += R"({"id":")";
+  append_json_escaped(out, model);
+  out += R"(","object":"model","created":0,"owned_by":")";
+  append_json_escaped(out, backend);
+  out += R"("})";
+}
+
+}  // namespace detail
+
+// GET /v1/models: every model of every healthy backend, by id, then backend.
+inline std::string render_models(const Snapshot& snapshot) {
+  std::vector<std::pair<std::string_view, std::string_view>> rows;
+  for (const auto& [name, entry] : snapshot.models) {
+    if (entry.is_alias()) continue;
+    for (const Offer& offer : entry.offers) {
+      const BackendView& backend = snapshot.backends[offer.backend];
+      if (backend.healthy) rows.emplace_back(name, backend.name);
+    }
+  }
+  std::sort(rows.begin(), rows.end());
+  std::string out = R"({"object":"list","data":[)";
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (i > 0) out += ',';
+    detail::append_model(out, rows[i].first, rows[i].second);
+  }
+  return out += "]}";
+}
+
+// The escapes of a path undone (RFC 3986 2.1); the head's reader has seen that they are whole.
+inline std::string unescape_path(std::string_view text) {
+  std::string out;
+  const auto value = [](char c) { return is_digit(c) ? c - '0' : to_lower(c) - 'a' + 10; };
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '%' && i + 2 < text.size()) {
+      out += static_cast<char>(value(text[i + 1]) * 16 + value(text[i + 2]));
+      i += 2;
+    } else {
+      out += text[i];
+    }
+  }
+  return out;
+}
+
+// GET /v1/models/{id}: the model on the first healthy backend that has it; an alias answers under its own name. False
+// where there is none.
+inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path) {
+  const std::string id = unescape_path(path.substr(kModelPrefix.size()));
+  const ModelEntry* entry = snapshot.find(id);
+  if (entry == nullptr) return false;
+  for (const Offer& offer : entry->offers) {
+    const BackendView& backend = snapshot.backends[offer.backend];
+    if (!backend.healthy) continue;
+    detail::append_model(out, id, backend.name);
+    return true;
+  }
+  return false;
+}
+
+// GET /health; the status to send with it.
+inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, bool draining, Ns uptime_ns) {
+  const auto total = snapshot.backends.size();
+  std::size_t healthy = 0;
+  for (const BackendView& backend : snapshot.backends) healthy += backend.healthy ? 1 : 0;
+  std::size_t models = 0;
+  for (const auto& [name, entry] : snapshot.models) {
+    models += !entry.is_alias() && std::any_of(entry.offers.begin(), entry.offers.end(), [&](const Offer& offer) {
+      return snapshot.backends[offer.backend].healthy;
+    });
+  }
+  const std::string_view status = draining           ? "draining"
+                                  : healthy == 0     ? "unhealthy"
+                                  : healthy == total ? "healthy"
+                                                     : "degraded";
+  out += R"({"status":")";
+  out.append(status).append(R"(","version":")").append(kVersion).append(R"(","uptime_seconds":)");
+  out.append(Digits(static_cast<std::uint64_t>(uptime_ns / kSecond)).view());
+  out.append(R"(,"backends":{"total":)").append(Digits(total).view());
+  out.append(R"(,"healthy":)").append(Digits(healthy).view());
+  out.append(R"(,"unhealthy":)").append(Digits(total - healthy).view());
+  out.append(R"(},"models":)").append(Digits(models).view()).append("}");
+  return draining || healthy == 0 ? 503 : 200;
+}
+
+constexpr Ns kPageTime = 30 * kSecond;
+constexpr std::size_t kPageShareBytes = 128u << 10;  // of a page in one go: some 50 µs
+
+template <class Net>
+class BuiltinPages {
+ public:
+  using SessionT = Session<Net>;
+  using State = typename SessionT::State;
+
+  BuiltinPages(WorkerContext<Net>& core, Ns process_started_ns)
+      : context_(core), process_started_ns_(process_started_ns) {}
+  BuiltinPages(const BuiltinPages&) = delete;
+  BuiltinPages& operator=(const BuiltinPages&) = delete;
+
+  // Answers a request that is for no proxied endpoint. Says which page is to be asked for, if it waits for one.
+  std::optional<PageKind> answer(SessionT& session, const char* base, std::string_view path) {
+    const RequestHead& head = session.head;
+    context_.take_request_id(base, session.fields.get(), session.request_id);
+    const PageKind kind = page_of(path, context_.settings().server, session.metrics_only);
+    if (const auto refusal = refusal_of(session, base, kind)) {
+      answer_error(session, *refusal, *refusal == ApiError::method_not_allowed ? "Allow: GET, HEAD\r\n" : "");
+      return std::nullopt;
+    }
+    session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !context_.draining;
+    switch (kind) {
+      case PageKind::health: answer_health(session); break;
+      case PageKind::models: answer_json(session, 200, context_.snapshot->models_page); break;
+      case PageKind::model: answer_model(session, path); break;
+      case PageKind::metrics:
+      case PageKind::stats:
+      case PageKind::status:
+        session.state = State::waiting_page;
+        arm(session, context_.now + kPageTime);
+        return kind;
+      case PageKind::none: assert(false);
+    }
+    return std::nullopt;
+  }
+
+  [[gnu::cold]] void answer_error(SessionT& session, ApiError refusal, std::string_view extra_fields = {},
+                                  std::string_view message = {}) {
+    session.keep_alive =
+        session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !context_.draining;
+    OwnResponse answer = own_response(session, row_of(refusal).status);
+    answer.extra_fields = extra_fields;
+    context_.text.clear();
+    append_own_error(context_.text, refusal, message, answer, session.head.method != HTTP_HEAD);
+    write(session, context_.text);
+  }
+
+  // For a head that can't be read: no endpoint is known, and the connection ends.
+  [[gnu::cold]] void refuse_head(SessionT& session, ApiError refusal) {
+    session.keep_alive = false;
+    context_.text.clear();
+    try {
+      context_.take_request_id(nullptr, nullptr, session.request_id);
+    } catch (const std::bad_alloc&) {
+      // then it bears none
+    }
+    OwnResponse answer;
+    answer.request_id = session.request_id;
+    answer.keep_alive = false;
+    const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
+    append_own_error(context_.text, refusal, {}, answer, !to_head);
+    write(session, context_.text);
+  }
+
+  // For a connection that is one too many.
+  [[gnu::cold]] void turn_away(typename Net::Socket socket) {
+    context_.text.clear();
+    OwnResponse answer;
+    answer.keep_alive = false;
+    append_own_error(context_.text, ApiError::too_many_connections, {}, answer, true);
+    iovec part{context_.text.data(), context_.text.size()};
+    context_.net.write(socket, std::span(&part, 1));  // best effort: there is no session to hold what is left
+    context_.net.shut_write(socket);
+    context_.net.close(socket);
+  }
+
+  // The page that the session waits for is here.
+  [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const TextBuffer> body, PageKind kind) {
+    if (body == nullptr) return answer_error(session, ApiError::metrics_unavailable);
+    OwnResponse answer = own_response(session, 200);
+    if (kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
+    if (kind == PageKind::status) {
+      answer.content_type = "text/html; charset=utf-8";
+      answer.extra_fields = kStatusFields;
+    }
+    session.page_head.clear();
+    append_own_head(session.page_head, answer, body->size());
+    session.page = std::move(body);
+    session.page_body = session.head.method != HTTP_HEAD;
+    session.page_sent = 0;
+    session.state = State::sending_page;
+    arm_write_deadline(session);
+  }
+
+  enum class Sent : std::uint8_t { whole, share, waits, failed };
+
+  // Writes what the kernel takes, straight from the rendered text, but no more than a share of it at once, so that
+  // others get their turn. Where all is written the state moves on.
+  Sent send_page(SessionT& session) {
+    const std::size_t head_bytes = session.page_head.size();
+    const std::size_t total = head_bytes + (session.page_body ? session.page->size() : 0);
+    const std::size_t share_end = std::min(total, session.page_sent + kPageShareBytes);
+    while (session.page_sent < share_end) {
+      std::array<iovec, 2> parts;
+      std::size_t count = 0;
+      if (session.page_sent < head_bytes) {
+        parts[count++] = {session.page_head.data() + session.page_sent, head_bytes - session.page_sent};
+      }
+      const std::size_t at = session.page_sent < head_bytes ? 0 : session.page_sent - head_bytes;
+      if (share_end > head_bytes + at) {
+        parts[count++] = {const_cast<char*>(session.page->data()) + at, share_end - head_bytes - at};
+      }
+      const IoResult result = context_.net.write(session.connection.socket(), std::span(parts.data(), count));
+      if (!result.ok()) return result.kind == IoResult::Kind::again ? Sent::waits : Sent::failed;
+      session.page_sent += result.bytes;
+      arm_write_deadline(session);
+    }
+    if (share_end < total) return Sent::share;
+    session.page.reset();
+    session.state = State::answering;
+    return Sent::whole;
+  }
+
+ private:
+  std::optional<ApiError> refusal_of(const SessionT& session, const char* base, PageKind kind) const {
+    const RequestHead& head = session.head;
+    const Settings& settings = context_.settings();
+    if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
+    if (kind == PageKind::none) return ApiError::not_found;
+    if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
+    if (needs_key(kind) && !session.metrics_only &&
+        !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes})) {
+      return ApiError::unauthorized;
+    }
+    const bool shows_metrics = kind == PageKind::metrics || kind == PageKind::stats || kind == PageKind::status;
+    if (shows_metrics && !settings.metrics.enabled) return ApiError::metrics_unavailable;
+    return std::nullopt;
+  }
+
+  void answer_health(SessionT& session) {
+    std::string body;
+    const std::uint16_t status =
+        render_health(body, *context_.snapshot, context_.draining, context_.now - process_started_ns_);
+    answer_json(session, status, body);
+  }
+
+  void answer_model(SessionT& session, std::string_view path) {
+    std::string body;
+    if (!render_model(body, *context_.snapshot, path)) {
+      const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
+      return answer_error(session, ApiError::model_not_found, {},
+                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.");
+    }
+    answer_json(session, 200, body);
+  }
+
+  OwnResponse own_response(const SessionT& session, std::uint16_t status) const {
+    OwnResponse answer;
+    answer.status = status;
+    answer.request_id = session.request_id;
+    answer.http_1_0 = session.head.http_1_0;
+    answer.keep_alive = session.keep_alive;
+    return answer;
+  }
+
+  void answer_json(SessionT& session, std::uint16_t status, std::string_view body) {
+    context_.text.clear();
+    append_own_head(context_.text, own_response(session, status), body.size());
+    if (session.head.method != HTTP_HEAD) context_.text += body;
+    write(session, context_.text);
+  }
+
+  void write(SessionT& session, std::string_view text) {
+    session.state = State::answering;
+    arm_write_deadline(session);
+    session.connection.write(context_.net, context_.blocks, text);  // a failure is seen when the answer ends
+  }
+
+  void arm(SessionT& session, Ns deadline) { context_.wheel.arm(session.timer, deadline); }
+  void arm_write_deadline(SessionT& session) {
+    arm(session, deadline_after(context_.now, context_.settings().server.write_timeout_ns));
+  }
+
+  WorkerContext<Net>& context_;
+  Ns process_started_ns_;
+};
+
+}  // namespace nexus

@@ -1,0 +1,287 @@
+// circuit_breaker_test.cpp
+// Goal:   a backend that fails is left out for the right time, comes back by one probe, and nothing is written for one
+//         that is in order.
+// Method: rows of what happens and what must hold after it, on a clock of the test's own; then threads that race.
+#include "nexus/fleet/circuit_breaker.h"
+
+#include <doctest/doctest.h>
+
+#include <barrier>
+#include <thread>
+#include <vector>
+
+using namespace nexus;
+
+namespace {
+
+constexpr BackendId kA{1};
+constexpr BackendId kB{2};
+constexpr HealthSettings kSettings{};  // three in a row, 5 s
+
+// Sends requests that end at once; the last ejection's length.
+Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_after = {}, BackendId id = kA) {
+  Ns ejected = 0;
+  for (int i = 0; i < times; ++i) ejected = breaker.enter(id, now).failed(now, kSettings, retry_after);
+  return ejected;
+}
+void succeed(CircuitBreaker& breaker, Ns now, BackendId id = kA) { breaker.enter(id, now).succeeded(); }
+
+}  // namespace
+
+TEST_CASE("the failure that completes the row ejects, not the one before it") {
+  CircuitBreaker breaker;
+  CHECK(fail(breaker, 0, 2) == 0);
+  CHECK(breaker.usable(kA, 0));
+  CHECK(fail(breaker, 0) == 5 * kSecond);
+  CHECK_FALSE(breaker.usable(kA, 0));
+  CHECK(breaker.enter(kA, 0).closed());
+  CHECK(breaker.usable(kB, 0));
+}
+
+TEST_CASE("eject_after is obeyed at its least and at its most") {
+  for (const std::uint32_t eject_after : {1u, 2u, 1000u}) {
+    CAPTURE(eject_after);
+    CircuitBreaker breaker;
+    HealthSettings settings;
+    settings.eject_after = eject_after;
+    for (std::uint32_t i = 1; i < eject_after; ++i) CHECK(breaker.enter(kA, 0).failed(0, settings) == 0);
+    CHECK(breaker.enter(kA, 0).failed(0, settings) == 5 * kSecond);
+  }
+}
+
+TEST_CASE("a success between failures starts the row anew") {
+  CircuitBreaker breaker;
+  for (int i = 0; i < 10; ++i) {
+    CHECK(fail(breaker, 0, 2) == 0);
+    succeed(breaker, 0);
+  }
+  CHECK(breaker.usable(kA, 0));
+  CHECK(fail(breaker, 0, 3) > 0);
+}
+
+TEST_CASE("a request that ends undecided counts neither way") {
+  CircuitBreaker breaker;
+  fail(breaker, 0, 2);
+  { const CircuitBreaker::Permit left = breaker.enter(kA, 0); }
+  CHECK(fail(breaker, 0) == 5 * kSecond);
+}
+
+TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
+  CircuitBreaker breaker;
+  const Ns start = 1234 * kSecond;
+  fail(breaker, start, 3);
+  CHECK_FALSE(breaker.usable(kA, start + 5 * kSecond - 1));
+  CHECK(breaker.enter(kA, start + 5 * kSecond - 1).closed());
+  const Ns due = start + 5 * kSecond;
+  CHECK(breaker.usable(kA, due));
+  CircuitBreaker::Permit probe = breaker.enter(kA, due);
+  CHECK(probe.probe());
+  CHECK_FALSE(probe.closed());
+  CHECK_FALSE(breaker.usable(kA, due + 3600 * kSecond));  // however long the probe takes
+  CHECK(breaker.enter(kA, due + 3600 * kSecond).closed());
+
+  SUBCASE("its success clears all") {
+    probe.succeeded();
+    CHECK(breaker.usable(kA, due));
+    const CircuitBreaker::Permit permit = breaker.enter(kA, due);
+    CHECK_FALSE(permit.probe());
+    CHECK_FALSE(permit.closed());
+    CHECK(fail(breaker, due, 2) == 0);
+    CHECK(fail(breaker, due) == 5 * kSecond);  // the doubling starts anew as well
+  }
+  SUBCASE("its failure ejects at once, for double") {
+    CHECK(probe.failed(due, kSettings) == 10 * kSecond);
+    CHECK_FALSE(breaker.usable(kA, due + 10 * kSecond - 1));
+    CHECK(breaker.usable(kA, due + 10 * kSecond));
+  }
+  SUBCASE("dropped undecided, the next request is the probe") {
+    probe = CircuitBreaker::Permit();
+    CHECK(breaker.usable(kA, due));
+    CHECK(breaker.enter(kA, due).probe());
+  }
+  SUBCASE("moved about, it stays one probe") {
+    CircuitBreaker::Permit moved = std::move(probe);
+    CHECK(breaker.enter(kA, due).closed());
+    moved.succeeded();
+    CHECK_FALSE(breaker.enter(kA, due).probe());
+  }
+  SUBCASE("told twice, the first counts") {
+    probe.succeeded();
+    CHECK(probe.failed(due, kSettings) == 0);
+    CHECK(breaker.usable(kA, due));
+  }
+}
+
+TEST_CASE("each failed probe doubles the time, up to a minute or eject_time where that is longer") {
+  struct Row {
+    Ns eject_time;
+    std::vector<Ns> spans;
+  };
+  const std::vector<Row> rows = {
+      {5 * kSecond, {5 * kSecond, 10 * kSecond, 20 * kSecond, 40 * kSecond, 60 * kSecond, 60 * kSecond}},
+      {60 * kSecond, {60 * kSecond, 60 * kSecond}},
+      {90 * kSecond, {90 * kSecond, 90 * kSecond}},
+      {86'400 * kSecond, {86'400 * kSecond, 86'400 * kSecond}},
+      {kMillisecond, {kMillisecond, 2 * kMillisecond, 4 * kMillisecond}},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.eject_time);
+    CircuitBreaker breaker;
+    HealthSettings settings;
+    settings.eject_time_ns = row.eject_time;
+    settings.eject_after = 1;
+    Ns now = kSecond;
+    for (const Ns span : row.spans) {
+      CHECK(breaker.enter(kA, now).failed(now, settings) == span);
+      CHECK_FALSE(breaker.usable(kA, now + span - 1));
+      now += span;
+      CHECK(breaker.usable(kA, now));
+    }
+    for (int i = 0; i < 100; ++i) {  // it stays at its limit, whatever is counted
+      now += 86'400 * kSecond;
+      REQUIRE(breaker.enter(kA, now).failed(now, settings) <= std::max(60 * kSecond, row.eject_time));
+    }
+  }
+}
+
+TEST_CASE("while ejected only the probe decides") {
+  CircuitBreaker breaker;
+  CircuitBreaker::Permit slow = breaker.enter(kA, 0);
+  CircuitBreaker::Permit slower = breaker.enter(kA, 0);
+  fail(breaker, 0, 3);
+  slow.succeeded();  // sent before, so it says nothing of now
+  CHECK_FALSE(breaker.usable(kA, kSecond));
+  CHECK(slower.failed(4 * kSecond, kSettings) == 0);
+  CHECK(breaker.usable(kA, 5 * kSecond));  // not prolonged
+
+  CircuitBreaker::Permit probe = breaker.enter(kA, 5 * kSecond);
+  CircuitBreaker::Permit last_resort = breaker.enter(kA, 5 * kSecond);
+  REQUIRE(probe.probe());
+  REQUIRE(last_resort.closed());
+  CHECK(last_resort.failed(5 * kSecond, kSettings, 100 * kSecond) == 0);
+  probe.succeeded();
+  CHECK(breaker.usable(kA, 5 * kSecond));
+}
+
+TEST_CASE("Retry-After is kept to from the first failure on, within bounds") {
+  struct Row {
+    const char* name;
+    int failures;
+    Ns retry_after;
+    Ns ejected;
+  };
+  const std::vector<Row> rows = {
+      {"on the first failure", 1, 2 * kSecond, 2 * kSecond},
+      {"of nothing", 1, 0, 0},
+      {"negative", 1, -kSecond, 0},
+      {"at the bound", 1, 300 * kSecond, 300 * kSecond},
+      {"over the bound", 1, 301 * kSecond, 300 * kSecond},
+      {"without end", 1, kNever, 300 * kSecond},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.name);
+    CircuitBreaker breaker;
+    CHECK(fail(breaker, kSecond, row.failures, row.retry_after) == row.ejected);
+    if (row.ejected > 0) CHECK_FALSE(breaker.usable(kA, kSecond + row.ejected - 1));
+    CHECK(breaker.usable(kA, kSecond + row.ejected));
+  }
+
+  SUBCASE("the longer of it and the time of its own is kept") {
+    CircuitBreaker breaker;
+    fail(breaker, 0, 2);
+    CHECK(fail(breaker, 0, 1, 2 * kSecond) == 5 * kSecond);
+    CircuitBreaker other;
+    fail(other, 0, 2);
+    CHECK(fail(other, 0, 1, 7 * kSecond) == 7 * kSecond);
+    CHECK(other.enter(kA, 7 * kSecond).failed(7 * kSecond, kSettings) == 10 * kSecond);
+  }
+  SUBCASE("a wish alone does not double the time") {
+    CircuitBreaker breaker;
+    fail(breaker, 0, 1, kSecond);
+    CHECK(breaker.enter(kA, kSecond).failed(kSecond, kSettings) == 5 * kSecond);
+  }
+  SUBCASE("an ejected backend may ask for more, and does not get less") {
+    CircuitBreaker breaker;
+    CircuitBreaker::Permit one = breaker.enter(kA, 0), other = breaker.enter(kA, 0);
+    fail(breaker, 0, 3);
+    CHECK(one.failed(0, kSettings, 20 * kSecond) == 20 * kSecond);
+    CHECK(other.failed(0, kSettings, 6 * kSecond) == 0);
+    CHECK_FALSE(breaker.usable(kA, 20 * kSecond - 1));
+    CHECK(breaker.usable(kA, 20 * kSecond));
+  }
+}
+
+TEST_CASE("an end between two milliseconds is rounded up, never down") {
+  CircuitBreaker breaker;
+  const Ns now = 7 * kSecond + 1;
+  fail(breaker, now, 3);
+  CHECK_FALSE(breaker.usable(kA, now + 5 * kSecond));
+  CHECK(breaker.usable(kA, now + 5 * kSecond + kMillisecond));
+}
+
+TEST_CASE("the id that stands for many backends is never ejected, the last id is") {
+  CircuitBreaker breaker;
+  CHECK(fail(breaker, 0, 100, {}, BackendId::none) == 0);
+  CHECK(breaker.usable(BackendId::none, 0));
+  const BackendId last{static_cast<std::uint32_t>(kMaxBackendNames - 1)};
+  CHECK(fail(breaker, 0, 3, {}, last) > 0);
+}
+
+TEST_CASE("of many threads that find a backend due at once, exactly one gets the probe") {
+  constexpr int kThreads = 4;
+  constexpr int kRounds = 2'000;
+  CircuitBreaker breaker;
+  HealthSettings settings;
+  settings.eject_after = 1;
+  Ns now = kSecond;
+  std::atomic<int> trials{0}, open{0};
+  int wrong = 0;
+  REQUIRE(breaker.enter(kA, now).failed(now, settings) > 0);
+  // One round: all threads ask at once. Between rounds one thread looks and moves the clock; each third probe is
+  // dropped, each third fails, each third succeeds (and the backend is ejected again for the next round).
+  std::vector<CircuitBreaker::Permit> held(kThreads);
+  int round = 0;
+  auto between = [&]() noexcept {
+    if (trials.exchange(0) != 1 || open.exchange(0) != 0) ++wrong;
+    for (CircuitBreaker::Permit& permit : held) {
+      if (permit.probe() && round % 3 == 1) permit.failed(now, settings);
+      if (permit.probe() && round % 3 == 2) permit.succeeded();
+      permit = CircuitBreaker::Permit();
+    }
+    if (round % 3 == 2) breaker.enter(kA, now).failed(now, settings);
+    now += 3600 * kSecond;
+    ++round;
+  };
+  now += 3600 * kSecond;
+  std::barrier barrier(kThreads, between);
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kRounds; ++i) {
+        held[t] = breaker.enter(kA, now);
+        if (held[t].probe()) ++trials;
+        if (!held[t].probe() && !held[t].closed()) ++open;
+        barrier.arrive_and_wait();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(wrong == 0);
+  CHECK(round == kRounds);
+}
+
+TEST_CASE("failures that come in at once on many threads eject once") {
+  constexpr int kThreads = 4;
+  CircuitBreaker breaker;
+  std::atomic<int> ejections{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 1000; ++i) ejections += breaker.enter(kA, kSecond).failed(kSecond, kSettings) > 0;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(ejections == 1);
+  CHECK(breaker.usable(kA, 6 * kSecond));  // one ejection's time, not doubled by those that came in late
+  CHECK_FALSE(breaker.usable(kA, 6 * kSecond - 1));
+}

@@ -1,0 +1,75 @@
+// incremental_json.h
+// Owns:     the fuzz target of reading a large body while it comes.
+// Promises: however a body is cut, the incremental says what the one pass over the whole says, spans included; it never
+//           passes what that refuses, and refuses more only of what is no JSON.
+// Leaves:   what the one pass should say to body.h.
+// Threads:  one.
+#pragma once
+
+#include "nexus/api/incremental_json.h"
+#include "tests/fuzz/body.h"
+
+namespace fuzz {
+
+inline bool same_span(const nexus::BodySpan& a, const nexus::BodySpan& b) { return a.at == b.at && a.bytes == b.bytes; }
+
+inline void check_same_facts(const nexus::BodyFacts& skimmed, const nexus::BodyFacts& wanted) {
+  check(skimmed.model == wanted.model, "the models differ");
+  check(same_span(skimmed.model_value, wanted.model_value), "model stands elsewhere");
+  check(skimmed.first_member == wanted.first_member, "the first member stands elsewhere");
+  check(skimmed.stream == wanted.stream, "stream differs");
+  check(skimmed.stream_options == wanted.stream_options, "stream_options differ");
+  check(same_span(skimmed.stream_options_value, wanted.stream_options_value), "stream_options stand elsewhere");
+  check(skimmed.stream_options_empty == wanted.stream_options_empty, "whether stream_options are empty");
+  check(skimmed.include_usage == wanted.include_usage, "include_usage differs");
+  check(same_span(skimmed.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
+  check(skimmed.has_tools == wanted.has_tools, "tools differ");
+  check(skimmed.json_mode == wanted.json_mode, "json_mode differs");
+  check(same_span(skimmed.messages, wanted.messages), "messages stand elsewhere");
+  check(skimmed.has_images == wanted.has_images, "images differ");
+}
+
+// `ends`: of each piece. The body lies elsewhere each time, with a guard page behind the padding; of very many pieces
+// it stays where it is, since copying would cost most.
+inline nexus::BodyError skim_cut(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
+                                 nexus::BodyFacts& facts, bool find_messages) {
+  static nexus::IncrementalJson incremental;
+  incremental.start();
+  constexpr std::size_t kMostCopies = 256;
+  for (const std::size_t end : ends) {
+    if (ends.size() > kMostCopies) {
+      incremental.feed(json_reader(), whole.data(), end);
+    } else {
+      Guarded piece(input.substr(0, end), nexus::kPaddingBytes);
+      incremental.feed(json_reader(), piece.data(), end);
+    }
+  }
+  return incremental.read(json_reader(), whole.data(), input.size(), facts, find_messages);
+}
+
+inline void check_skim(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
+  using nexus::BodyError;
+  static nexus::JsonReader direct_reader;  // whose last answer stays where it is
+  Guarded whole(input, nexus::kPaddingBytes);
+  const auto plain = plain_json::read(input);
+  const bool is_body = plain && plain->kind == Kind::object;
+  for (const bool find_messages : {true, false}) {
+    nexus::BodyFacts wanted;
+    const BodyError error = direct_reader.read_body(whole.data(), input.size(), wanted, find_messages);
+    for (const auto& ends : ways) {
+      nexus::BodyFacts facts;
+      const BodyError skimmed = skim_cut(input, ends, whole, facts, find_messages);
+      if (error != BodyError::none) check(skimmed != BodyError::none, "a fault was passed over");
+      if (is_body) check(skimmed == error, "another error is told");
+      if (skimmed == BodyError::none) check_same_facts(facts, wanted);
+    }
+  }
+  check(whole.view() == input, "the body was changed");
+}
+
+inline void incremental_json(std::string_view input) {
+  Draw draw(input);
+  check_skim(input, cuts_of(input.size(), draw));
+}
+
+}  // namespace fuzz

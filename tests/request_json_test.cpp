@@ -1,0 +1,408 @@
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "nexus/api/request_json.h"
+
+using nexus::BodyError;
+using nexus::BodyFacts;
+using nexus::BodySpan;
+using nexus::JsonReader;
+using nexus::ModelList;
+using nexus::Usage;
+using Flag = nexus::BodyFacts::Flag;
+using Options = nexus::BodyFacts::Options;
+
+namespace {
+
+JsonReader& reader() {
+  static JsonReader one;
+  return one;
+}
+
+// A text with exactly the padding that the contract asks for, filled with bytes that would be misread.
+class Padded {
+ public:
+  explicit Padded(std::string_view text) : bytes_(text.size()), data_(new char[text.size() + nexus::kPaddingBytes]) {
+    if (!text.empty()) std::memcpy(data_.get(), text.data(), text.size());
+    for (std::size_t i = 0; i < nexus::kPaddingBytes; ++i) data_[bytes_ + i] = "\"}],:1{"[i % 7];
+  }
+  const char* data() const { return data_.get(); }
+  std::size_t size() const { return bytes_; }
+
+ private:
+  std::size_t bytes_;
+  std::unique_ptr<char[]> data_;
+};
+
+struct Read {
+  BodyError error;
+  BodyFacts facts;
+  std::string model, text;
+  std::string part(BodySpan span) const { return text.substr(span.at, span.bytes); }
+};
+
+Read read_body(std::string_view text) {
+  const Padded padded(text);
+  Read read;
+  read.text = text;
+  read.error = reader().read_body(padded.data(), padded.size(), read.facts);
+  read.model = read.facts.model;
+  return read;
+}
+
+Usage read_usage(std::string_view text) {
+  const Padded padded(text);
+  return reader().read_usage(padded.data(), padded.size());
+}
+
+struct Models {
+  bool list;
+  std::vector<std::string> names;
+  bool more;
+};
+Models read_models(std::string_view text, std::size_t most = 100) {
+  const Padded padded(text);
+  Models models;
+  models.list = reader().read_models(padded.data(), padded.size(), most, models.names, models.more) == ModelList::read;
+  return models;
+}
+
+}  // namespace
+
+TEST_CASE("a body says which model it wants, and where that stands") {
+  struct Row {
+    const char *text, *model, *value;
+  };
+  const Row rows[] = {
+      {R"({"model":"llama3:70b"})", "llama3:70b", R"("llama3:70b")"},
+      {R"( { "messages" : [] , "model" : "m"  , "x":1 } )", "m", R"("m")"},
+      {R"({"\u006dodel":"m"})", "m", R"("m")"},
+      {R"({"model":"a\"b\\c\u00e9"})", "a\"b\\c\xc3\xa9", R"("a\"b\\c\u00e9")"},
+      {R"({"x":{"model":"no"},"y":[{"model":"no"}],"model":"yes"})", "yes", R"("yes")"},
+      {R"({"x":"\"model\":\"no\"","model":"yes"})", "yes", R"("yes")"},
+      {"\n{\"model\"\t:\r\n\"m\"\n}\n", "m", "\"m\""},
+      {R"({"model":"é"})", "é", R"("é")"},
+      {R"({"model":"m","n":1e1000000000})", "m", R"("m")"},
+      {R"({"models":"x","mode":"y","Model":"z","model":"m"})", "m", R"("m")"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const Read read = read_body(row.text);
+    REQUIRE(read.error == BodyError::none);
+    CHECK(read.model == row.model);
+    CHECK(read.part(read.facts.model_value) == row.value);
+    CHECK(read.facts.first_member == read.text.find('{') + 1);
+  }
+}
+
+TEST_CASE("a body that says no model, or two, is refused") {
+  struct Row {
+    std::string text;
+    BodyError error;
+  };
+  const Row rows[] = {
+      {"", BodyError::not_json},
+      {" ", BodyError::not_json},
+      {"x", BodyError::not_json},
+      {"null", BodyError::not_json},
+      {"\"model\"", BodyError::not_json},
+      {R"([{"model":"m"}])", BodyError::not_json},
+      {R"({"model":"m")", BodyError::not_json},
+      {R"({"model":"m")" + std::string("\0", 1), BodyError::not_json},
+      {R"({"model":"m"}})", BodyError::not_json},
+      {R"({"model":"m"}{})", BodyError::not_json},
+      {R"({"model":"m"} x)", BodyError::not_json},
+      {R"({"model":"m",})", BodyError::not_json},
+      {R"({"model":"m" "x":1})", BodyError::not_json},
+      {R"({"model" "m"})", BodyError::not_json},
+      {R"({model:"m"})", BodyError::not_json},
+      {R"({'model':'m'})", BodyError::not_json},
+      {R"({"model":"m\q"})", BodyError::not_json},
+      {R"({"model":"\ud800"})", BodyError::not_json},
+      {R"({"model":"m","x":")" + std::string("\x01\"}"), BodyError::not_json},
+      {"{\"model\":\"m\xff\"}", BodyError::not_json},
+      {"{\"model\":\"m\",\"x\":\"\xc3\"}", BodyError::not_json},
+      {"\xef\xbb\xbf{\"model\":\"m\"}", BodyError::not_json},
+      {std::string("{\"model\":\"a\0b\"}", 15), BodyError::not_json},
+      {R"({})", BodyError::no_model},
+      {R"({"messages":[]})", BodyError::no_model},
+      {R"({"model":""})", BodyError::no_model},
+      {R"({"x":{"model":"m"}})", BodyError::no_model},
+      {R"({"model":null})", BodyError::wrong_type},
+      {R"({"model":7})", BodyError::wrong_type},
+      {R"({"model":["m"]})", BodyError::wrong_type},
+      {R"({"model":{"model":"m"}})", BodyError::wrong_type},
+      {R"({"model":"m","stream":"yes"})", BodyError::wrong_type},
+      {R"({"model":"m","stream":1})", BodyError::wrong_type},
+      {R"({"model":"m","stream":truex})", BodyError::wrong_type},
+      {R"({"model":"m","stream_options":[]})", BodyError::wrong_type},
+      {R"({"model":"m","stream_options":{"include_usage":1}})", BodyError::wrong_type},
+      {R"({"model":"a","model":"a"})", BodyError::duplicate_key},
+      {R"({"model":"a","model":"b"})", BodyError::duplicate_key},
+      {R"({"model":"a","x":[1,{}],"\u006d\u006fdel":"b"})", BodyError::duplicate_key},
+      {R"({"model":"a","stream":true,"stream":false})", BodyError::duplicate_key},
+      {R"({"model":"a","stream_options":{},"stream_options":null})", BodyError::duplicate_key},
+      {R"({"model":"a","stream_options":{"include_usage":true,"include_usage":true}})", BodyError::duplicate_key},
+      {R"({"model":"a","tools":[],"tools":[1]})", BodyError::duplicate_key},
+      {R"({"model":"a","messages":[],"messages":[]})", BodyError::duplicate_key},
+      {R"({"model":"a","response_format":{},"response_format":{}})", BodyError::duplicate_key},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    CHECK(static_cast<int>(read_body(row.text).error) == static_cast<int>(row.error));
+  }
+}
+
+TEST_CASE("a value that is stepped over may be broken, but it hides no key") {
+  // Its numbers, words and escapes are the backend's to judge. A second model behind or within it is not overlooked:
+  // the body is refused, or the key stands where every reader sees it as deeper.
+  for (const std::string value :
+       {"tru",   "01",      "1.",        "-",   "NaN", "[1 2]", "[1,]", "[,]", "[}", "{]", "{\"a\"}", "{\"a\":}",
+        "{a:1}", "\"\\q\"", "\"\\u12\"", "[[]", "[[}", "{]}",   "[]]",  "}",   "]",  ":",  ",",       ""}) {
+    CAPTURE(value);
+    const std::string before = R"({"model":"a","x":)" + value, after = R"("model":"b"})";
+    CHECK(read_body(before + "," + after).error != BodyError::none);
+    CHECK(read_body(before + "}," + after).error != BodyError::none);
+    CHECK(read_body(before + "]," + after).error != BodyError::none);
+  }
+}
+
+TEST_CASE("a body may be nested to kMaxJsonDepth, and no deeper") {
+  const auto nested = [](std::size_t depth, char open, char close) {  // depth counts the body's own object
+    std::string text = R"({"model":"m","x":)";
+    for (std::size_t i = 1; i < depth; ++i) text += open == '{' ? "{\"a\":" : "[";
+    text += "1";
+    return text + std::string(depth - 1, close) + "}";
+  };
+  for (const auto& [open, close] : {std::pair('[', ']'), std::pair('{', '}')}) {
+    CHECK(read_body(nested(nexus::kMaxJsonDepth - 1, open, close)).error == BodyError::none);
+    CHECK(read_body(nested(nexus::kMaxJsonDepth, open, close)).error == BodyError::none);
+    CHECK(read_body(nested(nexus::kMaxJsonDepth + 1, open, close)).error == BodyError::too_deep);
+    CHECK(read_body(nested(200'000, open, close)).error == BodyError::too_deep);
+  }
+  std::string flat = R"({"model":"m","x":[)";  // many brackets are not deep, nor are those in strings
+  for (int i = 0; i < 2000; ++i) flat += R"([{}],"[[[{{{\"[[",)";
+  CHECK(read_body(flat + "1]}").error == BodyError::none);
+}
+
+TEST_CASE("a body says whether it streams, and with which options") {
+  struct Row {
+    const char* rest;
+    bool stream;
+    Options options;
+    const char* options_text;
+    bool empty;
+    Flag flag;
+    const char* flag_text;
+  };
+  const Row rows[] = {
+      {"", false, Options::absent, "", true, Flag::absent, ""},
+      {R"(,"stream":true)", true, Options::absent, "", true, Flag::absent, ""},
+      {R"(,"stream":false)", false, Options::absent, "", true, Flag::absent, ""},
+      {R"(,"stream":null)", false, Options::absent, "", true, Flag::absent, ""},
+      {R"(,"stream":true,"stream_options":null)", true, Options::null, "null", true, Flag::absent, ""},
+      {R"(,"stream_options": null ,"stream":true)", true, Options::null, "null", true, Flag::absent, ""},
+      {R"(,"stream_options":{})", false, Options::object, "{}", true, Flag::absent, ""},
+      {R"(,"stream_options":{ } ,"x":1)", false, Options::object, "{ }", true, Flag::absent, ""},
+      {R"(,"stream_options":{"a":{"include_usage":true}})", false, Options::object, R"({"a":{"include_usage":true}})",
+       false, Flag::absent, ""},
+      {R"(,"stream_options":{"include_usage":true})", false, Options::object, R"({"include_usage":true})", false,
+       Flag::yes, "true"},
+      {R"(,"stream_options":{"include_usage" : false , "b":[1]})", false, Options::object,
+       R"({"include_usage" : false , "b":[1]})", false, Flag::no, "false"},
+      {R"(,"stream_options":{"b":"}","include\u005fusage":null})", false, Options::object,
+       R"({"b":"}","include\u005fusage":null})", false, Flag::null, "null"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.rest);
+    const Read read = read_body(std::string(R"({"model":"m")") + row.rest + "}");
+    REQUIRE(read.error == BodyError::none);
+    CHECK(read.facts.stream == row.stream);
+    CHECK(read.facts.stream_options == row.options);
+    CHECK(read.part(read.facts.stream_options_value) == row.options_text);
+    CHECK(read.facts.stream_options_empty == row.empty);
+    CHECK(read.facts.include_usage == row.flag);
+    CHECK(read.part(read.facts.include_usage_value) == row.flag_text);
+  }
+}
+
+TEST_CASE("a body says what its model must be able to do") {
+  struct Row {
+    const char* rest;
+    bool tools, json_mode;
+    const char* messages;
+  };
+  const Row rows[] = {
+      {"", false, false, ""},
+      {R"(,"tools":[])", false, false, ""},
+      {R"(,"tools":null)", false, false, ""},
+      {R"(,"tools":[{"type":"function"}])", true, false, ""},
+      {R"(,"response_format":{"type":"text"})", false, false, ""},
+      {R"(,"response_format":{"type":"json_object"})", false, true, ""},
+      {R"(,"response_format":{"json_schema":{"type":"x"},"type":"json_schema"},"tools":[1])", true, true, ""},
+      {R"(,"response_format":null)", false, false, ""},
+      {R"(,"messages":[{"role":"user","content":"]"}] ,"x":1)", false, false, R"([{"role":"user","content":"]"}])"},
+      {R"(,"messages": "x" )", false, false, R"("x")"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.rest);
+    const Read read = read_body(std::string(R"({"model":"m")") + row.rest + "}");
+    REQUIRE(read.error == BodyError::none);
+    CHECK(read.facts.has_tools == row.tools);
+    CHECK(read.facts.json_mode == row.json_mode);
+    CHECK(read.part(read.facts.messages) == row.messages);
+  }
+}
+
+TEST_CASE("every truncation of a body is refused") {
+  const std::string text =
+      R"({"model":"m","stream":true,"stream_options":{"include_usage":true},"tools":[{"a":1}],"messages":[{"b":"c"}]})";
+  REQUIRE(read_body(text).error == BodyError::none);
+  for (std::size_t bytes = 0; bytes < text.size(); ++bytes) {
+    CHECK(read_body(text.substr(0, bytes)).error == BodyError::not_json);
+  }
+}
+
+TEST_CASE("a large body is read, and its index is given back") {
+  std::string text = R"({"model":"m","messages":")" + std::string(3'000'000, 'x') + "\"}";
+  CHECK(read_body(text).error == BodyError::none);
+  CHECK(read_body(R"({"model":"small"})").model == "small");
+}
+
+TEST_CASE("a model's name comes whole up to kReadNameBytes, and cut as it stands behind that") {
+  for (const std::size_t bytes : {nexus::kReadNameBytes - 1, nexus::kReadNameBytes}) {
+    CHECK(read_body(R"({"model":")" + std::string(bytes, 'm') + "\"}").model == std::string(bytes, 'm'));
+    CHECK(read_body(R"({"model":"\n)" + std::string(bytes - 2, 'm') + "\"}").model ==
+          "\n" + std::string(bytes - 2, 'm'));
+  }
+  for (const std::size_t bytes : {nexus::kReadNameBytes + 1, nexus::kCutNameBytes, nexus::kCutNameBytes + 1}) {
+    const std::size_t cut = std::min(bytes, nexus::kCutNameBytes);
+    CHECK(read_body(R"({"model":")" + std::string(bytes, 'm') + "\"}").model == std::string(cut, 'm'));
+    const std::string escaped = R"(\n)" + std::string(bytes - 2, 'm');
+    const Read read = read_body(R"({"model":")" + escaped + "\"}");
+    CHECK(read.model == escaped.substr(0, cut));
+    CHECK(read.part(read.facts.model_value) == '"' + escaped + '"');
+  }
+  CHECK(read_body(R"({"model":")" + std::string(1'000'000, 'm') + "\"}").model.size() == nexus::kCutNameBytes);
+}
+
+TEST_CASE("a usage tells its counts, as far as they are counts") {
+  struct Row {
+    const char* text;
+    std::int64_t prompt, completion;
+  };
+  const Row rows[] = {
+      {R"({"prompt_tokens":12,"completion_tokens":34,"total_tokens":46})", 12, 34},
+      {R"({ "completion_tokens" : 0 })", -1, 0},
+      {R"({"prompt_tokens_details":{"prompt_tokens":9},"prompt_tokens":5})", 5, -1},
+      {R"({"prompt_tokens":-1,"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":1.5,"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":"7","completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":null,"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":[1],"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":{"x":[1]},"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":9223372036854775807,"completion_tokens":9223372036854775808})", INT64_MAX, -1},
+      {R"({"prompt\u005ftokens":3})", 3, -1},
+      {R"({"a_prompt_tokens":3,"prompt_tokensx":3})", -1, -1},
+      {"{}", -1, -1},
+      {"[]", -1, -1},
+      {"null", -1, -1},
+      {"", -1, -1},
+      {"{", -1, -1},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const Usage usage = read_usage(row.text);
+    CHECK(usage.prompt_tokens == row.prompt);
+    CHECK(usage.completion_tokens == row.completion);
+    CHECK(usage.told() == (row.prompt >= 0 || row.completion >= 0));
+  }
+}
+
+TEST_CASE("an answer tells the usage of its outermost object, wherever that stands") {
+  struct Row {
+    std::string text;
+    std::int64_t prompt, completion;
+  };
+  const std::string usage = R"("usage":{"prompt_tokens":7,"completion_tokens":9})";
+  const std::string other = R"("usage":{"prompt_tokens":1,"completion_tokens":2})";
+  const std::string details =
+      R"("usage":{"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":3},"completion_tokens":9})";
+  const std::string far(2000, 'x');
+  const std::vector<Row> rows = {
+      {"{" + usage + "}", 7, 9},
+      {"{" + details + "}", 7, 9},
+      {"{\"id\":1," + usage + "}\n", 7, 9},
+      {"{\"id\":1," + usage + " \r\n\t} \n", 7, 9},
+      {"{ \"usage\" : { \"prompt_tokens\" : 7 , \"completion_tokens\" : 9 } }", 7, 9},
+      {"{" + usage + ",\"timings\":{\"a\":1}}", 7, 9},
+      {"{" + usage + ",\"prompt_logprobs\":null}", 7, 9},
+      {"{" + usage + ",\"text\":\"" + far + "\"}", 7, 9},
+      {"{\"text\":\"" + far + "\"," + usage + "}", 7, 9},
+      {"{\"usage\":{\"prompt_tokens\":7,\"note\":\"" + far + "\",\"completion_tokens\":9}}", 7, 9},
+      // The last one counts, and null tells nothing.
+      {"{" + other + "," + usage + "}", 7, 9},
+      {"{\"usage\":null," + usage + "}", 7, 9},
+      {"{" + usage + ",\"usage\":null}", 7, 9},
+      // One that is nested, or in a string, is another's.
+      {"{\"choices\":[{" + other + "}]," + usage + "}", 7, 9},
+      {"{" + usage + ",\"choices\":[{" + other + "}]}", 7, 9},
+      {"{" + usage + ",\"choices\":{" + other + "}}", 7, 9},
+      {"{\"choices\":{" + other + "}}", -1, -1},
+      {"{\"usage\":{\"prompt_tokens\":7," + other + ",\"completion_tokens\":9}}", 7, 9},
+      {R"({"text":"\"usage\":{\"prompt_tokens\":1}"})", -1, -1},
+      {R"({"text":"say \"usage\":{}", "a":{}})", -1, -1},
+      {"{" + usage + R"(,"text":"\"usage\":{\"prompt_tokens\":1}"})", 7, 9},
+      {R"({"usage\u0041":{"prompt_tokens":1}})", -1, -1},
+      {R"({"\u0075sage":{"prompt_tokens":7,"completion_tokens":9}})", 7, 9},
+      {R"({"text":"usage","a":{"prompt_tokens":1}})", -1, -1},
+      // What is no object tells nothing.
+      {"[" + usage + "]", -1, -1},
+      {usage + "}", -1, -1},
+      {"\"usage\"}", -1, -1},
+      {"{\"usage\"}", -1, -1},
+      {"{\"usage\":}", -1, -1},
+      {"{\"usage\":7}", -1, -1},
+      {"}", -1, -1},
+      {"", -1, -1},
+      {" \n", -1, -1},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const Padded padded(row.text);
+    const Usage found = reader().read_answer(padded.data(), padded.size());
+    CHECK(found.prompt_tokens == row.prompt);
+    CHECK(found.completion_tokens == row.completion);
+  }
+}
+
+TEST_CASE("a list of models names them, in either form") {
+  using Names = std::vector<std::string>;
+  CHECK(read_models(R"({"object":"list","data":[{"id":"a","object":"model"},{"object":"model","id":"b:7b"}]})").names ==
+        Names{"a", "b:7b"});
+  CHECK(read_models(R"({"models":[{"name":"x","model":"y"},{"name":"z\u00e9"}]})").names == Names{"x", "z\xc3\xa9"});
+  CHECK(read_models(R"({"data":[]})").list);
+  CHECK(read_models(R"({"data":[{"id":""},{"id":"a"}]})").names == Names{"a"});
+  CHECK(read_models(R"({"data":[{"id":")" + std::string(256, 'n') + R"("}]})").names.size() == 1);
+  CHECK(read_models(R"({"data":[{"id":")" + std::string(257, 'n') + R"("}]})").names.empty());
+  for (const char* text : {"", "[]", "{}", R"({"data":null})", R"({"data":{}})", R"({"data":["a"]})",
+                           R"({"data":[{}]})", R"({"data":[{"id":7}]})", R"({"data":[{"id":"a"})", "<html>"}) {
+    CAPTURE(text);
+    CHECK_FALSE(read_models(text).list);
+  }
+}
+
+TEST_CASE("a list of models ends where its bound is") {
+  const std::string_view text = R"({"data":[{"id":"a"},{"id":"b"},{"id":"c"}]})";
+  const Models two = read_models(text, 2);
+  CHECK(two.list);
+  CHECK(two.names == std::vector<std::string>{"a", "b"});
+  CHECK(two.more);
+  const Models three = read_models(text, 3);
+  CHECK(three.names.size() == 3);
+  CHECK_FALSE(three.more);
+}

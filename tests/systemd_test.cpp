@@ -1,0 +1,330 @@
+// Goal:   what the service manager hears, and what it passes on. Method: real sockets, its part played here; the whole
+//         daemon where build/nexus stands beside this program.
+#include "nexus/os/systemd.h"
+
+#include <doctest/doctest.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <array>
+#include <charconv>
+#include <fstream>
+#include <map>
+#include <thread>
+#include <vector>
+
+#include "nexus/net/epoll.h"
+
+using namespace nexus;
+
+namespace {
+
+GetVariable variables(std::map<std::string, std::string> values) {
+  return [values = std::move(values)](const char* name) -> std::optional<std::string> {
+    const auto at = values.find(name);
+    if (at == values.end()) return std::nullopt;
+    return at->second;
+  };
+}
+
+std::string scratch_directory() {
+  char path[] = "/tmp/nexus-notify-XXXXXX";
+  REQUIRE(mkdtemp(path) != nullptr);
+  return path;
+}
+
+// The service manager's end.
+class Manager {
+ public:
+  explicit Manager(const std::string& name) : name_(name) {
+    socket_ = ::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    sockaddr_un at{};
+    at.sun_family = AF_UNIX;
+    REQUIRE(name.size() < sizeof at.sun_path);
+    std::memcpy(at.sun_path, name.data(), name.size());
+    if (name[0] == '@') at.sun_path[0] = '\0';
+    const std::size_t bytes = offsetof(sockaddr_un, sun_path) + name.size() + (name[0] == '@' ? 0 : 1);
+    REQUIRE(::bind(socket_, reinterpret_cast<const sockaddr*>(&at), static_cast<socklen_t>(bytes)) == 0);
+  }
+  ~Manager() {
+    ::close(socket_);
+    if (name_[0] == '/') ::unlink(name_.c_str());
+  }
+
+  // The next message, or nothing after `limit`.
+  std::string hear(Ns limit = 10 * kSecond) {
+    pollfd entry{socket_, POLLIN, 0};
+    if (::poll(&entry, 1, static_cast<int>(limit / kMillisecond)) != 1) return {};
+    std::array<char, 4096> text;
+    const ssize_t bytes = ::recv(socket_, text.data(), text.size(), 0);
+    return {text.data(), static_cast<std::size_t>(bytes)};
+  }
+
+  // The next message that begins with `beginning`; others are passed over.
+  std::string hear_of(const std::string& beginning) {
+    for (;;) {
+      const std::string message = hear();
+      if (message.empty() || message.rfind(beginning, 0) == 0) return message;
+    }
+  }
+
+ private:
+  std::string name_;
+  int socket_;
+};
+
+// A daemon of our own, with these variables and, where >= 0, `passed` as its descriptor 3.
+class Child {
+ public:
+  Child(const std::string& binary, const std::string& config, std::vector<std::string> environment, int passed) {
+    environment.push_back("LISTEN_PID=          ");  // the number is known in the child alone
+    std::vector<char*> pointers;
+    for (std::string& one : environment) pointers.push_back(one.data());
+    pointers.push_back(nullptr);
+    std::string* pid_variable = &environment.back();
+    std::vector<std::string> words{binary, "-c", config};
+    std::vector<char*> arguments;
+    for (std::string& one : words) arguments.push_back(one.data());
+    arguments.push_back(nullptr);
+    pid_ = fork();
+    if (pid_ == 0) {
+      char* digits = pid_variable->data() + std::strlen("LISTEN_PID=");
+      char* end = std::to_chars(digits, digits + 10, getpid()).ptr;
+      *end = '\0';
+      const int null = ::open("/dev/null", O_RDWR);
+      ::dup2(null, 2);
+      if (passed >= 0) {
+        if (passed == kFirstPassedDescriptor) ::fcntl(passed, F_SETFD, 0);
+        if (passed != kFirstPassedDescriptor) ::dup2(passed, kFirstPassedDescriptor);
+      }
+      ::execve(binary.c_str(), arguments.data(), pointers.data());
+      _exit(127);
+    }
+  }
+  ~Child() {
+    if (pid_ > 0) {
+      ::kill(pid_, SIGKILL);
+      ::waitpid(pid_, nullptr, 0);
+    }
+  }
+  pid_t pid() const { return pid_; }
+  void signal(int number) { ::kill(pid_, number); }
+  int exit_code() {
+    int status = 0;
+    ::waitpid(pid_, &status, 0);
+    pid_ = 0;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  }
+
+ private:
+  pid_t pid_;
+};
+
+// The daemon built beside this program, or an empty text.
+std::string daemon_binary() {
+  std::array<char, 4096> path{};
+  const ssize_t bytes = ::readlink("/proc/self/exe", path.data(), path.size() - 1);
+  if (bytes <= 0) return {};
+  std::string folder(path.data(), static_cast<std::size_t>(bytes));
+  for (int up = 0; up < 2; ++up) {
+    folder.resize(folder.rfind('/'));
+    if (::access((folder + "/nexus").c_str(), X_OK) == 0) return folder + "/nexus";
+  }
+  return {};
+}
+
+std::string write_config(const std::string& folder, const std::string& text) {
+  const std::string path = folder + "/nexus.conf";
+  std::ofstream(path) << text;
+  return path;
+}
+
+// The status line of GET /health there, or an empty text.
+std::string ask_health(const Address& address) {
+  const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_port = htons(address.port);
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  std::string text;
+  if (::connect(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0) {
+    const timeval limit{20, 0};
+    ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    constexpr std::string_view kAsk = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    if (::send(fd, kAsk.data(), kAsk.size(), MSG_NOSIGNAL) > 0) {
+      std::array<char, 2048> piece;
+      for (ssize_t n; (n = ::recv(fd, piece.data(), piece.size(), 0)) > 0;) {
+        text.append(piece.data(), static_cast<std::size_t>(n));
+      }
+    }
+  }
+  ::close(fd);
+  return text.substr(0, text.find('\r'));
+}
+
+EpollNet::Opened listen_anywhere() {
+  const EpollNet::Opened opened = EpollNet::listen(*parse_address("127.0.0.1", 0));
+  REQUIRE(opened.outcome == SocketOutcome::ok);
+  return opened;
+}
+
+TEST_CASE("a message reaches a socket that is a file, and one in the abstract namespace") {
+  const std::string folder = scratch_directory();
+  for (const std::string& name : {folder + "/socket", "@nexus-notify-test-" + std::to_string(getpid())}) {
+    CAPTURE(name);
+    Manager manager(name);
+    Notifier notifier(name);
+    REQUIRE(notifier.listened_to());
+    CHECK(notifier.ready("serving"));
+    CHECK(manager.hear() == "READY=1\nSTATUS=serving");
+    CHECK(notifier.reloading(1'234'567'899));
+    CHECK(manager.hear() == "RELOADING=1\nMONOTONIC_USEC=1234567");
+    CHECK(notifier.stopping("draining"));
+    CHECK(manager.hear() == "STOPPING=1\nSTATUS=draining");
+    CHECK(notifier.alive());
+    CHECK(manager.hear() == "WATCHDOG=1");
+  }
+  ::rmdir(folder.c_str());
+}
+
+TEST_CASE("where nobody listens, telling says so and harms nothing") {
+  CHECK_FALSE(Notifier(std::nullopt).tell("READY=1"));
+  for (const char* path : {"", "@", "relative", "vsock:2:1", "/nonexistent/nexus-test"}) {
+    CAPTURE(path);
+    CHECK_FALSE(Notifier(std::string(path)).tell("READY=1"));
+  }
+  CHECK_FALSE(Notifier("/" + std::string(200, 'x')).listened_to());
+}
+
+TEST_CASE("the watchdog's limit is taken where it is meant for this process, and is a number") {
+  struct Row {
+    std::map<std::string, std::string> set;
+    Ns expected;
+  };
+  const std::vector<Row> rows{
+      {{}, 0},
+      {{{"WATCHDOG_USEC", "30000000"}}, 30 * kSecond},
+      {{{"WATCHDOG_USEC", "30000000"}, {"WATCHDOG_PID", "77"}}, 30 * kSecond},
+      {{{"WATCHDOG_USEC", "30000000"}, {"WATCHDOG_PID", "78"}}, 0},
+      {{{"WATCHDOG_USEC", "soon"}}, 0},
+      {{{"WATCHDOG_USEC", "-1"}}, 0},
+      {{{"WATCHDOG_USEC", "9223372036854775807"}}, 0},
+  };
+  for (const Row& row : rows) CHECK(watchdog_limit_ns(variables(row.set), 77) == row.expected);
+}
+
+TEST_CASE("a pulse is due at half the limit, and only while every loop answers") {
+  Watchdog pulse(2, 8 * kSecond, 0);
+  std::array<std::vector<Heartbeat>, 2> asked;
+  const auto post = [&](std::size_t loop, const Heartbeat& ping) { asked[loop].push_back(ping); };
+  CHECK(pulse.due(0, post));  // nobody was asked before
+  CHECK(pulse.next() == 4 * kSecond);
+  CHECK_FALSE(pulse.due(4 * kSecond - 1, post));
+  asked[0].back().answer();
+  CHECK_FALSE(pulse.due(4 * kSecond, post));  // the second hangs
+  CHECK(asked[0].size() == 1);                // and is not asked again meanwhile
+  const Ns soon = pulse.next();
+  CHECK(soon > 4 * kSecond);
+  CHECK(soon < 5 * kSecond);
+  asked[1].back().answer();
+  CHECK(pulse.due(soon, post));
+  CHECK(asked[0].size() == 2);
+  CHECK(asked[1].size() == 2);
+  pulse.over(1);  // ended on purpose
+  asked[0].back().answer();
+  CHECK(pulse.due(soon + 4 * kSecond, post));
+}
+
+TEST_CASE("without a limit no pulse is ever due") {
+  Watchdog pulse(1, 0, 0);
+  CHECK(pulse.next() == kNever);
+  CHECK_FALSE(pulse.due(1000 * kSecond, [](std::size_t, const Heartbeat&) { FAIL("asked"); }));
+}
+
+TEST_CASE("sockets are taken where they were passed to this process, with their names, and do not block") {
+  const int first = 700;
+  EpollNet::Opened opened = listen_anywhere();
+  REQUIRE(::dup2(opened.socket.fd, first) == first);
+  REQUIRE(::dup2(opened.socket.fd, first + 1) == first + 1);
+  ::fcntl(first, F_SETFL, ::fcntl(first, F_GETFL) & ~O_NONBLOCK);
+  const PassedSockets passed = passed_sockets(
+      variables({{"LISTEN_PID", "5"}, {"LISTEN_FDS", "2"}, {"LISTEN_FDNAMES", "nexus.socket:metrics"}}), 5, first);
+  CHECK(passed.error == "");
+  REQUIRE(passed.sockets.size() == 2);
+  CHECK(passed.sockets[0].fd == first);
+  CHECK(passed.sockets[0].name == "nexus.socket");
+  CHECK(passed.sockets[1].name == "metrics");
+  CHECK((::fcntl(first, F_GETFL) & O_NONBLOCK) != 0);
+  CHECK(::fcntl(first, F_GETFD) == FD_CLOEXEC);
+  CHECK(passed_sockets(variables({{"LISTEN_PID", "6"}, {"LISTEN_FDS", "2"}}), 5, first).sockets.empty());
+  CHECK(passed_sockets(variables({{"LISTEN_FDS", "2"}}), 5, first).sockets.empty());
+  CHECK(passed_sockets(variables({}), 5, first).sockets.empty());
+  CHECK(passed_sockets(variables({{"LISTEN_PID", "5"}, {"LISTEN_FDS", "1"}}), 5, first).sockets[0].name == "");
+  ::close(first);
+  ::close(first + 1);
+  EpollNet().close(opened.socket);
+}
+
+TEST_CASE("what is passed but no listening TCP socket is refused, by name of its descriptor") {
+  const int first = 710;
+  const auto refuse = [&](int from, const char* count) {
+    REQUIRE(::dup2(from, first) == first);
+    const PassedSockets passed = passed_sockets(variables({{"LISTEN_PID", "5"}, {"LISTEN_FDS", count}}), 5, first);
+    ::close(first);
+    CHECK(passed.error != "");
+    return passed.error;
+  };
+  const int datagram = ::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  const int local = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int idle = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  for (const int fd : {datagram, local, idle, 0}) {
+    CHECK(refuse(fd, "1").find("descriptor 710") != std::string::npos);
+  }
+  for (const char* count : {"", "x", "-1", "65"}) CHECK(refuse(idle, count).find("LISTEN_FDS") != std::string::npos);
+  for (const int fd : {datagram, local, idle}) ::close(fd);
+}
+
+TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a passed socket over a restart") {
+  const std::string binary = daemon_binary();
+  if (binary.empty()) {
+    MESSAGE("skipped: no nexus stands beside this program");
+    return;
+  }
+  // Goal: the whole course of a service. Method: this test is systemd: it holds the listening socket, starts the daemon
+  // twice with it, and hears what it says. A connection made between the two is answered by the second.
+  const std::string folder = scratch_directory();
+  const std::string config = write_config(folder, "[server]\nlisten = 127.0.0.1:1\nthreads = 2\n");
+  Manager manager(folder + "/notify");
+  EpollNet::Opened listening = listen_anywhere();
+  const std::vector<std::string> environment{"NOTIFY_SOCKET=" + folder + "/notify", "LISTEN_FDS=1",
+                                             "LISTEN_FDNAMES=nexus.socket", "WATCHDOG_USEC=400000"};
+  std::string health_between;
+  std::thread between;
+  for (const bool second : {false, true}) {
+    Child daemon(binary, config, environment, listening.socket.fd);
+    const std::string ready = manager.hear_of("READY=1");
+    CHECK(ready.find("STATUS=serving on " + to_string(listening.peer)) != std::string::npos);
+    CHECK(ask_health(listening.peer).find("HTTP/1.1 503") == 0);  // no backend is configured
+    CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
+    CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
+    daemon.signal(SIGHUP);
+    CHECK(manager.hear_of("RELOADING=1\nMONOTONIC_USEC=") != "");
+    CHECK(manager.hear_of("READY=1") != "");
+    if (second) {
+      between.join();
+      CHECK(health_between.find("HTTP/1.1 503") == 0);
+    }
+    daemon.signal(SIGTERM);
+    CHECK(manager.hear_of("STOPPING=1") != "");
+    CHECK(daemon.exit_code() == 0);
+    if (!second) between = std::thread([&] { health_between = ask_health(listening.peer); });
+  }
+  EpollNet().close(listening.socket);
+  ::unlink(config.c_str());
+  ::unlink((folder + "/notify").c_str());
+  ::rmdir(folder.c_str());
+}
+
+}  // namespace
