@@ -100,7 +100,7 @@ struct EchoSession {
     closing,    // the last answer is on its way; what still comes is read away
   };
 
-  EchoSession(Handle own, EpollNet::Socket socket) : token(own), io(socket), timer(own) {}
+  EchoSession(Handle own, EpollNet::Socket socket) : token(own), timer(own) { io.attach(socket); }
 
   const Handle token;
   Connection<EpollNet> io;
@@ -493,7 +493,7 @@ class EchoServer {
   Step on_closing(Session& session) {
     assert(session.state == State::closing);
     if (session.io.pending() > 0) return Step::wait;
-    if (!std::exchange(session.shut, true)) net_.shut_write(session.io.socket());
+    if (!std::exchange(session.shut, true)) session.io.finish(net_);
     if (!session.io.may_read()) return Step::wait;
     const IoResult result = session.io.read(net_, scratch_.data(), scratch_.size());
     if (result.ok()) return Step::again;

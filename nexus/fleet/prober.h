@@ -108,9 +108,10 @@ class Prober {
     probe->connection.note(event);
     guarded(event.token, done, [&] {
       if (!probe->asked) {
-        if (!event.writable && !event.hangup) return;
-        if (const int error = net_.connect_error(probe->connection.socket())) {
-          return end(*probe, failure(probe->order.epoch, std::string("connect: ") + strerror(error)), done);
+        const IoResult established = probe->connection.establish(net_);
+        if (established.kind == IoResult::Kind::again) return;
+        if (!established.ok()) {
+          return end(*probe, failure(probe->order.epoch, std::string("connect: ") + strerror(established.error)), done);
         }
         ask(*probe);
       }
@@ -186,15 +187,10 @@ class Prober {
   }
 
   const char* connect(Probe& probe) {
-    typename Net::Opened opened = net_.connect(probe.order.address);
-    if (opened.outcome == SocketOutcome::no_descriptor) return "no file descriptor is free";
-    if (opened.outcome == SocketOutcome::no_memory) throw std::bad_alloc();
-    if (opened.outcome != SocketOutcome::ok) return "the connection was refused at once";
-    if (!net_.watch(opened.socket, probe.token)) {
-      net_.close(opened.socket);
-      throw std::bad_alloc();
-    }
-    probe.connection.attach(opened.socket);
+    const SocketOutcome outcome = probe.connection.connect(net_, probe.order.address, probe.token);
+    if (outcome == SocketOutcome::no_descriptor) return "no file descriptor is free";
+    if (outcome == SocketOutcome::no_memory) throw std::bad_alloc();
+    if (outcome != SocketOutcome::ok) return "the connection was refused at once";
     probe.asked = probe.head_done = false;
     probe.input.clear();
     probe.reader.start(&probe.fields);
@@ -328,7 +324,7 @@ class Prober {
   }
 
   void drop(Probe& probe) {
-    if (probe.connection.open()) probe.connection.close(net_);
+    if (probe.connection.is_open()) probe.connection.close(net_);
     probes_.destroy(probe.token);
   }
 

@@ -1,10 +1,13 @@
 // connection.h
-// Owns:     one TCP connection's socket and the bytes that its kernel buffer would not take yet.
-// Promises: bytes leave in the order in which they were written; a write never blocks and never loses a byte short of
-//           a failure, which sticks; the edge-triggered state (may there be more to read?) is kept here.
-// Leaves:   how much may wait in `out` to the writer, who stops while pending() is not 0. A connection under TLS would
-//           put its records between these calls and the socket; nothing above may assume otherwise.
+// Owns:     one TCP connection: its socket, its readiness under edge-triggered epoll, and the bytes that the kernel
+// would
+//           not take yet.
+// Promises: bytes leave in the order in which they were written; no call blocks; a failure sticks. may_read() and
+//           may_write() are true until a call has seen the socket drained or full, so no edge is lost.
+// Leaves:   how much may wait to be sent to the caller, who stops writing while pending() is not 0. Nothing above this
+//           class touches the socket, so that TLS can be put under it.
 // Threads:  the loop's own thread.
+// Tested by: tests/epoll_test.cpp, tests/sim, tests/hostile
 #pragma once
 
 #include <array>
@@ -20,29 +23,66 @@ namespace nexus {
 template <class Net>
 class Connection {
  public:
+  // `handshaking` is reported like `connecting`: establish() has not said `ok` yet. Clear text passes through it at
+  // once.
+  enum class State : std::uint8_t { closed, connecting, handshaking, open };
+
   Connection() = default;
-  explicit Connection(typename Net::Socket socket) : socket_(socket) {}
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
-  void attach(typename Net::Socket socket) { socket_ = socket; }
-  bool open() const { return socket_.open(); }
-  typename Net::Socket socket() const { return socket_; }
-
-  // An edge was seen. Called first for every event of this connection.
-  void note(const Event& event) {
-    if (event.readable) readable_ = true;
-    if (event.hangup) hangup_ = true;
+  // Takes over an accepted socket; its events carry `handle`. Without memory the socket is closed.
+  SocketOutcome adopt(Net& net, typename Net::Socket socket, Handle handle) {
+    attach(socket);
+    if (net.watch(socket_, handle)) return SocketOutcome::ok;
+    close(net);
+    return SocketOutcome::no_memory;
   }
 
+  // The same without events, for a connection that is closed at once.
+  void attach(typename Net::Socket socket) { start(socket, State::open); }
+
+  // Starts a connection; its events carry `handle`. establish() tells how it went.
+  SocketOutcome connect(Net& net, const Address& address, Handle handle) {
+    const typename Net::Opened opened = net.connect(address);
+    if (opened.outcome != SocketOutcome::ok) return opened.outcome;
+    start(opened.socket, State::connecting);
+    if (net.watch(socket_, handle)) return SocketOutcome::ok;
+    close(net);
+    return SocketOutcome::no_memory;
+  }
+
+  // Call after each event until the result is not `again`: `ok` once bytes can be exchanged.
+  IoResult establish(Net& net) {
+    if (state_ == State::connecting) {
+      if (!writable_ && !hangup_) return {IoResult::Kind::again, 0, 0};
+      if (const int error = net.connect_error(socket_); error != 0) {
+        fail();
+        return {IoResult::Kind::failed, 0, error};
+      }
+      state_ = State::handshaking;
+    }
+    state_ = State::open;
+    return {IoResult::Kind::ok, 0, 0};
+  }
+
+  // Records an edge. Call first for every event of this connection.
+  void note(const Event& event) {
+    readable_ |= event.readable;
+    writable_ |= event.writable;
+    hangup_ |= event.hangup;
+  }
+
+  bool is_open() const { return socket_.open(); }
   bool may_read() const { return readable_ && !failed_; }
-  bool hangup() const { return hangup_; }  // the peer's FIN or a reset is waiting behind what can still be read
-  bool failed() const { return failed_; }
-  bool out_of_memory() const { return out_of_memory_; }  // it failed here, not at the peer
+  bool may_write() const { return writable_ && !failed_; }
+  bool hangup() const { return hangup_; }  // the peer's FIN or reset waits behind what can still be read
+  bool failed() const { return failed_ || write_failed_; }
+  bool out_of_memory() const { return out_of_memory_; }  // the failure was here, not at the peer
   std::size_t pending() const { return out_.size(); }
 
-  // Reads once. A short read empties the socket (epoll(7)), which saves the read that would say `again`; behind a
-  // hangup only the end of file or an error does.
+  // Reads once. A short read proves the socket empty (epoll(7)), which saves the read that would say `again`; after a
+  // hangup only the end of file or an error proves it.
   IoResult read(Net& net, char* into, std::size_t bytes) {
     assert(bytes > 0);
     const IoResult result = net.read(socket_, into, bytes);
@@ -55,14 +95,20 @@ class Connection {
     return result;
   }
 
-  // Writes the parts; what the kernel does not take waits in order. False when the connection failed (or memory did).
+  // Sends what the kernel takes now and keeps nothing. After a failure the peer's last bytes can still be read.
+  IoResult write_some(Net& net, std::span<const iovec> parts) {
+    assert(out_.empty());
+    return send(net, parts);
+  }
+
+  // Sends `parts`; what the kernel does not take is kept and sent by flush(). False if the connection or memory failed.
   bool write(Net& net, BlockPool& pool, std::span<iovec> parts) {
-    if (failed_) return false;
+    if (failed()) return false;
     if (!out_.empty()) return keep(pool, parts);
     std::size_t total = 0;
     for (const iovec& part : parts) total += part.iov_len;
     if (total == 0) return true;
-    const IoResult result = net.write(socket_, parts);
+    const IoResult result = send(net, parts);
     if (result.kind == IoResult::Kind::failed) return fail();
     if (result.bytes == total) return true;
     drop_front(parts, result.bytes);
@@ -74,12 +120,12 @@ class Connection {
     return write(net, pool, std::span(&part, 1));
   }
 
-  // Tries what waits. False when the connection failed.
+  // Sends what is kept. False if the connection failed.
   bool flush(Net& net) {
-    if (failed_) return false;
+    if (failed()) return false;
     while (!out_.empty()) {
-      iovec part{out_.data(), out_.size()};
-      const IoResult result = net.write(socket_, std::span(&part, 1));
+      const iovec part{out_.data(), out_.size()};
+      const IoResult result = send(net, std::span(&part, 1));
       if (result.kind == IoResult::Kind::again) return true;
       if (result.kind == IoResult::Kind::failed) return fail();
       out_.consume(result.bytes);
@@ -87,18 +133,41 @@ class Connection {
     return true;
   }
 
+  // Sends the FIN; the peer may go on sending.
+  void finish(Net& net) { net.shut_write(socket_); }
+
   void close(Net& net) {
     out_.clear();
     net.close(socket_);
+    state_ = State::closed;
   }
 
-  // Ends the connection so that the peer can't take what it got for whole.
+  // Closes so that the peer sees a reset: it must not take what it got for the whole.
   void reset(Net& net) {
     out_.clear();
     net.reset(socket_);
+    state_ = State::closed;
   }
 
  private:
+  void start(typename Net::Socket socket, State state) {
+    assert(state_ == State::closed && out_.empty());
+    socket_ = socket;
+    state_ = state;
+    readable_ = hangup_ = failed_ = write_failed_ = out_of_memory_ = false;
+    writable_ = state == State::open;
+  }
+
+  IoResult send(Net& net, std::span<const iovec> parts) {
+    const IoResult result = net.write(socket_, parts);
+    if (result.kind == IoResult::Kind::again) writable_ = false;
+    if (result.kind == IoResult::Kind::failed) {
+      write_failed_ = true;
+      readable_ = hangup_ = true;  // no further edge would report what the peer sent before
+    }
+    return result;
+  }
+
   bool fail() {
     failed_ = true;
     out_.clear();
@@ -125,9 +194,12 @@ class Connection {
 
   typename Net::Socket socket_;
   Buffer out_;
+  State state_ = State::closed;
   bool readable_ = false;
+  bool writable_ = false;
   bool hangup_ = false;
   bool failed_ = false;
+  bool write_failed_ = false;
   bool out_of_memory_ = false;
 };
 

@@ -1,9 +1,10 @@
 // attempt.h
-// Owns:     a request's try at one backend: the connection it has there, what of the request was sent, its outcome.
-// Promises: it is counted as pending from begin() to leave(), and has one outcome; a connection goes back to the pool
-//           only where the request went out whole.
-// Leaves:   which backend and what a failure means to exchange.h, the request's bytes to upstream_request.h.
+// Owns:     a request's try at one backend: its upstream connection, how much of the request was sent, its outcome.
+// Promises: the attempt is counted as pending from begin() to leave() and has exactly one outcome; a connection goes
+//           back to the pool only if the whole request was sent over it.
+// Leaves:   which backend, and what a failure means, to exchange.h; the request's bytes to upstream_request.h.
 // Threads:  its worker's.
+// Tested by: tests/sim, tests/hostile
 #pragma once
 
 #include <array>
@@ -11,28 +12,32 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
+#include "nexus/proxy/held_counts.h"
 #include "nexus/proxy/upstream_pool.h"
 #include "nexus/proxy/upstream_request.h"
 #include "nexus/proxy/worker_context.h"
 
 namespace nexus {
 
-constexpr std::size_t kSentPerTurn = 512u << 10;  // of a request, before others get their turn
-constexpr Ns kStaleWindow = kSecond;              // a kept connection found closed so soon was closed before
+constexpr std::size_t kSentPerTurn = 512u << 10;  // of a request, before other sessions get their turn
+// A reused connection that closes within this time after the request had already been closed by the backend.
+constexpr Ns kStaleWindow = kSecond;
 
 template <class Net>
 class Attempt {
  public:
+  using Context = WorkerContext<Net>;
+  using Pool = UpstreamPool<Net>;
   enum class Sent : std::uint8_t {
     some,   // the kernel takes no more now
-    share,  // as much as goes out in one turn
+    share,  // kSentPerTurn bytes; there are more
     all,
-    failed,  // what the backend said before it closed can still be read
+    failed,  // the backend closed; its last bytes can still be read
   };
 
-  Attempt(Handle owner, WorkerContext<Net>& core, UpstreamPool<Net>& pool)
-      : owner_(owner), context_(core), pool_(pool) {}
+  Attempt(Handle owner, Context& context, Pool& pool) : owner_(owner), context_(context), pool_(pool) {}
   Attempt(const Attempt&) = delete;
   Attempt& operator=(const Attempt&) = delete;
 
@@ -43,55 +48,47 @@ class Attempt {
   void begin(const BackendView& backend) {
     assert(upstream_ == nullptr && !pending_);
     backend_ = &backend;
-    context_.slab.add_pending(backend.id, 1);
-    pending_ = true;
+    pending_ = count_pending(context_.slab, backend.id);
     open_ = true;
-    stale_seen_ = false;
-    answered_ = false;
+    stale_seen_ = answered_ = send_failed_ = false;
   }
 
-  // Its connection stands: from here on the answer may come, also before the request is sent whole.
-  void begin_sending() { sent_ns_ = context_.now; }
-
-  // Writes the request as this backend gets it; `model` is empty where it is the client's own.
+  // Writes the request as this backend gets it; `model` is empty if it is the client's own.
   void compose(const RequestView& request, const BodyFacts& facts, std::string_view model, bool ask_usage,
                std::string_view request_id) {
     compose_request(own_, image_, request, facts, *backend_, model, ask_usage, request_id, context_.shared.via_line);
     image_sent_ = 0;
   }
 
-  // A kept connection, where there is one.
+  // Takes an idle connection from the pool. False if there is none.
   bool take_kept() {
     upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_);
     return upstream_ != nullptr;
   }
 
-  // A new one, on its way. False where there is none to be had.
+  // Starts a new connection. False if that is not possible.
   [[gnu::cold]] bool connect() {
-    const typename UpstreamPool<Net>::Connecting connecting = pool_.connect(backend_->id, *backend_->address, owner_);
-    if (connecting.upstream == nullptr) {
-      if (connecting.outcome == SocketOutcome::no_descriptor) context_.slab.limit_hit(Limit::descriptors);
-      if (connecting.outcome == SocketOutcome::no_memory) context_.slab.limit_hit(Limit::memory);
-      return false;
-    }
+    const typename Pool::Connecting connecting = pool_.connect(backend_->id, *backend_->address, owner_);
+    if (connecting.outcome == SocketOutcome::no_descriptor) context_.slab.limit_hit(Limit::descriptors);
+    if (connecting.outcome == SocketOutcome::no_memory) context_.slab.limit_hit(Limit::memory);
     upstream_ = connecting.upstream;
-    return true;
+    return upstream_ != nullptr;
   }
 
-  bool is_connected() const { return context_.net.connect_error(connection().socket()) == 0; }
+  // The connection is established: the response may come at any time, also before the request is sent whole.
+  void begin_sending() { sent_ns_ = context_.now; }
 
-  // Sends what the kernel takes of the request; `body` is where it was composed from.
+  // Sends what the kernel takes of the request; `body` is the body that it was composed from.
   Sent send(char* body) {
     std::array<iovec, UpstreamRequest::kMaxPieces> parts;
     const std::size_t share_end = image_sent_ + kSentPerTurn;
     while (image_sent_ < image_.total()) {
       if (image_sent_ == share_end) return Sent::share;
       const std::size_t count = image_.fill(parts, own_.data(), body, image_sent_, share_end);
-      const IoResult result = context_.net.write(connection().socket(), std::span(parts.data(), count));
+      const IoResult result = connection().write_some(context_.net, std::span(parts.data(), count));
       if (result.kind == IoResult::Kind::again) return Sent::some;
       if (!result.ok()) {
         send_failed_ = true;
-        connection().note(Event{upstream_->token, true, false, true});
         return Sent::failed;
       }
       image_sent_ += result.bytes;
@@ -101,20 +98,20 @@ class Attempt {
   }
 
   std::size_t sent_bytes() const { return image_sent_; }
-  Ns sent_ns() const { return sent_ns_; }  // or when sending began, until all is sent
+  Ns sent_ns() const { return sent_ns_; }  // when all was sent; until then, when sending began
   bool send_failed() const { return send_failed_; }
-  bool is_first() const { return !stale_seen_; }  // on this backend
+  bool is_first() const { return !stale_seen_; }  // connection to this backend
   void note_answer() { answered_ = true; }
-  bool answered() const { return answered_; }  // with a byte at least
+  bool answered() const { return answered_; }  // with at least one byte
 
-  // A kept-alive connection that was closed under the request: the backend never saw it, or said nothing of it. One
-  // that breaks later may have been broken by this very request, which should then go elsewhere.
+  // True if a reused connection was closed before the backend can have seen the request. One that closes later may have
+  // been closed because of this very request, which should then go to another backend.
   bool found_closed(bool still_sending) const {
     const bool at_once = still_sending || context_.now - sent_ns_ < kStaleWindow;
     return upstream_->reused && !answered_ && !stale_seen_ && at_once;
   }
 
-  // After found_closed(): the same again; connect() follows.
+  // After found_closed(): the request is sent again from its start; connect() follows.
   [[gnu::cold]] void start_over() {
     close();
     stale_seen_ = true;
@@ -122,14 +119,12 @@ class Attempt {
     image_sent_ = 0;
   }
 
-  // The first outcome counts.
+  // Counts the attempt's outcome; only the first call counts.
   void end(AttemptOutcome outcome) {
-    if (!open_) return;
-    open_ = false;
-    context_.slab.attempt(backend_->id, outcome);
+    if (std::exchange(open_, false)) context_.slab.attempt(backend_->id, outcome);
   }
 
-  // Gives the connection back for another request; `clean`: the answer leaves it so.
+  // Gives the connection back to the pool if `clean` (the response leaves it usable), else closes it.
   void release(bool clean) {
     if (!clean || send_failed_ || image_sent_ != image_.total()) return close();
     pool_.give_back(*std::exchange(upstream_, nullptr));
@@ -139,13 +134,9 @@ class Attempt {
     if (upstream_ != nullptr) pool_.drop(*std::exchange(upstream_, nullptr));
   }
 
-  void leave() {
-    send_failed_ = false;
-    if (!std::exchange(pending_, false)) return;
-    context_.slab.add_pending(backend_->id, -1);
-  }
+  void leave() { pending_.reset(); }
 
-  // Makes ready for the next request.
+  // Prepares for the next request.
   void reset() {
     backend_ = nullptr;
     stale_seen_ = false;
@@ -153,17 +144,17 @@ class Attempt {
 
  private:
   Handle owner_;
-  WorkerContext<Net>& context_;
-  UpstreamPool<Net>& pool_;
+  Context& context_;
+  Pool& pool_;
   const BackendView* backend_ = nullptr;
   Upstream<Net>* upstream_ = nullptr;
   std::string own_;
   UpstreamRequest image_;
   std::size_t image_sent_ = 0;
   Ns sent_ns_ = 0;
-  bool pending_ = false;     // counted in nexus_pending_requests of backend_
+  PendingCount pending_;
   bool open_ = false;        // its outcome is not counted yet
-  bool stale_seen_ = false;  // a kept-alive connection was found closed once already
+  bool stale_seen_ = false;  // a reused connection was found closed once already
   bool send_failed_ = false;
   bool answered_ = false;
 };

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "nexus/proxy/held_counts.h"
 #include "nexus/proxy/worker_context.h"
 
 namespace nexus {
@@ -47,7 +48,6 @@ class CandidatePicker {
   const Choice& choice() const { return choice_; }
   std::uint32_t tries() const { return primary_tries_ + fallback_tries_; }
   CircuitBreaker::Permit& permit() { return permit_; }
-  Ns queued_for(Ns now) const { return now - queued_ns_; }
 
   // Chooses the next candidate and takes its place; it counts as tried from here on.
   Next next() {
@@ -83,10 +83,7 @@ class CandidatePicker {
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;
       }
     }
-    context_.slab.add_pending(full_.front(), 1);
-    context_.slab.queue_depth(full_.front(), 1);
-    queued_on_ = full_.front();
-    queued_ns_ = context_.now;
+    queued_ = count_queued(context_.slab, full_.front(), context_.now);
     return Next::all_full;
   }
 
@@ -243,11 +240,7 @@ class CandidatePicker {
 
   void leave_queue() {
     ticket_ = Admission::Ticket();
-    if (queued_on_ == BackendId::none) return;
-    context_.slab.add_pending(queued_on_, -1);
-    context_.slab.queue_depth(queued_on_, -1);
-    context_.slab.queue_wait(queued_for(context_.now));
-    queued_on_ = BackendId::none;
+    queued_.reset();
   }
 
   WorkerContext<Net>& context_;
@@ -259,8 +252,7 @@ class CandidatePicker {
   Admission::Place place_;  // on backend_, where it has a cap
   CircuitBreaker::Permit permit_;
   Admission::Ticket ticket_;  // while queued
-  BackendId queued_on_{};     // the backend that the wait is counted on
-  Ns queued_ns_ = 0;
+  QueuedCount queued_;
   std::vector<BackendId> full_;    // candidates that had no place
   std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see keys.h
   std::ptrdiff_t tried_count_ = 0;

@@ -1,12 +1,14 @@
 // exchange.h
-// Owns:     one request on a proxied endpoint, from its head to its metrics record: route, attempts, retries, relay.
-// Promises: every request is recorded exactly once, when it is over; what it holds (pending, place, memory) goes back
-//           with it; another backend is tried only while no byte went to the client; a broken answer never looks whole.
-// Leaves:   reading the request and what follows it on the connection to worker.h; choosing to candidate_picker.h; a
-// try at
-//           one backend to attempt.h; an answer's head to response.h, its body to response.h; writing to
-//           response.h.
-// Threads:  its worker's. The session that owns it calls on it for each event and asks state() afterwards.
+// Owns:     one request on a proxied endpoint, from its head to its metrics record: route, attempts, retries, response.
+// Promises: a request is counted exactly once, when it is over; its counts and memory go back with it; another backend
+//           is tried only while no byte went to the client; a broken response never looks whole.
+// Leaves:   reading the request, and the connection afterwards, to server/session_driver.h; choosing to
+//           candidate_picker.h; a try at one backend to attempt.h; the response's bytes to response.h.
+// Threads:  its worker's. The session that owns it calls it for each event and looks at state() afterwards.
+// Tested by: tests/sim, tests/hostile, tests/e2e
+//
+// drive() runs one step after the other until one has to wait. No step calls another step; go() alone changes the
+// state. Every failure is a row of kEndings (exchange_state.h), acted on by end().
 #pragma once
 
 #include <algorithm>
@@ -18,42 +20,28 @@
 #include <utility>
 
 #include "nexus/api/endpoints.h"
-#include "nexus/api/errors.h"
-#include "nexus/http/body_framing.h"
-#include "nexus/http/head_writer.h"
-#include "nexus/proxy/asked.h"
 #include "nexus/proxy/attempt.h"
 #include "nexus/proxy/candidate_picker.h"
+#include "nexus/proxy/exchange_state.h"
+#include "nexus/proxy/exchange_summary.h"
+#include "nexus/proxy/held_counts.h"
+#include "nexus/proxy/request_needs.h"
 #include "nexus/proxy/response.h"
-#include "nexus/proxy/tally.h"
-#include "nexus/proxy/upstream_pool.h"
-#include "nexus/proxy/upstream_request.h"
-#include "nexus/proxy/worker_context.h"
 
 namespace nexus {
 
-constexpr Ns kLookAgain = 100 * kMillisecond;  // from the queue, at what was ejected
-constexpr Ns kCountAgain = 100 * kMillisecond;
-constexpr std::uint32_t kReadsPerTurn = 16;  // of one answer, before others get their turn
+constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued request re-checks ejected backends
+constexpr Ns kCountRetry = 100 * kMillisecond;      // after there was no memory to count a request
+constexpr std::uint32_t kReadsPerTurn = 16;         // of one response, before other sessions get their turn
 
 template <class Net>
 class Exchange {
  public:
-  enum class State : std::uint8_t {
-    idle,        // no request
-    reading,     // opened at its head; the session reads the body
-    queued,      // every candidate is full
-    connecting,  // to a backend
-    sending,     // the request goes out
-    awaiting,    // the answer's head
-    streaming,   // the answer's body
-    finishing,   // all is written; the client's kernel buffer has not taken all of it
-    counting,    // all is done, but there was no memory to count it: soon again
-    over,        // recorded; the session looks at keep_alive()
-  };
+  using State = ExchangeState;
+  using Context = WorkerContext<Net>;
 
-  Exchange(Handle owner, WorkerContext<Net>& core, UpstreamPool<Net>& pool, Connection<Net>& client)
-      : owner_(owner), context_(core), picker_(core), attempt_(owner, core, pool), client_(core, client) {}
+  Exchange(Handle owner, Context& context, UpstreamPool<Net>& pool, Connection<Net>& client)
+      : owner_(owner), context_(context), picker_(context), attempt_(owner, context, pool), client_(context, client) {}
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
@@ -63,243 +51,281 @@ class Exchange {
   bool cut() const { return client_.cut(); }  // the connection must be reset, so that what was sent does not look whole
   Ns deadline() const { return std::min(deadline_, request_deadline_); }
 
-  // A request's head is complete. `client_name` is its address, for the log.
+  // The request's head is complete. `client_name` is the client's address, for the log.
   void open(const Endpoint& endpoint, const RequestHead& head, const char* base, const FieldTable& fields,
             std::string_view client_name) {
-    assert(state_ == State::idle);
-    state_ = State::reading;
+    go(State::reading);
     endpoint_ = &endpoint;
     client_name_ = client_name;
-    tally_.started_ns = context_.now;
+    summary_.started_ns = context_.now;
     client_.open(head.http_1_0, head.keep_alive && !context_.draining);
     snapshot_ = context_.snapshot.again();
     context_.take_request_id(base, &fields, request_id_);
   }
 
-  // Refuses the request; `keep_alive` only where its body was read whole.
-  [[gnu::cold]] void refuse(ApiError refusal, bool keep_alive, std::string_view message = {},
-                            std::string_view param = {}) {
-    assert(active());
-    close_upstream();
-    leave_backend();
-    const ApiErrorRow& row = row_of(refusal);
-    if (!keep_alive) client_.end_connection();
-    tally_.record.status = row.status;
-    tally_.record.error = row.label;
-    if (!client_.send_error(refusal, message, param, request_id_)) return client_failed();
-    finish();
+  // Refuses the request before its body was read whole: the connection ends with it.
+  [[gnu::cold]] void refuse_unread(ApiError error) {
+    refuse(error, false);
+    drive();
   }
 
-  // The body is complete: read it, find a backend, and be on the way. `incremental`: where it was skimmed as it came.
+  // The body is complete. `incremental`: its reader, if it was read while it came.
   void submit(const RequestView& request, IncrementalJson* incremental) {
     assert(state_ == State::reading);
     request_ = request;
-    tally_.complete_ns = context_.now;
-    const bool find_messages = snapshot_->any_vision_stated;
-    const BodyError error =
-        incremental != nullptr
-            ? incremental->read(context_.json, request.body, request.body_bytes, facts_, find_messages)
-            : context_.json.read_body(request.body, request.body_bytes, facts_, find_messages);
-    if (error != BodyError::none) return refuse_body(error);
-    asked_.assign(facts_.model.substr(0, kMaxModelBytes));
-    entry_ = snapshot_->find(facts_.model);
-    tally_.record.stream = facts_.stream && endpoint_->streams;
-    if (entry_ == nullptr) return refuse_unknown_model();
-    tally_.record.model = entry_->id;
-    if (context_.settings().upstream.request_timeout_ns > 0) {
-      request_deadline_ = deadline_after(context_.now, context_.settings().upstream.request_timeout_ns);
-    }
-    if (!take_overall_place()) return refuse(ApiError::overload, true);
-    picker_.begin(*snapshot_, *entry_, needs_of(request_, facts_));
-    next_attempt();
+    summary_.complete_ns = context_.now;
+    start_routing(incremental);
+    drive();
   }
 
-  // The client is gone: nothing more can be sent to it. Ends the exchange at once.
+  // The client closed its connection. Ends the exchange at once.
   [[gnu::cold]] void client_left() {
     assert(active());
     if (state_ == State::counting) return;
-    const bool waiting =
-        state_ == State::queued || state_ == State::connecting || state_ == State::sending || state_ == State::awaiting;
-    tally_.record.disconnect = state_ == State::reading ? DisconnectPhase::request
-                               : waiting                ? DisconnectPhase::waiting
-                                                        : DisconnectPhase::streaming;
-    if (!client_.has_begun()) tally_.record.status = 499;
-    // A FIN is the proper end of a body without length: it must not follow half of one.
-    const bool answering = state_ == State::streaming || state_ == State::finishing;
-    if (answering && answer_.lasts_until_close()) client_.cut_connection();
-    tally_.record.error = ErrorType::client_closed;
-    if (state_ == State::streaming) note_usage();
-    attempt_.end(AttemptOutcome::cancelled);
-    close_upstream();
-    client_.end_connection();
-    tally_.cut_short = true;
-    commit();
+    end(Ending::client_left);
+    drive();
   }
 
-  // A write to the client failed.
+  // Writing to the client failed outside of the exchange.
   [[gnu::cold]] void client_failed() {
-    if (!client_.out_of_memory()) return client_left();
-    context_.slab.limit_hit(Limit::memory);
-    tally_.record.error = ErrorType::other;
-    if (!client_.has_begun()) tally_.record.status = 499;
-    abandon();
+    end(client_ending());
+    drive();
   }
 
-  // There was no memory for something on the way, which was left undone.
-  void on_no_memory() {
-    if (state_ != State::counting) out_of_memory();
+  // A step threw std::bad_alloc and was left undone.
+  [[gnu::cold]] void on_no_memory() {
+    if (state_ != State::counting) end(Ending::out_of_memory);
+    drive();
   }
 
-  // The process ends: it is counted now or never.
+  // The process ends: the last chance to be counted.
   void count_now() {
     if (state_ != State::counting) return;
+    deadline_ = kNever;
     count();
-    state_ = State::over;
+    if (state_ != State::over) go(State::over);
   }
 
   // An event of the backend connection in use.
   void on_upstream(const Event& event) {
     assert(attempt_.upstream() != nullptr);
     attempt_.connection().note(event);
-    if (state_ == State::connecting) {
-      if (event.writable || event.hangup) on_connected();
-      return;
-    }
-    // An answer that is there before the request is sent whole is read first: its connection must not be used again.
-    const Upstream<Net>* const upstream = attempt_.upstream();
-    if (state_ == State::sending) read_answer();
-    if (attempt_.upstream() != upstream) return;
-    if (state_ == State::sending && event.writable) send_request();
-    if (attempt_.upstream() == upstream && state_ != State::connecting) read_answer();
+    drive();
   }
 
-  // The client's socket took what waited, or the turn comes round again: go on reading, or sending.
+  // The client took bytes, or the exchange's next turn has come.
   void resume() {
-    if (state_ == State::sending) {
-      send_request();
-    } else if (state_ == State::streaming || state_ == State::awaiting) {
-      if (!client_.waits()) {
-        if (state_ == State::streaming) note_stall_deadline();
-        read_answer();
-      } else {
-        note_write_deadline();
-      }
-    } else if (state_ == State::finishing) {
-      if (!client_.waits()) return commit();
-      note_write_deadline();
-    }
+    if (state_ == State::streaming) arm_stall_deadline();
+    drive();
   }
 
   [[gnu::cold]] void on_deadline() {
     switch (state_) {
-      case State::queued: return on_queue_deadline();
+      case State::queued: on_queue_deadline(); break;
       case State::connecting:
       case State::sending:
-      case State::awaiting: return fail_attempt(AttemptOutcome::timeout, ApiError::backend_timeout);
-      case State::streaming:
-        if (client_.waits()) return cut_client();
-        return break_stream(AttemptOutcome::timeout, ApiError::backend_timeout);
-      case State::finishing: return cut_client();
-      case State::counting: return count();
+      case State::awaiting: end(Ending::backend_silent); break;
+      case State::streaming: end(client_.waits() ? Ending::client_stalled : Ending::backend_silent); break;
+      case State::finishing: end(Ending::client_stalled); break;
+      case State::counting: break;
       case State::idle:
       case State::reading:
+      case State::choosing:
       case State::over: assert(false);
     }
+    drive();
   }
 
   // A place was granted to this request while it waited.
   [[gnu::cold]] void on_grant() {
     if (state_ != State::queued) return;
-    if (const auto next = picker_.take_grant()) return follow(*next);
-    arm_queue_deadline();
+    take_grant();
+    drive();
   }
 
-  // Makes ready for the next request on this connection.
+  // Prepares for the next request on this connection.
   void reset() {
-    assert(!active() && attempt_.upstream() == nullptr);
-    state_ = State::idle;
+    assert(attempt_.upstream() == nullptr);
+    if (state_ == State::over) go(State::idle);
     snapshot_ = SnapshotUse();
     entry_ = nullptr;
-    tally_ = Tally{};
+    summary_ = ExchangeSummary{};
     attempt_.reset();
-    answer_.reset();
+    response_.reset();
     client_.reset();
     request_deadline_ = deadline_ = queue_deadline_ = kNever;
-    asked_.clear();
+    model_.clear();
     last_failure_ = ApiError::no_healthy_backend;
     retry_reason_ = {};
   }
 
  private:
+  using Next = typename CandidatePicker<Net>::Next;
+
+  // ---- the loop ----
+
+  void drive() {
+    for (std::uint32_t reads = 0; step(reads) == Step::again;) {
+    }
+  }
+
+  // One step of the present state. `reads` counts the reads of this turn.
+  Step step(std::uint32_t& reads) {
+    switch (state_) {
+      case State::choosing: return follow(picker_.next());
+      case State::connecting: return finish_connecting();
+      case State::sending: return send_request(reads);
+      case State::awaiting:
+      case State::streaming: return read_response(reads);
+      case State::finishing: return finish();
+      case State::counting: return count();
+      case State::reading:
+      case State::queued: return Step::wait;
+      case State::idle:
+      case State::over: return Step::over;
+    }
+    return Step::over;
+  }
+
+  // The only place where the state changes. Sets the deadline that belongs to the new state.
+  Step go(State next) {
+    assert(may_follow(state_, next));
+    state_ = next;
+    deadline_ = kNever;
+    switch (next) {
+      case State::queued: arm_queue_deadline(); break;
+      case State::connecting: deadline_ = after(snapshot_->settings->upstream.connect_timeout_ns); break;
+      case State::sending:
+      case State::awaiting: arm_first_byte_deadline(); break;
+      case State::streaming: arm_stall_deadline(); break;
+      case State::finishing:
+        request_deadline_ = kNever;  // from here on only the client's own time counts
+        arm_write_deadline();
+        break;
+      case State::counting: request_deadline_ = kNever; break;
+      default: break;
+    }
+    return Step::again;
+  }
+
+  Ns after(Ns span) const { return deadline_after(context_.now, span); }
+
+  void arm_first_byte_deadline() { deadline_ = after(snapshot_->settings->upstream.first_byte_timeout_ns); }
+
+  void arm_queue_deadline() {
+    deadline_ = queue_deadline_;
+    if (picker_.passed_over_ejected()) deadline_ = std::min(deadline_, context_.now + kRecheckEjected);
+  }
+
+  // Time runs for the client while bytes wait for it, else for the backend.
+  void arm_stall_deadline() {
+    if (client_.waits()) return arm_write_deadline();
+    client_.forget_waiting();
+    deadline_ = after(snapshot_->settings->upstream.stall_timeout_ns);
+  }
+
+  // The client's time starts anew only if it took bytes.
+  void arm_write_deadline() {
+    if (client_.has_moved()) write_deadline_ = after(context_.settings().server.write_timeout_ns);
+    deadline_ = write_deadline_;
+  }
+
   // ---- the request ----
 
-  // One of [server] max_pending places, where there is such a limit.
-  bool take_overall_place() {
-    const std::uint32_t limit = context_.settings().server.max_pending;
-    if (limit == 0) return true;
-    if (context_.shared.in_flight.fetch_add(1, std::memory_order_relaxed) < limit) {
-      overall_place_ = true;
-      return true;
+  void start_routing(IncrementalJson* incremental) {
+    const bool find_messages = snapshot_->any_vision_stated;
+    const BodyError error =
+        incremental != nullptr
+            ? incremental->read(context_.json, request_.body, request_.body_bytes, facts_, find_messages)
+            : context_.json.read_body(request_.body, request_.body_bytes, facts_, find_messages);
+    if (error != BodyError::none) return refuse_body(error);
+    model_.assign(facts_.model.substr(0, kMaxModelBytes));
+    entry_ = snapshot_->find(facts_.model);
+    summary_.record.stream = facts_.stream && endpoint_->streams;
+    if (entry_ == nullptr) return refuse_unknown_model();
+    summary_.record.model = entry_->id;
+    const Settings& settings = context_.settings();
+    if (settings.upstream.request_timeout_ns > 0) request_deadline_ = after(settings.upstream.request_timeout_ns);
+    if (settings.server.max_pending > 0) {
+      overall_place_ = take_overall_place(context_.shared.in_flight, settings.server.max_pending);
+      if (!overall_place_) {
+        context_.slab.limit_hit(Limit::max_pending);
+        return refuse(ApiError::overload, true);
+      }
     }
-    context_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
-    context_.slab.limit_hit(Limit::max_pending);
-    return false;
+    picker_.begin(*snapshot_, *entry_, needs_of(request_, facts_));
+    go(State::choosing);
   }
 
   [[gnu::cold]] void refuse_body(BodyError error) {
     if (error == BodyError::too_deep) context_.slab.limit_hit(Limit::json_depth);
     if (error == BodyError::out_of_memory) context_.slab.limit_hit(Limit::memory);
-    refuse(refusal_of(error), true, {}, error == BodyError::no_model ? "model" : "");
+    refuse(api_error_of(error), true, {}, error == BodyError::no_model ? "model" : "");
   }
 
   [[gnu::cold]] void refuse_unknown_model() {
     if (snapshot_->discovering) return refuse(ApiError::no_healthy_backend, true);
-    refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, asked_), "model");
+    refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, model_), "model");
   }
 
-  // ---- choosing a backend ----
+  // Sends an error of Nexus's own in place of a response. `keep_alive` only if the request's body was read whole.
+  [[gnu::cold]] void refuse(ApiError error, bool keep_alive, std::string_view message = {},
+                            std::string_view param = {}) {
+    assert(active());
+    close_upstream();
+    leave_backend();
+    const ApiErrorRow& row = row_of(error);
+    if (!keep_alive) client_.end_connection();
+    summary_.record.status = row.status;
+    summary_.record.error = row.label;
+    if (!client_.send_error(error, message, param, request_id_)) return end(client_ending());
+    go(State::finishing);
+  }
 
-  void next_attempt() { follow(picker_.next()); }
+  // ---- choosing a backend, and waiting for one ----
 
-  void follow(typename CandidatePicker<Net>::Next next) {
-    using Next = typename CandidatePicker<Net>::Next;
+  Step follow(Next next) {
+    if (next == Next::all_full) next = picker_.wait_in_queue(owner_);
     switch (next) {
       case Next::chosen: return begin_attempt();
-      case Next::all_full: return wait_in_queue();
+      case Next::all_full: return begin_waiting();
       case Next::queue_full:
         context_.slab.queue_rejected(QueueRejection::full);
         context_.slab.limit_hit(Limit::queue_size);
-        return refuse(ApiError::queue_full, true);
-      case Next::nothing_left: return refuse(last_failure_, true);
-      case Next::unknown_model: return refuse_unknown_model();
-      case Next::none_healthy: return refuse(ApiError::no_healthy_backend, true);
-      case Next::not_capable: return refuse(ApiError::not_capable, true);
+        refuse(ApiError::queue_full, true);
+        break;
+      case Next::nothing_left: refuse(last_failure_, true); break;
+      case Next::unknown_model: refuse_unknown_model(); break;
+      case Next::none_healthy: refuse(ApiError::no_healthy_backend, true); break;
+      case Next::not_capable: refuse(ApiError::not_capable, true); break;
     }
+    return Step::again;
   }
 
-  // Every candidate is at its cap: wait for the first place on any of them.
-  [[gnu::cold]] void wait_in_queue() {
-    const auto next = picker_.wait_in_queue(owner_);
-    if (next != CandidatePicker<Net>::Next::all_full) return follow(next);
-    state_ = State::queued;
-    // One wait, however often the request is queued: it began with the first.
-    if (queue_deadline_ == kNever) {
-      queue_deadline_ = deadline_after(context_.now, snapshot_->settings->queue.timeout_ns);
-    }
-    arm_queue_deadline();
+  // However often a request is queued, it has one queue timeout, which starts with the first wait.
+  [[gnu::cold]] Step begin_waiting() {
+    if (queue_deadline_ == kNever) queue_deadline_ = after(snapshot_->settings->queue.timeout_ns);
+    return go(State::queued);
   }
 
-  void arm_queue_deadline() {
-    deadline_ = queue_deadline_;
-    if (picker_.passed_over_ejected()) deadline_ = std::min(deadline_, context_.now + kLookAgain);
+  void take_grant() {
+    if (const auto next = picker_.take_grant()) {
+      follow(*next);
+    } else {
+      arm_queue_deadline();
+    }
   }
 
   [[gnu::cold]] void on_queue_deadline() {
-    on_grant();  // it may have come just now
+    take_grant();  // one may have been given just now
     if (state_ != State::queued) return;
     if (context_.now < std::min(queue_deadline_, request_deadline_)) {
-      if (const auto next = picker_.look_again()) return follow(*next);
-      return arm_queue_deadline();
+      if (const auto next = picker_.look_again()) {
+        follow(*next);
+      } else {
+        arm_queue_deadline();
+      }
+      return;
     }
     context_.slab.queue_rejected(QueueRejection::timeout);
     context_.slab.limit_hit(Limit::queue_timeout);
@@ -308,108 +334,119 @@ class Exchange {
 
   // ---- an attempt ----
 
-  void begin_attempt() {
+  Step begin_attempt() {
     const BackendView& backend = *picker_.backend();
     const Choice& choice = picker_.choice();
-    tally_.record.backend = backend.id;
+    summary_.record.backend = backend.id;
     if (choice.fallback) {
-      tally_.record.fell_back = true;
-      tally_.record.fallback_from = entry_->target_id;
-      tally_.record.fallback_to = choice.model;
+      summary_.record.fell_back = true;
+      summary_.record.fallback_from = entry_->target_id;
+      summary_.record.fallback_to = choice.model;
     }
     attempt_.begin(backend);
-    adds_usage_event_ = asks_for_usage(backend, facts_, tally_.record.stream);
+    adds_usage_event_ = asks_for_usage(backend, facts_, summary_.record.stream);
     const std::string& model = *choice.model_name;
     attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
                      request_id_);
-    if (!attempt_.take_kept()) return connect();
-    begin_sending();
+    return attempt_.take_kept() ? begin_sending() : connect();
   }
 
-  [[gnu::cold]] void connect() {
-    if (!attempt_.connect()) return fail_attempt(AttemptOutcome::connect_error, ApiError::connect_failed);
-    state_ = State::connecting;
-    deadline_ = deadline_after(context_.now, snapshot_->settings->upstream.connect_timeout_ns);
+  [[gnu::cold]] Step connect() {
+    if (attempt_.connect()) return go(State::connecting);
+    end(Ending::not_connected);
+    return Step::again;
   }
 
-  [[gnu::cold]] void on_connected() {
-    assert(state_ == State::connecting);
-    if (!attempt_.is_connected()) return fail_attempt(AttemptOutcome::connect_error, ApiError::connect_failed);
-    // What comes before the request is no answer to it, and no further edge would tell of it.
+  [[gnu::cold]] Step finish_connecting() {
+    const IoResult established = attempt_.connection().establish(context_.net);
+    if (established.kind == IoResult::Kind::again) return Step::wait;
+    if (!established.ok()) {
+      end(Ending::not_connected);
+      return Step::again;
+    }
+    // Bytes received before we sent anything are not a response. Check now: edge-triggered epoll reports them only
+    // once.
     if (attempt_.connection().may_read()) {
       char early = 0;
       const IoResult result = attempt_.connection().read(context_.net, &early, 1);
-      if (result.ok()) {
-        log_bad_answer("it came before the request");
-        return fail_attempt(AttemptOutcome::bad_response, ApiError::backend_not_http);
+      if (result.ok()) log_bad_response("it came before the request");
+      if (result.kind != IoResult::Kind::again) {
+        end(result.ok() ? Ending::backend_garbled : Ending::backend_closed);
+        return Step::again;
       }
-      if (result.kind != IoResult::Kind::again) return fail_attempt(AttemptOutcome::truncated, ApiError::backend_broke);
     }
-    begin_sending();
+    return begin_sending();
   }
 
-  void begin_sending() {
-    state_ = State::sending;
+  Step begin_sending() {
     attempt_.begin_sending();
-    tally_.record.reached_backend = true;
-    note_first_byte_deadline();
-    send_request();
+    summary_.record.reached_backend = true;
+    return go(State::sending);
   }
 
-  void send_request() {
-    assert(state_ == State::sending);
+  // A response that begins before the request is sent whole is read first: its connection must not be reused.
+  Step send_request(std::uint32_t& reads) {
+    if (attempt_.connection().may_read()) {
+      const Step read = read_response(reads);
+      if (state_ != State::sending || read != Step::wait) return read;
+    }
+    if (!attempt_.connection().may_write()) return Step::wait;
     const std::size_t sent_before = attempt_.sent_bytes();
     const auto sent = attempt_.send(request_.body);
-    if (attempt_.sent_bytes() > sent_before) note_first_byte_deadline();
+    if (attempt_.sent_bytes() > sent_before) arm_first_byte_deadline();
     switch (sent) {
-      case Attempt<Net>::Sent::some: return;
-      case Attempt<Net>::Sent::share: return context_.reschedule(owner_);
+      case Attempt<Net>::Sent::some: return Step::wait;
+      case Attempt<Net>::Sent::share: context_.reschedule(owner_); return Step::wait;
       case Attempt<Net>::Sent::all:
-        state_ = State::awaiting;
-        if (picker_.tries() == 1 && attempt_.is_first()) tally_.note_request_sent(attempt_.sent_ns());
-        return;
-      // A backend may refuse in the middle of a body and close: what it said can still be read.
-      case Attempt<Net>::Sent::failed: state_ = State::awaiting; return read_answer();
+        if (picker_.tries() == 1 && attempt_.is_first()) summary_.note_request_sent(attempt_.sent_ns());
+        break;
+      case Attempt<Net>::Sent::failed: break;  // a backend may refuse within the body, and close: read what it said
     }
+    return go(State::awaiting);
   }
 
-  // ---- the answer ----
+  // ---- the response ----
 
-  void read_answer() {
-    if (state_ != State::sending && state_ != State::awaiting && state_ != State::streaming) return;
-    const std::uint32_t tries = picker_.tries();
-    Upstream<Net>* const upstream = attempt_.upstream();
-    for (std::uint32_t reads = 0; upstream->connection.may_read(); ++reads) {
-      if (state_ == State::streaming && client_.waits()) return note_write_deadline();
-      if (reads == kReadsPerTurn) return context_.reschedule(owner_);
-      char* scratch = context_.scratch();
-      if (scratch == nullptr) return out_of_memory();
-      const IoResult result = upstream->connection.read(context_.net, scratch, context_.scratch_bytes());
-      switch (result.kind) {
-        case IoResult::Kind::again: return;
-        case IoResult::Kind::eof: return on_upstream_end(false);
-        case IoResult::Kind::failed: return on_upstream_end(true);
-        case IoResult::Kind::ok: break;
-      }
-      attempt_.note_answer();
-      if (state_ == State::streaming) {
-        relay({}, scratch, result.bytes);
-      } else {
-        read_head(scratch, result.bytes);
-      }
-      if (attempt_.upstream() != upstream || picker_.tries() != tries) return;  // this answer is done with
+  // Reads once from the backend and passes on what came.
+  Step read_response(std::uint32_t& reads) {
+    Connection<Net>& upstream = attempt_.connection();
+    if (state_ == State::streaming && client_.waits()) {
+      arm_write_deadline();
+      return Step::wait;
     }
+    if (!upstream.may_read()) return Step::wait;
+    if (reads++ == kReadsPerTurn) {
+      context_.reschedule(owner_);
+      return Step::wait;
+    }
+    char* scratch = context_.scratch();
+    if (scratch == nullptr) {
+      end(Ending::out_of_memory);
+      return Step::again;
+    }
+    const IoResult result = upstream.read(context_.net, scratch, context_.scratch_bytes());
+    switch (result.kind) {
+      case IoResult::Kind::again: return Step::wait;
+      case IoResult::Kind::eof:
+      case IoResult::Kind::failed: return on_upstream_end(result.kind == IoResult::Kind::failed);
+      case IoResult::Kind::ok: break;
+    }
+    attempt_.note_answer();
+    if (state_ == State::streaming) {
+      relay({}, scratch, result.bytes);
+    } else {
+      read_head(scratch, result.bytes);
+    }
+    return Step::again;
   }
 
   void read_head(char* data, std::size_t bytes) {
-    const ResponseHeadReader::Result result = response_head_.feed(context_.tables, context_.blocks, data, bytes);
+    const ResponseHeadReader::Result result = head_.feed(context_.tables, context_.blocks, data, bytes);
     switch (result.status) {
       case ResponseHeadReader::Status::need_more: return;
       case ResponseHeadReader::Status::done: return on_head(result);
-      case ResponseHeadReader::Status::out_of_memory: return out_of_memory();
-      case ResponseHeadReader::Status::failed:
-        log_bad_answer(result.why);
-        return fail_attempt(AttemptOutcome::bad_response, ApiError::backend_not_http);
+      case ResponseHeadReader::Status::out_of_memory: return end(Ending::out_of_memory);
+      case ResponseHeadReader::Status::failed: log_bad_response(result.why); return end(Ending::backend_garbled);
     }
   }
 
@@ -417,7 +454,7 @@ class Exchange {
     const std::uint16_t status = result.head.status;
     context_.note_latency(attempt_.backend()->id, context_.now - attempt_.sent_ns());
     if (status == 429 || status >= 500) {
-      note_backend_failure(retry_after_of(response_head_.view(result)));
+      note_backend_failure(retry_after_of(head_.view(result)));
       if (picker_.another()) return retry_after_status(result);
     } else if (picker_.permit().probe()) {
       picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
@@ -425,7 +462,7 @@ class Exchange {
     begin_relay(result);
   }
 
-  // The answer is thrown away for another backend's. Its connection is kept where the whole of it has come.
+  // Drops the response for another backend's. The connection is kept if the whole response has come.
   [[gnu::cold]] void retry_after_status(const ResponseHeadReader::Result& result) {
     const ResponseHead& head = result.head;
     BodyDecoder body;
@@ -436,9 +473,7 @@ class Exchange {
     attempt_.end(outcome);
     release_upstream(whole && !piece.excess && !piece.failed && head.keep_alive);
     leave_backend();
-    last_failure_ = ApiError::backend_broke;
-    retry_reason_ = name_of(outcome);
-    next_attempt();
+    try_elsewhere(outcome, ApiError::backend_broke);
   }
 
   static AttemptOutcome status_outcome(std::uint16_t status) {
@@ -446,21 +481,21 @@ class Exchange {
     return status >= 500 ? AttemptOutcome::status_5xx : AttemptOutcome::ok;
   }
 
-  // The client gets this answer: from here on nothing is retried.
+  // The client gets this response: from here on nothing is retried.
   void begin_relay(const ResponseHeadReader::Result& result) {
     const ResponseHead& head = result.head;
-    const HeadView view = response_head_.view(result);
-    state_ = State::streaming;
-    answer_.begin(head, view, client_.http_1_0(), adds_usage_event_);
-    tally_.record.status = head.status;
-    tally_.record.error = answer_.is_success() ? ErrorType::none : ErrorType::backend_error;
-    tally_.record.stream = answer_.is_success() && answer_.is_event_stream();
-    if (answer_.lasts_until_close()) client_.end_connection();
+    const HeadView view = head_.view(result);
+    response_.begin(head, view, client_.http_1_0(), adds_usage_event_);
+    RequestRecord& record = summary_.record;
+    record.status = head.status;
+    record.error = response_.is_success() ? ErrorType::none : ErrorType::backend_error;
+    record.stream = response_.is_success() && response_.is_event_stream();
+    if (response_.lasts_until_close()) client_.end_connection();
     context_.text.clear();
     write_head(head, view);
-    note_stall_deadline();
+    go(State::streaming);
     relay(context_.text, result.data + head.head_bytes, result.bytes - head.head_bytes);
-    response_head_.clear();  // it is not needed any more, and a stream may be long
+    head_.clear();  // not needed any more, and a stream may be long
   }
 
   void write_head(const ResponseHead& head, const HeadView& view) {
@@ -472,140 +507,146 @@ class Exchange {
     to.request_id = request_id_;
     to.route_reason = reason_;
     if (picker_.choice().fallback) to.fallback_model = *picker_.choice().model_name;
-    to.framing = answer_.framing();
+    to.framing = response_.framing();
     to.http_1_0 = client_.http_1_0();
     to.keep_alive = client_.keep_alive();
     append_response_head(context_.text, view, head, to);
   }
 
-  // Passes a piece of the body on; `head` goes in front of it.
+  // Passes a piece of the body on, behind `head`.
   void relay(std::string_view head, char* data, std::size_t bytes) {
     ClientWrite write;
-    const Response::Step step = answer_.feed(context_.blocks, context_.json, context_.now, head, data, bytes, write);
-    if (step == Response::Step::out_of_memory) return out_of_memory();
-    if (step == Response::Step::whole) return end_of_answer(write);
-    if (!client_.send(write)) return client_failed();
-    if (!tally_.overhead_noted) tally_.note_answer_sent(context_.now, context_.net.now());
-    if (step == Response::Step::holds_back) return end_of_body();
+    const Response::Step step = response_.feed(context_.blocks, context_.json, context_.now, head, data, bytes, write);
+    if (step == Response::Step::out_of_memory) return end(Ending::out_of_memory);
+    if (step == Response::Step::whole) return end_response(write);
+    if (!client_.send(write)) return end(client_ending());
+    if (!summary_.overhead_noted) summary_.note_response_sent(context_.now, context_.net.now());
+    if (step == Response::Step::holds_back) return end_body();
     if (step == Response::Step::broken) {
-      log_bad_answer("its chunked coding is broken");
-      return break_stream(AttemptOutcome::bad_response, ApiError::backend_not_http);
+      log_bad_response("its chunked coding is broken");
+      return end(Ending::backend_garbled);
     }
-    note_stall_deadline();
+    arm_stall_deadline();
   }
 
-  // The body has ended, but the client was not told so yet.
-  void end_of_body() {
+  // The body has ended, but the client has not been told so.
+  void end_body() {
     ClientWrite write;
-    if (answer_.end(context_.blocks, context_.json, write) == Response::Step::out_of_memory) return out_of_memory();
-    end_of_answer(write);
+    if (response_.end(context_.blocks, context_.json, write) == Response::Step::out_of_memory) {
+      return end(Ending::out_of_memory);
+    }
+    end_response(write);
   }
 
-  // The answer is whole: the connection goes back, and the client gets the end.
-  void end_of_answer(ClientWrite& write) {
+  // The response is whole: the client gets its end, and the connection goes back to the pool.
+  void end_response(ClientWrite& write) {
     note_usage();
-    tally_.record.without_usage = answer_.lacks_usage();
-    if (!client_.send(write)) return client_failed();
+    summary_.record.without_usage = response_.lacks_usage();
+    if (!client_.send(write)) return end(client_ending());
     const Ns sent_ns = context_.net.now();
-    tally_.note_answer_sent(context_.now, sent_ns);
-    if (!client_.waits()) tally_.ended_ns = sent_ns;
+    summary_.note_response_sent(context_.now, sent_ns);
+    if (!client_.waits()) summary_.ended_ns = sent_ns;
     picker_.permit().succeeded();
-    attempt_.end(status_outcome(answer_.status()));
-    release_upstream(answer_.leaves_connection());
-    finish();
+    attempt_.end(status_outcome(response_.status()));
+    release_upstream(response_.leaves_connection());
+    go(State::finishing);
   }
 
   void note_usage() {
-    answer_.note_usage(tally_.record, tally_.complete_ns, context_.now);
-    if (answer_.usage_lost()) context_.slab.limit_hit(Limit::memory);
+    response_.note_usage(summary_.record, summary_.complete_ns, context_.now);
+    if (response_.usage_lost()) context_.slab.limit_hit(Limit::memory);
   }
 
-  // The backend's connection ended.
-  [[gnu::cold]] void on_upstream_end(bool broken) {
+  [[gnu::cold]] Step on_upstream_end(bool broken) {
     if (state_ == State::streaming) {
-      if (answer_.ends_with_connection() && !broken && !attempt_.send_failed()) return end_of_body();
-      return break_stream(AttemptOutcome::truncated, ApiError::backend_broke);
-    }
-    if (attempt_.found_closed(state_ == State::sending)) {
-      response_head_.clear();
+      if (response_.ends_with_connection() && !broken && !attempt_.send_failed()) {
+        end_body();
+      } else {
+        end(Ending::backend_closed);
+      }
+    } else if (attempt_.found_closed(state_ == State::sending)) {
+      head_.clear();
       attempt_.start_over();
       return connect();
+    } else {
+      if (attempt_.answered()) log_bad_response("it ended within its head");
+      end(Ending::backend_closed);
     }
-    if (attempt_.answered()) log_bad_answer("it ended within its head");
-    fail_attempt(AttemptOutcome::truncated, ApiError::backend_broke);
+    return Step::again;
   }
 
   // ---- ends ----
 
-  // This attempt failed and nothing went to the client: on to the next candidate, or to an error.
-  [[gnu::cold]] void fail_attempt(AttemptOutcome outcome, ApiError refusal) {
-    note_backend_failure(std::nullopt);
-    attempt_.end(outcome);
+  // Ends the attempt in hand, and the exchange if nothing else can be tried. The state is another one afterwards.
+  [[gnu::cold]] void end(Ending ending) {
+    const EndingRow& row = row_of(ending);
+    if (row.limit) context_.slab.limit_hit(*row.limit);
+    if (ending == Ending::client_left) summary_.record.disconnect = disconnect_phase();
+    if (row.fault == Fault::backend) note_backend_failure(std::nullopt);
+    if (state_ == State::streaming) note_usage();
+    attempt_.end(row.outcome);
     close_upstream();
+    if (client_.has_begun()) return cut_response(row);
+    if (!row.error) return abandon(row);
     leave_backend();
-    last_failure_ = refusal;
-    retry_reason_ = name_of(outcome);
-    if (context_.now >= request_deadline_ || !picker_.another()) return refuse(refusal, true);
-    next_attempt();
+    if (row.retry && context_.now < request_deadline_ && picker_.another()) {
+      return try_elsewhere(row.outcome, *row.error);
+    }
+    client_.forget_unsent();
+    refuse(*row.error, state_ != State::reading);
+  }
+
+  DisconnectPhase disconnect_phase() const {
+    if (state_ == State::reading) return DisconnectPhase::request;
+    const bool answering = state_ == State::streaming || state_ == State::finishing;
+    return answering ? DisconnectPhase::streaming : DisconnectPhase::waiting;
   }
 
   void note_backend_failure(std::optional<Ns> retry_after) {
     picker_.permit().failed(context_.now, snapshot_->settings->health, retry_after);
   }
 
-  // The answer broke after its head went out: it must not look whole.
-  [[gnu::cold]] void break_stream(AttemptOutcome outcome, ApiError refusal) {
-    assert(state_ == State::streaming);
-    const ApiErrorRow& row = row_of(refusal);
-    tally_.record.error = row.label;
-    note_usage();
-    note_backend_failure(std::nullopt);
-    attempt_.end(outcome);
-    close_upstream();
-    tally_.cut_short = true;
-    if (answer_.lasts_until_close()) {
-      client_.cut_connection();  // a FIN would be the proper end of this body: only a reset tells
-      return commit();
-    }
+  // Nothing went to the client: the next candidate gets the request.
+  void try_elsewhere(AttemptOutcome outcome, ApiError error) {
+    last_failure_ = error;
+    retry_reason_ = name_of(outcome);
+    go(State::choosing);
+  }
+
+  // The client can't be told anything.
+  void abandon(const EndingRow& row) {
+    summary_.record.status = 499;
+    summary_.record.error = row.error_type;
+    summary_.cut_short = true;
     client_.end_connection();
-    if (answer_.is_event_stream() && answer_.is_chunked() && !client_.send_error_event(row)) return commit();
-    finish();
-  }
-
-  // The client takes nothing: cut it, so that it holds nothing here.
-  [[gnu::cold]] void cut_client() {
-    context_.slab.limit_hit(Limit::write_timeout);
-    tally_.record.error = ErrorType::other;
-    if (state_ == State::streaming) note_usage();
-    abandon();
-  }
-
-  // Nothing more can be sent: the connection is reset, so that what was sent does not look whole.
-  [[gnu::cold]] void abandon() {
-    attempt_.end(AttemptOutcome::cancelled);
-    close_upstream();
-    client_.cut_connection();
-    tally_.cut_short = true;
+    if (row.cut == Cut::by_reset) client_.cut_connection();
     commit();
   }
 
-  [[gnu::cold]] void out_of_memory() {
-    context_.slab.limit_hit(Limit::memory);
-    if (client_.has_begun()) {
-      tally_.record.error = ErrorType::other;
-      return abandon();
+  // The response has begun and will not become whole, and the client must be able to tell.
+  void cut_response(const EndingRow& row) {
+    summary_.record.error = row.error_type;
+    summary_.cut_short = true;
+    client_.end_connection();
+    // The FIN would be the proper end of a body that lasts until the connection's end.
+    if (row.cut == Cut::by_reset || response_.lasts_until_close()) client_.cut_connection();
+    const bool tell = row.cut == Cut::by_error_event && !client_.cut();
+    if (tell && response_.is_event_stream() && response_.is_chunked() &&
+        !client_.send_error_event(row_of(*row.error))) {
+      return commit();
     }
-    attempt_.end(AttemptOutcome::cancelled);
-    client_.forget_unsent();
-    refuse(ApiError::out_of_memory, state_ != State::reading);
+    if (!tell) return commit();
+    go(State::finishing);
   }
 
+  Ending client_ending() const { return client_.out_of_memory() ? Ending::client_unwritable : Ending::client_left; }
+
   void release_upstream(bool clean) {
-    response_head_.clear();
+    head_.clear();
     attempt_.release(clean);
   }
   void close_upstream() {
-    response_head_.clear();
+    head_.clear();
     attempt_.close();
   }
 
@@ -614,78 +655,65 @@ class Exchange {
     attempt_.leave();
   }
 
-  // All is written; over as soon as the kernel has taken it.
-  void finish() {
-    state_ = State::finishing;
-    request_deadline_ = kNever;  // from here on only the client's own time counts
-    if (!client_.waits()) return commit();
-    note_write_deadline();
+  Step finish() {
+    if (client_.waits()) {
+      arm_write_deadline();
+      return Step::wait;
+    }
+    commit();
+    return Step::again;
   }
 
-  // The client's time to take something runs anew only where it took something.
-  void note_write_deadline() {
-    if (!client_.has_moved()) return;
-    deadline_ = deadline_after(context_.now, context_.settings().server.write_timeout_ns);
-  }
-  void note_stall_deadline() {
-    if (client_.waits()) return note_write_deadline();
-    client_.forget_waiting();
-    deadline_ = deadline_after(context_.now, snapshot_->settings->upstream.stall_timeout_ns);
-  }
-
-  void note_first_byte_deadline() {
-    deadline_ = deadline_after(context_.now, snapshot_->settings->upstream.first_byte_timeout_ns);
-  }
-
-  // The one place where a request is counted.
+  // The one place where a request gets its record: whatever it held is given back, and it is logged.
   void commit() {
-    assert(state_ != State::counting && state_ != State::over && attempt_.upstream() == nullptr);
+    assert(attempt_.upstream() == nullptr);
     leave_backend();
-    if (std::exchange(overall_place_, false)) context_.shared.in_flight.fetch_sub(1, std::memory_order_relaxed);
-    if (tally_.ended_ns < 0) tally_.ended_ns = context_.net.now();
-    tally_.record.duration_ns = tally_.ended_ns - tally_.started_ns;
+    overall_place_.reset();
+    if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
+    summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
     if (context_.log.wants_access()) log_access();
-    state_ = State::counting;
-    count();
+    go(State::counting);
   }
 
   // A count may be late, but it is never lost.
-  void count() {
-    request_deadline_ = kNever;
+  Step count() {
+    if (deadline_ != kNever && context_.now < deadline_) return Step::wait;
     try {
-      context_.slab.record(tally_.record);
+      context_.slab.record(summary_.record);
     } catch (const std::bad_alloc&) {
       context_.slab.limit_hit(Limit::memory);
-      deadline_ = context_.now + kCountAgain;
-      return;
+      deadline_ = context_.now + kCountRetry;
+      return Step::wait;
     }
-    deadline_ = kNever;
-    state_ = State::over;
+    return go(State::over);
   }
 
   void log_access() {
-    AccessEntry entry = tally_.access_entry(answer_.first_body_ns(), client_.sent_bytes());
+    AccessEntry entry = summary_.access_entry(response_.first_body_ns(), client_.sent_bytes());
     entry.wall_ns = wall_now();
     entry.request_id = request_id_;
     entry.client = client_name_;
     entry.method = "POST";
     entry.path = endpoint_->path;
-    entry.model = asked_;
+    entry.model = model_;
     if (attempt_.backend() != nullptr) {
       entry.model_used = *picker_.choice().model_name;
       entry.attempts = picker_.tries();
     }
-    if (tally_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
+    if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
     context_.log.access(entry);
   }
 
-  [[gnu::cold]] void log_bad_answer(std::string_view why) {
-    context_.log.event(LogLevel::warning, "bad answer from a backend",
-                       {{"backend", attempt_.backend()->name}, {"why", why}, {"request_id", request_id_}});
+  [[gnu::cold]] void log_bad_response(std::string_view why) {
+    context_.log.event(LogLevel::warning, "bad response from a backend",
+                       {{"backend", attempt_.backend()->name},
+                        {"why", why},
+                        {"state", to_string(state_)},
+                        {"request_id", request_id_}});
   }
 
   Handle owner_;
-  WorkerContext<Net>& context_;
+  Context& context_;
   State state_ = State::idle;
 
   // Of the request, from open() on.
@@ -695,25 +723,26 @@ class Exchange {
   SnapshotUse snapshot_;
   RequestView request_;
   BodyFacts facts_;
-  std::string asked_;
+  std::string model_;  // as the client asked for it
   const ModelEntry* entry_ = nullptr;
-  Tally tally_;
-  Ns deadline_ = kNever;
+  ExchangeSummary summary_;
+  Ns deadline_ = kNever;  // of the state
   Ns request_deadline_ = kNever;
   Ns queue_deadline_ = kNever;
-  bool overall_place_ = false;  // counted in Shared::in_flight
+  Ns write_deadline_ = kNever;
+  OverallPlace overall_place_;
 
   // Of its attempts.
   CandidatePicker<Net> picker_;
   Attempt<Net> attempt_;
-  ResponseHeadReader response_head_;
+  ResponseHeadReader head_;
   bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
-  ApiError last_failure_ = ApiError::no_healthy_backend;  // until one was tried
+  ApiError last_failure_ = ApiError::no_healthy_backend;  // until a backend was tried
   std::string_view retry_reason_;
-  std::string reason_;  // in words, for the client
+  std::string reason_;  // of the route, for the client
 
-  // Of the answer on its way to the client.
-  Response answer_;
+  // Of the response on its way to the client.
+  Response response_;
   ClientResponse<Net> client_;
 };
 

@@ -1,20 +1,12 @@
 // response.h
-// Owns:     an answer on its way from a backend to the client: how its body is framed there, and the usage that is read
-//           in passing.
-// Promises: bytes in, one write out; it never looks whole where the backend's was not; what is read of an answer cut in
-//           pieces is the same as of one that came whole.
-// Leaves:   the framings themselves to body_framing.h, token counts to usage_scan.h, sockets and decisions to
-// exchange.h. Threads:  parts of one exchange. Owns:     the head of a backend's answer while it comes: its fields, and
-// the bytes of one that comes in pieces. Promises: nothing is kept where the head comes in one read; interim answers
-// are read past, up to a bound; what it
-//           holds goes back with clear().
-// Leaves:   HTTP's grammar to head_parser.h, what the head means to exchange.h.
-// Threads:  parts of one exchange.
-// Owns:     what an exchange sends to its client: the writes, their count, and what becomes of the connection after.
-// Promises: bytes are counted as payload, framing and heads are not; the client's time to take something runs anew only
-//           where it took something.
-// Leaves:   which bytes to response.h and head_writer.h, when and what then to exchange.h.
-// Threads:  parts of one exchange.
+// Owns:     a backend's response on its way to the client: its head while it is read, its body with the usage read in
+//           passing, and the writes to the client with their byte count.
+// Promises: bytes in, one write out; a response never looks whole if the backend's was not; interim heads are skipped;
+//           a response that comes in pieces is read as one that comes whole; payload is counted, heads and framing are
+//           not.
+// Leaves:   framing to http/body_framing.h, token counts to api/usage_scan.h, decisions and deadlines to exchange.h.
+// Threads:  a part of one exchange.
+// Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
 #include <cassert>
@@ -269,7 +261,8 @@ inline std::optional<Ns> retry_after_of(const HeadView& head) {
 template <class Net>
 class ClientResponse {
  public:
-  ClientResponse(WorkerContext<Net>& core, Connection<Net>& connection) : context_(core), connection_(connection) {}
+  ClientResponse(WorkerContext<Net>& context, Connection<Net>& connection)
+      : context_(context), connection_(connection) {}
   ClientResponse(const ClientResponse&) = delete;
   ClientResponse& operator=(const ClientResponse&) = delete;
 

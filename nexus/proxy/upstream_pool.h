@@ -18,10 +18,10 @@ constexpr std::uint8_t kUpstreamKind = 3;  // of a Handle
 
 template <class Net>
 struct Upstream {
-  Upstream(Handle token_in, BackendId backend_in, const Address& address_in)
-      : token(token_in), backend(backend_in), address(address_in), timer(token_in) {}
+  Upstream(Handle handle_in, BackendId backend_in, const Address& address_in)
+      : handle(handle_in), backend(backend_in), address(address_in), timer(handle_in) {}
 
-  Handle token;
+  Handle handle;
   Connection<Net> connection;
   BackendId backend;
   Address address;
@@ -43,7 +43,7 @@ class UpstreamPool {
     upstreams_.each([this](Upstream<Net>& upstream) { drop(upstream); });
   }
 
-  Upstream<Net>* get(Handle token) { return upstreams_.get(token); }
+  Upstream<Net>* get(Handle handle) { return upstreams_.get(handle); }
 
   // An idle connection to that backend at that address, or nullptr.
   Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner) {
@@ -65,17 +65,15 @@ class UpstreamPool {
     SocketOutcome outcome = SocketOutcome::failed;
   };
 
-  // A new connection, on its way.
+  // Starts a new connection.
   Connecting connect(BackendId backend, const Address& address, Handle owner) {
-    typename Net::Opened opened = context_.net.connect(address);
-    if (opened.outcome != SocketOutcome::ok) return {nullptr, opened.outcome};
     Upstream<Net>* upstream = upstreams_.make(backend, address);
-    if (upstream == nullptr || !context_.net.watch(opened.socket, upstream->token)) {
-      context_.net.close(opened.socket);
-      if (upstream != nullptr) upstreams_.destroy(upstream->token);
-      return {nullptr, SocketOutcome::no_memory};
+    if (upstream == nullptr) return {nullptr, SocketOutcome::no_memory};
+    const SocketOutcome outcome = upstream->connection.connect(context_.net, address, upstream->handle);
+    if (outcome != SocketOutcome::ok) {
+      upstreams_.destroy(upstream->handle);
+      return {nullptr, outcome};
     }
-    upstream->connection.attach(opened.socket);
     upstream->owner = owner;
     context_.slab.add_backend_connections(backend, 1);
     return {upstream, SocketOutcome::ok};
@@ -108,7 +106,7 @@ class UpstreamPool {
   void drop(Upstream<Net>& upstream) {
     upstream.connection.close(context_.net);
     context_.slab.add_backend_connections(upstream.backend, -1);
-    upstreams_.destroy(upstream.token);
+    upstreams_.destroy(upstream.handle);
   }
 
   // An idle connection has no business to show anything.
@@ -119,8 +117,8 @@ class UpstreamPool {
     drop(upstream);
   }
 
-  void on_deadline(Handle token) {
-    Upstream<Net>* upstream = upstreams_.get(token);
+  void on_deadline(Handle handle) {
+    Upstream<Net>* upstream = upstreams_.get(handle);
     if (upstream == nullptr || upstream->owner.value != 0) return;
     unlink(*upstream);
     drop(*upstream);

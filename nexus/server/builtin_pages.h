@@ -1,12 +1,11 @@
 // builtin_pages.h
-// Owns:     the small built-in pages and who may read them: /health, /v1/models, /v1/models/{id}, the API keys.
-// Promises: pure functions of a snapshot; keys are compared in constant time; valid JSON whatever a name holds.
-// Leaves:   /metrics, /v1/stats and / to prometheus.h, stats_json.h and status_page.h.
-// Threads:  any.
-// Owns:     what Nexus itself answers to a client outside an exchange: the pages, and the errors.
-// Promises: an answer is written whole or waits in its connection, with a deadline; a large page is never copied.
-// Leaves:   what a page says to builtin_pages.h and the control thread, the session's course before and after to
-// worker.h. Threads:  its worker's.
+// Owns:     the responses of Nexus's own outside an exchange: /health, the model lists, errors, and sending the pages
+//           that the control thread renders.
+// Promises: a response is written whole or waits in its connection, with a deadline; a large page is never copied, and
+//           is sent in shares; JSON is valid whatever a name holds.
+// Leaves:   rendering /metrics, /v1/stats and / to control.h; the session before and after to session_driver.h.
+// Threads:  BuiltinPages: its worker's. The functions: any.
+// Tested by: tests/worker_test.cpp, tests/e2e/endpoints.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -26,7 +25,8 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
-#include "nexus/proxy/asked.h"
+#include "nexus/proxy/request_needs.h"
+#include "nexus/server/client_keys.h"
 #include "nexus/server/session.h"
 
 namespace nexus {
@@ -34,55 +34,31 @@ enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
-// Which page stands at `path`. With metrics_listen set, the operator's pages stand there and only there.
+struct PageRow {
+  std::string_view path;
+  PageKind kind;
+  bool for_operators;  // served on metrics_listen alone, if that is set
+};
+
+inline constexpr std::array<PageRow, 5> kPages{{
+    {"/health", PageKind::health, true},
+    {"/metrics", PageKind::metrics, true},
+    {"/v1/stats", PageKind::stats, true},
+    {"/", PageKind::status, true},
+    {"/v1/models", PageKind::models, false},
+}};
+
 inline PageKind page_of(std::string_view path, const ServerSettings& server, bool metrics_only) {
-  const bool operators_pages = metrics_only || server.metrics_listen.empty();
-  if (path == "/health") return operators_pages ? PageKind::health : PageKind::none;
-  if (path == "/metrics") return operators_pages ? PageKind::metrics : PageKind::none;
-  if (path == "/v1/stats") return operators_pages ? PageKind::stats : PageKind::none;
-  if (path == "/") return operators_pages ? PageKind::status : PageKind::none;
-  if (metrics_only) return PageKind::none;
-  if (path == "/v1/models") return PageKind::models;
-  if (path.substr(0, kModelPrefix.size()) == kModelPrefix && path.size() > kModelPrefix.size()) return PageKind::model;
-  return PageKind::none;
+  for (const PageRow& row : kPages) {
+    if (row.path != path) continue;
+    const bool served = row.for_operators ? metrics_only || server.metrics_listen.empty() : !metrics_only;
+    return served ? row.kind : PageKind::none;
+  }
+  const bool is_model = path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size();
+  return is_model && !metrics_only ? PageKind::model : PageKind::none;
 }
 
 constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
-
-namespace detail {
-
-// Takes as long for a near miss as for a far one; only the length shows.
-inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
-  if (a.size() != b.size()) return false;
-  unsigned difference = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i]);
-  }
-  return difference == 0;
-}
-
-}  // namespace detail
-
-// Whether the request bears one of the configured keys (RFC 6750 2.1), or none are configured.
-inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
-  if (server.api_keys.empty()) return true;
-  const FieldRow* row = find_field(*head.fields, Field::authorization);
-  if (row == nullptr) return false;
-  const std::string_view value = value_of(head.base, *row);
-  if (!starts_with_ignoring_case(value, "bearer ")) return false;
-  const std::string_view key = trim_blanks(value.substr(7));
-  bool known = false;
-  for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
-  return known;
-}
-
-// Whether a Via field names this very process: a backend of ours leads back to us.
-inline bool came_round(const HeadView& head, std::string_view instance) {
-  for (const FieldRow& row : *head.fields) {
-    if (row.field == Field::via && value_of(head.base, row).find(instance) != std::string_view::npos) return true;
-  }
-  return false;
-}
 
 namespace detail {
 
@@ -177,10 +153,10 @@ template <class Net>
 class BuiltinPages {
  public:
   using SessionT = Session<Net>;
-  using State = typename SessionT::State;
+  using State = SessionState;
+  using Context = WorkerContext<Net>;
 
-  BuiltinPages(WorkerContext<Net>& core, Ns process_started_ns)
-      : context_(core), process_started_ns_(process_started_ns) {}
+  BuiltinPages(Context& context, Ns process_started_ns) : context_(context), process_started_ns_(process_started_ns) {}
   BuiltinPages(const BuiltinPages&) = delete;
   BuiltinPages& operator=(const BuiltinPages&) = delete;
 
@@ -227,7 +203,7 @@ class BuiltinPages {
     try {
       context_.take_request_id(nullptr, nullptr, session.request_id);
     } catch (const std::bad_alloc&) {
-      // then it bears none
+      // the response has no id
     }
     OwnResponse answer;
     answer.request_id = session.request_id;
@@ -237,16 +213,18 @@ class BuiltinPages {
     write(session, context_.text);
   }
 
-  // For a connection that is one too many.
+  // Refuses a connection over max_connections. Best effort: no session holds what the kernel does not take.
   [[gnu::cold]] void turn_away(typename Net::Socket socket) {
     context_.text.clear();
-    OwnResponse answer;
-    answer.keep_alive = false;
-    append_own_error(context_.text, ApiError::too_many_connections, {}, answer, true);
-    iovec part{context_.text.data(), context_.text.size()};
-    context_.net.write(socket, std::span(&part, 1));  // best effort: there is no session to hold what is left
-    context_.net.shut_write(socket);
-    context_.net.close(socket);
+    OwnResponse response;
+    response.keep_alive = false;
+    append_own_error(context_.text, ApiError::too_many_connections, {}, response, true);
+    Connection<Net> connection;
+    connection.attach(socket);
+    const iovec part{context_.text.data(), context_.text.size()};
+    connection.write_some(context_.net, std::span(&part, 1));
+    connection.finish(context_.net);
+    connection.close(context_.net);
   }
 
   // The page that the session waits for is here.
@@ -285,7 +263,7 @@ class BuiltinPages {
       if (share_end > head_bytes + at) {
         parts[count++] = {const_cast<char*>(session.page->data()) + at, share_end - head_bytes - at};
       }
-      const IoResult result = context_.net.write(session.connection.socket(), std::span(parts.data(), count));
+      const IoResult result = session.connection.write_some(context_.net, std::span(parts.data(), count));
       if (!result.ok()) return result.kind == IoResult::Kind::again ? Sent::waits : Sent::failed;
       session.page_sent += result.bytes;
       arm_write_deadline(session);
@@ -356,7 +334,7 @@ class BuiltinPages {
     arm(session, deadline_after(context_.now, context_.settings().server.write_timeout_ns));
   }
 
-  WorkerContext<Net>& context_;
+  Context& context_;
   Ns process_started_ns_;
 };
 

@@ -1,12 +1,15 @@
 // session.h
-// Owns:     one client connection's state between and during requests: its input, its request's head, its exchange.
-// Promises: plain data with the invariants written beside it; it holds no block while idle.
-// Leaves:   driving it to worker.h.
+// Owns:     the state of one client connection: its input, the head of its request, its exchange or page.
+// Promises: plain data; an idle session holds no block of memory.
+// Leaves:   driving it to session_driver.h.
 // Threads:  its worker's.
+// Tested by: tests/worker_test.cpp, tests/sim, tests/hostile
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "nexus/base/text_buffer.h"
 #include "nexus/proxy/exchange.h"
@@ -16,53 +19,69 @@ namespace nexus {
 
 constexpr std::uint8_t kSessionKind = 2;  // of a Handle
 
+enum class SessionState : std::uint8_t {
+  reading_head,  // between requests too; then `input` is empty
+  reading_body,
+  exchanging,    // the exchange decides
+  waiting_page,  // the control thread renders
+  sending_page,
+  answering,  // a response of our own waits for the kernel
+  lingering,  // our FIN is sent; bytes still received are dropped, so that no reset destroys our response
+};
+
+inline constexpr std::array<std::string_view, 7> kSessionStateNames{
+    "reading_head", "reading_body", "exchanging", "waiting_page", "sending_page", "answering", "lingering"};
+
+constexpr std::string_view to_string(SessionState state) { return kSessionStateNames[static_cast<std::size_t>(state)]; }
+
+// True if a session that waits in `session` may have an exchange in `exchange`.
+constexpr bool may_wait(SessionState session, ExchangeState exchange) {
+  using enum ExchangeState;
+  switch (session) {
+    case SessionState::reading_body: return exchange == reading;
+    case SessionState::exchanging:
+      return exchange == queued || exchange == connecting || exchange == sending || exchange == awaiting ||
+             exchange == streaming || exchange == finishing || exchange == counting;
+    default: return exchange == idle;
+  }
+}
+
 template <class Net>
 struct Session {
-  enum class State : std::uint8_t {
-    reading_head,  // between requests too: then `input` is empty
-    reading_body,
-    exchanging,    // the exchange decides
-    waiting_page,  // the control thread renders
-    sending_page,
-    answering,  // an answer of our own waits for the kernel
-    lingering,  // our FIN is sent; what the client still sends is read away, so that no reset eats our answer
-  };
-
-  Session(Handle token_in, WorkerContext<Net>& core, UpstreamPool<Net>& pool, typename Net::Socket socket,
-          const Address& peer, bool metrics_only_in)
-      : token(token_in),
-        connection(socket),
+  Session(Handle handle_in, WorkerContext<Net>& context, UpstreamPool<Net>& pool, const Address& peer,
+          bool metrics_only_in)
+      : handle(handle_in),
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
-        timer(token_in),
-        body(core),
-        exchange(token_in, core, pool, connection) {}
+        timer(handle_in),
+        body(context),
+        exchange(handle_in, context, pool, connection) {}
 
-  Handle token;
+  Handle handle;
   Connection<Net> connection;
   std::string client_name;
-  bool metrics_only;   // it came in on metrics_listen
-  bool asked = false;  // a request came on it
-  State state = State::reading_head;
+  bool metrics_only;   // accepted on metrics_listen
+  bool asked = false;  // a request has come on it
+  SessionState state = SessionState::reading_head;
   Timer timer;
 
-  Buffer input;            // the head and body of the request in hand, and what was pipelined behind it
-  std::size_t parsed = 0;  // of `input`, bytes that the head's reader has seen
+  Buffer input;            // the head and body of the current request, and bytes pipelined behind it
+  std::size_t parsed = 0;  // bytes of `input` that the head's reader has seen
   bool head_started = false;
   bool line_skipped = false;  // one empty line before a request line is allowed (RFC 9112 2.2)
   RequestReader reader;
-  typename ObjectPool<FieldTable>::Lease fields;  // while a request is in hand
+  ObjectPool<FieldTable>::Lease fields;  // while there is a request
   RequestHead head;
 
   RequestBody<Net> body;
-  bool request_released = false;  // head and body are gone from `input`: the answer is on its way
+  bool request_released = false;  // head and body are gone from `input`: the response is on its way
 
-  bool keep_alive = true;  // of an answer of our own
-  std::string request_id;  // the same
+  bool keep_alive = true;  // after a response of our own
+  std::string request_id;  // of such a response
   std::shared_ptr<const TextBuffer> page;
   std::string page_head;
-  std::size_t page_sent = 0;  // of page_head and page together
-  bool page_body = true;      // not for HEAD
+  std::size_t page_sent = 0;  // bytes of page_head and page together
+  bool page_body = true;      // false for HEAD
   std::size_t lingered_bytes = 0;
 
   Exchange<Net> exchange;

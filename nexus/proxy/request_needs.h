@@ -1,8 +1,9 @@
-// asked.h
-// Owns:     what a request's body asks of the fleet: a backend that can do this, or the refusal where it can't be had.
+// request_needs.h
+// Owns:     what a request's body needs of a backend, and the errors about a body or a model that can't be served.
 // Promises: pure functions over the body's facts and a snapshot.
-// Leaves:   reading the body to request_json.h, choosing to router.h, answering to exchange.h.
+// Leaves:   reading the body to api/request_json.h, choosing to candidate_picker.h, sending errors to exchange.h.
 // Threads:  any.
+// Tested by: tests/hostile, tests/e2e/routing.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -33,7 +34,7 @@ inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
 }
 
 // Of a body that can't be read: not for BodyError::none.
-inline ApiError refusal_of(BodyError error) {
+inline ApiError api_error_of(BodyError error) {
   switch (error) {
     case BodyError::none: break;
     case BodyError::not_json: return ApiError::bad_json;

@@ -1,8 +1,9 @@
-// tally.h
-// Owns:     what is known of a request when it is over: its metrics record, its times, what the access log says of it.
-// Promises: an overhead is told once, of the answer's first bytes; a duration ends when the kernel took the last one.
-// Leaves:   when to count it, and the names in the log's line, to exchange.h.
-// Threads:  parts of one exchange.
+// exchange_summary.h
+// Owns:     the facts about a request that are known when it is over: its metrics record, its times, its log entry.
+// Promises: the overhead is taken once, of the response's first bytes; the duration ends when the kernel took the last.
+// Leaves:   when to count it, and the names in its log entry, to exchange.h.
+// Threads:  a part of one exchange.
+// Tested by: tests/sim, tests/hostile
 #pragma once
 
 #include <cstdint>
@@ -12,25 +13,25 @@
 
 namespace nexus {
 
-struct Tally {
+struct ExchangeSummary {
   RequestRecord record;
   Ns started_ns = 0;
-  Ns complete_ns = 0;  // when its body was whole
+  Ns complete_ns = 0;  // when the request's body was complete
   Ns ended_ns = -1;    // when the kernel took the last byte
   bool overhead_noted = false;
   bool cut_short = false;
 
-  // The request was sent whole, to the first backend that was tried.
+  // The request was sent whole to the first backend.
   void note_request_sent(Ns sent_ns) { record.overhead_ns = sent_ns - complete_ns; }
 
-  // What came at `came_ns` of the answer went on at `sent_ns`; the first of it counts.
-  void note_answer_sent(Ns came_ns, Ns sent_ns) {
+  // Bytes of the response that were received at `received_ns` were sent on at `sent_ns`; the first call counts.
+  void note_response_sent(Ns received_ns, Ns sent_ns) {
     if (overhead_noted) return;
     overhead_noted = true;
-    if (record.overhead_ns >= 0) record.overhead_ns += sent_ns - came_ns;
+    if (record.overhead_ns >= 0) record.overhead_ns += sent_ns - received_ns;
   }
 
-  // The numbers of the log's line; `first_body_ns` is -1 where no body came.
+  // The numbers of the access log's line; `first_body_ns` is -1 if no body was received.
   AccessEntry access_entry(Ns first_body_ns, std::uint64_t sent_bytes) const {
     AccessEntry entry;
     entry.status = record.status;

@@ -1,0 +1,50 @@
+// client_keys.h
+// Owns:     the check of a client's API key, and of a request that comes back to the gateway that sent it.
+// Promises: keys are compared in constant time; only a key's length can be measured.
+// Leaves:   reading keys to config/parser.h, answering 401 and 508 to session_driver.h.
+// Threads:  any.
+// Tested by: tests/e2e/auth.test.mjs
+#pragma once
+
+#include <string_view>
+
+#include "nexus/config/settings.h"
+#include "nexus/http/head_writer.h"
+
+namespace nexus {
+
+namespace detail {
+
+inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
+  if (a.size() != b.size()) return false;
+  unsigned difference = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i]);
+  }
+  return difference == 0;
+}
+
+}  // namespace detail
+
+// True if the request has one of the configured keys (RFC 6750 2.1), or if none are configured.
+inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
+  if (server.api_keys.empty()) return true;
+  const FieldRow* row = find_field(*head.fields, Field::authorization);
+  if (row == nullptr) return false;
+  const std::string_view value = value_of(head.base, *row);
+  if (!starts_with_ignoring_case(value, "bearer ")) return false;
+  const std::string_view key = trim_blanks(value.substr(7));
+  bool known = false;
+  for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
+  return known;
+}
+
+// True if a Via field (RFC 9110 7.6.3) names this process: one of its backends forwards to it.
+inline bool is_loop(const HeadView& head, std::string_view instance) {
+  for (const FieldRow& row : *head.fields) {
+    if (row.field == Field::via && value_of(head.base, row).find(instance) != std::string_view::npos) return true;
+  }
+  return false;
+}
+
+}  // namespace nexus

@@ -1,0 +1,559 @@
+// session_driver.h
+// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the end.
+// Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a connection's
+//           memory is bounded; if memory runs out only the connection in hand ends, with an error response if none had
+//           begun.
+// Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of our
+//           own to builtin_pages.h.
+// Threads:  its worker's.
+// Tested by: tests/worker_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <functional>
+#include <new>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "nexus/api/endpoints.h"
+#include "nexus/server/acceptor.h"
+#include "nexus/server/builtin_pages.h"
+#include "nexus/server/client_keys.h"
+#include "nexus/server/session.h"
+
+namespace nexus {
+
+constexpr std::size_t kFirstReadBytes = 16u << 10;
+constexpr std::size_t kMostReadBytes = 128u << 10;  // still in the processor's cache when it is parsed
+// Before other sessions get their turn. A session may have a turn by an event and one by reschedule(): a quarter of a
+// megabyte in all, for which the most awkward JSON takes about 3 ms on a slow machine.
+constexpr std::uint32_t kClientReadsPerTurn = 1;
+constexpr std::size_t kMaxLingerBytes = 64u << 20;  // of a refused body: dropping it costs little
+constexpr Ns kLingerTime = 5 * kSecond;
+
+template <class Net>
+class SessionDriver {
+ public:
+  using Context = WorkerContext<Net>;
+  using SessionT = Session<Net>;
+  using State = SessionState;
+  // Asks the control thread for a page. False if there is no memory for the message.
+  using AskPage = std::function<bool(std::uint32_t worker, Handle session, PageKind kind)>;
+
+  // `ask_page` may be set until the first session is added.
+  SessionDriver(Context& context, Placement& placement, Acceptor<Net>& acceptor, const AskPage& ask_page,
+                Ns process_started)
+      : context_(context),
+        placement_(placement),
+        acceptor_(acceptor),
+        ask_page_(ask_page),
+        pool_(context),
+        sessions_(kSessionKind),
+        pages_(context, process_started) {}
+  SessionDriver(const SessionDriver&) = delete;
+  SessionDriver& operator=(const SessionDriver&) = delete;
+
+  UpstreamPool<Net>& pool() { return pool_; }
+  const UpstreamPool<Net>& pool() const { return pool_; }
+  std::size_t live() const { return sessions_.live(); }
+
+  // ---- events ----
+
+  // Takes over a connection that placement_ has counted for this worker.
+  [[gnu::cold]] void add(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+    SessionT* session = sessions_.make(context_, pool_, peer, metrics_only);
+    if (session == nullptr) {
+      context_.net.close(socket);
+    } else if (session->connection.adopt(context_.net, socket, session->handle) != SocketOutcome::ok) {
+      sessions_.destroy(session->handle);
+    } else {
+      context_.slab.add_client_connections(1);
+      return arm(*session, context_.settings().server.header_timeout_ns);
+    }
+    context_.slab.limit_hit(Limit::memory);
+    placement_.give_back(context_.worker);
+  }
+
+  // Refuses a connection over max_connections.
+  [[gnu::cold]] void turn_away(typename Net::Socket socket) { pages_.turn_away(socket); }
+
+  void on_event(const Event& event) {
+    with_session(event.token, [&](SessionT& session) { on_client(session, event); });
+  }
+
+  void on_upstream(const Event& event) {
+    Upstream<Net>* upstream = pool_.get(event.token);
+    if (upstream == nullptr) return;
+    if (upstream->owner.value == 0) return pool_.on_idle_event(*upstream, event);
+    with_session(upstream->owner, [&](SessionT& session) {
+      assert(session.state == State::exchanging);
+      session.exchange.on_upstream(event);
+      drive(session);
+    });
+  }
+
+  // The turn that reschedule() asked for.
+  void resume(Handle handle) {
+    with_session(handle, [&](SessionT& session) {
+      if (session.state == State::exchanging) session.exchange.resume();
+      drive(session);
+    });
+  }
+
+  void on_deadline(Handle handle) {
+    with_session(handle, [&](SessionT& session) { on_session_deadline(session); });
+  }
+
+  void on_grant(Handle handle) {
+    with_session(handle, [&](SessionT& session) {
+      if (session.state != State::exchanging) return;
+      session.exchange.on_grant();
+      drive(session);
+    });
+  }
+  // A grant's message was lost for want of memory: look at every session.
+  void look_for_grants() {
+    sessions_.each([this](SessionT& session) { on_grant(session.handle); });
+  }
+
+  // The page that a session waits for.
+  void on_page(Handle handle, std::shared_ptr<const TextBuffer> body, PageKind kind) {
+    with_session(handle, [&](SessionT& session) {
+      if (session.state != State::waiting_page) return;
+      pages_.begin_page(session, std::move(body), kind);
+      drive(session);
+    });
+  }
+
+  // ---- the end of a drain ----
+
+  // True if no client is waiting for a response. Called only while draining. A client that was accepted just before the
+  // drain may have sent a request that was not received yet; closing would reset it. `first_requests`: wait for those.
+  bool is_drained(bool first_requests) {
+    if (in_flight_ > 0) return false;
+    bool owed = false;
+    sessions_.each([&](SessionT& session) {
+      const bool coming = !session.asked || !session.input.empty();
+      owed |= session.state != State::reading_head || (coming && first_requests);
+    });
+    return !owed;
+  }
+
+  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A reset
+  // could destroy the response before.
+  void say_farewell(Ns span) {
+    sessions_.each([&](SessionT& session) {
+      if (begin_linger(session) != Step::over) arm(session, span);
+    });
+  }
+
+  [[gnu::cold]] void close_all() {
+    sessions_.each([this](SessionT& session) {
+      session.exchange.count_now();
+      client_gone(session);
+    });
+  }
+
+ private:
+  // Runs `work` for one session, if it is still there. Blocks and slots report a lack of memory as a value; strings and
+  // vectors on a request's way throw, and the session must go on from wherever that left it.
+  template <class Work>
+  void with_session(Handle handle, Work&& work) {
+    SessionT* session = sessions_.get(handle);
+    if (session == nullptr) return;
+    try {
+      work(*session);
+    } catch (const std::bad_alloc&) {
+      on_no_memory(handle);
+    }
+  }
+
+  // Answers 503 if that is still possible; else closes the connection.
+  [[gnu::cold]] void on_no_memory(Handle handle) {
+    SessionT* session = sessions_.get(handle);
+    if (session == nullptr) return context_.slab.limit_hit(Limit::memory);
+    try {
+      if (session->exchange.active()) {
+        session->state = State::exchanging;
+        session->exchange.on_no_memory();
+      } else {
+        context_.slab.limit_hit(Limit::memory);
+        const bool reading = session->state == State::reading_head;
+        // Nothing was asked, or nothing more can be said.
+        if (reading ? session->input.empty() : session->state != State::waiting_page) return client_gone(*session);
+        if (reading) {
+          pages_.refuse_head(*session, ApiError::out_of_memory);
+        } else {
+          pages_.answer_error(*session, ApiError::out_of_memory);
+        }
+      }
+      drive(*session);
+    } catch (const std::bad_alloc&) {
+      if ((session = sessions_.get(handle)) != nullptr) client_gone(*session);
+    }
+  }
+
+  void on_client(SessionT& session, const Event& event) {
+    session.connection.note(event);
+    if (event.writable && session.connection.pending() > 0 && !session.connection.flush(context_.net)) {
+      return client_gone(session);
+    }
+    if (session.state == State::exchanging) {
+      if (event.writable) session.exchange.resume();  // first: its last byte may just have gone
+      if (event.hangup && session.exchange.active()) return client_gone(session);
+    }
+    drive(session);
+  }
+
+  // ---- a session's course ----
+
+  // Runs steps until the session waits, or is over: then it is gone.
+  void drive(SessionT& session) {
+    std::uint32_t reads = 0;
+    Step next = Step::again;
+    while (next == Step::again) next = step(session, reads);
+    assert(next == Step::over || may_wait(session.state, session.exchange.state()));
+  }
+
+  Step step(SessionT& session, std::uint32_t& reads) {
+    switch (session.state) {
+      case State::reading_head: return parse_head(session) ? Step::again : read_more(session, reads);
+      case State::reading_body: return parse_body(session) ? Step::again : read_more(session, reads);
+      case State::exchanging: return follow_exchange(session);
+      case State::waiting_page: return Step::wait;
+      case State::sending_page: return send_page(session);
+      case State::answering: return session.connection.pending() > 0 ? Step::wait : end_answer(session);
+      case State::lingering: return linger(session);
+    }
+    return Step::over;
+  }
+
+  void arm(SessionT& session, Ns span) { arm_at(session, deadline_after(context_.now, span)); }
+  void arm_at(SessionT& session, Ns deadline) { context_.wheel.arm(session.timer, deadline); }
+
+  // Reads once into the session's input.
+  Step read_more(SessionT& session, std::uint32_t& reads) {
+    if (!session.connection.may_read()) return Step::wait;
+    if (++reads > kClientReadsPerTurn) {
+      context_.reschedule(session.handle);
+      return Step::wait;
+    }
+    const bool in_body = session.state == State::reading_body;
+    const std::size_t wanted = in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes,
+                                                                  context_.settings().server.max_body_bytes)
+                                       : kFirstReadBytes;
+    if ((session.input.room() == 0 || in_body) && !session.input.reserve(context_.blocks, wanted)) {
+      context_.slab.limit_hit(Limit::memory);
+      if (!session.exchange.active()) return close(session);
+      refuse_body(session, ApiError::out_of_memory);
+      return Step::again;
+    }
+    const std::size_t bytes = std::min(session.input.room(), kMostReadBytes);
+    const IoResult result = session.connection.read(context_.net, session.input.tail(), bytes);
+    if (result.ok()) session.input.commit(result.bytes);
+    if (result.ok() || result.kind == IoResult::Kind::again) return Step::again;
+    client_gone(session);
+    return Step::over;
+  }
+
+  Step send_page(SessionT& session) {
+    switch (pages_.send_page(session)) {
+      case BuiltinPages<Net>::Sent::whole: return Step::again;
+      case BuiltinPages<Net>::Sent::share: context_.reschedule(session.handle); return Step::wait;
+      case BuiltinPages<Net>::Sent::waits: return Step::wait;
+      case BuiltinPages<Net>::Sent::failed: break;
+    }
+    return close(session);
+  }
+
+  // ---- the head ----
+
+  // True if the state has changed; false if more bytes are needed. The same for parse_body().
+  bool parse_head(SessionT& session) {
+    skip_empty_line(session);
+    if (session.input.size() == session.parsed) return false;
+    const ServerSettings& server = context_.settings().server;
+    if (!session.head_started) {
+      session.fields = context_.tables.take();
+      if (!session.fields) {
+        context_.slab.limit_hit(Limit::memory);
+        return refuse_head(session, ApiError::out_of_memory);
+      }
+      session.head_started = true;
+      session.reader.start(session.fields.get());
+      arm_head_deadline(session);
+    }
+    session.parsed = session.input.size();
+    const HeadResult result = session.reader.feed(session.input.data(), session.parsed, session.head);
+    if (result.status == HeadResult::Status::failed) {
+      if (result.error == HeadError::too_many_fields) return refuse_large_head(session);
+      context_.slab.http_rejected(HttpRejection::malformed);
+      context_.log.event(LogLevel::debug, "malformed request", {{"client", session.client_name}, {"why", result.why}});
+      return refuse_head(session, ApiError::malformed);
+    }
+    if (result.status == HeadResult::Status::need_more) {
+      return session.parsed >= server.max_header_bytes && refuse_large_head(session);
+    }
+    if (result.head_bytes > server.max_header_bytes) return refuse_large_head(session);
+    on_head(session);
+    return true;
+  }
+
+  // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
+  void arm_head_deadline(SessionT& session) {
+    const Ns deadline = deadline_after(context_.now, context_.settings().server.header_timeout_ns);
+    if (!session.timer.armed() || deadline < session.timer.deadline()) arm_at(session, deadline);
+  }
+
+  void skip_empty_line(SessionT& session) {
+    if (session.head_started || session.line_skipped || session.input.empty()) return;
+    const std::string_view view = session.input.view();
+    if (view[0] != '\r') return;
+    if (view.size() == 1) {
+      session.parsed = 1;
+      return;
+    }
+    session.parsed = 0;
+    if (view[1] != '\n') return;
+    session.input.consume(2);
+    session.line_skipped = true;
+  }
+
+  [[gnu::cold]] bool refuse_large_head(SessionT& session) {
+    context_.slab.http_rejected(HttpRejection::header_too_large);
+    context_.slab.limit_hit(Limit::max_header);
+    return refuse_head(session, ApiError::header_too_large);
+  }
+
+  [[gnu::cold]] bool refuse_head(SessionT& session, ApiError error) {
+    pages_.refuse_head(session, error);
+    return true;
+  }
+
+  void on_head(SessionT& session) {
+    session.asked = true;
+    const char* base = session.input.data();
+    std::string_view path(base + session.head.target_at, session.head.target_bytes);
+    path = path.substr(0, path.find('?'));
+    if (!session.metrics_only) {
+      for (const Endpoint& endpoint : kEndpoints) {
+        if (path == endpoint.path) return on_endpoint(session, endpoint, base);
+      }
+    }
+    const auto page = pages_.answer(session, base, path);
+    if (!page || ask_page_(context_.worker, session.handle, *page)) return;
+    context_.slab.limit_hit(Limit::memory);
+    pages_.answer_error(session, ApiError::out_of_memory);
+  }
+
+  // ---- proxied endpoints ----
+
+  void on_endpoint(SessionT& session, const Endpoint& endpoint, const char* base) {
+    const RequestHead& head = session.head;
+    if (head.method != HTTP_POST) {
+      context_.take_request_id(base, session.fields.get(), session.request_id);
+      return pages_.answer_error(session, ApiError::method_not_allowed, "Allow: POST\r\n");
+    }
+    in_flight_ += 1;
+    session.state = State::exchanging;
+    session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
+    if (const auto error = error_of_head(session, base)) return session.exchange.refuse_unread(*error);
+    session.state = State::reading_body;
+    arm(session, context_.settings().server.body_timeout_ns);
+    const bool body_here = session.input.size() > head.head_bytes;
+    if (!head.expects_continue || body_here) return;
+    if (session.connection.write(context_.net, context_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
+    session.state = State::exchanging;
+    session.exchange.client_failed();
+  }
+
+  // Errors that are known before the body is read.
+  std::optional<ApiError> error_of_head(SessionT& session, const char* base) {
+    const RequestHead& head = session.head;
+    const HeadView view{base, session.fields.get(), head.head_bytes};
+    const ServerSettings& server = context_.settings().server;
+    if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
+    if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
+    if (!is_authorized(server, view)) return ApiError::unauthorized;
+    if (context_.draining) return ApiError::draining;
+    if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
+    return session.body.begin(head, server.max_body_bytes);
+  }
+
+  bool parse_body(SessionT& session) {
+    const typename RequestBody<Net>::Step body =
+        session.body.read(session.head, session.input, context_.settings().server.max_body_bytes);
+    switch (body.status) {
+      case RequestBody<Net>::Status::need_more: return false;
+      case RequestBody<Net>::Status::whole: submit(session); break;
+      case RequestBody<Net>::Status::refused: refuse_body(session, body.refusal); break;
+    }
+    return true;
+  }
+
+  [[gnu::cold]] void refuse_body(SessionT& session, ApiError error) {
+    session.state = State::exchanging;
+    session.exchange.refuse_unread(error);
+  }
+
+  void submit(SessionT& session) {
+    session.state = State::exchanging;
+    // A FIN behind the request: a client that does not wait for the response has left.
+    if (session.connection.hangup()) return session.exchange.client_left();
+    RequestView view;
+    view.base = session.input.data();
+    view.head = &session.head;
+    view.fields = session.fields.get();
+    view.body = session.input.data() + session.head.head_bytes;
+    view.body_bytes = session.body.bytes();
+    view.pass_authorization = context_.settings().server.api_keys.empty();
+    session.exchange.submit(view, session.body.incremental());
+    session.body.end_incremental();
+  }
+
+  Step follow_exchange(SessionT& session) {
+    if (!session.exchange.active()) return end_exchange(session);
+    if (session.exchange.state() == ExchangeState::streaming) release_request(session);
+    arm_at(session, session.exchange.deadline());
+    return Step::wait;
+  }
+
+  Step end_exchange(SessionT& session) {
+    in_flight_ -= 1;
+    const bool keep_alive = session.exchange.keep_alive();
+    const bool cut = session.exchange.cut();
+    session.exchange.reset();
+    if (cut) {
+      session.connection.reset(context_.net);
+      return close(session);
+    }
+    if (!keep_alive) return begin_linger(session);
+    return next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
+  }
+
+  // The response has begun, so the request is not sent again: its memory is given back before what may be a long stream.
+  void release_request(SessionT& session) {
+    if (session.request_released) return;
+    session.request_released = true;
+    session.input.consume(session.head.head_bytes + session.body.bytes());
+    session.fields.give_back();
+    session.body.give_back();
+  }
+
+  Step end_answer(SessionT& session) {
+    if (session.connection.failed()) return close(session);
+    return session.keep_alive ? next_request(session, session.head.head_bytes) : begin_linger(session);
+  }
+
+  // ---- between requests, and the end ----
+
+  // Drops the current request (`bytes` of the input) and prepares for the next.
+  Step next_request(SessionT& session, std::size_t bytes) {
+    session.input.consume(bytes);
+    session.parsed = 0;
+    session.head_started = false;
+    session.line_skipped = false;
+    session.fields.give_back();
+    session.body.reset();
+    session.request_released = false;
+    session.keep_alive = true;
+    session.state = State::reading_head;
+    arm(session, context_.settings().server.idle_timeout_ns);
+    return Step::again;
+  }
+
+  // Sends our FIN; from here on received bytes are dropped, up to a bound.
+  [[gnu::cold]] Step begin_linger(SessionT& session) {
+    session.input.clear();
+    session.fields.give_back();
+    session.body.give_back();
+    session.parsed = 0;
+    session.lingered_bytes = 0;
+    if (session.connection.failed() || session.connection.hangup()) return close(session);
+    session.connection.finish(context_.net);
+    session.state = State::lingering;
+    arm(session, kLingerTime);
+    return Step::again;
+  }
+
+  [[gnu::cold]] Step linger(SessionT& session) {
+    char* scratch = context_.scratch();
+    while (scratch != nullptr && session.connection.may_read()) {
+      const IoResult result = session.connection.read(context_.net, scratch, context_.scratch_bytes());
+      if (result.kind == IoResult::Kind::again) break;
+      session.lingered_bytes += result.bytes;
+      if (!result.ok() || session.lingered_bytes > kMaxLingerBytes) return close(session);
+    }
+    return Step::wait;
+  }
+
+  // The client's connection ended or broke.
+  [[gnu::cold]] void client_gone(SessionT& session) {
+    if (session.exchange.active()) session.exchange.client_left();
+    if (session.exchange.active()) {  // not counted yet: there was no memory
+      session.state = State::exchanging;
+      return arm_at(session, session.exchange.deadline());
+    }
+    if (session.exchange.state() == ExchangeState::over) {
+      in_flight_ -= 1;
+      if (session.exchange.cut()) session.connection.reset(context_.net);
+      session.exchange.reset();
+    }
+    close(session);
+  }
+
+  [[gnu::cold]] Step close(SessionT& session) {
+    assert(!session.exchange.active());
+    session.connection.close(context_.net);
+    placement_.give_back(context_.worker);
+    context_.slab.add_client_connections(-1);
+    sessions_.destroy(session.handle);
+    acceptor_.resume();
+    return Step::over;
+  }
+
+  [[gnu::cold]] void on_session_deadline(SessionT& session) {
+    switch (session.state) {
+      case State::reading_head: return on_head_deadline(session);
+      case State::reading_body:
+        context_.slab.limit_hit(Limit::body_timeout);
+        refuse_body(session, ApiError::body_timeout);
+        break;
+      case State::exchanging: session.exchange.on_deadline(); break;
+      case State::waiting_page: pages_.answer_error(session, ApiError::metrics_unavailable); break;
+      case State::sending_page:
+      case State::answering:
+        context_.slab.limit_hit(Limit::write_timeout);
+        close(session);
+        return;
+      case State::lingering: close(session); return;
+    }
+    drive(session);
+  }
+
+  // An idle connection is closed; within a head, the client is told.
+  [[gnu::cold]] void on_head_deadline(SessionT& session) {
+    if (session.input.empty()) {
+      context_.slab.limit_hit(Limit::idle_timeout);
+      close(session);
+      return;
+    }
+    context_.slab.http_rejected(HttpRejection::header_timeout);
+    context_.slab.limit_hit(Limit::header_timeout);
+    refuse_head(session, ApiError::header_timeout);
+    drive(session);
+  }
+
+  Context& context_;
+  Placement& placement_;
+  Acceptor<Net>& acceptor_;
+  const AskPage& ask_page_;
+  UpstreamPool<Net> pool_;
+  SlotMap<SessionT> sessions_;
+  BuiltinPages<Net> pages_;
+  std::size_t in_flight_ = 0;  // exchanges
+};
+
+}  // namespace nexus
