@@ -247,7 +247,8 @@ TEST_CASE("a connection keeps what its kernel buffer does not take, in order") {
   loop.connect();
   std::string sent;
   {
-    Connection<EpollNet> connection(loop.client);
+    Connection<EpollNet> connection;
+    connection.attach(loop.client);
     for (int i = 0; connection.pending() == 0 && i < 10'000; ++i) {
       std::string head = "<" + std::to_string(i) + ">", body(70'000, static_cast<char>('a' + i % 26));
       std::array parts{iovec{head.data(), head.size()}, iovec{body.data(), body.size()}};
@@ -272,7 +273,8 @@ TEST_CASE("a connection keeps what its kernel buffer does not take, in order") {
 TEST_CASE("a connection's short read ends its readable edge, and a hangup keeps it") {
   Loopback loop;
   loop.connect();
-  Connection<EpollNet> connection(loop.served);
+  Connection<EpollNet> connection;
+  connection.attach(loop.served);
   CHECK_FALSE(connection.may_read());
   loop.write(loop.client, "abc");
   const auto note = [&](const Event& event) {
@@ -303,7 +305,8 @@ TEST_CASE("a connection that failed stays failed and keeps nothing") {
   Loopback loop;
   BlockPool pool;
   loop.connect();
-  Connection<EpollNet> connection(loop.served);
+  Connection<EpollNet> connection;
+  connection.attach(loop.served);
   loop.net.reset(loop.client);
   REQUIRE(loop.await(2, [](const Event& event) { return event.hangup; }));
   CHECK_FALSE(connection.write(loop.net, pool, "x"));
@@ -312,6 +315,6 @@ TEST_CASE("a connection that failed stays failed and keeps nothing") {
   CHECK_FALSE(connection.flush(loop.net));
   CHECK(connection.pending() == 0);
   connection.close(loop.net);
-  CHECK_FALSE(connection.open());
+  CHECK_FALSE(connection.is_open());
   loop.served = Socket();  // closed already
 }

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 #include "nexus/metrics/slab.h"
 #include "nexus/os/log.h"
@@ -14,12 +16,28 @@
 namespace nexus {
 
 struct ExchangeSummary {
+  // The request, from its head and body.
+  std::string_view path;
+  std::string_view client_name;
+  std::string request_id;
+  std::string model;  // as the client asked for it
+
   RequestRecord record;
   Ns started_ns = 0;
   Ns complete_ns = 0;  // when the request's body was complete
   Ns ended_ns = -1;    // when the kernel took the last byte
   bool overhead_noted = false;
   bool cut_short = false;
+
+  // Prepares for the next request, and keeps the memory of the strings.
+  void reset() {
+    request_id.clear();
+    model.clear();
+    record = RequestRecord{};
+    started_ns = complete_ns = 0;
+    ended_ns = -1;
+    overhead_noted = cut_short = false;
+  }
 
   // The request was sent whole to the first backend.
   void note_request_sent(Ns sent_ns) { record.overhead_ns = sent_ns - complete_ns; }
@@ -31,9 +49,15 @@ struct ExchangeSummary {
     if (record.overhead_ns >= 0) record.overhead_ns += sent_ns - received_ns;
   }
 
-  // The numbers of the access log's line; `first_body_ns` is -1 if no body was received.
+  // The line of the access log, but for the backend. `first_body_ns` is -1 if no body was received.
   AccessEntry access_entry(Ns first_body_ns, std::uint64_t sent_bytes) const {
     AccessEntry entry;
+    entry.wall_ns = wall_now();
+    entry.request_id = request_id;
+    entry.client = client_name;
+    entry.method = "POST";
+    entry.path = path;
+    entry.model = model;
     entry.status = record.status;
     const ErrorType error = error_of(record);
     if (error != ErrorType::none) entry.error_type = name_of(error);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "nexus/api/errors.h"
+#include "nexus/api/incremental_json.h"
 #include "nexus/api/request_json.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
@@ -23,6 +24,13 @@ namespace nexus {
 constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kept for the log
 constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt's length
 constexpr std::size_t kListedModelBytes = 1024;  // of names in the message about an unknown one
+
+// Reads the complete body; `incremental`: its reader, if the body was read while it came.
+inline BodyError read_body(JsonReader& json, IncrementalJson* incremental, const RequestView& request,
+                           bool find_messages, BodyFacts& facts) {
+  if (incremental == nullptr) return json.read_body(request.body, request.body_bytes, facts, find_messages);
+  return incremental->read(json, request.body, request.body_bytes, facts, find_messages);
+}
 
 inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
   RouteNeeds needs;

@@ -245,11 +245,9 @@ class BuiltinPages {
     arm_write_deadline(session);
   }
 
-  enum class Sent : std::uint8_t { whole, share, waits, failed };
-
-  // Writes what the kernel takes, straight from the rendered text, but no more than a share of it at once, so that
-  // others get their turn. Where all is written the state moves on.
-  Sent send_page(SessionT& session) {
+  // Sends what the kernel takes, straight from the rendered text, but at most kPageShareBytes, so that other sessions
+  // get their turn. `over`: the connection failed.
+  Step send_page(SessionT& session) {
     const std::size_t head_bytes = session.page_head.size();
     const std::size_t total = head_bytes + (session.page_body ? session.page->size() : 0);
     const std::size_t share_end = std::min(total, session.page_sent + kPageShareBytes);
@@ -264,14 +262,17 @@ class BuiltinPages {
         parts[count++] = {const_cast<char*>(session.page->data()) + at, share_end - head_bytes - at};
       }
       const IoResult result = session.connection.write_some(context_.net, std::span(parts.data(), count));
-      if (!result.ok()) return result.kind == IoResult::Kind::again ? Sent::waits : Sent::failed;
+      if (!result.ok()) return result.kind == IoResult::Kind::again ? Step::wait : Step::over;
       session.page_sent += result.bytes;
       arm_write_deadline(session);
     }
-    if (share_end < total) return Sent::share;
+    if (share_end < total) {
+      context_.reschedule(session.handle);
+      return Step::wait;
+    }
     session.page.reset();
     session.state = State::answering;
-    return Sent::whole;
+    return Step::again;
   }
 
  private:

@@ -14,6 +14,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/proxy/exchange.h"
 #include "nexus/proxy/request_body.h"
+#include "nexus/server/head_input.h"
 
 namespace nexus {
 
@@ -57,6 +58,39 @@ struct Session {
         body(context),
         exchange(handle_in, context, pool, connection) {}
 
+  // The request in `input`, for the exchange.
+  RequestView request(bool pass_authorization) {
+    RequestView view;
+    view.base = input.data();
+    view.head = &head;
+    view.fields = fields.get();
+    view.body = input.data() + head.head_bytes;
+    view.body_bytes = body.bytes();
+    view.pass_authorization = pass_authorization;
+    return view;
+  }
+
+  // The response has begun, so the request is not sent again: its memory is given back before what may be a long
+  // stream.
+  void release_request() {
+    if (request_released) return;
+    request_released = true;
+    input.consume(head.head_bytes + body.bytes());
+    fields.give_back();
+    body.give_back();
+  }
+
+  // Drops the current request (`bytes` of the input) and prepares for the next.
+  void next_request(std::size_t bytes) {
+    input.consume(bytes);
+    head_input.reset();
+    fields.give_back();
+    body.reset();
+    request_released = false;
+    keep_alive = true;
+    state = SessionState::reading_head;
+  }
+
   Handle handle;
   Connection<Net> connection;
   std::string client_name;
@@ -65,11 +99,8 @@ struct Session {
   SessionState state = SessionState::reading_head;
   Timer timer;
 
-  Buffer input;            // the head and body of the current request, and bytes pipelined behind it
-  std::size_t parsed = 0;  // bytes of `input` that the head's reader has seen
-  bool head_started = false;
-  bool line_skipped = false;  // one empty line before a request line is allowed (RFC 9112 2.2)
-  RequestReader reader;
+  Buffer input;  // the head and body of the current request, and bytes pipelined behind it
+  HeadInput head_input;
   ObjectPool<FieldTable>::Lease fields;  // while there is a request
   RequestHead head;
 

@@ -1,9 +1,11 @@
 // session_driver.h
-// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the end.
-// Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a connection's
+// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the
+// end. Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a
+// connection's
 //           memory is bounded; if memory runs out only the connection in hand ends, with an error response if none had
 //           begun.
-// Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of our
+// Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of
+// our
 //           own to builtin_pages.h.
 // Threads:  its worker's.
 // Tested by: tests/worker_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
@@ -57,6 +59,7 @@ class SessionDriver {
 
   UpstreamPool<Net>& pool() { return pool_; }
   const UpstreamPool<Net>& pool() const { return pool_; }
+  BuiltinPages<Net>& pages() { return pages_; }
   std::size_t live() const { return sessions_.live(); }
 
   // ---- events ----
@@ -75,9 +78,6 @@ class SessionDriver {
     context_.slab.limit_hit(Limit::memory);
     placement_.give_back(context_.worker);
   }
-
-  // Refuses a connection over max_connections.
-  [[gnu::cold]] void turn_away(typename Net::Socket socket) { pages_.turn_away(socket); }
 
   void on_event(const Event& event) {
     with_session(event.token, [&](SessionT& session) { on_client(session, event); });
@@ -141,8 +141,8 @@ class SessionDriver {
     return !owed;
   }
 
-  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A reset
-  // could destroy the response before.
+  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A
+  // reset could destroy the response before.
   void say_farewell(Ns span) {
     sessions_.each([&](SessionT& session) {
       if (begin_linger(session) != Step::over) arm(session, span);
@@ -223,7 +223,10 @@ class SessionDriver {
       case State::reading_body: return parse_body(session) ? Step::again : read_more(session, reads);
       case State::exchanging: return follow_exchange(session);
       case State::waiting_page: return Step::wait;
-      case State::sending_page: return send_page(session);
+      case State::sending_page: {
+        const Step sent = pages_.send_page(session);
+        return sent == Step::over ? close(session) : sent;
+      }
       case State::answering: return session.connection.pending() > 0 ? Step::wait : end_answer(session);
       case State::lingering: return linger(session);
     }
@@ -258,46 +261,33 @@ class SessionDriver {
     return Step::over;
   }
 
-  Step send_page(SessionT& session) {
-    switch (pages_.send_page(session)) {
-      case BuiltinPages<Net>::Sent::whole: return Step::again;
-      case BuiltinPages<Net>::Sent::share: context_.reschedule(session.handle); return Step::wait;
-      case BuiltinPages<Net>::Sent::waits: return Step::wait;
-      case BuiltinPages<Net>::Sent::failed: break;
-    }
-    return close(session);
-  }
-
   // ---- the head ----
 
   // True if the state has changed; false if more bytes are needed. The same for parse_body().
   bool parse_head(SessionT& session) {
-    skip_empty_line(session);
-    if (session.input.size() == session.parsed) return false;
-    const ServerSettings& server = context_.settings().server;
-    if (!session.head_started) {
-      session.fields = context_.tables.take();
-      if (!session.fields) {
+    const bool was_started = session.head_input.started();
+    const HeadInput::Status status = session.head_input.read(session.input, context_.tables, session.fields,
+                                                             session.head, context_.settings().server.max_header_bytes);
+    if (!was_started && session.head_input.started()) arm_head_deadline(session);
+    switch (status) {
+      case HeadInput::Status::need_more: return false;
+      case HeadInput::Status::done: on_head(session); break;
+      case HeadInput::Status::out_of_memory:
         context_.slab.limit_hit(Limit::memory);
-        return refuse_head(session, ApiError::out_of_memory);
-      }
-      session.head_started = true;
-      session.reader.start(session.fields.get());
-      arm_head_deadline(session);
+        pages_.refuse_head(session, ApiError::out_of_memory);
+        break;
+      case HeadInput::Status::too_large:
+        context_.slab.http_rejected(HttpRejection::header_too_large);
+        context_.slab.limit_hit(Limit::max_header);
+        pages_.refuse_head(session, ApiError::header_too_large);
+        break;
+      case HeadInput::Status::malformed:
+        context_.slab.http_rejected(HttpRejection::malformed);
+        context_.log.event(LogLevel::debug, "malformed request",
+                           {{"client", session.client_name}, {"why", session.head_input.why()}});
+        pages_.refuse_head(session, ApiError::malformed);
+        break;
     }
-    session.parsed = session.input.size();
-    const HeadResult result = session.reader.feed(session.input.data(), session.parsed, session.head);
-    if (result.status == HeadResult::Status::failed) {
-      if (result.error == HeadError::too_many_fields) return refuse_large_head(session);
-      context_.slab.http_rejected(HttpRejection::malformed);
-      context_.log.event(LogLevel::debug, "malformed request", {{"client", session.client_name}, {"why", result.why}});
-      return refuse_head(session, ApiError::malformed);
-    }
-    if (result.status == HeadResult::Status::need_more) {
-      return session.parsed >= server.max_header_bytes && refuse_large_head(session);
-    }
-    if (result.head_bytes > server.max_header_bytes) return refuse_large_head(session);
-    on_head(session);
     return true;
   }
 
@@ -305,31 +295,6 @@ class SessionDriver {
   void arm_head_deadline(SessionT& session) {
     const Ns deadline = deadline_after(context_.now, context_.settings().server.header_timeout_ns);
     if (!session.timer.armed() || deadline < session.timer.deadline()) arm_at(session, deadline);
-  }
-
-  void skip_empty_line(SessionT& session) {
-    if (session.head_started || session.line_skipped || session.input.empty()) return;
-    const std::string_view view = session.input.view();
-    if (view[0] != '\r') return;
-    if (view.size() == 1) {
-      session.parsed = 1;
-      return;
-    }
-    session.parsed = 0;
-    if (view[1] != '\n') return;
-    session.input.consume(2);
-    session.line_skipped = true;
-  }
-
-  [[gnu::cold]] bool refuse_large_head(SessionT& session) {
-    context_.slab.http_rejected(HttpRejection::header_too_large);
-    context_.slab.limit_hit(Limit::max_header);
-    return refuse_head(session, ApiError::header_too_large);
-  }
-
-  [[gnu::cold]] bool refuse_head(SessionT& session, ApiError error) {
-    pages_.refuse_head(session, error);
-    return true;
   }
 
   void on_head(SessionT& session) {
@@ -402,20 +367,13 @@ class SessionDriver {
     session.state = State::exchanging;
     // A FIN behind the request: a client that does not wait for the response has left.
     if (session.connection.hangup()) return session.exchange.client_left();
-    RequestView view;
-    view.base = session.input.data();
-    view.head = &session.head;
-    view.fields = session.fields.get();
-    view.body = session.input.data() + session.head.head_bytes;
-    view.body_bytes = session.body.bytes();
-    view.pass_authorization = context_.settings().server.api_keys.empty();
-    session.exchange.submit(view, session.body.incremental());
+    session.exchange.submit(session.request(context_.settings().server.api_keys.empty()), session.body.incremental());
     session.body.end_incremental();
   }
 
   Step follow_exchange(SessionT& session) {
     if (!session.exchange.active()) return end_exchange(session);
-    if (session.exchange.state() == ExchangeState::streaming) release_request(session);
+    if (session.exchange.state() == ExchangeState::streaming) session.release_request();
     arm_at(session, session.exchange.deadline());
     return Step::wait;
   }
@@ -433,15 +391,6 @@ class SessionDriver {
     return next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
   }
 
-  // The response has begun, so the request is not sent again: its memory is given back before what may be a long stream.
-  void release_request(SessionT& session) {
-    if (session.request_released) return;
-    session.request_released = true;
-    session.input.consume(session.head.head_bytes + session.body.bytes());
-    session.fields.give_back();
-    session.body.give_back();
-  }
-
   Step end_answer(SessionT& session) {
     if (session.connection.failed()) return close(session);
     return session.keep_alive ? next_request(session, session.head.head_bytes) : begin_linger(session);
@@ -451,15 +400,7 @@ class SessionDriver {
 
   // Drops the current request (`bytes` of the input) and prepares for the next.
   Step next_request(SessionT& session, std::size_t bytes) {
-    session.input.consume(bytes);
-    session.parsed = 0;
-    session.head_started = false;
-    session.line_skipped = false;
-    session.fields.give_back();
-    session.body.reset();
-    session.request_released = false;
-    session.keep_alive = true;
-    session.state = State::reading_head;
+    session.next_request(bytes);
     arm(session, context_.settings().server.idle_timeout_ns);
     return Step::again;
   }
@@ -469,7 +410,6 @@ class SessionDriver {
     session.input.clear();
     session.fields.give_back();
     session.body.give_back();
-    session.parsed = 0;
     session.lingered_bytes = 0;
     if (session.connection.failed() || session.connection.hangup()) return close(session);
     session.connection.finish(context_.net);
@@ -516,7 +456,16 @@ class SessionDriver {
 
   [[gnu::cold]] void on_session_deadline(SessionT& session) {
     switch (session.state) {
-      case State::reading_head: return on_head_deadline(session);
+      case State::reading_head:
+        if (session.input.empty()) {  // idle between requests
+          context_.slab.limit_hit(Limit::idle_timeout);
+          close(session);
+          return;
+        }
+        context_.slab.http_rejected(HttpRejection::header_timeout);
+        context_.slab.limit_hit(Limit::header_timeout);
+        pages_.refuse_head(session, ApiError::header_timeout);
+        break;
       case State::reading_body:
         context_.slab.limit_hit(Limit::body_timeout);
         refuse_body(session, ApiError::body_timeout);
@@ -530,19 +479,6 @@ class SessionDriver {
         return;
       case State::lingering: close(session); return;
     }
-    drive(session);
-  }
-
-  // An idle connection is closed; within a head, the client is told.
-  [[gnu::cold]] void on_head_deadline(SessionT& session) {
-    if (session.input.empty()) {
-      context_.slab.limit_hit(Limit::idle_timeout);
-      close(session);
-      return;
-    }
-    context_.slab.http_rejected(HttpRejection::header_timeout);
-    context_.slab.limit_hit(Limit::header_timeout);
-    refuse_head(session, ApiError::header_timeout);
     drive(session);
   }
 

@@ -191,7 +191,7 @@ class Worker {
     const auto worker = peers_.placement.take(context_.worker, context_.settings().server.max_connections);
     if (!worker) {
       context_.slab.limit_hit(Limit::max_connections);
-      return sessions_.turn_away(socket);
+      return sessions_.pages().turn_away(socket);
     }
     if (*worker != context_.worker) {
       const Posted posted = peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});

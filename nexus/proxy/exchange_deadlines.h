@@ -1,0 +1,94 @@
+// exchange_deadlines.h
+// Owns:     the time limits of one exchange: of its state, of the whole request, of the queue, of the client's reading.
+// Promises: entering a state sets the deadline that belongs to it; a client's time starts anew only if it took bytes.
+// Leaves:   what a passed deadline means to exchange.h.
+// Threads:  a part of one exchange.
+// Tested by: tests/sim, tests/e2e/limits.test.mjs
+#pragma once
+
+#include <algorithm>
+
+#include "nexus/proxy/exchange_state.h"
+#include "nexus/proxy/response.h"
+
+namespace nexus {
+
+constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued request re-checks ejected backends
+constexpr Ns kCountRetry = 100 * kMillisecond;      // after there was no memory to count a request
+
+template <class Net>
+class ExchangeDeadlines {
+ public:
+  using Context = WorkerContext<Net>;
+
+  ExchangeDeadlines(Context& context, ClientResponse<Net>& client) : context_(context), client_(client) {}
+  ExchangeDeadlines(const ExchangeDeadlines&) = delete;
+  ExchangeDeadlines& operator=(const ExchangeDeadlines&) = delete;
+
+  // `settings` of the snapshot that the exchange uses; they outlive it.
+  void open(const Settings& settings) { settings_ = &settings; }
+  void reset() { state_ = request_ = queue_ = write_ = kNever; }
+
+  Ns next() const { return std::min(state_, request_); }
+  bool request_expired() const { return context_.now >= request_; }
+  bool queue_expired() const { return context_.now >= std::min(queue_, request_); }
+  bool state_pending() const { return state_ != kNever && context_.now < state_; }
+
+  // The [upstream] request_timeout starts, if there is one.
+  void arm_request() {
+    const Ns limit = context_.settings().upstream.request_timeout_ns;
+    if (limit > 0) request_ = after(limit);
+  }
+
+  void enter(ExchangeState state) {
+    state_ = kNever;
+    switch (state) {
+      case ExchangeState::connecting: state_ = after(settings_->upstream.connect_timeout_ns); break;
+      case ExchangeState::sending:
+      case ExchangeState::awaiting: arm_first_byte(); break;
+      case ExchangeState::streaming: arm_stall(); break;
+      case ExchangeState::finishing:
+        request_ = kNever;  // from here on only the client's own time counts
+        arm_write();
+        break;
+      case ExchangeState::counting: request_ = kNever; break;
+      default: break;
+    }
+  }
+
+  // However often a request is queued, it has one queue timeout, which starts with the first wait.
+  void arm_queue(bool recheck_ejected) {
+    if (queue_ == kNever) queue_ = after(settings_->queue.timeout_ns);
+    state_ = recheck_ejected ? std::min(queue_, context_.now + kRecheckEjected) : queue_;
+  }
+
+  void arm_first_byte() { state_ = after(settings_->upstream.first_byte_timeout_ns); }
+
+  // Time runs for the client while bytes wait for it, else for the backend.
+  void arm_stall() {
+    if (client_.waits()) return arm_write();
+    client_.forget_waiting();
+    state_ = after(settings_->upstream.stall_timeout_ns);
+  }
+
+  void arm_write() {
+    if (client_.has_moved()) write_ = after(context_.settings().server.write_timeout_ns);
+    state_ = write_;
+  }
+
+  void arm_count_retry() { state_ = context_.now + kCountRetry; }
+  void expire_state() { state_ = kNever; }
+
+ private:
+  Ns after(Ns span) const { return deadline_after(context_.now, span); }
+
+  Context& context_;
+  ClientResponse<Net>& client_;
+  const Settings* settings_ = nullptr;
+  Ns state_ = kNever;
+  Ns request_ = kNever;
+  Ns queue_ = kNever;
+  Ns write_ = kNever;
+};
+
+}  // namespace nexus

@@ -1,0 +1,74 @@
+// head_input.h
+// Owns:     how far the head of a session's next request has been read.
+// Promises: each byte is parsed once, however the head is cut; one empty line before the request line is skipped
+//           (RFC 9112 2.2); a head is at most `most_bytes` long.
+// Leaves:   the grammar to http/head_parser.h, time limits and errors to session_driver.h.
+// Threads:  a part of one session.
+// Tested by: tests/hostile_requests_test.cpp, tests/sim
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "nexus/base/buffer.h"
+#include "nexus/base/object_pool.h"
+#include "nexus/http/head_parser.h"
+
+namespace nexus {
+
+class HeadInput {
+ public:
+  enum class Status : std::uint8_t { need_more, done, malformed, too_large, out_of_memory };
+
+  bool started() const { return started_; }   // a first byte of the request line was seen
+  std::string_view why() const { return why_; }  // after `malformed`: a constant text
+
+  // Reads the bytes that are new in `input`; `fields` are taken from `tables` with the first of them.
+  Status read(Buffer& input, ObjectPool<FieldTable>& tables, ObjectPool<FieldTable>::Lease& fields, RequestHead& head,
+              std::size_t most_bytes) {
+    skip_empty_line(input);
+    if (input.size() == parsed_) return Status::need_more;
+    if (!started_) {
+      fields = tables.take();
+      if (!fields) return Status::out_of_memory;
+      started_ = true;
+      reader_.start(fields.get());
+    }
+    parsed_ = input.size();
+    const HeadResult result = reader_.feed(input.data(), parsed_, head);
+    switch (result.status) {
+      case HeadResult::Status::need_more: return parsed_ >= most_bytes ? Status::too_large : Status::need_more;
+      case HeadResult::Status::done: return result.head_bytes > most_bytes ? Status::too_large : Status::done;
+      case HeadResult::Status::failed: break;
+    }
+    why_ = result.why;
+    return result.error == HeadError::too_many_fields ? Status::too_large : Status::malformed;
+  }
+
+  // Prepares for the next request.
+  void reset() {
+    parsed_ = 0;
+    started_ = line_skipped_ = false;
+  }
+
+ private:
+  void skip_empty_line(Buffer& input) {
+    if (started_ || line_skipped_ || input.empty() || input.view()[0] != '\r') return;
+    if (input.size() == 1) {
+      parsed_ = 1;
+      return;
+    }
+    parsed_ = 0;
+    if (input.view()[1] != '\n') return;
+    input.consume(2);
+    line_skipped_ = true;
+  }
+
+  RequestReader reader_;
+  std::size_t parsed_ = 0;  // bytes of the input that the reader has seen
+  bool started_ = false;
+  bool line_skipped_ = false;
+  std::string_view why_;
+};
+
+}  // namespace nexus
