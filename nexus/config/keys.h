@@ -28,7 +28,8 @@ namespace nexus::config {
 // The number that `text` stands for, if it is in the range.
 using ScalarParser = std::optional<std::uint64_t>(std::string_view text, std::string_view range);
 
-// For a range `LEAST to MOST` or `0, or LEAST to MOST`, in the units that Parse reads. In another range nothing is.
+// For a range `LEAST to MOST` or `0, or LEAST to MOST`, in the units that Parse reads; a range of another form is
+// empty.
 template <auto Parse>
 constexpr std::optional<std::uint64_t> parse_ranged(std::string_view text, std::string_view range) {
   constexpr std::string_view zero = "0, or ", to = " to ";
@@ -46,14 +47,13 @@ constexpr std::optional<std::uint64_t> parse_ranged(std::string_view text, std::
 struct ValueKind {
   std::string_view words = "";  // between "expected " and the range
   ScalarParser* parse = [](std::string_view, std::string_view) { return std::optional<std::uint64_t>(0); };
-  bool ranged = false;
   bool repeats = false;   // the key may be given more than once
   bool free_key = false;  // the key is a name that the user chooses
 };
 
-constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>, true};
-constexpr ValueKind kSize{"a size (bytes, or with k, M, G), ", parse_ranged<parse_size>, true};
-constexpr ValueKind kDuration{"a duration (with ms, s, m, h), ", parse_ranged<parse_duration>, true};
+constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>};
+constexpr ValueKind kSize{"a size (bytes, or with k, M, G), ", parse_ranged<parse_size>};
+constexpr ValueKind kDuration{"a duration (with ms, s, m, h), ", parse_ranged<parse_duration>};
 constexpr ValueKind kYesNo{"", [](std::string_view text, std::string_view) { return parse_yes_no(text); }};
 constexpr ValueKind kChoice{"one of ", parse_choice};  // the range lists the words in the order of the enum
 constexpr ValueKind kListen{.repeats = true};
@@ -75,12 +75,14 @@ struct ConfigKey {
 
 // ---- storing
 
-// A value, not empty, on its way into Settings. The type of the field decides how the text is read; a text that is
-// unfit leaves a problem in words.
+// One value, not empty, while a row's lambda stores it. The type of the field selects the reader; if the text is unfit,
+// `problem` says why.
 struct Value {
   const ConfigKey& row;
   std::string_view key, text;  // as written
   bool repeated;               // this section had this key before
+  const ConfigEnvironment& env;
+  std::vector<ConfigError>& file_errors;  // in the file that the value names
   std::string problem;
 
   void refuse(std::string_view what) { problem = row.expectation() + ", not " + in_quotes(what); }
@@ -107,20 +109,22 @@ struct Value {
     }
   }
 
-  // No problem of a path quotes it: it may be a key that was pasted where its file's path belongs.
-  void check_path() {
+  void to_access(std::string& path) {
+    if (text != "off" && text != "stderr" && text.find('/') == std::string_view::npos) return refuse(text);
     if (text.size() > kMaxPathBytes) problem = "expected a path of at most " + std::to_string(kMaxPathBytes) + " bytes";
-  }
-  void check_variable() {
-    if (is_digit(text.front()) || !consists_of(text, "_")) problem = row.expectation();
-  }
-  void to(std::string& path) {
-    check_path();
     path = text;
   }
-  void to_access(std::string& field) {
-    if (text != "off" && text != "stderr" && text.find('/') == std::string_view::npos) return refuse(text);
-    to(field);
+
+  // No problem of these three quotes the text: it may be a key, pasted where its variable or file belongs.
+  void to_key_of_variable(std::string& backend_key) {
+    const bool is_name = !is_digit(text.front()) && consists_of(text, "_");
+    problem = is_name ? read_key_variable(env, text, backend_key) : row.expectation();
+  }
+  void to_key_of_file(std::string& backend_key) { problem = read_key_file(env, text, backend_key); }
+  void to(std::vector<ApiKey>& keys) {
+    std::string lines;
+    problem = read_text(env, text, lines);
+    if (problem.empty()) read_client_keys(lines, std::string(text), file_errors, keys);
   }
 
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
@@ -128,7 +132,7 @@ struct Value {
   void to(Capability& capability) { problem = read_capability(text, capability); }
   void to(std::vector<ContextLength>& lengths) { problem = read_context_lengths(text, lengths); }
   void to(std::vector<NamePair>& aliases) {
-    if (!is_model_name(text)) return void(problem = expected_model_name(text));
+    if (!is_model_name(text)) problem = expected_model_name(text);
     aliases.emplace_back(key, text);
   }
   void to(Fallbacks& fallbacks) {
@@ -160,7 +164,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.write_timeout_ns); }},
     {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.drain_timeout_ns); }},
     {"server", "metrics_listen", kListen, "", kListenText, [](S& s, V& v) { v.to(s.server.metrics_listen); }},
-    {"server", "api_keys_file", kText, "", "the path of a file", [](S& s, V& v) { v.to(s.server.api_keys_file); }},
+    {"server", "api_keys_file", kText, "", "the path of a file", [](S& s, V& v) { v.to(s.server.api_keys); }},
 
     {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h",
      [](S& s, V& v) { v.to(s.upstream.connect_timeout_ns); }},
@@ -211,8 +215,9 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"backend", "models", kText, "", "a comma-separated list of models",
      [](S& s, V& v) { v.to(s.backends.back().models); }},
     {"backend", "api_key_env", kText, "", "the name of an environment variable (letters, digits, _)",
-     [](S&, V& v) { v.check_variable(); }},
-    {"backend", "api_key_file", kText, "", "the path of a file", [](S&, V& v) { v.check_path(); }},
+     [](S& s, V& v) { v.to_key_of_variable(s.backends.back().api_key); }},
+    {"backend", "api_key_file", kText, "", "the path of a file",
+     [](S& s, V& v) { v.to_key_of_file(s.backends.back().api_key); }},
     {"backend", "max_pending", kNumber, "0", "0 to 1000000", [](S& s, V& v) { v.to(s.backends.back().max_pending); }},
     {"backend", "stream_usage", kChoice, "by_kind", "by_kind, ask, as_is",
      [](S& s, V& v) { v.to(s.backends.back().stream_usage); }},
@@ -229,7 +234,7 @@ constexpr bool every_default_is_in_range() {
     return row.default_text.empty() || row.kind.parse(row.default_text, row.range);
   });
 }
-static_assert(every_default_is_in_range());
+static_assert(every_default_is_in_range(), "a default outside of its range, or a range that does not parse");
 
 inline const ConfigKey* find_key(std::string_view section, std::string_view key) {
   for (const ConfigKey& row : kConfigKeys) {

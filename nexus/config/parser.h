@@ -1,6 +1,5 @@
 // parser.h
-// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it; reading its
-//           files, and the keys of clients and backends in them.
+// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it.
 // Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was expected.
 //           parse_config is pure over any bytes; no message holds a key's text. At most 100 errors are listed.
 // Leaves:   keys, ranges and defaults to keys.h; the syntax of values to values.h; comparing keys to worker.h.
@@ -12,15 +11,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
-#include <functional>
-#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -32,87 +29,13 @@
 
 namespace nexus {
 
-struct ConfigError {
-  std::string file;
-  int line = 0;  // from 1; 0: the file as a whole
-  std::string message;
-  std::string to_string() const { return file + ":" + std::to_string(line) + ": " + message; }
-};
-
 struct ConfigResult {
   Settings settings;  // to be used only if ok()
   std::vector<ConfigError> errors;
   bool ok() const { return errors.empty(); }
 };
 
-// Access to the system. A read_file that returns nothing leaves the reason in errno.
-struct ConfigEnvironment {
-  std::function<std::optional<std::string>(const std::string& name)> get_env;
-  std::function<std::optional<std::string>(const std::string& path)> read_file;
-};
-
 namespace config {
-
-// ---- files and lines
-
-// The whole text of a file of at most kMaxConfigFileBytes.
-inline std::optional<std::string> read_bounded_file(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return std::nullopt;
-  std::string text(kMaxConfigFileBytes + 1, '\0');
-  std::size_t bytes = 0;
-  ssize_t n = 0;
-  do {
-    n = ::read(fd, text.data() + bytes, text.size() - bytes);
-    if (n > 0) bytes += static_cast<std::size_t>(n);
-  } while (n > 0 || (n < 0 && errno == EINTR));
-  const int failure = n < 0 ? errno : bytes > kMaxConfigFileBytes ? EFBIG : 0;
-  close(fd);
-  errno = failure;
-  if (failure != 0) return std::nullopt;
-  text.resize(bytes);
-  return text;
-}
-
-// read_file with its failure in words.
-inline std::string read_text(const ConfigEnvironment& env, const std::string& path, std::string& text) {
-  errno = ENOENT;  // for a read_file that leaves no reason
-  auto read = env.read_file ? env.read_file(path) : std::nullopt;
-  if (!read) return "cannot read this file: " + std::generic_category().message(errno);
-  text = std::move(*read);
-  return {};
-}
-
-// The line without its comment and outer blanks. `#` opens a comment only at the start or after a blank, so that a key
-// or a path may hold one.
-constexpr std::string_view without_comment(std::string_view line) {
-  std::size_t end = line.find('#');
-  while (end != std::string_view::npos && end > 0 && !is_blank(line[end - 1])) end = line.find('#', end + 1);
-  return trim_blanks(line.substr(0, end));
-}
-
-constexpr std::string_view without_bom(std::string_view text) {
-  return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text;
-}
-
-// Takes the first line off `text`, without its LF or CRLF.
-constexpr std::string_view take_line(std::string_view& text) {
-  const std::size_t end = text.find('\n');
-  std::string_view line = text.substr(0, end);
-  text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
-  if (line.ends_with('\r')) line.remove_suffix(1);
-  return line;
-}
-
-// Calls `take` (number, text without comment) for each line that is not blank, until there are too many `errors`.
-template <class Take>
-void read_lines(std::string_view text, const std::vector<ConfigError>& errors, Take take) {
-  text = without_bom(text);
-  for (int number = 1; !text.empty() && errors.size() <= kMaxConfigErrors; ++number) {
-    const std::string_view line = without_comment(take_line(text));
-    if (!line.empty()) take(number, line);
-  }
-}
 
 // The index of the `=` between key and value. A model's name may hold a `=`: after a free key it is the first one that
 // has blanks around it, if any has.
@@ -125,53 +48,56 @@ constexpr std::size_t find_equals(std::string_view line, bool free_key) {
   return first;
 }
 
-// ---- secrets
-
-// A backend's key, as it goes after `Authorization: Bearer `.
-constexpr bool is_backend_key(std::string_view key) {
-  return !key.empty() && key.size() <= kMaxBackendKeyBytes && is_visible_ascii(key);
-}
-
-constexpr bool is_client_key(std::string_view key) {
-  return key.size() >= kMinClientKeyBytes && key.size() <= kMaxClientKeyBytes && is_visible_ascii(key);
-}
-
-// The key in a file: its first line, trimmed.
-constexpr std::string_view first_line_key(std::string_view text) {
-  text = without_bom(text);
-  return trim_blanks(take_line(text));
-}
-
-// Reads the lines `name key` of api_keys_file. No error quotes any part of a line: it may be a key.
-inline std::vector<ApiKey> parse_client_keys(std::string_view text, const std::string& file,
-                                             std::vector<ConfigError>& errors) {
-  std::vector<ApiKey> keys;
-  std::unordered_map<std::string_view, int> lines_of_names, lines_of_keys;  // views into the text
-  bool full = false;
-  read_lines(text, errors, [&](int number, std::string_view line) {
-    const auto report = [&](std::string message) { errors.push_back({file, number, std::move(message)}); };
-    const std::size_t blank = std::min(line.find_first_of(" \t"), line.size());
-    const std::string_view name = line.substr(0, blank), key = trim_blanks(line.substr(blank));
-    if (key.empty() || key.find_first_of(" \t") != std::string_view::npos) return report("expected `name key`");
-    if (!is_backend_name(name)) {
-      return report("expected a name of 1 to 64 letters, digits and . _ : - before the key");
+// How many insertions, removals and replacements make `a` into `b`; 99 if either is too long to be a key.
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  constexpr std::size_t longest = 64;
+  if (a.size() > longest || b.size() > longest) return 99;
+  std::array<std::size_t, longest + 1> row{};
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
     }
-    if (!is_client_key(key)) return report("expected a key of 8 to 512 visible ASCII characters");
-    if (keys.size() == kMaxClientKeys) {
-      if (!std::exchange(full, true)) report(at_most(kMaxClientKeys, "keys"));
-      return;
-    }
-    const auto [same_name, name_is_new] = lines_of_names.emplace(name, number);
-    if (!name_is_new) return report("this name is already used on line " + std::to_string(same_name->second));
-    const auto [same_key, key_is_new] = lines_of_keys.emplace(key, number);
-    if (!key_is_new) return report("this key is already used on line " + std::to_string(same_key->second));
-    keys.push_back({std::string(name), std::string(key)});
-  });
-  if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
-  return keys;
+  }
+  return row[b.size()];
 }
 
-// ---- the reader
+using Words = std::vector<std::string_view>;
+
+// `a, b, c`, each between `open` and `close`.
+inline std::string joined(const Words& words, std::string_view open, std::string_view close,
+                          std::string_view between = ", ") {
+  std::string result;
+  for (std::string_view word : words) {
+    if (!result.empty()) result += between;
+    result.append(open).append(word).append(close);
+  }
+  return result;
+}
+
+// For a word that is none of `words`: the one that was probably meant, or all of them, between `open` and `close`.
+inline std::string suggestion(std::string_view typed, const Words& words, std::string_view open,
+                              std::string_view close) {
+  Words meant;
+  std::size_t least = std::min<std::size_t>(3, (typed.size() + 1) / 2 + 1);  // short words are all near one another
+  for (std::string_view word : words) {
+    const std::size_t distance = edit_distance(typed, word);
+    if (distance < least) meant = {word};
+    least = std::min(least, distance);
+  }
+  if (meant.empty()) return "expected one of " + joined(words, open, close);
+  return "did you mean " + joined(meant, open, close) + "?";
+}
+
+inline std::string unknown_section_message(std::string_view word) {
+  Words names;
+  for (const ConfigKey& row : kConfigKeys) {
+    if (names.empty() || names.back() != row.section) names.push_back(row.section);
+  }
+  return "unknown section " + in_quotes(word) + "; " + suggestion(word, names, "[", "]");
+}
 
 inline std::string unknown_key_message(std::string_view section, std::string_view key) {
   Words keys, elsewhere;
@@ -183,6 +109,8 @@ inline std::string unknown_key_message(std::string_view section, std::string_vie
   if (!elsewhere.empty()) return unknown + "it belongs in " + joined(elsewhere, "[", "]", " or ");
   return unknown + suggestion(key, keys, "", "");
 }
+
+// ---- the reader
 
 // A key that was given, with its text as in the file.
 struct GivenKey {
@@ -206,26 +134,20 @@ struct Section {
   }
 };
 
-// One reading of one text. First the lines, then the relations between keys, then the keys in other files.
+// One reading of one text. First the lines, then the relations between keys.
 class ConfigReader {
  public:
   ConfigReader(std::string_view file, const ConfigEnvironment& env) : file_(file), env_(env) {
-    for (const ConfigKey& row : kConfigKeys) {
-      if (sections_.empty() || sections_.back().name != row.section) sections_.push_back({row.section, 0, {}});
-    }
+    for (const ConfigKey& row : kConfigKeys) sections_[row.section].name = row.section;
   }
 
   ConfigResult read(std::string_view text) {
-    read_lines(text, errors_, [this](int number, std::string_view line) {
-      line_ = number;
-      read_line(line);
-    });
+    read_lines(text, errors_, [this](int number, std::string_view line) { read_line(number, line); });
     leave_section();
     check_aliases();
     check_weights();
     check_body_memory();
     check_metrics_listen();
-    read_client_keys();
     return {std::move(settings_), all_errors()};
   }
 
@@ -236,16 +158,10 @@ class ConfigReader {
     report(what + " is repeated; the first is on line " + std::to_string(line));
   }
 
-  // nullptr if there is no such section in the table.
-  Section* find_section(std::string_view name) {
-    const auto found =
-        std::find_if(sections_.begin(), sections_.end(), [&](const Section& s) { return s.name == name; });
-    return found == sections_.end() ? nullptr : &*found;
-  }
-
   // ---- lines
 
-  void read_line(std::string_view line) {
+  void read_line(int number, std::string_view line) {
+    line_ = number;
     const bool is_header = line.front() == '[';
     if (is_header) leave_section();
     if (!is_plain_text(line)) return report("expected valid UTF-8 text without control characters");
@@ -269,27 +185,22 @@ class ConfigReader {
     const std::string_view inner = trim_blanks(line.substr(1, line.size() - 2));
     const std::size_t blank = std::min(inner.find_first_of(" \t"), inner.size());
     const std::string_view word = inner.substr(0, blank), name = trim_blanks(inner.substr(blank));
-    Section* const found = find_section(word);
-    if (!found) return report_unknown_section(word);
+    const auto found = sections_.find(word);
+    if (found == sections_.end()) return report(unknown_section_message(word));
+    Section& section = found->second;
     const std::string header = "[" + std::string(word) + "]";
     if (word == "backend") {
       open_backend(name);
-      *found = {word, line_, {}};
+      section = {found->first, line_, {}};
     } else if (!name.empty()) {
       return report(header + " takes no name; expected " + header);
-    } else if (found->line != 0) {
-      report_repeated(header, found->line);
+    } else if (section.line != 0) {
+      report_repeated(header, section.line);
     } else {
-      found->line = line_;
+      section.line = line_;
     }
-    section_ = found;
+    section_ = &section;
     skipping_ = false;
-  }
-
-  void report_unknown_section(std::string_view word) {
-    Words names;
-    for (const Section& section : sections_) names.push_back(section.name);
-    report("unknown section " + in_quotes(word) + "; " + suggestion(word, names, "[", "]"));
   }
 
   void open_backend(std::string_view name) {
@@ -316,7 +227,7 @@ class ConfigReader {
     if (is_free && !is_model_name(key)) return report(expected_model_name(key));
     const GivenKey* earlier = section_->find(key);
     if (earlier && !row->kind.repeats) return report_repeated(in_quotes(key), earlier->line);
-    Value value{*row, key, text, earlier != nullptr, text.empty() ? row->expectation() : ""};
+    Value value{*row, key, text, earlier != nullptr, env_, file_errors_, text.empty() ? row->expectation() : ""};
     if (!text.empty()) row->store(settings_, value);
     section_->keys.emplace(key, GivenKey{line_, text, value.problem.empty()});
     if (!value.problem.empty()) report((is_free ? in_quotes(key) : std::string(key)) + ": " + value.problem);
@@ -329,7 +240,7 @@ class ConfigReader {
 
   // Loops of more than kMaxAliasHops aliases are reported as too long.
   void check_aliases() {
-    const Section& given = *find_section("aliases");
+    const Section& given = sections_["aliases"];
     const std::unordered_map<std::string_view, std::string_view> targets(settings_.aliases.begin(),
                                                                          settings_.aliases.end());
     for (const auto& [name, model] : settings_.aliases) {
@@ -339,19 +250,16 @@ class ConfigReader {
         at = next->second;
         next = targets.find(at);
       }
-      if (at == name) {
-        report_at(given.line_of(name), "alias " + in_quotes(name) + " leads back to itself");
-      } else if (next != targets.end()) {
-        report_at(given.line_of(name), "alias " + in_quotes(name) + " leads through more than " +
-                                           std::to_string(kMaxAliasHops) + " aliases");
-      }
+      if (at != name && next == targets.end()) continue;
+      const std::string beyond = "through more than " + std::to_string(kMaxAliasHops) + " aliases";
+      report_at(given.line_of(name), "alias " + in_quotes(name) + " leads " + (at == name ? "back to itself" : beyond));
     }
   }
 
   void check_weights() {
     const RoutingSettings& routing = settings_.routing;
     if (routing.weight_priority + routing.weight_load + routing.weight_latency > 0) return;
-    const Section& given = *find_section("routing");
+    const Section& given = sections_["routing"];
     report_at(
         std::max({given.line_of("weight_priority"), given.line_of("weight_load"), given.line_of("weight_latency")}),
         "weight_priority, weight_load and weight_latency are all 0; expected one above 0");
@@ -365,7 +273,7 @@ class ConfigReader {
   }
 
   void check_body_memory() {
-    const Section& server = *find_section("server");
+    const Section& server = sections_["server"];
     const GivenKey* memory = server.find("body_memory");
     const GivenKey* body = server.find("max_body");
     const bool invalid = (memory && !memory->valid) || (body && !body->valid);
@@ -376,7 +284,7 @@ class ConfigReader {
 
   void check_metrics_listen() {
     const auto& listen = settings_.server.listen;
-    const auto [first, last] = find_section("server")->keys.equal_range("metrics_listen");
+    const auto [first, last] = sections_["server"].keys.equal_range("metrics_listen");
     for (auto given = first; given != last; ++given) {
       const auto address = parse_listen(given->second.value);
       if (!given->second.valid || !address || address->port == 0) continue;
@@ -385,60 +293,28 @@ class ConfigReader {
     }
   }
 
-  // ---- backends and keys
-
   void finish_backend(const Section& given) {
     const GivenKey* type = given.find("type");
-    if (!type || type->valid) {
-      const bool is_echo = settings_.backends.back().kind == BackendKind::echo;
-      const GivenKey* url = given.find("url");
-      const GivenKey* delay = given.find("token_delay");
-      if (is_echo && url) report_at(url->line, "url: an echo backend has none");
-      if (!is_echo && !url) report_at(given.line, "this backend needs a url, http://host[:port][/prefix]");
-      if (!is_echo && delay) report_at(delay->line, "token_delay: only an echo backend has one");
-    }
-    read_backend_key(given);
-  }
-
-  void read_backend_key(const Section& given) {
+    const GivenKey* url = given.find("url");
+    const GivenKey* delay = given.find("token_delay");
     const GivenKey* env = given.find("api_key_env");
     const GivenKey* file = given.find("api_key_file");
+    const bool is_echo = settings_.backends.back().kind == BackendKind::echo;
     if (env && file) {
       report_at(std::max(env->line, file->line), "expected either api_key_env (line " + std::to_string(env->line) +
                                                      ") or api_key_file (line " + std::to_string(file->line) + ")");
-    } else if (env && env->valid) {
-      const auto value = env_.get_env ? env_.get_env(std::string(env->value)) : std::nullopt;
-      if (!value || value->empty()) return report_at(env->line, "api_key_env: this variable is not set, or empty");
-      keep_backend_key("api_key_env", env->line, *value);
-    } else if (file && file->valid) {
-      std::string text;
-      const std::string problem = read_text(env_, std::string(file->value), text);
-      if (!problem.empty()) return report_at(file->line, "api_key_file: " + problem);
-      keep_backend_key("api_key_file", file->line, first_line_key(text));
     }
-  }
-
-  void keep_backend_key(const std::string& source, int line, std::string_view key) {
-    if (!is_backend_key(key)) {
-      return report_at(line, source + ": the key in it must be 1 to 4096 visible ASCII characters");
-    }
-    settings_.backends.back().api_key = key;
-  }
-
-  void read_client_keys() {
-    const GivenKey* given = find_section("server")->find("api_keys_file");
-    if (!given || !given->valid) return;
-    std::string text;
-    const std::string problem = read_text(env_, settings_.server.api_keys_file, text);
-    if (!problem.empty()) return report_at(given->line, "api_keys_file: " + problem);
-    settings_.server.api_keys = parse_client_keys(text, settings_.server.api_keys_file, key_errors_);
+    if (type && !type->valid) return;
+    if (is_echo && url) report_at(url->line, "url: an echo backend has none");
+    if (!is_echo && !url) report_at(given.line, "this backend needs a url, http://host[:port][/prefix]");
+    if (!is_echo && delay) report_at(delay->line, "token_delay: only an echo backend has one");
   }
 
   // nexus.conf's by line, then the key file's.
   std::vector<ConfigError> all_errors() {
     std::stable_sort(errors_.begin(), errors_.end(),
                      [](const ConfigError& a, const ConfigError& b) { return a.line < b.line; });
-    std::move(key_errors_.begin(), key_errors_.end(), std::back_inserter(errors_));
+    errors_.insert(errors_.end(), file_errors_.begin(), file_errors_.end());
     if (errors_.size() > kMaxConfigErrors) {
       errors_.resize(kMaxConfigErrors);
       const ConfigError& last = errors_.back();
@@ -450,15 +326,34 @@ class ConfigReader {
   std::string_view file_;
   const ConfigEnvironment& env_;
   Settings settings_;
-  std::vector<ConfigError> errors_;      // in nexus.conf
-  std::vector<ConfigError> key_errors_;  // in api_keys_file
+  std::vector<ConfigError> errors_;       // in nexus.conf
+  std::vector<ConfigError> file_errors_;  // in the file of api_keys_file
 
   int line_ = 0;
-  std::vector<Section> sections_;  // in the order of the table; [backend] holds the keys of the open [backend NAME]
-  Section* section_ = nullptr;     // of the next key; none before the first header
-  bool skipping_ = false;          // after an invalid header
+  std::unordered_map<std::string_view, Section> sections_;   // [backend] is that of the open [backend NAME]
+  Section* section_ = nullptr;                               // of the next key; none before the first header
+  bool skipping_ = false;                                    // after an invalid header
   std::unordered_map<std::string_view, int> backend_lines_;  // views into the text
 };
+
+// The whole text of a file of at most kMaxConfigFileBytes.
+inline std::optional<std::string> read_bounded_file(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return std::nullopt;
+  std::string text(kMaxConfigFileBytes + 1, '\0');
+  std::size_t bytes = 0;
+  ssize_t n = 0;
+  do {
+    n = ::read(fd, text.data() + bytes, text.size() - bytes);
+    if (n > 0) bytes += static_cast<std::size_t>(n);
+  } while (n > 0 || (n < 0 && errno == EINTR));
+  const int failure = n < 0 ? errno : bytes > kMaxConfigFileBytes ? EFBIG : 0;
+  close(fd);
+  errno = failure;
+  if (failure != 0) return std::nullopt;
+  text.resize(bytes);
+  return text;
+}
 
 }  // namespace config
 

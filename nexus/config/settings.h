@@ -83,8 +83,7 @@ struct ServerSettings {
   Ns write_timeout_ns = 60 * kSecond;  // until the client accepts a byte; then it is disconnected
   Ns drain_timeout_ns = 600 * kSecond;
   std::vector<HostPort> metrics_listen;  // empty: the built-in pages are on `listen`
-  std::string api_keys_file;
-  std::vector<ApiKey> api_keys;  // read from api_keys_file
+  std::vector<ApiKey> api_keys;          // of api_keys_file; empty: no key is required
 };
 
 struct UpstreamSettings {

@@ -1,7 +1,9 @@
 // values.h
-// Owns:     the syntax of one value in nexus.conf: numbers, sizes, durations, addresses, URLs, names, lists.
-// Promises: pure functions over any bytes: a value, or nothing (or a problem in words); no exception, no clock, no
-//           file; a problem with a URL never repeats it (it may hold a password).
+// Owns:     the syntax of one value in nexus.conf: numbers, sizes, durations, addresses, URLs, names, lists, and the
+//           secret keys in the files and variables that a value names.
+// Promises: pure functions over any bytes: a value, or nothing, or a problem in words; no exception, no clock; files
+// and
+//           variables through ConfigEnvironment only. No problem quotes a URL (it may hold a password) or a secret key.
 // Leaves:   keys, ranges and where a value is stored to keys.h; lines and sections to parser.h.
 // Threads:  any.
 // Tested by: tests/config_test.cpp, tests/fuzz/config.h
@@ -11,11 +13,15 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -23,6 +29,23 @@
 #include "nexus/base/clock.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
+
+namespace nexus {
+
+struct ConfigError {
+  std::string file;
+  int line = 0;  // from 1; 0: the file as a whole
+  std::string message;
+  std::string to_string() const { return file + ":" + std::to_string(line) + ": " + message; }
+};
+
+// Access to the system. A read_file that returns nothing leaves the reason in errno.
+struct ConfigEnvironment {
+  std::function<std::optional<std::string>(const std::string& name)> get_env;
+  std::function<std::optional<std::string>(const std::string& path)> read_file;
+};
+
+}  // namespace nexus
 
 namespace nexus::config {
 
@@ -67,54 +90,6 @@ inline std::string in_quotes(std::string_view text) {
 
 inline std::string at_most(std::size_t limit, std::string_view things) {
   return "expected at most " + std::to_string(limit) + " " + std::string(things);
-}
-
-// How many insertions, removals and replacements make `a` into `b`; 99 if either is too long to be a key.
-inline std::size_t edit_distance(std::string_view a, std::string_view b) {
-  constexpr std::size_t longest = 64;
-  if (a.size() > longest || b.size() > longest) return 99;
-  std::array<std::size_t, longest + 1> row{};
-  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = std::exchange(row[0], i);
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
-    }
-  }
-  return row[b.size()];
-}
-
-using Words = std::vector<std::string_view>;
-
-// The word of `words` that `typed` was probably meant to be; empty if none is near.
-inline std::string_view nearest(std::string_view typed, const Words& words) {
-  std::string_view best;
-  std::size_t least = std::min<std::size_t>(3, (typed.size() + 1) / 2 + 1);  // short words are all near one another
-  for (std::string_view word : words) {
-    const std::size_t distance = edit_distance(typed, word);
-    if (distance < least) best = word;
-    least = std::min(least, distance);
-  }
-  return best;
-}
-
-// `a, b, c`, each between `open` and `close`.
-inline std::string joined(const Words& words, std::string_view open, std::string_view close,
-                          std::string_view between = ", ") {
-  std::string result;
-  for (std::string_view word : words) {
-    if (!result.empty()) result += between;
-    result.append(open).append(word).append(close);
-  }
-  return result;
-}
-
-inline std::string suggestion(std::string_view typed, const Words& words, std::string_view open,
-                              std::string_view close) {
-  const std::string_view meant = nearest(typed, words);
-  if (meant.empty()) return "expected one of " + joined(words, open, close);
-  return "did you mean " + joined({meant}, open, close) + "?";
 }
 
 // ---- numbers
@@ -191,7 +166,6 @@ inline std::string expected_model_name(std::string_view name) {
 // Calls `take` (item → problem) for each item between commas, trimmed, until one is a problem; an empty item is one.
 template <class Take>
 std::string read_list(std::string_view list, Take take) {
-  if (list.empty()) return "expected a comma-separated list";
   bool more = true;
   for (std::size_t count = 0; more; ++count) {
     if (count == kMaxModelsPerList) return at_most(kMaxModelsPerList, "names in a list");
@@ -349,6 +323,99 @@ inline std::string parse_url(std::string_view text, BackendSettings& backend) {
   backend.address = std::move(*address);
   backend.base_path = base_path_of(path);
   return {};
+}
+
+// ---- files and lines
+
+// read_file with its failure in words.
+inline std::string read_text(const ConfigEnvironment& env, std::string_view path, std::string& text) {
+  errno = ENOENT;  // for a read_file that leaves no reason
+  auto read = env.read_file ? env.read_file(std::string(path)) : std::nullopt;
+  if (!read) return "cannot read this file: " + std::generic_category().message(errno);
+  text = std::move(*read);
+  return {};
+}
+
+// The line without its comment and outer blanks. `#` opens a comment only at the start or after a blank, so that a key
+// or a path may hold one.
+constexpr std::string_view without_comment(std::string_view line) {
+  std::size_t end = line.find('#');
+  while (end != std::string_view::npos && end > 0 && !is_blank(line[end - 1])) end = line.find('#', end + 1);
+  return trim_blanks(line.substr(0, end));
+}
+
+constexpr std::string_view without_bom(std::string_view text) {
+  return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text;
+}
+
+// Takes the first line off `text`, without its LF or CRLF.
+constexpr std::string_view take_line(std::string_view& text) {
+  const std::size_t end = text.find('\n');
+  std::string_view line = text.substr(0, end);
+  text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+  if (line.ends_with('\r')) line.remove_suffix(1);
+  return line;
+}
+
+// Calls `take` (number, text without comment) for each line that is not blank, until there are too many `errors`.
+template <class Take>
+void read_lines(std::string_view text, const std::vector<ConfigError>& errors, Take take) {
+  text = without_bom(text);
+  for (int number = 1; !text.empty() && errors.size() <= kMaxConfigErrors; ++number) {
+    const std::string_view line = without_comment(take_line(text));
+    if (!line.empty()) take(number, line);
+  }
+}
+
+// ---- secrets
+
+inline std::string check_backend_key(std::string_view key) {
+  const bool fits = !key.empty() && key.size() <= kMaxBackendKeyBytes && is_visible_ascii(key);
+  return fits ? "" : "the key in it must be 1 to 4096 visible ASCII characters";
+}
+
+// Reads a backend's key, as it goes after `Authorization: Bearer `, from an environment variable.
+inline std::string read_key_variable(const ConfigEnvironment& env, std::string_view name, std::string& key) {
+  key = env.get_env ? env.get_env(std::string(name)).value_or("") : "";
+  return key.empty() ? "this variable is not set, or empty" : check_backend_key(key);
+}
+
+// The same from the first line of a file.
+inline std::string read_key_file(const ConfigEnvironment& env, std::string_view path, std::string& key) {
+  std::string text;
+  if (std::string problem = read_text(env, path, text); !problem.empty()) return problem;
+  std::string_view rest = without_bom(text);
+  key = trim_blanks(take_line(rest));
+  return check_backend_key(key);
+}
+
+// Reads the lines `name key` of api_keys_file. No error quotes any part of a line: it may be a key.
+inline void read_client_keys(std::string_view text, const std::string& file, std::vector<ConfigError>& errors,
+                             std::vector<ApiKey>& keys) {
+  std::unordered_map<std::string_view, int> lines_of_names, lines_of_keys;  // views into the text
+  bool full = false;
+  read_lines(text, errors, [&](int number, std::string_view line) {
+    const auto report = [&](std::string message) { errors.push_back({file, number, std::move(message)}); };
+    const std::size_t blank = std::min(line.find_first_of(" \t"), line.size());
+    const std::string_view name = line.substr(0, blank), key = trim_blanks(line.substr(blank));
+    if (key.empty() || key.find_first_of(" \t") != std::string_view::npos) return report("expected `name key`");
+    if (!is_backend_name(name)) {
+      return report("expected a name of 1 to 64 letters, digits and . _ : - before the key");
+    }
+    if (key.size() < kMinClientKeyBytes || key.size() > kMaxClientKeyBytes || !is_visible_ascii(key)) {
+      return report("expected a key of 8 to 512 visible ASCII characters");
+    }
+    if (keys.size() == kMaxClientKeys) {
+      if (!std::exchange(full, true)) report(at_most(kMaxClientKeys, "keys"));
+      return;
+    }
+    const auto [same_name, name_is_new] = lines_of_names.emplace(name, number);
+    if (!name_is_new) return report("this name is already used on line " + std::to_string(same_name->second));
+    const auto [same_key, key_is_new] = lines_of_keys.emplace(key, number);
+    if (!key_is_new) return report("this key is already used on line " + std::to_string(same_key->second));
+    keys.push_back({std::string(name), std::string(key)});
+  });
+  if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
 }
 
 }  // namespace nexus::config
