@@ -548,7 +548,7 @@ TEST_CASE("all errors are listed, by line, up to a bound") {
   check_rows({{"[server]\nmax_body = 512M\nthreads = x\n[backend b]\n[log]\nlevel = loud",
                "n:2: body_memory = 256M (the default) must be at least max_body = 512M (line 2)\n"
                "n:3: threads: expected a number, 0 to 256, not 'x'\n"
-               "n:4: this backend needs a url, http://host[:port][/prefix]\n"
+               "n:4: url is missing; expected http://host[:port][/prefix]\n"
                "n:6: level: expected one of error, warning, info, debug, not 'loud'\n"}});
   for (std::size_t count : {99u, 100u, 101u, 5000u}) {
     std::string text;
@@ -639,7 +639,8 @@ TEST_CASE("body_memory holds at least one body, and the error names both lines")
 TEST_CASE("the weights may not all be 0") {
   const std::string zeros = "[routing]\nweight_latency = 0\nweight_load = 0\nweight_priority = ";
   check_rows({{zeros + "1", ""},
-              {zeros + "0", "n:4: weight_priority, weight_load and weight_latency are all 0; expected one above 0\n"}});
+              {zeros + "0",
+               "n:4: weight_priority, weight_load and weight_latency are all 0; at least one must be above 0\n"}});
 }
 
 TEST_CASE("a url is taken apart into address and prefix") {
@@ -743,12 +744,12 @@ TEST_CASE("a url that can't be served is refused in words, without repeating it"
 TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
   check_rows({
       {"[backend b]\ntype = echo", ""},
-      {"[backend b]\ntype = echo\nurl = http://h", "n:3: url: an echo backend has none\n"},
-      {"[backend b]\nurl = http://h\ntype = echo", "n:2: url: an echo backend has none\n"},
-      {"[backend b]\n\ntype = vllm", "n:1: this backend needs a url, http://host[:port][/prefix]\n"},
-      {"[backend b]", "n:1: this backend needs a url, http://host[:port][/prefix]\n"},
+      {"[backend b]\ntype = echo\nurl = http://h", "n:3: url: not allowed with type = echo\n"},
+      {"[backend b]\nurl = http://h\ntype = echo", "n:2: url: not allowed with type = echo\n"},
+      {"[backend b]\n\ntype = vllm", "n:1: url is missing; expected http://host[:port][/prefix]\n"},
+      {"[backend b]", "n:1: url is missing; expected http://host[:port][/prefix]\n"},
       {"[backend b]\nurl = ", "n:2: url: expected http://host[:port][/prefix]\n"},
-      {with_url("token_delay = 5ms"), "n:3: token_delay: only an echo backend has one\n"},
+      {with_url("token_delay = 5ms"), "n:3: token_delay: allowed with type = echo only\n"},
       {"[backend b]\ntype = ech",
        "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo, not 'ech'\n"},
   });
@@ -919,7 +920,7 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
            {"api_key_file = /bad", "n:3: api_key_file" + unfit},
            {"api_key_file = /nul", "n:3: api_key_file" + unfit},
            {"api_key_file = /good\napi_key_env = GOOD",
-            "n:4: expected either api_key_env (line 4) or api_key_file (line 3)\n"}}) {
+            "n:4: set either api_key_env (line 4) or api_key_file (line 3), not both\n"}}) {
     CAPTURE(row.first);
     CHECK_EQ(all_messages(parse_with(row.first)), row.second);
   }

@@ -262,7 +262,7 @@ class ConfigReader {
     const Section& given = sections_["routing"];
     report_at(
         std::max({given.line_of("weight_priority"), given.line_of("weight_load"), given.line_of("weight_latency")}),
-        "weight_priority, weight_load and weight_latency are all 0; expected one above 0");
+        "weight_priority, weight_load and weight_latency are all 0; at least one must be above 0");
   }
 
   // `key = value (line N)`, for a message about two keys.
@@ -301,13 +301,14 @@ class ConfigReader {
     const GivenKey* file = given.find("api_key_file");
     const bool is_echo = settings_.backends.back().kind == BackendKind::echo;
     if (env && file) {
-      report_at(std::max(env->line, file->line), "expected either api_key_env (line " + std::to_string(env->line) +
-                                                     ") or api_key_file (line " + std::to_string(file->line) + ")");
+      report_at(std::max(env->line, file->line), "set either api_key_env (line " + std::to_string(env->line) +
+                                                     ") or api_key_file (line " + std::to_string(file->line) +
+                                                     "), not both");
     }
     if (type && !type->valid) return;
-    if (is_echo && url) report_at(url->line, "url: an echo backend has none");
-    if (!is_echo && !url) report_at(given.line, "this backend needs a url, http://host[:port][/prefix]");
-    if (!is_echo && delay) report_at(delay->line, "token_delay: only an echo backend has one");
+    if (is_echo && url) report_at(url->line, "url: not allowed with type = echo");
+    if (!is_echo && !url) report_at(given.line, "url is missing; expected http://host[:port][/prefix]");
+    if (!is_echo && delay) report_at(delay->line, "token_delay: allowed with type = echo only");
   }
 
   // nexus.conf's by line, then the key file's.
