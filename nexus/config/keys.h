@@ -101,7 +101,7 @@ struct Value {
     if (!address) return refuse(text);
     if (!repeated) field.clear();
     if (address->port != 0 && std::find(field.begin(), field.end(), *address) != field.end()) {
-      problem = to_string(*address) + " is listed twice";
+      problem = address_text(*address) + " is listed twice";
     } else if (field.size() == kMaxListens) {
       problem = at_most(kMaxListens, "addresses");
     } else {

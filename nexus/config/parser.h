@@ -289,7 +289,7 @@ class ConfigReader {
       const auto address = parse_listen(given->second.value);
       if (!given->second.valid || !address || address->port == 0) continue;
       if (std::find(listen.begin(), listen.end(), *address) == listen.end()) continue;
-      report_at(given->second.line, "metrics_listen: " + to_string(*address) + " is already in listen");
+      report_at(given->second.line, "metrics_listen: " + address_text(*address) + " is already in listen");
     }
   }
 

@@ -50,12 +50,6 @@ struct HostPort {
   bool operator==(const HostPort&) const = default;
 };
 
-// `host:port` or `[v6]:port`.
-inline std::string to_string(const HostPort& address) {
-  const bool v6 = address.host.find(':') != std::string::npos;
-  return (v6 ? "[" + address.host + "]" : address.host) + ":" + std::to_string(address.port);
-}
-
 enum class BackendKind : std::uint8_t { ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo };
 enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least_pending };
 enum class LabelMode : std::uint8_t { sanitize, raw };
