@@ -920,6 +920,9 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
            {"api_key_file = /bad", "n:3: api_key_file" + unfit},
            {"api_key_file = /nul", "n:3: api_key_file" + unfit},
            {"api_key_file = /good\napi_key_env = GOOD",
+            "n:4: set either api_key_env (line 4) or api_key_file (line 3), not both\n"},
+           {"api_key_file = /none\napi_key_env = GOOD",
+            "n:3: api_key_file: cannot read this file: No such file or directory\n"
             "n:4: set either api_key_env (line 4) or api_key_file (line 3), not both\n"}}) {
     CAPTURE(row.first);
     CHECK_EQ(all_messages(parse_with(row.first)), row.second);
@@ -1026,6 +1029,10 @@ TEST_CASE("a file is read whole up to 1 MB, and what can't be read says why") {
   unlink(path);
   CHECK_EQ(all_messages(load_config(name, env)), name + ":0: cannot read this file: No such file or directory\n");
   CHECK_EQ(all_messages(load_config("/tmp", env)), "/tmp:0: cannot read this file: Is a directory\n");
+  const std::string long_path = "/" + std::string(4096, 'x');
+  CHECK_EQ(all_messages(load_config(long_path, env)), long_path + ":0: cannot read this file: File name too long\n");
+  CHECK_EQ(all_messages(parse_config("[server]\napi_keys_file = " + long_path, "n", env)),
+           "n:2: api_keys_file: cannot read this file: File name too long\n");
   CHECK_FALSE(env.get_env("NEXUS_CONFIG_TEST_UNSET"));
   CHECK_EQ(all_messages(load_config("/c", {})), "/c:0: cannot read this file: No such file or directory\n");
 }

@@ -16,11 +16,11 @@
 
 namespace nexus {
 
-constexpr std::uint32_t kMaxAliasHops = 3;  // aliases in a chain, from the name to the model
+constexpr std::uint32_t kMaxAliasHops = 3;  // aliases that a name may lead through
 
 namespace config {
 
-// The range of a key stands in its row in keys.h; these are the limits of everything else.
+// Limits of everything but the range of a key, which is in its row in keys.h.
 constexpr std::size_t kMaxConfigFileBytes = 1u << 20;  // nexus.conf and each key file; larger: the path is wrong
 constexpr std::size_t kMaxConfigErrors = 100;          // listed; a binary file must not flood the log
 constexpr std::size_t kMaxQuotedBytes = 60;            // of a value that an error quotes
