@@ -111,13 +111,13 @@ int check_fleet(const Options& options) {
 }
 
 int watch(const Options& options) {
-  const auto url = config::parse_url(options.url);
-  if (!url.ok()) {
-    std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), url.problem.c_str());
+  BackendSettings watched;
+  if (const std::string problem = config::parse_url(options.url, watched); !problem.empty()) {
+    std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), problem.c_str());
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
-  return run_top(url.value.address, url.value.base_path, options.url, process_variable("NEXUS_API_KEY").value_or(""));
+  return run_top(watched.address, watched.base_path, options.url, process_variable("NEXUS_API_KEY").value_or(""));
 }
 
 void print_demo(const std::string& address) {

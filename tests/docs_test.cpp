@@ -18,7 +18,8 @@
 
 namespace {
 
-using nexus::ConfigKey;
+using nexus::config::ConfigKey;
+using nexus::config::kConfigKeys;
 using SectionAndKey = std::pair<std::string, std::string>;
 
 std::string read_file(const char* path) {
@@ -45,7 +46,7 @@ std::string section_name(std::string_view title) {
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
 
-bool is_free(const ConfigKey& row) { return row.kind == nexus::config::ValueKind::free_key; }
+bool is_free(const ConfigKey& row) { return row.kind.free_key; }
 
 // What the manual says of each key: the text from its `.It Ic key` to the next item or section. A section of names of
 // the user's own ([aliases]) is one such text, under the empty key.
@@ -130,7 +131,7 @@ std::string errors_of(const nexus::ConfigResult& result) {
 
 TEST_CASE("every key of the parser is in nexus.conf(5), with its default, its range and an example") {
   const auto entries = manual_entries();
-  for (const ConfigKey& row : nexus::config_keys()) {
+  for (const ConfigKey& row : kConfigKeys) {
     CAPTURE(row.section);
     CAPTURE(row.key);
     const auto found = entries.find({std::string(row.section), is_free(row) ? "" : std::string(row.key)});
@@ -150,7 +151,7 @@ TEST_CASE("every key of nexus.conf(5) is one of the parser's") {
     CAPTURE(section);
     CAPTURE(key);
     bool known = false;
-    for (const ConfigKey& row : nexus::config_keys()) {
+    for (const ConfigKey& row : kConfigKeys) {
       known = known || (row.section == section && (key.empty() || row.key == key));
     }
     CHECK(known);
@@ -191,7 +192,7 @@ TEST_CASE("the whole configuration that nexus.conf(5) shows is one that the pars
 
 TEST_CASE("every key of the parser is in nexus.conf.example, commented out or not, with its default where it has one") {
   const auto lines = example_lines();
-  for (const ConfigKey& row : nexus::config_keys()) {
+  for (const ConfigKey& row : kConfigKeys) {
     CAPTURE(row.section);
     CAPTURE(row.key);
     bool found = false, default_shown = false;
@@ -211,7 +212,7 @@ TEST_CASE("every key of nexus.conf.example is one of the parser's") {
     CAPTURE(line.section);
     CAPTURE(line.key);
     bool known = false;
-    for (const ConfigKey& row : nexus::config_keys()) {
+    for (const ConfigKey& row : kConfigKeys) {
       known = known || (row.section == line.section && (is_free(row) || row.key == line.key));
     }
     CHECK(known);

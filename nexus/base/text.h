@@ -82,7 +82,7 @@ constexpr std::string_view next_list_element(std::string_view& list) {
 }
 
 // Digits alone, no sign, no leading zero but in "0" itself, below 2^63. Anything else: nothing.
-inline std::optional<std::uint64_t> parse_decimal(std::string_view text) {
+constexpr std::optional<std::uint64_t> parse_decimal(std::string_view text) {
   if (text.empty() || text.size() > 19 || (text.size() > 1 && text[0] == '0')) return std::nullopt;
   std::uint64_t value = 0;
   for (const char c : text) {

@@ -1,8 +1,9 @@
 // settings.h
-// Owns:     what a configuration can say: one struct a section, each field with its default and unit.
+// Owns:     what a configuration can say: one struct a section, each field with its default and unit; its limits.
 // Promises: plain values; a default-constructed Settings is valid and listens on 127.0.0.1:8000 with no backend.
 // Leaves:   reading nexus.conf, ranges and error messages to parser.h; meaning to the modules that use a field.
 // Threads:  immutable once parser.h returned it; shared as std::shared_ptr<const Settings>.
+// Tested by: tests/config_test.cpp
 #pragma once
 
 #include <cstddef>
@@ -15,10 +16,36 @@
 
 namespace nexus {
 
-constexpr std::uint32_t kMaxAliasHops = 3;  // an alias may lead to an alias
+constexpr std::uint32_t kMaxAliasHops = 3;  // aliases that a name may lead through
+
+namespace config {
+
+// Limits of everything but the range of a key, which is in its row in keys.h.
+constexpr std::size_t kMaxConfigFileBytes = 1u << 20;  // nexus.conf and each key file; larger: the path is wrong
+constexpr std::size_t kMaxConfigErrors = 100;          // listed; a binary file must not flood the log
+constexpr std::size_t kMaxQuotedBytes = 60;            // of a value that an error quotes
+constexpr std::size_t kMaxBackends = 256;
+constexpr std::size_t kMaxBackendNameBytes = 64;   // also of a client key's name
+constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models with fallbacks
+constexpr std::size_t kMaxModelNameBytes = 256;
+constexpr std::size_t kMaxListens = 64;  // a key; each address costs a descriptor per worker
+constexpr std::size_t kMaxUrlBytes = 2048;
+constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text
+constexpr std::size_t kMaxLabelBytes = 63;   // RFC 1035 2.3.4
+constexpr std::size_t kMaxPathBytes = 4095;  // PATH_MAX without its NUL
+constexpr std::uint64_t kMaxContextTokens = 1u << 30;
+constexpr std::size_t kMinClientKeyBytes = 8;  // a shorter one can be guessed
+constexpr std::size_t kMaxClientKeyBytes = 512;
+constexpr std::size_t kMaxClientKeys = 10'000;
+constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claims is long
+static_assert(kMaxLabelBytes < kMaxHostBytes && kMaxHostBytes < kMaxUrlBytes);
+static_assert(kMinClientKeyBytes < kMaxClientKeyBytes);
+static_assert(kMaxClientKeyBytes < 1024, "a client's key fits in a head of the smallest max_header");
+
+}  // namespace config
 
 struct HostPort {
-  std::string host;  // an address or a name, an IPv6 address without its brackets
+  std::string host;  // an address or a name; an IPv6 address without its brackets
   std::uint16_t port = 0;
   bool operator==(const HostPort&) const = default;
 };
@@ -38,7 +65,7 @@ struct ApiKey {
 
 struct ServerSettings {
   std::vector<HostPort> listen{{"127.0.0.1", 8000}};
-  std::uint32_t threads = 0;  // workers; 0 = one per core
+  std::uint32_t threads = 0;  // 0 = one per core
   std::uint32_t max_connections = 10'000;
   std::size_t max_body_bytes = 64u << 20;
   std::size_t body_memory_bytes = 256u << 20;  // all buffered bodies together
@@ -47,11 +74,10 @@ struct ServerSettings {
   Ns header_timeout_ns = 10 * kSecond;
   Ns body_timeout_ns = 60 * kSecond;
   Ns idle_timeout_ns = 75 * kSecond;
-  Ns write_timeout_ns = 60 * kSecond;  // a client that takes no byte for so long is cut
+  Ns write_timeout_ns = 60 * kSecond;  // until the client accepts a byte; then it is disconnected
   Ns drain_timeout_ns = 600 * kSecond;
-  std::vector<HostPort> metrics_listen;  // empty: the built-in pages stand on `listen`
-  std::string api_keys_file;
-  std::vector<ApiKey> api_keys;  // what api_keys_file held when it was read
+  std::vector<HostPort> metrics_listen;  // empty: the built-in pages are on `listen`
+  std::vector<ApiKey> api_keys;          // of api_keys_file; empty: no key is required
 };
 
 struct UpstreamSettings {
@@ -98,8 +124,8 @@ struct LogSettings {
 };
 
 struct Capability {
-  bool stated = false;              // not stated: every model of the backend is taken to have it
-  std::vector<std::string> models;  // the models that have it; `*` = all
+  bool stated = false;              // false: every model of the backend has it
+  std::vector<std::string> models;  // `*` = all
 };
 
 struct ContextLength {
@@ -123,6 +149,7 @@ struct BackendSettings {
 };
 
 using NamePair = std::pair<std::string, std::string>;
+using Fallbacks = std::vector<std::pair<std::string, std::vector<std::string>>>;
 
 struct Settings {
   ServerSettings server;
@@ -132,8 +159,8 @@ struct Settings {
   QueueSettings queue;
   MetricsSettings metrics;
   LogSettings log;
-  std::vector<NamePair> aliases;                                            // name → model, in file order
-  std::vector<std::pair<std::string, std::vector<std::string>>> fallbacks;  // model → models to try, in order
+  std::vector<NamePair> aliases;  // name → model, in file order
+  Fallbacks fallbacks;            // model → models to try, in order
   std::vector<BackendSettings> backends;
 };
 

@@ -1,181 +1,135 @@
 // values.h
-// Owns:     how one value of nexus.conf is written: numbers, sizes, durations, addresses, URLs, names, lists; and the
-//           limits on names and lists.
-// Promises: pure functions over any bytes: a value, or nothing (or a problem in words); no exception, no clock, no
-//           file; a problem with a URL never repeats it (it may hold a password).
-// Leaves:   keys, their ranges and where a value is stored to keys.h; lines and sections to parser.h.
+// Owns:     the syntax of one value in nexus.conf: numbers, sizes, durations, addresses, URLs, names, lists, and the
+//           secret keys in the files and variables that a value names.
+// Promises: pure functions over any bytes: a value, or nothing, or a problem in words; no exception, no clock; files
+// and
+//           variables through ConfigEnvironment only. No problem quotes a URL (it may hold a password) or a secret key.
+// Leaves:   keys, ranges and where a value is stored to keys.h; lines and sections to parser.h.
 // Threads:  any.
+// Tested by: tests/config_test.cpp, tests/fuzz/config.h
 #pragma once
 
 #include <arpa/inet.h>
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 #include "nexus/config/settings.h"
+
+namespace nexus {
+
+struct ConfigError {
+  std::string file;
+  int line = 0;  // from 1; 0: the file as a whole
+  std::string message;
+  std::string to_string() const { return file + ":" + std::to_string(line) + ": " + message; }
+};
+
+// Access to the system. A read_file that returns nothing leaves the reason in errno.
+struct ConfigEnvironment {
+  std::function<std::optional<std::string>(const std::string& name)> get_env;
+  std::function<std::optional<std::string>(const std::string& path)> read_file;
+};
+
+}  // namespace nexus
 
 namespace nexus::config {
 
-constexpr std::size_t kMaxConfigFileBytes = 1u << 20;  // nexus.conf and each key file; more is a wrong path
-constexpr std::size_t kMaxConfigErrors = 100;          // a person reads them; a binary file must not flood the log
-constexpr std::size_t kMaxBackends = 256;
-constexpr std::size_t kMaxBackendNameBytes = 64;
-constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models with fallbacks
-constexpr std::size_t kMaxModelNameBytes = 256;
-constexpr std::size_t kMaxListens = 64;  // each costs a descriptor per worker
-constexpr std::size_t kMaxUrlBytes = 2048;
-constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text
-constexpr std::size_t kMaxLabelBytes = 63;   // RFC 1035 2.3.4
-constexpr std::size_t kMaxPathBytes = 4095;  // PATH_MAX without its NUL
-constexpr std::size_t kMaxQuotedBytes = 60;  // of a value, in a message
+// A function that returns a std::string returns what is wrong, in words that fit after "key: "; empty: nothing is, and
+// its last argument holds the value.
 
 // ---- text
 
 constexpr bool is_blank(char c) { return c == ' ' || c == '\t'; }
-constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
-constexpr bool is_alpha(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
-constexpr bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
-constexpr char to_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+constexpr bool is_alpha(char c) { return to_lower(c) >= 'a' && to_lower(c) <= 'z'; }
 
-constexpr std::string_view trim(std::string_view s) {
-  while (!s.empty() && is_blank(s.front())) s.remove_prefix(1);
-  while (!s.empty() && is_blank(s.back())) s.remove_suffix(1);
-  return s;
+// True if `text` holds only letters, digits and `marks`.
+constexpr bool consists_of(std::string_view text, std::string_view marks) {
+  return std::all_of(text.begin(), text.end(),
+                     [marks](char c) { return is_alpha(c) || is_digit(c) || marks.find(c) != std::string_view::npos; });
 }
 
-// The line without its comment and outer blanks. `#` opens a comment at the start or after a blank only, so that a
-// key or a path may hold one.
-constexpr std::string_view without_comment(std::string_view line) {
-  for (std::size_t i = 0; i < line.size(); ++i) {
-    if (line[i] == '#' && (i == 0 || is_blank(line[i - 1]))) return trim(line.substr(0, i));
-  }
-  return trim(line);
+constexpr bool is_visible_ascii(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return c > 0x20 && c < 0x7f; });
 }
 
-// Takes the first line off `text`, without its LF or CRLF.
-constexpr std::string_view take_line(std::string_view& text) {
-  const std::size_t end = text.find('\n');
-  std::string_view line = text.substr(0, end);
-  text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
-  if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
-  return line;
-}
-
-constexpr std::string_view without_bom(std::string_view text) {
-  return text.substr(0, 3) == "\xEF\xBB\xBF" ? text.substr(3) : text;
-}
-
-// The length of the UTF-8 sequence that begins the non-empty `s`; 0 where it is not valid (RFC 3629 4).
-constexpr std::size_t utf8_sequence(std::string_view s) {
-  const auto byte = [s](std::size_t i) { return static_cast<unsigned char>(s[i]); };
-  const unsigned lead = byte(0);
-  const std::size_t length = lead < 0x80   ? 1
-                             : lead < 0xC2 ? 0
-                             : lead < 0xE0 ? 2
-                             : lead < 0xF0 ? 3
-                             : lead < 0xF5 ? 4
-                                           : 0;
-  if (length == 0 || s.size() < length) return 0;
-  for (std::size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0) != 0x80) return 0;
-  }
-  const unsigned second = length > 2 ? byte(1) : 0u;
-  const bool too_long = (lead == 0xE0 && second < 0xA0) || (lead == 0xF0 && second < 0x90);
-  const bool no_character = (lead == 0xED && second >= 0xA0) || (lead == 0xF4 && second >= 0x90);
-  return too_long || no_character ? 0 : length;
-}
-
-// Valid UTF-8 without control characters but for tabs: what a line may hold, so that names fit JSON and logs.
-constexpr bool is_plain_text(std::string_view s) {
+// Valid UTF-8 without control characters but tabs: all that a line may hold, so that names fit JSON and logs.
+inline bool is_plain_text(std::string_view s) {
   while (!s.empty()) {
-    if (is_control(s.front()) && s.front() != '\t') return false;
-    const std::size_t length = utf8_sequence(s);
-    if (length == 0) return false;
+    const std::size_t length = nexus::detail::utf8_length(s);
+    if (length == 0 || !is_field_text(s.front())) return false;
     s.remove_prefix(length);
   }
   return true;
 }
 
-// 'text' for a message: shortened at a character's border, control characters shown as `?`.
+// 'text' for a message: cut between two characters, control characters shown as `?`.
 inline std::string in_quotes(std::string_view text) {
   std::size_t length = std::min(text.size(), kMaxQuotedBytes);
   if (length < text.size()) {
     while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
   }
   std::string result = "'";
-  for (char c : text.substr(0, length)) result += is_control(c) ? '?' : c;
+  for (char c : text.substr(0, length)) result += is_field_text(c) && c != '\t' ? c : '?';
   return result + (length < text.size() ? "...'" : "'");
 }
 
-// How many insertions, removals and replacements make `a` into `b`; 99 where either is too long to be a key.
-inline std::size_t edit_distance(std::string_view a, std::string_view b) {
-  constexpr std::size_t longest = 64;
-  if (a.size() > longest || b.size() > longest) return 99;
-  std::array<std::size_t, longest + 1> row{};
-  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = std::exchange(row[0], i);
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
-    }
-  }
-  return row[b.size()];
+inline std::string at_most(std::size_t limit, std::string_view things) {
+  return "expected at most " + std::to_string(limit) + " " + std::string(things);
 }
 
 // ---- numbers
 
-// Digits only: no sign, no blank, no separator. Nothing where it overflows.
+// Digits only: no sign, no blank, no separator. Nothing above INT64_MAX, so that it fits both `Ns` and a size.
 constexpr std::optional<std::uint64_t> parse_number(std::string_view text) {
-  if (text.empty()) return std::nullopt;
-  std::uint64_t number = 0;
-  for (char c : text) {
-    if (!is_digit(c)) return std::nullopt;
-    const auto digit = static_cast<std::uint64_t>(c - '0');
-    if (number > (UINT64_MAX - digit) / 10) return std::nullopt;
-    number = number * 10 + digit;
-  }
-  return number;
+  while (text.size() > 1 && text.front() == '0') text.remove_prefix(1);
+  return parse_decimal(text);
 }
 
-// `text` as a number of `unit`s; nothing above INT64_MAX, so that it fits both `Ns` and a size.
-constexpr std::optional<std::uint64_t> parse_scaled(std::string_view text, std::uint64_t unit) {
-  const auto number = parse_number(text);
-  if (!number || *number > static_cast<std::uint64_t>(INT64_MAX) / unit) return std::nullopt;
-  return *number * unit;
+struct Unit {
+  std::string_view suffix;
+  std::uint64_t factor;
+};
+
+// A number with the first suffix of `units` that fits.
+template <std::size_t N>
+constexpr std::optional<std::uint64_t> parse_with_unit(std::string_view text, const std::array<Unit, N>& units) {
+  for (const Unit& unit : units) {
+    if (!text.ends_with(unit.suffix)) continue;
+    const auto number = parse_number(text.substr(0, text.size() - unit.suffix.size()));
+    if (!number || *number > static_cast<std::uint64_t>(INT64_MAX) / unit.factor) return std::nullopt;
+    return *number * unit.factor;
+  }
+  return std::nullopt;
 }
 
 // Bytes, or with k, M, G (either case): 1024, 1024², 1024³.
 constexpr std::optional<std::uint64_t> parse_size(std::string_view text) {
-  if (text.empty()) return std::nullopt;
-  const char last = to_lower(text.back());
-  const std::uint64_t unit = last == 'k' ? 1u << 10 : last == 'm' ? 1u << 20 : last == 'g' ? 1u << 30 : 1u;
-  return parse_scaled(unit == 1 ? text : text.substr(0, text.size() - 1), unit);
+  constexpr std::array<Unit, 7> units{
+      {{"k", 1u << 10}, {"K", 1u << 10}, {"m", 1u << 20}, {"M", 1u << 20}, {"g", 1u << 30}, {"G", 1u << 30}, {"", 1}}};
+  return parse_with_unit(text, units);
 }
 
-// `300ms`, `30s`, `5m`, `1h`; only 0 may stand without a unit.
+// Nanoseconds from `300ms`, `30s`, `5m`, `1h`; only 0 needs no unit.
 constexpr std::optional<std::uint64_t> parse_duration(std::string_view text) {
   if (text == "0") return 0;
-  struct Unit {
-    std::string_view suffix;
-    Ns span;
-  };
   constexpr std::array<Unit, 4> units{
       {{"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}}};
-  for (const Unit& unit : units) {
-    if (text.size() <= unit.suffix.size() || text.substr(text.size() - unit.suffix.size()) != unit.suffix) continue;
-    return parse_scaled(text.substr(0, text.size() - unit.suffix.size()), static_cast<std::uint64_t>(unit.span));
-  }
-  return std::nullopt;
+  return parse_with_unit(text, units);
 }
 
 constexpr std::optional<std::uint64_t> parse_yes_no(std::string_view text) {
@@ -184,66 +138,91 @@ constexpr std::optional<std::uint64_t> parse_yes_no(std::string_view text) {
   return std::nullopt;
 }
 
+// The index of `word` in a list like `text, json`.
+constexpr std::optional<std::uint64_t> parse_choice(std::string_view word, std::string_view choices) {
+  for (std::uint64_t index = 0; !choices.empty(); ++index) {
+    if (next_list_element(choices) == word) return index;
+  }
+  return std::nullopt;
+}
+
 // ---- names and lists
 
 constexpr bool is_backend_name(std::string_view name) {
-  const auto allowed = [](char c) {
-    return is_alpha(c) || is_digit(c) || c == '.' || c == '_' || c == ':' || c == '-';
-  };
-  return !name.empty() && name.size() <= kMaxBackendNameBytes && std::all_of(name.begin(), name.end(), allowed);
+  return !name.empty() && name.size() <= kMaxBackendNameBytes && consists_of(name, "._:-");
 }
 
-// A comma would part it in a list; `*` means every model.
-constexpr bool is_model_name(std::string_view name) {
+// Without commas, because lists of names are separated by them; `*` means every model.
+inline bool is_model_name(std::string_view name) {
   return !name.empty() && name.size() <= kMaxModelNameBytes && name != "*" && is_plain_text(name) &&
          name.find_first_of(",\t") == std::string_view::npos;
 }
 
-// A value, or what is wrong with the text in words that fit behind "key: ".
-template <class T>
-struct Parsed {
-  T value;
-  std::string problem;
-  bool ok() const { return problem.empty(); }
-};
-
-inline std::string expected_model_name() {
-  return "expected a model name (1 to " + std::to_string(kMaxModelNameBytes) + " bytes, without commas and not `*`)";
+inline std::string expected_model_name(std::string_view name) {
+  return "expected a model name (1 to " + std::to_string(kMaxModelNameBytes) +
+         " bytes, without commas and not `*`), not " + in_quotes(name);
 }
 
-// Items between commas, trimmed, none empty.
-inline Parsed<std::vector<std::string_view>> split_list(std::string_view text) {
-  if (text.empty()) return {{}, "expected a comma-separated list"};
-  std::vector<std::string_view> items;
-  for (;;) {
-    if (items.size() == kMaxModelsPerList) {
-      return {{}, "expected at most " + std::to_string(kMaxModelsPerList) + " names in a list"};
-    }
-    const std::size_t comma = text.find(',');
-    items.push_back(trim(text.substr(0, comma)));
-    if (items.back().empty()) return {{}, "expected a name on each side of every comma"};
-    if (comma == std::string_view::npos) return {std::move(items), {}};
-    text.remove_prefix(comma + 1);
+// Calls `take` (item → problem) for each item between commas, trimmed, until one is a problem; an empty item is one.
+template <class Take>
+std::string read_list(std::string_view list, Take take) {
+  bool more = true;
+  for (std::size_t count = 0; more; ++count) {
+    if (count == kMaxModelsPerList) return at_most(kMaxModelsPerList, "names in a list");
+    more = list.find(',') != std::string_view::npos;
+    const std::string_view item = next_list_element(list);
+    if (item.empty()) return "expected a name before and after every comma";
+    if (std::string problem = take(item); !problem.empty()) return problem;
   }
+  return {};
 }
 
-// Different model names, in order.
-inline Parsed<std::vector<std::string>> parse_models(std::string_view text) {
-  auto items = split_list(text);
-  if (!items.ok()) return {{}, std::move(items.problem)};
-  std::vector<std::string> models;
-  std::unordered_set<std::string_view> seen;
-  for (std::string_view item : items.value) {
-    if (!is_model_name(item)) return {{}, expected_model_name() + ", not " + in_quotes(item)};
-    if (!seen.insert(item).second) return {{}, in_quotes(item) + " is listed twice"};
+using NameSet = std::unordered_set<std::string_view>;
+
+// The problem of `name` in a list whose earlier names are `seen`.
+inline std::string check_name(std::string_view name, NameSet& seen, bool star_allowed = false) {
+  if (!is_model_name(name) && !(star_allowed && name == "*")) return expected_model_name(name);
+  return seen.insert(name).second ? std::string() : in_quotes(name) + " is listed twice";
+}
+
+// Reads different model names, in order. `all` and `none` are names only if `words_are_names`.
+inline std::string read_models(std::string_view text, std::vector<std::string>& models, bool words_are_names = true) {
+  NameSet seen;
+  return read_list(text, [&](std::string_view item) {
+    if (!words_are_names && (item == "all" || item == "none")) return in_quotes(item) + " must be the only item";
     models.emplace_back(item);
-  }
-  return {std::move(models), {}};
+    return check_name(item, seen);
+  });
+}
+
+// Reads the models that have a capability; `*` or `all`, and `none`, are lists of their own.
+inline std::string read_capability(std::string_view text, Capability& capability) {
+  capability.stated = true;
+  if (text == "none") return {};
+  if (text != "*" && text != "all") return read_models(text, capability.models, false);
+  capability.models = {"*"};
+  return {};
+}
+
+constexpr std::string_view kContextText = "a number of tokens, 1 to 1G, or a comma-separated list of `model number`";
+
+// Reads kContextText; a number for `*` is that of the models not named.
+inline std::string read_context_lengths(std::string_view text, std::vector<ContextLength>& lengths) {
+  const bool for_all = text.find_first_of(" \t,") == std::string_view::npos;
+  NameSet seen;
+  return read_list(text, [&](std::string_view item) {
+    const std::size_t blank = std::min(item.find_last_of(" \t"), item.size());
+    const std::string_view model = for_all ? "*" : trim_blanks(item.substr(0, blank));
+    const auto tokens = parse_size(for_all ? item : trim_blanks(item.substr(blank)));
+    if (!tokens || *tokens == 0 || *tokens > kMaxContextTokens) {
+      return "expected " + std::string(kContextText) + ", not " + in_quotes(item);
+    }
+    lengths.push_back({std::string(model), *tokens});
+    return check_name(model, seen, true);
+  });
 }
 
 // ---- addresses
-
-namespace detail {
 
 // The address in its shortest spelling, so that two spellings of one address compare equal; nothing for a name.
 inline std::optional<std::string> numeric_address(std::string_view host, int family) {
@@ -255,78 +234,30 @@ inline std::optional<std::string> numeric_address(std::string_view host, int fam
   return std::string(shortest.data());
 }
 
-struct AddressText {
-  std::string_view host;
-  std::string_view port;  // empty: not given
-  bool in_brackets = false;
-};
-
-// Cuts `host`, `host:port`, `[v6]` and `[v6]:port`; nothing for any other shape.
-constexpr std::optional<AddressText> split_address(std::string_view text) {
-  AddressText result;
-  result.in_brackets = !text.empty() && text.front() == '[';
-  const std::size_t end = result.in_brackets ? text.find(']') : std::min(text.find(':'), text.size());
+// Reads `host:port` and `[v6]:port`; also without the port if there is a `default_port`. `resolve` turns a host that is
+// no IPv4 address into one or into a name (std::optional<std::string>).
+template <class Resolve>
+std::optional<HostPort> parse_host_port(std::string_view text, std::optional<std::uint64_t> default_port,
+                                        Resolve resolve) {
+  const bool in_brackets = text.starts_with('[');
+  const std::size_t end = in_brackets ? text.find(']') : std::min(text.find(':'), text.size());
   if (end == std::string_view::npos) return std::nullopt;
-  result.host = result.in_brackets ? text.substr(1, end - 1) : text.substr(0, end);
-  const std::string_view rest = text.substr(result.in_brackets ? end + 1 : end);
-  if (result.host.empty()) return std::nullopt;
-  if (rest.empty()) return result;
-  if (rest.front() != ':' || rest.size() < 2) return std::nullopt;
-  result.port = rest.substr(1);
-  return result;
+  const std::string_view name = in_brackets ? text.substr(1, end - 1) : text.substr(0, end);
+  const std::string_view rest = text.substr(in_brackets ? end + 1 : end);
+  auto host = numeric_address(name, in_brackets ? AF_INET6 : AF_INET);
+  if (!host && !in_brackets) host = resolve(name);
+  const auto port = rest.empty() ? default_port : parse_number(rest.substr(1));
+  if (!host || !port || *port > UINT16_MAX || !(rest.empty() || rest.front() == ':')) return std::nullopt;
+  return HostPort{std::move(*host), static_cast<std::uint16_t>(*port)};
 }
-
-constexpr std::optional<std::uint16_t> parse_port(std::string_view text) {
-  const auto number = parse_number(text);
-  if (!number || *number > UINT16_MAX) return std::nullopt;
-  return static_cast<std::uint16_t>(*number);
-}
-
-constexpr bool is_host_label(std::string_view label) {
-  const auto allowed = [](char c) { return is_alpha(c) || is_digit(c) || c == '-' || c == '_'; };
-  return !label.empty() && label.size() <= kMaxLabelBytes && label.front() != '-' && label.back() != '-' &&
-         std::all_of(label.begin(), label.end(), allowed);
-}
-
-// A name for DNS. One that ends in a number is no name but an address gone wrong (`10.0.0.256`, `1.2.3`).
-constexpr bool is_host_name(std::string_view host) {
-  if (host.size() > kMaxHostBytes) return false;
-  for (;;) {
-    const std::size_t dot = host.find('.');
-    const std::string_view label = host.substr(0, dot);
-    if (!is_host_label(label)) return false;
-    if (dot == std::string_view::npos) return !std::all_of(label.begin(), label.end(), is_digit);
-    host.remove_prefix(dot + 1);
-  }
-}
-
-// What may stand in a URL's path (RFC 3986 3.3), without `.` and `..` segments, which a backend may resolve.
-constexpr bool is_url_path(std::string_view path) {
-  constexpr std::string_view marks = "/-._~!$&'()*+,;=:@";
-  const auto is_hex = [](char c) { return is_digit(c) || (to_lower(c) >= 'a' && to_lower(c) <= 'f'); };
-  for (std::size_t i = 0; i < path.size(); ++i) {
-    const char c = path[i];
-    const bool escape = c == '%' && i + 2 < path.size() && is_hex(path[i + 1]) && is_hex(path[i + 2]);
-    if (!escape && !is_alpha(c) && !is_digit(c) && marks.find(c) == std::string_view::npos) return false;
-    const std::string_view segment = path.substr(i + 1, path.find('/', i + 1) - (i + 1));
-    if (c == '/' && (segment == "." || segment == "..")) return false;
-  }
-  return true;
-}
-
-}  // namespace detail
 
 // `address:port` to listen on. `*` is every IPv4 address, `localhost` is 127.0.0.1; port 0 lets the kernel choose.
 inline std::optional<HostPort> parse_listen(std::string_view text) {
-  const auto parts = detail::split_address(text);
-  if (!parts) return std::nullopt;
-  const auto port = detail::parse_port(parts->port);
-  if (!port) return std::nullopt;
-  if (!parts->in_brackets && parts->host == "*") return HostPort{"0.0.0.0", *port};
-  if (!parts->in_brackets && parts->host == "localhost") return HostPort{"127.0.0.1", *port};
-  auto address = detail::numeric_address(parts->host, parts->in_brackets ? AF_INET6 : AF_INET);
-  if (!address) return std::nullopt;
-  return HostPort{std::move(*address), *port};
+  return parse_host_port(text, std::nullopt, [](std::string_view name) -> std::optional<std::string> {
+    if (name == "*") return "0.0.0.0";
+    if (name == "localhost") return "127.0.0.1";
+    return std::nullopt;
+  });
 }
 
 // `host:port` or `[v6]:port`, as parse_listen reads it.
@@ -335,64 +266,162 @@ inline std::string address_text(const HostPort& address) {
   return (v6 ? "[" + address.host + "]" : address.host) + ":" + std::to_string(address.port);
 }
 
-struct BackendUrl {
-  HostPort address;
-  std::string base_path;  // as BackendSettings has it
-};
+// A name for DNS. One that ends in a number is a mistyped address (`10.0.0.256`, `1.2.3`).
+constexpr bool is_host_name(std::string_view host) {
+  if (host.size() > kMaxHostBytes) return false;
+  for (;;) {
+    const std::size_t dot = host.find('.');
+    const std::string_view label = host.substr(0, dot);
+    if (label.empty() || label.size() > kMaxLabelBytes || !consists_of(label, "-_")) return false;
+    if (label.front() == '-' || label.back() == '-') return false;
+    if (dot == std::string_view::npos) return !std::all_of(label.begin(), label.end(), is_digit);
+    host.remove_prefix(dot + 1);
+  }
+}
 
-namespace detail {
+// The characters of a URL's path (RFC 3986 3.3), without `.` and `..` segments, which a backend may resolve.
+constexpr bool is_url_path(std::string_view path) {
+  const auto is_hex = [](char c) { return is_digit(c) || (to_lower(c) >= 'a' && to_lower(c) <= 'f'); };
+  for (std::size_t i = 0; i < path.size(); ++i) {
+    const bool escape = path[i] == '%' && i + 2 < path.size() && is_hex(path[i + 1]) && is_hex(path[i + 2]);
+    if (!escape && !consists_of(path.substr(i, 1), "/-._~!$&'()*+,;=:@")) return false;
+    const std::string_view segment = path.substr(i + 1, path.find('/', i + 1) - (i + 1));
+    if (path[i] == '/' && (segment == "." || segment == "..")) return false;
+  }
+  return true;
+}
 
 inline std::optional<HostPort> parse_authority(std::string_view text) {
-  const auto parts = split_address(text);
-  if (!parts) return std::nullopt;
-  const auto port = parts->port.empty() ? std::optional<std::uint16_t>(80) : parse_port(parts->port);
-  if (!port || *port == 0) return std::nullopt;
-  auto host = numeric_address(parts->host, parts->in_brackets ? AF_INET6 : AF_INET);
-  if (!host && !parts->in_brackets && is_host_name(parts->host)) {
-    host.emplace(parts->host);
-    std::transform(host->begin(), host->end(), host->begin(), to_lower);
-  }
-  if (!host) return std::nullopt;
-  return HostPort{std::move(*host), *port};
+  auto address = parse_host_port(text, 80, [](std::string_view name) -> std::optional<std::string> {
+    if (!is_host_name(name)) return std::nullopt;
+    std::string lower(name);
+    std::transform(name.begin(), name.end(), lower.begin(), to_lower);
+    return lower;
+  });
+  return address && address->port != 0 ? address : std::nullopt;
 }
 
-// Drops what clients habitually put at the end: the paths of the API begin with /v1 themselves.
+// The path without what users often append: slashes, and a /v1 with which the API's own paths begin.
 constexpr std::string_view base_path_of(std::string_view path) {
-  const auto drop_slashes = [&path] {
-    while (!path.empty() && path.back() == '/') path.remove_suffix(1);
-  };
-  drop_slashes();
-  if (path.size() >= 3 && path.substr(path.size() - 3) == "/v1") path.remove_suffix(3);
-  drop_slashes();
-  return path;
+  const auto without_slashes = [](std::string_view text) { return text.substr(0, text.find_last_not_of('/') + 1); };
+  path = without_slashes(path);
+  return without_slashes(path.ends_with("/v1") ? path.substr(0, path.size() - 3) : path);
 }
 
-}  // namespace detail
-
-// `http://host[:port][/prefix]`.
-inline Parsed<BackendUrl> parse_url(std::string_view text) {
-  const auto starts_with = [text](std::string_view prefix) {
-    return text.size() >= prefix.size() &&
-           std::equal(prefix.begin(), prefix.end(), text.begin(), [](char a, char b) { return a == to_lower(b); });
-  };
-  if (starts_with("https://")) {
-    return {{}, "https is not supported yet: put a TLS-terminating proxy on this host in front of it, or use http://"};
+// Reads `http://host[:port][/prefix]` into address and base_path.
+inline std::string parse_url(std::string_view text, BackendSettings& backend) {
+  constexpr std::string_view scheme = "http://";
+  if (starts_with_ignoring_case(text, "https://")) {
+    return "https is not supported yet: put a TLS-terminating proxy on this host in front of it, or use http://";
   }
-  if (!starts_with("http://")) return {{}, "expected http://host[:port][/prefix]"};
-  if (text.size() > kMaxUrlBytes) return {{}, "expected a URL of at most " + std::to_string(kMaxUrlBytes) + " bytes"};
-  text.remove_prefix(std::string_view("http://").size());
-  if (text.find_first_of("?#") != std::string_view::npos) return {{}, "expected a URL without `?` and `#`"};
+  if (!starts_with_ignoring_case(text, scheme)) return "expected http://host[:port][/prefix]";
+  if (text.size() > kMaxUrlBytes) return "expected a URL of at most " + std::to_string(kMaxUrlBytes) + " bytes";
+  text.remove_prefix(scheme.size());
+  if (text.find_first_of("?#") != std::string_view::npos) return "expected a URL without `?` and `#`";
   const std::size_t slash = std::min(text.find('/'), text.size());
-  const std::string_view authority = text.substr(0, slash);
-  const std::string_view path = text.substr(slash);
+  const std::string_view authority = text.substr(0, slash), path = text.substr(slash);
   if (authority.find('@') != std::string_view::npos) {
-    return {{}, "expected a URL without a user or password; a key goes into api_key_env or api_key_file"};
+    return "expected a URL without a user or password; a key goes into api_key_env or api_key_file";
   }
-  auto address = detail::parse_authority(authority);
-  if (!address)
-    return {{}, "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 behind http://"};
-  if (!detail::is_url_path(path)) return {{}, "expected a prefix of URL characters, without `.` and `..` segments"};
-  return {{std::move(*address), std::string(detail::base_path_of(path))}, {}};
+  auto address = parse_authority(authority);
+  if (!address) return "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 after http://";
+  if (!is_url_path(path)) return "expected a prefix of URL characters, without `.` and `..` segments";
+  backend.address = std::move(*address);
+  backend.base_path = base_path_of(path);
+  return {};
+}
+
+// ---- files and lines
+
+// read_file with its failure in words.
+inline std::string read_text(const ConfigEnvironment& env, std::string_view path, std::string& text) {
+  errno = ENOENT;  // for a read_file that leaves no reason
+  auto read = env.read_file ? env.read_file(std::string(path)) : std::nullopt;
+  if (!read) return "cannot read this file: " + std::generic_category().message(errno);
+  text = std::move(*read);
+  return {};
+}
+
+// The line without its comment and outer blanks. `#` opens a comment only at the start or after a blank, so that a key
+// or a path may hold one.
+constexpr std::string_view without_comment(std::string_view line) {
+  std::size_t end = line.find('#');
+  while (end != std::string_view::npos && end > 0 && !is_blank(line[end - 1])) end = line.find('#', end + 1);
+  return trim_blanks(line.substr(0, end));
+}
+
+constexpr std::string_view without_bom(std::string_view text) {
+  return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text;
+}
+
+// Takes the first line off `text`, without its LF or CRLF.
+constexpr std::string_view take_line(std::string_view& text) {
+  const std::size_t end = text.find('\n');
+  std::string_view line = text.substr(0, end);
+  text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+  if (line.ends_with('\r')) line.remove_suffix(1);
+  return line;
+}
+
+// Calls `take` (number, text without comment) for each line that is not blank, until there are too many `errors`.
+template <class Take>
+void read_lines(std::string_view text, const std::vector<ConfigError>& errors, Take take) {
+  text = without_bom(text);
+  for (int number = 1; !text.empty() && errors.size() <= kMaxConfigErrors; ++number) {
+    const std::string_view line = without_comment(take_line(text));
+    if (!line.empty()) take(number, line);
+  }
+}
+
+// ---- secrets
+
+inline std::string check_backend_key(std::string_view key) {
+  const bool fits = !key.empty() && key.size() <= kMaxBackendKeyBytes && is_visible_ascii(key);
+  return fits ? "" : "the key in it must be 1 to 4096 visible ASCII characters";
+}
+
+// Reads a backend's key, as it goes after `Authorization: Bearer `, from an environment variable.
+inline std::string read_key_variable(const ConfigEnvironment& env, std::string_view name, std::string& key) {
+  key = env.get_env ? env.get_env(std::string(name)).value_or("") : "";
+  return key.empty() ? "this variable is not set, or empty" : check_backend_key(key);
+}
+
+// The same from the first line of a file.
+inline std::string read_key_file(const ConfigEnvironment& env, std::string_view path, std::string& key) {
+  std::string text;
+  if (std::string problem = read_text(env, path, text); !problem.empty()) return problem;
+  std::string_view rest = without_bom(text);
+  key = trim_blanks(take_line(rest));
+  return check_backend_key(key);
+}
+
+// Reads the lines `name key` of api_keys_file. No error quotes any part of a line: it may be a key.
+inline void read_client_keys(std::string_view text, const std::string& file, std::vector<ConfigError>& errors,
+                             std::vector<ApiKey>& keys) {
+  std::unordered_map<std::string_view, int> lines_of_names, lines_of_keys;  // views into the text
+  bool full = false;
+  read_lines(text, errors, [&](int number, std::string_view line) {
+    const auto report = [&](std::string message) { errors.push_back({file, number, std::move(message)}); };
+    const std::size_t blank = std::min(line.find_first_of(" \t"), line.size());
+    const std::string_view name = line.substr(0, blank), key = trim_blanks(line.substr(blank));
+    if (key.empty() || key.find_first_of(" \t") != std::string_view::npos) return report("expected `name key`");
+    if (!is_backend_name(name)) {
+      return report("expected a name of 1 to 64 letters, digits and . _ : - before the key");
+    }
+    if (key.size() < kMinClientKeyBytes || key.size() > kMaxClientKeyBytes || !is_visible_ascii(key)) {
+      return report("expected a key of 8 to 512 visible ASCII characters");
+    }
+    if (keys.size() == kMaxClientKeys) {
+      if (!std::exchange(full, true)) report(at_most(kMaxClientKeys, "keys"));
+      return;
+    }
+    const auto [same_name, name_is_new] = lines_of_names.emplace(name, number);
+    if (!name_is_new) return report("this name is already used on line " + std::to_string(same_name->second));
+    const auto [same_key, key_is_new] = lines_of_keys.emplace(key, number);
+    if (!key_is_new) return report("this key is already used on line " + std::to_string(same_key->second));
+    keys.push_back({std::string(name), std::string(key)});
+  });
+  if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
 }
 
 }  // namespace nexus::config

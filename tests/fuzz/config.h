@@ -1,8 +1,8 @@
 // config.h
-// Owns:     the fuzz target of the configuration's reader.
-// Promises: any text gives settings or errors, the same ones twice; errors name a line that is there, in order, and are
-//           bounded; settings that come out keep what the other modules count on.
-// Leaves:   what each key means to config_test.cpp.
+// Owns:     the fuzz target of the configuration parser.
+// Promises: any text gives settings or errors, the same ones twice; errors name an existing line, in order, and are
+//           bounded; accepted settings have the properties that the other modules rely on.
+// Leaves:   the meaning of each key to config_test.cpp.
 // Threads:  one.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace fuzz {
 
-// A file is what its path says behind `/text/`; a variable holds its own name.
+// The text of a file is the part of its path after `/text/`; the value of a variable is its own name.
 inline nexus::ConfigEnvironment made_up_environment() {
   nexus::ConfigEnvironment env;
   env.get_env = [](const std::string& name) -> std::optional<std::string> {
