@@ -1,5 +1,6 @@
 // exchange_state.h
-// Owns:     the state machine of an exchange as data: its states, their legal transitions, and every way that an attempt
+// Owns:     the state machine of an exchange as data: its states, their legal transitions, and every way that an
+// attempt
 //           or a whole exchange can end badly.
 // Promises: each ending is one row: what is counted, what the client is told, whose fault it was, whether another
 //           backend may be tried, whether the client's connection is cut.
@@ -32,9 +33,9 @@ enum class ExchangeState : std::uint8_t {
   over,        // counted; the session looks at keep_alive()
 };
 
-inline constexpr std::array<std::string_view, 11> kExchangeStateNames{
-    "idle",     "reading",   "choosing",  "queued",   "connecting", "sending",
-    "awaiting", "streaming", "finishing", "counting", "over"};
+inline constexpr std::array<std::string_view, 11> kExchangeStateNames{"idle",       "reading",  "choosing", "queued",
+                                                                      "connecting", "sending",  "awaiting", "streaming",
+                                                                      "finishing",  "counting", "over"};
 
 constexpr std::string_view to_string(ExchangeState state) {
   return kExchangeStateNames[static_cast<std::size_t>(state)];
@@ -48,17 +49,17 @@ constexpr std::uint32_t states(auto... state) { return ((1u << static_cast<unsig
 inline constexpr auto kNextStates = [] {
   using enum ExchangeState;
   return std::array<std::uint32_t, kExchangeStateNames.size()>{
-      states(reading),                                                             // idle
-      states(choosing, finishing, counting),                                       // reading
-      states(choosing, queued, connecting, sending, finishing, counting),          // choosing
-      states(choosing, queued, connecting, sending, finishing, counting),          // queued
-      states(sending, choosing, finishing, counting),                              // connecting
-      states(connecting, awaiting, streaming, choosing, finishing, counting),      // sending
-      states(connecting, streaming, choosing, finishing, counting),                // awaiting
-      states(finishing, counting),                                                 // streaming
-      states(counting),                                                            // finishing
-      states(over),                                                                // counting
-      states(idle),                                                                // over
+      states(reading),                                                         // idle
+      states(choosing, finishing, counting),                                   // reading
+      states(choosing, queued, connecting, sending, finishing, counting),      // choosing
+      states(choosing, queued, connecting, sending, finishing, counting),      // queued
+      states(sending, choosing, finishing, counting),                          // connecting
+      states(connecting, awaiting, streaming, choosing, finishing, counting),  // sending
+      states(connecting, streaming, choosing, finishing, counting),            // awaiting
+      states(finishing, counting),                                             // streaming
+      states(counting),                                                        // finishing
+      states(over),                                                            // counting
+      states(idle),                                                            // over
   };
 }();
 
@@ -70,14 +71,14 @@ constexpr bool may_follow(ExchangeState from, ExchangeState to) {
 
 // How an attempt fails, or an exchange ends before its response is whole.
 enum class Ending : std::uint8_t {
-  not_connected,     // no connection to the backend
-  backend_silent,    // the backend passed one of the [upstream] timeouts
-  backend_closed,    // its connection ended before the response was whole
-  backend_garbled,   // its response is not well-formed HTTP
-  client_left,       // the client closed its connection, or writing to it failed
-  client_stalled,    // the client took no byte for write_timeout
+  not_connected,      // no connection to the backend
+  backend_silent,     // the backend passed one of the [upstream] timeouts
+  backend_closed,     // its connection ended before the response was whole
+  backend_garbled,    // its response is not well-formed HTTP
+  client_left,        // the client closed its connection, or writing to it failed
+  client_stalled,     // the client took no byte for write_timeout
   client_unwritable,  // no memory for what the client's kernel buffer did not take
-  out_of_memory,     // no memory for another step
+  out_of_memory,      // no memory for another step
 };
 
 enum class Fault : std::uint8_t { client, backend, nexus };
@@ -100,13 +101,33 @@ struct EndingRow {
 };
 
 inline constexpr std::array<EndingRow, 8> kEndings{{
-    {AttemptOutcome::connect_error, ErrorType::backend_error, ApiError::connect_failed, {}, Fault::backend, true,
+    {AttemptOutcome::connect_error,
+     ErrorType::backend_error,
+     ApiError::connect_failed,
+     {},
+     Fault::backend,
+     true,
      Cut::by_error_event},
-    {AttemptOutcome::timeout, ErrorType::timeout, ApiError::backend_timeout, {}, Fault::backend, true,
+    {AttemptOutcome::timeout,
+     ErrorType::timeout,
+     ApiError::backend_timeout,
+     {},
+     Fault::backend,
+     true,
      Cut::by_error_event},
-    {AttemptOutcome::truncated, ErrorType::backend_error, ApiError::backend_broke, {}, Fault::backend, true,
+    {AttemptOutcome::truncated,
+     ErrorType::backend_error,
+     ApiError::backend_broke,
+     {},
+     Fault::backend,
+     true,
      Cut::by_error_event},
-    {AttemptOutcome::bad_response, ErrorType::parse_error, ApiError::backend_not_http, {}, Fault::backend, true,
+    {AttemptOutcome::bad_response,
+     ErrorType::parse_error,
+     ApiError::backend_not_http,
+     {},
+     Fault::backend,
+     true,
      Cut::by_error_event},
     {AttemptOutcome::cancelled, ErrorType::client_closed, {}, {}, Fault::client, false, Cut::by_framing},
     {AttemptOutcome::cancelled, ErrorType::other, {}, Limit::write_timeout, Fault::client, false, Cut::by_reset},

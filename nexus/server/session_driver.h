@@ -1,9 +1,11 @@
 // session_driver.h
-// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the end.
-// Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a connection's
+// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the
+// end. Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a
+// connection's
 //           memory is bounded; if memory runs out only the connection in hand ends, with an error response if none had
 //           begun.
-// Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of our
+// Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of
+// our
 //           own to builtin_pages.h.
 // Threads:  its worker's.
 // Tested by: tests/worker_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
@@ -141,8 +143,8 @@ class SessionDriver {
     return !owed;
   }
 
-  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A reset
-  // could destroy the response before.
+  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A
+  // reset could destroy the response before.
   void say_farewell(Ns span) {
     sessions_.each([&](SessionT& session) {
       if (begin_linger(session) != Step::over) arm(session, span);
@@ -433,7 +435,8 @@ class SessionDriver {
     return next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
   }
 
-  // The response has begun, so the request is not sent again: its memory is given back before what may be a long stream.
+  // The response has begun, so the request is not sent again: its memory is given back before what may be a long
+  // stream.
   void release_request(SessionT& session) {
     if (session.request_released) return;
     session.request_released = true;
