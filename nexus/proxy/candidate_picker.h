@@ -1,9 +1,14 @@
 // candidate_picker.h
-// Owns:     which backend a request is tried on next: what was tried, the place it holds there, its place in the queue.
-// Promises: no backend is tried twice with one model; an ejected one only as the last resort; every place, queue place
-//           and probe goes back when the request moves on or ends.
-// Leaves:   the order of candidates to router.h, caps to admission.h, trials to circuit_breaker.h, sending to
-// exchange.h. Threads:  its worker's.
+// Owns:     the choice of the backend that a request is tried on next: the candidates tried so far, the place held at
+// the
+//           backend in use, the place in the queue.
+// Promises: no backend is tried twice with one model; an ejected one only as the last resort; a place, a queue place
+// and
+//           a half-open probe are given back when the request moves on or ends.
+// Leaves:   the order of candidates to fleet/router.h, caps and queues to fleet/admission.h, ejection to
+//           fleet/circuit_breaker.h, sending to exchange.h.
+// Threads:  its worker's.
+// Tested by: tests/sim, tests/e2e/queue.test.mjs, tests/e2e/routing.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -21,9 +26,9 @@ template <class Net>
 class CandidatePicker {
  public:
   enum class Next : std::uint8_t {
-    chosen,        // backend() and choice() say which
-    all_full,      // every candidate is at its cap: wait_in_queue()
-    queue_full,    // there is no room to wait either
+    chosen,        // see backend() and choice()
+    all_full,      // every candidate is at its cap: call wait_in_queue()
+    queue_full,    // and so is the queue
     nothing_left,  // all have been tried
     unknown_model,
     none_healthy,
@@ -34,7 +39,7 @@ class CandidatePicker {
   CandidatePicker(const CandidatePicker&) = delete;
   CandidatePicker& operator=(const CandidatePicker&) = delete;
 
-  // `snapshot` outlives the selection's use; `entry` is one of its models.
+  // Starts a request. `snapshot` must outlive it; `entry` is one of its models.
   void begin(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs) {
     snapshot_ = &snapshot;
     entry_ = &entry;
@@ -63,7 +68,7 @@ class CandidatePicker {
     return pick();
   }
 
-  // Whether next() would find a candidate that was not tried; one that is full counts where its queue could be joined.
+  // True if next() would find an untried candidate; a full one counts if its queue can be joined.
   bool another() {
     find_choices(context_.turn);
     return std::any_of(context_.choices.begin(), context_.choices.end(), [this](const Choice& choice) {
@@ -71,8 +76,8 @@ class CandidatePicker {
     });
   }
 
-  // After all_full: waits for the first place on any of the full ones. As next() where one became free just now, and
-  // `queue_full` where there is no room to wait.
+  // After all_full: queues for the first free place on any of the full candidates. Returns all_full once queued,
+  // queue_full if the queue is, and otherwise as next(): a place has become free meanwhile.
   Next wait_in_queue(Handle owner) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
@@ -87,7 +92,7 @@ class CandidatePicker {
     return Next::all_full;
   }
 
-  // The place that was granted while the request waited, if any was: then as next().
+  // Uses the place that was granted while the request was queued, if any: then as next().
   std::optional<Next> take_grant() {
     decline_ejected();
     std::optional<Admission::Place> place = context_.shared.admission.take_grant(ticket_);
@@ -96,10 +101,11 @@ class CandidatePicker {
     return use(std::move(*place));
   }
 
-  // Whether a candidate is left out because it is ejected: look_again() is to be asked now and then.
+  // True if a candidate was skipped because it is ejected: call look_again() from time to time.
   bool passed_over_ejected() const { return passed_over_ejected_; }
 
-  // While queued: what was ejected may be in order again. As next() where that gave a place; the turn is kept if not.
+  // While queued: checks whether ejected backends are usable again. As next() if that gave a place; else the place in
+  // the queue is kept.
   std::optional<Next> look_again() {
     if (gather_usable()) {
       leave_queue();
@@ -109,7 +115,7 @@ class CandidatePicker {
     return take_grant();
   }
 
-  // Gives back whatever is held: the place, the probe, the place in the queue.
+  // Gives back what the request holds: its place, its half-open probe, its place in the queue.
   void leave() {
     leave_queue();
     place_ = Admission::Place();
@@ -149,8 +155,8 @@ class CandidatePicker {
     return backend.max_pending == 0 || context_.shared.admission.running_on(backend.id) < backend.max_pending;
   }
 
-  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: only where
-  // nothing else is left, not even a full one or a fallback.
+  // Takes the first choice that may be tried and has a place. An ejected backend is the last resort: it is used only if
+  // nothing else is left, not even a full backend or a fallback.
   Next pick() {
     full_.clear();
     passed_over_ejected_ = false;
@@ -190,8 +196,8 @@ class CandidatePicker {
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
   }
 
-  // Gathers the backends that may be tried and are not ejected in full_. True where one of them has no cap, so that
-  // there is nothing to wait for.
+  // Collects in full_ the backends that may be tried and are not ejected. True if one of them has no cap, so that there
+  // is nothing to wait for.
   bool gather_usable() {
     find_choices(context_.turn);
     full_.clear();
@@ -205,8 +211,8 @@ class CandidatePicker {
     return no_cap;
   }
 
-  // A place on a backend that was ejected meanwhile is left to the next in line where another can still be waited for:
-  // in the old turn and time, and whether or not the queue has filled up.
+  // Passes a place on a backend that was ejected meanwhile to the next in line, if the request can wait for another
+  // backend: with its old position and deadline, and even if the queue is full by now.
   void decline_ejected() {
     const std::optional<BackendId> granted = context_.shared.admission.granted(ticket_);
     if (!granted || context_.shared.breaker.usable(*granted, context_.now)) return;
@@ -215,8 +221,8 @@ class CandidatePicker {
     passed_over_ejected_ = true;
   }
 
-  // Goes to the backend that the place is on. One that was ejected meanwhile frees its places fast because it fails:
-  // it must not drain the queue, so the request looks elsewhere first, where there is an elsewhere.
+  // Uses a place. A backend that was ejected meanwhile frees its places fast because it fails; it must not drain the
+  // queue, so another usable backend is preferred.
   Next use(Admission::Place place) {
     find_choices(context_.turn++);
     for (const Choice& choice : context_.choices) {
@@ -249,12 +255,12 @@ class CandidatePicker {
   RouteNeeds needs_;
   Choice choice_;
   const BackendView* backend_ = nullptr;
-  Admission::Place place_;  // on backend_, where it has a cap
+  Admission::Place place_;  // on backend_, if it has a cap
   CircuitBreaker::Permit permit_;
   Admission::Ticket ticket_;  // while queued
   QueuedCount queued_;
   std::vector<BackendId> full_;    // candidates that had no place
-  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see keys.h
+  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config/keys.h
   std::ptrdiff_t tried_count_ = 0;
   bool passed_over_ejected_ = false;
   std::uint32_t primary_tries_ = 0;

@@ -1,9 +1,11 @@
 // request_body.h
-// Owns:     a client's request body while it comes: how far it is read, its share of the budget, what it may not be.
-// Promises: a body's memory is asked for before it is filled; a chunked one is decoded in place, behind its head; no
-//           byte behind the end is touched; a large one is skimmed as it comes.
-// Leaves:   reading the socket to worker.h, what the body says to request_json.h and incremental.h.
-// Threads:  one worker's.
+// Owns:     a client's request body while it is received: how much has come, its share of the memory budget, its
+// limits. Promises: memory is taken from the budget before it is filled; a chunked body is decoded in place, behind the
+// head; no
+//           byte behind the body's end is touched; a large body is read while it comes.
+// Leaves:   reading the socket to server/session_driver.h, the meaning to api/request_json.h and
+// api/incremental_json.h. Threads:  one worker's. Tested by: tests/hostile_requests_test.cpp, tests/sim,
+// tests/e2e/limits.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -18,11 +20,11 @@
 
 namespace nexus {
 
-// A larger body is skimmed while it comes; a smaller one is still in the processor's cache when its last byte comes,
-// and is read in one pass, which costs less.
+// A larger body is read while it comes; a smaller one is still in the processor's cache when its last byte comes, and
+// is read in one pass, which costs less.
 constexpr std::size_t kIncrementalBytes = 64u << 10;
 
-constexpr std::size_t kCopiedInputBytes = 1u << 20;  // of a body of unknown length, up to which its buffer doubles
+constexpr std::size_t kCopiedInputBytes = 1u << 20;  // up to this size the buffer of a chunked body doubles
 
 template <class Net>
 class RequestBody {
@@ -30,7 +32,7 @@ class RequestBody {
   enum class Status : std::uint8_t { need_more, whole, refused };
   struct Step {
     Status status;
-    ApiError refusal{};  // where refused
+    ApiError refusal{};  // if refused
   };
 
   explicit RequestBody(WorkerContext<Net>& core) : context_(core) {}
@@ -40,7 +42,7 @@ class RequestBody {
   std::size_t bytes() const { return bytes_; }                         // decoded so far
   IncrementalJson* incremental() const { return incremental_.get(); }  // of a large body
 
-  // What can be said of it from its head alone.
+  // The error that is known from the head alone, if any.
   std::optional<ApiError> begin(const RequestHead& head, std::size_t most_bytes) {
     bytes_ = 0;
     decoder_ = ChunkedDecoder();
@@ -50,8 +52,8 @@ class RequestBody {
     return std::nullopt;
   }
 
-  // How much to make room for: all that is missing of a body of known length, else what doubles the buffer. A large one
-  // becomes eight times as large: memory that is not written to costs nothing, and copying would hold the loop.
+  // How much room to make: the missing rest of a body of known length, else as much again as is held. A large buffer
+  // grows eightfold: memory that is never written costs nothing, and copying would hold up the loop.
   std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes,
                           std::size_t most_bytes) const {
     const std::size_t held = input.size();
@@ -62,7 +64,7 @@ class RequestBody {
     return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes), least_bytes);
   }
 
-  // Looks at what came into `input`, which begins with the head.
+  // Reads the new bytes of `input`, which begins with the head.
   Step read(const RequestHead& head, Buffer& input, std::size_t most_bytes) {
     switch (head.framing.kind) {
       case Framing::Kind::none: return {Status::whole};
@@ -79,9 +81,9 @@ class RequestBody {
     return {Status::need_more};
   }
 
-  // It was read.
+  // The whole body was read.
   void end_incremental() { incremental_.give_back(); }
-  // It is not in `input` any more.
+  // The body is no longer in `input`.
   void give_back() {
     incremental_.give_back();
     share_.give_back();
@@ -92,7 +94,7 @@ class RequestBody {
   }
 
  private:
-  // Decodes what is new in place: the payload stands behind the head, then what the decoder has not seen.
+  // Decodes the new bytes in place: the payload follows the head, then come the bytes that the decoder has not seen.
   Step decode(std::size_t head_bytes, Buffer& input, std::size_t most_bytes) {
     const std::size_t decoded_end = head_bytes + bytes_;
     const std::size_t fresh = input.size() - decoded_end;
@@ -110,7 +112,7 @@ class RequestBody {
     return {result.status == ChunkedDecoder::Status::done ? Status::whole : Status::need_more};
   }
 
-  // Skims what is here of the body and was not yet. False where there is no memory for it.
+  // Reads the new bytes of a large body. False if there is no memory for its reader.
   bool read_new(const char* body) {
     if (!incremental_) {
       incremental_ = context_.incremental_readers.take();

@@ -21,9 +21,9 @@
 
 namespace nexus {
 
-constexpr std::size_t kMaxModelBytes = 256;      // of an asked name that is kept for the log
+constexpr std::size_t kMaxModelBytes = 256;      // of a requested name, as kept for the log
 constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt's length
-constexpr std::size_t kListedModelBytes = 1024;  // of names in the message about an unknown one
+constexpr std::size_t kListedModelBytes = 1024;  // of model names in an error message
 
 // Reads the complete body; `incremental`: its reader, if the body was read while it came.
 inline BodyError read_body(JsonReader& json, IncrementalJson* incremental, const RequestView& request,
@@ -41,7 +41,7 @@ inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
   return needs;
 }
 
-// Of a body that can't be read: not for BodyError::none.
+// The error for a body that can't be read; not for BodyError::none.
 inline ApiError api_error_of(BodyError error) {
   switch (error) {
     case BodyError::none: break;
@@ -61,7 +61,7 @@ inline bool is_available(const Snapshot& snapshot, const ModelEntry& entry) {
                      [&](const Offer& offer) { return snapshot.backends[offer.backend].healthy; });
 }
 
-// For a 404: what could be asked for instead, as far as it fits into a sentence.
+// The message of a 404: lists the available models, as far as they fit.
 inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked) {
   std::vector<std::string_view> names;
   for (const auto& [name, entry] : snapshot.models) {

@@ -31,11 +31,11 @@ namespace nexus {
 class Response {
  public:
   enum class Step : std::uint8_t {
-    goes_on,        // more of the body is to come
-    holds_back,     // the body has ended, but not all of it is in the write: end() tells the rest
+    goes_on,        // there is more of the body to come
+    holds_back,     // the body has ended, but the write lacks a part: call end()
     whole,          // the write holds the end
-    broken,         // the backend's framing is; the write holds what came before
-    out_of_memory,  // bytes are lost
+    broken,         // bad framing; the write holds the payload before it
+    out_of_memory,  // and bytes are lost
   };
 
   void reset() {
@@ -43,7 +43,7 @@ class Response {
     first_body_ns_ = -1;
   }
 
-  // The client gets the answer with this head. `remove_usage_event`: Nexus asked for the counts, the client did not.
+  // Starts a response. `remove_usage_event`: Nexus asked for the token counts, the client did not.
   void begin(const ResponseHead& head, const HeadView& view, bool to_http_1_0, bool remove_usage_event) {
     status_ = head.status;
     keep_alive_ = head.keep_alive;
@@ -58,7 +58,7 @@ class Response {
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
   }
 
-  // Puts a piece of the body into `write`, behind `head`. The write lasts until the next call.
+  // Puts a piece of the body into `write`, behind `head`. The write is valid until the next call.
   Step feed(BlockPool& blocks, JsonReader& json, Ns now, std::string_view head, char* data, std::size_t bytes,
             ClientWrite& write) {
     const BodyDecoder::Piece piece = body_.feed(data, bytes);
@@ -66,7 +66,7 @@ class Response {
     if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = now;
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
-      whole_usage_ = json.read_answer(piece.data, piece.bytes);  // the usual case: all came in one piece
+      whole_usage_ = json.read_answer(piece.data, piece.bytes);  // the usual case: the body came in one piece
       usage_lost_ = json.out_of_memory();
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
       return Step::out_of_memory;
@@ -75,7 +75,7 @@ class Response {
     write.add_payload(is_chunked(), out.held, out.piece);
     if (piece.failed) return Step::broken;
     if (!piece.done) return Step::goes_on;
-    // In one write where nothing is held: finish() ends the life of `out.held`.
+    // One write if nothing is held back; finish() invalidates `out.held`.
     if (scan_.held_bytes() > 0 || !out.held.empty()) return Step::holds_back;
     UsageScan::Out rest;
     if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
@@ -84,7 +84,7 @@ class Response {
     return Step::whole;
   }
 
-  // The body has ended while bytes were held back: they go on, or are the event that is taken out.
+  // The body has ended while bytes were held back: they are sent, or are the usage event and dropped.
   Step end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
     UsageScan::Out rest;
     if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
@@ -93,10 +93,10 @@ class Response {
     return Step::whole;
   }
 
-  // Whether the end of the backend's connection is the body's proper end.
+  // True if the end of the backend's connection ends the body (RFC 9112 6.3).
   bool ends_with_connection() const { return body_.ends_with_connection(); }
 
-  // What was read of the counts and times, once no more is to come; `asked_ns`: when the request was whole.
+  // Copies token counts and times into the record, at the end; `asked_ns`: when the request was complete.
   void note_usage(RequestRecord& record, Ns asked_ns, Ns now) const {
     if (!is_success()) return;
     const Usage& told = usage();
@@ -107,7 +107,7 @@ class Response {
     if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
   }
   bool lacks_usage() const { return is_success() && !usage().told() && !usage_lost(); }
-  // The backend may have told it, and memory was too short to read that.
+  // True if the usage could not be read for want of memory.
   bool usage_lost() const { return is_success() && !usage().told() && (usage_lost_ || scan_.out_of_memory()); }
 
   std::uint16_t status() const { return status_; }
@@ -116,8 +116,8 @@ class Response {
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
   bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }
-  Ns first_body_ns() const { return first_body_ns_; }  // -1: none came
-  // Whether the backend's connection can carry another request; of an answer that is whole.
+  Ns first_body_ns() const { return first_body_ns_; }  // -1: no body byte yet
+  // True if the backend's connection can carry another request after this whole response.
   bool leaves_connection() const { return keep_alive_ && !excess_ && !ends_with_connection(); }
 
  private:
@@ -137,7 +137,7 @@ class Response {
 
   static Framing client_framing(const ResponseHead& head, bool to_http_1_0, bool remove_usage_event) {
     if (head.framing.kind == Framing::Kind::none) {
-      // 204 and 304 carry no length; every other answer without a body says so.
+      // 204 and 304 have no Content-Length; every other response without a body has 0 (RFC 9110 8.6).
       if (head.status == 204 || head.status == 304) return {};
       return {Framing::Kind::length, 0};
     }
@@ -152,17 +152,17 @@ class Response {
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
   bool usage_lost_ = false;
-  Usage whole_usage_;  // of an answer that was read whole, without the scan
+  Usage whole_usage_;  // of a body that was read in one piece, without the scan
   Framing framing_;
   std::uint16_t status_ = 0;
   bool keep_alive_ = false;
-  bool excess_ = false;  // bytes came behind the body's end
+  bool excess_ = false;  // bytes follow the body's end
   bool event_stream_ = false;
   Ns first_body_ns_ = -1;
 };
 
-constexpr std::size_t kMaxAnswerHeadBytes = 64u << 10;
-constexpr std::uint32_t kMaxInterimAnswers = 16;  // 1xx heads before the final one
+constexpr std::size_t kMaxResponseHeadBytes = 64u << 10;
+constexpr std::uint32_t kMaxInterimHeads = 16;  // 1xx heads before the final one
 
 class ResponseHeadReader {
  public:
@@ -170,13 +170,13 @@ class ResponseHeadReader {
 
   struct Result {
     Status status = Status::need_more;
-    std::string_view why;  // it failed: a constant text
-    ResponseHead head;     // where done; it begins at `data`, the body's first bytes stand behind it
+    std::string_view why;  // if failed: a constant text
+    ResponseHead head;     // if done; it begins at `data`, and the body's first bytes follow it
     char* data = nullptr;
     std::size_t bytes = 0;
   };
 
-  // Reads what came; where done, the fields last until clear().
+  // Reads received bytes; once done, the fields are valid until clear().
   Result feed(ObjectPool<FieldTable>& tables, BlockPool& blocks, char* data, std::size_t bytes) {
     if (!fields_) {
       fields_ = tables.take();
@@ -192,8 +192,8 @@ class ResponseHeadReader {
       Result told;
       const HeadResult result = reader_.feed(data, bytes, told.head);
       if (result.status == HeadResult::Status::failed ||
-          (result.status == HeadResult::Status::need_more && bytes > kMaxAnswerHeadBytes) ||
-          result.head_bytes > kMaxAnswerHeadBytes) {
+          (result.status == HeadResult::Status::need_more && bytes > kMaxResponseHeadBytes) ||
+          result.head_bytes > kMaxResponseHeadBytes) {
         return failed(Status::failed, result.why.empty() ? "its head is too large" : result.why);
       }
       if (result.status == HeadResult::Status::need_more) return keep_partial(blocks, data, bytes);
@@ -203,8 +203,8 @@ class ResponseHeadReader {
         told.bytes = bytes;
         return told;
       }
-      // RFC 9110 15.2: an interim answer is read past. 101 was not asked for.
-      if (told.head.status == 101 || ++interim_answers_ > kMaxInterimAnswers) {
+      // RFC 9110 15.2: interim responses are skipped. 101 was not asked for.
+      if (told.head.status == 101 || ++interim_heads_ > kMaxInterimHeads) {
         return failed(Status::failed, "an interim answer that was not asked for");
       }
       data += result.head_bytes;
@@ -222,7 +222,7 @@ class ResponseHeadReader {
   void clear() {
     fields_.give_back();
     partial_.clear();
-    interim_answers_ = 0;
+    interim_heads_ = 0;
   }
 
  private:
@@ -233,12 +233,12 @@ class ResponseHeadReader {
     return result;
   }
 
-  // Heads come whole in the first read but for slow or strange backends: the rest is kept only then.
+  // A head comes whole in the first read, except from slow or strange backends: only then is the part kept.
   Result keep_partial(BlockPool& blocks, const char* data, std::size_t bytes) {
     if (partial_.empty()) {
       if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
     } else {
-      partial_.consume(partial_.size() - bytes);  // interim answers before it
+      partial_.consume(partial_.size() - bytes);  // interim heads before it
     }
     return {};
   }
@@ -246,15 +246,15 @@ class ResponseHeadReader {
   ResponseReader reader_;
   ObjectPool<FieldTable>::Lease fields_;
   Buffer partial_;
-  std::uint32_t interim_answers_ = 0;
+  std::uint32_t interim_heads_ = 0;
 };
 
-// When the backend wants to be asked again, if it says so in seconds.
+// The Retry-After of a backend, if it is given in seconds.
 inline std::optional<Ns> retry_after_of(const HeadView& head) {
   const FieldRow* row = find_field(*head.fields, Field::retry_after);
   if (row == nullptr) return std::nullopt;
   const auto seconds = parse_decimal(value_of(head.base, *row));
-  if (!seconds) return std::nullopt;  // a date: the host's clock may not be the backend's
+  if (!seconds) return std::nullopt;  // a date: the two hosts' clocks may differ
   return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
 }
 
@@ -266,7 +266,7 @@ class ClientResponse {
   ClientResponse(const ClientResponse&) = delete;
   ClientResponse& operator=(const ClientResponse&) = delete;
 
-  // A request begins.
+  // Starts a response to a new request.
   void open(bool http_1_0, bool keep_alive) {
     http_1_0_ = http_1_0;
     keep_alive_ = keep_alive;
@@ -277,24 +277,24 @@ class ClientResponse {
   bool cut() const { return cut_; }
   bool has_begun() const { return begun_; }  // a first byte was written
   bool waits() const { return connection_.pending() > 0; }
-  bool out_of_memory() const { return connection_.out_of_memory(); }  // why a send failed
+  bool out_of_memory() const { return connection_.out_of_memory(); }  // the reason of a failed send
   std::uint64_t sent_bytes() const { return sent_bytes_; }
 
-  // This answer is the connection's last.
+  // Closes the connection after this response.
   void end_connection() { keep_alive_ = false; }
-  // It must not end with a FIN, which would make what was sent look whole.
+  // Resets the connection: a FIN would make the part that was sent look whole.
   void cut_connection() {
     keep_alive_ = false;
     cut_ = true;
   }
 
-  // False where the connection failed, or memory did.
+  // False if the connection or memory failed.
   bool send(ClientWrite& write) {
     sent_bytes_ += write.payload_bytes();
     return note(connection_.write(context_.net, context_.blocks, write.parts()));
   }
 
-  // An answer of our own, whole.
+  // Sends an error of our own as the whole response.
   bool send_error(ApiError refusal, std::string_view message, std::string_view param, std::string_view request_id) {
     OwnResponse answer;
     answer.request_id = request_id;
@@ -306,7 +306,7 @@ class ClientResponse {
     return note(connection_.write(context_.net, context_.blocks, context_.text));
   }
 
-  // The last event of a chunked event stream that broke; no end of the body follows.
+  // Sends an error as the last event of a chunked event stream; the end of the body does not follow.
   bool send_error_event(const ApiErrorRow& row) {
     context_.text = "\n\ndata: ";
     append_error_body(context_.text, row, row.message);
@@ -316,10 +316,10 @@ class ClientResponse {
     return connection_.write(context_.net, context_.blocks, write.parts());
   }
 
-  // No byte of what was to be sent went out: nothing of it counts.
+  // Nothing was sent: the bytes given to send() do not count.
   void forget_unsent() { sent_bytes_ = 0; }
 
-  // Whether less waits than when this was asked last, or more.
+  // True if the number of waiting bytes has changed since the last call.
   bool has_moved() {
     if (connection_.pending() == waiting_bytes_) return false;
     waiting_bytes_ = connection_.pending();
@@ -327,7 +327,7 @@ class ClientResponse {
   }
   void forget_waiting() { waiting_bytes_ = 0; }
 
-  // Makes ready for the next request.
+  // Prepares for the next request.
   void reset() {
     cut_ = begun_ = false;
     waiting_bytes_ = 0;
@@ -346,7 +346,7 @@ class ClientResponse {
   bool keep_alive_ = true;
   bool cut_ = false;
   bool begun_ = false;
-  std::size_t waiting_bytes_ = 0;  // of what was sent, when the client's deadline was set
+  std::size_t waiting_bytes_ = 0;  // when the client's deadline was set
   std::uint64_t sent_bytes_ = 0;
 };
 

@@ -29,7 +29,8 @@ enum class RelayOutcome : std::uint8_t {
   out_of_memory,
 };
 
-// True if the backend's connection can carry another request after a response that is dropped: the whole of it has come.
+// True if the backend's connection can carry another request after a response that is dropped: the whole of it has
+// come.
 inline bool leaves_connection(const ResponseHeadReader::Result& result) {
   const ResponseHead& head = result.head;
   BodyDecoder body;

@@ -1,9 +1,10 @@
 // upstream_pool.h
-// Owns:     the connections to backends: each in use by one exchange, or idle and kept for the next.
-// Promises: an idle one that shows any sign (bytes, FIN, reset) is closed; the most recently used is taken first, so
-//           that the others can time out; the counts per backend are exact.
-// Leaves:   what is sent over them to exchange.h.
+// Owns:     the worker's connections to backends: each in use by one exchange, or idle and kept for the next.
+// Promises: an idle connection that reports anything (bytes, FIN, reset) is closed; the most recently used one is taken
+//           first, so that the others can time out; the counts per backend are exact.
+// Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
+// Tested by: tests/sim, tests/e2e/proxy.test.mjs
 #pragma once
 
 #include <cassert>
@@ -26,9 +27,9 @@ struct Upstream {
   BackendId backend;
   Address address;
   Handle owner;                        // the session whose exchange uses it; its value is 0 while idle
-  std::uint64_t snapshot_version = 0;  // in which the backend was last seen at this address
-  bool reused = false;                 // it carried an exchange before
-  Timer timer;                         // while idle
+  std::uint64_t snapshot_version = 0;  // the last one in which the backend had this address
+  bool reused = false;                 // for a second or later exchange
+  Timer timer;                         // runs while idle
   Upstream* newer = nullptr;
   Upstream* older = nullptr;
 };
@@ -45,7 +46,7 @@ class UpstreamPool {
 
   Upstream<Net>* get(Handle handle) { return upstreams_.get(handle); }
 
-  // An idle connection to that backend at that address, or nullptr.
+  // An idle connection to `backend` at `address`, or nullptr.
   Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner) {
     if (index_of(backend) >= lines_.size()) return nullptr;
     while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
@@ -55,7 +56,7 @@ class UpstreamPool {
         upstream->owner = owner;
         return upstream;
       }
-      drop(*upstream);  // the backend has moved
+      drop(*upstream);  // the backend has another address now
     }
     return nullptr;
   }
@@ -79,13 +80,13 @@ class UpstreamPool {
     return {upstream, SocketOutcome::ok};
   }
 
-  // Keeps a connection whose exchange ended in order.
+  // Keeps a connection after an exchange that left it usable.
   void give_back(Upstream<Net>& upstream) {
     const UpstreamSettings& settings = context_.settings().upstream;
     if (!make_room(lines_, index_of(upstream.backend))) return drop(upstream);
     Line& line = lines_[index_of(upstream.backend)];
     upstream.owner = Handle{};
-    if (upstream.snapshot_version != context_.snapshot->version) {  // it was made before a reload
+    if (upstream.snapshot_version != context_.snapshot->version) {  // made before a reload
       if (!belongs(upstream, *context_.snapshot)) return drop(upstream);
       upstream.snapshot_version = context_.snapshot->version;
     }
@@ -109,7 +110,7 @@ class UpstreamPool {
     upstreams_.destroy(upstream.handle);
   }
 
-  // An idle connection has no business to show anything.
+  // Closes an idle connection: whatever it reports, it cannot be used again.
   void on_idle_event(Upstream<Net>& upstream, const Event& event) {
     assert(upstream.owner.value == 0);
     if (!event.readable && !event.hangup) return;
@@ -124,7 +125,7 @@ class UpstreamPool {
     drop(*upstream);
   }
 
-  // A new snapshot: idle connections to what is no longer in the fleet, or elsewhere now, are closed.
+  // Closes the idle connections to backends that are not in `snapshot`, or have another address there.
   void forget_departed(const Snapshot& snapshot) {
     for (std::uint32_t i = 0; i < lines_.size(); ++i) {
       for (Upstream<Net>* upstream = lines_[i].newest; upstream != nullptr;) {

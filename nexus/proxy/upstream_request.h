@@ -1,10 +1,9 @@
 // upstream_request.h
-// Owns:     the bytes of a request on its way to a backend: a head of ours, and the client's body as it came but for
-//           the few values that Nexus changes in it.
-// Promises: a body of any size is not copied to be sent; it can be sent from any offset on, and again to another
-//           backend.
-// Leaves:   reading the body to request_json.h, sending to attempt.h.
-// Threads:  parts of one exchange.
+// Owns:     the bytes of a request as a backend gets it: a new head, and the client's body with a few values replaced.
+// Promises: a large body is never copied; the request can be sent from any offset on, and again to another backend.
+// Leaves:   reading the body to api/request_json.h, sending to attempt.h.
+// Threads:  a part of one exchange.
+// Tested by: tests/hostile, tests/sim, tests/e2e/usage.test.mjs
 #pragma once
 
 #include <sys/uio.h>
@@ -21,7 +20,7 @@
 
 namespace nexus {
 
-// A request as the session read it; it stays in place until the exchange is over.
+// The request in the session's input; it stays in place until the response begins.
 struct RequestView {
   const char* base = nullptr;  // the head's first byte
   const RequestHead* head = nullptr;
@@ -31,8 +30,8 @@ struct RequestView {
   bool pass_authorization = true;
 };
 
-// What goes to a backend, as pieces of two texts: `own` (the head, then what is put into the body) and the client's
-// body. Its bytes can be counted and sent from any offset on, so that a body is never copied to be sent.
+// A request as a list of pieces of two texts: `own` (the head, then the values inserted into the body) and the client's
+// body.
 class UpstreamRequest {
  public:
   static constexpr std::size_t kMaxPieces = 8;
@@ -45,10 +44,10 @@ class UpstreamRequest {
   void add_body(std::size_t at, std::size_t bytes) { add(true, at, bytes); }
   std::size_t total() const { return total_; }
 
-  // Fills `out` with what lies behind the first `sent` bytes, up to the first `end`; says how many parts.
+  // Fills `out` with the bytes from offset `sent` to `end`; returns the number of parts.
   std::size_t fill(std::array<iovec, kMaxPieces>& out, char* own, char* body, std::size_t sent, std::size_t end) const {
     std::size_t filled = 0;
-    std::size_t begin = 0;  // of the piece
+    std::size_t begin = 0;  // offset of the piece
     for (std::size_t i = 0; i < count_ && begin < end; begin += pieces_[i++].bytes) {
       const Piece& piece = pieces_[i];
       const std::size_t from = std::max(sent, begin), to = std::min(end, begin + piece.bytes);
@@ -69,7 +68,7 @@ class UpstreamRequest {
     total_ += bytes;
     if (count_ > 0 && pieces_[count_ - 1].of_body == of_body &&
         pieces_[count_ - 1].at + pieces_[count_ - 1].bytes == at) {
-      pieces_[count_ - 1].bytes += bytes;  // it goes on where the last one ends
+      pieces_[count_ - 1].bytes += bytes;  // continues the last piece
       return;
     }
     assert(count_ < kMaxPieces);
@@ -81,7 +80,7 @@ class UpstreamRequest {
   std::size_t total_ = 0;
 };
 
-// A replacement in the client's body.
+// Replaces `removed` bytes at `at` of the client's body by `inserted`.
 struct BodyEdit {
   std::size_t at = 0;
   std::size_t removed = 0;
@@ -111,12 +110,12 @@ class BodyEdits {
 
 constexpr std::size_t kCopiedBodyBytes = 4096;
 
-// Whether Nexus asks this backend for token counts that the client did not ask for.
+// True if Nexus asks this backend for token counts that the client did not ask for.
 inline bool asks_for_usage(const BackendView& backend, const BodyFacts& facts, bool streams) {
   return backend.ask_usage && streams && facts.include_usage != BodyFacts::Flag::yes;
 }
 
-// Where `"include_usage": true` goes in the body.
+// The edit that sets `"include_usage": true` in stream_options.
 inline BodyEdit usage_edit(const BodyFacts& facts) {
   switch (facts.stream_options) {
     case BodyFacts::Options::absent: return {facts.first_member, 0, R"("stream_options":{"include_usage":true},)"};
@@ -131,8 +130,8 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
   return {facts.stream_options_value.at + 1, 0, member};
 }
 
-// Writes the request for `backend` into `own` (what is ours) and `image`. `model`: the name to ask for, where it is not
-// the client's own; empty else.
+// Writes the request for `backend` into `own` and `image`. `model`: the name that the backend knows, empty if it is the
+// client's own.
 inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
                             const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
                             std::string_view request_id, std::string_view via_line) {
@@ -156,7 +155,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   append_request_head(own, HeadView{request.base, request.fields, request.head->head_bytes}, head);
   image.clear();
   image.add_own(0, own.size());
-  // A small body is copied behind the head: one plain send costs less than a gathered one.
+  // A small body is copied behind the head: send() costs less than sendmsg().
   const bool copy = request.body_bytes <= kCopiedBodyBytes;
   const auto add_body = [&](std::size_t at, std::size_t bytes) {
     if (!copy) return image.add_body(at, bytes);

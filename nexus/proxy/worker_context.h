@@ -1,8 +1,9 @@
 // worker_context.h
-// Owns:     what the parts of one worker share: its net, timers, memory, counters, scratch space and snapshot.
-// Promises: one worker thread uses it, so nothing in it locks; what all threads share is in Shared, named as such.
-// Leaves:   everything that happens to upstream_pool.h, exchange.h and worker.h.
-// Threads:  WorkerContext: one worker's. Shared: every worker's, see each member's own header.
+// Owns:     the parts that all objects of one worker use: its net, timers, memory, counters, scratch space and
+// snapshot. Promises: used by one worker thread, so nothing in it locks; values shared by all threads are in Shared.
+// Leaves:   events to server/worker.h, connections to upstream_pool.h, requests to exchange.h.
+// Threads:  WorkerContext: one worker's. Shared: every worker's, as each member's own header says.
+// Tested by: tests/sim, tests/hostile
 #pragma once
 
 #include <algorithm>
@@ -34,8 +35,8 @@
 namespace nexus {
 
 constexpr Ns kLatencyLife = 60 * kSecond;
-constexpr std::size_t kTextBytes = 16u << 10;    // longer than any error of our own
-constexpr std::size_t kMaxRequestIdBytes = 128;  // a client's own is taken over up to this
+constexpr std::size_t kTextBytes = 16u << 10;    // longer than any error response of our own
+constexpr std::size_t kMaxRequestIdBytes = 128;  // a longer one from a client is replaced
 
 inline bool is_request_id(std::string_view id) {
   if (id.empty() || id.size() > kMaxRequestIdBytes) return false;
@@ -50,7 +51,7 @@ inline constexpr auto kHexPairs = [] {
   return pairs;
 }();
 
-// So that `list[index]` is there. False where memory is short.
+// Grows `list` so that `list[index]` exists. False if memory is short.
 template <class T>
 bool make_room(std::vector<T>& list, std::size_t index) {
   try {
@@ -66,13 +67,15 @@ struct Shared {
   CircuitBreaker& breaker;
   Admission& admission;
   BodyBudget& body_budget;
-  // Requests in flight over all threads; written only where [server] max_pending is set. Relaxed: a number alone.
+  // Requests in flight over all threads; written only if [server] max_pending is set. Relaxed: the number alone is
+  // shared.
   std::atomic<std::uint32_t>& in_flight;
   std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
 };
 
-// A snapshot in use by one worker, counted without atomics: exchanges hold on to the one they began with.
+// A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one that
+// it started with.
 struct LocalSnapshot {
   SnapshotPtr ptr;
   std::uint32_t users = 0;
@@ -93,7 +96,7 @@ class SnapshotUse {
   ~SnapshotUse() {
     if (local_ == nullptr) return;
     local_->users -= 1;
-    if (local_->users == 0) delete local_;  // the current one has its WorkerContext as a user
+    if (local_->users == 0) delete local_;  // the WorkerContext is a user of the current one
   }
   const Snapshot* operator->() const { return local_->ptr.get(); }
   const Snapshot& operator*() const { return *local_->ptr; }
@@ -141,22 +144,22 @@ struct WorkerContext {
   void use(std::unique_ptr<LocalSnapshot> next) { snapshot = SnapshotUse(next.release()); }
   const Settings& settings() const { return *snapshot->settings; }
 
-  // Room to read an answer into; empty where memory is short.
+  // A buffer to receive into, for the present step only. Null if memory is short.
   char* scratch() {
     if (!scratch_block) scratch_block = blocks.take(kRoomyBlock);
     return scratch_block.data();
   }
   std::size_t scratch_bytes() const { return scratch_block.capacity(); }
 
-  // Asks the worker to call on `session` once more, after the events of others. Once: who asks again before that, since
-  // an event came meanwhile, must not get one more turn in each round for it.
+  // Schedules `session` for another turn after the current events. Idempotent: a session that is already scheduled is
+  // not added again.
   void reschedule(Handle session) {
     const auto is_it = [&](const Handle& other) { return other.value == session.value; };
     if (std::none_of(again.begin(), again.end(), is_it)) again.push_back(session);
   }
 
-  // Time to first byte of a backend as this thread saw it, smoothed (1/8 of each new one); 0 where nothing was seen for
-  // kLatencyLife: one slow answer, a model's cold load, must not keep requests away for good.
+  // A backend's time to first byte as this thread measured it, smoothed with weight 1/8. 0 if nothing was measured
+  // within kLatencyLife: one slow response, for instance a model's cold load, must not keep requests away for good.
   Ns latency_of(BackendId id) const {
     if (index_of(id) >= latencies.size()) return 0;
     const Latency& latency = latencies[index_of(id)];
@@ -168,7 +171,7 @@ struct WorkerContext {
     latencies[index_of(id)] = {before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
   }
 
-  // The client's own X-Request-Id where it is usable, or a new one.
+  // Sets `id` to the client's own X-Request-Id if it is usable, else to a new one.
   void take_request_id(const char* base, const FieldTable* fields, std::string& id) {
     const FieldRow* row = fields == nullptr ? nullptr : find_field(*fields, Field::x_request_id);
     if (row != nullptr && is_request_id(value_of(base, *row))) {
@@ -176,7 +179,7 @@ struct WorkerContext {
       id.assign(value_of(base, *row));
       return;
     }
-    id.clear();  // where memory is short for one, the request has none
+    id.clear();  // if memory is short, the request has no id
     id.resize(32);
     for (std::size_t i = 0; i < 32; i += 16) {
       std::uint64_t bits = random.next();
@@ -189,7 +192,7 @@ struct WorkerContext {
   Slab& slab;
   Log& log;
   std::uint32_t worker;
-  Ns now;  // read when a wait ends
+  Ns now;  // read once a turn, when the wait ends
   TimerWheel wheel;
   BlockPool blocks;
   Block scratch_block;
@@ -208,7 +211,7 @@ struct WorkerContext {
   std::vector<Latency> latencies;  // by BackendId
   std::vector<Choice> choices;     // of the route being picked
   std::vector<Handle> again;
-  std::string text;  // heads and errors are written here; an error of our own always finds room
+  std::string text;  // heads and errors are written here; reserved, so that an error needs no memory
 };
 
 }  // namespace nexus

@@ -1,9 +1,10 @@
 // acceptor.h
-// Owns:     a worker's listeners while it takes connections from them, and which worker gets each new one.
-// Promises: [server] max_connections holds exactly over all workers; accepting pauses where there is no descriptor, and
-//           goes on by itself.
-// Leaves:   what a connection becomes to worker.h.
-// Threads:  its worker's; the counts of WorkerLoad and Placement are every worker's.
+// Owns:     a worker's listeners while it accepts, and the choice of the worker for each new connection.
+// Promises: [server] max_connections holds exactly over all workers; accepting pauses if no descriptor is free, and
+//           resumes by itself.
+// Leaves:   the accepted connection to worker.h.
+// Threads:  its worker's; the counts of WorkerLoad and Placement are shared by all workers.
+// Tested by: tests/sim, tests/e2e/limits.test.mjs
 #pragma once
 
 #include <atomic>
@@ -21,21 +22,21 @@ constexpr std::uint8_t kListenerKind = 1;  // of a Handle
 constexpr std::uint8_t kAcceptTimerKind = 4;
 
 constexpr std::uint32_t kAcceptsPerTurn = 64;
-constexpr Ns kAcceptPause = 100 * kMillisecond;  // after a descriptor was not to be had
+constexpr Ns kAcceptPause = 100 * kMillisecond;  // after no descriptor was free
 
-// How many connections each worker holds or was handed: counted by the worker that places a new one, so that those on
-// their way to another count too; given back by the one that closes it. Relaxed: numbers alone.
+// The connections that a worker holds or was handed. Counted by the worker that accepts, so that connections on their
+// way to another worker count too; given back by the worker that closes. Relaxed: the numbers alone are shared.
 struct alignas(64) WorkerLoad {
   std::atomic<std::uint32_t> connections{0};
-  std::atomic<bool> stopped{false};  // it takes none any more
+  std::atomic<bool> stopped{false};  // takes no connections any more
 };
 
 struct Placement {
   std::vector<WorkerLoad> loads;
   std::atomic<std::uint32_t> connections{0};  // over all workers, for [server] max_connections; relaxed
 
-  // The worker for a new connection, which is counted there: `mine`, or the one that holds clearly fewer. Streams are
-  // long, and chance alone would leave one thread loaded and another idle. Nothing where there are `most` already.
+  // Counts a new connection for a worker and returns its index: `mine`, or one that holds clearly fewer. Streams are
+  // long: chance alone would leave one thread loaded and another idle. Nothing if there are `most` already.
   std::optional<std::uint32_t> take(std::uint32_t mine, std::uint32_t most) {
     if (connections.fetch_add(1, std::memory_order_relaxed) >= most) {
       connections.fetch_sub(1, std::memory_order_relaxed);
@@ -55,7 +56,7 @@ struct Placement {
     return fewest;
   }
 
-  // The one for `from` could not be handed over: `to` keeps it.
+  // A connection could not be handed over to `from`: `to` keeps it.
   void move(std::uint32_t from, std::uint32_t to) {
     loads[from].connections.fetch_sub(1, std::memory_order_relaxed);
     loads[to].connections.fetch_add(1, std::memory_order_relaxed);
@@ -74,19 +75,19 @@ class Acceptor {
   Acceptor(const Acceptor&) = delete;
   Acceptor& operator=(const Acceptor&) = delete;
 
-  // False where the kernel refuses.
+  // False if the kernel refuses.
   bool add(typename Net::Socket listener, bool metrics_only) {
     listeners_.push_back({listener, metrics_only});
     return watch(listeners_.size() - 1);
   }
 
-  // An event of a listener: takes what waits there, `take(socket, peer, metrics_only)` each.
+  // An event of a listener: accepts its backlog; calls `take(socket, peer, metrics_only)` for each connection.
   template <class Take>
   void on_event(Handle token, Take&& take) {
     accept_from(listeners_[token.slot()], take);
   }
 
-  // Takes what was let in before, then nothing any more.
+  // Accepts what the kernel has accepted so far, then nothing any more.
   template <class Take>
   void stop(Take&& take) {
     if (open_) {
@@ -97,7 +98,7 @@ class Acceptor {
     stopped_ = true;
   }
 
-  // Where accepting paused: a descriptor may be to be had again. Also what its timer's deadline calls for.
+  // Resumes accepting after a pause, because a descriptor may be free again. Also called when the pause timer fires.
   void resume() {
     if (stopped_ || open_) return;
     open_ = true;
@@ -131,7 +132,7 @@ class Acceptor {
       switch (opened.outcome) {
         case SocketOutcome::ok: take(opened.socket, opened.peer, listener.metrics_only); break;
         case SocketOutcome::again: return;
-        case SocketOutcome::failed: continue;  // that connection broke before it was taken
+        case SocketOutcome::failed: continue;  // the connection broke before it was accepted
         case SocketOutcome::no_descriptor:
         case SocketOutcome::no_memory:
           context_.slab.limit_hit(opened.outcome == SocketOutcome::no_memory ? Limit::memory : Limit::descriptors);
@@ -140,7 +141,7 @@ class Acceptor {
     }
   }
 
-  // The connections wait in the backlog; looking at them in every turn would only spin.
+  // The connections wait in the backlog; trying again in every turn would only spin.
   void pause() {
     if (!open_) return;
     unwatch_all();

@@ -91,7 +91,7 @@ inline std::string render_models(const Snapshot& snapshot) {
   return out += "]}";
 }
 
-// The escapes of a path undone (RFC 3986 2.1); the head's reader has seen that they are whole.
+// Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
 inline std::string unescape_path(std::string_view text) {
   std::string out;
   const auto value = [](char c) { return is_digit(c) ? c - '0' : to_lower(c) - 'a' + 10; };
@@ -106,8 +106,8 @@ inline std::string unescape_path(std::string_view text) {
   return out;
 }
 
-// GET /v1/models/{id}: the model on the first healthy backend that has it; an alias answers under its own name. False
-// where there is none.
+// GET /v1/models/{id}: the model on the first healthy backend that has it; an alias keeps its own name. False if there
+// is none.
 inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path) {
   const std::string id = unescape_path(path.substr(kModelPrefix.size()));
   const ModelEntry* entry = snapshot.find(id);
@@ -121,7 +121,7 @@ inline bool render_model(std::string& out, const Snapshot& snapshot, std::string
   return false;
 }
 
-// GET /health; the status to send with it.
+// GET /health. Returns the status.
 inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, bool draining, Ns uptime_ns) {
   const auto total = snapshot.backends.size();
   std::size_t healthy = 0;
@@ -147,7 +147,7 @@ inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, b
 }
 
 constexpr Ns kPageTime = 30 * kSecond;
-constexpr std::size_t kPageShareBytes = 128u << 10;  // of a page in one go: some 50 µs
+constexpr std::size_t kPageShareBytes = 128u << 10;  // of a page in one turn: about 50 µs
 
 template <class Net>
 class BuiltinPages {
@@ -160,7 +160,8 @@ class BuiltinPages {
   BuiltinPages(const BuiltinPages&) = delete;
   BuiltinPages& operator=(const BuiltinPages&) = delete;
 
-  // Answers a request that is for no proxied endpoint. Says which page is to be asked for, if it waits for one.
+  // Answers a request that is not for a proxied endpoint. Returns the page to ask the control thread for, if it needs
+  // one.
   std::optional<PageKind> answer(SessionT& session, const char* base, std::string_view path) {
     const RequestHead& head = session.head;
     context_.take_request_id(base, session.fields.get(), session.request_id);
@@ -196,7 +197,7 @@ class BuiltinPages {
     write(session, context_.text);
   }
 
-  // For a head that can't be read: no endpoint is known, and the connection ends.
+  // Refuses a head that can't be read: the endpoint is not known, and the connection ends.
   [[gnu::cold]] void refuse_head(SessionT& session, ApiError refusal) {
     session.keep_alive = false;
     context_.text.clear();
@@ -227,7 +228,7 @@ class BuiltinPages {
     connection.close(context_.net);
   }
 
-  // The page that the session waits for is here.
+  // Starts to send the page that the session waits for.
   [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const TextBuffer> body, PageKind kind) {
     if (body == nullptr) return answer_error(session, ApiError::metrics_unavailable);
     OwnResponse answer = own_response(session, 200);
@@ -327,7 +328,7 @@ class BuiltinPages {
   void write(SessionT& session, std::string_view text) {
     session.state = State::answering;
     arm_write_deadline(session);
-    session.connection.write(context_.net, context_.blocks, text);  // a failure is seen when the answer ends
+    session.connection.write(context_.net, context_.blocks, text);  // end_answer() looks at failures
   }
 
   void arm(SessionT& session, Ns deadline) { context_.wheel.arm(session.timer, deadline); }

@@ -20,7 +20,7 @@ class HeadInput {
  public:
   enum class Status : std::uint8_t { need_more, done, malformed, too_large, out_of_memory };
 
-  bool started() const { return started_; }   // a first byte of the request line was seen
+  bool started() const { return started_; }      // a first byte of the request line was seen
   std::string_view why() const { return why_; }  // after `malformed`: a constant text
 
   // Reads the bytes that are new in `input`; `fields` are taken from `tables` with the first of them.
