@@ -1,7 +1,6 @@
 // circuit_breaker_test.cpp
-// Goal:   a backend that fails is left out for the right time, comes back by one probe, and nothing is written for one
-//         that is in order.
-// Method: rows of what happens and what must hold after it, on a clock of the test's own; then threads that race.
+// Goal:   a failing backend is ejected for the right time and comes back through exactly one probe.
+// Method: sequences of results and the state expected after each, on the test's own clock; then racing threads.
 #include "nexus/fleet/circuit_breaker.h"
 
 #include <doctest/doctest.h>
@@ -18,7 +17,7 @@ constexpr BackendId kA{1};
 constexpr BackendId kB{2};
 constexpr HealthSettings kSettings{};  // three in a row, 5 s
 
-// Sends requests that end at once; the last ejection's length.
+// Sends `times` requests that fail at once. Returns the length of the last ejection.
 Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_after = {}, BackendId id = kA) {
   Ns ejected = 0;
   for (int i = 0; i < times; ++i) ejected = breaker.enter(id, now).failed(now, kSettings, retry_after);
@@ -28,13 +27,13 @@ void succeed(CircuitBreaker& breaker, Ns now, BackendId id = kA) { breaker.enter
 
 }  // namespace
 
-TEST_CASE("the failure that completes the row ejects, not the one before it") {
+TEST_CASE("the eject_after-th consecutive failure ejects, not the one before it") {
   CircuitBreaker breaker;
   CHECK(fail(breaker, 0, 2) == 0);
   CHECK(breaker.usable(kA, 0));
   CHECK(fail(breaker, 0) == 5 * kSecond);
   CHECK_FALSE(breaker.usable(kA, 0));
-  CHECK(breaker.enter(kA, 0).closed());
+  CHECK(breaker.enter(kA, 0).circuit_open());
   CHECK(breaker.usable(kB, 0));
 }
 
@@ -49,7 +48,7 @@ TEST_CASE("eject_after is obeyed at its least and at its most") {
   }
 }
 
-TEST_CASE("a success between failures starts the row anew") {
+TEST_CASE("a success resets the count of consecutive failures") {
   CircuitBreaker breaker;
   for (int i = 0; i < 10; ++i) {
     CHECK(fail(breaker, 0, 2) == 0);
@@ -59,7 +58,7 @@ TEST_CASE("a success between failures starts the row anew") {
   CHECK(fail(breaker, 0, 3) > 0);
 }
 
-TEST_CASE("a request that ends undecided counts neither way") {
+TEST_CASE("a request that ends without a result counts neither way") {
   CircuitBreaker breaker;
   fail(breaker, 0, 2);
   { const CircuitBreaker::Permit left = breaker.enter(kA, 0); }
@@ -71,48 +70,48 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   const Ns start = 1234 * kSecond;
   fail(breaker, start, 3);
   CHECK_FALSE(breaker.usable(kA, start + 5 * kSecond - 1));
-  CHECK(breaker.enter(kA, start + 5 * kSecond - 1).closed());
+  CHECK(breaker.enter(kA, start + 5 * kSecond - 1).circuit_open());
   const Ns due = start + 5 * kSecond;
   CHECK(breaker.usable(kA, due));
   CircuitBreaker::Permit probe = breaker.enter(kA, due);
-  CHECK(probe.probe());
-  CHECK_FALSE(probe.closed());
+  CHECK(probe.is_probe());
+  CHECK_FALSE(probe.circuit_open());
   CHECK_FALSE(breaker.usable(kA, due + 3600 * kSecond));  // however long the probe takes
-  CHECK(breaker.enter(kA, due + 3600 * kSecond).closed());
+  CHECK(breaker.enter(kA, due + 3600 * kSecond).circuit_open());
 
-  SUBCASE("its success clears all") {
+  SUBCASE("its success closes the circuit") {
     probe.succeeded();
     CHECK(breaker.usable(kA, due));
     const CircuitBreaker::Permit permit = breaker.enter(kA, due);
-    CHECK_FALSE(permit.probe());
-    CHECK_FALSE(permit.closed());
+    CHECK_FALSE(permit.is_probe());
+    CHECK_FALSE(permit.circuit_open());
     CHECK(fail(breaker, due, 2) == 0);
-    CHECK(fail(breaker, due) == 5 * kSecond);  // the doubling starts anew as well
+    CHECK(fail(breaker, due) == 5 * kSecond);  // the doubling starts again too
   }
-  SUBCASE("its failure ejects at once, for double") {
+  SUBCASE("its failure ejects at once, for twice the time") {
     CHECK(probe.failed(due, kSettings) == 10 * kSecond);
     CHECK_FALSE(breaker.usable(kA, due + 10 * kSecond - 1));
     CHECK(breaker.usable(kA, due + 10 * kSecond));
   }
-  SUBCASE("dropped undecided, the next request is the probe") {
+  SUBCASE("dropped without a result, the next request is the probe") {
     probe = CircuitBreaker::Permit();
     CHECK(breaker.usable(kA, due));
-    CHECK(breaker.enter(kA, due).probe());
+    CHECK(breaker.enter(kA, due).is_probe());
   }
-  SUBCASE("moved about, it stays one probe") {
+  SUBCASE("moved, it is still one probe") {
     CircuitBreaker::Permit moved = std::move(probe);
-    CHECK(breaker.enter(kA, due).closed());
+    CHECK(breaker.enter(kA, due).circuit_open());
     moved.succeeded();
-    CHECK_FALSE(breaker.enter(kA, due).probe());
+    CHECK_FALSE(breaker.enter(kA, due).is_probe());
   }
-  SUBCASE("told twice, the first counts") {
+  SUBCASE("of two results only the first counts") {
     probe.succeeded();
     CHECK(probe.failed(due, kSettings) == 0);
     CHECK(breaker.usable(kA, due));
   }
 }
 
-TEST_CASE("each failed probe doubles the time, up to a minute or eject_time where that is longer") {
+TEST_CASE("each failed probe doubles the time, up to a minute or eject_time if that is longer") {
   struct Row {
     Ns eject_time;
     std::vector<Ns> spans;
@@ -137,33 +136,33 @@ TEST_CASE("each failed probe doubles the time, up to a minute or eject_time wher
       now += span;
       CHECK(breaker.usable(kA, now));
     }
-    for (int i = 0; i < 100; ++i) {  // it stays at its limit, whatever is counted
+    for (int i = 0; i < 100; ++i) {  // it stays at the limit
       now += 86'400 * kSecond;
       REQUIRE(breaker.enter(kA, now).failed(now, settings) <= std::max(60 * kSecond, row.eject_time));
     }
   }
 }
 
-TEST_CASE("while ejected only the probe decides") {
+TEST_CASE("while a backend is ejected only the probe changes its state") {
   CircuitBreaker breaker;
   CircuitBreaker::Permit slow = breaker.enter(kA, 0);
   CircuitBreaker::Permit slower = breaker.enter(kA, 0);
   fail(breaker, 0, 3);
-  slow.succeeded();  // sent before, so it says nothing of now
+  slow.succeeded();  // sent before the ejection
   CHECK_FALSE(breaker.usable(kA, kSecond));
   CHECK(slower.failed(4 * kSecond, kSettings) == 0);
   CHECK(breaker.usable(kA, 5 * kSecond));  // not prolonged
 
   CircuitBreaker::Permit probe = breaker.enter(kA, 5 * kSecond);
   CircuitBreaker::Permit last_resort = breaker.enter(kA, 5 * kSecond);
-  REQUIRE(probe.probe());
-  REQUIRE(last_resort.closed());
+  REQUIRE(probe.is_probe());
+  REQUIRE(last_resort.circuit_open());
   CHECK(last_resort.failed(5 * kSecond, kSettings, 100 * kSecond) == 0);
   probe.succeeded();
   CHECK(breaker.usable(kA, 5 * kSecond));
 }
 
-TEST_CASE("Retry-After is kept to from the first failure on, within bounds") {
+TEST_CASE("Retry-After ejects from the first failure on, within bounds") {
   struct Row {
     const char* name;
     int failures;
@@ -172,11 +171,11 @@ TEST_CASE("Retry-After is kept to from the first failure on, within bounds") {
   };
   const std::vector<Row> rows = {
       {"on the first failure", 1, 2 * kSecond, 2 * kSecond},
-      {"of nothing", 1, 0, 0},
+      {"zero", 1, 0, 0},
       {"negative", 1, -kSecond, 0},
       {"at the bound", 1, 300 * kSecond, 300 * kSecond},
       {"over the bound", 1, 301 * kSecond, 300 * kSecond},
-      {"without end", 1, kNever, 300 * kSecond},
+      {"infinite", 1, kNever, 300 * kSecond},
   };
   for (const Row& row : rows) {
     CAPTURE(row.name);
@@ -186,7 +185,7 @@ TEST_CASE("Retry-After is kept to from the first failure on, within bounds") {
     CHECK(breaker.usable(kA, kSecond + row.ejected));
   }
 
-  SUBCASE("the longer of it and the time of its own is kept") {
+  SUBCASE("the longer of Retry-After and the ejection time is used") {
     CircuitBreaker breaker;
     fail(breaker, 0, 2);
     CHECK(fail(breaker, 0, 1, 2 * kSecond) == 5 * kSecond);
@@ -195,12 +194,12 @@ TEST_CASE("Retry-After is kept to from the first failure on, within bounds") {
     CHECK(fail(other, 0, 1, 7 * kSecond) == 7 * kSecond);
     CHECK(other.enter(kA, 7 * kSecond).failed(7 * kSecond, kSettings) == 10 * kSecond);
   }
-  SUBCASE("a wish alone does not double the time") {
+  SUBCASE("Retry-After alone does not double the time") {
     CircuitBreaker breaker;
     fail(breaker, 0, 1, kSecond);
     CHECK(breaker.enter(kA, kSecond).failed(kSecond, kSettings) == 5 * kSecond);
   }
-  SUBCASE("an ejected backend may ask for more, and does not get less") {
+  SUBCASE("an ejected backend can extend its ejection, never shorten it") {
     CircuitBreaker breaker;
     CircuitBreaker::Permit one = breaker.enter(kA, 0), other = breaker.enter(kA, 0);
     fail(breaker, 0, 3);
@@ -219,7 +218,7 @@ TEST_CASE("an end between two milliseconds is rounded up, never down") {
   CHECK(breaker.usable(kA, now + 5 * kSecond + kMillisecond));
 }
 
-TEST_CASE("the id that stands for many backends is never ejected, the last id is") {
+TEST_CASE("the id shared by several backends is never ejected, the last id is") {
   CircuitBreaker breaker;
   CHECK(fail(breaker, 0, 100, {}, BackendId::none) == 0);
   CHECK(breaker.usable(BackendId::none, 0));
@@ -227,25 +226,25 @@ TEST_CASE("the id that stands for many backends is never ejected, the last id is
   CHECK(fail(breaker, 0, 3, {}, last) > 0);
 }
 
-TEST_CASE("of many threads that find a backend due at once, exactly one gets the probe") {
+TEST_CASE("of many threads that enter a half-open circuit at once, exactly one gets the probe") {
   constexpr int kThreads = 4;
   constexpr int kRounds = 2'000;
   CircuitBreaker breaker;
   HealthSettings settings;
   settings.eject_after = 1;
   Ns now = kSecond;
-  std::atomic<int> trials{0}, open{0};
+  std::atomic<int> probes{0}, admitted{0};
   int wrong = 0;
   REQUIRE(breaker.enter(kA, now).failed(now, settings) > 0);
-  // One round: all threads ask at once. Between rounds one thread looks and moves the clock; each third probe is
-  // dropped, each third fails, each third succeeds (and the backend is ejected again for the next round).
+  // One round: all threads enter at once. Between rounds one thread checks the counts and moves the clock. In turn the
+  // probe is dropped, fails, and succeeds (then the backend is ejected again for the next round).
   std::vector<CircuitBreaker::Permit> held(kThreads);
   int round = 0;
   auto between = [&]() noexcept {
-    if (trials.exchange(0) != 1 || open.exchange(0) != 0) ++wrong;
+    if (probes.exchange(0) != 1 || admitted.exchange(0) != 0) ++wrong;
     for (CircuitBreaker::Permit& permit : held) {
-      if (permit.probe() && round % 3 == 1) permit.failed(now, settings);
-      if (permit.probe() && round % 3 == 2) permit.succeeded();
+      if (permit.is_probe() && round % 3 == 1) permit.failed(now, settings);
+      if (permit.is_probe() && round % 3 == 2) permit.succeeded();
       permit = CircuitBreaker::Permit();
     }
     if (round % 3 == 2) breaker.enter(kA, now).failed(now, settings);
@@ -259,8 +258,8 @@ TEST_CASE("of many threads that find a backend due at once, exactly one gets the
     threads.emplace_back([&, t] {
       for (int i = 0; i < kRounds; ++i) {
         held[t] = breaker.enter(kA, now);
-        if (held[t].probe()) ++trials;
-        if (!held[t].probe() && !held[t].closed()) ++open;
+        if (held[t].is_probe()) ++probes;
+        if (!held[t].is_probe() && !held[t].circuit_open()) ++admitted;
         barrier.arrive_and_wait();
       }
     });
@@ -270,7 +269,7 @@ TEST_CASE("of many threads that find a backend due at once, exactly one gets the
   CHECK(round == kRounds);
 }
 
-TEST_CASE("failures that come in at once on many threads eject once") {
+TEST_CASE("simultaneous failures on many threads eject once") {
   constexpr int kThreads = 4;
   CircuitBreaker breaker;
   std::atomic<int> ejections{0};
@@ -282,6 +281,6 @@ TEST_CASE("failures that come in at once on many threads eject once") {
   }
   for (std::thread& thread : threads) thread.join();
   CHECK(ejections == 1);
-  CHECK(breaker.usable(kA, 6 * kSecond));  // one ejection's time, not doubled by those that came in late
+  CHECK(breaker.usable(kA, 6 * kSecond));  // not doubled by the late failures
   CHECK_FALSE(breaker.usable(kA, 6 * kSecond - 1));
 }

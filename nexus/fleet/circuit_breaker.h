@@ -1,12 +1,12 @@
 // circuit_breaker.h
-// Owns:     for each backend: how many requests failed on it in a row, until when it is left out, whether it is on
-//           probe.
-// Promises: a backend in order costs one relaxed load to ask about and no write when it serves; after an ejection
-//           exactly one request over all threads is the probe; a probe that is dropped undecided is given to the next
-//           request.
-// Leaves:   what counts as a failure to exchange.h (never a 4xx but 429); that the last candidate is tried none the
-//           less to router.h; failed health checks to registry.h.
+// Owns:     one circuit breaker per backend: consecutive failures, the end of its ejection, the half-open probe.
+// Promises: while the circuit is closed a request costs one relaxed load and a success writes nothing; after an
+//           ejection exactly one request over all threads is the probe; a probe that ends without a result passes to
+//           the next request.
+// Leaves:   what counts as a failure to exchange.h (of the 4xx only 429 does); trying an ejected backend as the last
+//           resort to candidate_picker.h; failed health checks to registry.h.
 // Threads:  any; all state of a backend is one atomic word.
+// Tested by: tests/circuit_breaker_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "nexus/base/clock.h"
 #include "nexus/config/settings.h"
@@ -24,189 +23,184 @@
 
 namespace nexus {
 
-constexpr Ns kMaxEjection = 60 * kSecond;     // doubling ends here, or at eject_time where that is longer
-constexpr Ns kMaxRetryAfter = 300 * kSecond;  // a backend's own wish is kept to up to this
+constexpr Ns kMaxEjection = 60 * kSecond;     // the doubling stops here, or at eject_time if that is longer
+constexpr Ns kMaxRetryAfter = 300 * kSecond;  // a longer Retry-After is cut to this
+
+enum class CircuitState : std::uint8_t {
+  closed,     // the backend gets requests
+  open,       // it is ejected, or its probe is still running: requests only as a last resort
+  half_open,  // its ejection is over: the next request is the probe that decides
+};
 
 class CircuitBreaker {
  public:
-  // The leave to send one request to a backend, asked for with enter(). How the request ended is told to it once; a
-  // probe that is destroyed undecided (the client left, no descriptor was free) leaves the probe to another request.
+  // Permission to send one request to a backend, from enter(). Its result is reported once. A probe that is destroyed
+  // without one (the client left, no descriptor was free) makes the circuit half-open again.
   class Permit {
    public:
     Permit() = default;
-    Permit(Permit&& other) noexcept
-        : breaker_(std::exchange(other.breaker_, nullptr)), id_(other.id_), kind_(other.kind_) {}
-    Permit& operator=(Permit&& other) noexcept {
-      if (this != &other) {
-        abandon();
-        breaker_ = std::exchange(other.breaker_, nullptr);
-        id_ = other.id_;
-        kind_ = other.kind_;
-      }
-      return *this;
-    }
-    ~Permit() { abandon(); }
 
-    bool closed() const { return kind_ == Kind::closed; }  // ejected: only for the last candidate
-    bool probe() const { return kind_ == Kind::probe; }
+    // The circuit's state when the request entered. Open: the request may be sent only as a last resort.
+    bool circuit_open() const { return breaker_.get_deleter().entered == CircuitState::open; }
+    bool is_probe() const { return breaker_.get_deleter().entered == CircuitState::half_open; }
 
-    // The backend answered as it should.
     void succeeded() {
-      if (CircuitBreaker* breaker = std::exchange(breaker_, nullptr)) breaker->note_success(id_, probe());
+      if (CircuitBreaker* breaker = breaker_.release()) breaker->record_success(breaker_.get_deleter().id, is_probe());
     }
 
-    // The backend failed the request; `retry_after` is what its 429 or 503 asked for. The time for which it is ejected
-    // from now on because of this, or 0.
+    // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0.
     Ns failed(Ns now, const HealthSettings& settings, std::optional<Ns> retry_after = {}) {
-      CircuitBreaker* breaker = std::exchange(breaker_, nullptr);
-      return breaker == nullptr ? 0 : breaker->note_failure(id_, probe(), now, settings, retry_after);
+      CircuitBreaker* breaker = breaker_.release();
+      if (breaker == nullptr) return 0;
+      return breaker->record_failure(breaker_.get_deleter().id, is_probe(), now, settings, retry_after);
     }
 
    private:
     friend class CircuitBreaker;
-    enum class Kind : std::uint8_t { open, probe, closed };
+    struct Abandon {
+      BackendId id;
+      CircuitState entered;
+      void operator()(CircuitBreaker* breaker) const {
+        if (entered == CircuitState::half_open) breaker->abandon_probe(id);
+      }
+    };
 
-    Permit(CircuitBreaker& breaker, BackendId id, Kind kind) : breaker_(&breaker), id_(id), kind_(kind) {}
+    Permit(CircuitBreaker& breaker, BackendId id, CircuitState entered) : breaker_(&breaker, Abandon{id, entered}) {}
 
-    void abandon() {
-      CircuitBreaker* breaker = std::exchange(breaker_, nullptr);
-      if (breaker != nullptr && probe()) breaker->abandon_probe(id_);
-    }
-
-    CircuitBreaker* breaker_ = nullptr;  // null once it was told how the request ended
-    BackendId id_{};
-    Kind kind_ = Kind::open;
+    std::unique_ptr<CircuitBreaker, Abandon> breaker_;  // null once the result was reported
   };
 
   CircuitBreaker() : backends_(new Slot[kMaxBackendNames]) {}
 
-  // Whether a request may go there without being the last resort: not ejected, or due for a probe that nobody runs.
+  // True if the backend may get a request that is not a last resort.
   bool usable(BackendId id, Ns now) const {
-    const State state = State::unpack(word(id).load(std::memory_order_relaxed));
-    return state.until_ms == 0 || (!state.probe && now >= state.until_ms * kMillisecond);
+    return State::unpack(word_of(id).load(std::memory_order_relaxed)).at(now) != CircuitState::open;
   }
 
-  // Until when it is ejected; 0 where it is not. The time may have passed, while its probe goes on or none has begun.
-  Ns ejected_until(BackendId id) const {
-    return State::unpack(word(id).load(std::memory_order_relaxed)).until_ms * kMillisecond;
-  }
-
-  // To be called when a request is about to be sent. Of many that find a backend due at once, one gets the probe.
+  // Call when a request is about to be sent. If several find the circuit half-open, only one becomes the probe.
   Permit enter(BackendId id, Ns now) {
-    std::uint64_t seen = word(id).load(std::memory_order_relaxed);
-    for (;;) {
-      State state = State::unpack(seen);
-      if (state.until_ms == 0) return Permit(*this, id, Permit::Kind::open);
-      if (state.probe || now < state.until_ms * kMillisecond) return Permit(*this, id, Permit::Kind::closed);
-      state.probe = true;
-      if (replace(id, seen, state)) return Permit(*this, id, Permit::Kind::probe);
-    }
+    CircuitState entered = CircuitState::closed;
+    update(id, [&](State& state) {
+      entered = state.at(now);
+      state.probing = true;
+      return entered == CircuitState::half_open;
+    });
+    return Permit(*this, id, entered);
   }
 
  private:
-  // A backend's state, packed into one word so that every change is one compare-and-swap. All zeros: in order.
-  // Every access is relaxed: a word is complete in itself and publishes nothing else.
+  // Packed into one word so that each change is one compare-and-swap. The initial word is 0.
   struct State {
-    std::uint32_t streak = 0;  // failures in a row; counts while not ejected
-    std::uint32_t rounds = 0;  // ejections without a success in between: the next one is eject_time << rounds
-    bool probe = false;        // a request is on its way that decides
-    Ns until_ms = 0;           // of the monotonic clock; 0: not ejected
+    std::uint32_t failures = 0;   // consecutive; counted while not ejected
+    std::uint32_t ejections = 0;  // consecutive, without a success between: the next lasts eject_time << ejections
+    bool probing = false;         // the probe is running
+    Ns ejected_until_ms = 0;      // of the monotonic clock; 0: not ejected
 
-    static constexpr std::uint32_t kMaxStreak = 0xffff;
-    static constexpr std::uint32_t kMaxRounds = 31;
-    static constexpr Ns kMaxUntil = (Ns{1} << 40) - 1;  // in ms: 34 years of uptime
+    static constexpr std::uint32_t kMaxFailures = 0xffff;
+    static constexpr std::uint32_t kMaxEjections = 31;
+    static constexpr Ns kMaxUntilMs = (Ns{1} << 40) - 1;  // 34 years of uptime
 
     static State unpack(std::uint64_t word) {
-      State state;
-      state.streak = static_cast<std::uint32_t>(word & kMaxStreak);
-      state.rounds = static_cast<std::uint32_t>(word >> 16 & kMaxRounds);
-      state.probe = (word >> 23 & 1) != 0;
-      state.until_ms = static_cast<Ns>(word >> 24);
-      return state;
+      return {static_cast<std::uint32_t>(word & kMaxFailures), static_cast<std::uint32_t>(word >> 16 & kMaxEjections),
+              (word >> 23 & 1) != 0, static_cast<Ns>(word >> 24)};
     }
     std::uint64_t pack() const {
-      return std::uint64_t{streak} | std::uint64_t{rounds} << 16 | std::uint64_t{probe} << 23 |
-             static_cast<std::uint64_t>(until_ms) << 24;
+      return std::uint64_t{failures} | std::uint64_t{ejections} << 16 | std::uint64_t{probing} << 23 |
+             static_cast<std::uint64_t>(ejected_until_ms) << 24;
+    }
+
+    bool ejected() const { return ejected_until_ms != 0; }
+    CircuitState at(Ns now) const {
+      if (!ejected()) return CircuitState::closed;
+      return probing || now < ejected_until_ms * kMillisecond ? CircuitState::open : CircuitState::half_open;
     }
   };
 
-  // A line of its own each: the words of good backends stay in every core's cache while a bad one's changes.
+  // One cache line each, so that a failing backend's writes do not evict the words of the others.
   struct alignas(64) Slot {
     std::atomic<std::uint64_t> word{0};
   };
 
-  std::atomic<std::uint64_t>& word(BackendId id) const {
+  std::atomic<std::uint64_t>& word_of(BackendId id) const {
     assert(index_of(id) < kMaxBackendNames);
     return backends_[index_of(id)].word;
   }
 
-  bool replace(BackendId id, std::uint64_t& seen, const State& next) {
-    return word(id).compare_exchange_weak(seen, next.pack(), std::memory_order_relaxed, std::memory_order_relaxed);
-  }
-
-  // While a backend is ejected only its probe decides: what was sent before, or as a last resort, comes in late and
-  // would clear or prolong the ejection at random.
-  void note_success(BackendId id, bool probe) {
-    std::uint64_t seen = word(id).load(std::memory_order_relaxed);
-    while (seen != 0) {
-      if (State::unpack(seen).until_ms != 0 && !probe) return;
-      if (replace(id, seen, State{})) return;
-    }
-  }
-
-  Ns note_failure(BackendId id, bool probe, Ns now, const HealthSettings& settings, std::optional<Ns> retry_after) {
-    if (id == BackendId::none) return 0;  // the name table was full: this id stands for several backends
-    const Ns wished = std::clamp<Ns>(retry_after.value_or(0), 0, kMaxRetryAfter);
-    std::uint64_t seen = word(id).load(std::memory_order_relaxed);
+  // Applies `change(State&)` atomically, and nothing if it returns false. It is called again if another thread changed
+  // the state in between. Relaxed: the word is complete in itself and publishes no other memory.
+  template <class Change>
+  void update(BackendId id, Change&& change) {
+    std::atomic<std::uint64_t>& word = word_of(id);
+    std::uint64_t seen = word.load(std::memory_order_relaxed);
     for (;;) {
       State state = State::unpack(seen);
-      if (state.until_ms != 0 && !probe) return prolong(id, seen, now, wished);
-      state.streak = std::min(state.streak + 1, State::kMaxStreak);
-      const bool enough = probe || state.streak >= settings.eject_after;
-      const Ns span = std::max(wished, enough ? span_of(settings, state.rounds) : 0);
-      if (span > 0) {
-        if (enough) state.rounds = std::min(state.rounds + 1, State::kMaxRounds);
-        state.streak = 0;
-        state.probe = false;
-        state.until_ms = until_ms(now, span);
-      }
-      if (replace(id, seen, state)) return span;
+      if (!change(state) || word.compare_exchange_weak(seen, state.pack(), std::memory_order_relaxed)) return;
     }
   }
 
-  // An ejected backend may still ask to be left alone for longer, unless its probe is on the way and will tell.
-  Ns prolong(BackendId id, std::uint64_t seen, Ns now, Ns wished) {
-    for (;;) {
-      State state = State::unpack(seen);
-      if (wished == 0 || state.probe || state.until_ms == 0 || until_ms(now, wished) <= state.until_ms) return 0;
-      state.until_ms = until_ms(now, wished);
-      if (replace(id, seen, state)) return wished;
-    }
+  // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
+  // resort) are ignored.
+  void record_success(BackendId id, bool probe) {
+    if (word_of(id).load(std::memory_order_relaxed) == 0) return;  // nothing to reset
+    update(id, [&](State& state) {
+      if (state.ejected() && !probe) return false;
+      state = State{};
+      return true;
+    });
+  }
+
+  Ns record_failure(BackendId id, bool probe, Ns now, const HealthSettings& settings, std::optional<Ns> retry_after) {
+    if (id == BackendId::none) return 0;  // the name table was full: this id is shared by several backends
+    const Ns requested = std::clamp<Ns>(retry_after.value_or(0), 0, kMaxRetryAfter);
+    Ns ejected_for = 0;
+    update(id, [&](State& state) {
+      ejected_for = state.ejected() && !probe ? prolong(state, now, requested)
+                                              : count_failure(state, probe, now, settings, requested);
+      return true;
+    });
+    return ejected_for;
+  }
+
+  static Ns count_failure(State& state, bool probe, Ns now, const HealthSettings& settings, Ns requested) {
+    state.failures = std::min(state.failures + 1, State::kMaxFailures);
+    const bool enough = probe || state.failures >= settings.eject_after;
+    const Ns ejected_for = std::max(requested, enough ? ejection_time(settings, state.ejections) : 0);
+    if (ejected_for == 0) return 0;
+    if (enough) state.ejections = std::min(state.ejections + 1, State::kMaxEjections);
+    state.failures = 0;
+    state.probing = false;
+    state.ejected_until_ms = end_ms(now, ejected_for);
+    return ejected_for;
+  }
+
+  // An ejected backend can extend its ejection with a longer Retry-After, unless its probe is running.
+  static Ns prolong(State& state, Ns now, Ns requested) {
+    if (requested == 0 || state.probing || end_ms(now, requested) <= state.ejected_until_ms) return 0;
+    state.ejected_until_ms = end_ms(now, requested);
+    return requested;
   }
 
   void abandon_probe(BackendId id) {
-    std::uint64_t seen = word(id).load(std::memory_order_relaxed);
-    for (;;) {
-      State state = State::unpack(seen);
-      assert(state.probe);
-      state.probe = false;
-      if (replace(id, seen, state)) return;
-    }
+    update(id, [](State& state) {
+      assert(state.probing);
+      state.probing = false;
+      return true;
+    });
   }
 
-  static Ns span_of(const HealthSettings& settings, std::uint32_t rounds) {
+  static Ns ejection_time(const HealthSettings& settings, std::uint32_t ejections) {
     const Ns limit = std::max(kMaxEjection, settings.eject_time_ns);
-    Ns span = std::max(settings.eject_time_ns, kMillisecond);
-    for (; rounds > 0 && span < limit; --rounds) span *= 2;
-    return std::min(span, limit);
+    Ns time = std::max(settings.eject_time_ns, kMillisecond);
+    for (; ejections > 0 && time < limit; --ejections) time *= 2;
+    return std::min(time, limit);
   }
 
-  // Rounded up, so that a backend is left out for no less than it should be, and never 0.
-  static Ns until_ms(Ns now, Ns span) {
-    return std::clamp<Ns>((now + span + kMillisecond - 1) / kMillisecond, 1, State::kMaxUntil);
+  // Rounded up, so that no ejection is too short, and never 0.
+  static Ns end_ms(Ns now, Ns span) {
+    return std::clamp<Ns>((now + span + kMillisecond - 1) / kMillisecond, 1, State::kMaxUntilMs);
   }
 
-  std::unique_ptr<Slot[]> backends_;  // by BackendId; never grows, so nothing guards it
+  std::unique_ptr<Slot[]> backends_;  // by BackendId; never grows, so no lock is needed
 };
 
 }  // namespace nexus

@@ -181,7 +181,7 @@ class CandidatePicker {
       return false;
     }
     CircuitBreaker::Permit permit = context_.shared.breaker.enter(backend.id, context_.now);
-    if (permit.closed() && !last_resort) return false;  // another request took the probe just now
+    if (permit.circuit_open() && !last_resort) return false;  // another request took the probe just now
     take(choice, std::move(place), std::move(permit));
     return true;
   }
@@ -229,7 +229,7 @@ class CandidatePicker {
       const BackendId id = snapshot_->backends[choice.backend].id;
       if (id != place.backend() || !may_try(choice)) continue;
       CircuitBreaker::Permit permit = context_.shared.breaker.enter(id, context_.now);
-      if (permit.closed() && another_usable(id)) break;
+      if (permit.circuit_open() && another_usable(id)) break;
       take(choice, std::move(place), std::move(permit));
       return Next::chosen;
     }

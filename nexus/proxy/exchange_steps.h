@@ -140,7 +140,7 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   if (status == 429 || status >= 500) {
     note_backend_failure(retry_after_of(relay_.view(result)));
     if (picker_.another()) return retry_after_status(result);
-  } else if (picker_.permit().probe()) {
+  } else if (picker_.permit().is_probe()) {
     picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
   }
   // The client gets this response: from here on nothing is retried.
