@@ -1,11 +1,12 @@
 // admission.h
-// Owns:     how many requests run on each backend that has a cap (`max_pending`), and the queue of those that wait.
-// Promises: a cap holds over all threads; a place that frees up goes to the request that has waited longest for it,
-//           never to a newcomer; the queue is bounded; each place and each queue place is given back by a destructor.
-// Leaves:   the timeout of a wait and its answer to exchange.h; carrying a wake-up to its thread to worker.h.
-// Threads:  any. One mutex guards all, and is only taken where a cap is set: a capped backend takes a handful of
-//           requests a second, each two short locks, so nothing finer would be noticed. No cap, no lock, no shared
-//           memory touched.
+// Owns:     how many requests run on each backend that has a cap (`max_pending`), and the queue of waiting requests.
+// Promises: a cap holds over all threads; a place that becomes free goes to the request that has waited longest for
+//           it, never to a newcomer; the queue is bounded; destructors give back every place and every queue position.
+// Leaves:   the timeout of a wait and its response to exchange.h; passing a wake-up to its thread to worker.h.
+// Threads:  any. One mutex guards everything and is taken only for capped backends: these get a few requests a second,
+//           each with two short critical sections, so finer locking would gain nothing. Without a cap no shared memory
+//           is touched.
+// Tested by: tests/admission_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -28,10 +29,23 @@
 namespace nexus {
 
 class Admission {
+  struct Waiter;
+  struct GiveBack {
+    BackendId backend;
+    void operator()(Admission* admission) const { admission->give_back(backend); }
+  };
+  struct LeaveQueue {
+    Admission* admission;
+    void operator()(Waiter* waiter) const {
+      admission->leave(*waiter);
+      delete waiter;
+    }
+  };
+
  public:
-  // Told of each request in the queue that was given a place: `waiter` as it was enqueued, on the thread `worker`. It
-  // is called by whatever thread gave the place back, without the mutex held, and should only post a message. It may
-  // come after the ticket was taken or dropped: take_grant() says what is the case. It must not throw.
+  // Called for each queued request that gets a place, with the arguments of its enqueue(). It runs without the mutex on
+  // the thread that freed the place, so it should only post a message, and must not throw. It may run after the ticket
+  // was used or destroyed: only take_grant() tells.
   using Wake = std::function<void(std::uint32_t worker, Handle waiter)>;
 
   struct Cap {
@@ -39,71 +53,35 @@ class Admission {
     std::uint32_t places;  // 0: no cap
   };
 
-  // The right to run one request on a backend until it is destroyed. Empty where the backend has no cap.
+  // The right to run one request on a backend, until it is destroyed. Empty if the backend has no cap.
   class Place {
    public:
     Place() = default;
-    Place(Place&& other) noexcept : admission_(std::exchange(other.admission_, nullptr)), backend_(other.backend_) {}
-    Place& operator=(Place&& other) noexcept {
-      Place taken(std::move(other));
-      std::swap(admission_, taken.admission_);
-      std::swap(backend_, taken.backend_);
-      return *this;
-    }
-    ~Place() {
-      if (admission_ != nullptr) admission_->give_back(backend_);
-    }
-
     bool held() const { return admission_ != nullptr; }
-    BackendId backend() const { return backend_; }
+    BackendId backend() const { return admission_.get_deleter().backend; }
 
    private:
     friend class Admission;
-    Place(Admission* admission, BackendId backend) : admission_(admission), backend_(backend) {}
-
-    Admission* admission_ = nullptr;
-    BackendId backend_{};
+    Place(Admission* admission, BackendId backend) : admission_(admission, GiveBack{backend}) {}
+    std::unique_ptr<Admission, GiveBack> admission_;
   };
 
- private:
-  // A request in the queue. Guarded by the mutex from enqueue() on, until its ticket took it out.
-  struct Waiter {
-    std::uint64_t arrival = 0;
-    std::uint32_t worker = 0;
-    Handle token;
-    std::vector<BackendId> candidates;
-    std::optional<BackendId> granted;  // holds a place on it, and stands in no queue any more
-  };
-
- public:
-  // A place in the queue. Its destructor leaves the queue, and passes a place on that was granted meanwhile.
+  // A position in the queue. Its destructor leaves the queue, and passes on a place that was granted but not taken.
   class Ticket {
    public:
     Ticket() = default;
-    Ticket(Ticket&& other) noexcept
-        : admission_(std::exchange(other.admission_, nullptr)), waiter_(std::move(other.waiter_)) {}
-    Ticket& operator=(Ticket&& other) noexcept {
-      Ticket taken(std::move(other));
-      std::swap(admission_, taken.admission_);
-      std::swap(waiter_, taken.waiter_);
-      return *this;
-    }
-    ~Ticket() {
-      if (waiter_) admission_->leave(*waiter_);
-    }
-
     bool held() const { return waiter_ != nullptr; }
 
    private:
     friend class Admission;
-    Admission* admission_ = nullptr;
-    std::unique_ptr<Waiter> waiter_;  // on the heap: the queue points at it
+    Ticket(Admission* admission, std::unique_ptr<Waiter> waiter) : waiter_(waiter.release(), LeaveQueue{admission}) {}
+    std::unique_ptr<Waiter, LeaveQueue> waiter_;
   };
 
   enum class Outcome : std::uint8_t {
-    entered,  // a place was free after all
+    entered,  // a place became free since the caller looked
     queued,
-    full,  // the queue is
+    full,  // the queue has queue_size requests
   };
 
   explicit Admission(Wake wake) : wake_(std::move(wake)) {}
@@ -111,27 +89,27 @@ class Admission {
   Admission& operator=(const Admission&) = delete;
   ~Admission() { assert(waiting_ == 0); }  // it outlives all places and tickets
 
-  // Sets caps and the queue's size, before a snapshot that holds them is published. A lower cap ends no request: none
-  // enters until enough have left. A higher one lets waiting requests in at once. What is not named keeps its cap.
-  // Requests that run on a backend while it has no cap are not counted, should it get one.
+  // Sets caps and the queue's size; call it before publishing a snapshot that has them. A lower cap ends no request:
+  // none enters until enough have left. A higher one admits waiting requests at once. Backends not in `caps` keep
+  // theirs. Requests that started while the backend had no cap are not counted if it gets one.
   void configure(std::span<const Cap> caps, std::uint32_t queue_size) {
-    std::vector<Wakeup> woken;
+    std::vector<Wakeup> granted;
     {
       const std::lock_guard lock(mutex_);
-      woken.reserve(waiting_);  // before anything changes, for memory may be short
+      granted.reserve(waiting_);  // this and the next line may throw: nothing is changed yet
       make_room(caps);
       queue_size_ = queue_size;
       for (const Cap& cap : caps) {
         if (!knows(cap.backend)) continue;  // it has no cap and never had one
         at(cap.backend).cap = cap.places;
-        while (auto next = grant_next(cap.backend)) woken.push_back(*next);
+        while (auto next = grant_next(cap.backend)) granted.push_back(*next);
       }
     }
-    for (const Wakeup& wakeup : woken) wake_(wakeup.worker, wakeup.waiter);
+    for (const Wakeup& wakeup : granted) wake_(wakeup.worker, wakeup.waiter);
   }
 
-  // Enters where there is room. `cap` is the snapshot's max_pending of that backend: 0 always enters, with an empty
-  // place. Where requests wait for this backend there is no room: what frees up is theirs.
+  // Enters if there is room. `cap` is the snapshot's max_pending of that backend: 0 always enters, with an empty place.
+  // While requests wait for this backend there is no room: the next free place is theirs.
   bool try_enter(BackendId backend, std::uint32_t cap, Place& place) {
     if (cap == 0) {
       place = Place();
@@ -141,126 +119,116 @@ class Admission {
       const std::lock_guard lock(mutex_);
       if (!take_room(backend)) return false;
     }
-    place = Place(this, backend);  // after the lock: what it held before may be given back here
+    place = Place(this, backend);  // without the lock, because this may give back the place held before
     return true;
   }
 
-  // Waits for a place on the first of `candidates` that has one; all of them have caps. `waiter` is woken on `worker`
-  // once it owns a place, which take_grant() hands out.
+  // Waits for the first free place on any of `candidates`, which all have caps. `wake(worker, waiter)` is called once
+  // the request owns a place; take_grant() returns it.
   Outcome enqueue(std::span<const BackendId> candidates, std::uint32_t worker, Handle waiter, Ticket& ticket,
                   Place& place) {
     assert(!candidates.empty());
     auto made = std::make_unique<Waiter>();
     made->worker = worker;
-    made->token = waiter;
+    made->handle = waiter;
     made->candidates.assign(candidates.begin(), candidates.end());
     Nodes nodes = make_nodes(*made, candidates.size());
     std::optional<BackendId> entered;
     {
       const std::lock_guard lock(mutex_);
-      entered = take_first_room(candidates);  // one may have left since the caller looked
+      entered = take_first_room(candidates);
       if (!entered) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
-        line_up(*made, nodes);
+        join_queues(*made, nodes);
       }
     }
     if (entered) {
       place = Place(this, *entered);
       return Outcome::entered;
     }
-    Ticket queued;
-    queued.admission_ = this;
-    queued.waiter_ = std::move(made);
-    ticket = std::move(queued);
+    ticket = Ticket(this, std::move(made));
     return Outcome::queued;
   }
 
-  // The place that `ticket` was granted, and the end of the ticket; or nothing, and it waits on. To be asked when
-  // woken, and before giving up on a timeout: the place may have come just then.
+  // The place granted to `ticket`, which then becomes empty; nothing if it still waits. Call it when woken, and before
+  // giving up on a timeout, because a place may have been granted just then.
   std::optional<Place> take_grant(Ticket& ticket) {
-    if (!ticket.held()) return std::nullopt;
-    assert(ticket.admission_ == this);
-    {
-      const std::lock_guard lock(mutex_);
-      if (!ticket.waiter_->granted) return std::nullopt;
-    }
-    // It is in no queue any more, so no other thread knows of it.
-    const std::unique_ptr<Waiter> waiter = std::move(ticket.waiter_);
+    if (!granted(ticket)) return std::nullopt;
+    assert(ticket.waiter_.get_deleter().admission == this);
+    // The waiter is in no queue any more, so no other thread has a pointer to it.
+    const std::unique_ptr<Waiter> waiter(ticket.waiter_.release());
     return Place(this, *waiter->granted);
   }
 
-  // Gives a waiting request other candidates (the fleet changed) without its losing its turn. Where one has room, the
-  // place is granted at once and take_grant() has it; no wake-up comes for that. A request that was granted one keeps
-  // it.
+  // Gives a waiting request other candidates (the fleet changed); it keeps its position. If one has room, the place is
+  // granted at once for take_grant(), without a wake-up. A place that was granted before is kept.
   void renew(Ticket& ticket, std::span<const BackendId> candidates) {
     if (!ticket.held()) return;
     std::vector<BackendId> renewed(candidates.begin(), candidates.end());
-    Waiter& waiter = *ticket.waiter_;
-    Nodes nodes = make_nodes(waiter, renewed.size());
+    Nodes nodes = make_nodes(*ticket.waiter_, renewed.size());
     const std::lock_guard lock(mutex_);
-    if (waiter.granted) return;
-    step_out(waiter);
-    waiter.candidates.swap(renewed);
-    waiter.granted = take_first_room(waiter.candidates);
-    if (!waiter.granted) line_up(waiter, nodes);
+    if (ticket.waiter_->granted) return;
+    leave_queues(*ticket.waiter_);
+    wait_for(*ticket.waiter_, renewed, nodes);
   }
 
-  // The backend on which `ticket` was granted a place, before take_grant() hands it out.
+  // The backend on which `ticket` was granted a place that take_grant() has not returned yet.
   std::optional<BackendId> granted(const Ticket& ticket) const {
     if (!ticket.held()) return std::nullopt;
     const std::lock_guard lock(mutex_);
     return ticket.waiter_->granted;
   }
 
-  // Gives the place that `ticket` was granted to the next in line and waits on, in its old turn, for one of
-  // `candidates`, which the refused backend is none of: it was ejected meanwhile, say. Where one has room the place is
-  // granted at once, as in renew(). The queue may so be longer than its size, by no more than there are places.
+  // Passes the place granted to `ticket` on to the next in line (its backend was ejected meanwhile, say) and waits, in
+  // the old position, for one of `candidates`, which must not contain that backend. If one has room, as in renew().
+  // This may exceed the queue's size, by at most the number of places.
   void decline(Ticket& ticket, std::span<const BackendId> candidates) {
     assert(ticket.held() && !candidates.empty());
     std::vector<BackendId> renewed(candidates.begin(), candidates.end());
-    Waiter& waiter = *ticket.waiter_;
-    Nodes nodes = make_nodes(waiter, renewed.size());
-    std::optional<Wakeup> woken;
-    {
-      const std::lock_guard lock(mutex_);
-      assert(waiter.granted);
-      const BackendId refused = *waiter.granted;
-      assert(std::find(renewed.begin(), renewed.end(), refused) == renewed.end());
-      waiter.candidates.swap(renewed);
-      waiter.granted = take_first_room(waiter.candidates);
-      if (!waiter.granted) line_up(waiter, nodes);
-      at(refused).running -= 1;
-      woken = grant_next(refused);
-    }
-    if (woken) wake_(woken->worker, woken->waiter);
+    Nodes nodes = make_nodes(*ticket.waiter_, renewed.size());
+    std::unique_lock lock(mutex_);
+    assert(ticket.waiter_->granted);
+    const BackendId declined = *ticket.waiter_->granted;
+    assert(std::find(renewed.begin(), renewed.end(), declined) == renewed.end());
+    wait_for(*ticket.waiter_, renewed, nodes);
+    free_place(std::move(lock), declined);
   }
 
-  // Requests that wait, over all backends.
+  // The number of waiting requests, over all backends.
   std::uint32_t waiting() const {
     const std::lock_guard lock(mutex_);
     return waiting_;
   }
-  // Requests that would take a place on this backend. One that may go to either of two is counted on both.
+  // The number of requests that wait for this backend; one that waits for two backends counts on both.
   std::uint32_t waiting_for(BackendId backend) const {
     const std::lock_guard lock(mutex_);
     return knows(backend) ? static_cast<std::uint32_t>(at(backend).queue.size()) : 0;
   }
-  // Places taken, those included that were granted and not fetched yet.
+  // The number of places in use, including those granted but not taken yet.
   std::uint32_t running_on(BackendId backend) const {
     const std::lock_guard lock(mutex_);
     return knows(backend) ? at(backend).running : 0;
   }
 
  private:
-  // Invariant whenever the mutex is free: where the queue is not empty, there is no room. So a newcomer that finds room
-  // overtakes nobody, and a place that frees up lets in exactly one.
+  // Guarded by the mutex from enqueue() on, until its ticket is used or destroyed.
+  struct Waiter {
+    std::uint64_t arrival = 0;
+    std::uint32_t worker = 0;
+    Handle handle;
+    std::vector<BackendId> candidates;
+    std::optional<BackendId> granted;  // it holds a place there and is in no queue any more
+  };
+
+  // Invariant whenever the mutex is free: a backend with a non-empty queue has no room. So a newcomer that finds room
+  // overtakes nobody, and a freed place admits exactly one request.
   using Queue = std::map<std::uint64_t, Waiter*>;  // by arrival
   using Nodes = std::vector<Queue::node_type>;
   struct Backend {
     std::uint32_t cap = 0;  // 0: none
     std::uint32_t running = 0;
-    Queue queue;  // a waiter stands in that of each of its candidates
+    Queue queue;  // a waiter is in the queue of each of its candidates
 
     bool room() const { return cap == 0 || running < cap; }
   };
@@ -272,13 +240,12 @@ class Admission {
 
   bool knows(BackendId backend) const { return index_of(backend) < backends_.size(); }
   Backend& at(BackendId backend) {
-    assert(knows(backend));  // a snapshot that says of a cap is published after configure()
+    assert(knows(backend));  // configure() runs before the snapshot with the cap is published
     return backends_[index_of(backend)];
   }
   const Backend& at(BackendId backend) const { return backends_[index_of(backend)]; }
 
-  // What follows is called with the mutex held, but for give_back() and leave().
-
+  // REQUIRES: mutex_ held.
   bool take_room(BackendId id) {
     Backend& backend = at(id);
     if (!backend.room()) return false;
@@ -287,6 +254,7 @@ class Admission {
     return true;
   }
 
+  // REQUIRES: mutex_ held.
   std::optional<BackendId> take_first_room(std::span<const BackendId> candidates) {
     for (const BackendId candidate : candidates) {
       if (take_room(candidate)) return candidate;
@@ -294,7 +262,7 @@ class Admission {
     return std::nullopt;
   }
 
-  // What line_up() puts into the queues. Made before anything changes and without the mutex: memory may be short.
+  // The nodes for join_queues(). Allocated without the mutex and before anything changes, because this may throw.
   static Nodes make_nodes(Waiter& waiter, std::size_t count) {
     Nodes nodes;
     nodes.reserve(count);
@@ -303,7 +271,8 @@ class Admission {
     return nodes;
   }
 
-  void line_up(Waiter& waiter, Nodes& nodes) {
+  // REQUIRES: mutex_ held.
+  void join_queues(Waiter& waiter, Nodes& nodes) {
     for (std::size_t i = 0; i < waiter.candidates.size(); ++i) {
       nodes[i].key() = waiter.arrival;
       at(waiter.candidates[i]).queue.insert(std::move(nodes[i]));
@@ -311,6 +280,20 @@ class Admission {
     waiting_ += 1;
   }
 
+  // REQUIRES: mutex_ held.
+  void leave_queues(Waiter& waiter) {
+    for (const BackendId candidate : waiter.candidates) at(candidate).queue.erase(waiter.arrival);
+    waiting_ -= 1;
+  }
+
+  // Takes a place on one of `candidates`, or joins their queues. REQUIRES: mutex_ held, `waiter` in no queue.
+  void wait_for(Waiter& waiter, std::vector<BackendId>& candidates, Nodes& nodes) {
+    waiter.candidates.swap(candidates);
+    waiter.granted = take_first_room(waiter.candidates);
+    if (!waiter.granted) join_queues(waiter, nodes);
+  }
+
+  // REQUIRES: mutex_ held.
   void make_room(std::span<const Cap> caps) {
     std::size_t wanted = backends_.size();
     for (const Cap& cap : caps) {
@@ -320,41 +303,32 @@ class Admission {
     backends_.resize(wanted);
   }
 
-  void step_out(Waiter& waiter) {
-    for (const BackendId candidate : waiter.candidates) at(candidate).queue.erase(waiter.arrival);
-    waiting_ -= 1;
-  }
-
-  // Lets the one that has waited longest in, if there is room and somebody waits.
+  // Grants a place to the request that has waited longest, if there is room and one waits. REQUIRES: mutex_ held.
   std::optional<Wakeup> grant_next(BackendId id) {
     Backend& backend = at(id);
     if (!backend.room() || backend.queue.empty()) return std::nullopt;
     Waiter& waiter = *backend.queue.begin()->second;
-    step_out(waiter);
+    leave_queues(waiter);
     backend.running += 1;
     waiter.granted = id;
-    return Wakeup{waiter.worker, waiter.token};
+    return Wakeup{waiter.worker, waiter.handle};
   }
 
-  void give_back(BackendId id) {
-    std::optional<Wakeup> woken;
-    {
-      const std::lock_guard lock(mutex_);
-      assert(at(id).running > 0);
-      at(id).running -= 1;
-      woken = grant_next(id);
-    }
-    if (woken) wake_(woken->worker, woken->waiter);
+  // Passes a place on to the next in line. Takes over the lock of mutex_, because the wake-up must run without it.
+  void free_place(std::unique_lock<std::mutex> lock, BackendId id) {
+    assert(at(id).running > 0);
+    at(id).running -= 1;
+    const std::optional<Wakeup> granted = grant_next(id);
+    lock.unlock();
+    if (granted) wake_(granted->worker, granted->waiter);
   }
+
+  void give_back(BackendId id) { free_place(std::unique_lock(mutex_), id); }
 
   void leave(Waiter& waiter) {
-    std::optional<BackendId> granted;
-    {
-      const std::lock_guard lock(mutex_);
-      granted = waiter.granted;
-      if (!granted) step_out(waiter);
-    }
-    if (granted) give_back(*granted);
+    std::unique_lock lock(mutex_);
+    if (waiter.granted) return free_place(std::move(lock), *waiter.granted);
+    leave_queues(waiter);
   }
 
   const Wake wake_;
