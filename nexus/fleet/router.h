@@ -1,29 +1,30 @@
 // router.h
-// Owns:     which backends a request may be tried on, in which order, and the words for why.
-// Promises: a pure function of its arguments: every candidate is healthy and can do what the request needs, none comes
-//           twice, the ejected come last among those of their model, and equal candidates share the load evenly.
-//           Nothing is allocated but the room of `out`, which is kept between calls.
-// Leaves:   load and latency to the metrics; who is ejected to circuit_breaker.h; hard caps to admission.h; retries to
-//           exchange.h.
+// Owns:     the list of backends that a request may be tried on, best first, and the text of X-Nexus-Route-Reason.
+// Promises: a pure function of its arguments: every candidate is healthy and has the needed capabilities, none is
+//           listed twice for one model, ejected ones come last within their model, and equal candidates share the load
+//           evenly. The only memory used is the caller's `out`, which keeps its capacity between calls.
+// Leaves:   load to slab.h and latency to worker_context.h; ejection to circuit_breaker.h; hard caps to admission.h;
+//           retries to candidate_picker.h.
 // Threads:  any; a snapshot is immutable.
+// Tested by: tests/router_test.cpp
 #pragma once
 
 #include <algorithm>
-#include <charconv>
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
 
 namespace nexus {
 
-// What a request needs of the model that serves it.
+// The capabilities that a request needs.
 struct RouteNeeds {
   bool vision = false;
   bool tools = false;
@@ -31,50 +32,58 @@ struct RouteNeeds {
   std::uint64_t context_tokens = 0;  // an estimate
 };
 
-// How a backend stands now.
+// The current load of a backend.
 struct BackendLoad {
   std::int64_t pending = 0;  // requests in flight over all threads
-  Ns latency_ns = 0;         // smoothed time to the first byte; 0: not known, or too old to be believed
+  Ns latency_ns = 0;         // smoothed time to the first byte; 0: unknown or outdated
   bool ejected = false;
 };
 
 enum class RouteReason : std::uint8_t {
-  only_candidate,
-  alias,
-  priority,
+  smart,  // this and the next four: the Strategy of the same value chose among several
   round_robin,
+  priority,
   random,
   least_pending,
-  smart,
+  only_candidate,
+  alias,
   fallback,
 };
+inline constexpr std::array<std::string_view, 8> kRouteReasonNames{
+    "smart", "round robin", "priority", "random", "least pending", "only candidate", "alias", "fallback"};
+constexpr std::string_view to_string(RouteReason reason) { return kRouteReasonNames[static_cast<std::size_t>(reason)]; }
 
-// One backend to try, and the model to ask it for.
+constexpr RouteReason reason_of(Strategy strategy) { return static_cast<RouteReason>(strategy); }
+static_assert(reason_of(Strategy::smart) == RouteReason::smart && reason_of(Strategy::random) == RouteReason::random);
+static_assert(reason_of(Strategy::least_pending) == RouteReason::least_pending &&
+              to_string(RouteReason::fallback) == "fallback");
+
+// A backend to try, and the model to request from it.
 struct Choice {
   std::uint32_t backend = 0;                // index into Snapshot::backends
   ModelId model{};                          // of *model_name
-  const std::string* model_name = nullptr;  // what to ask that backend for; lives as long as the snapshot
+  const std::string* model_name = nullptr;  // lives as long as the snapshot
   bool fallback = false;
-  bool ejected = false;  // it stands behind the others, and is there so that the last candidate can be tried
-  RouteReason reason = RouteReason::only_candidate;
-  std::int64_t pending = 0;  // as load_of told it; 0 where it was not asked
+  bool ejected = false;  // a last resort: sorted behind the others of its model
+  RouteReason reason{};
+  std::int64_t pending = 0;  // from load_of; 0 if this is the model's only candidate
   Ns latency_ns = 0;         // the same
-  std::uint64_t rank = 0;    // lower is better; its unit is the strategy's
+  std::uint64_t rank = 0;    // lower is better; the unit depends on the strategy
 };
 
 enum class RouteOutcome : std::uint8_t {
   ok,
   unknown_model,  // no backend offers the model or one of its fallbacks: 404
-  none_healthy,   // some that could serve it do, none of them is healthy now: 503
-  not_capable,    // healthy ones offer it, and no backend can do what the request needs: 400
+  none_healthy,   // some backend could serve the request, but none of these is healthy: 503
+  not_capable,    // healthy backends offer the model, but no backend has the needed capabilities: 400
 };
 
 namespace route_detail {
 
-constexpr std::uint64_t kPart = 1'000;            // a component of `smart` goes from 0 to this
-constexpr std::uint64_t kScoreScale = 1'000'000;  // the best score there is
-constexpr std::uint64_t kRoundsPerDeal = 4;
-constexpr Ns kNoiseNs = 50 * kMillisecond;  // times to a first byte below this are alike: a model takes longer
+constexpr std::uint64_t kPart = 1'000;            // each part of a `smart` score is 0 to this
+constexpr std::uint64_t kScoreScale = 1'000'000;  // the best `smart` score
+constexpr std::uint64_t kRoundsPerDeal = 4;       // rounds of share_evenly() with the same order
+constexpr Ns kNoiseNs = 50 * kMillisecond;        // latencies below this count as equal: models are slower
 
 // Spreads every bit of `x` over all of the result; 0 stays 0. (The finisher of splitmix64.)
 constexpr std::uint64_t mix(std::uint64_t x) {
@@ -95,7 +104,7 @@ inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
   return has.context_tokens == 0 || needs.context_tokens <= has.context_tokens;
 }
 
-// Why a request finds no candidate, gathered over the models that were looked at.
+// What was seen over all offers; decides the error if there is no candidate.
 struct Seen {
   bool offered = false;
   bool healthy = false;
@@ -107,9 +116,9 @@ struct Seen {
   }
 };
 
-// Appends what can serve the request of one model's offers.
-inline void gather(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs, bool fallback,
-                   Seen& seen, std::vector<Choice>& out) {
+// Appends the offers of one model that can serve the request.
+inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs, bool fallback,
+                           Seen& seen, std::vector<Choice>& out) {
   const std::size_t first = out.size();
   for (const Offer& offer : entry.offers) {
     seen.offered = true;
@@ -118,7 +127,7 @@ inline void gather(const Snapshot& snapshot, const ModelEntry& entry, const Rout
     seen.healthy |= healthy;
     seen.capable |= capable;
     if (!healthy || !capable) continue;
-    // Offers stand in the backends' order, so one that is listed twice follows itself.
+    // Offers are in the order of the backends, so duplicates are adjacent.
     if (out.size() > first && out.back().backend == offer.backend) continue;
     Choice choice;
     choice.backend = offer.backend;
@@ -129,13 +138,13 @@ inline void gather(const Snapshot& snapshot, const ModelEntry& entry, const Rout
   }
 }
 
-// `smart`, from 0 (worst) to kScoreScale. In whole numbers, so that what is equal compares equal. Latency counts in
-// tenths of the fastest's, and below kNoiseNs not at all: a difference of a few per cent or milliseconds is noise, and
-// must not send all requests to one of two equals.
+// The `smart` score, from 0 (worst) to kScoreScale, in integers so that equal candidates compare equal. Latency is
+// rounded to tenths of the fastest backend's, and to kNoiseNs: a difference of a few per cent or milliseconds is noise
+// and must not send all requests to one of two equal backends.
 struct Smart {
   const RoutingSettings& weights;
   std::int64_t most_pending = 0;
-  Ns fastest_ns = 0;  // 0: none is known
+  Ns fastest_ns = 0;  // 0: no latency is known
 
   void note(const Choice& choice) {
     most_pending = std::max(most_pending, choice.pending);
@@ -162,7 +171,7 @@ struct Smart {
     return kPart * static_cast<std::uint64_t>(below) / static_cast<std::uint64_t>(most_pending);
   }
 
-  // One that is not known counts as the fastest: a request is the only way to learn it.
+  // A backend of unknown latency counts as the fastest: only a request can measure it.
   std::uint64_t latency_part(Ns latency_ns) const {
     if (latency_ns <= 0 || fastest_ns == 0) return kPart;
     const double share = static_cast<double>(fastest_ns) / static_cast<double>(std::max(latency_ns, kNoiseNs));
@@ -170,7 +179,7 @@ struct Smart {
   }
 };
 
-// Sets the rank of each of `group`, whose load is known.
+// Sets the ranks of one model's candidates, whose load is known.
 inline void rank(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t random_bits, Choice* first,
                  Choice* last) {
   Smart smart{routing};
@@ -193,9 +202,9 @@ inline void rank(const Snapshot& snapshot, const RoutingSettings& routing, std::
   }
 }
 
-// Orders equals: the first by turns, the others at random, so that a first one that fails sheds evenly too.
-// A turn that counts other requests as well could be in step with this one's (every second request is of this model,
-// and there are two backends); so the deal is changed every few rounds, and each round still serves each one once.
+// Orders equal candidates: the first by turns, the others at random, so that the retries after a failure are spread
+// too. `turn` counts requests of all models, so it may be in step with one model's requests (every second one, and two
+// backends). Therefore the order changes every kRoundsPerDeal rounds; each round still uses each candidate once.
 inline void share_evenly(Choice* first, std::size_t count, std::uint64_t turn, std::uint64_t salt) {
   if (count < 2) return;
   const std::uint64_t deal = turn / (count * kRoundsPerDeal);
@@ -206,26 +215,15 @@ inline void share_evenly(Choice* first, std::size_t count, std::uint64_t turn, s
   }
 }
 
-constexpr RouteReason reason_of(Strategy strategy) {
-  switch (strategy) {
-    case Strategy::smart: return RouteReason::smart;
-    case Strategy::round_robin: return RouteReason::round_robin;
-    case Strategy::priority: return RouteReason::priority;
-    case Strategy::random: return RouteReason::random;
-    case Strategy::least_pending: return RouteReason::least_pending;
-  }
-  return RouteReason::smart;
-}
-
 inline bool better(const Choice& a, const Choice& b) {
   if (a.ejected != b.ejected) return b.ejected;
   if (a.rank != b.rank) return a.rank < b.rank;
   return a.backend < b.backend;
 }
 
-inline bool equal(const Choice& a, const Choice& b) { return a.ejected == b.ejected && a.rank == b.rank; }
+inline bool equally_good(const Choice& a, const Choice& b) { return a.ejected == b.ejected && a.rank == b.rank; }
 
-// Orders one model's candidates, from out[begin] on, by the strategy.
+// Sorts the candidates from out[begin] on, all of one model, best first.
 template <class LoadOf>
 void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t turn, std::uint64_t random_bits,
            LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
@@ -243,20 +241,20 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64
   std::sort(first, last, better);
   for (Choice* run = first; run != last;) {
     Choice* end = run + 1;
-    while (end != last && equal(*run, *end)) ++end;
+    while (end != last && equally_good(*run, *end)) ++end;
     share_evenly(run, static_cast<std::size_t>(end - run), turn, static_cast<std::uint64_t>(run - out.data()));
     run = end;
   }
 }
 
-inline RouteReason why(const ModelEntry& asked, bool fallback, std::size_t candidates, Strategy strategy) {
+inline RouteReason reason_for(const ModelEntry& asked, bool fallback, std::size_t candidates, Strategy strategy) {
   if (fallback) return RouteReason::fallback;
   if (asked.is_alias()) return RouteReason::alias;
   return candidates == 1 ? RouteReason::only_candidate : reason_of(strategy);
 }
 
-// True where the fallback `entry`, the n-th of `asked`, names a model that was looked at already.
-inline bool seen_before(const Snapshot& snapshot, const ModelEntry& asked, std::size_t n, const ModelEntry& entry) {
+// True if `entry`, the n-th fallback of `asked`, resolves to the same model as `asked` or an earlier fallback.
+inline bool is_duplicate(const Snapshot& snapshot, const ModelEntry& asked, std::size_t n, const ModelEntry& entry) {
   if (entry.target == asked.target) return true;
   for (std::size_t i = 0; i < n; ++i) {
     const ModelEntry* earlier = snapshot.find(asked.fallbacks[i]);
@@ -267,58 +265,41 @@ inline bool seen_before(const Snapshot& snapshot, const ModelEntry& asked, std::
 
 }  // namespace route_detail
 
-// Fills `out` with every backend that `asked` may be tried on, best first; it is empty unless the outcome is `ok`.
-// First come those of the model itself, then those of its fallbacks, in their order (an alias among them is followed,
-// their own fallbacks are not). `turn` counts requests and decides between equals, `random_bits` is new for each
-// request and serves the strategy `random`. `load_of`: BackendLoad(const BackendView&), asked once for each of two
-// candidates or more.
+// Fills `out` with every backend that `asked` may be tried on, best first; it is empty unless the outcome is `ok`. The
+// model's own backends come before those of its fallbacks, which are used in their order (an alias among them is
+// resolved; a fallback's own fallbacks are ignored). `turn` counts requests and orders equal candidates. `random_bits`
+// is new for each request and used by the strategy `random`. `load_of`: BackendLoad(const BackendView&), called once
+// per candidate of a model that has at least two.
 template <class LoadOf>
 RouteOutcome route(const Snapshot& snapshot, const ModelEntry& asked, const RouteNeeds& needs,
                    const RoutingSettings& routing, std::uint64_t turn, std::uint64_t random_bits, LoadOf&& load_of,
                    std::vector<Choice>& out) {
   out.clear();
   route_detail::Seen seen;
-  const auto take = [&](const ModelEntry& entry, bool fallback) {
+  const auto add = [&](const ModelEntry& entry, bool fallback) {
     const std::size_t begin = out.size();
-    route_detail::gather(snapshot, entry, needs, fallback, seen, out);
+    route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
     route_detail::order(snapshot, routing, turn, random_bits, load_of, begin, out);
-    const RouteReason reason = route_detail::why(asked, fallback, out.size() - begin, routing.strategy);
+    const RouteReason reason = route_detail::reason_for(asked, fallback, out.size() - begin, routing.strategy);
     for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
   };
-  take(asked, false);
+  add(asked, false);
   for (std::size_t i = 0; i < asked.fallbacks.size(); ++i) {
     const ModelEntry* fallback = snapshot.find(asked.fallbacks[i]);
-    if (fallback == nullptr || route_detail::seen_before(snapshot, asked, i, *fallback)) continue;
-    take(*fallback, true);
+    if (fallback == nullptr || route_detail::is_duplicate(snapshot, asked, i, *fallback)) continue;
+    add(*fallback, true);
   }
   return out.empty() ? seen.outcome() : RouteOutcome::ok;
 }
 
-// The choice in words, for X-Nexus-Route-Reason: `only candidate`, `least pending 2`, `smart 0.85`, …
+// Appends the value of X-Nexus-Route-Reason: `only candidate`, `least pending 2`, `smart 0.85`, …
 inline void append_reason(std::string& out, const Choice& choice) {
-  char digits[24];
-  const auto append_number = [&](std::uint64_t number) {
-    out.append(digits, static_cast<std::size_t>(std::to_chars(digits, digits + sizeof digits, number).ptr - digits));
-  };
-  switch (choice.reason) {
-    case RouteReason::only_candidate: out += "only candidate"; break;
-    case RouteReason::alias: out += "alias"; break;
-    case RouteReason::priority: out += "priority"; break;
-    case RouteReason::round_robin: out += "round robin"; break;
-    case RouteReason::random: out += "random"; break;
-    case RouteReason::fallback: out += "fallback"; break;
-    case RouteReason::least_pending:
-      out += "least pending ";
-      append_number(choice.rank);
-      break;
-    case RouteReason::smart: {
-      const std::uint64_t hundredths = (route_detail::kScoreScale - choice.rank) / (route_detail::kScoreScale / 100);
-      out += "smart ";
-      append_number(hundredths / 100);
-      out += hundredths % 100 < 10 ? ".0" : ".";
-      append_number(hundredths % 100);
-      break;
-    }
+  out += to_string(choice.reason);
+  if (choice.reason == RouteReason::least_pending) {
+    out.append(" ").append(Digits(choice.rank).view());
+  } else if (choice.reason == RouteReason::smart) {
+    const std::uint64_t hundredths = (route_detail::kScoreScale - choice.rank) / (route_detail::kScoreScale / 100);
+    out.append(hundredths == 100 ? " 1." : " 0.").append(Digits(100 + hundredths % 100).view().substr(1));
   }
 }
 
