@@ -1,9 +1,10 @@
 // registry.h
-// Owns:     the backends, what is known of each (health, models, address), and the snapshot of it that workers read.
-// Promises: a snapshot is immutable and complete: names resolved, aliases followed, ids given; ids outlive backends;
-//           a reload keeps what is known of a backend whose url and type did not change.
-// Leaves:   asking the backends to prober.h; choosing among them to router.h.
+// Owns:     the backends, the state of each (health, models, address), and the snapshot of it that workers read.
+// Promises: a snapshot is immutable and complete: names resolved, aliases followed, ids assigned; ids outlive backends;
+//           a reload keeps the state of every backend whose url and type are unchanged.
+// Leaves:   health checks and model lists to prober.h; choosing a backend to router.h.
 // Threads:  the Registry belongs to the control thread; snapshots are shared as std::shared_ptr<const Snapshot>.
+// Tested by: tests/registry_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -21,18 +22,18 @@
 
 namespace nexus {
 
-constexpr std::size_t kMaxModelNames = 20'000;   // over the process's life; what comes after is counted as `unknown`
-constexpr std::size_t kMaxBackendNames = 4'096;  // the same for backends, over all reloads
-constexpr std::size_t kMaxModelsPerBackend = 10'000;
+constexpr std::size_t kMaxModelNames = 20'000;        // per process; models beyond it are counted as `unknown`
+constexpr std::size_t kMaxBackendNames = 4'096;       // per process, over all reloads
+constexpr std::size_t kMaxModelsPerBackend = 10'000;  // the rest of a longer list is ignored
 
 enum class Health : std::uint8_t { unknown, healthy, unhealthy };
 
-// What a model on a backend can do, as configured. A request needs a set of them.
+// The configured capabilities of a model on a backend.
 struct Capabilities {
   bool vision = true;
   bool tools = true;
   bool json_mode = true;
-  std::uint64_t context_tokens = 0;  // 0: not stated
+  std::uint64_t context_tokens = 0;  // 0: not configured
 
   bool operator==(const Capabilities&) const = default;
 };
@@ -42,10 +43,10 @@ struct BackendView {
   BackendId id{};
   std::string name;
   BackendKind kind = BackendKind::generic;
-  std::optional<Address> address;  // nothing while its host name is not resolved
+  std::optional<Address> address;  // none until its host name is resolved
   std::string base_path;
-  std::string request_lines;  // of every request to it: Host, and Authorization where it has a key
-  std::string answer_line;    // of every answer of it: X-Nexus-Backend
+  std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
+  std::string answer_line;    // sent with every response from it: X-Nexus-Backend
   bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
@@ -59,14 +60,14 @@ struct Offer {
   Capabilities capabilities;
 };
 
-// A name that a client may ask for.
+// A model name that a client may use.
 struct ModelEntry {
   ModelId id{};
   std::string name;
-  std::string target;  // after aliases: the name that backends know (`name` itself where it is no alias)
+  std::string target;  // `name` after aliases: the name that backends know
   ModelId target_id{};
-  std::vector<Offer> offers;           // of `target`, in the order of the configuration; unhealthy backends too
-  std::vector<std::string> fallbacks;  // models to try when none of the offers will do
+  std::vector<Offer> offers;           // of `target`, in the order of the backends; unhealthy ones too
+  std::vector<std::string> fallbacks;  // models to try if no offer can serve the request
 
   bool is_alias() const { return name != target; }
 };
@@ -76,9 +77,9 @@ struct Snapshot {
   std::shared_ptr<const Settings> settings;
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
-  bool any_vision_stated = false;  // some backend states which of its models see images
-  bool discovering = false;        // some backend was not asked yet: a model that is not here may still turn up
-  std::string models_page;         // what GET /v1/models answers, made once for all who ask
+  bool any_vision_stated = false;  // some backend has a `vision` list
+  bool discovering = false;        // some backend's model list was not read yet: an unknown model may still appear
+  std::string models_page;         // the response body of GET /v1/models
 
   const ModelEntry* find(std::string_view model) const {
     auto found = models.find(model);
@@ -88,7 +89,7 @@ struct Snapshot {
 
 using SnapshotPtr = std::shared_ptr<const Snapshot>;
 
-// What a backend is called in a Host field: host[:port], an IPv6 address in brackets.
+// The Host field for a backend: host[:port], with an IPv6 address in brackets.
 inline std::string host_of(const BackendSettings& backend) {
   const bool v6 = backend.address.host.find(':') != std::string::npos;
   std::string host = v6 ? "[" + backend.address.host + "]" : backend.address.host;
@@ -102,24 +103,24 @@ class Registry {
     BackendSettings settings;
     BackendId id{};
     Health health = Health::unknown;
-    std::uint32_t streak = 0;             // failures (healthy) or successes (unhealthy) in a row
-    std::vector<std::string> discovered;  // models, where the configuration lists none
+    std::uint32_t streak = 0;             // consecutive checks that contradict `health`
+    std::vector<std::string> discovered;  // models; used if the configuration lists none
     std::optional<Address> address;
-    std::uint64_t epoch = 0;  // tells a check of an earlier life of this backend apart
+    std::uint64_t epoch = 0;  // changes with url or type, so that results of earlier checks can be ignored
 
     const std::vector<std::string>& models() const { return settings.models.empty() ? discovered : settings.models; }
   };
 
   struct Transition {
-    bool changed = false;  // the snapshot must be made anew
+    bool changed = false;  // a new snapshot is needed
     Health from = Health::unknown;
     Health to = Health::unknown;
   };
 
   Registry() : models_("unknown", kMaxModelNames), backend_names_("none", kMaxBackendNames) {}
 
-  // Takes the configuration over. Backends of the same name, type and url keep their health, models and address.
-  // Where memory is short it throws, and all is as it was.
+  // Applies a configuration. Backends of the same name, type and url keep their health, models and address. Changes
+  // nothing if it throws std::bad_alloc.
   void configure(std::shared_ptr<const Settings> settings) {
     std::vector<Backend> next;
     std::vector<Backend*> known;
@@ -128,9 +129,8 @@ class Registry {
     for (const BackendSettings& wanted : settings->backends) {
       Backend& backend = next.emplace_back();
       backend.settings = wanted;
-      known.push_back(find(wanted.name));
-      if (known.back() != nullptr && same_place(known.back()->settings, wanted)) continue;
-      known.back() = nullptr;
+      known.push_back(find_if([&](const Backend& old) { return is_same(old.settings, wanted); }));
+      if (known.back() != nullptr) continue;
       backend.id = backend_names_.intern(wanted.name);
       backend.epoch = ++epochs_;
       backend.address = parse_address(wanted.address.host, wanted.address.port);
@@ -152,38 +152,30 @@ class Registry {
   const ModelNames& model_names() const { return models_; }
   const BackendNames& backend_names() const { return backend_names_; }
 
-  // The backend that a check of `epoch` was for, or nullptr when it is gone.
+  // The backend that a check of `epoch` was for, or nullptr if it is gone.
   Backend* find_epoch(std::uint64_t epoch) {
-    for (Backend& backend : backends_) {
-      if (backend.epoch == epoch) return &backend;
-    }
-    return nullptr;
+    return find_if([&](const Backend& backend) { return backend.epoch == epoch; });
   }
 
-  // Takes in how a check ended: unknown follows the first result, a change of mind takes `failures` or `recoveries`
-  // results in a row.
+  // Records a check's result. The first result sets the health; later ones change it after `failures` or `recoveries`
+  // consecutive results.
   Transition note_check(Backend& backend, bool passed) {
-    Transition result;
-    result.from = backend.health;
     const Health seen = passed ? Health::healthy : Health::unhealthy;
+    Transition result{false, backend.health, backend.health};
     if (backend.health == seen) {
       backend.streak = 0;
-    } else {
-      backend.streak += 1;
-      const std::uint32_t needed = backend.health == Health::unknown ? 1
-                                   : passed                          ? settings_->health.recoveries
-                                                                     : settings_->health.failures;
-      if (backend.streak >= needed) {
-        backend.health = seen;
-        backend.streak = 0;
-        result.changed = true;
-      }
+      return result;
     }
-    result.to = backend.health;
+    const HealthSettings& health = settings_->health;
+    const std::uint32_t needed = backend.health == Health::unknown ? 1 : passed ? health.recoveries : health.failures;
+    if (++backend.streak < needed) return result;
+    backend.health = result.to = seen;
+    backend.streak = 0;
+    result.changed = true;
     return result;
   }
 
-  // Replaces the discovered models as a whole; true where that changed anything. Duplicates are dropped.
+  // Replaces the discovered models and drops duplicates. True if that changed anything.
   bool set_models(Backend& backend, std::vector<std::string> names) {
     std::sort(names.begin(), names.end());
     names.erase(std::unique(names.begin(), names.end()), names.end());
@@ -198,7 +190,7 @@ class Registry {
     return true;
   }
 
-  // What the workers are to see from now on; the caller adds models_page before it shares it.
+  // A snapshot of the current state. The caller adds models_page and publishes it.
   std::shared_ptr<Snapshot> snapshot() {
     auto made = std::make_shared<Snapshot>();
     made->version = ++version_;
@@ -228,17 +220,17 @@ class Registry {
   }
 
  private:
-  static bool same_place(const BackendSettings& a, const BackendSettings& b) {
-    return a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
+  static bool is_same(const BackendSettings& a, const BackendSettings& b) {
+    return a.name == b.name && a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
   }
 
-  Backend* find(std::string_view name) {
-    for (Backend& backend : backends_) {
-      if (backend.settings.name == name) return &backend;
-    }
-    return nullptr;
+  template <class Matches>
+  Backend* find_if(Matches&& matches) {
+    const auto found = std::find_if(backends_.begin(), backends_.end(), matches);
+    return found == backends_.end() ? nullptr : &*found;
   }
 
+  // The entry of `model`, added if it is new.
   ModelEntry& entry(Snapshot& snapshot, const std::string& model) {
     auto [at, made] = snapshot.models.try_emplace(model);
     if (made) {
@@ -248,7 +240,7 @@ class Registry {
     return at->second;
   }
 
-  // The configuration holds no loop of aliases and no longer chain; an alias shadows a model of its name.
+  // An alias hides a model of the same name. The parser has refused loops and longer chains.
   void follow_alias(Snapshot& snapshot, const std::unordered_map<std::string_view, std::string_view>& aliases,
                     const std::string& alias) {
     std::string_view target = alias;
@@ -285,7 +277,7 @@ class Registry {
     return view;
   }
 
-  static bool lists(const Capability& capability, std::string_view model) {
+  static bool has(const Capability& capability, std::string_view model) {
     if (!capability.stated) return true;
     return std::any_of(capability.models.begin(), capability.models.end(),
                        [&](const std::string& listed) { return listed == "*" || listed == model; });
@@ -293,9 +285,9 @@ class Registry {
 
   static Capabilities capabilities_of(const BackendSettings& backend, std::string_view model) {
     Capabilities out;
-    out.vision = lists(backend.vision, model);
-    out.tools = lists(backend.tools, model);
-    out.json_mode = lists(backend.json_mode, model);
+    out.vision = has(backend.vision, model);
+    out.tools = has(backend.tools, model);
+    out.json_mode = has(backend.json_mode, model);
     for (const ContextLength& row : backend.context_length) {
       if (row.model == model || (row.model == "*" && out.context_tokens == 0)) out.context_tokens = row.tokens;
     }
