@@ -356,6 +356,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
       for (const std::string_view name : names) (all += name) += ' ';
       return all;
     };
+    const auto at = [](const auto& names, auto value) { return names[static_cast<std::size_t>(value)]; };
     CHECK(joined(kErrorTypeNames) ==
           "none timeout backend_error no_backend no_healthy_backend parse_error client_closed other ");
     CHECK(joined(kAttemptOutcomeNames) ==
@@ -365,13 +366,13 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(joined(kQueueRejectionNames) == "full timeout ");
     CHECK(name_of(ErrorType::client_closed) == "client_closed");
     CHECK(name_of(AttemptOutcome::status_429) == "status_429");
-    CHECK(name_of(DisconnectPhase::waiting) == "waiting");
-    CHECK(name_of(HttpRejection::header_timeout) == "header_timeout");
-    CHECK(name_of(QueueRejection::full) == "full");
-    CHECK(name_of(Limit::max_connections) == "max_connections");
-    CHECK(name_of(Limit::idle_timeout) == "idle_timeout");
-    CHECK(name_of(Limit::queue_size) == "queue_size");
-    CHECK(name_of(Limit::descriptors) == "descriptors");
+    CHECK(at(kDisconnectPhaseNames, DisconnectPhase::waiting) == "waiting");
+    CHECK(at(kHttpRejectionNames, HttpRejection::header_timeout) == "header_timeout");
+    CHECK(at(kQueueRejectionNames, QueueRejection::full) == "full");
+    CHECK(at(kLimitNames, Limit::max_connections) == "max_connections");
+    CHECK(at(kLimitNames, Limit::idle_timeout) == "idle_timeout");
+    CHECK(at(kLimitNames, Limit::queue_size) == "queue_size");
+    CHECK(at(kLimitNames, Limit::descriptors) == "descriptors");
     const std::set<std::string_view> distinct(kLimitNames.begin(), kLimitNames.end());
     CHECK(distinct.size() == kLimitNames.size());
   }

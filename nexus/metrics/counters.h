@@ -1,10 +1,10 @@
 // counters.h
-// Owns:     the storage of a slab: counters with one writer, and the tables of them that grow.
-// Promises: recording is a plain add to memory (no lock prefix); what a table holds never moves and is never
-//           freed while the table lives, so a reader walks it while its writer adds to it. A known key allocates
-//           nothing.
-// Leaves:   what the cells mean to slab.h; adding the threads' tables up to its readers.
+// Owns:     the storage of a slab: counters with one writer, and tables of them that grow.
+// Promises: recording is a plain add to memory (no lock prefix); table entries never move and live as long as the
+//           table, so readers can walk it while the writer adds to it. A known key allocates nothing.
+// Leaves:   what is counted to slab.h; the sums over all threads to its readers.
 // Threads:  at() and add(): the owning thread alone. find(), read() and for_each(): any thread, at any time.
+// Tested by: tests/slab_test.cpp
 #pragma once
 
 #include <array>
@@ -18,19 +18,18 @@
 
 namespace nexus {
 
-// Two cache lines: the neighbour line is fetched along with the one asked for, so 64 would still share.
+// Two cache lines: the hardware prefetches lines in pairs, so with 64 neighbours would still share.
 constexpr std::size_t kCacheAlign = 128;
 
-// A number that one thread writes and any thread reads.
-// Relaxed suffices: each cell is a value of its own, and no reader concludes from one cell what another must hold.
-// In line by force, here and below: in a large translation unit -O2 makes calls of these, and recording half as slow
-// again.
+// A number that one thread writes and any thread reads. Relaxed suffices: no reader derives the value of one counter
+// from that of another. always_inline, here and below, because in a large translation unit -O2 would emit calls, which
+// makes recording 1.5 times as slow.
 class Counter {
  public:
   [[gnu::always_inline]] void add(std::uint64_t n) {
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
-    // The load, add and store below in the one instruction that no compiler makes of them. Its store is one of eight
-    // aligned bytes, so a reader sees the count before or after it, as below; between them only the owner writes.
+    // The same load, add and store as below in one instruction, which compilers do not emit for atomics. An aligned
+    // store of eight bytes is atomic on x86, and only the owner writes, so no lock prefix is needed.
     asm("addq %1, %0" : "+m"(value_) : "er"(n) : "cc");
 #else
     value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
@@ -45,8 +44,8 @@ class Counter {
   std::atomic<std::uint64_t> value_{0};
 };
 
-// Cells for dense indexes from 0. The first kDirect are part of the table itself, for these are the ones of most
-// fleets; block k behind them holds kDirect << k, so no index ever moves and finding one is two loads at most.
+// Cells for dense indexes from 0. The first kDirect, enough for most fleets, are part of the table itself; block k
+// after them holds kDirect << k, so no cell ever moves and finding one takes two loads at most.
 template <class Cells>
 class GrowingTable {
  public:
@@ -63,7 +62,7 @@ class GrowingTable {
     return at_block(index);
   }
 
-  // Null where nothing was recorded near that index yet, which reads as zero.
+  // Null if the index has no block yet: treat it as zero.
   const Cells* find(std::uint32_t index) const {
     if (index < kDirect) [[likely]]
       return &direct_[index];
@@ -80,7 +79,7 @@ class GrowingTable {
     std::size_t block;
     std::size_t offset;
   };
-  static constexpr Place place_of(std::uint32_t index) {  // of an index from kDirect on
+  static constexpr Place place_of(std::uint32_t index) {  // index >= kDirect
     const auto block = static_cast<std::size_t>(std::bit_width(std::uint64_t{index}) - std::bit_width(kDirect));
     return {block, index - (kDirect << block)};
   }
@@ -92,22 +91,22 @@ class GrowingTable {
     Cells* block = blocks_[place.block].load(std::memory_order_relaxed);
     if (block == nullptr) {
       block = new Cells[kDirect << place.block]();
-      blocks_[place.block].store(block, std::memory_order_release);  // the zeros are written before a reader sees them
+      blocks_[place.block].store(block, std::memory_order_release);  // publishes the zeros
     }
     return block[place.offset];
   }
 
   alignas(kCacheAlign) std::array<Cells, kDirect> direct_{};
-  alignas(kCacheAlign) std::array<std::atomic<Cells*>, kBlocks> blocks_{};  // read by all, written 28 times at most
+  alignas(kCacheAlign) std::array<std::atomic<Cells*>, kBlocks> blocks_{};  // each written once at most
 };
 
-// Cells for pairs of ids that are met as traffic brings them. The index is the writer's own; readers walk the list.
+// Cells for pairs of ids, added as they occur. The hash index is the writer's own; readers walk the list.
 template <class Cells>
 class PairTable {
  public:
   struct Node {
-    std::uint64_t key = 0;       // first << 32 | second; beside the cells, so that one line tells both
-    const Node* next = nullptr;  // like the key, set before the node is published and never changed after
+    std::uint64_t key = 0;       // first << 32 | second; in the same cache line as the first cells
+    const Node* next = nullptr;  // key and next are set before the node is published, and never change
     Cells cells;
   };
 
@@ -123,7 +122,7 @@ class PairTable {
     return find_or_add(key);
   }
 
-  template <class Visit>  // visit(first, second, const Cells&), in no order that means anything
+  template <class Visit>  // visit(first, second, const Cells&), in no particular order
   void for_each(Visit&& visit) const {
     for (const Node* node = newest_.load(std::memory_order_acquire); node != nullptr; node = node->next) {
       visit(static_cast<std::uint32_t>(node->key >> 32), static_cast<std::uint32_t>(node->key), node->cells);
@@ -132,7 +131,7 @@ class PairTable {
 
  private:
   static constexpr std::size_t kSlots = 64;
-  static constexpr std::size_t kChunk = 16;  // nodes that are made at once, side by side
+  static constexpr std::size_t kChunk = 16;  // nodes per allocation
 
   struct alignas(kCacheAlign) Chunk {
     std::array<Node, kChunk> nodes;
@@ -168,18 +167,18 @@ class PairTable {
     index_[slot] = &node;
   }
 
-  // The writer's alone.
-  std::vector<Node*> index_;                   // by hash, half full at most
-  int shift_ = 64 - std::countr_zero(kSlots);  // leaves as many bits of a hash as index_ has slots for
+  // For the writer alone.
+  std::vector<Node*> index_;                   // by hash, with linear probing; at most half full
+  int shift_ = 64 - std::countr_zero(kSlots);  // leaves log2(index_.size()) bits of a hash
   std::size_t size_ = 0;
   std::vector<std::unique_ptr<Chunk>> chunks_;
 
   alignas(kCacheAlign) std::atomic<const Node*> newest_{nullptr};
 };
 
-// Counts by HTTP status and by whether the request ended as an error (a stream may break after its 200).
-// A cell holds its key in the upper bits, so key and count are one load; zero is a free cell. Five statuses are what a
-// pair of model and backend hardly exceeds; the next five are made when they are met.
+// Counts by HTTP status and failure (a stream may break after its 200). A cell has its key in the upper bits, so key
+// and count are one load; zero is a free cell. A pair of model and backend rarely has more than five statuses; a sixth
+// allocates the next five cells.
 class StatusCounters {
  public:
   struct Count {
@@ -199,7 +198,7 @@ class StatusCounters {
     const std::uint64_t held = cells_[0].read();
     if (held >> kCountBits == key) [[likely]]
       return cells_[0].set(held + 1);
-    add_behind_first(key);
+    add_to_another(key);
   }
 
   template <class Visit>  // visit(Count), each key once
@@ -220,8 +219,8 @@ class StatusCounters {
   static constexpr std::uint64_t kStatusMask = (1u << kStatusBits) - 1;
   static constexpr std::uint64_t kCountMask = (std::uint64_t{1} << kCountBits) - 1;
 
-  [[gnu::noinline]] void add_behind_first(std::uint64_t key) {
-    for (StatusCounters* here = this;; here = here->grown()) {
+  [[gnu::noinline]] void add_to_another(std::uint64_t key) {
+    for (StatusCounters* here = this;; here = here->next()) {
       for (Counter& cell : here->cells_) {
         const std::uint64_t held = cell.read();
         if (held >> kCountBits == key) return cell.set(held + 1);
@@ -230,13 +229,10 @@ class StatusCounters {
     }
   }
 
-  // The one allocation that a known pair may cost.
-  StatusCounters* grown() {
+  // The next five cells: the only allocation for a known pair.
+  StatusCounters* next() {
     StatusCounters* next = more_.load(std::memory_order_relaxed);
-    if (next == nullptr) {
-      next = new StatusCounters;
-      more_.store(next, std::memory_order_release);
-    }
+    if (next == nullptr) more_.store(next = new StatusCounters, std::memory_order_release);
     return next;
   }
 

@@ -1,9 +1,10 @@
 // histogram.h
 // Owns:     the bucket bounds of every histogram family, and a histogram of integer cells.
 // Promises: observe() is two plain adds and finds its bucket without a loop over the bounds; the count is the sum of
-//           the buckets, so no reader can catch the two apart. Values are integers (ns or tokens), sums are exact.
-// Leaves:   how bounds and sums are written to prometheus.h.
+//           the buckets, so no reader sees them disagree. Values are integers (ns or tokens) and sums are exact.
+// Leaves:   the text of bounds and sums to prometheus.h.
 // Threads:  observe(): the owning thread alone. add_to(): any thread.
+// Tested by: tests/slab_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 
 namespace nexus {
 
-enum class Unit : std::uint8_t { seconds, tokens };  // of the exposition; values and bounds inside are ns or tokens
+enum class Unit : std::uint8_t { seconds, tokens };  // of the exposition; here values and bounds are ns or tokens
 
 template <std::size_t N>
 struct Bounds {
@@ -27,53 +28,41 @@ struct Bounds {
   std::array<std::int64_t, N> upper;  // ascending; a value equal to a bound belongs to its bucket
 };
 
-namespace detail {
-constexpr Ns kUs = kMicrosecond;
-constexpr Ns kMs = kMillisecond;
-}  // namespace detail
+template <class... Values>
+constexpr Bounds<sizeof...(Values)> multiples_of(Ns step, Values... values) {
+  return {Unit::seconds, {values * step...}};
+}
 
-inline constexpr Bounds<11> kDurationBounds{
-    Unit::seconds,
-    {100 * detail::kMs, 250 * detail::kMs, 500 * detail::kMs, kSecond, 2500 * detail::kMs, 5 * kSecond, 10 * kSecond,
-     30 * kSecond, 60 * kSecond, 120 * kSecond, 300 * kSecond}};
+inline constexpr auto kDurationBounds =
+    multiples_of(kMillisecond, 100, 250, 500, 1'000, 2'500, 5'000, 10'000, 30'000, 60'000, 120'000, 300'000);
 
 inline constexpr Bounds<12> kTokenBounds{Unit::tokens,
                                          {10, 50, 100, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000}};
 
-// A cold model load takes minutes, hence the long tail.
-inline constexpr Bounds<21> kFirstTokenBounds{
-    Unit::seconds,
-    {1 * detail::kMs,    5 * detail::kMs,   10 * detail::kMs,   20 * detail::kMs,  40 * detail::kMs,  60 * detail::kMs,
-     80 * detail::kMs,   100 * detail::kMs, 250 * detail::kMs,  500 * detail::kMs, 750 * detail::kMs, kSecond,
-     2500 * detail::kMs, 5 * kSecond,       7500 * detail::kMs, 10 * kSecond,      20 * kSecond,      40 * kSecond,
-     80 * kSecond,       160 * kSecond,     640 * kSecond}};
+// Up to 640 s, because loading a model from disk takes minutes.
+inline constexpr auto kFirstTokenBounds =
+    multiples_of(kMillisecond, 1, 5, 10, 20, 40, 60, 80, 100, 250, 500, 750, 1'000, 2'500, 5'000, 7'500, 10'000, 20'000,
+                 40'000, 80'000, 160'000, 640'000);
 
-inline constexpr Bounds<14> kPerTokenBounds{
-    Unit::seconds,
-    {1 * detail::kMs, 2500 * detail::kUs, 5 * detail::kMs, 10 * detail::kMs, 25 * detail::kMs, 50 * detail::kMs,
-     75 * detail::kMs, 100 * detail::kMs, 150 * detail::kMs, 200 * detail::kMs, 300 * detail::kMs, 500 * detail::kMs,
-     kSecond, 2500 * detail::kMs}};
+inline constexpr auto kPerTokenBounds = multiples_of(kMicrosecond, 1'000, 2'500, 5'000, 10'000, 25'000, 50'000, 75'000,
+                                                     100'000, 150'000, 200'000, 300'000, 500'000, 1'000'000, 2'500'000);
 
-inline constexpr Bounds<12> kOverheadBounds{
-    Unit::seconds,
-    {10 * detail::kUs, 25 * detail::kUs, 50 * detail::kUs, 100 * detail::kUs, 250 * detail::kUs, 500 * detail::kUs,
-     1 * detail::kMs, 2500 * detail::kUs, 5 * detail::kMs, 10 * detail::kMs, 50 * detail::kMs, 100 * detail::kMs}};
+inline constexpr auto kOverheadBounds =
+    multiples_of(kMicrosecond, 10, 25, 50, 100, 250, 500, 1'000, 2'500, 5'000, 10'000, 50'000, 100'000);
 
-inline constexpr Bounds<12> kLoopStallBounds{
-    Unit::seconds,
-    {100 * detail::kUs, 250 * detail::kUs, 500 * detail::kUs, 1 * detail::kMs, 2500 * detail::kUs, 5 * detail::kMs,
-     10 * detail::kMs, 25 * detail::kMs, 50 * detail::kMs, 100 * detail::kMs, 500 * detail::kMs, kSecond}};
+inline constexpr auto kLoopStallBounds =
+    multiples_of(kMicrosecond, 100, 250, 500, 1'000, 2'500, 5'000, 10'000, 25'000, 50'000, 100'000, 500'000, 1'000'000);
 
 namespace detail {
 
-// Finds a bucket by the value's width in bits: all bounds below that power of two are passed at once, and the few
-// within it are compared side by side. A linear search costs a mispredicted branch a histogram.
+// Finds a bucket by the value's bit width: a table says how many bounds are smaller than every value of that width, and
+// the few bounds of the same width are compared without branches. (A linear search costs a mispredicted branch.)
 template <std::size_t N>
 struct BucketFinder {
   static constexpr std::size_t kWidths = 65;
-  std::array<std::uint8_t, kWidths> passed{};  // by bit width: how many bounds lie below every such value
-  std::array<std::int64_t, N + 8> upper{};     // padded, so that a compare past the last bound is false
-  std::size_t compares = 0;                    // the most bounds that share one bit width
+  std::array<std::uint8_t, kWidths> passed{};  // by bit width: the bounds smaller than every such value
+  std::array<std::int64_t, N + 8> upper{};     // padded, so that a comparison past the last bound is false
+  std::size_t compares = 0;                    // the most bounds that have the same bit width
 
   constexpr explicit BucketFinder(const Bounds<N>& bounds) {
     static_assert(N < 256);
@@ -97,13 +86,13 @@ struct BucketFinder {
 
 }  // namespace detail
 
-// The index of the bucket that `value` belongs to: the number of bounds that it exceeds.
+// The index of the bucket of `value`: the number of bounds that it exceeds.
 template <const auto& kBounds>
 [[gnu::always_inline]] inline std::size_t bucket_of(std::int64_t value) {
   static constexpr detail::BucketFinder kFinder(kBounds);
   static_assert(kFinder.compares >= 1 && kFinder.compares <= 4 && kBounds.upper[0] >= 1);
   assert(value >= 0);
-  const auto width = static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(value | 1)));  // 0 as 1
+  const auto width = static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(value | 1)));  // 0 counts as 1
   const std::size_t start = kFinder.passed[width];
   return [&]<std::size_t... i>(std::index_sequence<i...>) {
     return (start + ... + static_cast<std::size_t>(value > kFinder.upper[start + i]));
@@ -111,7 +100,7 @@ template <const auto& kBounds>
   (std::make_index_sequence<kFinder.compares>{});
 }
 
-// What a reader adds up from the threads' histograms: plain numbers.
+// The sums over the threads' histograms, as plain numbers.
 template <const auto& kBounds>
 struct HistogramValues {
   static constexpr std::size_t kBuckets = kBounds.upper.size() + 1;  // the last one is +Inf
@@ -125,7 +114,7 @@ struct HistogramValues {
   }
 };
 
-// The buckets alone. Where several histograms are recorded at once, their sums stand together in one cache line.
+// A histogram without its sum: PairCounters keeps the sums of its histograms in one cache line.
 template <const auto& kBounds>
 class Buckets {
  public:
@@ -145,7 +134,7 @@ class Buckets {
   std::array<Counter, Values::kBuckets> cells_{};
 };
 
-// A sum of nanoseconds wraps after 584 years of observed time, which Prometheus would take for a restart.
+// The sum wraps after 584 years of observed time; Prometheus takes that for a restart.
 template <const auto& kBounds>
 class Histogram {
  public:

@@ -1,8 +1,9 @@
 // ids.h
-// Owns:     the small integer that stands for each model and backend name, for the life of the process.
-// Promises: an id is never reused or renamed; ids are dense from 0, and 0 is the catch-all ("unknown", "none").
-// Leaves:   which names deserve an id to registry.h (a client must not be able to make one).
-// Threads:  one thread (control) adds and looks up; workers see ids only, inside snapshots.
+// Owns:     a small integer for each model and backend name, for the life of the process.
+// Promises: an id is never reused or renamed; ids are dense from 0; 0 is the catch-all ("unknown", "none").
+// Leaves:   which names get an id to registry.h (a client must not be able to create one).
+// Threads:  the control thread alone; workers see ids only, inside snapshots.
+// Tested by: tests/slab_test.cpp, tests/registry_test.cpp
 #pragma once
 
 #include <cassert>
@@ -21,7 +22,7 @@ enum class BackendId : std::uint32_t { none = 0 };
 constexpr std::uint32_t index_of(ModelId id) { return static_cast<std::uint32_t>(id); }
 constexpr std::uint32_t index_of(BackendId id) { return static_cast<std::uint32_t>(id); }
 
-// Lets an unordered_map keyed by std::string be searched with a string_view, without a copy.
+// Lets an unordered_map with std::string keys be searched by string_view, without a copy.
 struct StringHash {
   using is_transparent = void;
   std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
@@ -36,7 +37,7 @@ class NameTable {
     names_.emplace_back(catch_all);
   }
 
-  // The id of `name`, made if it is new. Id 0 when the table is full: the name is then counted under the catch-all.
+  // The id of `name`, added if it is new; id 0 if the table is full.
   Id intern(std::string_view name) {
     if (auto found = ids_.find(name); found != ids_.end()) return found->second;
     if (names_.size() >= capacity_) return Id{0};
@@ -45,13 +46,13 @@ class NameTable {
     try {
       ids_.emplace(names_.back(), id);
     } catch (const std::bad_alloc&) {
-      names_.pop_back();  // the id was not given
+      names_.pop_back();  // the id is free again
       throw;
     }
     return id;
   }
 
-  // The id of `name`, or id 0 if it has none.
+  // The id of `name`, or id 0.
   Id find(std::string_view name) const {
     auto found = ids_.find(name);
     return found == ids_.end() ? Id{0} : found->second;
@@ -63,7 +64,7 @@ class NameTable {
 
  private:
   std::size_t capacity_;
-  std::deque<std::string> names_;  // a deque: references stay valid as it grows
+  std::deque<std::string> names_;  // a deque, because references must stay valid as it grows
   std::unordered_map<std::string, Id, StringHash, std::equal_to<>> ids_;
 };
 

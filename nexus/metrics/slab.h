@@ -1,10 +1,10 @@
 // slab.h
-// Owns:     what is counted: the outcomes and their label names, the record of a request, a slab of cells per thread.
-// Promises: record() is wait-free and takes no lock, no read-modify-write on a shared line and, for a known pair of
-//           model and backend, no memory (but for a sixth status code of it). A count once made is never lost.
-// Leaves:   what to record, and when, to its callers; which model names may have an id to registry.h; text to
-//           prometheus.h.
+// Owns:     everything that is counted: the outcomes and their label names, a request's record, a slab per thread.
+// Promises: record() is wait-free: no lock, no read-modify-write on a shared line and, for a known pair of model and
+//           backend, no allocation (but for its sixth status). A count is never lost.
+// Leaves:   what to record, and when, to its callers; which model names have an id to registry.h; text to prometheus.h.
 // Threads:  a Slab's recording functions: its own thread alone; everything const: any thread. Slabs are added at start.
+// Tested by: tests/slab_test.cpp
 #pragma once
 
 #include <array>
@@ -22,7 +22,7 @@
 
 namespace nexus {
 
-// The outcomes that label values are made of. Each table of names is in the order of its enum.
+// Outcomes, and their label values in the order of the enum.
 
 enum class ErrorType : std::uint8_t {
   none,
@@ -84,28 +84,24 @@ inline constexpr std::array<std::string_view, 16> kLimitNames{
 
 constexpr std::string_view name_of(ErrorType x) { return kErrorTypeNames[static_cast<std::size_t>(x)]; }
 constexpr std::string_view name_of(AttemptOutcome x) { return kAttemptOutcomeNames[static_cast<std::size_t>(x)]; }
-constexpr std::string_view name_of(DisconnectPhase x) { return kDisconnectPhaseNames[static_cast<std::size_t>(x)]; }
-constexpr std::string_view name_of(HttpRejection x) { return kHttpRejectionNames[static_cast<std::size_t>(x)]; }
-constexpr std::string_view name_of(QueueRejection x) { return kQueueRejectionNames[static_cast<std::size_t>(x)]; }
-constexpr std::string_view name_of(Limit x) { return kLimitNames[static_cast<std::size_t>(x)]; }
 
 static_assert(name_of(ErrorType::other) == "other" && name_of(AttemptOutcome::cancelled) == "cancelled");
-static_assert(name_of(DisconnectPhase::streaming) == "streaming" && name_of(Limit::log_volume) == "log_volume");
+static_assert(static_cast<std::size_t>(Limit::log_volume) + 1 == kLimitNames.size());
 
-// What one exchange was, told once when it has ended.
+// One exchange, recorded when it has ended.
 struct RequestRecord {
-  ModelId model = ModelId::unknown;          // the client's own choice, before alias and fallback
-  BackendId backend = BackendId::none;       // the one that served, or the last one tried
-  ModelId fallback_from = ModelId::unknown;  // after aliases; this and the next are read only if fell_back
+  ModelId model = ModelId::unknown;          // as requested, before alias and fallback
+  BackendId backend = BackendId::none;       // the last one tried
+  ModelId fallback_from = ModelId::unknown;  // after aliases; read only if fell_back, as is the next
   ModelId fallback_to = ModelId::unknown;
   bool fell_back = false;
-  std::uint16_t status = 0;  // as sent to the client; 499 if it left before one was
+  std::uint16_t status = 0;  // as sent to the client; 499 if the client left before
   ErrorType error = ErrorType::none;
   bool reached_backend = false;
   bool stream = false;
   DisconnectPhase disconnect = DisconnectPhase::none;
   bool without_usage = false;
-  std::int64_t prompt_tokens = -1;  // here and below: negative = not known, not recorded
+  std::int64_t prompt_tokens = -1;  // here and below: negative = unknown, not recorded
   std::int64_t completion_tokens = -1;
   Ns duration_ns = 0;     // recorded if the request reached a backend
   Ns first_byte_ns = -1;  // time to first token; recorded for streams only
@@ -113,16 +109,16 @@ struct RequestRecord {
   Ns overhead_ns = -1;
 };
 
-// The one error type that a request counts under, so that errors and failed requests agree to the unit whatever the
-// caller left out: an error that was told, else a client that left, else a status that is no success.
+// The error type that a request is counted under: the recorded one, else client_closed if the client left, else other
+// if the status is no success. So the error counters and the failed requests always have the same total.
 constexpr ErrorType error_of(const RequestRecord& r) {
   if (r.error != ErrorType::none) return r.error;
   if (r.disconnect != DisconnectPhase::none) return ErrorType::client_closed;
   return r.status >= 200 && r.status <= 299 ? ErrorType::none : ErrorType::other;
 }
 
-// One model on one backend. What every record of it touches, the sums and the first status, fills one cache line with
-// the key of its node; a histogram then costs the line of its bucket alone.
+// One model on one backend. The sums and the first status, which every record writes, share one cache line with the key
+// of the node; each histogram then costs only the line of its bucket.
 struct PairCounters {
   Counter duration_sum, prompt_sum, completion_sum, first_token_sum, per_token_sum;
   StatusCounters statuses;
@@ -134,7 +130,7 @@ struct PairCounters {
 };
 
 struct alignas(kCacheAlign) BackendCounters {
-  Counter pending, connections, queue_depth;  // gauges; what a request touches stands in the first line
+  Counter pending, connections, queue_depth;  // gauges; a request writes only to the first cache line
   Counter without_usage;
   std::array<Counter, kAttemptOutcomeNames.size()> attempts;
   Histogram<kDurationBounds> health_latency;
@@ -144,7 +140,7 @@ struct alignas(kCacheAlign) ModelCounters {
   std::array<Counter, kErrorTypeNames.size()> errors;
 };
 
-struct alignas(kCacheAlign) ThreadCounters {  // what has no id in its labels
+struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or backend label
   Histogram<kOverheadBounds> overhead;
   Histogram<kLoopStallBounds> loop_stall;
   Histogram<kDurationBounds> queue_wait;
@@ -156,11 +152,11 @@ struct alignas(kCacheAlign) ThreadCounters {  // what has no id in its labels
   std::array<Counter, kLimitNames.size()> limits;
 };
 
-// All cells of one thread. A gauge is the sum over the slabs: what one thread adds another may take away.
+// All counters of one thread. A gauge is the sum over the slabs, so one thread may add and another subtract.
 class alignas(kCacheAlign) Slab {
  public:
-  // In line: it has one caller, the end of an exchange. Where memory for new cells is short it throws and has counted
-  // nothing: the same record can be told again.
+  // Inlined: only the end of an exchange calls it. If it throws std::bad_alloc, nothing was counted and the caller may
+  // record again.
   [[gnu::always_inline]] void record(const RequestRecord& r) {
     assert(!r.reached_backend || r.backend != BackendId::none);
     if (is_rare(r)) [[unlikely]]
@@ -190,7 +186,7 @@ class alignas(kCacheAlign) Slab {
     return cells == nullptr ? 0 : cells->pending.read_signed();
   }
 
-  // For the writers of pages.
+  // For the exposition.
   const PairTable<PairCounters>& pairs() const { return pairs_; }                              // (model, backend)
   const PairTable<Counter>& fallbacks() const { return fallbacks_; }                           // (from, to)
   const BackendCounters* backend(BackendId id) const { return backends_.find(index_of(id)); }  // null reads as zero
@@ -198,11 +194,11 @@ class alignas(kCacheAlign) Slab {
   const ThreadCounters& thread() const { return thread_; }
 
  private:
-  // Whether it is more than a success of a model on its backend. Without branches, but for the one that is made of it.
+  // True unless the request simply succeeded. Computed without branches, so that the caller has only one.
   [[gnu::always_inline]] static bool is_rare(const RequestRecord& r) {
-    const auto told = static_cast<unsigned>(r.error) | static_cast<unsigned>(r.disconnect) |
-                      static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.fell_back);
-    return (told | static_cast<unsigned>(r.status < 200) | static_cast<unsigned>(r.status > 299)) != 0;
+    const auto flags = static_cast<unsigned>(r.error) | static_cast<unsigned>(r.disconnect) |
+                       static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.fell_back);
+    return (flags | static_cast<unsigned>(r.status < 200) | static_cast<unsigned>(r.status > 299)) != 0;
   }
 
   [[gnu::always_inline]] void record_pair(const RequestRecord& r, bool failed) {
@@ -216,8 +212,8 @@ class alignas(kCacheAlign) Slab {
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
   }
 
-  // What most requests have nothing of, out of the way of those. A client that left is an error, see error_of(). All
-  // cells are there before the first is written to: nothing is counted where there is no memory for one of them.
+  // For errors, disconnects, fallbacks and missing usage. All cells are looked up first, so that nothing is counted if
+  // one can't be allocated.
   [[gnu::noinline]] void record_rare(const RequestRecord& r) {
     const ErrorType error = error_of(r);
     ModelCounters& model = models_.at(index_of(r.model));
@@ -251,13 +247,13 @@ class Metrics {
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
 
-  // Before the threads run: readers walk the list of slabs without a lock.
+  // Call before the threads start: readers walk the list of slabs without a lock.
   Slab& add_slab() {
     slabs_.push_back(std::make_unique<Slab>());
     return *slabs_.back();
   }
 
-  // Requests in flight on a backend now, over all threads. Two loads a thread.
+  // Requests in flight on a backend, over all threads. Costs two loads per thread.
   std::int64_t pending(BackendId id) const {
     std::int64_t sum = 0;
     for (const auto& slab : slabs_) sum += slab->pending(id);
