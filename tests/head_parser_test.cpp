@@ -470,11 +470,12 @@ TEST_CASE("names are known whatever their case, and twins with underscores are t
     CAPTURE(row.name);
     CHECK(nexus::classify_field(row.name) == row.field);
   }
-  for (const auto& row : nexus::kFieldNames) {
-    std::string upper(row.name);
+  for (std::size_t i = 0; i < nexus::kFieldNames.size(); ++i) {
+    std::string upper(nexus::kFieldNames[i]);
     for (char& c : upper) c = c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
-    CHECK(nexus::classify_field(upper) == row.field);
+    CHECK(nexus::classify_field(upper) == static_cast<Field>(i + 1));
   }
+  CHECK(nexus::classify_field("x-request-id") == Field::x_request_id);
 }
 
 TEST_CASE("a response's head comes apart into its status, reason and fields") {

@@ -1,12 +1,12 @@
 // head_writer.h
-// Owns:     writing heads: the request's to a backend, the response's to a client, and whole answers of Nexus's own.
-// Promises: a head is always written anew from parsed fields; hop-by-hop fields and those that Connection names stay
-//           behind (RFC 9110 7.6.1), but no field that matters can be dropped that way; framing is ours.
-// Leaves:   when to send what to exchange.h and worker.h.
-// Threads:  pure functions over buffers of the caller.
+// Owns:     writing heads: a request's to a backend, a response's to a client, and those of Nexus's own responses.
+// Promises: a head is always rebuilt from parsed fields; hop-by-hop fields and those that Connection names are removed
+//           (RFC 9110 7.6.1), but never a field that matters to Nexus; the framing is Nexus's own.
+// Leaves:   when to send a head to exchange.h and worker.h.
+// Threads:  pure functions over the caller's buffers.
+// Tested by: tests/head_parser_test.cpp, tests/fuzz/heads.h
 #pragma once
 
-#include <algorithm>
 #include <cassert>
 #include <charconv>
 #include <cstring>
@@ -18,7 +18,7 @@
 
 namespace nexus {
 
-// A parsed head beside the bytes that it lies in.
+// A parsed head and its bytes.
 struct HeadView {
   const char* base = nullptr;
   const FieldTable* fields = nullptr;
@@ -27,10 +27,10 @@ struct HeadView {
 
 namespace detail {
 
-// Writes into room that the caller has measured: no check and no call for each piece.
+// Appends to a string, which is sized once: no check and no call per piece.
 class Cursor {
  public:
-  // `most` bytes at most will be added behind what `out` holds.
+  // At most `most` bytes will be added to `out`.
   Cursor(std::string& out, std::size_t most) : out_(out) {
     const std::size_t held = out.size();
     out.resize(held + most);
@@ -59,6 +59,14 @@ class Cursor {
     at_ = std::to_chars(at_, at_ + 20, value).ptr;
     return *this;
   }
+  template <std::size_t N>
+  Cursor& field(const char (&name_and_colon)[N], std::string_view value) {
+    return add(name_and_colon).add(value).add("\r\n");
+  }
+  template <std::size_t N>
+  Cursor& field(const char (&name_and_colon)[N], std::uint64_t value) {
+    return add(name_and_colon).number(value).add("\r\n");
+  }
 
  private:
   std::string& out_;
@@ -76,39 +84,27 @@ inline void append_field(std::string& out, std::string_view name, std::string_vi
   out.append(name).append(": ").append(value).append("\r\n");
 }
 
-// What stays behind in both directions: hop-by-hop fields, framing, and what only Nexus says.
-constexpr std::uint32_t kLeftBehind = [] {
-  std::uint32_t set = 0;
-  for (std::uint32_t i = 0; i <= static_cast<std::uint32_t>(Field::underscore_twin); ++i) {
-    const Field field{static_cast<std::uint8_t>(i)};
-    if (is_hop_by_hop(field) || field == Field::content_length || field == Field::x_nexus ||
-        field == Field::x_request_id || field == Field::underscore_twin) {
-      set |= 1u << i;
-    }
-  }
-  return set;
-}();
+// Fields never forwarded in either direction: hop-by-hop, framing, X-Nexus-*, X-Request-Id.
+constexpr std::uint32_t kNeverForwarded =
+    kHopByHop | set_of(Field::content_length, Field::x_nexus, Field::x_request_id, Field::underscore_twin);
 
-constexpr std::uint32_t bit_of(Field field) { return 1u << static_cast<unsigned>(field); }
-
-// Adds the end-to-end fields but for those in `left_behind`. Lines that stand together go as one piece: each was seen
-// to be `name: value` and nothing else.
-inline void add_end_to_end(Cursor& out, const HeadView& head, std::uint32_t left_behind) {
+// Copies all fields but those in the set `removed` and those that Connection names. Adjacent lines are copied at once:
+// the parser has checked that each is `name: value` and nothing else.
+inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed) {
   const FieldTable& fields = *head.fields;
   std::size_t run_from = fields.count > 0 ? fields.rows[0].name_at : 0;
   for (std::uint32_t i = 0; i < fields.count; ++i) {
     const FieldRow& row = fields.rows[i];
-    bool leave = (left_behind >> static_cast<unsigned>(row.field) & 1u) != 0;
-    if (fields.connection_names && row.field == Field::other)
-      leave = named_by_connection(head, name_of(head.base, row));
-    if (!leave) continue;
+    bool skip = (removed & bit_of(row.field)) != 0;
+    if (fields.connection_names && row.field == Field::other) skip = named_by_connection(head, name_of(head.base, row));
+    if (!skip) continue;
     out.add(std::string_view(head.base + run_from, row.name_at - run_from));
     run_from = i + 1 < fields.count ? fields.rows[i + 1].name_at : head.head_bytes - 2;
   }
   if (fields.count > 0) out.add(std::string_view(head.base + run_from, head.head_bytes - 2 - run_from));
 }
 
-constexpr std::size_t kOwnLinesBytes = 256;  // the fixed texts and numbers of a head of ours, with room to spare
+constexpr std::size_t kOwnLinesBytes = 256;  // more than the constant texts and numbers of any head take
 
 }  // namespace detail
 
@@ -116,25 +112,23 @@ struct UpstreamHead {
   std::string_view method;
   std::string_view target;
   std::string_view base_path;
-  std::string_view backend_lines;  // Host, and Authorization where the backend has a key: whole lines
-  bool pass_authorization = true;  // the client's own goes on
+  std::string_view backend_lines;  // Host, and Authorization if the backend has a key: whole lines
+  bool pass_authorization = true;  // forward the client's own
   std::string_view request_id;
   std::string_view via_line;
   std::uint64_t content_length = 0;
 };
 
-// Accept-Encoding stays behind too: a compressed answer could not be counted.
 inline void append_request_head(std::string& out, const HeadView& client, const UpstreamHead& to) {
-  using detail::bit_of;
-  std::uint32_t left_behind =
-      detail::kLeftBehind | bit_of(Field::host) | bit_of(Field::expect) | bit_of(Field::accept_encoding);
-  if (!to.pass_authorization) left_behind |= bit_of(Field::authorization);
+  // Without Accept-Encoding, because the usage in a compressed response could not be read.
+  std::uint32_t removed = detail::kNeverForwarded | set_of(Field::host, Field::expect, Field::accept_encoding);
+  if (!to.pass_authorization) removed |= bit_of(Field::authorization);
   detail::Cursor cursor(out, client.head_bytes + to.base_path.size() + to.backend_lines.size() + to.request_id.size() +
                                  to.via_line.size() + detail::kOwnLinesBytes);
   cursor.add(to.method).add(" ").add(to.base_path).add(to.target).add(" HTTP/1.1\r\n").add(to.backend_lines);
-  detail::add_end_to_end(cursor, client, left_behind);
-  cursor.add("X-Request-Id: ").add(to.request_id).add("\r\n").add(to.via_line);
-  cursor.add("Content-Length: ").number(to.content_length).add("\r\n\r\n");
+  detail::add_fields(cursor, client, removed);
+  cursor.field("X-Request-Id: ", to.request_id).add(to.via_line);
+  cursor.field("Content-Length: ", to.content_length).add("\r\n");
 }
 
 struct ClientHead {
@@ -158,12 +152,12 @@ inline void append_response_head(std::string& out, const HeadView& answer, const
                                  to.route_reason.size() + to.fallback_model.size() + detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(head.status).add(" ");
   cursor.add(std::string_view(answer.base + head.reason_at, head.reason_bytes)).add("\r\n");
-  detail::add_end_to_end(cursor, answer, detail::kLeftBehind);
-  cursor.add(to.backend_line).add("X-Nexus-Route-Reason: ").add(to.route_reason).add("\r\n");
-  if (!to.fallback_model.empty()) cursor.add("X-Nexus-Fallback-Model: ").add(to.fallback_model).add("\r\n");
-  cursor.add("X-Request-Id: ").add(to.request_id).add("\r\n").add(connection_line(to.http_1_0, to.keep_alive));
+  detail::add_fields(cursor, answer, detail::kNeverForwarded);
+  cursor.add(to.backend_line).field("X-Nexus-Route-Reason: ", to.route_reason);
+  if (!to.fallback_model.empty()) cursor.field("X-Nexus-Fallback-Model: ", to.fallback_model);
+  cursor.field("X-Request-Id: ", to.request_id).add(connection_line(to.http_1_0, to.keep_alive));
   if (to.framing.kind == Framing::Kind::length) {
-    cursor.add("Content-Length: ").number(to.framing.length).add("\r\n");
+    cursor.field("Content-Length: ", to.framing.length);
   } else if (to.framing.kind == Framing::Kind::chunked) {
     cursor.add("Transfer-Encoding: chunked\r\n");
   }
@@ -192,7 +186,7 @@ constexpr std::string_view reason_phrase(std::uint16_t status) {
   }
 }
 
-// How an answer of Nexus's own leaves.
+// The head of a response that Nexus makes itself.
 struct OwnResponse {
   std::uint16_t status = 200;
   std::string_view content_type = "application/json";
@@ -204,16 +198,15 @@ struct OwnResponse {
 };
 
 inline void append_own_head(std::string& out, const OwnResponse& answer, std::size_t body_bytes) {
-  out.append("HTTP/1.1 ").append(Digits(answer.status).view()).append(" ");
-  out.append(reason_phrase(answer.status)).append("\r\n");
-  detail::append_field(out, "Content-Type", answer.content_type);
-  detail::append_field(out, "Content-Length", Digits(body_bytes).view());
-  out.append(answer.extra_fields);
-  if (answer.status == 401) out.append("WWW-Authenticate: Bearer\r\n");  // RFC 9110 15.5.2 asks for it
-  if (answer.retry_after_s > 0) detail::append_field(out, "Retry-After", Digits(answer.retry_after_s).view());
-  if (!answer.request_id.empty()) detail::append_field(out, "X-Request-Id", answer.request_id);
-  out.append(connection_line(answer.http_1_0, answer.keep_alive));
-  out.append("\r\n");
+  const std::string_view reason = reason_phrase(answer.status);
+  detail::Cursor cursor(out, reason.size() + answer.content_type.size() + answer.extra_fields.size() +
+                                 answer.request_id.size() + detail::kOwnLinesBytes);
+  cursor.add("HTTP/1.1 ").number(answer.status).add(" ").add(reason).add("\r\n");
+  cursor.field("Content-Type: ", answer.content_type).field("Content-Length: ", body_bytes).add(answer.extra_fields);
+  if (answer.status == 401) cursor.add("WWW-Authenticate: Bearer\r\n");  // required by RFC 9110 15.5.2
+  if (answer.retry_after_s > 0) cursor.field("Retry-After: ", answer.retry_after_s);
+  if (!answer.request_id.empty()) cursor.field("X-Request-Id: ", answer.request_id);
+  cursor.add(connection_line(answer.http_1_0, answer.keep_alive)).add("\r\n");
 }
 
 }  // namespace nexus

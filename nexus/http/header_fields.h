@@ -1,8 +1,9 @@
 // header_fields.h
-// Owns:     the header fields that Nexus has an opinion on, and the table of a head's fields.
-// Promises: a name is recognised whatever its case; a twin with underscores for dashes is told apart, not mistaken.
-// Leaves:   reading heads to head_parser.h; which field goes on to whom to body_framing.h.
+// Owns:     the header fields that Nexus knows, and the table of one head's fields.
+// Promises: names are recognised in any case; a name with underscores for dashes is reported as such (underscore_twin).
+// Leaves:   reading heads to head_parser.h; which fields are forwarded to head_writer.h.
 // Threads:  plain values.
+// Tested by: tests/head_parser_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -36,64 +37,67 @@ enum class Field : std::uint8_t {
   transfer_encoding,
   upgrade,
   via,
-  x_nexus,  // x-nexus-…: only Nexus says these
   x_request_id,
-  underscore_twin,  // one of the above (or of what Nexus sets) spelled with an underscore
+  x_nexus,          // x-nexus-…: only Nexus sets these
+  underscore_twin,  // one of the above, spelled with an underscore
 };
 
-struct FieldName {
-  std::string_view name;
-  Field field;
-};
+// The names of the fields from accept_encoding to x_request_id, in the order of the enum.
+constexpr std::array<std::string_view, 19> kFieldNames{"accept-encoding",
+                                                       "authorization",
+                                                       "connection",
+                                                       "content-encoding",
+                                                       "content-length",
+                                                       "content-type",
+                                                       "expect",
+                                                       "host",
+                                                       "keep-alive",
+                                                       "proxy-authenticate",
+                                                       "proxy-authorization",
+                                                       "proxy-connection",
+                                                       "retry-after",
+                                                       "te",
+                                                       "trailer",
+                                                       "transfer-encoding",
+                                                       "upgrade",
+                                                       "via",
+                                                       "x-request-id"};
+static_assert(kFieldNames[static_cast<std::size_t>(Field::retry_after) - 1] == "retry-after" &&
+              kFieldNames.size() == static_cast<std::size_t>(Field::x_request_id));
 
-constexpr std::array kFieldNames{
-    FieldName{"accept-encoding", Field::accept_encoding},
-    FieldName{"authorization", Field::authorization},
-    FieldName{"connection", Field::connection},
-    FieldName{"content-encoding", Field::content_encoding},
-    FieldName{"content-length", Field::content_length},
-    FieldName{"content-type", Field::content_type},
-    FieldName{"expect", Field::expect},
-    FieldName{"host", Field::host},
-    FieldName{"keep-alive", Field::keep_alive},
-    FieldName{"proxy-authenticate", Field::proxy_authenticate},
-    FieldName{"proxy-authorization", Field::proxy_authorization},
-    FieldName{"proxy-connection", Field::proxy_connection},
-    FieldName{"retry-after", Field::retry_after},
-    FieldName{"te", Field::te},
-    FieldName{"trailer", Field::trailer},
-    FieldName{"transfer-encoding", Field::transfer_encoding},
-    FieldName{"upgrade", Field::upgrade},
-    FieldName{"via", Field::via},
-    FieldName{"x-request-id", Field::x_request_id},
-};
+constexpr std::uint32_t bit_of(Field field) { return 1u << static_cast<unsigned>(field); }
+
+template <class... Fields>
+constexpr std::uint32_t set_of(Fields... fields) {
+  return (bit_of(fields) | ...);
+}
+
+// RFC 9110 7.6.1: meant for the next hop alone. (Content-Length is framing, not hop-by-hop, and is rewritten too.)
+constexpr std::uint32_t kHopByHop =
+    set_of(Field::connection, Field::keep_alive, Field::proxy_authenticate, Field::proxy_authorization,
+           Field::proxy_connection, Field::te, Field::trailer, Field::transfer_encoding, Field::upgrade);
+
+constexpr std::size_t kMaxFields = 128;  // per head; more is 431
 
 namespace detail {
 
 constexpr std::string_view kNexusPrefix = "x-nexus-";
 
-// The rows of kFieldNames by length and first letter: a name is compared with one of them, or with none.
-constexpr std::size_t kLongestName = 20;
+constexpr std::size_t kMaxNameBytes = 20;  // longer than any of kFieldNames
 
-struct FieldIndex {
-  std::array<std::array<std::uint8_t, 26>, kLongestName> row{};  // 1 + the row's number; 0: none
-};
-
-constexpr FieldIndex make_field_index() {
-  FieldIndex index;
+// The Field of each known name by length and first letter: no two names share both, so a name is compared once.
+inline constexpr auto kFieldByLength = [] {
+  std::array<std::array<Field, 26>, kMaxNameBytes> index{};
   for (std::size_t i = 0; i < kFieldNames.size(); ++i) {
-    const std::string_view name = kFieldNames[i].name;
-    std::uint8_t& slot = index.row[name.size()][static_cast<std::size_t>(name[0] - 'a')];
-    if (slot != 0) throw "two recognised names of one length and first letter";  // at compile time only
-    slot = static_cast<std::uint8_t>(i + 1);
+    Field& slot = index[kFieldNames[i].size()][static_cast<std::size_t>(kFieldNames[i][0] - 'a')];
+    if (slot != Field::other) throw "two known names with the same length and first letter";  // at compile time only
+    slot = static_cast<Field>(i + 1);
   }
   return index;
-}
-inline constexpr FieldIndex kFieldIndex = make_field_index();
+}();
 
-// Two words that hold the first and the last bytes of a name (they overlap in a short one), and what is between them.
-// With the bit that tells upper from lower case set: no two characters of a token (RFC 9110 5.6.2) that a recognised
-// name may hold become one that way.
+// The first and the last bytes of a name (they overlap in a short one) and those between, in lower case: the case bit
+// of every byte is set. That maps no other token character (RFC 9110 5.6.2) to a letter or a dash.
 struct NameWords {
   std::uint64_t first = 0;
   std::uint64_t last = 0;
@@ -117,7 +121,7 @@ constexpr std::uint64_t word_at(const char* at) {
   return word;
 }
 
-// Of a name of 2 to 24 bytes.
+// `name` has 2 to 24 bytes.
 constexpr NameWords words_of(std::string_view name) {
   const char* const at = name.data();
   const std::size_t bytes = name.size();
@@ -136,31 +140,33 @@ constexpr NameWords words_of(std::string_view name) {
   return words;
 }
 
-inline constexpr auto kFieldWords = [] {
-  std::array<NameWords, kFieldNames.size()> words{};
-  for (std::size_t i = 0; i < kFieldNames.size(); ++i) words[i] = words_of(kFieldNames[i].name);
+inline constexpr auto kFieldWords = [] {  // by Field
+  std::array<NameWords, kFieldNames.size() + 1> words{};
+  for (std::size_t i = 0; i < kFieldNames.size(); ++i) words[i + 1] = words_of(kFieldNames[i]);
   return words;
 }();
 inline constexpr std::uint64_t kNexusWord = words_of(kNexusPrefix).first;
-static_assert(kNexusPrefix.size() == 8 && kLongestName <= 24);
+static_assert(kNexusPrefix.size() == 8 && kMaxNameBytes <= 24);
 
-// The field of a name without underscores.
+// `name` is not empty and has no underscores.
 inline Field classify_dashed(std::string_view name) {
   const auto letter = static_cast<unsigned char>((name[0] | 0x20) - 'a');
   if (letter >= 26 || name.size() < 2) return Field::other;
-  if (letter == 'x' - 'a' && name.size() >= 8 && words_of(name.substr(0, 8)).first == kNexusWord) return Field::x_nexus;
-  if (name.size() >= kLongestName) return Field::other;
-  const std::uint8_t row = kFieldIndex.row[name.size()][letter];
-  if (row == 0 || words_of(name) != kFieldWords[row - 1u]) return Field::other;
-  return kFieldNames[row - 1u].field;
+  if (letter == 'x' - 'a' && name.size() >= 8 && (word_at<std::uint64_t>(name.data()) | kLowerCase) == kNexusWord) {
+    return Field::x_nexus;
+  }
+  if (name.size() >= kMaxNameBytes) return Field::other;
+  const Field field = kFieldByLength[name.size()][letter];
+  if (field == Field::other || words_of(name) != kFieldWords[static_cast<std::size_t>(field)]) return Field::other;
+  return field;
 }
 
-// Whether the name would be another's with dashes for its underscores.
+// True if `name` is a known name with dashes for its underscores.
 inline bool is_underscore_twin(std::string_view name) {
-  std::array<char, kLongestName> dashed{};
+  std::array<char, kMaxNameBytes> dashed{};
   const std::size_t bytes = std::min(name.size(), dashed.size());
   for (std::size_t i = 0; i < bytes; ++i) dashed[i] = name[i] == '_' ? '-' : name[i];
-  // (A longer name is one that begins as ours do, or none: its end does not matter.)
+  // Of a longer name only the prefix x-nexus- matters.
   return classify_dashed({dashed.data(), bytes}) != Field::other;
 }
 
@@ -173,40 +179,22 @@ inline Field classify_field(std::string_view name) {
   return detail::is_underscore_twin(name) ? Field::underscore_twin : Field::other;
 }
 
-// RFC 9110 7.6.1: meant for the next hop alone. (Content-Length is framing, not hop-by-hop, and is written anew too.)
-constexpr bool is_hop_by_hop(Field field) {
-  switch (field) {
-    case Field::connection:
-    case Field::keep_alive:
-    case Field::proxy_authenticate:
-    case Field::proxy_authorization:
-    case Field::proxy_connection:
-    case Field::te:
-    case Field::trailer:
-    case Field::transfer_encoding:
-    case Field::upgrade: return true;
-    default: return false;
-  }
-}
-
-constexpr std::size_t kMaxFields = 128;  // of one head; more is 431
-
-// Where a field's name and value lie, counted from the head's first byte: the buffer may move.
+// The position of a field's name and value, as offsets from the head's first byte: the buffer may move.
 struct FieldRow {
   std::uint32_t name_at = 0;
   std::uint32_t name_bytes = 0;
   std::uint32_t value_at = 0;
-  std::uint32_t value_bytes = 0;  // without the white space around it
+  std::uint32_t value_bytes = 0;  // without surrounding white space
   Field field = Field::other;
 };
 
 struct FieldTable {
   std::array<FieldRow, kMaxFields> rows;
   std::uint32_t count = 0;
-  std::uint32_t seen = 0;         // a bit for each kind of field in it: most questions end there
-  bool connection_names = false;  // a Connection field names others, beside close and keep-alive
+  std::uint32_t seen = 0;         // the set of known fields that occur
+  bool connection_names = false;  // a Connection field names other fields, besides close and keep-alive
 
-  bool has(Field field) const { return (seen >> static_cast<unsigned>(field) & 1u) != 0; }
+  bool has(Field field) const { return (seen & bit_of(field)) != 0; }
 
   const FieldRow* begin() const { return rows.data(); }
   const FieldRow* end() const { return rows.data() + count; }
