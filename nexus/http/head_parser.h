@@ -1,18 +1,22 @@
 // head_parser.h
-// Owns:     llhttp wrapped: reading the head of a request and of a response, strictly, and what its framing means.
-// Promises: a head is accepted only where llhttp (strict) and our own walk over its lines see the same fields; all
-//           positions are offsets from the head's first byte, so the buffer may move between calls; it may be fed one
-//           byte at a time with the same outcome; a body's length is decided here, once (RFC 9112 6.3).
-// Leaves:   reading bodies to chunked.h and the exchange; limits on size to the caller, who stops feeding.
+// Owns:     llhttp wrapped: strict reading of request and response heads, and of the body framing that they announce.
+// Promises: a head is accepted only if llhttp (strict) and our own check of its lines find the same fields; positions
+//           are offsets from the head's first byte, so the buffer may move between calls; feeding byte by byte gives
+//           the same result; a body's length is decided here, once (RFC 9112 6.3).
+// Leaves:   reading bodies to chunked.h and exchange.h; the size limit to the caller, who stops feeding.
 // Threads:  a reader belongs to its connection.
+// Tested by: tests/head_parser_test.cpp, tests/hostile_requests_test.cpp, tests/hostile_answers_test.cpp,
+//           tests/fuzz/heads.h (against tests/rfc9112.h)
 #pragma once
 
 #include <llhttp.h>
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 
 #include "nexus/base/text.h"
@@ -20,12 +24,12 @@
 
 namespace nexus {
 
-// Why a head was refused. The texts of `malformed` name the place for the log; clients are told the kind.
+// Why a head was refused. HeadResult::why is more precise, for the log.
 enum class HeadError : std::uint8_t {
   none,
   malformed,        // 400
   too_many_fields,  // 431
-  unknown_coding,   // 501: a transfer coding that is not `chunked`
+  unknown_coding,   // 501: a transfer coding other than `chunked`
   bad_expectation,  // 417
 };
 
@@ -33,22 +37,23 @@ struct HeadResult {
   enum class Status : std::uint8_t { need_more, done, failed };
   Status status = Status::need_more;
   HeadError error = HeadError::none;
-  std::string_view why;        // a constant text
-  std::size_t head_bytes = 0;  // where done: the head with its empty line
+  std::string_view why;        // if failed; a constant
+  std::size_t head_bytes = 0;  // if done; includes the empty line
 };
 
 struct Framing {
   enum class Kind : std::uint8_t { none, length, chunked, until_close };
   Kind kind = Kind::none;
-  std::uint64_t length = 0;  // where kind is length
+  std::uint64_t length = 0;  // if kind is length
 };
 
 struct RequestHead {
+  static constexpr llhttp_type_t kType = HTTP_REQUEST;
   std::uint8_t method = 0;  // llhttp_method_t
   bool http_1_0 = false;
   bool keep_alive = true;
   bool expects_continue = false;
-  HeadError refusal = HeadError::none;  // well-formed, yet to be refused: unknown_coding, bad_expectation
+  HeadError refusal = HeadError::none;  // unknown_coding or bad_expectation: well-formed, but to be refused
   std::uint32_t target_at = 0;
   std::uint32_t target_bytes = 0;
   std::uint32_t head_bytes = 0;
@@ -56,6 +61,7 @@ struct RequestHead {
 };
 
 struct ResponseHead {
+  static constexpr llhttp_type_t kType = HTTP_RESPONSE;
   std::uint16_t status = 0;
   bool http_1_0 = false;
   bool keep_alive = true;
@@ -70,16 +76,13 @@ inline std::string_view value_of(const char* base, const FieldRow& row) {
   return {base + row.value_at, row.value_bytes};
 }
 
-// The first field of that kind, or nullptr.
+// The first such field, or nullptr.
 inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
   if (!fields.has(wanted)) return nullptr;
-  for (const FieldRow& row : fields) {
-    if (row.field == wanted) return &row;
-  }
-  return nullptr;
+  return std::find_if(fields.begin(), fields.end(), [&](const FieldRow& row) { return row.field == wanted; });
 }
 
-// Whether the comma-separated value holds `token`, ignoring case.
+// True if the comma-separated `list` contains `token`, ignoring case.
 inline bool list_holds(std::string_view list, std::string_view token) {
   while (!list.empty()) {
     if (equals_ignoring_case(next_list_element(list), token)) return true;
@@ -89,7 +92,7 @@ inline bool list_holds(std::string_view list, std::string_view token) {
 
 namespace detail {
 
-// llhttp's callbacks take notes here; positions are relative to `base`, set for each run.
+// Runs llhttp over a head and records what its callbacks report.
 class HeadScan {
  public:
   void start(llhttp_type_t type, FieldTable* fields) {
@@ -103,7 +106,8 @@ class HeadScan {
     overflow_ = false;
   }
 
-  // Runs llhttp over what is new in [base, base + bytes), the message's first byte being at base.
+  // Feeds llhttp the bytes of [base, base + bytes) that are new since the last call. `base` is the message's first
+  // byte.
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
     const llhttp_errno_t error = llhttp_execute(&parser_, base + fed_, bytes - fed_);
@@ -123,12 +127,13 @@ class HeadScan {
     return {HeadResult::Status::failed, error, why, 0};
   }
 
-  // Walks over the lines from `at` (behind the start line): each must be `name ":" OWS value OWS CRLF` with nothing
-  // between that llhttp passed over (a fold, a bare LF), up to the empty line at `head_bytes`. Fills the values in.
+  // Checks the field lines, which begin at `at`: each must be `name ":" OWS value OWS CRLF` and the next follow
+  // directly (llhttp tolerates folds and bare LFs), up to the empty line that ends at `head_bytes`. Sets values and
+  // fields. Returns what is wrong, or nullptr.
   const char* check_lines(const char* base, std::size_t at, std::size_t head_bytes) {
     for (std::uint32_t i = 0; i < fields_->count; ++i) {
       FieldRow& row = fields_->rows[i];
-      if (row.name_at != at || row.name_bytes == 0) return "a header line is folded or has no name";
+      if (row.name_at != at || row.name_bytes == 0) return "a folded field or one without a name";
       std::size_t from = at + row.name_bytes;
       if (base[from] != ':') return "white space before a colon";
       from += 1;
@@ -146,7 +151,7 @@ class HeadScan {
   }
 
   const llhttp_t& parser() const { return parser_; }
-  std::uint32_t text_at() const { return text_at_; }  // the target, or the reason phrase
+  std::uint32_t text_at() const { return text_at_; }  // of the target
   std::uint32_t text_bytes() const { return text_bytes_; }
 
  private:
@@ -159,8 +164,8 @@ class HeadScan {
     scan.text_bytes_ += static_cast<std::uint32_t>(bytes);
     return 0;
   }
-  // A name may come in pieces; values are found by check_lines(), which would have to look at them anyway. Fields too
-  // many are told at the head's end: a piece of a name can't be told from the beginning of what is none.
+  // A name may come in pieces. Values are left to check_lines(), which must look at them anyway. Too many fields are
+  // reported at the end of the head, because a piece of a name looks like the beginning of another.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
     FieldTable& fields = *scan.fields_;
@@ -203,53 +208,54 @@ class HeadScan {
   bool overflow_ = false;
 };
 
-// What Content-Length and Transfer-Encoding say together.
+// The meaning of Content-Length and Transfer-Encoding together.
 struct LengthFields {
-  const char* malformed = nullptr;  // why it is 400 (or 502)
+  const char* malformed = nullptr;  // what is wrong, if anything
+  bool has_coding = false;
   bool unknown_coding = false;
-  bool has_length = false;
   bool chunked = false;
-  std::uint64_t length = 0;
+  std::optional<std::uint64_t> length;
+
+  // Of a body that is delimited by these fields; `none` if there is none of them.
+  Framing framing() const {
+    if (chunked) return {Framing::Kind::chunked, 0};
+    return length ? Framing{Framing::Kind::length, *length} : Framing{};
+  }
 };
+
+// A list of known codings that ends in chunked is well-formed, but Nexus can't decode it.
+inline bool is_known_coding_list(std::string_view list) {
+  constexpr std::array<std::string_view, 4> kCodings{"gzip", "deflate", "compress", "x-gzip"};
+  const std::string_view first = next_list_element(list);
+  const bool known = std::any_of(kCodings.begin(), kCodings.end(),
+                                 [&](std::string_view coding) { return equals_ignoring_case(first, coding); });
+  return known && (list.empty() || equals_ignoring_case(trim_blanks(list), "chunked"));
+}
 
 inline LengthFields read_length_fields(const char* base, const FieldTable& fields, bool http_1_0) {
   LengthFields out;
   if (!fields.has(Field::content_length) && !fields.has(Field::transfer_encoding)) return out;
-  bool has_coding = false;
   for (const FieldRow& row : fields) {
-    if (row.field != Field::content_length && row.field != Field::transfer_encoding) continue;
     const std::string_view value = value_of(base, row);
     if (row.field == Field::content_length) {
-      if (out.has_length) out.malformed = "Content-Length twice";
-      out.has_length = true;
-      const auto length = parse_decimal(value);
-      if (!length) out.malformed = "Content-Length is not a number";
-      out.length = length.value_or(0);
-    } else {
-      if (has_coding) out.malformed = "Transfer-Encoding twice";
-      has_coding = true;
+      if (out.length) out.malformed = "Content-Length twice";
+      out.length = parse_decimal(value);
+      if (!out.length) out.malformed = "Content-Length is not a number";
+    } else if (row.field == Field::transfer_encoding) {
+      if (out.has_coding) out.malformed = "Transfer-Encoding twice";
+      out.has_coding = true;
       out.chunked = equals_ignoring_case(value, "chunked");
-      if (!out.chunked) {
-        // A list of real codings that ends in chunked is well-formed, but not one that we can undo.
-        std::string_view list = value;
-        const std::string_view first = next_list_element(list);
-        const bool known = equals_ignoring_case(first, "gzip") || equals_ignoring_case(first, "deflate") ||
-                           equals_ignoring_case(first, "compress") || equals_ignoring_case(first, "x-gzip");
-        if (known && (list.empty() || equals_ignoring_case(trim_blanks(list), "chunked"))) {
-          out.unknown_coding = true;
-        } else {
-          out.malformed = "Transfer-Encoding is not chunked";
-        }
-      }
+      out.unknown_coding = !out.chunked && is_known_coding_list(value);
+      if (!out.chunked && !out.unknown_coding) out.malformed = "Transfer-Encoding is not chunked";
     }
   }
-  if (has_coding && out.has_length) out.malformed = "both Content-Length and Transfer-Encoding";
-  if (has_coding && http_1_0) out.malformed = "Transfer-Encoding in HTTP/1.0";
+  if (out.has_coding && fields.has(Field::content_length)) out.malformed = "both Content-Length and Transfer-Encoding";
+  if (out.has_coding && http_1_0) out.malformed = "Transfer-Encoding in HTTP/1.0";
   return out;
 }
 
-// RFC 9112 9.3: HTTP/1.1 stays open unless told to close, HTTP/1.0 closes unless told to stay. Notes whether the
-// Connection fields name other fields, which few do.
+// True if the connection is kept (RFC 9112 9.3): by default in HTTP/1.1, on request in HTTP/1.0. Also sets
+// connection_names.
 inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0) {
   if (!fields.has(Field::connection)) return !http_1_0;
   bool close = false;
@@ -271,55 +277,49 @@ inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0)
   return !close && (!http_1_0 || keep);
 }
 
+// Where a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986 excludes.
+constexpr std::uint8_t kInTarget = 1;
+constexpr std::uint8_t kInHostName = 2;
+constexpr std::uint8_t kInIpv6 = 4;
+inline constexpr auto kBytePlaces = [] {
+  std::array<std::uint8_t, 256> places{};
+  for (std::size_t at = 0x21; at < 0x7f; ++at) {
+    const char c = static_cast<char>(at);
+    const char lower = to_lower(c);
+    const auto is_in = [c](std::string_view set) { return set.find(c) != std::string_view::npos; };
+    const bool target = !is_in("#\\\"<>^`{|}");
+    const bool host_name = is_digit(c) || (lower >= 'a' && lower <= 'z') || is_in("-._~");
+    const bool ipv6 = is_digit(c) || (lower >= 'a' && lower <= 'f') || is_in(":.");
+    places[at] = static_cast<std::uint8_t>(target * kInTarget + host_name * kInHostName + ipv6 * kInIpv6);
+  }
+  return places;
+}();
+
+inline bool all_may_be(std::uint8_t place, std::string_view text) {
+  for (const char c : text) {
+    if ((kBytePlaces[static_cast<unsigned char>(c)] & place) == 0) return false;
+  }
+  return true;
+}
+
 // RFC 9110 7.2: host [":" port], with no user, path, list or space in it.
 inline const char* check_host(std::string_view host) {
-  if (host.empty()) return "Host is empty";
-  std::size_t at = 0;
-  if (host[0] == '[') {
-    at = host.find(']');
-    if (at == std::string_view::npos || at < 3) return "Host is not a host";
-    for (const char c : host.substr(1, at - 1)) {
-      const char lower = to_lower(c);
-      if (!is_digit(c) && !(lower >= 'a' && lower <= 'f') && c != ':' && c != '.') return "Host is not a host";
-    }
-    at += 1;
-  } else {
-    while (at < host.size() && host[at] != ':') {
-      const char c = to_lower(host[at]);
-      if (!is_digit(c) && !(c >= 'a' && c <= 'z') && c != '-' && c != '.' && c != '_' && c != '~') {
-        return "Host is not a host";
-      }
-      at += 1;
-    }
-    if (at == 0) return "Host is empty";
-  }
-  if (at == host.size()) return nullptr;
-  const std::string_view port = host.substr(at + 1);
-  if (host[at] != ':' || port.size() > 5) return "Host is not a host";
-  for (const char c : port) {
-    if (!is_digit(c)) return "Host is not a host";
-  }
-  return nullptr;
+  if (host.empty() || host[0] == ':') return "Host is empty";
+  const bool v6 = host[0] == '[';
+  const std::size_t end = v6 ? host.find(']') : std::min(host.find(':'), host.size());
+  if (end == std::string_view::npos || (v6 && end < 3)) return "Host is not a host";
+  const std::string_view name = v6 ? host.substr(1, end - 1) : host.substr(0, end);
+  if (!all_may_be(v6 ? kInIpv6 : kInHostName, name)) return "Host is not a host";
+  const std::string_view port = host.substr(v6 ? end + 1 : end);  // with its colon
+  if (port.empty()) return nullptr;
+  const bool valid = port[0] == ':' && port.size() <= 6 && std::all_of(port.begin() + 1, port.end(), is_digit);
+  return valid ? nullptr : "Host is not a host";
 }
 
-// What may stand in a target as it is: visible ASCII but for the characters that RFC 3986 excludes, `#` and `\\`.
-constexpr std::array<bool, 256> make_target_bytes() {
-  std::array<bool, 256> plain{};
-  for (std::size_t c = 0x21; c < 0x7f; ++c) plain[c] = true;
-  for (const char c : std::string_view("#\\\"<>^`{|}")) plain[static_cast<unsigned char>(c)] = false;
-  return plain;
-}
-inline constexpr std::array<bool, 256> kTargetBytes = make_target_bytes();
-
-// Origin form (RFC 9112 3.2.1), and nothing that another reader could see a second meaning in.
+// Origin form (RFC 9112 3.2.1), and nothing that another parser could read differently.
 inline const char* check_target(std::string_view target) {
   if (target.empty() || target[0] != '/') return "the target is not an absolute path";
-  bool escapes = false;
-  for (const char c : target) {
-    if (!kTargetBytes[static_cast<unsigned char>(c)]) return "a byte in the target that must be escaped";
-    escapes |= c == '%';
-  }
-  if (!escapes) return nullptr;
+  if (!all_may_be(kInTarget, target)) return "a byte in the target that must be escaped";
   const auto is_hex = [](char h) { return is_digit(h) || (to_lower(h) >= 'a' && to_lower(h) <= 'f'); };
   for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
     const std::string_view hex = target.substr(i + 1, 2);
@@ -329,137 +329,120 @@ inline const char* check_target(std::string_view target) {
   return nullptr;
 }
 
+// Sets what the request line says, and `fields_at` to the offset behind it. Returns what is wrong, or nullptr.
+inline const char* read_start_line(const char* base, const HeadScan& scan, RequestHead& head, std::size_t& fields_at) {
+  head.method = scan.parser().method;
+  const std::string_view method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
+  head.target_at = scan.text_at();
+  head.target_bytes = scan.text_bytes();
+  const std::size_t version_at = head.target_at + head.target_bytes + 1;
+  if (std::string_view(base, method.size()) != method || base[method.size()] != ' ' ||
+      head.target_at != method.size() + 1 || base[version_at - 1] != ' ') {
+    return "white space in the request line";
+  }
+  const std::string_view line_end(base + version_at, 10);
+  if (line_end != "HTTP/1.1\r\n" && line_end != "HTTP/1.0\r\n") return "the version is not HTTP/1.1 or HTTP/1.0";
+  fields_at = version_at + 10;
+  return nullptr;
+}
+
+inline const char* read_start_line(const char* base, const HeadScan& scan, ResponseHead& head, std::size_t& fields_at) {
+  head.status = scan.parser().status_code;
+  // "HTTP/1.x NNN" and then " reason" or the line end: 13 bytes, which any complete head has.
+  const std::string_view line(base, 13);
+  if ((line.substr(0, 9) != "HTTP/1.1 " && line.substr(0, 9) != "HTTP/1.0 ") || head.status < 100 ||
+      head.status > 599 || (line[12] != ' ' && line[12] != '\r')) {
+    return "not a status line";
+  }
+  const char* line_end = static_cast<const char*>(std::memchr(base, '\r', head.head_bytes));
+  if (line_end == nullptr || line_end[1] != '\n') return "a line end that is not CRLF";
+  const auto line_bytes = static_cast<std::uint32_t>(line_end - base);
+  // RFC 9112 4: the reason is tabs, spaces and visible text.
+  if (find_control(base, 12, line_bytes) != line_bytes) return "a control character in the status line";
+  head.reason_at = std::min(line_bytes, 13u);
+  head.reason_bytes = line_bytes - head.reason_at;
+  fields_at = line_bytes + 2;
+  return nullptr;
+}
+
+// Sets what the fields say. Returns what is wrong, or nullptr.
+inline const char* read_fields(const char* base, FieldTable& fields, RequestHead& head) {
+  if (head.method == HTTP_CONNECT) return "CONNECT asks for a tunnel";
+  if (const char* why = check_target({base + head.target_at, head.target_bytes})) return why;
+  const LengthFields lengths = read_length_fields(base, fields, head.http_1_0);
+  if (lengths.malformed != nullptr) return lengths.malformed;
+  if (lengths.unknown_coding) head.refusal = HeadError::unknown_coding;
+  std::uint32_t hosts = 0;
+  for (const FieldRow& row : fields) {
+    if (row.field == Field::host) {
+      hosts += 1;
+      if (const char* why = check_host(value_of(base, row))) return why;
+    } else if (row.field == Field::expect) {
+      const bool known = equals_ignoring_case(value_of(base, row), "100-continue") && !head.expects_continue;
+      if (!known && head.refusal == HeadError::none) head.refusal = HeadError::bad_expectation;
+      head.expects_continue = known;
+    }
+  }
+  if (hosts > 1) return "Host twice";
+  if (hosts == 0 && !head.http_1_0) return "no Host";
+  // After a body in an unknown coding the beginning of the next request is unknown.
+  head.keep_alive = read_connection(base, fields, head.http_1_0) && !lengths.unknown_coding;
+  if (lengths.length.value_or(1) > 0) head.framing = lengths.framing();
+  // RFC 9110 10.1.1: an expectation is ignored in HTTP/1.0, and if there is no body.
+  if (head.http_1_0 || head.framing.kind == Framing::Kind::none) head.expects_continue = false;
+  return nullptr;
+}
+
+inline const char* read_fields(const char* base, FieldTable& fields, ResponseHead& head) {
+  const LengthFields lengths = read_length_fields(base, fields, head.http_1_0);
+  if (lengths.malformed != nullptr) return lengths.malformed;
+  if (lengths.unknown_coding) return "a transfer coding other than chunked";
+  head.keep_alive = read_connection(base, fields, head.http_1_0);
+  if (head.status < 200 || head.status == 204 || head.status == 304) {
+    // RFC 9112 6.3: these never have a body. An announced one is an error; a 304 may tell the length that it saves.
+    if (lengths.chunked || (lengths.length.value_or(0) > 0 && head.status != 304))
+      return "a body where none is allowed";
+    return nullptr;
+  }
+  head.framing = lengths.framing();
+  if (head.framing.kind == Framing::Kind::none) {
+    head.framing.kind = Framing::Kind::until_close;
+    head.keep_alive = false;
+  }
+  return nullptr;
+}
+
 }  // namespace detail
 
-// Reads one request's head.
-class RequestReader {
+// Reads one head. Interim responses (1xx) are returned like others; the caller then starts again.
+template <class Head>
+class HeadReader {
  public:
   void start(FieldTable* fields) {
     fields_ = fields;
-    scan_.start(HTTP_REQUEST, fields);
+    scan_.start(Head::kType, fields);
   }
 
-  // `base` is the request's first byte (empty lines before it are the caller's), `bytes` all that has come since.
-  HeadResult feed(const char* base, std::size_t bytes, RequestHead& head) {
-    HeadResult result = scan_.run(base, bytes);
+  // `base` is the message's first byte (the caller skips empty lines before it); `bytes` counts all received since.
+  HeadResult feed(const char* base, std::size_t bytes, Head& head) {
+    const HeadResult result = scan_.run(base, bytes);
     if (result.status != HeadResult::Status::done) return result;
-    const llhttp_t& parser = scan_.parser();
-    const std::string_view method = llhttp_method_name(static_cast<llhttp_method_t>(parser.method));
-    head = RequestHead{};
-    head.method = parser.method;
-    head.http_1_0 = parser.http_minor == 0;
-    head.target_at = scan_.text_at();
-    head.target_bytes = scan_.text_bytes();
+    head = Head{};
+    head.http_1_0 = scan_.parser().http_minor == 0;
     head.head_bytes = static_cast<std::uint32_t>(result.head_bytes);
-    const std::size_t version_at = head.target_at + head.target_bytes + 1;
-    if (std::string_view(base, method.size()) != method || base[method.size()] != ' ' ||
-        head.target_at != method.size() + 1 || base[version_at - 1] != ' ') {
-      return bad("white space in the request line");
-    }
-    const std::string_view line_end(base + version_at, 10);
-    if (line_end != "HTTP/1.1\r\n" && line_end != "HTTP/1.0\r\n") return bad("the version is not HTTP/1.1 or HTTP/1.0");
-    if (const char* why = scan_.check_lines(base, version_at + 10, result.head_bytes)) return bad(why);
-    if (head.method == HTTP_CONNECT) return bad("CONNECT asks for a tunnel");
-    if (const char* why = detail::check_target({base + head.target_at, head.target_bytes})) return bad(why);
-    return read_meaning(base, head, result);
+    std::size_t fields_at = 0;
+    const char* why = detail::read_start_line(base, scan_, head, fields_at);
+    if (why == nullptr) why = scan_.check_lines(base, fields_at, result.head_bytes);
+    if (why == nullptr) why = detail::read_fields(base, *fields_, head);
+    return why == nullptr ? result : scan_.refuse(HeadError::malformed, why);
   }
 
  private:
-  static HeadResult bad(const char* why) { return detail::HeadScan::refuse(HeadError::malformed, why); }
-
-  HeadResult read_meaning(const char* base, RequestHead& head, HeadResult result) {
-    const detail::LengthFields lengths = detail::read_length_fields(base, *fields_, head.http_1_0);
-    if (lengths.malformed != nullptr) return bad(lengths.malformed);
-    if (lengths.unknown_coding) head.refusal = HeadError::unknown_coding;
-    std::uint32_t hosts = 0;
-    for (const FieldRow& row : *fields_) {
-      if (row.field == Field::host) {
-        hosts += 1;
-        if (const char* why = detail::check_host(value_of(base, row))) return bad(why);
-      } else if (row.field == Field::expect) {
-        const bool known = equals_ignoring_case(value_of(base, row), "100-continue") && !head.expects_continue;
-        if (!known && head.refusal == HeadError::none) head.refusal = HeadError::bad_expectation;
-        head.expects_continue = known;
-      }
-    }
-    if (hosts > 1) return bad("Host twice");
-    if (hosts == 0 && !head.http_1_0) return bad("no Host");
-    // Behind a body in an unknown coding nobody knows where the next request begins.
-    head.keep_alive = detail::read_connection(base, *fields_, head.http_1_0) && !lengths.unknown_coding;
-    if (lengths.chunked) {
-      head.framing = {Framing::Kind::chunked, 0};
-    } else if (lengths.has_length && lengths.length > 0) {
-      head.framing = {Framing::Kind::length, lengths.length};
-    }
-    // RFC 9110 10.1.1: from HTTP/1.0, or where no body follows, an expectation is ignored.
-    if (head.http_1_0 || head.framing.kind == Framing::Kind::none) head.expects_continue = false;
-    return result;
-  }
-
   detail::HeadScan scan_;
   FieldTable* fields_ = nullptr;
 };
 
-// Reads one response's head. Interim ones (1xx) come out as they are; the caller reads on.
-class ResponseReader {
- public:
-  void start(FieldTable* fields) {
-    fields_ = fields;
-    scan_.start(HTTP_RESPONSE, fields);
-  }
-
-  HeadResult feed(const char* base, std::size_t bytes, ResponseHead& head) {
-    HeadResult result = scan_.run(base, bytes);
-    if (result.status != HeadResult::Status::done) return result;
-    const llhttp_t& parser = scan_.parser();
-    head = ResponseHead{};
-    head.status = parser.status_code;
-    head.http_1_0 = parser.http_minor == 0;
-    head.head_bytes = static_cast<std::uint32_t>(result.head_bytes);
-    // "HTTP/1.x NNN" and then " reason" or the line end: 12 bytes, which any complete head has.
-    const std::string_view line(base, 13);
-    if ((line.substr(0, 9) != "HTTP/1.1 " && line.substr(0, 9) != "HTTP/1.0 ") || head.status < 100 ||
-        head.status > 599 || (line[12] != ' ' && line[12] != '\r')) {
-      return bad("not a status line");
-    }
-    const char* line_end = static_cast<const char*>(std::memchr(base, '\r', result.head_bytes));
-    if (line_end == nullptr || line_end[1] != '\n') return bad("a line end that is not CRLF");
-    const std::size_t line_bytes = static_cast<std::size_t>(line_end - base);
-    for (std::size_t i = 12; i < line_bytes; ++i) {  // RFC 9112 4: the reason is tabs, spaces and visible text
-      if (!is_field_text(base[i])) return bad("a control character in the status line");
-    }
-    head.reason_at = line_bytes > 13 ? 13 : 12;
-    head.reason_bytes = static_cast<std::uint32_t>(line_bytes > 13 ? line_bytes - 13 : 0);
-    if (const char* why = scan_.check_lines(base, line_bytes + 2, result.head_bytes)) return bad(why);
-    return read_meaning(base, head, result);
-  }
-
- private:
-  static HeadResult bad(const char* why) { return detail::HeadScan::refuse(HeadError::malformed, why); }
-
-  HeadResult read_meaning(const char* base, ResponseHead& head, HeadResult result) {
-    const detail::LengthFields lengths = detail::read_length_fields(base, *fields_, head.http_1_0);
-    if (lengths.malformed != nullptr) return bad(lengths.malformed);
-    if (lengths.unknown_coding) return bad("a transfer coding other than chunked");
-    head.keep_alive = detail::read_connection(base, *fields_, head.http_1_0);
-    if (head.status < 200 || head.status == 204 || head.status == 304) {
-      // RFC 9112 6.3: never a body; a sign of one says that the two sides disagree. 304 may tell the length it saves.
-      if (lengths.chunked || (lengths.has_length && lengths.length > 0 && head.status != 304)) {
-        return bad("a body where none may be");
-      }
-    } else if (lengths.chunked) {
-      head.framing = {Framing::Kind::chunked, 0};
-    } else if (lengths.has_length) {
-      head.framing = {Framing::Kind::length, lengths.length};
-    } else {
-      head.framing = {Framing::Kind::until_close, 0};
-      head.keep_alive = false;
-    }
-    return result;
-  }
-
-  detail::HeadScan scan_;
-  FieldTable* fields_ = nullptr;
-};
+using RequestReader = HeadReader<RequestHead>;
+using ResponseReader = HeadReader<ResponseHead>;
 
 }  // namespace nexus
