@@ -1,10 +1,11 @@
 // buffer.h
 // Owns:     memory for bytes in flight: a pool of power-of-two blocks, and the buffer that fills one.
-// Promises: a block goes back to its pool when its owner dies; the steady state takes only from the free lists; every
-//           block has kPaddingBytes readable behind its capacity (simdjson reads that far); no memory is an answer
-//           (an empty block, a false), never an exception.
-// Leaves:   how much a connection may hold to its owner; budgets over all threads to memory_budget.h.
+// Promises: a block returns to its pool when its owner is destroyed; the steady state allocates only from the free
+//           lists; every block has kPaddingBytes readable bytes after its capacity (simdjson reads that far); lack of
+//           memory is reported (an empty block, false), never thrown.
+// Leaves:   how much a connection may hold to its owner; the limit over all threads to memory_budget.h.
 // Threads:  a pool and everything from it belong to one thread.
+// Tested by: tests/buffer_test.cpp
 #pragma once
 
 #include <sys/mman.h>
@@ -16,51 +17,42 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string_view>
 #include <utility>
 
 namespace nexus {
 
-constexpr std::size_t kPaddingBytes = 64;      // simdjson::SIMDJSON_PADDING; request_json.h asserts that it is enough
-constexpr std::size_t kSmallestBlock = 4096;   // the capacity of a block of class 0
-constexpr std::size_t kBlockClasses = 20;      // 4 KiB … 2 GiB
-constexpr std::size_t kKeptBytes = 32u << 20;  // what a pool keeps in its free lists at most
-constexpr std::size_t kHugePageBytes = 2u << 20;
-constexpr std::size_t kRoomyBlock = 64u << 10;  // the capacity that receives a response in one read
+constexpr std::size_t kPaddingBytes = 64;         // simdjson::SIMDJSON_PADDING, see request_json.h
+constexpr std::size_t kSmallestBlock = 4096;      // the capacity of a block of class 0
+constexpr std::size_t kBlockClasses = 20;         // 4 KiB … 2 GiB
+constexpr std::size_t kKeptBytes = 32u << 20;     // the most that a pool keeps in its free lists
+constexpr std::size_t kHugePageBytes = 2u << 20;  // on x86-64
+constexpr std::size_t kRoomyBlock = 64u << 10;    // for reading a response: most fit in one read
 
 class BlockPool;
 
-// One block of a pool, or nothing. Movable; gives the block back when it dies.
+// A block of a pool, or nothing.
 class Block {
  public:
   Block() = default;
-  Block(Block&& other) noexcept { swap(other); }
-  Block& operator=(Block&& other) noexcept {
-    Block taken(std::move(other));
-    swap(taken);
-    return *this;
-  }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  inline ~Block();
 
   explicit operator bool() const { return data_ != nullptr; }
-  char* data() { return data_; }
-  const char* data() const { return data_; }
-  std::size_t capacity() const { return data_ == nullptr ? 0 : kSmallestBlock << class_; }
+  char* data() { return data_.get(); }
+  const char* data() const { return data_.get(); }
+  std::size_t capacity() const { return data_ == nullptr ? 0 : kSmallestBlock << data_.get_deleter().size_class; }
 
  private:
   friend class BlockPool;
-  void swap(Block& other) {
-    std::swap(data_, other.data_);
-    std::swap(pool_, other.pool_);
-    std::swap(class_, other.class_);
-  }
+  struct GiveBack {
+    BlockPool* pool;
+    std::size_t size_class;
+    inline void operator()(char* data) const;
+  };
+  Block(char* data, BlockPool* pool, std::size_t size_class) : data_(data, GiveBack{pool, size_class}) {}
 
-  char* data_ = nullptr;
-  BlockPool* pool_ = nullptr;
-  std::size_t class_ = 0;
+  std::unique_ptr<char, GiveBack> data_;
 };
 
 class BlockPool {
@@ -69,29 +61,28 @@ class BlockPool {
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
   ~BlockPool() {
-    assert(taken_bytes_ == 0);  // every block came home
+    assert(taken_bytes_ == 0);  // every block was given back
     for (auto& list : free_) {
       while (list != nullptr) std::free(pop(list));
     }
   }
 
-  // A block of at least `bytes` (at most 2 GiB), or an empty one when memory is short.
+  // A block of at least `bytes` (at most 2 GiB), or an empty one if there is no memory.
   Block take(std::size_t bytes) {
-    const std::size_t klass = class_of(bytes);
-    if (klass >= kBlockClasses) return {};
-    Block block;
-    if (free_[klass] != nullptr) {
-      block.data_ = pop(free_[klass]);
-      kept_bytes_ -= kSmallestBlock << klass;
+    const std::size_t size_class = class_of(bytes);
+    if (size_class >= kBlockClasses) return {};
+    const std::size_t capacity = kSmallestBlock << size_class;
+    char* data = nullptr;
+    if (free_[size_class] != nullptr) {
+      data = pop(free_[size_class]);
+      kept_bytes_ -= capacity;
     } else {
-      block.data_ = static_cast<char*>(std::malloc((kSmallestBlock << klass) + kPaddingBytes));
-      if (block.data_ == nullptr) return {};
-      prefer_huge_pages(block.data_, kSmallestBlock << klass);
+      data = static_cast<char*>(std::malloc(capacity + kPaddingBytes));
+      if (data == nullptr) return {};
+      prefer_huge_pages(data, capacity);
     }
-    block.pool_ = this;
-    block.class_ = klass;
-    taken_bytes_ += block.capacity();
-    return block;
+    taken_bytes_ += capacity;
+    return Block(data, this, size_class);
   }
 
   std::size_t taken_bytes() const { return taken_bytes_; }
@@ -108,8 +99,8 @@ class BlockPool {
     return static_cast<std::size_t>(std::bit_width((bytes - 1) / kSmallestBlock));
   }
 
-  // The faults of a large block's many small pages, and giving them back, cost more than all else that is done with it.
-  // A kernel that has no huge pages to give goes on without.
+  // With small pages, the page faults of a large block would cost more than everything else done with it. The kernel
+  // may ignore this.
   static void prefer_huge_pages(char* data, std::size_t bytes) {
     if (bytes < 2 * kHugePageBytes) return;
     const std::size_t before = -reinterpret_cast<std::uintptr_t>(data) % kHugePageBytes;
@@ -122,15 +113,15 @@ class BlockPool {
     return reinterpret_cast<char*>(first);
   }
 
-  void give_back(char* data, std::size_t klass) {
-    const std::size_t bytes = kSmallestBlock << klass;
+  void give_back(char* data, std::size_t size_class) {
+    const std::size_t bytes = kSmallestBlock << size_class;
     taken_bytes_ -= bytes;
     if (kept_bytes_ + bytes > kKeptBytes) {
       std::free(data);
       return;
     }
     kept_bytes_ += bytes;
-    free_[klass] = new (data) Free{free_[klass]};
+    free_[size_class] = new (data) Free{free_[size_class]};
   }
 
   std::array<Free*, kBlockClasses> free_{};
@@ -138,11 +129,9 @@ class BlockPool {
   std::size_t taken_bytes_ = 0;
 };
 
-inline Block::~Block() {
-  if (data_ != nullptr) pool_->give_back(data_, class_);
-}
+inline void Block::GiveBack::operator()(char* data) const { pool->give_back(data, size_class); }
 
-// Bytes in arrival order in one block: appended behind, consumed in front. Holds no block while it is empty.
+// A queue of bytes in one block: appended at the end, consumed at the front. Holds no block while it is empty.
 class Buffer {
  public:
   Buffer() = default;
@@ -161,11 +150,11 @@ class Buffer {
   char* data() { return block_.data() + begin_; }
   std::string_view view() const { return {empty() ? "" : data(), size()}; }
 
-  // Room behind the bytes that is there without growing.
+  // The free bytes at tail().
   std::size_t room() const { return block_ ? block_.capacity() - end_ : 0; }
   char* tail() { return block_.data() + end_; }
 
-  // Makes room for `bytes` more. False when memory is short; the buffer is then as it was.
+  // Makes room for `bytes` more. If it returns false there is no memory, and the buffer is unchanged.
   bool reserve(BlockPool& pool, std::size_t bytes) {
     if (room() >= bytes) return true;
     const std::size_t held = size();
@@ -182,7 +171,7 @@ class Buffer {
     return true;
   }
 
-  // `bytes` were written at tail().
+  // Appends `bytes` that the caller has written at tail().
   void commit(std::size_t bytes) {
     assert(bytes <= room());
     end_ += bytes;
@@ -202,7 +191,7 @@ class Buffer {
     if (empty()) clear();
   }
 
-  // Cuts what lies behind the first `bytes` bytes.
+  // Keeps only the first `bytes` bytes.
   void truncate(std::size_t bytes) {
     assert(bytes <= size());
     end_ = begin_ + bytes;

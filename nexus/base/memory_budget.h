@@ -1,9 +1,10 @@
 // memory_budget.h
-// Owns:     the memory that all buffered bodies together may take (`body_memory`), shared by the worker threads.
-// Promises: the sum of all shares never passes the limit; a share is given back when it dies; a small body touches no
-//           memory that another thread writes, since each thread draws in steps of kStepBytes.
+// Owns:     the limit on the memory of all buffered bodies together (`body_memory`), shared by the worker threads.
+// Promises: the sum of all shares never exceeds the limit; a share is given back when it is destroyed; a small body
+//           writes to no memory that another thread writes, because each thread reserves steps of kStepBytes.
 // Leaves:   the memory itself to buffer.h.
 // Threads:  BodyBudget: all. ThreadBudget and BodyShare: one thread.
+// Tested by: tests/memory_budget_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -18,10 +19,10 @@ class BodyBudget {
  public:
   explicit BodyBudget(std::size_t limit_bytes) : limit_(limit_bytes) {}
 
-  // A reload may change it; what is held already stays held.
+  // For a reload. Memory that is held stays held, even if it exceeds the new limit.
   void set_limit(std::size_t bytes) { limit_.store(bytes, std::memory_order_relaxed); }
 
-  // Takes `bytes` if they are free. Relaxed: the number alone is shared, no other memory is published with it.
+  // Takes `bytes` if they are free. Relaxed: the number publishes no other memory.
   bool take(std::size_t bytes) {
     std::size_t used = used_.load(std::memory_order_relaxed);
     do {
@@ -41,10 +42,10 @@ class BodyBudget {
   alignas(64) std::atomic<std::size_t> used_{0};
 };
 
-// One thread's draw on the budget.
+// The part of the budget that one thread has reserved.
 class ThreadBudget {
  public:
-  static constexpr std::size_t kStepBytes = 256u << 10;
+  static constexpr std::size_t kStepBytes = 256u << 10;  // holds many ordinary requests, and little per thread
 
   explicit ThreadBudget(BodyBudget& shared) : shared_(shared) {}
   ThreadBudget(const ThreadBudget&) = delete;
@@ -54,8 +55,9 @@ class ThreadBudget {
   bool take(std::size_t bytes) {
     if (bytes > spare_) {
       const std::size_t missing = bytes - spare_;
-      if (shared_.take(std::max(missing, kStepBytes))) {
-        spare_ += std::max(missing, kStepBytes);
+      const std::size_t step = std::max(missing, kStepBytes);
+      if (shared_.take(step)) {
+        spare_ += step;
       } else if (shared_.take(missing)) {
         spare_ += missing;
       } else {
@@ -65,6 +67,7 @@ class ThreadBudget {
     spare_ -= bytes;
     return true;
   }
+  // Keeps up to two steps, so that bodies that come and go do not touch the shared budget.
   void give_back(std::size_t bytes) {
     spare_ += bytes;
     if (spare_ <= 2 * kStepBytes) return;
@@ -74,10 +77,10 @@ class ThreadBudget {
 
  private:
   BodyBudget& shared_;
-  std::size_t spare_ = 0;
+  std::size_t spare_ = 0;  // reserved, but held by no share
 };
 
-// What one body holds of the budget.
+// One body's share of the budget.
 class BodyShare {
  public:
   BodyShare() = default;
@@ -85,7 +88,7 @@ class BodyShare {
   BodyShare& operator=(const BodyShare&) = delete;
   ~BodyShare() { give_back(); }
 
-  // Grows the share to `bytes` in all. False, and nothing changed, where the budget does not hold it.
+  // Grows the share to `bytes` in total. False, with the share unchanged, if the budget has not enough left.
   bool grow_to(ThreadBudget& budget, std::size_t bytes) {
     if (bytes <= bytes_) return true;
     if (!budget.take(bytes - bytes_)) return false;

@@ -1,8 +1,10 @@
 // object_pool.h
-// Owns:     objects of one type that are needed now and then: taken, given back, used again.
-// Promises: the steady state allocates nothing; a Lease gives back what it holds when it dies.
-// Leaves:   resetting an object to its taker.
+// Owns:     objects of one type that are reused: taken, given back, taken again.
+// Promises: the steady state allocates nothing; a Lease gives its object back when it is destroyed; at most `most`
+//           idle objects are kept.
+// Leaves:   resetting a reused object to the caller.
 // Threads:  one.
+// Tested by: tests/object_pool_test.cpp
 #pragma once
 
 #include <memory>
@@ -14,54 +16,47 @@ namespace nexus {
 
 template <class T>
 class ObjectPool {
+  struct GiveBack {
+    ObjectPool* pool;
+    void operator()(T* object) const { pool->keep(std::unique_ptr<T>(object)); }
+  };
+
  public:
-  // A taken object. Empty where memory was short.
+  // A taken object, or nothing.
   class Lease {
    public:
     Lease() = default;
-    Lease(Lease&& other) noexcept : home_(other.home_), object_(std::move(other.object_)) {}
-    Lease& operator=(Lease&& other) noexcept {
-      give_back();
-      home_ = other.home_;
-      object_ = std::move(other.object_);
-      return *this;
-    }
-    ~Lease() { give_back(); }
 
     explicit operator bool() const { return object_ != nullptr; }
     T* get() const { return object_.get(); }
     T* operator->() const { return object_.get(); }
     T& operator*() const { return *object_; }
-    void give_back() {
-      if (object_ == nullptr) return;
-      if (home_->spare_.size() < home_->spare_.capacity()) {
-        home_->spare_.push_back(std::move(object_));
-      } else {
-        object_.reset();
-      }
-    }
+    void give_back() { object_.reset(); }
 
    private:
     friend class ObjectPool;
-    Lease(ObjectPool* home, std::unique_ptr<T> object) : home_(home), object_(std::move(object)) {}
-    ObjectPool* home_ = nullptr;
-    std::unique_ptr<T> object_;
+    Lease(ObjectPool* pool, T* object) : object_(object, GiveBack{pool}) {}
+    std::unique_ptr<T, GiveBack> object_;
   };
 
-  // Keeps at most `most` spare objects.
-  explicit ObjectPool(std::size_t most) { spare_.reserve(most); }
+  explicit ObjectPool(std::size_t most) { idle_.reserve(most); }
   ObjectPool(const ObjectPool&) = delete;
   ObjectPool& operator=(const ObjectPool&) = delete;
 
+  // An idle object or a new one; empty if there is no memory.
   Lease take() {
-    if (spare_.empty()) return Lease(this, std::unique_ptr<T>(new (std::nothrow) T));
-    std::unique_ptr<T> object = std::move(spare_.back());
-    spare_.pop_back();
-    return Lease(this, std::move(object));
+    if (idle_.empty()) return Lease(this, new (std::nothrow) T);
+    T* const object = idle_.back().release();
+    idle_.pop_back();
+    return Lease(this, object);
   }
 
  private:
-  std::vector<std::unique_ptr<T>> spare_;
+  void keep(std::unique_ptr<T> object) {
+    if (idle_.size() < idle_.capacity()) idle_.push_back(std::move(object));
+  }
+
+  std::vector<std::unique_ptr<T>> idle_;  // its capacity is the limit
 };
 
 }  // namespace nexus

@@ -1,9 +1,11 @@
 // slot_map.h
 // Owns:     objects of one type at fixed addresses, each named by a slot number and a generation.
-// Promises: get() with a token of an object that is gone answers nullptr, also when the slot was given to another;
-//           memory is taken in chunks and reused, never moved, bounded by the capacity.
-// Leaves:   what a token's kind means to worker.h.
+// Promises: get() with the handle of a destroyed object returns nullptr, even if its slot is in use again; objects
+// never
+//           move; memory is allocated in chunks and reused.
+// Leaves:   the meaning of a handle's kind to worker.h.
 // Threads:  one.
+// Tested by: tests/slot_map_test.cpp
 #pragma once
 
 #include <cassert>
@@ -15,7 +17,7 @@
 
 namespace nexus {
 
-// What epoll, timers and messages carry in place of a pointer: kind (8 bits), generation (24), slot (32).
+// Used by epoll, timers and messages instead of a pointer: kind (8 bits), generation (24), slot (32).
 struct Handle {
   std::uint64_t value = 0;
 
@@ -44,8 +46,8 @@ class SlotMap {
     }
   }
 
-  // A new object, or nullptr when memory is short, for the slot or for what T's constructor makes. That gets its own
-  // token first.
+  // A new object, or nullptr if there is no memory for it or its constructor throws std::bad_alloc. The constructor
+  // gets the object's handle as its first argument.
   template <class... Args>
   T* make(Args&&... args) {
     try {
@@ -62,28 +64,28 @@ class SlotMap {
     }
   }
 
-  T* get(Handle token) {
-    assert(token.kind() == kind_);
-    if (token.slot() >= chunks_.size() * kChunk) return nullptr;
-    Slot& slot = at(token.slot());
-    return slot.live && slot.generation == token.generation() ? slot.object() : nullptr;
+  T* get(Handle handle) {
+    assert(handle.kind() == kind_);
+    if (handle.slot() >= chunks_.size() * kChunk) return nullptr;
+    Slot& slot = at(handle.slot());
+    return slot.live && slot.generation == handle.generation() ? slot.object() : nullptr;
   }
 
-  void destroy(Handle token) {
-    T* object = get(token);
+  void destroy(Handle handle) {
+    T* object = get(handle);
     assert(object != nullptr);
     object->~T();
-    Slot& slot = at(token.slot());
+    Slot& slot = at(handle.slot());
     slot.live = false;
     slot.generation = (slot.generation + 1) & Handle::kGenerationMask;
     slot.next_free = free_;
-    free_ = token.slot();
+    free_ = handle.slot();
     live_ -= 1;
   }
 
   std::size_t live() const { return live_; }
 
-  // Calls `visit(T&)` for every object; it may destroy the one it is given.
+  // Calls `visit(T&)` for every object; it may destroy that object.
   template <class Visit>
   void each(Visit&& visit) {
     for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {

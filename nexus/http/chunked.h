@@ -1,32 +1,36 @@
 // chunked.h
 // Owns:     the chunked transfer coding (RFC 9112 7.1), decoded in place.
 // Promises: exactly the RFC's grammar, without its bad white space: CRLF line ends, 1 to 16 hex digits, extensions that
-//           are a name or a name and a value, each line and the trailer section bounded; extensions and trailers are
-//           read and dropped; it may be fed one byte at a time; nothing behind the end is touched.
-// Leaves:   what a failure means to its caller; llhttp reads heads only, so that one strict reader decides on framing.
+//           are a name or a name and a value; each line and the trailer section are bounded; extensions and trailers
+//           are checked and dropped; it may be fed byte by byte; bytes after the end are not touched.
+// Leaves:   what a failure means to its caller. (llhttp reads heads only, so one strict decoder decides on framing.)
 // Threads:  a decoder belongs to its connection.
+// Tested by: tests/chunked_test.cpp, tests/fuzz/chunked.h (against tests/rfc9112.h)
 #pragma once
 
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <string_view>
+
+#include "nexus/base/text.h"
 
 namespace nexus {
 
 constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
 constexpr std::uint32_t kMaxTrailerBytes = 8192;             // all trailer lines together
-constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body: they carry nothing
+constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body together: they are useless
 
 class ChunkedDecoder {
  public:
   enum class Status : std::uint8_t { need_more, done, failed };
   struct Result {
     Status status = Status::need_more;
-    std::size_t consumed = 0;  // of the bytes given, those that belong to this body
-    std::size_t decoded = 0;   // payload bytes, moved to the front of what was given
+    std::size_t consumed = 0;  // bytes of this body, out of those given
+    std::size_t decoded = 0;   // payload bytes, moved to the front
   };
 
-  // Reads `bytes` at `data` and moves the payload among them to `data`.
+  // Reads `bytes` at `data` and moves their payload to `data`.
   Result decode(char* data, std::size_t bytes) {
     Result result;
     while (result.consumed < bytes && state_ != State::done && state_ != State::failed) {
@@ -49,18 +53,18 @@ class ChunkedDecoder {
 
  private:
   enum class State : std::uint8_t {
-    size_first,  // the first digit of a chunk's size
-    size,        // its other digits
-    extension,   // behind `;`
+    size_first,  // the first digit of a chunk size
+    size,        // the other digits
+    extension,   // after `;`
     extension_name,
-    extension_equals,  // behind `=`
+    extension_equals,  // after `=`
     extension_value,
     extension_quoted,
-    extension_escape,     // behind a backslash in a quoted value
-    extension_quote_end,  // behind the closing quote
+    extension_escape,     // after a backslash in a quoted value
+    extension_quote_end,  // after the closing quote
     size_lf,              // the LF of the size line
     data,                 // remaining_ bytes of payload
-    data_cr,              // the CRLF behind the payload
+    data_cr,              // the CRLF after the payload
     data_lf,
     trailer_start,  // the first byte of a trailer line, or of the empty line that ends the body
     trailer_name,
@@ -77,10 +81,10 @@ class ChunkedDecoder {
     if (c >= 'A' && c <= 'F') return c - 'A' + 10;
     return -1;
   }
-  static bool is_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
+  static constexpr std::string_view kTokenMarks = "!#$%&'*+-.^_`|~";
   static bool is_token(char c) {  // RFC 9110 5.6.2
-    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9')) return true;
-    return c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr;
+    const char lower = to_lower(c);
+    return is_digit(c) || (lower >= 'a' && lower <= 'z') || kTokenMarks.find(c) != std::string_view::npos;
   }
 
   void step(char c) {
@@ -109,28 +113,29 @@ class ChunkedDecoder {
   }
 
   void go(bool allowed, State next) { state_ = allowed ? next : State::failed; }
+  void fail() { state_ = State::failed; }
 
   void on_size_first(char c) {
     const int value = hex_value(c);
-    if (value < 0) return go(false, State::failed);
+    if (value < 0) return fail();
     remaining_ = static_cast<std::uint64_t>(value);
     line_bytes_ = 1;
     state_ = State::size;
   }
 
   void on_size(char c) {
-    if (++line_bytes_ > kMaxChunkLineBytes) return go(false, State::failed);
+    if (++line_bytes_ > kMaxChunkLineBytes) return fail();
     if (c == '\r') return go(true, State::size_lf);
     if (c == ';') return go(true, State::extension);
     const int value = hex_value(c);
-    // Below 2^63 after this digit, and at most 16 digits: a size can't wrap.
-    if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return go(false, State::failed);
+    // At most 16 digits, and below 2^63 after this one: a size can't wrap.
+    if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return fail();
     remaining_ = remaining_ << 4 | static_cast<std::uint64_t>(value);
   }
 
   void on_extension(char c) {
     if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) {
-      return go(false, State::failed);
+      return fail();
     }
     switch (state_) {
       case State::extension: return go(is_token(c), State::extension_name);
@@ -138,8 +143,8 @@ class ChunkedDecoder {
         return go(c == '"' || is_token(c), c == '"' ? State::extension_quoted : State::extension_value);
       case State::extension_quoted:
         if (c == '"') return go(true, State::extension_quote_end);
-        return go(is_text(c), c == '\\' ? State::extension_escape : State::extension_quoted);
-      case State::extension_escape: return go(is_text(c), State::extension_quoted);
+        return go(is_field_text(c), c == '\\' ? State::extension_escape : State::extension_quoted);
+      case State::extension_escape: return go(is_field_text(c), State::extension_quoted);
       default: break;
     }
     if (c == '\r') return go(true, State::size_lf);
@@ -155,15 +160,15 @@ class ChunkedDecoder {
   }
 
   void on_trailer_name(char c) {
-    if (++trailer_bytes_ > kMaxTrailerBytes) return go(false, State::failed);
+    if (++trailer_bytes_ > kMaxTrailerBytes) return fail();
     if (c == ':') return go(true, State::trailer_value);
     go(is_token(c), State::trailer_name);
   }
 
   void on_trailer_value(char c) {
-    if (++trailer_bytes_ > kMaxTrailerBytes) return go(false, State::failed);
+    if (++trailer_bytes_ > kMaxTrailerBytes) return fail();
     if (c == '\r') return go(true, State::trailer_lf);
-    go(is_text(c), State::trailer_value);
+    go(is_field_text(c), State::trailer_value);
   }
 
   std::uint64_t remaining_ = 0;
