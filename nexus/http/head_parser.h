@@ -101,13 +101,12 @@ class HeadScan {
     fields_ = fields;
     fields_->count = fields_->seen = 0;
     fields_->connection_names = false;
-    text_at_ = text_bytes_ = 0;
+    target_at_ = target_bytes_ = 0;
     fed_ = 0;
     overflow_ = false;
   }
 
-  // Feeds llhttp the bytes of [base, base + bytes) that are new since the last call. `base` is the message's first
-  // byte.
+  // Feeds llhttp those bytes of [base, base + bytes) that are new since the last call.
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
     const llhttp_errno_t error = llhttp_execute(&parser_, base + fed_, bytes - fed_);
@@ -115,9 +114,8 @@ class HeadScan {
     if (error == HPE_OK) return {};
     if (error == HPE_PAUSED) {
       if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
-      HeadResult done{HeadResult::Status::done, HeadError::none, {}, 0};
-      done.head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
-      return done;
+      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
+      return {HeadResult::Status::done, HeadError::none, {}, head_bytes};
     }
     const char* reason = llhttp_get_error_reason(&parser_);
     return refuse(HeadError::malformed, reason == nullptr ? "not HTTP/1.1" : reason);
@@ -143,7 +141,7 @@ class HeadScan {
       row.value_at = static_cast<std::uint32_t>(value.data() - base);
       row.value_bytes = static_cast<std::uint32_t>(value.size());
       row.field = classify_field({base + row.name_at, row.name_bytes});
-      fields_->seen |= 1u << static_cast<unsigned>(row.field);
+      fields_->seen |= bit_of(row.field);
       at = to + 2;
     }
     if (at + 2 != head_bytes || base[at] != '\r' || base[at + 1] != '\n') return "the head does not end in CRLF CRLF";
@@ -151,17 +149,17 @@ class HeadScan {
   }
 
   const llhttp_t& parser() const { return parser_; }
-  std::uint32_t text_at() const { return text_at_; }  // of the target
-  std::uint32_t text_bytes() const { return text_bytes_; }
+  std::uint32_t target_at() const { return target_at_; }  // of a request
+  std::uint32_t target_bytes() const { return target_bytes_; }
 
  private:
   static HeadScan& self(llhttp_t* parser) { return *static_cast<HeadScan*>(parser->data); }
   std::uint32_t offset(const char* at) const { return static_cast<std::uint32_t>(at - base_); }
 
-  static int on_text(llhttp_t* parser, const char* at, std::size_t bytes) {
+  static int on_target(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
-    if (scan.text_bytes_ == 0) scan.text_at_ = scan.offset(at);
-    scan.text_bytes_ += static_cast<std::uint32_t>(bytes);
+    if (scan.target_bytes_ == 0) scan.target_at_ = scan.offset(at);
+    scan.target_bytes_ += static_cast<std::uint32_t>(bytes);
     return 0;
   }
   // A name may come in pieces. Values are left to check_lines(), which must look at them anyway. Too many fields are
@@ -190,8 +188,7 @@ class HeadScan {
     static const llhttp_settings_t made = [] {
       llhttp_settings_t s;
       llhttp_settings_init(&s);
-      s.on_url = on_text;
-      s.on_status = on_text;
+      s.on_url = on_target;
       s.on_header_field = on_name;
       s.on_headers_complete = on_head_complete;
       return s;
@@ -203,8 +200,8 @@ class HeadScan {
   FieldTable* fields_ = nullptr;
   const char* base_ = nullptr;
   std::size_t fed_ = 0;
-  std::uint32_t text_at_ = 0;
-  std::uint32_t text_bytes_ = 0;
+  std::uint32_t target_at_ = 0;
+  std::uint32_t target_bytes_ = 0;
   bool overflow_ = false;
 };
 
@@ -333,8 +330,8 @@ inline const char* check_target(std::string_view target) {
 inline const char* read_start_line(const char* base, const HeadScan& scan, RequestHead& head, std::size_t& fields_at) {
   head.method = scan.parser().method;
   const std::string_view method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
-  head.target_at = scan.text_at();
-  head.target_bytes = scan.text_bytes();
+  head.target_at = scan.target_at();
+  head.target_bytes = scan.target_bytes();
   const std::size_t version_at = head.target_at + head.target_bytes + 1;
   if (std::string_view(base, method.size()) != method || base[method.size()] != ' ' ||
       head.target_at != method.size() + 1 || base[version_at - 1] != ' ') {

@@ -27,6 +27,8 @@ struct HeadView {
 
 namespace detail {
 
+constexpr std::size_t kOwnLinesBytes = 256;  // more than the constant texts and numbers of any head take
+
 // Appends to a string, which is sized once: no check and no call per piece.
 class Cursor {
  public:
@@ -103,8 +105,6 @@ inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed)
   }
   if (fields.count > 0) out.add(std::string_view(head.base + run_from, head.head_bytes - 2 - run_from));
 }
-
-constexpr std::size_t kOwnLinesBytes = 256;  // more than the constant texts and numbers of any head take
 
 }  // namespace detail
 
