@@ -1,6 +1,6 @@
 // admission_test.cpp
-// Goal:   a cap is never exceeded, the queue is served in turn, and no place is lost, whatever order things happen in.
-// Method: the rules one by one; random steps beside a simple model of the queue; then threads that fight for places.
+// Goal:   a cap is never exceeded, the queue is first come first served, and no place is lost, in any order of events.
+// Method: the rules one by one; random steps against a simple model of the queue; threads that compete for places.
 #include "nexus/fleet/admission.h"
 
 #include <doctest/doctest.h>
@@ -30,9 +30,9 @@ constexpr BackendId kC{3};
 
 Handle token(std::uint32_t number) { return Handle::make(1, 0, number); }
 
-// An Admission that notes whom it woke.
+// An Admission that records the wake-ups.
 struct Gate {
-  std::vector<std::uint32_t> woken;  // the waiters' numbers, in order
+  std::vector<std::uint32_t> woken;  // the numbers of the waiters, in order
   std::vector<std::uint32_t> workers;
   Admission admission{[this](std::uint32_t worker, Handle waiter) {
     workers.push_back(worker);
@@ -64,7 +64,7 @@ using Numbers = std::vector<std::uint32_t>;
 
 }  // namespace
 
-TEST_CASE("places up to the cap, none above it, and each comes back") {
+TEST_CASE("there are as many places as the cap, and each is given back") {
   for (const std::uint32_t cap : {1u, 2u, 64u}) {
     CAPTURE(cap);
     Gate gate;
@@ -103,14 +103,14 @@ TEST_CASE("a place that is moved, overwritten or moved to itself is given back o
   Place& same = moved;
   moved = std::move(same);
   CHECK(moved.held());
-  CHECK(gate.admission.try_enter(kB, 1, moved));  // a retry elsewhere, into the same place
+  CHECK(gate.admission.try_enter(kB, 1, moved));  // a retry elsewhere, into the same object
   CHECK(gate.admission.running_on(kA) == 0);
   CHECK(gate.admission.running_on(kB) == 1);
   CHECK(gate.admission.try_enter(kC, 0, moved));
   CHECK(gate.admission.running_on(kB) == 0);
 }
 
-TEST_CASE("a refused request keeps the place that it has") {
+TEST_CASE("a refused request keeps its previous place") {
   Gate gate;
   gate.cap(1, 1);
   Place place = gate.enter(kA);
@@ -120,7 +120,7 @@ TEST_CASE("a refused request keeps the place that it has") {
   CHECK(gate.admission.running_on(kA) == 1);
 }
 
-TEST_CASE("the queue is served in the order of arrival, each woken once, on its own worker") {
+TEST_CASE("the queue is served in order of arrival, and each waiter is woken once, on its own worker") {
   Gate gate;
   gate.cap(1);
   Place running = gate.enter(kA);
@@ -132,7 +132,7 @@ TEST_CASE("the queue is served in the order of arrival, each woken once, on its 
     CHECK_FALSE(gate.admission.take_grant(tickets[i]));
     running = Place();
     CHECK(gate.woken.size() == i + 1);
-    CHECK(gate.refuses(kA));  // the place is the waiter's, also before it fetched it
+    CHECK(gate.refuses(kA));  // the place is the waiter's, even before it takes it
     auto granted = gate.admission.take_grant(tickets[i]);
     REQUIRE(granted);
     CHECK_FALSE(tickets[i].held());
@@ -146,7 +146,7 @@ TEST_CASE("the queue is served in the order of arrival, each woken once, on its 
   CHECK(gate.admission.running_on(kA) == 0);
 }
 
-TEST_CASE("a newcomer does not overtake those that wait") {
+TEST_CASE("a newcomer does not overtake waiting requests") {
   Gate gate;
   gate.cap(2);
   Place first = gate.enter(kA), second = gate.enter(kA);
@@ -159,7 +159,7 @@ TEST_CASE("a newcomer does not overtake those that wait") {
   CHECK(gate.admission.enqueue(candidates, 0, token(2), ticket, place) == Outcome::queued);
 }
 
-TEST_CASE("a request that waits for two backends takes the first place that frees up, and leaves both queues") {
+TEST_CASE("a request that waits for two backends gets the first free place and leaves both queues") {
   Gate gate;
   gate.cap(1, 1);
   Place a = gate.enter(kA), b = gate.enter(kB);
@@ -178,7 +178,7 @@ TEST_CASE("a request that waits for two backends takes the first place that free
   CHECK(gate.admission.take_grant(only_a)->backend() == kA);
 }
 
-TEST_CASE("a place that freed up between the look and the queue is taken, the first in the request's order") {
+TEST_CASE("enqueue takes a place that became free meanwhile, the first in the request's order") {
   Gate gate;
   gate.cap(1, 1);
   Ticket ticket;
@@ -190,7 +190,7 @@ TEST_CASE("a place that freed up between the look and the queue is taken, the fi
   CHECK(gate.admission.waiting() == 0);
 }
 
-TEST_CASE("the queue is bounded: one below, at, and above its size, and with none at all") {
+TEST_CASE("the queue is bounded: one below, at and above its size, and with size 0") {
   for (const std::uint32_t size : {0u, 1u, 3u}) {
     CAPTURE(size);
     Gate gate;
@@ -211,7 +211,7 @@ TEST_CASE("the queue is bounded: one below, at, and above its size, and with non
   }
 }
 
-TEST_CASE("who leaves the queue is not woken, and who leaves with a place passes it on") {
+TEST_CASE("a request that leaves the queue is not woken; one that leaves with a place passes it on") {
   Gate gate;
   gate.cap(1);
   Place running = gate.enter(kA);
@@ -222,14 +222,15 @@ TEST_CASE("who leaves the queue is not woken, and who leaves with a place passes
   CHECK(gate.admission.waiting() == 2);
   running = Place();
   CHECK(gate.woken == Numbers{2});
-  second = Ticket();  // it was granted, and its client has gone
+  second = Ticket();  // it has a place, but its client has left
   CHECK(gate.woken == Numbers{2, 3});
   third = Ticket();
   CHECK(gate.admission.running_on(kA) == 0);
   CHECK(gate.admission.waiting() == 0);
 }
 
-TEST_CASE("a lowered cap ends nothing and lets nobody in until it is met; a raised one lets the first in line in") {
+TEST_CASE(
+    "a lowered cap ends no request and admits none until enough have left; a raised one admits the first in line") {
   Gate gate;
   gate.cap(3);
   std::vector<Place> running;
@@ -251,14 +252,14 @@ TEST_CASE("a lowered cap ends nothing and lets nobody in until it is met; a rais
   CHECK(gate.admission.running_on(kA) == 3);
   CHECK(gate.refuses(kA));
 
-  gate.cap(0);  // no cap any more: nobody has a reason to wait
+  gate.cap(0);  // without a cap all waiting requests enter
   CHECK(gate.woken == Numbers{0, 1, 2, 3, 4});
   CHECK(gate.admission.waiting() == 0);
   tickets.clear();
   CHECK(gate.admission.running_on(kA) == 0);
 }
 
-TEST_CASE("a backend that the configuration does not name any more keeps its cap for those still on it") {
+TEST_CASE("a backend that is no longer configured keeps its cap for the requests still on it") {
   Gate gate;
   gate.cap(1);
   Place running = gate.enter(kA);
@@ -269,7 +270,7 @@ TEST_CASE("a backend that the configuration does not name any more keeps its cap
   CHECK(gate.admission.take_grant(waiting));
 }
 
-TEST_CASE("new candidates do not cost a waiting request its turn") {
+TEST_CASE("a request with new candidates keeps its position") {
   Gate gate;
   gate.cap(1, 1);
   Place a = gate.enter(kA), b = gate.enter(kB);
@@ -279,9 +280,9 @@ TEST_CASE("new candidates do not cost a waiting request its turn") {
   gate.admission.renew(first, both);
   CHECK(gate.admission.waiting() == 2);
   b = Place();
-  CHECK(gate.woken == Numbers{1});  // it came before the second, and may go there now
+  CHECK(gate.woken == Numbers{1});  // it arrived before the second, and kB is now a candidate
 
-  SUBCASE("where one of them has room it enters at once") {
+  SUBCASE("if one of them has room it enters at once") {
     a = Place();
     gate.admission.renew(second, both);
     CHECK(gate.admission.waiting() == 0);
@@ -289,7 +290,7 @@ TEST_CASE("new candidates do not cost a waiting request its turn") {
     REQUIRE(granted);
     CHECK(granted->backend() == kA);
   }
-  SUBCASE("one that was granted a place keeps it") {
+  SUBCASE("a place that was granted is kept") {
     const BackendId only_a[] = {kA};
     gate.admission.renew(first, only_a);
     const auto granted = gate.admission.take_grant(first);
@@ -298,7 +299,7 @@ TEST_CASE("new candidates do not cost a waiting request its turn") {
   }
 }
 
-TEST_CASE("a place that is declined goes to the next in line, and who declined it keeps its turn for another") {
+TEST_CASE("a declined place goes to the next in line, and the request keeps its position for another") {
   Gate gate;
   gate.cap(1, 1);
   Place a = gate.enter(kA);
@@ -313,7 +314,7 @@ TEST_CASE("a place that is declined goes to the next in line, and who declined i
   CHECK(gate.admission.granted(first) == kA);
   const BackendId only_b[] = {kB};
 
-  SUBCASE("while that is full it waits before those who came later") {
+  SUBCASE("while that is full it waits ahead of later arrivals") {
     gate.admission.decline(first, only_b);
     CHECK(gate.woken == Numbers{1, 2});
     CHECK(gate.admission.granted(second) == kA);
@@ -324,14 +325,14 @@ TEST_CASE("a place that is declined goes to the next in line, and who declined i
     CHECK(gate.woken == Numbers{1, 2, 1});
     CHECK(gate.admission.take_grant(first)->backend() == kB);
   }
-  SUBCASE("where nobody else waits for it, it is free") {
+  SUBCASE("if no other request waits for it, it is free") {
     second = Ticket();
     gate.admission.decline(first, only_b);
     CHECK(gate.admission.running_on(kA) == 0);
     CHECK(gate.woken == Numbers{1});
     CHECK(gate.enter(kA).held());
   }
-  SUBCASE("where another has room it is granted that at once, with no wake-up") {
+  SUBCASE("if another backend has room that is granted at once, without a wake-up") {
     third = Ticket();
     second = Ticket();
     b = Place();
@@ -342,18 +343,17 @@ TEST_CASE("a place that is declined goes to the next in line, and who declined i
   }
 }
 
-// Goal: arbitrary steps, in any order, do what the rules say.
-// Method: the same steps are done on a list of who waits for what, in order of arrival, and on the Admission; after
-// each
-//         step both must agree on who runs where, who waits, and who was woken.
-TEST_CASE("random steps agree with a plain list of who waits, in order of arrival") {
+// Goal:   arbitrary steps in any order follow the rules.
+// Method: each step is done on a plain list of requests in order of arrival and on the Admission; after each, both must
+//         agree on the running, the waiting and the woken requests.
+TEST_CASE("random steps agree with a plain list of requests in order of arrival") {
   struct Request {
     std::uint32_t number;
     std::vector<BackendId> candidates;
     Ticket ticket;
     Place place;
-    bool waits = false;  // in the list's opinion
-    BackendId on{};      // where it runs, or what it was granted, in the list's opinion
+    bool waits = false;  // according to the list
+    BackendId on{};      // the backend it runs on or was granted, according to the list
   };
   std::mt19937 random(5);
   const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
@@ -370,7 +370,7 @@ TEST_CASE("random steps agree with a plain list of who waits, in order of arriva
       for (const BackendId id : backends) list.push_back({id, caps[index_of(id)]});
       gate.admission.configure(list, queue_size);
     };
-    // Everyone in line, the earliest first, takes what it can on `id`.
+    // Grants the free places of `id` to the waiting requests, the earliest first.
     const auto let_in = [&](BackendId id) {
       for (Request& request : requests) {
         const auto& wants = request.candidates;
@@ -420,7 +420,7 @@ TEST_CASE("random steps agree with a plain list of who waits, in order of arriva
           --running[index_of(gone.on)];
           let_in(gone.on);
         }
-        if (below(2) == 0) {  // fetched first, or dropped as it is
+        if (below(2) == 0) {  // taken first, or dropped as it is
           auto granted = gate.admission.take_grant(gone.ticket);
           REQUIRE(granted.has_value() == (!gone.waits && !gone.place.held()));
           if (granted) REQUIRE(granted->backend() == gone.on);
@@ -445,7 +445,7 @@ TEST_CASE("random steps agree with a plain list of who waits, in order of arriva
 
 namespace {
 
-// A worker's inbox, as wake-ups reach it.
+// A worker's inbox of wake-ups.
 struct Inbox {
   std::mutex mutex;
   std::condition_variable filled;
@@ -454,13 +454,12 @@ struct Inbox {
 
 }  // namespace
 
-// Goal: over threads, no cap is ever exceeded, every request is served or has left, and nothing is left over.
-// Method: each thread keeps up to eight requests going: some enter, some wait, some leave while they wait. Who runs on
-// a
-//         backend counts itself on an atomic of the test's own, which must never pass the cap.
-TEST_CASE("threads that fight for places never exceed a cap, and every request is served or has left") {
+// Goal:   with several threads no cap is exceeded, every request is served or has left, and nothing remains.
+// Method: each thread has up to eight requests: some enter, some wait, some leave while they wait. Each request that
+//         runs counts itself on an atomic of the test's own, which must never exceed the cap.
+TEST_CASE("competing threads never exceed a cap, and every request is served or has left") {
   constexpr std::uint32_t kThreads = 4;
-  constexpr std::uint32_t kRequests = 4'000;  // a thread
+  constexpr std::uint32_t kRequests = 4'000;  // per thread
   constexpr std::size_t kAtOnce = 8;
   constexpr std::uint32_t kCaps[] = {0, 3, 2, 1};
   std::vector<Inbox> inboxes(kThreads);
@@ -498,7 +497,7 @@ TEST_CASE("threads that fight for places never exceed a cap, and every request i
     };
     start.arrive_and_wait();
     for (std::uint32_t number = 0; number < kRequests || !requests.empty();) {
-      std::this_thread::yield();  // or each thread would do all its work in one slice of time, and none would meet
+      std::this_thread::yield();  // otherwise each thread might finish within one time slice and meet no other
       if (number < kRequests && requests.size() < kAtOnce) {
         Request request{number++, {}, {}};
         std::vector<BackendId> wants = {any_backend()};
@@ -517,7 +516,7 @@ TEST_CASE("threads that fight for places never exceed a cap, and every request i
       }
       std::vector<std::uint32_t> woken;
       {
-        // Only where all wait and no more may be begun is there nothing to do but wait for a wake-up.
+        // Block for a wake-up only if all requests wait and no more may be started.
         Inbox& inbox = inboxes[worker];
         std::unique_lock lock(inbox.mutex);
         const bool idle =
@@ -560,7 +559,7 @@ TEST_CASE("threads that fight for places never exceed a cap, and every request i
   for (std::thread& thread : threads) thread.join();
 
   CHECK(exceeded == 0);
-  REQUIRE(lost == 0);  // nobody was woken without a place, or not at all
+  REQUIRE(lost == 0);  // no wake-up without a place, and none missing
   CHECK(served + left + refused == kThreads * kRequests);
   CHECK(served > kRequests / 2);
   CHECK(left > 0);

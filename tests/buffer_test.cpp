@@ -1,3 +1,8 @@
+// buffer_test.cpp
+// Goal:   blocks return to their pool, and a buffer is a queue of bytes that holds no block while it is empty.
+// Method: single steps, then random operations against a std::string.
+#include "nexus/base/buffer.h"
+
 #include <doctest/doctest.h>
 
 #include <random>
@@ -5,13 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "nexus/base/buffer.h"
-
 using nexus::Block;
 using nexus::BlockPool;
 using nexus::Buffer;
 
-TEST_CASE("a block has the capacity asked for, to the next power of two") {
+TEST_CASE("a block has the requested capacity, rounded up to a power of two") {
   BlockPool pool;
   struct Row {
     std::size_t asked, got;
@@ -22,12 +25,13 @@ TEST_CASE("a block has the capacity asked for, to the next power of two") {
     REQUIRE(block);
     CHECK(block.capacity() == row.got);
     CHECK(pool.taken_bytes() == row.got);
-    std::memset(block.data(), 1, block.capacity() + nexus::kPaddingBytes);  // readable behind it, says the sanitizer
+    std::memset(block.data(), 1,
+                block.capacity() + nexus::kPaddingBytes);  // the padding is there, or the sanitizer reports it
   }
   CHECK(pool.taken_bytes() == 0);
 }
 
-TEST_CASE("a block that dies is the next one taken, of its size alone") {
+TEST_CASE("a destroyed block is the next one taken of its size") {
   BlockPool pool;
   const char* first;
   {
@@ -52,7 +56,7 @@ TEST_CASE("a pool keeps no more than kKeptBytes") {
   CHECK(pool.kept_bytes() == nexus::kKeptBytes);
 }
 
-TEST_CASE("a block that is too large is an empty one, not an end") {
+TEST_CASE("a block that is too large is empty, not a crash") {
   BlockPool pool;
   CHECK_FALSE(pool.take(std::size_t{1} << 32));
   CHECK_FALSE(pool.take(SIZE_MAX));
@@ -62,7 +66,7 @@ TEST_CASE("a block that is too large is an empty one, not an end") {
   CHECK(buffer.view() == "abc");
 }
 
-TEST_CASE("a block that moves leaves nothing behind, and gives back what it had") {
+TEST_CASE("a moved block leaves an empty one, and an overwritten block is given back") {
   BlockPool pool;
   Block one = pool.take(1), two = pool.take(1);
   const char* kept = two.data();
@@ -99,7 +103,7 @@ TEST_CASE("a buffer holds no block while it is empty") {
   CHECK(pool.taken_bytes() == 0);
 }
 
-TEST_CASE("a buffer that moves takes its bytes with it and is empty then") {
+TEST_CASE("a moved buffer takes its bytes along and leaves an empty one") {
   BlockPool pool;
   Buffer one, two;
   REQUIRE(one.append(pool, "one"));
@@ -117,12 +121,12 @@ TEST_CASE("a buffer that moves takes its bytes with it and is empty then") {
   CHECK(two.view() == "wice");
   CHECK(three.empty());
   CHECK(pool.taken_bytes() == 4096);
-  REQUIRE(three.append(pool, "new"));  // and may be used again
+  REQUIRE(three.append(pool, "new"));  // and can be used again
   CHECK(three.view() == "new");
 }
 
-TEST_CASE("a buffer is a queue of bytes, whatever is done to it in turn") {
-  // Against a std::string: random appends, writes at the tail, consumption and cuts.
+TEST_CASE("a buffer is a queue of bytes under any sequence of operations") {
+  // Against a std::string: random appends, writes at the tail, consume() and truncate().
   std::mt19937 random(3);
   BlockPool pool;
   Buffer buffer;

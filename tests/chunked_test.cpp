@@ -1,3 +1,8 @@
+// chunked_test.cpp
+// Goal:   chunked bodies are decoded exactly, anything else is refused, and the cuts make no difference.
+// Method: rows of bodies, each decoded whole, cut in two at every place and byte by byte; random bodies and chunks.
+#include "nexus/http/chunked.h"
+
 #include <doctest/doctest.h>
 
 #include <cstdio>
@@ -6,8 +11,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "nexus/http/chunked.h"
 
 using nexus::ChunkedDecoder;
 using Status = nexus::ChunkedDecoder::Status;
@@ -21,7 +24,7 @@ struct Outcome {
   bool operator==(const Outcome&) const = default;
 };
 
-// Decodes `text` cut behind each of `ends`; each piece lies in a block of its own size.
+// Decodes `text` cut after each of `ends`; each piece is in a block of exactly its size.
 Outcome decode(std::string_view text, std::vector<std::size_t> ends) {
   ends.push_back(text.size());
   ChunkedDecoder decoder;
@@ -35,7 +38,7 @@ Outcome decode(std::string_view text, std::vector<std::size_t> ends) {
     outcome.payload.append(piece.get(), result.decoded);
     outcome.consumed += result.consumed;
     outcome.status = result.status;
-    // What lies behind the end of the body is left as it came.
+    // Bytes after the end of the body are unchanged.
     const std::string_view behind(piece.get() + result.consumed, bytes - result.consumed);
     if (behind != text.substr(from + result.consumed, behind.size())) outcome.payload += "<changed>";
     if (result.status != Status::need_more) break;
@@ -45,7 +48,7 @@ Outcome decode(std::string_view text, std::vector<std::size_t> ends) {
   return outcome;
 }
 
-// The outcome of the text whole, which must be that of every cut in two and of byte by byte.
+// The result for the whole text, which must be the same cut in two at every place, and byte by byte.
 Outcome decode_any(std::string_view text) {
   const Outcome whole = decode(text, {});
   std::vector<std::size_t> each;
@@ -66,7 +69,7 @@ const std::string kEnd = "0\r\n\r\n";
 
 }  // namespace
 
-TEST_CASE("a chunked body comes out whole, and the bytes behind it stay") {
+TEST_CASE("a chunked body is decoded whole, and the bytes after it are unchanged") {
   struct Row {
     const char* name;
     std::string text, payload;
@@ -99,7 +102,7 @@ TEST_CASE("a chunked body comes out whole, and the bytes behind it stay") {
   }
 }
 
-TEST_CASE("what is not the chunked coding is refused") {
+TEST_CASE("anything but the chunked coding is refused") {
   const std::string flood_line(nexus::kMaxChunkLineBytes, 'e');
   struct Row {
     const char* name;
@@ -153,7 +156,7 @@ TEST_CASE("what is not the chunked coding is refused") {
   }
 }
 
-TEST_CASE("a failure sticks, and so does the end") {
+TEST_CASE("after a failure or the end no more is read") {
   ChunkedDecoder decoder;
   char bad[] = "x";
   CHECK(decoder.decode(bad, 1).status == Status::failed);
@@ -169,15 +172,15 @@ TEST_CASE("a failure sticks, and so does the end") {
   CHECK(ended.decode(more, 3).consumed == 0);
 }
 
-TEST_CASE("a size line may be as long as its limit, and no longer") {
-  // The size digit, the semicolon and the CR count.
+TEST_CASE("a size line may be as long as the limit, and no longer") {
+  // The size digit, the semicolon and the CR count too.
   for (const std::size_t more : {0u, 1u}) {
     const std::string line = "1;" + std::string(nexus::kMaxChunkLineBytes - 3 + more, 'e') + "\r\n";
     CHECK(decode(line + "x\r\n" + kEnd, {}).status == (more == 0 ? Status::done : Status::failed));
   }
 }
 
-TEST_CASE("trailers may be as long as their limit together, and no longer") {
+TEST_CASE("all trailers together may be as long as the limit, and no longer") {
   for (const std::size_t more : {0u, 1u}) {
     // Two lines: each counts its name, colon, value and CR.
     const std::string first = "a:" + std::string(4093, 'v'), second = "b:" + std::string(4093 + more, 'v');
@@ -195,7 +198,7 @@ TEST_CASE("a flood of extensions is refused, though each line is short") {
   CHECK(decode(flood + chunk + chunk, {}).status == Status::failed);
 }
 
-TEST_CASE("any body in any chunks and any cuts comes out as it went in") {
+TEST_CASE("any body, in any chunks and cut anywhere, is decoded unchanged") {
   std::mt19937 random(11);
   for (int round = 0; round < 300; ++round) {
     std::string payload, text;

@@ -1,3 +1,8 @@
+// head_parser_test.cpp
+// Goal:   well-formed heads are read correctly, all others refused, and the cuts between reads make no difference.
+// Method: rows of heads, each read whole, cut in two at every place and byte by byte, in front of a guard page.
+#include "nexus/http/head_parser.h"
+
 #include <doctest/doctest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -6,8 +11,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "nexus/http/head_parser.h"
 
 using nexus::FieldTable;
 using nexus::Framing;
@@ -19,7 +22,7 @@ using Status = nexus::HeadResult::Status;
 
 namespace {
 
-// Memory whose end is the end of a page, with a page behind it that faults: a read past the bytes given ends the test.
+// Memory that ends at a page boundary, before a page that faults: reading past the given bytes crashes the test.
 class GuardedCopy {
  public:
   GuardedCopy() {
@@ -45,16 +48,16 @@ class GuardedCopy {
   char* map_;
 };
 
-// What a reader said, in plain values.
+// The result of a reader, as plain values.
 template <class Head>
 struct Read {
   HeadResult result;
   Head head;
   std::vector<std::pair<std::string, std::string>> fields;
-  std::string text;  // the head's bytes, which its positions count in
+  std::string text;  // the head's bytes, to which the positions refer
 };
 
-// Reads `text`, more of which has come at each of `ends`; the bytes move each time.
+// Feeds `text` up to each of `ends` in turn; the bytes move each time.
 template <class Reader, class Head>
 Read<Head> read_cut(std::string_view text, std::vector<std::size_t> ends) {
   static GuardedCopy copy;
@@ -86,7 +89,7 @@ bool same(const Read<Head>& a, const Read<Head>& b) {
          a.head.framing.kind == b.head.framing.kind && a.head.framing.length == b.head.framing.length;
 }
 
-// The outcome of the text whole, which must be that of every cut in two and of byte by byte.
+// The result for the whole text, which must be the same cut in two at every place, and byte by byte.
 template <class Reader, class Head>
 Read<Head> read_any(const std::string& text) {
   const Read<Head> whole = read_cut<Reader, Head>(text, {});
@@ -106,7 +109,7 @@ Read<ResponseHead> read_response(const std::string& text) {
   return read_any<nexus::ResponseReader, ResponseHead>(text);
 }
 
-// A request with these lines behind its Host.
+// A request with these lines after its Host.
 std::string post(std::string_view lines) {
   return "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n" + std::string(lines) + "\r\n";
 }
@@ -117,7 +120,7 @@ std::string bytes_of(std::string_view text) { return std::string(text); }
 
 }  // namespace
 
-TEST_CASE("a request's head comes apart into its method, target and fields") {
+TEST_CASE("a request's head is read into its method, target and fields") {
   const std::string text =
       "POST /v1/chat/completions?a=b%20c HTTP/1.1\r\nHost: gateway:8000\r\nContent-Length:  17 \r\nX-Empty:\r\n"
       "X-Tab:\t a b\t\r\n\r\n";
@@ -137,7 +140,7 @@ TEST_CASE("a request's head comes apart into its method, target and fields") {
   CHECK(read.fields[3] == std::pair<std::string, std::string>("X-Tab", "a b"));
 }
 
-TEST_CASE("a head that is not whole wants more") {
+TEST_CASE("an incomplete head needs more") {
   const std::string text = post("Content-Length: 2\r\n");
   for (std::size_t bytes = 0; bytes < text.size(); ++bytes) {
     CHECK(read_cut<nexus::RequestReader, RequestHead>(text.substr(0, bytes), {}).result.status == Status::need_more);
@@ -148,7 +151,7 @@ TEST_CASE("a head that is not whole wants more") {
   }
 }
 
-TEST_CASE("what a request's framing and persistence are") {
+TEST_CASE("the framing and persistence of requests") {
   struct Row {
     const char* name;
     std::string text;
@@ -189,7 +192,7 @@ TEST_CASE("what a request's framing and persistence are") {
   }
 }
 
-TEST_CASE("a request that is well-formed may still be one to refuse") {
+TEST_CASE("some well-formed requests are marked for refusal") {
   struct Row {
     std::string lines;
     HeadError refusal;
@@ -211,7 +214,7 @@ TEST_CASE("a request that is well-formed may still be one to refuse") {
   }
 }
 
-TEST_CASE("lengths and codings that two readers could take differently are refused") {
+TEST_CASE("lengths and codings that two parsers could read differently are refused") {
   std::vector<std::string> lines = {
       "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
       "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
@@ -290,7 +293,7 @@ TEST_CASE("lengths and codings that two readers could take differently are refus
   }
 }
 
-TEST_CASE("lines that do not end in CRLF, or have no name, are refused") {
+TEST_CASE("lines without CRLF or a name are refused") {
   const std::string_view heads[] = {
       "GET / HTTP/1.1\nHost: a\r\n\r\n",
       "GET / HTTP/1.1\r\nHost: a\n\r\n",
@@ -382,7 +385,7 @@ TEST_CASE("a request line is method, one space, path, one space, version") {
   }
 }
 
-TEST_CASE("Host stands once and is a host") {
+TEST_CASE("there is one Host, and it is a host") {
   const auto with_host = [](std::string_view lines) {
     return read_request("GET / HTTP/1.1\r\n" + std::string(lines) + "\r\n").result.status;
   };
@@ -416,7 +419,7 @@ TEST_CASE("a head has at most kMaxFields fields") {
   }
 }
 
-TEST_CASE("a field too many whose name is none is malformed, however it is cut") {
+TEST_CASE("one field too many, without a valid name, is malformed, however it is cut") {
   std::string lines;
   for (std::size_t i = 1; i < nexus::kMaxFields; ++i) lines += "a:\r\n";
   const auto read = read_request(post(lines + "na me: y\r\n"));
@@ -424,7 +427,7 @@ TEST_CASE("a field too many whose name is none is malformed, however it is cut")
   CHECK(read_response(answer("a:\r\n" + lines + "na me: y\r\n")).result.error == HeadError::malformed);
 }
 
-TEST_CASE("a name is as long as it is, also where its length wraps around") {
+TEST_CASE("a name of any length is read whole, even if the length would wrap in a smaller integer") {
   for (const std::size_t bytes : {255u, 256u, 257u, 65535u, 65536u, 65550u}) {
     const std::string name(bytes, 'n');
     const auto read = read_cut<nexus::RequestReader, RequestHead>(post(name + ": 1\r\nContent-Length: 3\r\n"), {});
@@ -432,14 +435,14 @@ TEST_CASE("a name is as long as it is, also where its length wraps around") {
     REQUIRE(read.fields.size() == 3);
     CHECK(read.fields[1].first == name);
     CHECK(read.head.framing.length == 3);
-    // The name of a length, and then a name of which so many bytes are one.
+    // A longer name that only begins with Content-Length.
     const std::string twin = "Content-Length" + std::string(bytes + 1 - 256 % (bytes + 1), 'n');
     CHECK(read_cut<nexus::RequestReader, RequestHead>(post(twin + ": 9\r\n"), {}).head.framing.kind ==
           Framing::Kind::none);
   }
 }
 
-TEST_CASE("names are known whatever their case, and twins with underscores are told apart") {
+TEST_CASE("names are recognised in any case, and those with underscores are reported as such") {
   using nexus::Field;
   struct Row {
     const char* name;
@@ -478,7 +481,7 @@ TEST_CASE("names are known whatever their case, and twins with underscores are t
   CHECK(nexus::classify_field("x-request-id") == Field::x_request_id);
 }
 
-TEST_CASE("a response's head comes apart into its status, reason and fields") {
+TEST_CASE("a response's head is read into its status, reason and fields") {
   const std::string text = "HTTP/1.1 404 Not  Found \r\nContent-Type: a/b\r\nContent-Length: 12\r\n\r\n";
   const auto read = read_response(text + "body");
   REQUIRE(read.result.status == Status::done);
@@ -490,7 +493,7 @@ TEST_CASE("a response's head comes apart into its status, reason and fields") {
   CHECK(read.fields[0] == std::pair<std::string, std::string>("Content-Type", "a/b"));
 }
 
-TEST_CASE("what a response's framing and persistence are") {
+TEST_CASE("the framing and persistence of responses") {
   struct Row {
     const char* name;
     std::string text;
@@ -528,7 +531,7 @@ TEST_CASE("what a response's framing and persistence are") {
   }
 }
 
-TEST_CASE("an answer that is not the HTTP it must be is refused") {
+TEST_CASE("invalid responses are refused") {
   const std::string heads[] = {
       answer("", "HTTP/1.1 2000 OK"),
       answer("", "HTTP/1.1 99 OK"),
@@ -572,7 +575,7 @@ TEST_CASE("an answer that is not the HTTP it must be is refused") {
   }
 }
 
-TEST_CASE("arbitrary bytes are read alike however they are cut, and never past their end") {
+TEST_CASE("arbitrary bytes give the same result however they are cut, and are never read past their end") {
   constexpr std::string_view kTokens[] = {"GET ",
                                           "POST ",
                                           "/",

@@ -1,6 +1,6 @@
 // registry_test.cpp
-// Goal:   what workers see of the fleet follows from the configuration and the checks, and a reload loses nothing.
-// Method: a configuration a test, checks told by hand, and a look at the snapshot that comes of it.
+// Goal:   snapshots follow from the configuration and the health checks, and a reload loses no state.
+// Method: each test configures a registry, records checks, and compares the resulting snapshot.
 #include "nexus/fleet/registry.h"
 
 #include <doctest/doctest.h>
@@ -30,12 +30,12 @@ void configure(Registry& registry, Settings settings) {
   registry.configure(std::make_shared<const Settings>(std::move(settings)));
 }
 
-// `+` and `-` are checks that passed and failed.
+// `+` is a check that passed, `-` one that failed.
 void check(Registry& registry, std::size_t at, const std::string& results) {
   for (const char result : results) registry.note_check(registry.backends()[at], result == '+');
 }
 
-// `a b`: the backends that offer `model`, those that are not healthy in brackets.
+// `(a) b`: the backends that offer `model`; unhealthy ones in brackets.
 std::string offers(const Snapshot& snapshot, const std::string& model) {
   const ModelEntry* entry = snapshot.find(model);
   if (entry == nullptr) return "no such name";
@@ -54,7 +54,7 @@ Capabilities capabilities(const Snapshot& snapshot, const std::string& model) {
 
 }  // namespace
 
-TEST_CASE("health follows the first check, then takes failures or recoveries in a row") {
+TEST_CASE("the first check sets the health, then it takes consecutive failures or recoveries") {
   struct Row {
     const char* checks;
     Health health;
@@ -75,7 +75,7 @@ TEST_CASE("health follows the first check, then takes failures or recoveries in 
   }
 }
 
-TEST_CASE("a change of health is told once, with where it came from") {
+TEST_CASE("a change of health is reported once, with the previous health") {
   Registry registry;
   configure(registry, with({backend("a")}));
   const auto told = [&](bool passed) {
@@ -93,7 +93,7 @@ TEST_CASE("a change of health is told once, with where it came from") {
   CHECK(told(true));
 }
 
-TEST_CASE("without health checks every backend is taken to be healthy") {
+TEST_CASE("without health checks every backend counts as healthy") {
   Registry registry;
   Settings settings = with({backend("a", {"m"})});
   settings.health.enabled = false;
@@ -101,7 +101,7 @@ TEST_CASE("without health checks every backend is taken to be healthy") {
   CHECK(offers(*registry.snapshot(), "m") == "a");
 }
 
-TEST_CASE("a backend whose host is a name is not healthy for workers until it is resolved") {
+TEST_CASE("a backend with a host name is unhealthy for workers until the name is resolved") {
   Registry registry;
   configure(registry, with({backend("a", {"m"}, "gpu.lan", 8080)}));
   check(registry, 0, "+");
@@ -115,7 +115,7 @@ TEST_CASE("a backend whose host is a name is not healthy for workers until it is
   CHECK(snapshot->backends[0].request_lines == "Host: gpu.lan:8080\r\n");
 }
 
-TEST_CASE("the Host field is the configured host, with its port but for 80") {
+TEST_CASE("the Host field is the configured host, with its port unless it is 80") {
   struct Row {
     const char* host;
     std::uint16_t port;
@@ -132,7 +132,7 @@ TEST_CASE("the Host field is the configured host, with its port but for 80") {
   }
 }
 
-TEST_CASE("models are those listed, else those discovered, and the unhealthy are offered too") {
+TEST_CASE("models are the configured ones, else the discovered ones; unhealthy backends are offered too") {
   Registry registry;
   configure(registry, with({backend("a", {"fixed"}), backend("b"), backend("c")}));
   CHECK(registry.set_models(registry.backends()[0], {"seen"}));
@@ -147,10 +147,10 @@ TEST_CASE("models are those listed, else those discovered, and the unhealthy are
 
   CHECK(registry.set_models(registry.backends()[1], {"y"}));
   CHECK(offers(*registry.snapshot(), "fixed") == "(a)");
-  CHECK(offers(*snapshot, "fixed") == "(a) b");  // a snapshot that workers hold does not change
+  CHECK(offers(*snapshot, "fixed") == "(a) b");  // an old snapshot does not change
 }
 
-TEST_CASE("an alias leads to its model, over up to three hops, and shadows a model of its name") {
+TEST_CASE("an alias resolves to its model over up to three hops, and hides a model of its name") {
   Registry registry;
   Settings settings = with({backend("a", {"llama", "shadowed"}), backend("b", {"qwen"})});
   settings.aliases = {{"one", "two"}, {"two", "three"}, {"three", "llama"}, {"shadowed", "qwen"}, {"dead", "nothing"}};
@@ -170,13 +170,13 @@ TEST_CASE("an alias leads to its model, over up to three hops, and shadows a mod
     CHECK(offers(*snapshot, name) == "a");
   }
   CHECK(snapshot->find("one")->fallbacks == std::vector<std::string>{"qwen"});
-  CHECK(snapshot->find("two")->fallbacks == std::vector<std::string>{"other"});  // its own, where it has some
+  CHECK(snapshot->find("two")->fallbacks == std::vector<std::string>{"other"});  // its own, if it has any
   CHECK(offers(*snapshot, "shadowed") == "b");
   CHECK(offers(*snapshot, "dead") == "");
   CHECK_FALSE(snapshot->find("llama")->is_alias());
 }
 
-TEST_CASE("a name that only the configuration says has an id and no offer") {
+TEST_CASE("a name that occurs only in the configuration has an id and no offer") {
   Registry registry;
   Settings settings = with({backend("a", {"m"})});
   settings.fallbacks = {{"absent", {"m", "missing"}}};
@@ -191,7 +191,7 @@ TEST_CASE("a name that only the configuration says has an id and no offer") {
   CHECK(snapshot->find("absent")->fallbacks == std::vector<std::string>{"m", "missing"});
 }
 
-TEST_CASE("what is not stated is taken to be there; what is stated holds for the models that are listed") {
+TEST_CASE("a capability without a list holds for all models, one with a list for the listed models") {
   Registry registry;
   BackendSettings a = backend("a", {"sees", "blind"});
   a.vision = {true, {"sees"}};
@@ -208,7 +208,7 @@ TEST_CASE("what is not stated is taken to be there; what is stated holds for the
   CHECK(capabilities(*registry.snapshot(), "m") == Capabilities{});
 }
 
-TEST_CASE("a model's own context length goes before that of all, in whatever order they stand") {
+TEST_CASE("a model's own context length overrides that of `*`, in either order") {
   const std::vector<std::vector<ContextLength>> orders = {{{"*", 4096}, {"long", 131072}},
                                                           {{"long", 131072}, {"*", 4096}}};
   for (const auto& order : orders) {
@@ -221,7 +221,7 @@ TEST_CASE("a model's own context length goes before that of all, in whatever ord
   }
 }
 
-TEST_CASE("usage is asked for unless the backend is generic, and always or never where the configuration says so") {
+TEST_CASE("usage is requested unless the backend is generic, or as the configuration says") {
   struct Row {
     BackendKind kind;
     StreamUsage stream_usage;
@@ -242,7 +242,7 @@ TEST_CASE("usage is asked for unless the backend is generic, and always or never
   }
 }
 
-TEST_CASE("a reload keeps what is known of a backend at the same place, and starts anew where it moved") {
+TEST_CASE("a reload keeps the state of an unchanged backend, and resets it if the url or type changed") {
   struct Row {
     const char* name;
     std::function<void(BackendSettings&)> change;
@@ -270,7 +270,7 @@ TEST_CASE("a reload keeps what is known of a backend at the same place, and star
     const BackendId id = registry.backends()[1].id;
     BackendSettings changed = backend("a");
     row.change(changed);
-    configure(registry, with({changed, backend("new")}));  // it stands elsewhere in the file now
+    configure(registry, with({changed, backend("new")}));  // at another position in the file
     const Registry::Backend& now = registry.backends()[0];
     CHECK(now.id == id);
     CHECK(now.health == (row.kept ? Health::healthy : Health::unknown));
@@ -283,7 +283,7 @@ TEST_CASE("a reload keeps what is known of a backend at the same place, and star
   }
 }
 
-TEST_CASE("a check of a backend that is gone, or of its earlier life, finds nobody") {
+TEST_CASE("the epoch of a removed or changed backend finds nothing") {
   Registry registry;
   configure(registry, with({backend("a"), backend("b")}));
   const std::uint64_t first = registry.backends()[0].epoch;
@@ -294,7 +294,7 @@ TEST_CASE("a check of a backend that is gone, or of its earlier life, finds nobo
   CHECK(registry.find_epoch(first) == nullptr);
 }
 
-TEST_CASE("ids outlive backends and models, and are never another's") {
+TEST_CASE("ids outlive backends and models, and are never reused") {
   Registry registry;
   configure(registry, with({backend("a", {"m"}), backend("b", {"n"})}));
   const auto before = registry.snapshot();
@@ -312,7 +312,7 @@ TEST_CASE("ids outlive backends and models, and are never another's") {
   CHECK(registry.model_names().name(before->find("m")->id) == "m");
 }
 
-TEST_CASE("a fleet that makes up model names without end runs out of ids, and is still served") {
+TEST_CASE("a fleet with too many model names runs out of ids, and is still served") {
   Registry registry;
   configure(registry, with({backend("a")}));
   check(registry, 0, "+");
@@ -332,7 +332,7 @@ TEST_CASE("a fleet that makes up model names without end runs out of ids, and is
   CHECK(snapshot->find("m0-1") == nullptr);
 }
 
-TEST_CASE("each snapshot has a version of its own, and keeps the settings it was made of") {
+TEST_CASE("each snapshot has its own version and keeps its settings") {
   Registry registry;
   configure(registry, with({backend("a")}));
   const auto first = registry.snapshot();

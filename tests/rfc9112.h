@@ -1,9 +1,8 @@
 // rfc9112.h
-// Owns:     a second reading of HTTP/1.1 messages, written from RFC 9112 alone, for tests: slow, plain, whole texts
-//           only.
-// Promises: it shares no code with nexus/; what the RFC calls invalid is a `problem`, what it lets a reader put up with
-//           (bare LF, folds, several lengths of one value) is one too, since a proxy must never send it.
-// Leaves:   the inner grammar of targets, hosts and other values; limits.
+// Owns:     a second HTTP/1.1 parser for tests, written from RFC 9112 alone: slow, plain, for whole texts only.
+// Promises: it shares no code with nexus/; everything that the RFC calls invalid is a `problem`, and also what it lets
+//           a reader tolerate (bare LF, folds, repeated equal lengths), because a proxy must never send it.
+// Leaves:   the grammar within targets, hosts and other values; limits.
 // Threads:  any.
 #pragma once
 
@@ -27,16 +26,16 @@ struct Message {
   int status = 0;              // of a response
   std::string reason;
   int minor = 1;  // of HTTP/1.x
-  Fields fields;  // values without the blanks around them
+  Fields fields;  // values without surrounding blanks
   Framing framing = Framing::none;
-  bool coding_unknown = false;  // a list of codings that ends in chunked: framed, but not understood
-  std::uint64_t length = 0;     // where framing is length
+  bool coding_unknown = false;  // a list of codings that ends in chunked: the framing is known, the content is not
+  std::uint64_t length = 0;     // if framing is length
   std::string body;             // the content, without the chunked coding
   Fields trailers;
   std::size_t head_bytes = 0;
   bool stays_open = true;  // 9.3
 
-  // The values of that field, in order.
+  // All values of a field, in order.
   std::vector<std::string> all(std::string_view name) const;
   bool has(std::string_view name) const { return !all(name).empty(); }
   std::string value(std::string_view name) const {
@@ -46,18 +45,17 @@ struct Message {
 };
 
 struct Reading {
-  std::vector<Message> messages;  // whole ones
-  std::string problem;            // why the text is no HTTP from `rest` on; empty: it is
-  std::string rest;               // what lies behind the last whole message
-  bool within_body = false;       // the rest begins with a whole head, whose body is not whole or not well-formed
-  bool unframed = false;          // the rest begins with a whole head that leaves its body's length open
-  Message open;                   // where one of these: that head, and as much of its body as there is
+  std::vector<Message> messages;  // complete ones
+  std::string problem;            // what is wrong at `rest`; empty: nothing
+  std::string rest;               // everything after the last complete message
+  bool within_body = false;       // the rest begins with a complete head, but its body is incomplete or malformed
+  bool unframed = false;          // the rest begins with a complete head that does not tell the body's length
+  Message open;                   // in both cases: that head, and as much of the body as there is
 
   bool whole() const { return problem.empty() && rest.empty(); }
 };
 
 // ---- 5.6 of RFC 9110: tokens, blanks, lists
-// ---------------------------------------------------------------------------
 
 inline bool is_tchar(char c) {
   if ((c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z')) return true;
@@ -94,7 +92,7 @@ inline bool is_field_value(std::string_view text) {
   return true;
 }
 
-// RFC 9110 5.6.1.2: empty elements are passed over.
+// RFC 9110 5.6.1.2: empty elements are skipped.
 inline std::vector<std::string> list_of(const std::vector<std::string>& values) {
   std::vector<std::string> out;
   for (const std::string& value : values) {
@@ -118,11 +116,10 @@ inline std::vector<std::string> Message::all(std::string_view name) const {
 }
 
 // ---- 2.2, 5: lines and fields
-// -----------------------------------------------------------------------------------------
 
 enum class Got : std::uint8_t { it, not_yet, never };
 
-// Takes a line off `text`: what stands before the first CRLF, with no other CR or LF in it.
+// Removes a line from `text`: everything before the first CRLF, without any other CR or LF.
 inline Got take_line(std::string_view& text, std::string& line) {
   const std::size_t end = text.find_first_of("\r\n");
   if (end == std::string_view::npos) return Got::not_yet;
@@ -134,7 +131,7 @@ inline Got take_line(std::string_view& text, std::string& line) {
   return Got::it;
 }
 
-// Takes field lines up to and with the empty line. `why` is set where the answer is never.
+// Removes field lines up to and including the empty line. Sets `why` if they can never become valid.
 inline Got take_fields(std::string_view& text, Fields& fields, std::string& why) {
   for (;;) {
     std::string line;
@@ -156,7 +153,6 @@ inline Got take_fields(std::string_view& text, Fields& fields, std::string& why)
 }
 
 // ---- 3, 4: start lines
-// ------------------------------------------------------------------------------------------------
 
 inline std::optional<int> minor_version(std::string_view text) {
   if (text == "HTTP/1.1") return 1;
@@ -180,7 +176,7 @@ inline bool read_request_line(Message& message) {
   return true;
 }
 
-// The blank behind the code is wanted of who writes the line; many leave it out before an empty reason.
+// The blank after the code is required of the sender, but many omit it before an empty reason.
 inline bool read_status_line(Message& message) {
   const std::string& line = message.start_line;
   const auto minor = minor_version(std::string_view(line).substr(0, 8));
@@ -195,9 +191,8 @@ inline bool read_status_line(Message& message) {
 }
 
 // ---- 6, 7: the body
-// ---------------------------------------------------------------------------------------------------
 
-// 6.3, for a message that may have a body. Returns why its length can't be told, or nothing.
+// 6.3, for a message that may have a body. Returns why its length is unknown, or nothing.
 inline std::string read_framing(Message& message, bool is_request) {
   const auto lengths = message.all("Content-Length");
   const auto codings = list_of(message.all("Transfer-Encoding"));
@@ -232,7 +227,7 @@ inline std::string read_framing(Message& message, bool is_request) {
   return "";
 }
 
-// 7.1.1, from behind the size: *( BWS ";" BWS name [ BWS "=" BWS value ] ).
+// 7.1.1, after the size: *( BWS ";" BWS name [ BWS "=" BWS value ] ).
 inline bool is_chunk_extension(std::string_view text) {
   std::size_t at = 0;
   const auto blanks = [&] {
@@ -269,7 +264,7 @@ inline bool is_chunk_extension(std::string_view text) {
   return true;
 }
 
-// Takes a chunked body off `text`; the content that is there so far goes to `body`.
+// Removes a chunked body from `text`; the content received so far goes to `body`.
 inline Got take_chunked(std::string_view& text, std::string& body, Fields& trailers, std::string& why) {
   for (;;) {
     std::string line;
@@ -310,7 +305,6 @@ inline bool says_stays_open(const Message& message) {
 }
 
 // ---- whole messages
-// ---------------------------------------------------------------------------------------------------
 
 inline Got take_body(std::string_view& text, Message& message, bool closed, std::string& why) {
   switch (message.framing) {
@@ -331,7 +325,7 @@ inline Got take_body(std::string_view& text, Message& message, bool closed, std:
   return Got::never;
 }
 
-// Takes a start line and fields.
+// Removes a start line and fields.
 inline Got take_head(std::string_view& text, Message& message, bool is_request, std::string& why) {
   const std::size_t bytes = text.size();
   const Got line = take_line(text, message.start_line);
@@ -347,15 +341,15 @@ inline Got take_head(std::string_view& text, Message& message, bool is_request, 
   return Got::it;
 }
 
-// 3.2: what a request must say of its host.
+// 3.2: the Host that a request must have.
 inline std::string check_host(const Message& message) {
   const std::size_t hosts = message.all("Host").size();
   if (hosts > 1) return "several Host fields";
   return hosts == 0 && message.minor == 1 ? "no Host field" : "";
 }
 
-// Reads requests, one behind the other. 2.2 lets a server pass over an empty line before one; `empty_lines` says that
-// this one does.
+// Reads consecutive requests. 2.2 lets a server skip an empty line before one; `empty_lines` says whether this one
+// does.
 inline Reading read_requests(std::string_view text, bool empty_lines = false) {
   Reading reading;
   for (;;) {
@@ -380,7 +374,7 @@ inline Reading read_requests(std::string_view text, bool empty_lines = false) {
   }
 }
 
-// Reads the responses to requests of these methods, interim ones too, from a connection that was closed behind the text
+// Reads the responses to requests of these methods, interim ones too, from a connection that was closed after the text
 // or is still open.
 inline Reading read_responses(std::string_view text, const std::vector<std::string>& methods, bool closed) {
   Reading reading;

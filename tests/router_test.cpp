@@ -1,7 +1,7 @@
 // router_test.cpp
 // Goal:   a request goes to the right backends in the right order, whatever the fleet and the strategy.
-// Method: tables of one fleet a row; then thousands of random fleets, checked against properties that must always hold;
-//         then each strategy's spread over 10,000 turns.
+// Method: tables with one fleet per row; thousands of random fleets, checked against properties that must always hold;
+//         the distribution of each strategy over 10,000 turns.
 #include "nexus/fleet/router.h"
 
 #include <doctest/doctest.h>
@@ -26,7 +26,7 @@ struct Fleet {
   Snapshot snapshot;
   std::map<std::string, BackendLoad> loads;
   std::uint32_t next_model = 1;
-  mutable int load_questions = 0;
+  mutable int load_calls = 0;
 
   explicit Fleet(const std::vector<FleetBackend>& backends) {
     for (const FleetBackend& from : backends) {
@@ -49,7 +49,7 @@ struct Fleet {
     return at->second;
   }
 
-  // Every backend offers `name`, or those that are listed.
+  // The backends in `on` offer `name`, or all if it is empty.
   Fleet& offer(const std::string& name, std::vector<std::uint32_t> on = {}, Capabilities capabilities = {}) {
     if (on.empty()) {
       for (std::uint32_t i = 0; i < snapshot.backends.size(); ++i) on.push_back(i);
@@ -71,7 +71,7 @@ struct Fleet {
   RouteOutcome ask(const std::string& name, const RouteNeeds& needs, const RoutingSettings& routing, std::uint64_t turn,
                    std::uint64_t random_bits, std::vector<Choice>& out) const {
     const auto load_of = [&](const BackendView& backend) {
-      ++load_questions;
+      ++load_calls;
       return loads.at(backend.name);
     };
     return route(snapshot, *snapshot.find(name), needs, routing, turn, random_bits, load_of, out);
@@ -92,7 +92,7 @@ RoutingSettings weighing(std::uint32_t priority, std::uint32_t load, std::uint32
   return routing;
 }
 
-// `a b/qwen`: the backends in order, with the model where it is a fallback.
+// `a b/qwen`: the backends in order, with the model if it is a fallback.
 std::string spelled(const Fleet& fleet, const std::vector<Choice>& choices) {
   std::string out;
   for (const Choice& choice : choices) {
@@ -130,7 +130,7 @@ BackendLoad latency(Ns milliseconds) { return BackendLoad{.latency_ns = millisec
 
 }  // namespace
 
-TEST_CASE("each strategy orders a fleet without ties in one way, and says why") {
+TEST_CASE("each strategy orders a fleet without ties in one way, and gives its reason") {
   struct Row {
     const char* name;
     RoutingSettings routing;
@@ -224,10 +224,10 @@ TEST_CASE("each strategy orders a fleet without ties in one way, and says why") 
   }
 }
 
-TEST_CASE("what a request needs decides who may serve it, and what it is told when nobody may") {
+TEST_CASE("the needed capabilities decide which backends are candidates, and the error if none is") {
   struct Row {
     const char* name;
-    Capabilities a, b;  // of two backends
+    Capabilities a, b;  // of the two backends
     bool a_healthy, b_healthy;
     RouteNeeds needs;
     const char* outcome;
@@ -279,7 +279,7 @@ TEST_CASE("fallback models follow the model's own backends, in order, aliases fo
   CHECK(order("llama", {"qwen", "mixtral"}) == "a b b/qwen c/qwen c/mixtral");
   CHECK(order("llama", {"mixtral", "qwen"}) == "a b c/mixtral b/qwen c/qwen");
   CHECK(order("llama", {"q"}) == "a b b/qwen c/qwen");
-  CHECK(order("llama", {"qwen", "q", "qwen"}) == "a b b/qwen c/qwen");  // the same model under two names comes once
+  CHECK(order("llama", {"qwen", "q", "qwen"}) == "a b b/qwen c/qwen");  // the same model under two names is listed once
   CHECK(order("llama", {"llama"}) == "a b");
   CHECK(order("llama", {"unheard of", "nowhere", "gemma"}) == "a b a/gemma");
   CHECK(order("nowhere", {"gemma"}) == "a/gemma");
@@ -289,7 +289,7 @@ TEST_CASE("fallback models follow the model's own backends, in order, aliases fo
   CHECK(order("nowhere", {"unheard of"}, "unknown_model") == "");
   CHECK(order("nowhere", {}, "unknown_model") == "");
   order("gemma", {"mixtral"});
-  CHECK(order("nowhere", {"gemma"}) == "a/gemma");  // gemma's own fallback is not taken
+  CHECK(order("nowhere", {"gemma"}) == "a/gemma");  // gemma's own fallback is ignored
 
   SUBCASE("a fallback must be capable too") {
     fleet.offer("blind", {0}, kBlind);
@@ -300,13 +300,13 @@ TEST_CASE("fallback models follow the model's own backends, in order, aliases fo
     CHECK(spelled(fleet, choices) == "c/qwen");
     CHECK(reason(choices[0]) == "fallback");
   }
-  SUBCASE("an ejected backend stands behind those of its own model, before the fallbacks") {
+  SUBCASE("an ejected backend comes after the others of its model, before the fallbacks") {
     fleet.loads["a"].ejected = true;
     CHECK(order("llama", {"mixtral"}) == "b a c/mixtral");
   }
 }
 
-TEST_CASE("an alias is served under the model's own name, and says so") {
+TEST_CASE("an alias is served under the model's own name, with the reason alias") {
   Fleet fleet({{"a", 1}, {"b", 2}});
   fleet.offer("llama3:70b").offer("small", {1});
   fleet.model("llama3:70b").fallbacks = {"small"};
@@ -322,15 +322,15 @@ TEST_CASE("an alias is served under the model's own name, and says so") {
   CHECK(reason(choices[2]) == "fallback");
 }
 
-TEST_CASE("load is asked once for each of several candidates, and not at all for one alone") {
+TEST_CASE("load_of is called once for each of several candidates, and not for a single one") {
   Fleet fleet({{"a"}, {"b"}, {"c"}, {"ill", 0, {}, false}});
   fleet.offer("m", {0, 1, 3}).offer("alone", {2, 3});
   fleet.model("m").fallbacks = {"alone"};
   std::vector<Choice> choices;
   for (const Strategy strategy : {Strategy::smart, Strategy::round_robin, Strategy::priority, Strategy::random}) {
-    fleet.load_questions = 0;
+    fleet.load_calls = 0;
     fleet.ask("m", {}, with(strategy), 0, 0, choices);
-    CHECK(fleet.load_questions == 2);
+    CHECK(fleet.load_calls == 2);
   }
 }
 
@@ -342,7 +342,7 @@ TEST_CASE("an offer that is listed twice is a candidate once") {
   CHECK(choices.size() == 2);
 }
 
-TEST_CASE("round robin serves each in its turn, and each turn of a round serves another") {
+TEST_CASE("round robin uses each backend once per round") {
   Fleet fleet({{"a"}, {"b"}, {"c"}});
   fleet.offer("m");
   std::vector<Choice> choices;
@@ -364,7 +364,7 @@ TEST_CASE("round robin serves each in its turn, and each turn of a round serves 
 
 namespace {
 
-// How often each backend came first (place 0), second, … over `turns` turns that begin at `start` and go by `step`.
+// How often each backend came first (place 0), second, … over `turns` turns from `start` in steps of `step`.
 std::vector<int> spread(const Fleet& fleet, const RoutingSettings& routing, std::size_t place, std::uint64_t start = 0,
                         std::uint64_t step = 1, int turns = 10'000) {
   std::mt19937_64 random(42);
@@ -393,8 +393,8 @@ void check_even(const std::vector<int>& counts, std::size_t first, std::size_t l
 
 }  // namespace
 
-TEST_CASE("over 10,000 turns each strategy shares the load as it says") {
-  // Of equals, turns make an exact share. A random share of 10,000/4 has a standard deviation of 43: five of them.
+TEST_CASE("over 10,000 turns each strategy shares the load as documented") {
+  // Turns share exactly among equals. A random share of 10,000/4 has a standard deviation of 43: allow five of them.
   Fleet equals({{"a"}, {"b"}, {"c"}, {"d"}});
   equals.offer("m");
   for (const Strategy strategy :
@@ -408,7 +408,7 @@ TEST_CASE("over 10,000 turns each strategy shares the load as it says") {
     check_even(spread(equals, with(Strategy::random), place), 0, 4, 10'000, 215);
   }
 
-  // The two best of three share; the third gets nothing, wherever it stands.
+  // The two best of three share; the third gets nothing, at any position.
   Fleet low({{"a", 90, pending(9)}, {"b", 10}, {"c", 10}});
   low.offer("m");
   Fleet high({{"a", 10}, {"b", 10}, {"c", 90, pending(9)}});
@@ -422,14 +422,14 @@ TEST_CASE("over 10,000 turns each strategy shares the load as it says") {
   check_even(spread(low, with(Strategy::random), 0), 0, 3, 10'000, 240);
 }
 
-TEST_CASE("smart takes latencies that differ by a few per cent for equal, and then shares evenly") {
+TEST_CASE("smart treats latencies that differ by a few per cent as equal, and shares evenly") {
   Fleet fleet({{"a", 50, latency(100)}, {"b", 50, latency(103)}, {"c", 50, latency(200)}});
   fleet.offer("m");
   check_even(spread(fleet, with(Strategy::smart), 0), 0, 2, 10'000, 1);
 }
 
-TEST_CASE("a turn that other requests advance in step does not starve anyone") {
-  // Every n-th turn is this model's: taken modulo the number of backends, the turn would always pick the same one.
+TEST_CASE("a turn that other requests advance in step starves no backend") {
+  // Every n-th turn is this model's: modulo the number of backends, the turn would always select the same one.
   for (const std::size_t backends : {2u, 3u, 4u, 8u}) {
     for (const std::uint64_t step : {2u, 3u, 4u, 6u, 8u, 16u, 64u}) {
       for (const std::uint64_t start : {0u, 1u, 5u}) {
@@ -440,14 +440,14 @@ TEST_CASE("a turn that other requests advance in step does not starve anyone") {
         std::vector<std::uint32_t> on;
         for (std::uint32_t i = 0; i < backends; ++i) on.push_back(i);
         fleet.offer("m", on);
-        // Up to 16 requests in a row may share a deal, so the deviation is up to four times a random one's.
+        // Up to 16 consecutive requests use the same order, so the deviation is up to four times a random one's.
         check_even(spread(fleet, with(Strategy::round_robin), 0, start, step), 0, backends, 10'000, 1000);
       }
     }
   }
 }
 
-TEST_CASE("equals in a group behind do not follow the turn of the group before") {
+TEST_CASE("equal candidates of a later group do not follow the turn of an earlier group") {
   Fleet fleet({{"a", 1}, {"b", 1}, {"c", 2}, {"d", 2}});
   fleet.offer("m");
   std::map<std::string, int> orders;
@@ -463,7 +463,7 @@ TEST_CASE("equals in a group behind do not follow the turn of the group before")
   }
 }
 
-TEST_CASE("random draws every order of three alike") {
+TEST_CASE("random draws each order of three equally often") {
   Fleet fleet({{"a"}, {"b"}, {"c"}});
   fleet.offer("m");
   std::mt19937_64 random(1);
@@ -482,7 +482,7 @@ TEST_CASE("random draws every order of three alike") {
 
 namespace {
 
-// A random fleet: up to eight backends, four models with random offers and fallbacks, an alias of each.
+// A random fleet: up to eight backends, four models with random offers and fallbacks, and an alias of each.
 struct RandomFleet {
   std::mt19937_64 random;
   Fleet fleet{{}};
@@ -520,7 +520,7 @@ struct RandomFleet {
   RouteNeeds needs() { return {one_in(4), one_in(4), one_in(4), one_in(3) ? 500 * below(8) : 0}; }
 };
 
-// The offer behind a choice, or nullptr: looked for by name, not by what the router followed.
+// The offer that a choice came from, or nullptr; found by name, independently of the router.
 const Offer* offer_of(const Fleet& fleet, const Choice& choice) {
   const ModelEntry* entry = fleet.snapshot.find(*choice.model_name);
   if (entry == nullptr || entry->is_alias()) return nullptr;
@@ -535,7 +535,7 @@ bool meets(const Capabilities& has, const RouteNeeds& needs) {
          (has.context_tokens == 0 || has.context_tokens >= needs.context_tokens);
 }
 
-// Every (backend, model) that may serve the request, by brute force.
+// Every (backend, model) that can serve the request, by brute force.
 std::set<std::pair<std::uint32_t, std::string>> all_that_can(const Fleet& fleet, const ModelEntry& asked,
                                                              const RouteNeeds& needs) {
   std::set<std::pair<std::uint32_t, std::string>> out;
@@ -555,7 +555,7 @@ std::set<std::pair<std::uint32_t, std::string>> all_that_can(const Fleet& fleet,
 
 }  // namespace
 
-TEST_CASE("on random fleets: every candidate can serve the request, none comes twice, none is left out") {
+TEST_CASE("on random fleets: every candidate can serve the request, none is listed twice, none is missing") {
   std::vector<Choice> choices;
   int served = 0, refused = 0;
   for (std::uint64_t seed = 0; seed < 4000; ++seed) {
@@ -586,7 +586,7 @@ TEST_CASE("on random fleets: every candidate can serve the request, none comes t
       if (*before.model_name == *after.model_name) REQUIRE_FALSE((before.ejected && !after.ejected));
     }
   }
-  CHECK(served > 1000);  // the fleets are such that both happen
+  CHECK(served > 1000);  // both happen often enough
   CHECK(refused > 200);
 }
 
@@ -612,7 +612,7 @@ TEST_CASE("on random fleets: smart with weights 100/0/0 orders as priority does"
   CHECK(compared > 1000);
 }
 
-TEST_CASE("on random fleets: the same question has the same answer") {
+TEST_CASE("on random fleets: the same arguments give the same result") {
   std::vector<Choice> once, again;
   for (std::uint64_t seed = 0; seed < 500; ++seed) {
     RandomFleet made(seed);
@@ -623,8 +623,8 @@ TEST_CASE("on random fleets: the same question has the same answer") {
   }
 }
 
-TEST_CASE("a pending count that is briefly below zero counts as none") {
-  // Sums over threads are read one after the other, so a request that moved meanwhile may make one negative.
+TEST_CASE("a pending count that is briefly negative counts as zero") {
+  // The threads' counts are read one after the other, so a request that moved meanwhile can make the sum negative.
   Fleet fleet({{"a", 50, pending(-1)}, {"b", 50, pending(0)}, {"c", 50, pending(3)}});
   fleet.offer("m");
   check_even(spread(fleet, with(Strategy::least_pending), 0), 0, 2, 10'000, 1);

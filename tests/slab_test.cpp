@@ -1,7 +1,7 @@
 // slab_test.cpp
-// Goal:   what is recorded is there to the unit, in the right cells, however many keys there are and who reads
-// meanwhile. Method: cells and tables against plain maps, buckets against a linear search, records as rows, threads as
-// in the daemon.
+// Goal:   every record is counted exactly, in the right cells, with any number of keys and with concurrent readers.
+// Method: cells and tables against plain maps, buckets against a linear search, records as rows, threads as in the
+//         daemon.
 #include "nexus/metrics/slab.h"
 
 #include <doctest/doctest.h>
@@ -88,13 +88,13 @@ RequestRecord plain(std::uint16_t status) {
   return {.model = kModel, .backend = kBackend, .status = status, .reached_backend = true, .duration_ns = kSecond};
 }
 
-// Bytes that are allocated now, as the allocator counts them.
+// The bytes allocated at present, according to the allocator.
 std::size_t allocated_bytes() { return mallinfo2().uordblks; }
 
 }  // namespace
 
 TEST_SUITE("US2 T034 buckets") {
-  TEST_CASE("every value falls into the bucket that a search from the lowest bound finds") {
+  TEST_CASE("every value is counted in the bucket that a linear search finds") {
     check_buckets<kDurationBounds>();
     check_buckets<kTokenBounds>();
     check_buckets<kFirstTokenBounds>();
@@ -119,7 +119,7 @@ TEST_SUITE("US2 T034 buckets") {
 }
 
 TEST_SUITE("US1 cells") {
-  TEST_CASE("every status from 100 to 999 is counted exactly, whole and failed apart") {
+  TEST_CASE("every status from 100 to 999 is counted exactly, failed ones separately") {
     StatusCounters cells;
     StatusMap expected;
     std::mt19937 random(3);
@@ -132,7 +132,7 @@ TEST_SUITE("US1 cells") {
     CHECK(statuses_of(cells) == expected);
   }
 
-  TEST_CASE("each pair has cells of its own, which stay where they are while the table grows") {
+  TEST_CASE("each pair has its own cells, which do not move while the table grows") {
     PairTable<Counter> table;
     std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint64_t> expected;
     std::map<std::pair<std::uint32_t, std::uint32_t>, Counter*> places;
@@ -154,7 +154,7 @@ TEST_SUITE("US1 cells") {
     CHECK(found.size() > 3000);
   }
 
-  TEST_CASE("cells by index are found at every edge of a block, and absent ones read as absent") {
+  TEST_CASE("cells are found at every edge of a block, and absent ones are null") {
     GrowingTable<Counter> cells;
     const std::vector<std::uint32_t> edges{0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 1023, 1024, 100'000};
     CHECK(cells.find(32) == nullptr);
@@ -175,20 +175,20 @@ TEST_SUITE("US1 cells") {
     CHECK(cells.find(300'000) == nullptr);
   }
 
-  TEST_CASE("what one thread writes shares no pair of cache lines with another's") {
+  TEST_CASE("no two threads write to the same pair of cache lines") {
     Metrics metrics;
     Slab& slab = metrics.add_slab();
     slab.record(plain(200));
     CHECK(reinterpret_cast<std::uintptr_t>(&slab) % kCacheAlign == 0);
-    // Nodes stand side by side in chunks of their own thread. A stride of an odd number of lines spreads them over all
-    // sets of the cache; an even one would leave half of it unused.
+    // Nodes are adjacent in chunks of their own thread. A stride of an odd number of lines spreads them over all sets
+    // of the cache; with an even one half of it would be unused.
     constexpr std::size_t kLine = 64, kNode = sizeof(PairTable<PairCounters>::Node);
     CHECK(kNode % kLine == 0);
     CHECK(kNode / kLine % 2 == 1);
     CHECK(sizeof(BackendCounters) % kCacheAlign == 0);
   }
 
-  TEST_CASE("recording allocates nothing once its pair was seen") {
+  TEST_CASE("recording a known pair allocates nothing") {
     Metrics metrics;
     Slab& slab = metrics.add_slab();
     const auto use = [&slab](ModelId model) {
@@ -219,7 +219,7 @@ TEST_SUITE("US1 cells") {
 }
 
 TEST_SUITE("US1 T026 T028 T029 a record") {
-  TEST_CASE("a request counts once, under its status and as a success or an error") {
+  TEST_CASE("a request is counted once, under its status and as a success or an error") {
     struct Row {
       std::string_view name;
       std::uint16_t status;
@@ -260,7 +260,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     }
   }
 
-  TEST_CASE("a histogram observes only what was known, and the times of a stream only for streams") {
+  TEST_CASE("histograms observe only known values, and the times of streams only for streams") {
     Slab slab;
     RequestRecord r = plain(200);
     slab.record(r);
@@ -298,7 +298,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(statuses_of(pair.statuses).at({200, false}) == 4);
   }
 
-  TEST_CASE("T045 a fallback counts from the client's model to the one that was used") {
+  TEST_CASE("T045 a fallback is counted from the requested model to the one that was used") {
     Slab slab;
     RequestRecord r = plain(200);
     r.fallback_from = r.model;
@@ -314,7 +314,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(found == std::map<std::pair<std::uint32_t, std::uint32_t>, std::uint64_t>{{{7, 9}, 2}});
   }
 
-  TEST_CASE("an answer without usage counts at its backend") {
+  TEST_CASE("a response without usage is counted at its backend") {
     Slab slab;
     RequestRecord r = plain(200);
     r.without_usage = true;
@@ -350,7 +350,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(values_of(slab.thread().loop_stall).sum == 20);
   }
 
-  TEST_CASE("label values are the contract's words, in the order of their enums") {
+  TEST_CASE("label values are those of the metrics contract, in the order of their enums") {
     const auto joined = [](const auto& names) {
       std::string all;
       for (const std::string_view name : names) (all += name) += ' ';
@@ -379,7 +379,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
 }
 
 TEST_SUITE("US3 T043 pending requests") {
-  TEST_CASE("pending is the sum over all threads, and zero where nothing was recorded") {
+  TEST_CASE("pending is the sum over all threads, and zero if nothing was recorded") {
     Metrics metrics;
     Slab& a = metrics.add_slab();
     Slab& b = metrics.add_slab();
@@ -390,14 +390,14 @@ TEST_SUITE("US3 T043 pending requests") {
     CHECK(metrics.pending(kBackend) == 2);
     CHECK(metrics.pending(BackendId{1000}) == 1);
     b.add_pending(kBackend, -1);
-    b.add_pending(kBackend, -1);  // taken by another thread than the one that added it
+    b.add_pending(kBackend, -1);  // subtracted by another thread than the one that added it
     CHECK(metrics.pending(kBackend) == 0);
     CHECK(b.pending(kBackend) == -1);
   }
 
-  // Two writers add and take away over growing tables while two readers sum: a sum is never below zero or above what
-  // may be in flight, and nothing is lost at the end.
-  TEST_CASE("pending is never negative while it is read, and nothing of it is lost") {
+  // Two writers add and subtract in growing tables while two readers sum: a sum is never negative or above the
+  // requests in flight, and the final sum is exact.
+  TEST_CASE("pending is never negative while it changes, and no change is lost") {
     Metrics metrics;
     Slab* slabs[] = {&metrics.add_slab(), &metrics.add_slab()};
     constexpr std::uint32_t kBackends = 200;

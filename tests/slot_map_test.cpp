@@ -1,3 +1,8 @@
+// slot_map_test.cpp
+// Goal:   handles find exactly the living objects, which never move.
+// Method: single steps, then random operations against a std::map.
+#include "nexus/base/slot_map.h"
+
 #include <doctest/doctest.h>
 
 #include <cstdint>
@@ -6,37 +11,35 @@
 #include <random>
 #include <vector>
 
-#include "nexus/base/slot_map.h"
-
 using nexus::Handle;
 using nexus::SlotMap;
 
 namespace {
 
 struct Thing {
-  Thing(Handle own, int& count, int number_given) : token(own), living(count), number(number_given) { living += 1; }
+  Thing(Handle own, int& count, int number_given) : handle(own), living(count), number(number_given) { living += 1; }
   ~Thing() { living -= 1; }
   Thing(const Thing&) = delete;
   Thing& operator=(const Thing&) = delete;
-  Handle token;
+  Handle handle;
   int& living;
   int number;
 };
 
 }  // namespace
 
-TEST_CASE("a token carries its kind, generation and slot") {
-  const Handle token = Handle::make(0xfe, 0xabcdef, 0xffffffff);
-  CHECK(token.kind() == 0xfe);
-  CHECK(token.generation() == 0xabcdef);
-  CHECK(token.slot() == 0xffffffff);
+TEST_CASE("a handle has a kind, a generation and a slot") {
+  const Handle handle = Handle::make(0xfe, 0xabcdef, 0xffffffff);
+  CHECK(handle.kind() == 0xfe);
+  CHECK(handle.generation() == 0xabcdef);
+  CHECK(handle.slot() == 0xffffffff);
   CHECK(Handle::make(1, 0x1000002, 3) == Handle::make(1, 2, 3));  // a generation has 24 bits
   CHECK_FALSE(Handle::make(1, 2, 3) == Handle::make(2, 2, 3));
   CHECK_FALSE(Handle::make(1, 2, 3) == Handle::make(1, 3, 3));
   CHECK_FALSE(Handle::make(1, 2, 3) == Handle::make(1, 2, 4));
 }
 
-TEST_CASE("an object whose constructor finds no memory is none, and its slot is free") {
+TEST_CASE("if a constructor throws bad_alloc there is no object, and its slot is free") {
   struct Needy {
     Needy(Handle, bool short_of_memory) {
       if (short_of_memory) throw std::bad_alloc();
@@ -49,23 +52,23 @@ TEST_CASE("an object whose constructor finds no memory is none, and its slot is 
   CHECK(slots.live() == 1);
 }
 
-TEST_CASE("a token of an object that is gone finds nothing, also when its slot was given to another") {
+TEST_CASE("the handle of a destroyed object finds nothing, even if its slot is in use again") {
   int living = 0;
   SlotMap<Thing> slots(5);
   Thing* first = slots.make(living, 1);
-  const Handle gone = first->token;
+  const Handle gone = first->handle;
   CHECK(gone.kind() == 5);
   CHECK(slots.get(gone) == first);
   slots.destroy(gone);
   CHECK(slots.get(gone) == nullptr);
   Thing* second = slots.make(living, 2);
-  CHECK(second->token.slot() == gone.slot());
+  CHECK(second->handle.slot() == gone.slot());
   CHECK(slots.get(gone) == nullptr);
-  CHECK(slots.get(second->token)->number == 2);
+  CHECK(slots.get(second->handle)->number == 2);
   CHECK(living == 1);
 }
 
-TEST_CASE("a token of a slot that never was finds nothing") {
+TEST_CASE("the handle of a slot that never existed finds nothing") {
   int living = 0;
   SlotMap<Thing> slots(1);
   CHECK(slots.get(Handle::make(1, 0, 0)) == nullptr);
@@ -75,20 +78,20 @@ TEST_CASE("a token of a slot that never was finds nothing") {
   CHECK(slots.get(Handle::make(1, 0, UINT32_MAX)) == nullptr);
 }
 
-TEST_CASE("objects stay where they are while others come and go") {
+TEST_CASE("objects do not move while others come and go") {
   int living = 0;
   SlotMap<Thing> slots(1);
   Thing* first = slots.make(living, 0);
   std::vector<Handle> others;
-  for (int i = 0; i < 1000; ++i) others.push_back(slots.make(living, i)->token);
-  CHECK(slots.get(first->token) == first);
+  for (int i = 0; i < 1000; ++i) others.push_back(slots.make(living, i)->handle);
+  CHECK(slots.get(first->handle) == first);
   CHECK(slots.live() == 1001);
-  for (const Handle token : others) slots.destroy(token);
-  CHECK(slots.get(first->token) == first);
+  for (const Handle handle : others) slots.destroy(handle);
+  CHECK(slots.get(first->handle) == first);
   CHECK(living == 1);
 }
 
-TEST_CASE("objects that are left die with their slots") {
+TEST_CASE("remaining objects are destroyed with their slots") {
   int living = 0;
   {
     SlotMap<Thing> slots(1);
@@ -99,21 +102,21 @@ TEST_CASE("objects that are left die with their slots") {
   CHECK(living == 0);
 }
 
-TEST_CASE("each visits every object once, and it may destroy the one it is given") {
+TEST_CASE("each() visits every object once, and the visitor may destroy it") {
   int living = 0;
   SlotMap<Thing> slots(1);
   for (int i = 0; i < 150; ++i) slots.make(living, i);
   int sum = 0;
   slots.each([&](Thing& thing) {
     sum += thing.number;
-    if (thing.number % 2 == 0) slots.destroy(thing.token);
+    if (thing.number % 2 == 0) slots.destroy(thing.handle);
   });
   CHECK(sum == 149 * 150 / 2);
   CHECK(slots.live() == 75);
   slots.each([&](Thing& thing) { CHECK(thing.number % 2 == 1); });
 }
 
-TEST_CASE("tokens find what a map would, whatever comes and goes") {
+TEST_CASE("handles find what a map would, under any sequence of operations") {
   std::mt19937 random(5);
   int living = 0;
   SlotMap<Thing> slots(9);
@@ -122,16 +125,16 @@ TEST_CASE("tokens find what a map would, whatever comes and goes") {
   for (int step = 0; step < 20'000; ++step) {
     if (model.size() < 5 || (random() % 2 == 0 && model.size() < 300)) {
       const Thing* thing = slots.make(living, step);
-      CHECK(model.emplace(thing->token.value, step).second);  // no token twice
-      all.push_back(thing->token);
+      CHECK(model.emplace(thing->handle.value, step).second);  // no handle twice
+      all.push_back(thing->handle);
     } else {
-      const Handle token = all[random() % all.size()];
-      const auto known = model.find(token.value);
-      const Thing* found = slots.get(token);
+      const Handle handle = all[random() % all.size()];
+      const auto known = model.find(handle.value);
+      const Thing* found = slots.get(handle);
       REQUIRE((found != nullptr) == (known != model.end()));
       if (found == nullptr) continue;
       REQUIRE(found->number == known->second);
-      slots.destroy(token);
+      slots.destroy(handle);
       model.erase(known);
     }
     REQUIRE(slots.live() == model.size());
