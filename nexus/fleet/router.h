@@ -142,7 +142,7 @@ inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
 // rounded to tenths of the fastest backend's, and to kNoiseNs: a difference of a few per cent or milliseconds is noise
 // and must not send all requests to one of two equal backends.
 struct Smart {
-  const RoutingSettings& weights;
+  const RoutingSettings& routing;
   std::int64_t most_pending = 0;
   Ns fastest_ns = 0;  // 0: no latency is known
 
@@ -153,11 +153,11 @@ struct Smart {
   }
 
   std::uint64_t score(const Choice& choice, std::uint32_t priority) const {
-    const std::uint64_t total = std::uint64_t{weights.weight_priority} + weights.weight_load + weights.weight_latency;
+    const std::uint64_t total = std::uint64_t{routing.weight_priority} + routing.weight_load + routing.weight_latency;
     if (total == 0) return kScoreScale;
-    const std::uint64_t sum = weights.weight_priority * priority_part(priority) +
-                              weights.weight_load * load_part(choice.pending) +
-                              weights.weight_latency * latency_part(choice.latency_ns);
+    const std::uint64_t sum = routing.weight_priority * priority_part(priority) +
+                              routing.weight_load * load_part(choice.pending) +
+                              routing.weight_latency * latency_part(choice.latency_ns);
     return sum * (kScoreScale / kPart) / total;
   }
 
@@ -179,27 +179,17 @@ struct Smart {
   }
 };
 
-// Sets the ranks of one model's candidates, whose load is known.
-inline void rank(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t random_bits, Choice* first,
-                 Choice* last) {
-  Smart smart{routing};
-  if (routing.strategy == Strategy::smart) {
-    for (const Choice* choice = first; choice != last; ++choice) {
-      if (!choice->ejected) smart.note(*choice);
-    }
+// Lower is better. `n` numbers the candidates of one model.
+inline std::uint64_t rank_of(const Choice& choice, const Smart& smart, std::uint32_t priority,
+                             std::uint64_t random_bits, std::uint64_t n) {
+  switch (smart.routing.strategy) {
+    case Strategy::smart: return kScoreScale - smart.score(choice, priority);
+    case Strategy::round_robin: return 0;
+    case Strategy::priority: return priority;
+    case Strategy::random: return random_at(random_bits, n);
+    case Strategy::least_pending: return static_cast<std::uint64_t>(std::max<std::int64_t>(choice.pending, 0));
   }
-  for (Choice* choice = first; choice != last; ++choice) {
-    const std::uint32_t priority = snapshot.backends[choice->backend].priority;
-    switch (routing.strategy) {
-      case Strategy::smart: choice->rank = kScoreScale - smart.score(*choice, priority); break;
-      case Strategy::round_robin: choice->rank = 0; break;
-      case Strategy::priority: choice->rank = priority; break;
-      case Strategy::random: choice->rank = random_at(random_bits, static_cast<std::uint64_t>(choice - first)); break;
-      case Strategy::least_pending:
-        choice->rank = static_cast<std::uint64_t>(std::max<std::int64_t>(choice->pending, 0));
-        break;
-    }
-  }
+  return 0;
 }
 
 // Orders equal candidates: the first by turns, the others at random, so that the retries after a failure are spread
@@ -231,13 +221,18 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64
   if (count < 2) return;
   Choice* const first = out.data() + begin;
   Choice* const last = first + count;
+  Smart smart{routing};
   for (Choice* choice = first; choice != last; ++choice) {
     const BackendLoad load = load_of(snapshot.backends[choice->backend]);
     choice->pending = load.pending;
     choice->latency_ns = load.latency_ns;
     choice->ejected = load.ejected;
+    if (!choice->ejected) smart.note(*choice);
   }
-  rank(snapshot, routing, random_bits, first, last);
+  for (Choice* choice = first; choice != last; ++choice) {
+    const std::uint32_t priority = snapshot.backends[choice->backend].priority;
+    choice->rank = rank_of(*choice, smart, priority, random_bits, static_cast<std::uint64_t>(choice - first));
+  }
   std::sort(first, last, better);
   for (Choice* run = first; run != last;) {
     Choice* end = run + 1;
@@ -247,17 +242,18 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64
   }
 }
 
-inline RouteReason reason_for(const ModelEntry& asked, bool fallback, std::size_t candidates, Strategy strategy) {
+inline RouteReason reason_for(const ModelEntry& requested, bool fallback, std::size_t candidates, Strategy strategy) {
   if (fallback) return RouteReason::fallback;
-  if (asked.is_alias()) return RouteReason::alias;
+  if (requested.is_alias()) return RouteReason::alias;
   return candidates == 1 ? RouteReason::only_candidate : reason_of(strategy);
 }
 
-// True if `entry`, the n-th fallback of `asked`, resolves to the same model as `asked` or an earlier fallback.
-inline bool is_duplicate(const Snapshot& snapshot, const ModelEntry& asked, std::size_t n, const ModelEntry& entry) {
-  if (entry.target == asked.target) return true;
+// True if `entry`, the n-th fallback of `requested`, resolves to the same model as `requested` or an earlier fallback.
+inline bool is_duplicate(const Snapshot& snapshot, const ModelEntry& requested, std::size_t n,
+                         const ModelEntry& entry) {
+  if (entry.target == requested.target) return true;
   for (std::size_t i = 0; i < n; ++i) {
-    const ModelEntry* earlier = snapshot.find(asked.fallbacks[i]);
+    const ModelEntry* earlier = snapshot.find(requested.fallbacks[i]);
     if (earlier != nullptr && earlier->target == entry.target) return true;
   }
   return false;
@@ -265,13 +261,13 @@ inline bool is_duplicate(const Snapshot& snapshot, const ModelEntry& asked, std:
 
 }  // namespace route_detail
 
-// Fills `out` with every backend that `asked` may be tried on, best first; it is empty unless the outcome is `ok`. The
-// model's own backends come before those of its fallbacks, which are used in their order (an alias among them is
+// Fills `out` with every backend that `requested` may be tried on, best first; it is empty unless the outcome is `ok`.
+// The model's own backends come before those of its fallbacks, which are used in their order (an alias among them is
 // resolved; a fallback's own fallbacks are ignored). `turn` counts requests and orders equal candidates. `random_bits`
 // is new for each request and used by the strategy `random`. `load_of`: BackendLoad(const BackendView&), called once
 // per candidate of a model that has at least two.
 template <class LoadOf>
-RouteOutcome route(const Snapshot& snapshot, const ModelEntry& asked, const RouteNeeds& needs,
+RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const RouteNeeds& needs,
                    const RoutingSettings& routing, std::uint64_t turn, std::uint64_t random_bits, LoadOf&& load_of,
                    std::vector<Choice>& out) {
   out.clear();
@@ -280,13 +276,13 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& asked, const Rout
     const std::size_t begin = out.size();
     route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
     route_detail::order(snapshot, routing, turn, random_bits, load_of, begin, out);
-    const RouteReason reason = route_detail::reason_for(asked, fallback, out.size() - begin, routing.strategy);
+    const RouteReason reason = route_detail::reason_for(requested, fallback, out.size() - begin, routing.strategy);
     for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
   };
-  add(asked, false);
-  for (std::size_t i = 0; i < asked.fallbacks.size(); ++i) {
-    const ModelEntry* fallback = snapshot.find(asked.fallbacks[i]);
-    if (fallback == nullptr || route_detail::is_duplicate(snapshot, asked, i, *fallback)) continue;
+  add(requested, false);
+  for (std::size_t i = 0; i < requested.fallbacks.size(); ++i) {
+    const ModelEntry* fallback = snapshot.find(requested.fallbacks[i]);
+    if (fallback == nullptr || route_detail::is_duplicate(snapshot, requested, i, *fallback)) continue;
     add(*fallback, true);
   }
   return out.empty() ? seen.outcome() : RouteOutcome::ok;

@@ -146,13 +146,13 @@ inline std::string_view connection_line(bool http_1_0, bool keep_alive) {
   return http_1_0 ? "Connection: keep-alive\r\n" : "";
 }
 
-inline void append_response_head(std::string& out, const HeadView& answer, const ResponseHead& head,
+inline void append_response_head(std::string& out, const HeadView& response, const ResponseHead& head,
                                  const ClientHead& to) {
-  detail::Cursor cursor(out, answer.head_bytes + to.backend_line.size() + to.request_id.size() +
+  detail::Cursor cursor(out, response.head_bytes + to.backend_line.size() + to.request_id.size() +
                                  to.route_reason.size() + to.fallback_model.size() + detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(head.status).add(" ");
-  cursor.add(std::string_view(answer.base + head.reason_at, head.reason_bytes)).add("\r\n");
-  detail::add_fields(cursor, answer, detail::kNeverForwarded);
+  cursor.add(std::string_view(response.base + head.reason_at, head.reason_bytes)).add("\r\n");
+  detail::add_fields(cursor, response, detail::kNeverForwarded);
   cursor.add(to.backend_line).field("X-Nexus-Route-Reason: ", to.route_reason);
   if (!to.fallback_model.empty()) cursor.field("X-Nexus-Fallback-Model: ", to.fallback_model);
   cursor.field("X-Request-Id: ", to.request_id).add(connection_line(to.http_1_0, to.keep_alive));
@@ -197,16 +197,16 @@ struct OwnResponse {
   bool keep_alive = true;
 };
 
-inline void append_own_head(std::string& out, const OwnResponse& answer, std::size_t body_bytes) {
-  const std::string_view reason = reason_phrase(answer.status);
-  detail::Cursor cursor(out, reason.size() + answer.content_type.size() + answer.extra_fields.size() +
-                                 answer.request_id.size() + detail::kOwnLinesBytes);
-  cursor.add("HTTP/1.1 ").number(answer.status).add(" ").add(reason).add("\r\n");
-  cursor.field("Content-Type: ", answer.content_type).field("Content-Length: ", body_bytes).add(answer.extra_fields);
-  if (answer.status == 401) cursor.add("WWW-Authenticate: Bearer\r\n");  // required by RFC 9110 15.5.2
-  if (answer.retry_after_s > 0) cursor.field("Retry-After: ", answer.retry_after_s);
-  if (!answer.request_id.empty()) cursor.field("X-Request-Id: ", answer.request_id);
-  cursor.add(connection_line(answer.http_1_0, answer.keep_alive)).add("\r\n");
+inline void append_own_head(std::string& out, const OwnResponse& own, std::size_t body_bytes) {
+  const std::string_view reason = reason_phrase(own.status);
+  detail::Cursor cursor(out, reason.size() + own.content_type.size() + own.extra_fields.size() + own.request_id.size() +
+                                 detail::kOwnLinesBytes);
+  cursor.add("HTTP/1.1 ").number(own.status).add(" ").add(reason).add("\r\n");
+  cursor.field("Content-Type: ", own.content_type).field("Content-Length: ", body_bytes).add(own.extra_fields);
+  if (own.status == 401) cursor.add("WWW-Authenticate: Bearer\r\n");  // required by RFC 9110 15.5.2
+  if (own.retry_after_s > 0) cursor.field("Retry-After: ", own.retry_after_s);
+  if (!own.request_id.empty()) cursor.field("X-Request-Id: ", own.request_id);
+  cursor.add(connection_line(own.http_1_0, own.keep_alive)).add("\r\n");
 }
 
 }  // namespace nexus
