@@ -4,7 +4,7 @@
 //           (RFC 9110 7.6.1), but never a field that matters to Nexus; the framing is Nexus's own.
 // Leaves:   when to send a head to exchange.h and worker.h.
 // Threads:  pure functions over the caller's buffers.
-// Tested by: tests/head_parser_test.cpp, tests/fuzz/heads.h
+// Tested by: tests/head_writer_test.cpp
 #pragma once
 
 #include <cassert>

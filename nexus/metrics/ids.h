@@ -3,7 +3,7 @@
 // Promises: an id is never reused or renamed; ids are dense from 0; 0 is the catch-all ("unknown", "none").
 // Leaves:   which names get an id to registry.h (a client must not be able to create one).
 // Threads:  the control thread alone; workers see ids only, inside snapshots.
-// Tested by: tests/slab_test.cpp, tests/registry_test.cpp
+// Tested by: tests/registry_test.cpp, tests/labels_test.cpp
 #pragma once
 
 #include <cassert>
