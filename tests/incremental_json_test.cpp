@@ -53,7 +53,7 @@ Skimmed incremental(std::string body, std::size_t piece) {
   const auto skimmer = std::make_unique<IncrementalJson>();
   for (const std::size_t end : pieces_of(bytes, piece)) skimmer->feed(reader, body.data(), end);
   Skimmed result;
-  result.error = skimmer->read(reader, body.data(), bytes, result.facts);
+  result.error = skimmer->read(reader, nexus::kEndpoints[0], {body.data(), bytes}, result.facts);
   result.model = result.facts.model;
   return result;
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/hash.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
@@ -75,18 +76,6 @@ constexpr std::uint64_t kPart = 1'000;            // a component of `smart` goes
 constexpr std::uint64_t kScoreScale = 1'000'000;  // the best score there is
 constexpr std::uint64_t kRoundsPerDeal = 4;
 constexpr Ns kNoiseNs = 50 * kMillisecond;  // times to a first byte below this are alike: a model takes longer
-
-// Spreads every bit of `x` over all of the result; 0 stays 0. (The finisher of splitmix64.)
-constexpr std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-
-// The n-th number of the random sequence that starts at `seed`.
-constexpr std::uint64_t random_at(std::uint64_t seed, std::uint64_t n) {
-  return mix(seed + (n + 1) * 0x9e3779b97f4a7c15);
-}
 
 inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
   if (needs.vision && !has.vision) return false;

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "nexus/base/text.h"
+
 namespace nexus {
 
 constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
@@ -71,13 +73,6 @@ class ChunkedDecoder {
     failed,
   };
 
-  static int hex_value(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-  }
-  static bool is_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
   static bool is_token(char c) {  // RFC 9110 5.6.2
     if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9')) return true;
     return c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr;
@@ -138,8 +133,8 @@ class ChunkedDecoder {
         return go(c == '"' || is_token(c), c == '"' ? State::extension_quoted : State::extension_value);
       case State::extension_quoted:
         if (c == '"') return go(true, State::extension_quote_end);
-        return go(is_text(c), c == '\\' ? State::extension_escape : State::extension_quoted);
-      case State::extension_escape: return go(is_text(c), State::extension_quoted);
+        return go(is_field_text(c), c == '\\' ? State::extension_escape : State::extension_quoted);
+      case State::extension_escape: return go(is_field_text(c), State::extension_quoted);
       default: break;
     }
     if (c == '\r') return go(true, State::size_lf);
@@ -163,7 +158,7 @@ class ChunkedDecoder {
   void on_trailer_value(char c) {
     if (++trailer_bytes_ > kMaxTrailerBytes) return go(false, State::failed);
     if (c == '\r') return go(true, State::trailer_lf);
-    go(is_text(c), State::trailer_value);
+    go(is_field_text(c), State::trailer_value);
   }
 
   std::uint64_t remaining_ = 0;

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/http/header_fields.h"
 
@@ -279,8 +280,7 @@ inline const char* check_host(std::string_view host) {
     at = host.find(']');
     if (at == std::string_view::npos || at < 3) return "Host is not a host";
     for (const char c : host.substr(1, at - 1)) {
-      const char lower = to_lower(c);
-      if (!is_digit(c) && !(lower >= 'a' && lower <= 'f') && c != ':' && c != '.') return "Host is not a host";
+      if (hex_value(c) < 0 && c != ':' && c != '.') return "Host is not a host";
     }
     at += 1;
   } else {
@@ -320,10 +320,9 @@ inline const char* check_target(std::string_view target) {
     escapes |= c == '%';
   }
   if (!escapes) return nullptr;
-  const auto is_hex = [](char h) { return is_digit(h) || (to_lower(h) >= 'a' && to_lower(h) <= 'f'); };
   for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
     const std::string_view hex = target.substr(i + 1, 2);
-    if (hex.size() != 2 || !is_hex(hex[0]) || !is_hex(hex[1])) return "a broken escape in the target";
+    if (hex.size() != 2 || hex_value(hex[0]) < 0 || hex_value(hex[1]) < 0) return "a broken escape in the target";
     if (hex[0] < '2' || hex == "7f" || hex == "7F") return "a control character in the target";
   }
   return nullptr;

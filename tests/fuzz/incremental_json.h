@@ -44,7 +44,7 @@ inline nexus::BodyError skim_cut(std::string_view input, const std::vector<std::
       incremental.feed(json_reader(), piece.data(), end);
     }
   }
-  return incremental.read(json_reader(), whole.data(), input.size(), facts, find_messages);
+  return incremental.read(json_reader(), nexus::kEndpoints[0], whole.view(), facts, find_messages);
 }
 
 inline void check_skim(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
@@ -55,7 +55,7 @@ inline void check_skim(std::string_view input, const std::vector<std::vector<std
   const bool is_body = plain && plain->kind == Kind::object;
   for (const bool find_messages : {true, false}) {
     nexus::BodyFacts wanted;
-    const BodyError error = direct_reader.read_body(whole.data(), input.size(), wanted, find_messages);
+    const BodyError error = nexus::read_body(direct_reader, nexus::kEndpoints[0], whole.view(), wanted, find_messages);
     for (const auto& ends : ways) {
       nexus::BodyFacts facts;
       const BodyError skimmed = skim_cut(input, ends, whole, facts, find_messages);
