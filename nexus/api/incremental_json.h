@@ -118,17 +118,16 @@ class IncrementalJson {
   // The states in which only a few characters are allowed.
   bool between(char c) {
     switch (state_) {
-      case State::before: return c == '{' ? open_body() : no_json();
+      case State::before: return c == '{' ? open_body() : fail();
       case State::first_key: return c == '}' ? close_object() : begin_key(c);
       case State::key: return begin_key(c);
-      case State::colon: return c == ':' ? pass(State::value) : no_json();
+      case State::colon: return c == ':' ? pass(State::value) : fail();
       case State::value: return begin_value(c);
       case State::array_begun: return begin_elements(c);
-      case State::object_begun:
-        return c == '"' ? pass(State::in_first_string) : c == '}' ? go(State::nested) : no_json();
+      case State::object_begun: return c == '"' ? pass(State::in_first_string) : c == '}' ? go(State::nested) : fail();
       case State::behind_first_string: return behind_first_string(c);
-      case State::next: return c == '}' ? close_object() : c == ',' ? pass(State::key) : no_json();
-      default: return no_json();  // bytes behind the body
+      case State::next: return c == '}' ? close_object() : c == ',' ? pass(State::key) : fail();
+      default: return fail();  // bytes behind the body
     }
   }
 
@@ -143,12 +142,8 @@ class IncrementalJson {
     return go(state);
   }
 
-  bool no_json() {
-    fault_ = BodyError::not_json;
-    return false;
-  }
-  bool too_deep() {
-    fault_ = BodyError::too_deep;
+  bool fail(BodyError fault = BodyError::not_json) {
+    fault_ = fault;
     return false;
   }
   // True for the bytes of a string that have no special meaning.
@@ -195,7 +190,7 @@ class IncrementalJson {
 
   bool begin_key(char c) {
     begin_ = at_;
-    return c == '"' ? pass(State::in_key) : no_json();
+    return c == '"' ? pass(State::in_key) : fail();
   }
 
   bool in_key(JsonReader& reader) {
@@ -204,7 +199,7 @@ class IncrementalJson {
     std::string_view name = token.substr(1, token.size() - 2);
     // read_body() does not unescape the key `type`.
     const bool escaped = within_ != BodyKey::response_format && name.find('\\') != std::string_view::npos;
-    if (escaped && !reader.read_key(token, name)) return no_json();
+    if (escaped && !reader.read_key(token, name)) return fail();
     key_ = find_body_key(name, within_);
     std::uint8_t& times = times_[index_of(key_)];  // more than 2 make no difference
     time_ = times;
@@ -223,7 +218,7 @@ class IncrementalJson {
         stand_in_ = "{}";
         return nest(State::object_begun);
       }
-      default: return is_scalar_byte(c) ? go(State::in_scalar) : no_json();
+      default: return is_scalar_byte(c) ? go(State::in_scalar) : fail();
     }
   }
 
@@ -265,14 +260,14 @@ class IncrementalJson {
   // ---- arrays and objects that are skipped ----
 
   bool nest(State state) {
-    if (depth_ == kMaxJsonDepth) return too_deep();
+    if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
     depth_ += 1;
     return pass(state);
   }
 
   // Refuses what read_body() refuses when it opens an array: a first byte that no element begins with.
   bool begin_elements(char c) {
-    if (c == ':' || c == ',' || c == '}') return no_json();
+    if (c == ':' || c == ',' || c == '}') return fail();
     stand_in_ = c == ']' ? "[]" : "[0]";
     return c == '"' ? pass(State::in_first_string) : go(State::nested);
   }
@@ -285,7 +280,7 @@ class IncrementalJson {
 
   bool behind_first_string(char c) {
     const bool fits = stand_in_ == "{}" ? c == ':' : c == ',' || c == ']';
-    return fits ? go(State::nested) : no_json();
+    return fits ? go(State::nested) : fail();
   }
 
   bool in_nested() {
@@ -304,7 +299,7 @@ class IncrementalJson {
       std::uint64_t here = low_bits(count);
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
       if (fault_ != BodyError::none) return false;
-      if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return no_json();
+      if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
       if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
       if (closed) {
         at_ += count_bits(here);
@@ -331,7 +326,7 @@ class IncrementalJson {
     for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
       const std::uint64_t bit = left & (~left + 1);
       if ((opening & bit) != 0) {
-        if (depth_ == kMaxJsonDepth) return too_deep();
+        if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
         depth_ += 1;
       } else if (--depth_ == level_) {
         here = bit | (bit - 1);
@@ -368,7 +363,7 @@ class IncrementalJson {
       const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
       if (stops != 0) {
         at_ += static_cast<std::size_t>(std::countr_zero(stops));
-        return body_[at_] == '"' || no_json();
+        return body_[at_] == '"' || fail();
       }
       escaped = (escapes.escaping >> (count - 1) & 1) != 0;
       at_ += count;
