@@ -1,8 +1,8 @@
 // body.h
-// Owns:     the fuzz targets of the JSON readers: a request body, and a list of models.
-// Promises: every fact of a body is the one that plain_json.h reads, and each span holds its value; a refused body is
-// not
-//           JSON, or has the error that is reported.
+// Owns:     the fuzz targets of what is read out of JSON: a request's body, and a list of models.
+// Promises: of a body that is JSON every fact is what plain_json.h reads, and each span holds the value it is named
+// for;
+//           a body that is refused is no JSON, or has the fault that is told.
 // Leaves:   the edits made with the spans to exchange.h.
 // Threads:  one.
 #pragma once
@@ -23,7 +23,7 @@ using Kind = plain_json::Value::Kind;
 
 inline bool is_flag(Kind kind) { return kind == Kind::no || kind == Kind::yes || kind == Kind::null; }
 
-// The errors of a body by the plain reading. If there are several, any may be reported.
+// What a request's body should come to, by the plain reading. Of several faults any may be told.
 struct WantedBody {
   bool duplicate = false, no_model = false, wrong_type = false;
   bool faulty() const { return duplicate || no_model || wrong_type; }
@@ -95,9 +95,9 @@ inline void request_body(std::string_view input) {
   const WantedBody wanted = wanted_of(*body);
   switch (error) {
     case nexus::BodyError::none:
-      check(!wanted.faulty(), "an error was missed");
+      check(!wanted.faulty(), "a fault was passed over");
       return check_facts(input, *body, facts);
-    case nexus::BodyError::duplicate_key: return check(wanted.duplicate, "no key occurs twice");
+    case nexus::BodyError::duplicate_key: return check(wanted.duplicate, "no key stands twice");
     case nexus::BodyError::no_model: return check(wanted.no_model, "there is a model");
     case nexus::BodyError::wrong_type: return check(wanted.wrong_type, "the types are right");
     case nexus::BodyError::too_deep: return check(false, "it is not too deep");
@@ -117,7 +117,7 @@ inline void model_list(std::string_view input) {
   for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");
   const auto body = plain_json::read(input);
   if (!body || body->kind != Kind::object || plain_json::Reader(input).deepest() > 500) return;
-  // The first member with a list of models counts.
+  // The first member that is a list of models tells.
   const plain_json::Value* list = nullptr;
   std::string key;
   for (const auto& [name, value] : body->members) {

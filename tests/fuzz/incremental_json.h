@@ -1,9 +1,8 @@
 // incremental_json.h
-// Owns:     the fuzz target of reading a large body while it arrives.
-// Promises: however a body is cut, the incremental reader returns what read_body() returns for the whole, spans
-// included;
-//           it refuses everything that read_body() refuses, and more only if the body is not JSON.
-// Leaves:   the correct result of read_body() to body.h.
+// Owns:     the fuzz target of reading a large body while it comes.
+// Promises: however a body is cut, the incremental says what the one pass over the whole says, spans included; it never
+//           passes what that refuses, and refuses more only of what is no JSON.
+// Leaves:   what the one pass should say to body.h.
 // Threads:  one.
 #pragma once
 
@@ -16,22 +15,22 @@ inline bool same_span(const nexus::BodySpan& a, const nexus::BodySpan& b) { retu
 
 inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFacts& wanted) {
   check(facts.model == wanted.model, "the models differ");
-  check(same_span(facts.model_value, wanted.model_value), "the span of model differs");
-  check(facts.first_member == wanted.first_member, "the first member differs");
+  check(same_span(facts.model_value, wanted.model_value), "model stands elsewhere");
+  check(facts.first_member == wanted.first_member, "the first member stands elsewhere");
   check(facts.stream == wanted.stream, "stream differs");
   check(facts.stream_options == wanted.stream_options, "stream_options differ");
-  check(same_span(facts.stream_options_value, wanted.stream_options_value), "the span of stream_options differs");
-  check(facts.stream_options_empty == wanted.stream_options_empty, "empty stream_options differ");
+  check(same_span(facts.stream_options_value, wanted.stream_options_value), "stream_options stand elsewhere");
+  check(facts.stream_options_empty == wanted.stream_options_empty, "whether stream_options are empty");
   check(facts.include_usage == wanted.include_usage, "include_usage differs");
-  check(same_span(facts.include_usage_value, wanted.include_usage_value), "the span of include_usage differs");
+  check(same_span(facts.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
   check(facts.has_tools == wanted.has_tools, "tools differ");
   check(facts.json_mode == wanted.json_mode, "json_mode differs");
-  check(same_span(facts.messages, wanted.messages), "the span of messages differs");
+  check(same_span(facts.messages, wanted.messages), "messages stand elsewhere");
   check(facts.has_images == wanted.has_images, "images differ");
 }
 
-// `ends`: the end of each piece. The body moves each time, with a guard page behind the padding; with very many pieces
-// it stays in place, because copying would dominate the cost.
+// `ends`: of each piece. The body lies elsewhere each time, with a guard page behind the padding; of very many pieces
+// it stays where it is, since copying would cost most.
 inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
                                        nexus::BodyFacts& facts, bool find_messages) {
   static nexus::IncrementalJson incremental;
@@ -50,7 +49,7 @@ inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector
 
 inline void check_pieces(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
   using nexus::BodyError;
-  static nexus::JsonReader direct_reader;  // a reader of its own, so that its last result stays valid
+  static nexus::JsonReader direct_reader;  // whose last answer stays where it is
   Guarded whole(input, nexus::kPaddingBytes);
   const auto plain = plain_json::read(input);
   const bool is_body = plain && plain->kind == Kind::object;

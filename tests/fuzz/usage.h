@@ -1,8 +1,8 @@
 // usage.h
 // Owns:     the fuzz target of the usage scan over event streams and plain bodies.
-// Promises: any cut gives the same bytes and counts; a plain body passes unchanged; only events with a usage and an
-//           empty list of choices are removed from a stream; the counts are those of the plain reading.
-// Leaves:   the limits on held bytes to usage_scan_test.cpp.
+// Promises: any cut gives the same bytes and counts; a plain body passes unchanged; out of a stream of JSON events only
+//           those go that tell a usage beside an empty list of choices, and the counts are the plain reading's.
+// Leaves:   the limits on held bytes to usage_test.cpp.
 // Threads:  one.
 #pragma once
 
@@ -145,7 +145,7 @@ inline void compare_events(std::string_view text, const UsageRun& run, bool remo
   check(run.prompt_tokens == wanted.prompt_tokens && run.completion_tokens == wanted.completion_tokens, "the counts");
 }
 
-// The first byte chooses the kind of body.
+// The first byte says what kind of body it is.
 inline void usage(std::string_view input) {
   if (input.empty()) return;
   const bool json = input[0] == 'j';
