@@ -142,7 +142,7 @@ class Daemon {
       const ServerSettings& server = settings_->server;
       for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
         const std::optional<Address> address = parse_address(where.host, where.port);
-        const std::string name = where.host + ":" + std::to_string(where.port);
+        const std::string name = host_port(where.host, where.port);
         if (!address) return "cannot listen on " + name + ": not a numeric address";
         const EpollNet::Opened opened = EpollNet::listen(*address);
         if (opened.outcome != SocketOutcome::ok) {

@@ -68,8 +68,8 @@ CheckState ask_all(const Server& server, BackendKind kind, BackendSettings setti
 }
 
 TEST_CASE("every kind's name is the one that `type` takes") {
-  for (std::size_t i = 0; i < kKindNames.size(); ++i) {
-    const std::string name(kKindNames[i]);
+  for (std::size_t i = 0; i < kBackendKinds.size(); ++i) {
+    const std::string name(kBackendKinds[i].name);
     const ConfigResult result =
         parse_config("[backend b]\ntype = " + name + (name == "echo" ? "\n" : "\nurl = http://127.0.0.1:1\n"), "test",
                      system_environment());

@@ -32,28 +32,28 @@ std::vector<std::size_t> pieces_of(std::size_t bytes, std::size_t piece) {
 
 void check_every_cut(const std::string& body) {
   CAPTURE(body);
-  CHECK_NOTHROW(fuzz::check_skim(body, every_cut(body.size())));
+  CHECK_NOTHROW(fuzz::check_pieces(body, every_cut(body.size())));
 }
 
 void check_large(const std::string& body) {
-  CHECK_NOTHROW(fuzz::check_skim(body, {{body.size()}, pieces_of(body.size(), 4096), pieces_of(body.size(), 1013)}));
+  CHECK_NOTHROW(fuzz::check_pieces(body, {{body.size()}, pieces_of(body.size(), 4096), pieces_of(body.size(), 1013)}));
 }
 
-struct Skimmed {
+struct Result {
   BodyError error;
   BodyFacts facts;
   std::string model;
 };
 
 // Through a buffer of its own, for bodies that are too large for a guarded copy.
-Skimmed incremental(std::string body, std::size_t piece) {
+Result incremental(std::string body, std::size_t piece) {
   const std::size_t bytes = body.size();
   body.append(nexus::kPaddingBytes, '"');
   nexus::JsonReader reader;
-  const auto skimmer = std::make_unique<IncrementalJson>();
-  for (const std::size_t end : pieces_of(bytes, piece)) skimmer->feed(reader, body.data(), end);
-  Skimmed result;
-  result.error = skimmer->read(reader, body.data(), bytes, result.facts);
+  const auto incremental_reader = std::make_unique<IncrementalJson>();
+  for (const std::size_t end : pieces_of(bytes, piece)) incremental_reader->feed(reader, body.data(), end);
+  Result result;
+  result.error = incremental_reader->read(reader, nexus::kEndpoints[0], {body.data(), bytes}, result.facts);
   result.model = result.facts.model;
   return result;
 }
@@ -66,7 +66,7 @@ std::string repeated(std::string_view text, std::size_t times) {
 
 }  // namespace
 
-TEST_CASE("a skimmed body says what a body that is read at once says, however it is cut") {
+TEST_CASE("a body read in pieces says what it says read at once, however it is cut") {
   const char* bodies[] = {
       R"({"model":"llama3:70b"})",
       R"( { "messages" : [ ] , "model" : "m"  , "x":1 } )",
@@ -118,7 +118,7 @@ TEST_CASE("a skimmed body says what a body that is read at once says, however it
   for (const char* body : bodies) check_every_cut(body);
 }
 
-TEST_CASE("a skimmed body is refused where one that is read at once is") {
+TEST_CASE("a body read in pieces is refused where one that is read at once is") {
   const std::string bodies[] = {
       "",
       " ",
@@ -192,7 +192,7 @@ TEST_CASE("a skimmed body is refused where one that is read at once is") {
   for (const std::string& body : bodies) check_every_cut(body);
 }
 
-TEST_CASE("a value that is skimmed over may be broken, but it hides no key") {
+TEST_CASE("a value that is skipped may be broken, but it hides no key") {
   for (const std::string value :
        {"tru",      "01",    "1.",      "-",         "NaN", "[1 2]", "[1,]", "[,]",   "[}",    "{]",   "{\"a\"}",
         "{\"a\":}", "{a:1}", "\"\\q\"", "\"\\u12\"", "[[]", "[[}",   "{]}",  "[]]",   "}",     "]",    ":",
@@ -236,7 +236,7 @@ TEST_CASE("an array or object that is opened when it is read at once must look l
   }
 }
 
-TEST_CASE("every truncation of a skimmed body is refused") {
+TEST_CASE("every truncation of a body read in pieces is refused") {
   const std::string body =
       R"({"model":"m","stream":true,"stream_options":{"include_usage":true},"tools":[{"a":1}],"messages":[{"b":"c"}]})";
   for (std::size_t bytes = 0; bytes < body.size(); ++bytes) {
@@ -245,7 +245,7 @@ TEST_CASE("every truncation of a skimmed body is refused") {
   }
 }
 
-TEST_CASE("a skimmed body may be nested to kMaxJsonDepth, and no deeper") {
+TEST_CASE("a body read in pieces may be nested to kMaxJsonDepth, and no deeper") {
   const auto nested = [](std::string_view key, std::size_t depth, char open, char close) {
     std::string text = R"({"model":"m",")" + std::string(key) + R"(":)";
     for (std::size_t i = 1; i < depth; ++i) text += open == '{' ? "{\"a\":" : "[";
@@ -265,7 +265,7 @@ TEST_CASE("a skimmed body may be nested to kMaxJsonDepth, and no deeper") {
   check_large(R"({"model":"m","x":[)" + repeated(R"([{}],"[[[{{{\"[[",)", 2000) + "1]}");
 }
 
-TEST_CASE("what is long is skimmed at its bounds") {
+TEST_CASE("long values are read in pieces at their bounds") {
   for (const std::size_t limit :
        {nexus::kReadKeyBytes, nexus::kKeptWordBytes, nexus::kReadNameBytes, nexus::kCutNameBytes}) {
     for (std::size_t bytes = limit - 3; bytes <= limit + 3; ++bytes) {
@@ -323,12 +323,12 @@ TEST_CASE("a large body's characters may be cut anywhere") {
   }
 }
 
-TEST_CASE("a body of many megabytes is skimmed, spans and all") {
+TEST_CASE("a body of many megabytes is read in pieces, spans and all") {
   const std::string image =
       R"({"type":"image_url","image_url":{"url":"data:image/png;base64,)" + std::string(5'000'000, 'A') + "\"}}";
   const std::string messages = R"([{"role":"user","content":[)" + image + "]}]";
   const std::string body = R"({"messages":)" + messages + R"( ,"stream":true,"model":"m\u0021"})";
-  const Skimmed result = incremental(body, 200'000);
+  const Result result = incremental(body, 200'000);
   REQUIRE(result.error == BodyError::none);
   CHECK(result.model == "m!");
   CHECK(result.facts.stream);
@@ -339,7 +339,7 @@ TEST_CASE("a body of many megabytes is skimmed, spans and all") {
 }
 
 // Bodies put together at random from what matters and what is near it, whole and with a byte changed.
-TEST_CASE("random bodies are skimmed as they are read") {
+TEST_CASE("random bodies are the same read in pieces and at once") {
   const std::vector<std::string> keys = {"model",
                                          "stream",
                                          "tools",
@@ -379,12 +379,12 @@ TEST_CASE("random bodies are skimmed as they are read") {
       body.insert(body.find('{') + 1, R"("model":"m")" + std::string(body.find('"') < body.npos ? "," : ""));
     CAPTURE(seed);
     CAPTURE(body);
-    CHECK_NOTHROW(fuzz::check_skim(body, fuzz::cuts_of(body.size(), draw)));
+    CHECK_NOTHROW(fuzz::check_pieces(body, fuzz::cuts_of(body.size(), draw)));
     for (int i = 0; i < 3; ++i) {
       std::string changed = body;
       changed[draw.below(changed.size())] = "{}[]\":,\\ \x01\x80\xc3tn1e|"[draw.below(18)];
       CAPTURE(changed);
-      CHECK_NOTHROW(fuzz::check_skim(changed, fuzz::cuts_of(changed.size(), draw)));
+      CHECK_NOTHROW(fuzz::check_pieces(changed, fuzz::cuts_of(changed.size(), draw)));
     }
   }
 }

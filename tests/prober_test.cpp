@@ -5,6 +5,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "tests/hostile/script_net.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 // One probe of a backend that answers as it is told, a connection after the other.
 struct Probing {
-  ProbeResult ask(BackendKind kind, std::initializer_list<std::string> answers) {
+  ProbeResult ask(BackendKind kind, const std::vector<std::string>& answers) {
     ProbeOrder order;
     order.kind = kind;
     order.host = "b";
@@ -59,6 +60,38 @@ TEST_CASE("a probe reads how a backend is and which models it has, in one answer
   const ProbeResult two = Probing().ask(BackendKind::llamacpp, {answer("{}"), kModels});
   CHECK(two.passed);
   CHECK(two.models == std::vector<std::string>{"m"});
+}
+
+TEST_CASE("a probe says why it failed, and passes without its models where the second answer is bad") {
+  struct Row {
+    BackendKind kind;
+    std::vector<std::string> answers;
+    bool passed, models_read;
+    std::uint16_t status;
+    const char* reason;
+  };
+  const std::string broken = "HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", garbage = "SSH-2.0-x\r\n\r\n";
+  const Row rows[] = {
+      {BackendKind::vllm, {kModels}, true, true, 200, ""},
+      {BackendKind::vllm, {broken}, false, false, 500, "it answered 500"},
+      {BackendKind::vllm, {garbage}, false, false, 0, "its answer is not valid HTTP"},
+      {BackendKind::vllm, {answer("{}")}, true, false, 200, "its list of models could not be read"},
+      {BackendKind::ollama, {answer(R"({"models":[{"name":"m"}]})")}, true, true, 200, ""},
+      {BackendKind::llamacpp, {broken}, false, false, 500, "it answered 500"},
+      {BackendKind::llamacpp, {answer("ok"), broken}, true, false, 500, "its list of models answered 500"},
+      {BackendKind::llamacpp, {answer("ok"), garbage}, true, false, 0, "its answer is not valid HTTP"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.reason);
+    const ProbeResult result = Probing().ask(row.kind, row.answers);
+    CHECK(result.passed == row.passed);
+    CHECK(result.models_read == row.models_read);
+    CHECK(result.models.size() == (row.models_read ? 1 : 0));
+    CHECK(result.status == row.status);
+    CHECK(result.reason == row.reason);
+    CHECK(result.connected);
+    CHECK_FALSE(result.out_of_memory);
+  }
 }
 
 TEST_CASE("a list of models that is too large to be read is one that is cut, an answer of another kind is not") {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "nexus/api/request_json.h"
+#include "nexus/api/response_json.h"
 
 using nexus::BodyError;
 using nexus::BodyFacts;
@@ -30,8 +31,7 @@ class Padded {
     if (!text.empty()) std::memcpy(data_.get(), text.data(), text.size());
     for (std::size_t i = 0; i < nexus::kPaddingBytes; ++i) data_[bytes_ + i] = "\"}],:1{"[i % 7];
   }
-  const char* data() const { return data_.get(); }
-  std::size_t size() const { return bytes_; }
+  std::string_view view() const { return {data_.get(), bytes_}; }
 
  private:
   std::size_t bytes_;
@@ -49,14 +49,14 @@ Read read_body(std::string_view text) {
   const Padded padded(text);
   Read read;
   read.text = text;
-  read.error = reader().read_body(padded.data(), padded.size(), read.facts);
+  read.error = nexus::read_body(reader(), nexus::kEndpoints[0], padded.view(), read.facts);
   read.model = read.facts.model;
   return read;
 }
 
 Usage read_usage(std::string_view text) {
   const Padded padded(text);
-  return reader().read_usage(padded.data(), padded.size());
+  return nexus::read_usage(reader(), nexus::kOpenAiUsage, padded.view());
 }
 
 struct Models {
@@ -67,7 +67,7 @@ struct Models {
 Models read_models(std::string_view text, std::size_t most = 100) {
   const Padded padded(text);
   Models models;
-  models.list = reader().read_models(padded.data(), padded.size(), most, models.names, models.more) == ModelList::read;
+  models.list = nexus::read_models(reader(), padded.view(), most, models.names, models.more) == ModelList::read;
   return models;
 }
 
@@ -230,6 +230,36 @@ TEST_CASE("a body says whether it streams, and with which options") {
   }
 }
 
+TEST_CASE("an endpoint without streams has none, whatever its body says") {
+  for (const nexus::Endpoint& endpoint : nexus::kEndpoints) {
+    CAPTURE(endpoint.path);
+    const Padded padded(R"({"model":"m","stream":true})");
+    BodyFacts facts;
+    REQUIRE(nexus::read_body(reader(), endpoint, padded.view(), facts) == BodyError::none);
+    CHECK(facts.stream == (endpoint.path != "/v1/embeddings"));
+  }
+}
+
+TEST_CASE("a key is found by its whole name, in the object that it belongs to") {
+  using nexus::BodyKey;
+  for (const nexus::BodyKeyRow& row : nexus::kBodyKeys) {
+    CAPTURE(row.name);
+    for (const BodyKey within : {BodyKey::none, BodyKey::stream_options, BodyKey::response_format}) {
+      const Padded exact(row.name);
+      CHECK(nexus::find_body_key(exact.view(), within) == (within == row.within ? row.key : BodyKey::other));
+    }
+    for (std::size_t i = 0; i < row.name.size(); ++i) {
+      std::string name(row.name);
+      name[i] ^= 1;
+      CHECK(nexus::find_body_key(Padded(name).view(), row.within) == BodyKey::other);
+      const std::string_view part = row.name.substr(0, i);
+      if (part != "stream") CHECK(nexus::find_body_key(Padded(part).view(), row.within) == BodyKey::other);
+    }
+    CHECK(nexus::find_body_key(Padded(std::string(row.name) + "x").view(), row.within) == BodyKey::other);
+  }
+  CHECK(nexus::find_body_key(Padded(std::string(5000, 'm')).view(), BodyKey::none) == BodyKey::other);
+}
+
 TEST_CASE("a body says what its model must be able to do") {
   struct Row {
     const char* rest;
@@ -374,7 +404,7 @@ TEST_CASE("an answer tells the usage of its outermost object, wherever that stan
   for (const Row& row : rows) {
     CAPTURE(row.text);
     const Padded padded(row.text);
-    const Usage found = reader().read_answer(padded.data(), padded.size());
+    const Usage found = nexus::read_answer(reader(), nexus::kOpenAiUsage, padded.view());
     CHECK(found.prompt_tokens == row.prompt);
     CHECK(found.completion_tokens == row.completion);
   }

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 
 using namespace nexus;
@@ -63,6 +64,23 @@ TEST_CASE("a decimal is digits alone, below 2^63") {
   CHECK_FALSE(parse_decimal(std::string_view("1\0", 2)));
 }
 
+TEST_CASE("a hex digit has its value in either case, and nothing else has one") {
+  for (int byte = 0; byte < 256; ++byte) {
+    const char c = static_cast<char>(byte);
+    const std::size_t at = kHexDigits.find(to_lower(c));
+    CHECK(hex_value(c) == (at == std::string_view::npos ? -1 : static_cast<int>(at)));
+  }
+}
+
+TEST_CASE("a host stands before its port, an IPv6 address in brackets") {
+  CHECK(host_port("127.0.0.1", 8000) == "127.0.0.1:8000");
+  CHECK(host_port("example.org", 0) == "example.org:0");
+  CHECK(host_port("::1", 8000) == "[::1]:8000");
+  CHECK(host_port("fe80::1", 65535) == "[fe80::1]:65535");
+  CHECK(url_host("::1") == "[::1]");
+  CHECK(url_host("example.org") == "example.org");
+}
+
 TEST_CASE("a number's digits read back as the number") {
   CHECK(Digits(0).view() == "0");
   CHECK(Digits(UINT64_MAX).view() == "18446744073709551615");
@@ -80,6 +98,32 @@ TEST_CASE("a JSON string holds its text, escaped where it must be") {
   CHECK(json_string("\n\r\t\b\x1f\x7f") == R"("\n\r\t\u0008\u001f\u007f")");
   CHECK(json_string(std::string_view("\0", 1)) == R"("\u0000")");
   CHECK(json_string("é€𝄞") == "\"é€𝄞\"");
+}
+
+TEST_CASE("every character of UTF-8 is read back, and no shorter part of it") {
+  for (char32_t code = 0; code <= 0x110000; code += code < 0x3000 ? 1 : 61) {
+    std::string text;
+    if (code < 0x80) {
+      text = {static_cast<char>(code)};
+    } else if (code < 0x800) {
+      text = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))};
+    } else if (code < 0x10000) {
+      text = {static_cast<char>(0xe0 | code >> 12), static_cast<char>(0x80 | (code >> 6 & 63)),
+              static_cast<char>(0x80 | (code & 63))};
+    } else {
+      text = {static_cast<char>(0xf0 | code >> 18), static_cast<char>(0x80 | (code >> 12 & 63)),
+              static_cast<char>(0x80 | (code >> 6 & 63)), static_cast<char>(0x80 | (code & 63))};
+    }
+    const bool is_character = simdjson::validate_utf8(text);
+    REQUIRE(read_utf8(text + "z").bytes == (is_character ? text.size() : 0));
+    if (!is_character) continue;
+    REQUIRE(read_utf8(text).code == code);
+    REQUIRE(without_cut_character("a" + text) == 1 + text.size());
+    for (std::size_t bytes = 1; bytes < text.size(); ++bytes) {
+      REQUIRE(read_utf8(text.substr(0, bytes)).bytes == 0);
+      REQUIRE(without_cut_character("a" + text.substr(0, bytes)) == 1);
+    }
+  }
 }
 
 TEST_CASE("bytes that are no UTF-8 become U+FFFD, one for each") {

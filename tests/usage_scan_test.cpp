@@ -47,7 +47,7 @@ Result scan(std::string_view text, Kind kind, bool removing, std::vector<std::si
   if (ends.empty() || ends.back() != text.size()) ends.push_back(text.size());
   Result result;
   UsageScan scan;
-  scan.start(kind, removing);
+  scan.start(kind, &nexus::kOpenAiUsage, removing);
   UsageScan::Out out;
   std::size_t from = 0;
   for (const std::size_t end : ends) {
@@ -459,10 +459,10 @@ TEST_CASE("a scan that starts again knows nothing of its last body") {
   UsageScan::Out out;
   std::string piece = R"(data: {"usage":{"prompt_tokens":1,)" + std::string(nexus::kPaddingBytes, ' ');
   const std::size_t bytes = piece.size() - nexus::kPaddingBytes;
-  scan.start(Kind::event_stream, true);
+  scan.start(Kind::event_stream, &nexus::kOpenAiUsage, true);
   REQUIRE(scan.feed(pool(), reader(), piece.data(), bytes, out));
   CHECK(scan.held_bytes() == bytes);
-  scan.start(Kind::json, false);
+  scan.start(Kind::json, &nexus::kOpenAiUsage, false);
   CHECK(scan.held_bytes() == 0);
   CHECK(pool().taken_bytes() == 0);
   piece = R"({"usage":{"prompt_tokens":4}})" + std::string(nexus::kPaddingBytes, ' ');

@@ -1,11 +1,12 @@
 // incremental_json.h
-// Owns:     the reading of a large request body while it is received: each piece is looked at once, while the processor
-//           still has it in its cache, and the few members that Nexus acts on go into a short JSON text, the skeleton.
-// Promises: read() says of a body what JsonReader::read_body would say of it, spans included; of what is no JSON it
-//           refuses whatever that refuses. What a body makes it hold is bounded by kSkeletonBytes, whatever the body's
-//           size; what a call costs, by the bytes that are new.
-// Leaves:   what a member means to request_json.h, which reads the skeleton; receiving to worker.h.
-// Threads:  one.
+// Owns:      reading a large request body while it arrives: each piece is scanned once, while it is in the processor's
+//            cache, and the members that Nexus reads are copied into a short JSON text, the skeleton.
+// Promises:  read() returns what read_body() would return for the whole body, spans included. A body that is not JSON
+//            is refused whenever read_body() refuses it. Memory is bounded by kSkeletonBytes, and the cost of a call by
+//            the bytes that are new.
+// Leaves:    the meaning of a member to request_json.h, which reads the skeleton; receiving to request_body.h.
+// Threads:   one.
+// Tested by: tests/incremental_json_test.cpp, tests/fuzz/incremental_json.h
 #pragma once
 
 #include <algorithm>
@@ -18,58 +19,30 @@
 
 #include "nexus/api/request_json.h"
 #include "nexus/base/simd.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
-// The members that JsonReader::read_body acts on.
-enum class BodyKey : std::uint8_t {
-  model,
-  tools,
-  stream,
-  messages,
-  stream_options,
-  response_format,
-  include_usage,
-  type,
-  other,  // any other member
-  none,   // no member: the body itself
-};
+constexpr std::size_t kShortBytes = 16;  // of a string are scanned byte by byte
 
-struct BodyKeyRow {
-  std::string_view name;
-  BodyKey key;
-  BodyKey within;
-  std::size_t kept_bytes;  // of its value where it is a string, a number or a word: a longer one can mean nothing
-};
-
+// The bytes kept of a string, a number or a word. Longer values have no meaning, except that of a model name.
 constexpr std::size_t kKeptWordBytes = 128;
-constexpr std::size_t kShortBytes = 16;  // of a string that is looked at byte by byte
-
-inline constexpr std::array<BodyKeyRow, 8> kBodyKeys{{
-    {"model", BodyKey::model, BodyKey::none, kReadNameBytes + 2},
-    {"tools", BodyKey::tools, BodyKey::none, kKeptWordBytes},
-    {"stream", BodyKey::stream, BodyKey::none, kKeptWordBytes},
-    {"messages", BodyKey::messages, BodyKey::none, kKeptWordBytes},
-    {"stream_options", BodyKey::stream_options, BodyKey::none, kKeptWordBytes},
-    {"response_format", BodyKey::response_format, BodyKey::none, kKeptWordBytes},
-    {"include_usage", BodyKey::include_usage, BodyKey::stream_options, kKeptWordBytes},
-    {"type", BodyKey::type, BodyKey::response_format, kKeptWordBytes},
-}};
+constexpr std::size_t kept_bytes(BodyKey key) { return key == BodyKey::model ? kReadNameBytes + 2 : kKeptWordBytes; }
 
 // Each key stands in the skeleton twice at most, the second time with the value 0; each of its three objects may begin
 // with a `"":0`.
 inline constexpr std::size_t kSkeletonBytes = [] {
   std::size_t bytes = 3 * std::string_view(R"({"":0,})").size();
-  for (const BodyKeyRow& row : kBodyKeys) bytes += 2 * (row.name.size() + 4) + row.kept_bytes + 1;
+  for (const BodyKeyRow& row : kBodyKeys) bytes += 2 * (row.name.size() + 4) + kept_bytes(row.key) + 1;
   return bytes;
 }();
 
 class IncrementalJson {
  public:
-  // Makes ready for another body.
+  // Prepares for another body.
   void start() { *this = IncrementalJson(); }
 
-  // `body`: all of it that is here by now. It may lie elsewhere than last time; what was there before is unchanged.
+  // `body`: everything received so far. It may have moved since the last call, but its earlier bytes are unchanged.
   // Behind it kPaddingBytes must be readable.
   void feed(JsonReader& reader, const char* body, std::size_t bytes) {
     assert(bytes >= end_);
@@ -82,22 +55,23 @@ class IncrementalJson {
     check_characters();
   }
 
-  // The body is whole: what read_body() would say of it.
-  BodyError read(JsonReader& reader, const char* body, std::size_t bytes, BodyFacts& facts, bool find_messages = true) {
+  // The body is complete: returns what read_body() would.
+  BodyError read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
+                 bool find_messages = true) {
     facts = BodyFacts{};
-    feed(reader, body, bytes);
+    feed(reader, body.data(), body.size());
     if (fault_ != BodyError::none) return fault_;
-    if (state_ != State::behind || checked_ != bytes) return BodyError::not_json;
-    const BodyError error = reader.read_body(skeleton_.data(), used_, facts, find_messages);
+    if (state_ != State::behind || checked_ != body.size()) return BodyError::not_json;
+    const BodyError error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
     if (error != BodyError::none) return error;
     facts.first_member = first_member_;
-    facts.model_value = span_of(BodyKey::model);
+    facts.model_value = span_of(endpoint.model);
     facts.stream_options_value = span_of(BodyKey::stream_options);
     facts.include_usage_value = span_of(BodyKey::include_usage);
     if (find_messages) facts.messages = span_of(BodyKey::messages);
     facts.has_images = find_messages && has_images_;
-    // The model's name lies in the skeleton, or it was too long for that: the body lasts longer than the one, and says
-    // the other. But where it has escapes it lies with the reader.
+    // A name without escapes must lie in the body, which outlives the skeleton; one with escapes lies in the reader.
+    // Of a name that is too long for the skeleton, the body has the beginning.
     const std::string_view name = text(facts.model_value.at + 1, facts.model_value.bytes - 2);
     if (name.size() > kReadNameBytes) facts.model = name.substr(0, kCutNameBytes);
     if (facts.model.data() > skeleton_.data() && facts.model.data() < skeleton_.data() + used_) facts.model = name;
@@ -106,7 +80,7 @@ class IncrementalJson {
 
  private:
   enum class State : std::uint8_t {
-    before,        // the body's `{` is to come
+    before,        // before the body's `{`
     first_key,     // a key, or the `}` of an empty object
     key,           // behind a comma
     in_key,        // within its quotes
@@ -115,18 +89,16 @@ class IncrementalJson {
     in_string,     // a value that is a string
     in_scalar,     // a value that is a number or a word
     array_begun,   // behind the `[` of a value
-    object_begun,  // behind the `{` of one that is stepped over
+    object_begun,  // behind the `{` of a value that is skipped
     in_first_string,
     behind_first_string,
-    nested,  // within an array or object that is stepped over, outside its strings
+    nested,  // within an array or object that is skipped, outside its strings
     in_nested_string,
     next,    // behind a member: a comma or a `}`
     behind,  // the body's `}`
   };
 
-  static constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
-
-  // Goes on until the state changes. False where more bytes are needed, or none, since there is a fault.
+  // Runs until the state changes. False if more bytes are needed, or if there is a fault.
   bool step(JsonReader& reader) {
     switch (state_) {
       case State::in_key: return in_key(reader);
@@ -137,52 +109,46 @@ class IncrementalJson {
       case State::in_nested_string: return in_nested();
       default: break;
     }
-    while (is_json_space(body_[at_])) {
+    while (is_json_blank(body_[at_])) {
       if (++at_ == end_) return false;
     }
     return between(body_[at_]);
   }
 
-  // The states that expect one of a few characters.
+  // The states in which only a few characters are allowed.
   bool between(char c) {
     switch (state_) {
-      case State::before: return c == '{' ? open_body() : no_json();
+      case State::before: return c == '{' ? open_body() : fail();
       case State::first_key: return c == '}' ? close_object() : begin_key(c);
       case State::key: return begin_key(c);
-      case State::colon: return c == ':' ? pass(State::value) : no_json();
+      case State::colon: return c == ':' ? pass(State::value) : fail();
       case State::value: return begin_value(c);
       case State::array_begun: return begin_elements(c);
-      case State::object_begun:
-        return c == '"' ? pass(State::in_first_string) : c == '}' ? go(State::nested) : no_json();
+      case State::object_begun: return c == '"' ? pass(State::in_first_string) : c == '}' ? go(State::nested) : fail();
       case State::behind_first_string: return behind_first_string(c);
-      case State::next: return c == '}' ? close_object() : c == ',' ? pass(State::key) : no_json();
-      default: return no_json();  // something behind the body
+      case State::next: return c == '}' ? close_object() : c == ',' ? pass(State::key) : fail();
+      default: return fail();  // bytes behind the body
     }
   }
 
-  // The character at hand is the next state's, too.
+  // The next state begins with the current character.
   bool go(State state) {
     state_ = state;
     return true;
   }
-  // The character at hand is done with.
+  // The next state begins with the next character.
   bool pass(State state) {
     at_ += 1;
     return go(state);
   }
 
-  bool no_json() {
-    fault_ = BodyError::not_json;
+  bool fail(BodyError fault = BodyError::not_json) {
+    fault_ = fault;
     return false;
   }
-  bool too_deep() {
-    fault_ = BodyError::too_deep;
-    return false;
-  }
-  static bool is_json_space(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
-  // What a string just goes on with; of ASCII.
+  // True for the bytes of a string that have no special meaning.
   static bool is_plain(char c) { return c >= ' ' && c != '"' && c != '\\'; }
-  // Of a number or a word. What else a reader might take for one is no JSON.
+  // True for the bytes of numbers and words.
   static bool is_scalar_byte(char c) {
     return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '+' ||
            c == '.';
@@ -191,7 +157,7 @@ class IncrementalJson {
   std::string_view text(std::size_t at, std::size_t bytes) const { return {body_ + at, bytes}; }
   BodySpan span_of(BodyKey key) const { return spans_[index_of(key)]; }
 
-  // ---- objects whose members are looked at: the body (level 1), and two of its values (level 2) ----
+  // ---- objects whose members are read: the body (level 1), and two of its values (level 2) ----
 
   bool open_body() {
     put("{");
@@ -200,7 +166,7 @@ class IncrementalJson {
     return pass(State::first_key);
   }
 
-  // Its other members may matter as little as its own length: only what is asked of it is kept.
+  // Only the members of it that read_body() reads are kept.
   bool open_walked() {
     put_name();
     put("{");
@@ -224,22 +190,18 @@ class IncrementalJson {
 
   bool begin_key(char c) {
     begin_ = at_;
-    return c == '"' ? pass(State::in_key) : no_json();
+    return c == '"' ? pass(State::in_key) : fail();
   }
 
   bool in_key(JsonReader& reader) {
     if (!to_quote()) return false;
     const std::string_view token = text(begin_, at_ + 1 - begin_);
     std::string_view name = token.substr(1, token.size() - 2);
-    // But request_json.h looks for `type` as it stands.
+    // read_body() does not unescape the key `type`.
     const bool escaped = within_ != BodyKey::response_format && name.find('\\') != std::string_view::npos;
-    if (escaped && !reader.read_key(token, name)) return no_json();
-    key_ = BodyKey::other;
-    for (const BodyKeyRow& row : kBodyKeys) {
-      if (row.name.size() == name.size() && row.name == name && row.within == within_) key_ = row.key;
-    }
-    // What follows a second one can't matter any more.
-    std::uint8_t& times = times_[index_of(key_)];
+    if (escaped && !reader.read_key(token, name)) return fail();
+    key_ = find_body_key(name, within_);
+    std::uint8_t& times = times_[index_of(key_)];  // more than 2 make no difference
     time_ = times;
     if (times < 2) times += 1;
     return pass(State::colon);
@@ -256,7 +218,7 @@ class IncrementalJson {
         stand_in_ = "{}";
         return nest(State::object_begun);
       }
-      default: return is_scalar_byte(c) ? go(State::in_scalar) : no_json();
+      default: return is_scalar_byte(c) ? go(State::in_scalar) : fail();
     }
   }
 
@@ -274,16 +236,16 @@ class IncrementalJson {
     return end_value(kept_or("0"));
   }
 
-  // The value that ends here, where the skeleton has room for it.
+  // The value that ends here, or `stand_in` if the skeleton does not need it.
   std::string_view kept_or(std::string_view stand_in) const {
-    if (key_ == BodyKey::other || at_ - begin_ > kBodyKeys[index_of(key_)].kept_bytes) return stand_in;
+    if (key_ == BodyKey::other || at_ - begin_ > kept_bytes(key_)) return stand_in;
     return text(begin_, at_ - begin_);
   }
 
   bool end_value(std::string_view shown) {
     state_ = State::next;
     if (key_ == BodyKey::other) {
-      if (skeleton_[used_ - 1] == '{') put(R"("":0)");  // whether an object is empty does matter
+      if (skeleton_[used_ - 1] == '{') put(R"("":0)");  // so that the object is not empty
     } else if (time_ == 0) {
       put_name();
       put(shown);
@@ -295,17 +257,17 @@ class IncrementalJson {
     return true;
   }
 
-  // ---- arrays and objects that are stepped over ----
+  // ---- arrays and objects that are skipped ----
 
   bool nest(State state) {
-    if (depth_ == kMaxJsonDepth) return too_deep();
+    if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
     depth_ += 1;
     return pass(state);
   }
 
-  // What request_json.h asks of an array or object that it opens: its beginning must look like one.
+  // Refuses what read_body() refuses when it opens an array: a first byte that no element begins with.
   bool begin_elements(char c) {
-    if (c == ':' || c == ',' || c == '}') return no_json();
+    if (c == ':' || c == ',' || c == '}') return fail();
     stand_in_ = c == ']' ? "[]" : "[0]";
     return c == '"' ? pass(State::in_first_string) : go(State::nested);
   }
@@ -318,12 +280,12 @@ class IncrementalJson {
 
   bool behind_first_string(char c) {
     const bool fits = stand_in_ == "{}" ? c == ':' : c == ',' || c == ']';
-    return fits ? go(State::nested) : no_json();
+    return fits ? go(State::nested) : fail();
   }
 
   bool in_nested() {
     bool in_string = state_ == State::in_nested_string;
-    bool escaped = false;  // the byte at hand
+    bool escaped = false;  // the byte at at_
     while (at_ < end_) {
       if (in_string) pass_text(escaped);
       if (at_ == end_) break;
@@ -337,7 +299,7 @@ class IncrementalJson {
       std::uint64_t here = low_bits(count);
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
       if (fault_ != BodyError::none) return false;
-      if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return no_json();
+      if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
       if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
       if (closed) {
         at_ += count_bits(here);
@@ -347,11 +309,11 @@ class IncrementalJson {
       escaped = (escapes.escaping >> (count - 1) & 1) != 0;
       at_ += count;
     }
-    if (escaped) at_ -= 1;  // it is looked at again, with what it escapes
+    if (escaped) at_ -= 1;  // read the backslash again together with the byte that it escapes
     return go(in_string ? State::in_nested_string : State::nested) && false;
   }
 
-  // Counts brackets in the bits that are `here`. True where the value ends: then only what is before its end is here.
+  // Counts the brackets among the bits of `here`. True if the value ends: `here` then stops at its last byte.
   bool count_brackets(std::uint64_t opening, std::uint64_t closing, std::uint64_t& here) {
     opening &= here;
     closing &= here;
@@ -364,7 +326,7 @@ class IncrementalJson {
     for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
       const std::uint64_t bit = left & (~left + 1);
       if ((opening & bit) != 0) {
-        if (depth_ == kMaxJsonDepth) return too_deep();
+        if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
         depth_ += 1;
       } else if (--depth_ == level_) {
         here = bit | (bit - 1);
@@ -376,7 +338,7 @@ class IncrementalJson {
 
   // ---- strings ----
 
-  // Goes on by whole blocks while the string does. `escaped`: whether the byte at hand is.
+  // Skips whole blocks of a string. `escaped`: the byte at at_ is escaped.
   void pass_text(bool& escaped) {
     if (end_ - at_ < kBlockBytes) return;
     const TextRun run = skip_text(body_, at_, end_, escaped);
@@ -385,7 +347,7 @@ class IncrementalJson {
     ascii_ = ascii_ && run.ascii;
   }
 
-  // Goes to the quote that ends the string. False where it is not here yet, or there is a fault.
+  // Moves to the quote that ends the string. False if it has not arrived yet, or if there is a fault.
   bool to_quote() {
     for (const std::size_t near = std::min(end_, at_ + kShortBytes); at_ < near && is_plain(body_[at_]);) at_ += 1;
     if (at_ < end_ && body_[at_] == '"') return true;
@@ -401,12 +363,12 @@ class IncrementalJson {
       const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
       if (stops != 0) {
         at_ += static_cast<std::size_t>(std::countr_zero(stops));
-        return body_[at_] == '"' || no_json();
+        return body_[at_] == '"' || fail();
       }
       escaped = (escapes.escaping >> (count - 1) & 1) != 0;
       at_ += count;
     }
-    if (escaped) at_ -= 1;  // it is looked at again, with what it escapes
+    if (escaped) at_ -= 1;  // read the backslash again together with the byte that it escapes
     return false;
   }
 
@@ -422,16 +384,16 @@ class IncrementalJson {
     has_images_ |= key_ == BodyKey::messages && text(closing_quote + 1 - kBytes, kBytes) == kImageKey;
   }
 
-  // That all is UTF-8, but for a character that is not here whole. ASCII is, which was seen on the way.
+  // Validates UTF-8 up to the last complete character. ASCII was recognised while it was scanned.
   void check_characters() {
     if (fault_ != BodyError::none) return;
     if (ascii_ && checked_ == new_) {
       checked_ = end_;
       return;
     }
-    const std::size_t end = end_of_characters(body_, checked_, end_);
-    if (!simdjson::validate_utf8(body_ + checked_, end - checked_)) fault_ = BodyError::not_json;
-    checked_ = end;
+    const std::size_t bytes = without_cut_character(text(checked_, end_ - checked_));
+    if (!simdjson::validate_utf8(body_ + checked_, bytes)) fault_ = BodyError::not_json;
+    checked_ += bytes;
   }
 
   // ---- the skeleton ----
@@ -448,24 +410,23 @@ class IncrementalJson {
     put("\":");
   }
 
-  // The piece at hand.
   const char* body_ = nullptr;
-  std::size_t new_ = 0;  // where it begins
+  std::size_t new_ = 0;  // where the newest piece begins
   std::size_t end_ = 0;
-  bool ascii_ = true;  // so far
+  bool ascii_ = true;  // the newest piece, as far as it was scanned
 
   State state_ = State::before;
   BodyError fault_ = BodyError::none;
-  std::size_t at_ = 0;       // the first byte that is not decided on
-  std::size_t checked_ = 0;  // so far it is UTF-8
+  std::size_t at_ = 0;       // the next byte to scan
+  std::size_t checked_ = 0;  // the bytes before it are valid UTF-8
   std::size_t first_member_ = 0;
   std::size_t depth_ = 0;
-  std::size_t level_ = 0;             // of the object whose members are looked at
+  std::size_t level_ = 0;             // of the object whose members are read
   BodyKey within_ = BodyKey::none;    // the key of that object
-  BodyKey key_ = BodyKey::other;      // of the member at hand
-  std::uint8_t time_ = 0;             // how often it stood there before
-  std::size_t begin_ = 0;             // of the key or value at hand
-  std::string_view stand_in_ = "{}";  // for the array or object at hand
+  BodyKey key_ = BodyKey::other;      // of the current member
+  std::uint8_t time_ = 0;             // how often that key occurred before
+  std::size_t begin_ = 0;             // of the current key or value
+  std::string_view stand_in_ = "{}";  // for the current array or object
   bool has_images_ = false;
   std::array<std::uint8_t, kBodyKeys.size() + 1> times_{};
   std::array<BodySpan, kBodyKeys.size()> spans_{};

@@ -1,13 +1,12 @@
 // sse.h
-// Owns:     the lines of an event stream (WHATWG HTML, 9.2.5 and 9.2.6): where an event begins and ends, and the text
-//           of its `data` lines, however the bytes are cut.
-// Promises: LF, CRLF and a lone CR end a line; a byte order mark, comments and other fields are no data; nothing is
-//           kept but a few counters; no byte is changed.
-// Leaves:   what the data means to usage_scan.h.
-// Threads:  a reader belongs to one thread.
+// Owns:      the lines of an event stream (WHATWG HTML 9.2.5, 9.2.6): where an event begins and ends, and the text of
+//            its `data` lines, however the bytes are cut.
+// Promises:  LF, CRLF and a lone CR end a line; a byte order mark, comments and other fields are not data; nothing is
+//            kept but a few counters; no byte is changed.
+// Leaves:    the meaning of the data to usage_scan.h.
+// Threads:   a reader belongs to one thread.
+// Tested by: tests/usage_scan_test.cpp, tests/fuzz/usage.h
 #pragma once
-
-#include <emmintrin.h>
 
 #include <bit>
 #include <cassert>
@@ -16,52 +15,22 @@
 #include <string_view>
 
 #include "nexus/base/buffer.h"
+#include "nexus/base/simd.h"
 
 namespace nexus {
 
-namespace detail {
+static_assert(kPaddingBytes > 2 * kLaneBytes, "the searches load whole lanes behind the last byte");
 
-constexpr std::size_t kLane = 16;  // bytes that one SSE2 register holds
-static_assert(kPaddingBytes > 2 * kLane, "the loops below load whole lanes behind the last byte");
-
-inline __m128i load_lane(const char* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
-inline __m128i where_equal(__m128i lane, char byte) { return _mm_cmpeq_epi8(lane, _mm_set1_epi8(byte)); }
-inline unsigned mask_of(__m128i lane) { return static_cast<unsigned>(_mm_movemask_epi8(lane)); }
-
-// The marks of a lane that lie before `end`.
-inline unsigned before_end(unsigned mask, const char* at, const char* end) {
-  const auto left = static_cast<std::size_t>(end - at);
-  return left >= kLane ? mask : mask & ((1u << left) - 1);
-}
-
-// The first byte in [at, end) that is one of two, or `end`.
-inline const char* find_either(const char* at, const char* end, char one, char other) {
-  for (; at < end; at += kLane) {
-    const __m128i lane = load_lane(at);
-    const __m128i hits = _mm_or_si128(where_equal(lane, one), where_equal(lane, other));
-    const unsigned mask = before_end(mask_of(hits), at, end);
-    if (mask != 0) return at + std::countr_zero(mask);
-  }
-  return end;
-}
-
-}  // namespace detail
-
-// Just behind the first blank line in [at, end), which begins at a line's start; null where there is none. Where the
-// blank line is a CRLF that is behind its CR: the LF then reads as one more blank line. A lane behind `end` must be
-// readable.
+// Returns the position behind the first blank line in [at, end), or null if there is none; `at` must begin a line. If
+// the blank line is a CRLF, the position is behind its CR: the LF then reads as another blank line. A lane behind `end`
+// must be readable.
 inline const char* find_event_end(const char* at, const char* end) {
-  using namespace detail;
-  for (; at < end; at += kLane) {
-    const __m128i first = load_lane(at);
-    const __m128i second = load_lane(at + 1);
-    const __m128i first_cr = where_equal(first, '\r');
-    const __m128i second_cr = where_equal(second, '\r');
+  for (; at < end; at += kLaneBytes) {
+    const Lane first(at), second(at + 1);
+    const Lane second_cr = second.equal('\r');
     // LF LF, LF CR and CR CR are two line ends; CR LF is one.
-    const __m128i after_lf =
-        _mm_and_si128(where_equal(first, '\n'), _mm_or_si128(where_equal(second, '\n'), second_cr));
-    const __m128i pairs = _mm_or_si128(after_lf, _mm_and_si128(first_cr, second_cr));
-    const unsigned mask = before_end(mask_of(pairs), at, end - 1);
+    const Lane pairs = (first.equal('\n') & (second.equal('\n') | second_cr)) | (first.equal('\r') & second_cr);
+    const unsigned mask = before_end(pairs.mask(), at, end - 1);
     if (mask != 0) return at + std::countr_zero(mask) + 2;
   }
   return nullptr;
@@ -70,15 +39,15 @@ inline const char* find_event_end(const char* at, const char* end) {
 class SseReader {
  public:
   enum class Step : std::uint8_t {
-    need_more,       // all was read
-    event_begins,    // at stands on its first byte; blank lines and comments before it are no part of it
-    data_begins,     // the next `data` line of this event: its text is joined to the last one's by a LF
+    need_more,       // everything was read
+    event_begins,    // `at` is its first byte; blank lines and comments before it do not belong to it
+    data_begins,     // the next `data` line of this event: a LF joins its text to that of the line before
     data,            // a part of this line's text
-    event_ends,      // at stands behind its blank line
-    late_line_feed,  // the LF of the blank line that ended the last event came now; at stands behind it
+    event_ends,      // `at` is behind its blank line
+    late_line_feed,  // the LF of the blank line that ended the last event; `at` is behind it
   };
 
-  // Reads on from `at` to the next thing to tell. A lane behind `end` must be readable.
+  // Reads from `at` to the next step. A lane behind `end` must be readable.
   Step next(const char*& at, const char* end, std::string_view& text) {
     if (mark_read_ < kByteOrderMark.size() && read_mark(at, end)) return Step::event_begins;
     while (at < end) {
@@ -99,15 +68,14 @@ class SseReader {
           break;
         case In::value: {
           const char* from = at;
-          at = detail::find_either(at, end, '\r', '\n');
+          at = find_either(at, end, '\r', '\n');
           text = {from, static_cast<std::size_t>(at - from)};
           if (!text.empty()) return Step::data;
           end_line(at);
           break;
         }
         case In::other:
-        case In::comment:
-          at = detail::find_either(at, end, '\r', '\n');
+          at = find_either(at, end, '\r', '\n');
           if (at < end) end_line(at);
           break;
       }
@@ -115,16 +83,16 @@ class SseReader {
     return Step::need_more;
   }
 
-  // Nothing of an event was read, nor half of a line end: whole events may be stepped over.
+  // True outside of events and line ends: the caller may skip whole events.
   bool between_events() const {
     return in_ == In::line_start && !event_open_ && after_cr_ == AfterCr::none && mark_read_ == kByteOrderMark.size();
   }
 
   bool event_open() const { return event_open_; }
-  // The open event, or the one that ended last, holds a line that is no `data`.
+  // The open event, or the last one, has a line other than `data`.
   bool other_lines() const { return other_lines_; }
 
-  // The stream ended: what stands open is over.
+  // The stream ended, and so does an open event.
   void finish() {
     if (in_ == In::name && name_read_ < kData.size()) other_lines_ = true;
     event_open_ = false;
@@ -132,13 +100,13 @@ class SseReader {
   }
 
  private:
-  enum class AfterCr : std::uint8_t { none, line, event };  // a LF that comes next belongs to which line end
-  enum class In : std::uint8_t { line_start, name, value_start, value, other, comment };
+  enum class AfterCr : std::uint8_t { none, line, event };  // the line end to which a LF that follows belongs
+  enum class In : std::uint8_t { line_start, name, value_start, value, other };
   static constexpr std::string_view kData = "data";
   static constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 
-  // The mark may stand before the first line, and is no part of it. True where only its beginning came: those bytes
-  // then began a line of a field that nobody knows.
+  // Skips a byte order mark before the first line. True if only a part of the mark came: those bytes begin a line with
+  // an unknown field.
   bool read_mark(const char*& at, const char* end) {
     while (at < end && mark_read_ < kByteOrderMark.size() && *at == kByteOrderMark[mark_read_]) {
       ++at;
@@ -153,7 +121,7 @@ class SseReader {
     return true;
   }
 
-  // The LF behind a CR, if it is one. True where it belongs to an event that is over.
+  // Skips the LF of a CRLF. True if it belongs to an event that has ended.
   bool read_line_feed(const char*& at) {
     const bool late = after_cr_ == AfterCr::event;
     after_cr_ = AfterCr::none;
@@ -162,11 +130,11 @@ class SseReader {
     return late;
   }
 
-  // need_more where there is nothing to tell.
+  // need_more: nothing to report yet.
   Step begin_line(const char*& at, const char* end) {
     if (*at == '\r' || *at == '\n') return end_event(at, end);
-    if (*at == ':' && !event_open_) {
-      in_ = In::comment;
+    if (*at == ':' && !event_open_) {  // a comment outside of events
+      in_ = In::other;
       return Step::need_more;
     }
     in_ = In::name;
@@ -187,7 +155,7 @@ class SseReader {
     return Step::event_ends;
   }
 
-  // True where a `data` line began.
+  // True if a `data` line begins.
   bool read_name(const char*& at) {
     if (name_read_ < kData.size()) {
       if (*at == kData[name_read_]) {
@@ -224,8 +192,8 @@ class SseReader {
 
   In in_ = In::line_start;
   AfterCr after_cr_ = AfterCr::none;
-  std::uint8_t name_read_ = 0;  // bytes of `data` that were found
-  std::uint8_t mark_read_ = 0;  // bytes of the byte order mark that were found, or all: it was looked for
+  std::uint8_t name_read_ = 0;  // bytes of the name `data` found so far
+  std::uint8_t mark_read_ = 0;  // bytes of the byte order mark found so far; all of them: not expected any more
   bool event_open_ = false;
   bool other_lines_ = false;
 };

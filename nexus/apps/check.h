@@ -25,12 +25,6 @@
 
 namespace nexus {
 
-// In the order of the enum, as `type` spells them.
-inline constexpr std::array<std::string_view, 8> kKindNames{"ollama", "vllm", "llamacpp", "lmstudio",
-                                                            "openai", "exo",  "generic",  "echo"};
-
-constexpr std::string_view name_of(BackendKind kind) { return kKindNames[static_cast<std::size_t>(kind)]; }
-
 // What is known of one backend so far.
 struct CheckState {
   BackendSettings settings;

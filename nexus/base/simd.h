@@ -1,61 +1,84 @@
 // simd.h
-// Owns:     a large JSON text seen as bits: sixty-four bytes at a time, a bit each, for the few kinds that matter.
-// Promises: hardly a branch depends on what the bytes are. May read kBlockBytes past a text's end; a caller masks what
-//           lies there.
-// Leaves:   what the bits mean to incremental.h; proving that text is UTF-8 to simdjson.
-// Threads:  any.
+// Owns:      every vector instruction of Nexus: bytes compared 16 (Lane) or 64 (ByteBlock) at a time, one bit for each.
+// Promises:  class Lane and skip_text() are all that another processor needs; the rest is written in terms of them.
+//            Only find_control() stays inside its text: the others may read a whole lane or block past the end.
+// Leaves:    the meaning of the bits to sse.h, member_scan.h and the JSON readers.
+// Threads:   any.
+// Tested by: tests/text_test.cpp, tests/incremental_json_test.cpp, tests/usage_scan_test.cpp
 #pragma once
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
+#include "nexus/base/text.h"
+
 namespace nexus {
 
+constexpr std::size_t kLaneBytes = 16;
 constexpr std::size_t kBlockBytes = 64;
+
+// Sixteen bytes. A comparison yields a lane in which each byte is 0xff (true) or 0 (false).
+class Lane {
+ public:
+  explicit Lane(const char* at) : bytes_(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))) {}
+
+  Lane equal(char c) const { return Lane(_mm_cmpeq_epi8(bytes_, _mm_set1_epi8(c))); }
+  Lane equal(Lane other) const { return Lane(_mm_cmpeq_epi8(bytes_, other.bytes_)); }
+  Lane control() const { return Lane(_mm_max_epu8(bytes_, _mm_set1_epi8(0x1f))).equal(0x1f); }
+  // `[` and `{`, or `]` and `}`: they differ in one bit.
+  Lane bracket(char square) const { return Lane(_mm_and_si128(bytes_, _mm_set1_epi8(char(0xdf)))).equal(square); }
+  Lane operator|(Lane other) const { return Lane(_mm_or_si128(bytes_, other.bytes_)); }
+  Lane operator&(Lane other) const { return Lane(_mm_and_si128(bytes_, other.bytes_)); }
+  Lane without(Lane other) const { return Lane(_mm_andnot_si128(other.bytes_, bytes_)); }
+  // The highest bit of each byte; the first byte is the lowest bit.
+  unsigned mask() const { return static_cast<unsigned>(_mm_movemask_epi8(bytes_)); }
+
+ private:
+  explicit Lane(__m128i bytes) : bytes_(bytes) {}
+  __m128i bytes_;
+};
 
 class ByteBlock {
  public:
-  explicit ByteBlock(const char* text)
-      : a_(load(text)), b_(load(text + 16)), c_(load(text + 32)), d_(load(text + 48)) {}
+  explicit ByteBlock(const char* at) : a_(at), b_(at + 16), c_(at + 32), d_(at + 48) {}
 
-  // One bit a byte, the first the lowest.
   std::uint64_t equal(char c) const {
-    return bits([c](__m128i part) { return is(part, c); });
+    return bits([c](Lane lane) { return lane.equal(c); });
   }
-  std::uint64_t control() const { return bits(is_control); }
-  // `[` and `{`, or `]` and `}`: the one row of ASCII lies 0x20 above the other.
+  std::uint64_t control() const {
+    return bits([](Lane lane) { return lane.control(); });
+  }
   std::uint64_t bracket(char square) const {
-    return bits([square](__m128i part) { return is(_mm_and_si128(part, _mm_set1_epi8(char(0xdf))), square); });
+    return bits([square](Lane lane) { return lane.bracket(square); });
   }
-  bool is_ascii() const { return _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(a_, b_), _mm_or_si128(c_, d_))) == 0; }
+  bool is_ascii() const { return ((a_ | b_) | (c_ | d_)).mask() == 0; }
 
  private:
-  static __m128i load(const char* text) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(text)); }
-  static __m128i is(__m128i part, char c) { return _mm_cmpeq_epi8(part, _mm_set1_epi8(c)); }
-  static __m128i is_control(__m128i part) { return is(_mm_max_epu8(part, _mm_set1_epi8(0x1f)), 0x1f); }
-
   template <class Match>
   std::uint64_t bits(Match match) const {
-    const auto mask = [&](__m128i part) { return static_cast<std::uint64_t>(_mm_movemask_epi8(match(part))); };
+    const auto mask = [&](Lane lane) { return std::uint64_t{match(lane).mask()}; };
     return mask(a_) | mask(b_) << 16 | mask(c_) << 32 | mask(d_) << 48;
   }
 
-  __m128i a_, b_, c_, d_;
+  Lane a_, b_, c_, d_;
 };
+
+// ---- bits ----
 
 // The lowest `count` bits, 1 to 64 of them.
 inline std::uint64_t low_bits(std::size_t count) { return ~std::uint64_t{0} >> (64 - count); }
 
-// How many bits are set; without an instruction for it, which not every processor has.
+// The number of bits that are set. Without the popcnt instruction, which not every x86-64 processor has.
 inline std::size_t count_bits(std::uint64_t bits) {
   bits -= (bits >> 1) & 0x5555555555555555u;
   bits = (bits & 0x3333333333333333u) + ((bits >> 2) & 0x3333333333333333u);
   return ((bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
 }
 
-// Each bit is the exclusive or of itself and all below it: between quotes, if the bits are quotes.
+// Each bit becomes the exclusive or of itself and all lower bits. If the bits are quotes, the result marks strings.
 inline std::uint64_t between_pairs(std::uint64_t bits) {
   bits ^= bits << 1;
   bits ^= bits << 2;
@@ -65,15 +88,15 @@ inline std::uint64_t between_pairs(std::uint64_t bits) {
   return bits ^ bits << 32;
 }
 
-// Which backslashes escape what follows them: every other one of a row.
+// The backslashes that escape the next byte (every second one of a run), and the bytes that they escape.
 struct Escapes {
   std::uint64_t escaping;
   std::uint64_t escaped;
 
-  // `first_escaped`: whether the byte before this block escapes its first.
+  // `first_escaped`: the byte before this block escapes its first byte.
   Escapes(std::uint64_t backslashes, bool first_escaped) {
-    // A row of backslashes carries like a sum: rows that begin at an odd place and at an even one are told apart by
-    // where the carry ends. (As simdjson does it.)
+    // An addition carries through each run of backslashes; the place where the carry ends tells runs that begin at an
+    // odd bit from those that begin at an even one. (The method is simdjson's.)
     constexpr std::uint64_t kOdd = 0xaaaaaaaaaaaaaaaaULL;
     const std::uint64_t starts = backslashes & ~std::uint64_t{first_escaped};
     const std::uint64_t codes = (((starts << 1) | kOdd) - starts) ^ kOdd;
@@ -82,14 +105,52 @@ struct Escapes {
   }
 };
 
-// How far a string goes on.
+// ---- searches ----
+
+// The bits of a lane at `at` that lie before `end`.
+inline unsigned before_end(unsigned mask, const char* at, const char* end) {
+  const auto left = static_cast<std::size_t>(end - at);
+  return left >= kLaneBytes ? mask : mask & ((1u << left) - 1);
+}
+
+// The first byte in [at, end) that equals `one` or `other`, or `end`.
+inline const char* find_either(const char* at, const char* end, char one, char other) {
+  for (; at < end; at += kLaneBytes) {
+    const Lane lane(at);
+    const unsigned mask = before_end((lane.equal(one) | lane.equal(other)).mask(), at, end);
+    if (mask != 0) return at + std::countr_zero(mask);
+  }
+  return end;
+}
+
+// The index of the first byte in [from, to) of `base` that is no field text (see is_field_text), or `to`. Reads within
+// [base, base + to) only.
+inline std::size_t find_control(const char* base, std::size_t from, std::size_t to) {
+  const auto controls = [base](std::size_t at) {
+    const Lane lane(base + at);
+    return (lane.control().without(lane.equal('\t')) | lane.equal(0x7f)).mask();
+  };
+  for (; from + kLaneBytes <= to; from += kLaneBytes) {
+    const unsigned mask = controls(from);
+    if (mask != 0) return from + static_cast<std::size_t>(std::countr_zero(mask));
+  }
+  if (to < kLaneBytes) {
+    while (from < to && is_field_text(base[from])) ++from;
+    return from;
+  }
+  // The last lane overlaps bytes that were seen before.
+  const unsigned mask = controls(to - kLaneBytes) >> (kLaneBytes - (to - from));
+  return mask == 0 ? to : from + static_cast<std::size_t>(std::countr_zero(mask));
+}
+
+// The result of skip_text().
 struct TextRun {
-  std::size_t at;     // where a block begins in which it ends, or what is no whole block
-  bool escaped;       // whether the byte there is
-  bool ascii = true;  // what was passed over
+  std::size_t at;     // the block in which the string ends, or the last part of the text, shorter than a block
+  bool escaped;       // the byte at `at` is escaped
+  bool ascii = true;  // everything before `at` is ASCII
 };
 
-// Goes on by whole blocks while a string does. A control character ends it, too: it breaks it.
+// Skips whole blocks while a string goes on. A control character, which JSON forbids in strings, ends it too.
 inline TextRun skip_text_by_16(const char* text, std::size_t at, std::size_t end, bool escaped) {
   TextRun run{at, escaped};
   for (; end - run.at >= kBlockBytes; run.at += kBlockBytes) {
@@ -102,7 +163,7 @@ inline TextRun skip_text_by_16(const char* text, std::size_t at, std::size_t end
   return run;
 }
 
-// The same where the processor has AVX2.
+// The same with AVX2.
 [[gnu::target("avx2")]] inline std::uint64_t bits_of(__m256i low, __m256i high) {
   return static_cast<std::uint32_t>(_mm256_movemask_epi8(low)) |
          std::uint64_t{static_cast<std::uint32_t>(_mm256_movemask_epi8(high))} << 32;
@@ -131,19 +192,6 @@ inline const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
 
 inline TextRun skip_text(const char* text, std::size_t at, std::size_t end, bool escaped) {
   return kHasAvx2 ? skip_text_by_32(text, at, end, escaped) : skip_text_by_16(text, at, end, escaped);
-}
-
-// Where the last whole character ends in text that is UTF-8 from `begin` on: at `end`, or before a character whose last
-// bytes are behind it.
-inline std::size_t end_of_characters(const char* text, std::size_t begin, std::size_t end) {
-  for (std::size_t back = 1; back <= 3 && back <= end - begin; ++back) {
-    const auto byte = static_cast<unsigned char>(text[end - back]);
-    if (byte < 0x80) return end;
-    if (byte < 0xc0) continue;
-    const std::size_t length = byte < 0xe0 ? 2 : byte < 0xf0 ? 3 : 4;
-    return length > back ? end - back : end;
-  }
-  return end;
 }
 
 }  // namespace nexus

@@ -1,14 +1,12 @@
 // text.h
-// Owns:     small helpers on text: case, tokens, numbers, escapes, base names.
-// Promises: pure functions; ASCII rules, whatever the locale; nothing throws but for memory.
-// Leaves:   JSON reading to request_json.h, label rules to labels.h.
-// Threads:  any.
+// Owns:      small text functions: case, lists, decimal and hex numbers, UTF-8, host:port, JSON strings.
+// Promises:  pure functions with ASCII rules, whatever the locale; they throw only std::bad_alloc.
+// Leaves:    searching long text to simd.h, reading JSON to json_reader.h, label rules to labels.h.
+// Threads:   any.
+// Tested by: tests/text_test.cpp
 #pragma once
 
-#include <emmintrin.h>
-
 #include <array>
-#include <bit>
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
@@ -23,36 +21,8 @@ constexpr std::string_view kVersion = "0.1.0";
 constexpr char to_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-// What a field's value or a reason phrase may hold (RFC 9110 5.5): tabs, spaces, visible ASCII and bytes above it.
+// True for the bytes of a field value or a reason phrase (RFC 9110 5.5): tab, space, visible ASCII, and above 0x7f.
 constexpr bool is_field_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
-
-namespace detail {
-
-// A bit for each of the sixteen bytes that is no field text.
-inline unsigned controls_in(const char* at) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-  const __m128i below = _mm_cmpeq_epi8(_mm_min_epu8(bytes, _mm_set1_epi8(0x1f)), bytes);
-  const __m128i bad = _mm_or_si128(_mm_andnot_si128(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('\t')), below),
-                                   _mm_cmpeq_epi8(bytes, _mm_set1_epi8(0x7f)));
-  return static_cast<unsigned>(_mm_movemask_epi8(bad));
-}
-
-}  // namespace detail
-
-// Where the first byte that is no field text stands in [from, to) of `base`, or `to`. Sixteen bytes at a time; fewer
-// are looked at together with those before them.
-inline std::size_t find_control(const char* base, std::size_t from, std::size_t to) {
-  for (; from + 16 <= to; from += 16) {
-    const unsigned mask = detail::controls_in(base + from);
-    if (mask != 0) return from + static_cast<std::size_t>(std::countr_zero(mask));
-  }
-  if (to < 16) {
-    while (from < to && is_field_text(base[from])) ++from;
-    return from;
-  }
-  const unsigned mask = detail::controls_in(base + to - 16) >> (16 - (to - from));
-  return mask == 0 ? to : from + static_cast<std::size_t>(std::countr_zero(mask));
-}
 
 constexpr bool equals_ignoring_case(std::string_view a, std::string_view b) {
   if (a.size() != b.size()) return false;
@@ -66,14 +36,14 @@ constexpr bool starts_with_ignoring_case(std::string_view text, std::string_view
   return text.size() >= prefix.size() && equals_ignoring_case(text.substr(0, prefix.size()), prefix);
 }
 
-// Without the spaces and tabs (RFC 9110 5.6.3: OWS) at both ends.
+// Removes spaces and tabs (RFC 9110 5.6.3: OWS) at both ends.
 constexpr std::string_view trim_blanks(std::string_view text) {
   while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
   while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
   return text;
 }
 
-// The next element of a comma-separated list, trimmed; `list` loses it. Empty elements come out empty.
+// Removes the first element from the comma-separated `list` and returns it trimmed. It may be empty.
 constexpr std::string_view next_list_element(std::string_view& list) {
   const std::size_t comma = list.find(',');
   const std::string_view element = list.substr(0, comma);
@@ -81,19 +51,28 @@ constexpr std::string_view next_list_element(std::string_view& list) {
   return trim_blanks(element);
 }
 
-// Digits alone, no sign, no leading zero but in "0" itself, below 2^63. Anything else: nothing.
+// Digits only, without a leading zero except in "0", below 2^63. Nothing for any other text.
 constexpr std::optional<std::uint64_t> parse_decimal(std::string_view text) {
   if (text.empty() || text.size() > 19 || (text.size() > 1 && text[0] == '0')) return std::nullopt;
-  std::uint64_t value = 0;
+  std::uint64_t number = 0;
   for (const char c : text) {
     if (!is_digit(c)) return std::nullopt;
-    value = value * 10 + static_cast<std::uint64_t>(c - '0');
+    number = number * 10 + static_cast<std::uint64_t>(c - '0');
   }
-  if (value > INT64_MAX) return std::nullopt;
-  return value;
+  if (number > INT64_MAX) return std::nullopt;
+  return number;
 }
 
-// A number's digits, without an allocation.
+inline constexpr std::string_view kHexDigits = "0123456789abcdef";
+
+// 0 to 15, or -1 if `c` is not a hex digit of either case.
+constexpr int hex_value(char c) {
+  if (is_digit(c)) return c - '0';
+  const char lower = to_lower(c);
+  return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+}
+
+// The digits of a number, without an allocation.
 class Digits {
  public:
   explicit Digits(std::uint64_t value, int base = 10) {
@@ -107,39 +86,64 @@ class Digits {
   std::size_t bytes_;
 };
 
-namespace detail {
+struct Utf8Character {
+  char32_t code = 0;
+  std::size_t bytes = 0;  // 0: not a well-formed character
+};
 
-// The bytes of the well-formed UTF-8 character at the front of `text` (RFC 3629), or 0 where there is none.
-inline std::size_t utf8_length(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
-  const auto follows = [&](std::size_t i) { return i < text.size() && (byte(i) & 0xc0) == 0x80; };
-  const unsigned char first = byte(0);
-  if (first < 0x80) return 1;
-  if (first >= 0xc2 && first <= 0xdf) return follows(1) ? 2 : 0;
-  if (first >= 0xe0 && first <= 0xef) {
-    if (!follows(1) || !follows(2)) return 0;
-    if (first == 0xe0 && byte(1) < 0xa0) return 0;  // overlong
-    if (first == 0xed && byte(1) > 0x9f) return 0;  // a surrogate
-    return 3;
+// Reads the character at the beginning of `text`, which is not empty (RFC 3629).
+constexpr Utf8Character read_utf8(std::string_view text) {
+  constexpr std::array<char32_t, 5> kLeastCode{0, 0, 0x80, 0x800, 0x10000};  // a lower code is overlong
+  const auto byte = [text](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char lead = byte(0);
+  if (lead < 0x80) return {lead, 1};
+  const std::size_t bytes = lead < 0xc0 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf8 ? 4 : 0;
+  if (bytes == 0 || bytes > text.size()) return {};
+  char32_t code = lead & (0x7fu >> bytes);
+  for (std::size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return {};
+    code = code << 6 | (byte(i) & 0x3fu);
   }
-  if (first >= 0xf0 && first <= 0xf4) {
-    if (!follows(1) || !follows(2) || !follows(3)) return 0;
-    if (first == 0xf0 && byte(1) < 0x90) return 0;
-    if (first == 0xf4 && byte(1) > 0x8f) return 0;
-    return 4;
-  }
-  return 0;
+  const bool is_surrogate = code >= 0xd800 && code <= 0xdfff;
+  if (code < kLeastCode[bytes] || code > 0x10ffff || is_surrogate) return {};
+  return {code, bytes};
 }
 
+namespace detail {
+constexpr std::size_t utf8_length(std::string_view text) { return read_utf8(text).bytes; }
 }  // namespace detail
 
-// Appends `text` as the inside of a JSON string (RFC 8259 7): always valid JSON, also where `text` is not valid UTF-8
-// (a byte that belongs to no character becomes U+FFFD).
+// The length of `text` without a last character that is cut. The rest of `text` must be UTF-8.
+inline std::size_t without_cut_character(std::string_view text) {
+  for (std::size_t back = 1; back <= 3 && back <= text.size(); ++back) {
+    const auto byte = static_cast<unsigned char>(text[text.size() - back]);
+    if (byte < 0x80) break;
+    if (byte < 0xc0) continue;
+    const std::size_t bytes = byte < 0xe0 ? 2 : byte < 0xf0 ? 3 : 4;
+    return bytes > back ? text.size() - back : text.size();
+  }
+  return text.size();
+}
+
+// The host as a URL and a Host field write it: an IPv6 address stands in brackets (RFC 3986 3.2.2).
+inline std::string url_host(std::string_view host) {
+  const bool is_v6 = host.find(':') != std::string_view::npos;
+  std::string out(is_v6 ? "[" : "");
+  out += host;
+  return is_v6 ? out += ']' : out;
+}
+
+// `127.0.0.1:8000`, `[::1]:8000`.
+inline std::string host_port(std::string_view host, std::uint16_t port) {
+  return url_host(host).append(":").append(Digits(port).view());
+}
+
+// Appends `text` as the inside of a JSON string (RFC 8259 7). Every byte that is not part of a UTF-8 character becomes
+// U+FFFD, so that the result is always valid JSON.
 inline void append_json_escaped(std::string& out, std::string_view text) {
-  constexpr std::string_view kHex = "0123456789abcdef";
   while (!text.empty()) {
     const char c = text[0];
-    const std::size_t length = detail::utf8_length(text);
+    const std::size_t length = read_utf8(text).bytes;
     if (length == 0) {
       out += "\xef\xbf\xbd";
       text.remove_prefix(1);
@@ -156,8 +160,8 @@ inline void append_json_escaped(std::string& out, std::string_view text) {
       out += "\\t";
     } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
       out += "\\u00";
-      out += kHex[static_cast<unsigned char>(c) >> 4];
-      out += kHex[static_cast<unsigned char>(c) & 15];
+      out += kHexDigits[static_cast<unsigned char>(c) >> 4];
+      out += kHexDigits[static_cast<unsigned char>(c) & 15];
     } else {
       out.append(text.substr(0, length));
     }

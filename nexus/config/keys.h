@@ -209,8 +209,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
      [](S& s, V& v) { v.to_access(s.log.access); }},
 
     {"backend", "url", kText, "", "http://host[:port][/prefix]", [](S& s, V& v) { v.to(s.backends.back()); }},
-    {"backend", "type", kChoice, "generic", "ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo",
-     [](S& s, V& v) { v.to(s.backends.back().kind); }},
+    {"backend", "type", kChoice, "generic", kBackendKindNames, [](S& s, V& v) { v.to(s.backends.back().kind); }},
     {"backend", "priority", kNumber, "50", "0 to 100", [](S& s, V& v) { v.to(s.backends.back().priority); }},
     {"backend", "models", kText, "", "a comma-separated list of models",
      [](S& s, V& v) { v.to(s.backends.back().models); }},

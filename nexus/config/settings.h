@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/config/backend_kinds.h"
 
 namespace nexus {
 
@@ -50,7 +51,6 @@ struct HostPort {
   bool operator==(const HostPort&) const = default;
 };
 
-enum class BackendKind : std::uint8_t { ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo };
 enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least_pending };
 enum class LabelMode : std::uint8_t { sanitize, raw };
 enum class LogLevel : std::uint8_t { error, warning, info, debug };

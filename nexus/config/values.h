@@ -261,10 +261,7 @@ inline std::optional<HostPort> parse_listen(std::string_view text) {
 }
 
 // `host:port` or `[v6]:port`, as parse_listen reads it.
-inline std::string address_text(const HostPort& address) {
-  const bool v6 = address.host.find(':') != std::string::npos;
-  return (v6 ? "[" + address.host + "]" : address.host) + ":" + std::to_string(address.port);
-}
+inline std::string address_text(const HostPort& address) { return host_port(address.host, address.port); }
 
 // A name for DNS. One that ends in a number is a mistyped address (`10.0.0.256`, `1.2.3`).
 constexpr bool is_host_name(std::string_view host) {

@@ -1,18 +1,17 @@
 // prober.h
-// Owns:     asking a backend how it is and which models it has: one probe is one short HTTP exchange, or two.
-// Promises: every probe ends within its time with exactly one result; what it may hold is bounded.
-// Leaves:   when to ask and what follows to control.h; the state of a backend to registry.h.
-// Threads:  the control thread's.
+// Owns:      probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two.
+// Promises:  every probe ends within its timeout with exactly one result; its memory is bounded.
+// Leaves:    when to probe, and the consequences, to control.h; the state of a backend to registry.h.
+// Threads:   the control thread; the main thread of `nexus check`.
+// Tested by: tests/prober_test.cpp
 #pragma once
 
-#include <array>
-#include <cassert>
 #include <new>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "nexus/api/request_json.h"
+#include "nexus/api/response_json.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/body_framing.h"
@@ -26,44 +25,19 @@ constexpr std::uint8_t kProbeKind = 10;  // of a Handle
 constexpr std::size_t kMaxProbeBytes = 16u << 20;
 constexpr std::size_t kProbeReadBytes = 32u << 10;
 
-// How a kind of backend is asked. Both paths the same: one exchange does for both.
-struct ProbePaths {
-  BackendKind kind;
-  std::string_view health;
-  std::string_view models;
-};
-
-inline constexpr std::array<ProbePaths, 8> kProbePaths{{
-    {BackendKind::ollama, "/api/tags", "/api/tags"},
-    {BackendKind::vllm, "/v1/models", "/v1/models"},
-    {BackendKind::llamacpp, "/health", "/v1/models"},
-    {BackendKind::lmstudio, "/v1/models", "/v1/models"},
-    {BackendKind::openai, "/v1/models", "/v1/models"},
-    {BackendKind::exo, "/v1/models", "/v1/models"},
-    {BackendKind::generic, "/v1/models", "/v1/models"},
-    {BackendKind::echo, "/v1/models", "/v1/models"},
-}};
-
-constexpr const ProbePaths& probe_paths(BackendKind kind) {
-  const ProbePaths& row = kProbePaths[static_cast<std::size_t>(kind)];
-  assert(row.kind == kind);
-  return row;
-}
-
 struct ProbeResult {
-  std::uint64_t epoch = 0;  // of the backend that was asked
+  std::uint64_t epoch = 0;  // of the probed backend
   bool passed = false;
-  std::string reason;  // why it did not pass; or, where it did, why its models could not be read
+  std::string reason;  // why it failed; if it passed, why its models could not be read
   bool connected = false;
-  std::uint16_t status = 0;  // of its last answer; 0: none came
+  std::uint16_t status = 0;  // of the last response; 0: none
   Ns round_trip_ns = 0;
   bool models_read = false;
-  bool models_cut = false;     // it lists more than kMaxModelsPerBackend, or in more than kMaxProbeBytes
-  bool out_of_memory = false;  // then `passed` alone says something, and only where it is true
+  bool models_cut = false;     // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
+  bool out_of_memory = false;  // then nothing but passed == true has a meaning
   std::vector<std::string> models;
 };
 
-// What a probe is to ask.
 struct ProbeOrder {
   std::uint64_t epoch = 0;
   BackendKind kind = BackendKind::generic;
@@ -86,47 +60,42 @@ class Prober {
     probes_.each([this](Probe& probe) { drop(probe); });
   }
 
-  // Starts a probe; its result comes from on_event() or on_deadline(), or at once. `done(ProbeResult&&)`.
+  // Starts a probe. Its result comes from here, from on_event() or from on_deadline(), as done(ProbeResult&&).
   template <class Done>
   void start(const ProbeOrder& order, Ns now, Done&& done) {
     Probe* probe = probes_.make(order, now);
     if (probe == nullptr) {
       ProbeResult result;
       result.epoch = order.epoch;
-      return done(without_memory(std::move(result)));
+      note_no_memory(result);
+      return done(std::move(result));
     }
-    guarded(probe->token, done, [&] {
-      if (const char* why = connect(*probe)) return end(*probe, failure(order.epoch, why), done);
+    step(probe->token, done, [&](Probe&) {
+      if (!connect(*probe)) return true;
       wheel_.arm(probe->timer, deadline_after(now, order.timeout_ns));
+      return false;
     });
   }
 
   template <class Done>
   void on_event(const Event& event, Ns now, Done&& done) {
-    Probe* probe = probes_.get(event.token);
-    if (probe == nullptr) return;
-    probe->connection.note(event);
-    guarded(event.token, done, [&] {
-      if (!probe->asked) {
-        const IoResult established = probe->connection.establish(net_);
-        if (established.kind == IoResult::Kind::again) return;
-        if (!established.ok()) {
-          return end(*probe, failure(probe->order.epoch, std::string("connect: ") + strerror(established.error)), done);
-        }
-        ask(*probe);
+    step(event.token, done, [&](Probe& probe) {
+      probe.connection.note(event);
+      if (!probe.asked) {
+        const IoResult established = probe.connection.establish(net_);
+        if (established.kind == IoResult::Kind::again) return false;
+        if (!established.ok()) return end(probe, std::string("connect: ") + strerror(established.error));
+        ask(probe);
       }
-      if (event.writable) probe->connection.flush(net_);
-      read(*probe, now, done);
+      if (event.writable) probe.connection.flush(net_);
+      return read(probe, now);
     });
   }
 
   template <class Done>
   void on_deadline(Handle token, Done&& done) {
-    Probe* probe = probes_.get(token);
-    if (probe == nullptr) return;
-    guarded(token, done, [&] {
-      end(*probe, failure(probe->order.epoch, probe->asked ? "no answer in time" : "no connection in time"), done);
-    });
+    step(token, done,
+         [&](Probe& probe) { return end(probe, probe.asked ? "no answer in time" : "no connection in time"); });
   }
 
   std::size_t running() const { return probes_.live(); }
@@ -134,116 +103,114 @@ class Prober {
  private:
   struct Probe {
     Probe(Handle token_in, const ProbeOrder& order_in, Ns now)
-        : token(token_in), order(order_in), timer(token_in), started_ns(now) {
+        : token(token_in), order(order_in), row(row_of(order_in.kind)), timer(token_in), started_ns(now) {
       result.epoch = order.epoch;
     }
     Handle token;
     ProbeOrder order;
+    const BackendKindRow& row;
     Connection<Net> connection;
     Timer timer;
     Ns started_ns;
     bool asked = false;
-    bool second = false;  // asking for the models after the health
+    bool second = false;  // the health request passed, and the models are requested now
     bool head_done = false;
     Buffer input;
     FieldTable fields;
     ResponseReader reader;
     ResponseHead head;
     BodyDecoder body;
-    std::size_t body_bytes = 0;  // decoded, at the front of input behind the head
+    std::size_t body_bytes = 0;  // decoded, behind the head in `input`
     ProbeResult result;
+
+    // True if the current request is for the models.
+    bool asks_for_models() const { return order.wants_models && (second || row.models_path == row.health_path); }
   };
 
-  // Where memory is short on the way the probe ends, and says that it found nothing out.
+  // Runs `work`, which returns true if the probe is over, and then reports the result.
   template <class Done, class Work>
-  void guarded(Handle token, Done&& done, Work&& work) {
+  void step(Handle token, Done&& done, Work&& work) {
+    Probe* probe = probes_.get(token);
+    if (probe == nullptr) return;
     try {
-      work();
+      if (!work(*probe)) return;
     } catch (const std::bad_alloc&) {
-      Probe* probe = probes_.get(token);
-      if (probe == nullptr) throw;  // it is over: what was short of memory was done()
-      end_without_memory(*probe, done);
+      note_no_memory(probe->result);
     }
+    ProbeResult result = std::move(probe->result);
+    result.connected = probe->asked || probe->second;
+    result.status = probe->head_done ? probe->head.status : std::uint16_t{0};
+    drop(*probe);
+    done(std::move(result));
   }
 
-  template <class Done>
-  void end_without_memory(Probe& probe, Done&& done) {
-    end(probe, without_memory(std::move(probe.result)), done);
-  }
-
-  // A success of the first step stays one.
-  static ProbeResult without_memory(ProbeResult result) {
+  // If the health request passed, `passed` stays true.
+  static void note_no_memory(ProbeResult& result) {
     result.out_of_memory = true;
     result.models_read = result.models_cut = false;
-    result.reason = "memory is short";  // so short that it needs none itself
-    return result;
+    result.reason = "out of memory";  // short enough to be stored without an allocation
   }
 
-  static ProbeResult failure(std::uint64_t epoch, std::string reason) {
-    ProbeResult result;
-    result.epoch = epoch;
-    result.reason = std::move(reason);
-    return result;
+  static bool end(Probe& probe, std::string_view reason) {
+    probe.result.reason = reason;
+    return true;
   }
 
-  const char* connect(Probe& probe) {
+  // False if the probe is over.
+  bool connect(Probe& probe) {
     const SocketOutcome outcome = probe.connection.connect(net_, probe.order.address, probe.token);
-    if (outcome == SocketOutcome::no_descriptor) return "no file descriptor is free";
+    if (outcome == SocketOutcome::no_descriptor) return !end(probe, "no file descriptor is free");
     if (outcome == SocketOutcome::no_memory) throw std::bad_alloc();
-    if (outcome != SocketOutcome::ok) return "the connection was refused at once";
+    if (outcome != SocketOutcome::ok) return !end(probe, "the connection was refused at once");
     probe.asked = probe.head_done = false;
     probe.input.clear();
     probe.reader.start(&probe.fields);
-    return nullptr;
+    return true;
   }
 
   void ask(Probe& probe) {
-    const ProbePaths& paths = probe_paths(probe.order.kind);
     std::string head = "GET " + probe.order.base_path;
-    head.append(probe.second ? paths.models : paths.health).append(" HTTP/1.1\r\n");
+    head.append(probe.second ? probe.row.models_path : probe.row.health_path).append(" HTTP/1.1\r\n");
     detail::append_field(head, "Host", probe.order.host);
     detail::append_field(head, "User-Agent", std::string("nexus/").append(kVersion));
     detail::append_field(head, "Accept", "application/json");
     if (!probe.order.authorization.empty()) detail::append_field(head, "Authorization", probe.order.authorization);
     head += "Connection: close\r\n\r\n";
     probe.asked = true;
-    probe.connection.write(net_, blocks_, head);  // a failure shows when the answer is read
+    probe.connection.write(net_, blocks_, head);  // reading the response reports a failure
   }
 
-  template <class Done>
-  void read(Probe& probe, Ns now, Done&& done) {
+  // True if the probe is over.
+  bool read(Probe& probe, Ns now) {
     while (probe.connection.may_read()) {
       if (probe.input.size() > kMaxProbeBytes) {
-        probe.result.models_cut = asks_for_models(probe);
-        return end_unread(probe, now, "its answer is too large", done);
+        probe.result.models_cut = probe.asks_for_models();
+        return end(probe, "its answer is too large");
       }
-      if (!probe.input.reserve(blocks_, std::max(kProbeReadBytes, probe.input.size()))) {
-        return end_without_memory(probe, done);
-      }
+      if (!probe.input.reserve(blocks_, std::max(kProbeReadBytes, probe.input.size()))) throw std::bad_alloc();
       const IoResult result = probe.connection.read(net_, probe.input.tail(), probe.input.room());
-      if (result.kind == IoResult::Kind::again) return;
-      if (result.kind == IoResult::Kind::failed) {
-        return end(probe, failure(probe.order.epoch, std::string("read: ") + strerror(result.error)), done);
-      }
+      if (result.kind == IoResult::Kind::again) return false;
+      if (result.kind == IoResult::Kind::failed) return end(probe, std::string("read: ") + strerror(result.error));
       const bool ended = result.kind == IoResult::Kind::eof;
       if (!ended) probe.input.commit(result.bytes);
-      switch (take_in(probe, ended)) {
-        case Taken::need_more: break;
-        case Taken::bad: return end(probe, failure(probe.order.epoch, "its answer is not HTTP"), done);
-        case Taken::cut: return end(probe, failure(probe.order.epoch, "its answer was cut short"), done);
-        case Taken::whole: return on_answer(probe, now, done);
+      switch (parse(probe, ended)) {
+        case Parsed::need_more: break;
+        case Parsed::bad: return end(probe, "its answer is not valid HTTP");
+        case Parsed::cut: return end(probe, "its answer was cut short");
+        case Parsed::whole: return on_answer(probe, now);
       }
     }
+    return false;
   }
 
-  enum class Taken : std::uint8_t { need_more, bad, cut, whole };
+  enum class Parsed : std::uint8_t { need_more, bad, cut, whole };
 
-  Taken take_in(Probe& probe, bool ended) {
+  Parsed parse(Probe& probe, bool ended) {
     if (!probe.head_done) {
       const HeadResult result = probe.reader.feed(probe.input.data(), probe.input.size(), probe.head);
-      if (result.status == HeadResult::Status::failed) return Taken::bad;
-      if (result.status == HeadResult::Status::need_more) return ended ? Taken::cut : Taken::need_more;
-      if (probe.head.status < 200) return Taken::bad;
+      if (result.status == HeadResult::Status::failed) return Parsed::bad;
+      if (result.status == HeadResult::Status::need_more) return ended ? Parsed::cut : Parsed::need_more;
+      if (probe.head.status < 200) return Parsed::bad;
       probe.head_done = true;
       probe.body.start(probe.head.framing);
       probe.body_bytes = 0;
@@ -253,74 +220,39 @@ class Prober {
         probe.body.feed(probe.input.data() + decoded_end, probe.input.size() - decoded_end);
     probe.body_bytes += piece.bytes;
     probe.input.truncate(decoded_end + piece.bytes);
-    if (piece.failed) return Taken::bad;
-    if (piece.done) return Taken::whole;
-    if (!ended) return Taken::need_more;
-    return probe.body.ends_with_connection() ? Taken::whole : Taken::cut;
+    if (piece.failed) return Parsed::bad;
+    if (piece.done) return Parsed::whole;
+    if (!ended) return Parsed::need_more;
+    return probe.body.ends_with_connection() ? Parsed::whole : Parsed::cut;
   }
 
-  template <class Done>
-  void on_answer(Probe& probe, Ns now, Done&& done) {
+  // True if the probe is over.
+  bool on_answer(Probe& probe, Ns now) {
     const bool good = probe.head.status / 100 == 2;
-    const ProbePaths& paths = probe_paths(probe.order.kind);
+    const std::string status = std::to_string(probe.head.status);
+    if (!good) return end(probe, (probe.second ? "its list of models answered " : "it answered ") + status);
     if (!probe.second) {
-      if (!good) {
-        return end(probe, failure(probe.order.epoch, "it answered " + std::to_string(probe.head.status)), done);
-      }
       probe.result.passed = true;
       probe.result.round_trip_ns = now - probe.started_ns;
-      if (paths.models != paths.health && probe.order.wants_models) return ask_for_models(probe, now, done);
     }
-    if (good && probe.order.wants_models) {
+    if (probe.asks_for_models()) {
       read_models(probe);
-    } else if (!good) {
-      probe.result.reason = "its list of models answered " + std::to_string(probe.head.status);
+    } else if (probe.order.wants_models) {
+      probe.connection.close(net_);
+      probe.second = true;
+      return !connect(probe);
     }
-    end(probe, std::move(probe.result), done);
-  }
-
-  template <class Done>
-  void ask_for_models(Probe& probe, Ns now, Done&& done) {
-    probe.connection.close(net_);
-    probe.second = true;
-    if (const char* why = connect(probe)) return end_unread(probe, now, why, done);
-  }
-
-  // It passed, but its models are not known.
-  template <class Done>
-  void end_unread(Probe& probe, Ns, std::string_view why, Done&& done) {
-    probe.result.reason = why;
-    end(probe, std::move(probe.result), done);
-  }
-
-  // Whether the answer that is being read is the list of models, and that is wanted.
-  static bool asks_for_models(const Probe& probe) {
-    const ProbePaths& paths = probe_paths(probe.order.kind);
-    return probe.order.wants_models && (probe.second || paths.models == paths.health);
+    return true;
   }
 
   void read_models(Probe& probe) {
-    const char* text = probe.input.data() + probe.head.head_bytes;
+    const std::string_view text(probe.input.data() + probe.head.head_bytes, probe.body_bytes);
     ProbeResult& result = probe.result;
-    const ModelList list =
-        json_.read_models(text, probe.body_bytes, kMaxModelsPerBackend, result.models, result.models_cut);
+    const ModelList list = nexus::read_models(json_, text, kMaxModelsPerBackend, result.models, result.models_cut);
     if (list == ModelList::out_of_memory) throw std::bad_alloc();
     result.models_read = list == ModelList::read;
-    if (!probe.result.models_read) probe.result.reason = "its list of models could not be read";
-    if (probe.result.models_cut) probe.result.reason = "it lists too many models: the rest is left out";
-  }
-
-  // A failed second step leaves the first one's success.
-  template <class Done>
-  void end(Probe& probe, ProbeResult result, Done&& done) {
-    if (probe.second && !result.passed && !result.out_of_memory) {
-      probe.result.reason = result.reason;
-      result = std::move(probe.result);
-    }
-    result.connected = probe.asked || probe.second;
-    result.status = probe.head_done ? probe.head.status : std::uint16_t{0};
-    drop(probe);
-    done(std::move(result));
+    if (!result.models_read) result.reason = "its list of models could not be read";
+    if (result.models_cut) result.reason = "it lists too many models: the rest is left out";
   }
 
   void drop(Probe& probe) {

@@ -91,10 +91,9 @@ using SnapshotPtr = std::shared_ptr<const Snapshot>;
 
 // The Host field for a backend: host[:port], with an IPv6 address in brackets.
 inline std::string host_of(const BackendSettings& backend) {
-  const bool v6 = backend.address.host.find(':') != std::string::npos;
-  std::string host = v6 ? "[" + backend.address.host + "]" : backend.address.host;
-  if (backend.address.port != 80) host += ":" + std::to_string(backend.address.port);
-  return host.empty() || backend.address.host.empty() ? "localhost" : host;
+  const auto& [host, port] = backend.address;
+  if (host.empty()) return "localhost";
+  return port == 80 ? url_host(host) : host_port(host, port);
 }
 
 class Registry {
@@ -272,7 +271,7 @@ class Registry {
     view.priority = from.priority;
     view.max_pending = from.max_pending;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||
-                     (from.stream_usage == StreamUsage::by_kind && from.kind != BackendKind::generic);
+                     (from.stream_usage == StreamUsage::by_kind && row_of(from.kind).takes_stream_options);
     view.healthy = backend.health == Health::healthy && backend.address.has_value();
     return view;
   }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/hash.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/registry.h"
@@ -84,18 +85,6 @@ constexpr std::uint64_t kPart = 1'000;            // each part of a `smart` scor
 constexpr std::uint64_t kScoreScale = 1'000'000;  // the best `smart` score
 constexpr std::uint64_t kRoundsPerDeal = 4;       // rounds of share_evenly() with the same order
 constexpr Ns kNoiseNs = 50 * kMillisecond;        // latencies below this count as equal: models are slower
-
-// Spreads every bit of `x` over all of the result; 0 stays 0. (The finisher of splitmix64.)
-constexpr std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-
-// The n-th number of the random sequence that starts at `seed`.
-constexpr std::uint64_t random_at(std::uint64_t seed, std::uint64_t n) {
-  return mix(seed + (n + 1) * 0x9e3779b97f4a7c15);
-}
 
 inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
   if (needs.vision && !has.vision) return false;

@@ -1,9 +1,10 @@
 // body_framing.h
-// Owns:     an answer's body on its way: taken out of the backend's framing, put into the client's.
-// Promises: payload bytes pass unchanged and in order; an end is told to the client only where the backend told one; no
-//           byte behind the end is taken for body.
-// Leaves:   sockets and decisions to exchange.h, token counts to usage_scan.h.
-// Threads:  parts of one exchange.
+// Owns:      the framing of a response body: removing the backend's, adding the client's.
+// Promises:  payload bytes pass unchanged and in order; the client gets an end of body only if the backend sent one;
+//            bytes behind the end are never taken for the body.
+// Leaves:    sockets and decisions to exchange.h, token counts to usage_scan.h.
+// Threads:   parts of one exchange.
+// Tested by: tests/hostile_answers_test.cpp, tests/worker_test.cpp
 #pragma once
 
 #include <sys/uio.h>
@@ -22,7 +23,6 @@
 
 namespace nexus {
 
-// The backend's framing undone.
 class BodyDecoder {
  public:
   struct Piece {
@@ -30,7 +30,7 @@ class BodyDecoder {
     std::size_t bytes = 0;
     bool done = false;
     bool failed = false;  // the framing is broken
-    bool excess = false;  // bytes came behind the end: the connection can't be used again
+    bool excess = false;  // there are bytes behind the end: the connection must not be used again
   };
 
   void start(const Framing& framing) {
@@ -65,7 +65,7 @@ class BodyDecoder {
     return piece;
   }
 
-  // Whether the end of the connection is this body's proper end.
+  // True if the body ends where the connection ends.
   bool ends_with_connection() const { return framing_.kind == Framing::Kind::until_close; }
 
  private:
@@ -73,7 +73,7 @@ class BodyDecoder {
   ChunkedDecoder decoder_;
 };
 
-// One write to the client: a head, and up to two runs of payload in the client's framing.
+// One write to the client: a head, and up to two parts of payload in the client's framing.
 class ClientWrite {
  public:
   void add(std::string_view bytes) {
@@ -104,7 +104,7 @@ class ClientWrite {
     if (chunked) add("0\r\n\r\n");
   }
 
-  // What to write; small parts are put together, since one plain send costs less than a gathered one.
+  // Copies small parts into one, because a plain send costs less than a gathered one.
   std::span<iovec> parts() {
     if (count_ > 1 && total_bytes_ <= small_.size()) {
       char* at = small_.data();

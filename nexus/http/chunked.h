@@ -75,12 +75,6 @@ class ChunkedDecoder {
     failed,
   };
 
-  static int hex_value(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-  }
   static constexpr std::string_view kTokenMarks = "!#$%&'*+-.^_`|~";
   static bool is_token(char c) {  // RFC 9110 5.6.2
     const char lower = to_lower(c);

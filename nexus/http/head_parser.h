@@ -19,6 +19,7 @@
 #include <optional>
 #include <string_view>
 
+#include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/http/header_fields.h"
 
@@ -317,10 +318,9 @@ inline const char* check_host(std::string_view host) {
 inline const char* check_target(std::string_view target) {
   if (target.empty() || target[0] != '/') return "the target is not an absolute path";
   if (!all_may_be(kInTarget, target)) return "a byte in the target that must be escaped";
-  const auto is_hex = [](char h) { return is_digit(h) || (to_lower(h) >= 'a' && to_lower(h) <= 'f'); };
   for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
     const std::string_view hex = target.substr(i + 1, 2);
-    if (hex.size() != 2 || !is_hex(hex[0]) || !is_hex(hex[1])) return "a broken escape in the target";
+    if (hex.size() != 2 || hex_value(hex[0]) < 0 || hex_value(hex[1]) < 0) return "a broken escape in the target";
     if (hex[0] < '2' || hex == "7f" || hex == "7F") return "a control character in the target";
   }
   return nullptr;

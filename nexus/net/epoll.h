@@ -31,6 +31,7 @@
 
 #include "nexus/base/clock.h"
 #include "nexus/base/slot_map.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
@@ -56,8 +57,7 @@ inline std::optional<Address> parse_address(const std::string& host, std::uint16
 inline std::string to_string(const Address& address) {
   char text[INET6_ADDRSTRLEN] = "";
   inet_ntop(address.v6 ? AF_INET6 : AF_INET, address.ip.data(), text, sizeof text);
-  std::string out = address.v6 ? "[" + std::string(text) + "]" : std::string(text);
-  return out + ":" + std::to_string(address.port);
+  return host_port(text, address.port);
 }
 
 struct IoResult {

@@ -204,11 +204,12 @@ class Exchange {
   // ---- the request ----
 
   void start_routing(IncrementalJson* incremental) {
-    const BodyError error = read_body(context_.json, incremental, request_, snapshot_->any_vision_stated, facts_);
+    const BodyError error =
+        read_body(context_.json, *endpoint_, incremental, request_, snapshot_->any_vision_stated, facts_);
     if (error != BodyError::none) return refuse_body(error);
     summary_.model.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
-    summary_.record.stream = facts_.stream && endpoint_->streams;
+    summary_.record.stream = facts_.stream;
     if (entry_ == nullptr) return refuse_unknown_model();
     summary_.record.model = entry_->id;
     const Settings& settings = context_.settings();

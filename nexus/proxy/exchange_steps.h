@@ -144,7 +144,7 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
     picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
   }
   // The client gets this response: from here on nothing is retried.
-  relay_.begin(result, route(), adds_usage_event_);
+  relay_.begin(*endpoint_, result, route(), adds_usage_event_);
   go(State::streaming);
   on_relayed(relay_.pass_first(result));
 }

@@ -26,10 +26,11 @@ constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt
 constexpr std::size_t kListedModelBytes = 1024;  // of model names in an error message
 
 // Reads the complete body; `incremental`: its reader, if the body was read while it came.
-inline BodyError read_body(JsonReader& json, IncrementalJson* incremental, const RequestView& request,
-                           bool find_messages, BodyFacts& facts) {
-  if (incremental == nullptr) return json.read_body(request.body, request.body_bytes, facts, find_messages);
-  return incremental->read(json, request.body, request.body_bytes, facts, find_messages);
+inline BodyError read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,
+                           const RequestView& request, bool find_messages, BodyFacts& facts) {
+  const std::string_view body(request.body, request.body_bytes);
+  if (incremental == nullptr) return read_body(json, endpoint, body, facts, find_messages);
+  return incremental->read(json, endpoint, body, facts, find_messages);
 }
 
 inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {

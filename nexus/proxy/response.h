@@ -15,7 +15,7 @@
 #include <string_view>
 
 #include "nexus/api/errors.h"
-#include "nexus/api/request_json.h"
+#include "nexus/api/response_json.h"
 #include "nexus/api/usage_scan.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/object_pool.h"
@@ -44,7 +44,9 @@ class Response {
   }
 
   // Starts a response. `remove_usage_event`: Nexus asked for the token counts, the client did not.
-  void begin(const ResponseHead& head, const HeadView& view, bool to_http_1_0, bool remove_usage_event) {
+  void begin(const Endpoint& endpoint, const ResponseHead& head, const HeadView& view, bool to_http_1_0,
+             bool remove_usage_event) {
+    usage_names_ = endpoint.usage;
     status_ = head.status;
     keep_alive_ = head.keep_alive;
     excess_ = false;
@@ -52,7 +54,7 @@ class Response {
     body_.start(head.framing);
     scan_kind_ = scan_kind(head, view);
     remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
-    scan_.start(scan_kind_, remove_usage_event);
+    scan_.start(scan_kind_, usage_names_, remove_usage_event);
     whole_usage_ = Usage{};
     usage_lost_ = false;
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
@@ -66,7 +68,8 @@ class Response {
     if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = now;
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
-      whole_usage_ = json.read_answer(piece.data, piece.bytes);  // the usual case: the body came in one piece
+      // The usual case: the body came in one piece.
+      whole_usage_ = read_answer(json, *usage_names_, {piece.data, piece.bytes});
       usage_lost_ = json.out_of_memory();
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
       return Step::out_of_memory;
@@ -128,6 +131,7 @@ class Response {
 
   UsageScan::Kind scan_kind(const ResponseHead& head, const HeadView& view) const {
     if (head.status / 100 != 2 || head.framing.kind == Framing::Kind::none) return UsageScan::Kind::none;
+    if (usage_names_ == nullptr) return UsageScan::Kind::none;
     const FieldRow* coding = find_field(*view.fields, Field::content_encoding);
     if (coding != nullptr && !equals_ignoring_case(value_of(view.base, *coding), "identity")) {
       return UsageScan::Kind::none;
@@ -151,6 +155,7 @@ class Response {
   BodyDecoder body_;
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
+  const UsageNames* usage_names_ = nullptr;
   bool usage_lost_ = false;
   Usage whole_usage_;  // of a body that was read in one piece, without the scan
   Framing framing_;

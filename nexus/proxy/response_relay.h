@@ -61,10 +61,11 @@ class ResponseRelay {
   void drop_head() { head_.clear(); }
 
   // Writes the client's head into the context's text; pass_first() sends it.
-  void begin(const ResponseHeadReader::Result& result, const RouteInfo& route, bool remove_usage_event) {
+  void begin(const Endpoint& endpoint, const ResponseHeadReader::Result& result, const RouteInfo& route,
+             bool remove_usage_event) {
     const ResponseHead& head = result.head;
     const HeadView view = head_.view(result);
-    response_.begin(head, view, client_.http_1_0(), remove_usage_event);
+    response_.begin(endpoint, head, view, client_.http_1_0(), remove_usage_event);
     RequestRecord& record = summary_.record;
     record.status = head.status;
     record.error = response_.is_success() ? ErrorType::none : ErrorType::backend_error;

@@ -94,10 +94,9 @@ inline std::string render_models(const Snapshot& snapshot) {
 // Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
 inline std::string unescape_path(std::string_view text) {
   std::string out;
-  const auto value = [](char c) { return is_digit(c) ? c - '0' : to_lower(c) - 'a' + 10; };
   for (std::size_t i = 0; i < text.size(); ++i) {
     if (text[i] == '%' && i + 2 < text.size()) {
-      out += static_cast<char>(value(text[i + 1]) * 16 + value(text[i + 2]));
+      out += static_cast<char>(hex_value(text[i + 1]) * 16 + hex_value(text[i + 2]));
       i += 2;
     } else {
       out += text[i];

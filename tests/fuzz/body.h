@@ -8,6 +8,7 @@
 #pragma once
 
 #include "nexus/api/request_json.h"
+#include "nexus/api/response_json.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/plain_json.h"
 
@@ -85,7 +86,7 @@ inline void check_facts(std::string_view text, const plain_json::Value& body, co
 inline void request_body(std::string_view input) {
   Guarded copy(input, nexus::kPaddingBytes);
   nexus::BodyFacts facts;
-  const nexus::BodyError error = json_reader().read_body(copy.data(), input.size(), facts);
+  const nexus::BodyError error = nexus::read_body(json_reader(), nexus::kEndpoints[0], copy.view(), facts);
   check(copy.view() == input, "the body was changed");
   plain_json::Reader plain(input);
   const auto body = plain.read();
@@ -110,7 +111,7 @@ inline void model_list(std::string_view input) {
   std::vector<std::string> names;
   bool more = false;
   constexpr std::size_t kMost = 5;
-  const nexus::ModelList found = json_reader().read_models(copy.data(), input.size(), kMost, names, more);
+  const nexus::ModelList found = nexus::read_models(json_reader(), copy.view(), kMost, names, more);
   const bool read = found == nexus::ModelList::read;
   check(names.size() <= kMost, "more names than asked for");
   for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");

@@ -13,26 +13,26 @@ namespace fuzz {
 
 inline bool same_span(const nexus::BodySpan& a, const nexus::BodySpan& b) { return a.at == b.at && a.bytes == b.bytes; }
 
-inline void check_same_facts(const nexus::BodyFacts& skimmed, const nexus::BodyFacts& wanted) {
-  check(skimmed.model == wanted.model, "the models differ");
-  check(same_span(skimmed.model_value, wanted.model_value), "model stands elsewhere");
-  check(skimmed.first_member == wanted.first_member, "the first member stands elsewhere");
-  check(skimmed.stream == wanted.stream, "stream differs");
-  check(skimmed.stream_options == wanted.stream_options, "stream_options differ");
-  check(same_span(skimmed.stream_options_value, wanted.stream_options_value), "stream_options stand elsewhere");
-  check(skimmed.stream_options_empty == wanted.stream_options_empty, "whether stream_options are empty");
-  check(skimmed.include_usage == wanted.include_usage, "include_usage differs");
-  check(same_span(skimmed.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
-  check(skimmed.has_tools == wanted.has_tools, "tools differ");
-  check(skimmed.json_mode == wanted.json_mode, "json_mode differs");
-  check(same_span(skimmed.messages, wanted.messages), "messages stand elsewhere");
-  check(skimmed.has_images == wanted.has_images, "images differ");
+inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFacts& wanted) {
+  check(facts.model == wanted.model, "the models differ");
+  check(same_span(facts.model_value, wanted.model_value), "model stands elsewhere");
+  check(facts.first_member == wanted.first_member, "the first member stands elsewhere");
+  check(facts.stream == wanted.stream, "stream differs");
+  check(facts.stream_options == wanted.stream_options, "stream_options differ");
+  check(same_span(facts.stream_options_value, wanted.stream_options_value), "stream_options stand elsewhere");
+  check(facts.stream_options_empty == wanted.stream_options_empty, "whether stream_options are empty");
+  check(facts.include_usage == wanted.include_usage, "include_usage differs");
+  check(same_span(facts.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
+  check(facts.has_tools == wanted.has_tools, "tools differ");
+  check(facts.json_mode == wanted.json_mode, "json_mode differs");
+  check(same_span(facts.messages, wanted.messages), "messages stand elsewhere");
+  check(facts.has_images == wanted.has_images, "images differ");
 }
 
 // `ends`: of each piece. The body lies elsewhere each time, with a guard page behind the padding; of very many pieces
 // it stays where it is, since copying would cost most.
-inline nexus::BodyError skim_cut(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
-                                 nexus::BodyFacts& facts, bool find_messages) {
+inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
+                                       nexus::BodyFacts& facts, bool find_messages) {
   static nexus::IncrementalJson incremental;
   incremental.start();
   constexpr std::size_t kMostCopies = 256;
@@ -44,10 +44,10 @@ inline nexus::BodyError skim_cut(std::string_view input, const std::vector<std::
       incremental.feed(json_reader(), piece.data(), end);
     }
   }
-  return incremental.read(json_reader(), whole.data(), input.size(), facts, find_messages);
+  return incremental.read(json_reader(), nexus::kEndpoints[0], whole.view(), facts, find_messages);
 }
 
-inline void check_skim(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
+inline void check_pieces(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
   using nexus::BodyError;
   static nexus::JsonReader direct_reader;  // whose last answer stays where it is
   Guarded whole(input, nexus::kPaddingBytes);
@@ -55,13 +55,13 @@ inline void check_skim(std::string_view input, const std::vector<std::vector<std
   const bool is_body = plain && plain->kind == Kind::object;
   for (const bool find_messages : {true, false}) {
     nexus::BodyFacts wanted;
-    const BodyError error = direct_reader.read_body(whole.data(), input.size(), wanted, find_messages);
+    const BodyError error = nexus::read_body(direct_reader, nexus::kEndpoints[0], whole.view(), wanted, find_messages);
     for (const auto& ends : ways) {
       nexus::BodyFacts facts;
-      const BodyError skimmed = skim_cut(input, ends, whole, facts, find_messages);
-      if (error != BodyError::none) check(skimmed != BodyError::none, "a fault was passed over");
-      if (is_body) check(skimmed == error, "another error is told");
-      if (skimmed == BodyError::none) check_same_facts(facts, wanted);
+      const BodyError pieces_error = read_in_pieces(input, ends, whole, facts, find_messages);
+      if (error != BodyError::none) check(pieces_error != BodyError::none, "an error was missed");
+      if (is_body) check(pieces_error == error, "another error is reported");
+      if (pieces_error == BodyError::none) check_same_facts(facts, wanted);
     }
   }
   check(whole.view() == input, "the body was changed");
@@ -69,7 +69,7 @@ inline void check_skim(std::string_view input, const std::vector<std::vector<std
 
 inline void incremental_json(std::string_view input) {
   Draw draw(input);
-  check_skim(input, cuts_of(input.size(), draw));
+  check_pieces(input, cuts_of(input.size(), draw));
 }
 
 }  // namespace fuzz

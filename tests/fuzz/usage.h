@@ -25,7 +25,7 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
   UsageRun run;
   {
     nexus::UsageScan scan;
-    scan.start(kind, removing);
+    scan.start(kind, &nexus::kOpenAiUsage, removing);
     nexus::UsageScan::Out out;
     std::size_t from = 0;
     for (const std::size_t end : ends) {

@@ -12,14 +12,9 @@
 #include <string_view>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/hash.h"
 
 namespace nexus::sim {
-
-constexpr std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
 
 // A number for a text: texts that differ have others.
 constexpr std::uint64_t digest(std::string_view text) {

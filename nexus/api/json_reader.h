@@ -1,0 +1,126 @@
+// json_reader.h
+// Owns:      simdjson: a parser for small texts, one for large texts, and room for unescaped strings.
+// Promises:  reads the bytes where they lie; a text up to kSmallText needs no allocation, and the index of a large text
+//            is freed again; nothing throws except the constructor.
+// Leaves:    requests to request_json.h, responses to response_json.h.
+// Threads:   a reader belongs to one thread; a view that it returned lasts until the next call.
+// Tested by: tests/request_json_test.cpp
+#pragma once
+
+#include <simdjson.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <string_view>
+#include <utility>
+
+#include "nexus/base/buffer.h"
+
+namespace nexus {
+
+static_assert(kPaddingBytes >= simdjson::SIMDJSON_PADDING);
+
+// The longest string, with its escapes, that is read as a name. A longer one comes with its escapes, cut to
+// kCutNameBytes. Names in nexus.conf have kMaxModelNameBytes at most.
+constexpr std::size_t kReadNameBytes = 4096 - simdjson::SIMDJSON_PADDING;
+constexpr std::size_t kCutNameBytes = 4096;
+constexpr std::size_t kReadKeyBytes = 256 - simdjson::SIMDJSON_PADDING;
+
+constexpr bool is_json_blank(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
+
+// Removes white space at the end.
+constexpr std::string_view trim_json_end(std::string_view text) {
+  while (!text.empty() && is_json_blank(text.back())) text.remove_suffix(1);
+  return text;
+}
+
+class JsonReader {
+ public:
+  using Document = simdjson::ondemand::document;
+  using Object = simdjson::ondemand::object;
+  using Value = simdjson::ondemand::value;
+
+  JsonReader() {
+    if (small_.allocate(kSmallText) != simdjson::SUCCESS) throw std::bad_alloc();
+  }
+
+  // True if the last open() failed for lack of memory.
+  bool out_of_memory() const { return out_of_memory_; }
+
+  // Begins to read a text, behind which kPaddingBytes must be readable. False if it does not begin like an object.
+  bool open(std::string_view text, Document& document, Object& object) {
+    out_of_memory_ = false;
+    if (text.empty()) return false;  // simdjson would use an index that it may not have allocated
+    // The large parser keeps its index: free it when a much smaller text follows.
+    if (large_.capacity() > kKeptCapacity && text.size() < kKeptCapacity) large_ = simdjson::ondemand::parser();
+    const simdjson::padded_string_view padded(text.data(), text.size(), text.size() + simdjson::SIMDJSON_PADDING);
+    const simdjson::error_code error = (text.size() <= kSmallText ? small_ : large_).iterate(padded).get(document);
+    out_of_memory_ = error == simdjson::MEMALLOC;
+    return error == simdjson::SUCCESS && document.get_object().get(object) == simdjson::SUCCESS;
+  }
+
+  // True if the whole text was read and was one object. A broken value that was skipped shows only here.
+  static bool at_end(Document& document) { return document.is_alive() && document.at_end(); }
+
+  // Calls visit(key, value), the key unescaped, for each member until it returns false. False if it did, or if the
+  // object is broken.
+  template <class Visit>
+  bool each_member(Object& object, Visit&& visit) {
+    for (auto member : object) {
+      simdjson::ondemand::field field;
+      std::string_view key;
+      if (std::move(member).get(field) || !text_of(field.key(), field.key_raw_json_token(), key_text_, key))
+        return false;
+      if (!visit(key, field.value())) return false;
+    }
+    return true;
+  }
+
+  // Unescapes a key that stands in `token` with its quotes. Behind it kPaddingBytes must be readable.
+  bool read_key(std::string_view token, std::string_view& key) {
+    const simdjson::ondemand::raw_json_string raw(reinterpret_cast<const std::uint8_t*>(token.data()) + 1);
+    return text_of(raw, token, key_text_, key);
+  }
+
+  // Reads a string. A name lasts until the next name; a word until the next key or word. False if it is no string.
+  bool read_name(Value& value, std::string_view& name) { return read_string(value, value_text_, name); }
+  bool read_word(Value& value, std::string_view& word) { return read_string(value, key_text_, word); }
+
+ private:
+  static constexpr std::size_t kKeptCapacity = 1u << 20;
+  static constexpr std::size_t kSmallText = kRoomyBlock;  // one read of a response, and most requests
+
+  template <std::size_t N>
+  bool read_string(Value& value, std::array<std::uint8_t, N>& room, std::string_view& text) {
+    simdjson::ondemand::raw_json_string raw;
+    const std::string_view token = value.raw_json_token();
+    return value.get_raw_json_string().get(raw) == simdjson::SUCCESS && text_of(raw, token, room, text);
+  }
+
+  // Returns the string's own bytes, or unescapes them into `room`. A string that is longer than `room` comes cut, with
+  // its escapes. False if an escape is invalid. (simdjson's own buffer is not used: it does not check its allocation.)
+  template <std::size_t N>
+  bool text_of(simdjson::ondemand::raw_json_string raw, std::string_view token, std::array<std::uint8_t, N>& room,
+               std::string_view& text) {
+    const std::size_t close = token.rfind('"');
+    if (close == 0 || close == std::string_view::npos) return false;
+    text = {raw.raw(), close - 1};
+    if (text.size() + simdjson::SIMDJSON_PADDING > N) {
+      text = text.substr(0, N);
+      return true;
+    }
+    if (std::memchr(text.data(), '\\', text.size()) == nullptr) return true;
+    std::uint8_t* to = room.data();
+    return small_.unescape(raw, to, false).get(text) == simdjson::SUCCESS;
+  }
+
+  simdjson::ondemand::parser small_;
+  simdjson::ondemand::parser large_;
+  bool out_of_memory_ = false;
+  std::array<std::uint8_t, kReadKeyBytes + simdjson::SIMDJSON_PADDING> key_text_;
+  std::array<std::uint8_t, kCutNameBytes> value_text_;
+};
+
+}  // namespace nexus

@@ -1,0 +1,222 @@
+// member_scan.h
+// Owns:      finding `usage` and an empty `choices` among the outermost members of a JSON object that comes in pieces.
+//            Deeper levels are skipped by their brackets; keys are not unescaped.
+// Promises:  the same result however the text is cut; every byte is read once; nothing is allocated.
+// Leaves:    reading the `usage` to response_json.h.
+// Threads:   a scan belongs to one thread.
+// Tested by: tests/usage_scan_test.cpp, tests/fuzz/usage.h
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+
+#include "nexus/base/simd.h"
+
+namespace nexus {
+
+class MemberScan {
+ public:
+  enum class Step : std::uint8_t {
+    need_more,
+    usage_begins,  // `at` is behind its `{`
+    usage_ends,    // `at` is behind its `}`
+  };
+
+  // A lane behind `end` must be readable.
+  Step next(const char*& at, const char* end) {
+    while (at < end) {
+      switch (in_) {
+        case In::nested:
+          at = skip_nested(at, end);
+          if (depth_ > 0) break;
+          in_ = In::after_value;
+          if (std::exchange(in_usage_, false)) return Step::usage_ends;
+          break;
+        case In::text: skip_text(at, end); break;
+        case In::key: read_key(at, end); break;
+        case In::scalar:
+          while (at < end && *at != ',' && *at != '}') ++at;
+          if (at < end) in_ = In::after_value;
+          break;
+        case In::broken: at = end; break;
+        default: {
+          const char mark = *at++;
+          if (mark != ' ' && mark != '\n' && mark != '\r' && mark != '\t' && read_mark(mark)) return Step::usage_begins;
+        }
+      }
+    }
+    return Step::need_more;
+  }
+
+  // A line end between two `data` lines: white space, and an error inside a string.
+  void line_break() {
+    if (in_ == In::key || in_ == In::text || (in_ == In::nested && in_string_)) in_ = In::broken;
+    if (in_ == In::scalar) in_ = In::after_value;
+  }
+
+  bool in_usage() const { return in_usage_; }
+  // The text was one whole object.
+  bool is_object() const { return in_ == In::closed; }
+  // It was an object with a `usage`, and its `choices` is an empty list.
+  bool is_usage_event() const { return is_object() && usage_found_ && choices_empty_ && !choices_other_; }
+  // True once it can no longer become the usage event.
+  bool is_other_event() const { return in_ == In::broken || choices_other_ || (is_object() && !is_usage_event()); }
+
+ private:
+  enum class In : std::uint8_t {
+    opening,       // before the `{`
+    member,        // before a key or the `}`
+    key,           // in a key
+    colon,         // behind a key
+    value,         // before a value
+    first_choice,  // behind the `[` of `choices`
+    scalar,        // in a number, true, false or null
+    text,          // in a string that is a value
+    nested,        // in a list or an object
+    after_value,   // before `,` or `}`
+    closed,        // behind the `}`
+    broken,        // this is not a JSON object
+  };
+  static constexpr std::size_t kLongestKey = 7;
+
+  // Reads a byte between two tokens. True if a `usage` object begins.
+  bool read_mark(char mark) {
+    switch (in_) {
+      case In::opening: in_ = mark == '{' ? In::member : In::broken; break;
+      case In::member: begin_member(mark); break;
+      case In::colon: in_ = mark == ':' ? In::value : In::broken; break;
+      case In::value: return begin_value(mark);
+      case In::first_choice:
+        choices_empty_ = true;
+        if (mark == ']') {
+          in_ = In::after_value;
+          break;
+        }
+        choices_other_ = true;
+        begin_nested(mark == '{' || mark == '[' ? 2 : 1, mark == '"');
+        if (mark == '}') in_ = In::broken;
+        break;
+      case In::after_value: in_ = mark == ',' ? In::member : mark == '}' ? In::closed : In::broken; break;
+      default: in_ = In::broken; break;
+    }
+    return false;
+  }
+
+  void begin_member(char mark) {
+    key_bytes_ = 0;
+    in_ = mark == '"' ? In::key : mark == '}' ? In::closed : In::broken;
+  }
+
+  bool begin_value(char mark) {
+    const std::string_view key(key_, key_bytes_ <= kLongestKey ? key_bytes_ : 0);
+    if (key == "choices" && mark != '[') choices_other_ = true;
+    if (key == "choices" && mark == '[') {
+      in_ = In::first_choice;
+      return false;
+    }
+    if (mark == '{' || mark == '[') {
+      begin_nested(1, false);
+      in_usage_ = mark == '{' && key == "usage";
+      usage_found_ = usage_found_ || in_usage_;
+      return in_usage_;
+    }
+    in_ = mark == '"' ? In::text : mark == ',' || mark == '}' || mark == ']' || mark == ':' ? In::broken : In::scalar;
+    return false;
+  }
+
+  void begin_nested(std::size_t depth, bool in_string) {
+    in_ = In::nested;
+    depth_ = depth;
+    in_string_ = in_string;
+  }
+
+  void read_key(const char*& at, const char* end) {
+    while (at < end) {
+      const char byte = *at++;
+      if (escaped_)
+        escaped_ = false;
+      else if (byte == '\\')
+        escaped_ = true;
+      else if (byte == '"') {
+        in_ = In::colon;
+        return;
+      }
+      if (key_bytes_ < kLongestKey) key_[key_bytes_] = byte;
+      if (key_bytes_ <= kLongestKey) ++key_bytes_;
+    }
+  }
+
+  void skip_text(const char*& at, const char* end) {
+    while (at < end) {
+      if (std::exchange(escaped_, false)) {
+        ++at;
+        continue;
+      }
+      at = find_either(at, end, '"', '\\');
+      if (at == end) return;
+      if (*at++ == '"') {
+        in_ = In::after_value;
+        return;
+      }
+      escaped_ = true;
+    }
+  }
+
+  // The quotes, backslashes and brackets of a lane.
+  static unsigned marks_of(const char* at) {
+    const Lane lane(at);
+    return ((lane.bracket('[') | lane.bracket(']')) | (lane.equal('"') | lane.equal('\\'))).mask();
+  }
+
+  // Returns the position behind the bracket that closes the value, and sets depth_ to 0; or `end`.
+  const char* skip_nested(const char* at, const char* end) {
+    bool in_string = in_string_;
+    unsigned escaped = escaped_ ? 1 : 0;  // the first byte of the lane is escaped
+    std::size_t depth = depth_;
+    while (at < end) {
+      const std::size_t lane_bytes = std::min(kLaneBytes, static_cast<std::size_t>(end - at));
+      unsigned mask = before_end(marks_of(at), at, end) & ~escaped;
+      escaped = 0;
+      while (mask != 0) {
+        const unsigned bit = static_cast<unsigned>(std::countr_zero(mask));
+        const char byte = at[bit];
+        mask &= mask - 1;
+        if (byte == '"') {
+          in_string = !in_string;
+        } else if (in_string) {
+          if (byte != '\\') continue;
+          if (bit + 1 == lane_bytes) escaped = 1;
+          mask &= ~(2u << bit);
+        } else if (byte == '{' || byte == '[') {
+          ++depth;
+        } else if (byte != '\\' && --depth == 0) {
+          depth_ = 0;
+          escaped_ = in_string_ = false;
+          return at + bit + 1;
+        }
+      }
+      at += lane_bytes;
+    }
+    in_string_ = in_string;
+    escaped_ = escaped != 0;
+    depth_ = depth;
+    return end;
+  }
+
+  In in_ = In::opening;
+  std::size_t depth_ = 0;   // of the nested value
+  bool in_string_ = false;  // in a string of the nested value
+  bool escaped_ = false;    // the last byte was a backslash that escapes the next
+  bool in_usage_ = false;   // the nested value is a `usage`
+  bool usage_found_ = false;
+  bool choices_empty_ = false;
+  bool choices_other_ = false;  // a `choices` that is not an empty list
+  std::uint8_t key_bytes_ = 0;  // kLongestKey + 1: longer than every key that matters
+  char key_[kLongestKey] = {};
+};
+
+}  // namespace nexus
