@@ -92,8 +92,10 @@ TEST_CASE("what Nexus writes is what is read") {
   fleet.uptime_ns = 5 * kSecond;
   fleet.version = "9.9";
   for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
-    const Scrape sample = read_pages(render_stats(metrics, fleet, models, backends),
-                                     render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
+    TextBuffer stats;
+    write_stats(stats, collect_stats(metrics, fleet, models, backends));
+    const Scrape sample =
+        read_pages(stats.text(), render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
     CHECK(sample.uptime_s == 5);
     CHECK(sample.backends_healthy == 1);
     REQUIRE(sample.by_backend.size() == 1);

@@ -135,7 +135,8 @@ inline std::size_t utf8_length(std::string_view text) {
 
 // Appends `text` as the inside of a JSON string (RFC 8259 7): always valid JSON, also where `text` is not valid UTF-8
 // (a byte that belongs to no character becomes U+FFFD).
-inline void append_json_escaped(std::string& out, std::string_view text) {
+template <class Out>  // with += for text and for a character
+void append_json_escaped(Out& out, std::string_view text) {
   constexpr std::string_view kHex = "0123456789abcdef";
   while (!text.empty()) {
     const char c = text[0];
@@ -159,7 +160,7 @@ inline void append_json_escaped(std::string& out, std::string_view text) {
       out += kHex[static_cast<unsigned char>(c) >> 4];
       out += kHex[static_cast<unsigned char>(c) & 15];
     } else {
-      out.append(text.substr(0, length));
+      out += text.substr(0, length);
     }
     text.remove_prefix(length);
   }
