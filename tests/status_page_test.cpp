@@ -162,7 +162,7 @@ TEST_CASE("without a script the page shows the totals of /v1/stats") {
         "<span id=\"clients\">8</span>", "<span id=\"uptime\">10s</span>", "version 0.1.0",
         "<bdi>g</bdi><span class=\"state down\">down</span></th><td data-title=\"Pending\"><b>2</b></td>"
         "<td data-title=\"Requests\"><b>10</b></td><td data-title=\"Errors\"><b>5</b></td>"
-        "<td data-title=\"Prompt tokens\"><b>6</b></td><td data-title=\"Completion tokens\"><b>50</b></td></tr>",
+        "<td data-title=\"Tokens in\"><b>6</b></td><td data-title=\"Tokens out\"><b>50</b></td></tr>",
         "<bdi>g</bdi></th><td data-title=\"Requests\"><b>10</b></td>"}) {
     CAPTURE(part);
     CHECK(page.find(part) != std::string::npos);

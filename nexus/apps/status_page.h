@@ -61,8 +61,8 @@ inline std::string status_rows(const std::vector<StatsRow>& rows, bool backends)
     if (backends) cell("Pending", row.pending);
     cell("Requests", row.requests);
     cell("Errors", row.errors);
-    cell("Prompt tokens", row.prompt_tokens);
-    cell("Completion tokens", row.completion_tokens);
+    cell("Tokens in", row.prompt_tokens);
+    cell("Tokens out", row.completion_tokens);
     out += "</tr>\n";
   }
   return out;

@@ -139,7 +139,7 @@ group('status page', () => {
     const stats = (await get(nexus.port, '/v1/stats')).json;
     assert_equals_stats(page, stats);
     assert.equal(page.live, '');
-    const tokens = (rows) => rows.map((r) => Number(r.cells['Completion tokens']));
+    const tokens = (rows) => rows.map((r) => Number(r.cells['Tokens out']));
     assert.deepEqual(tokens(page.backends), stats.backends.map((b) => b.completion_tokens));
     assert.deepEqual(tokens(page.rows), stats.models.map((m) => m.completion_tokens));
     assert.ok(tokens(page.rows).some((count) => count > 0));
