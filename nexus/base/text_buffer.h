@@ -14,6 +14,7 @@
 #include <bit>
 #include <cassert>
 #include <charconv>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,18 +30,16 @@ constexpr std::size_t kNumberBytes = 24;  // the longest number: a sign and 20 d
 
 // Each of these writes to `at`, where kNumberBytes must be free, and returns the end.
 
-inline char* write_unsigned(char* at, std::uint64_t value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
-
-inline char* write_signed(char* at, std::int64_t value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
+char* write_number(char* at, std::integral auto value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
 
 // 1'500'000'000 → 1.5; 123 → 0.000000123
 inline char* write_seconds(char* at, std::uint64_t ns) {
   constexpr auto kPerSecond = static_cast<std::uint64_t>(kSecond);
-  at = write_unsigned(at, ns / kPerSecond);
+  at = write_number(at, ns / kPerSecond);
   const std::uint64_t rest = ns % kPerSecond;
   if (rest == 0) return at;
   char digits[kNumberBytes];
-  write_unsigned(digits, kPerSecond + rest);  // a 1 in front keeps the zeros behind the point
+  write_number(digits, kPerSecond + rest);  // a 1 in front keeps the zeros behind the point
   std::size_t length = 9;
   while (digits[length] == '0') --length;
   *at++ = '.';
@@ -88,8 +87,7 @@ class TextBuffer {
   }
   TextBuffer& operator+=(std::string_view text) { return add(text); }
   TextBuffer& operator+=(char c) { return add({&c, 1}); }
-  TextBuffer& add_unsigned(std::uint64_t value) { return finish(write_unsigned(room(kNumberBytes), value)), *this; }
-  TextBuffer& add_signed(std::int64_t value) { return finish(write_signed(room(kNumberBytes), value)), *this; }
+  TextBuffer& add_number(std::integral auto value) { return finish(write_number(room(kNumberBytes), value)), *this; }
   TextBuffer& add_seconds(std::uint64_t ns) { return finish(write_seconds(room(kNumberBytes), ns)), *this; }
 
  private:

@@ -131,7 +131,7 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
   const auto average = [&](std::string_view name, const StatsRow& row) {
     const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
     json.key(name).literal(Digits(tenths / 10).view());
-    page.add(".").add_unsigned(tenths % 10);
+    page.add(".").add_number(tenths % 10);
   };
   const auto end_row = [&](const StatsRow& row) {
     json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
