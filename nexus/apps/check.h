@@ -158,9 +158,7 @@ inline std::string model_summary(const std::vector<std::string>& models) {
 }
 
 inline std::string in_milliseconds(Ns span) {
-  if (span < 0) return "-";
-  const Ns tenths = (span + kMillisecond / 20) / (kMillisecond / 10);
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " ms";
+  return span < 0 ? "-" : with_decimals(static_cast<double>(span) / static_cast<double>(kMillisecond), 1) + " ms";
 }
 
 }  // namespace detail

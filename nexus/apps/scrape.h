@@ -14,7 +14,6 @@
 #include <charconv>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <map>
 #include <string>
 #include <string_view>
@@ -71,12 +70,9 @@ inline std::string_view label_value(std::string_view labels, std::string_view na
 }
 
 inline bool read_sample_value(std::string_view text, double& value) {
-  if (text == "+Inf") {
-    value = std::numeric_limits<double>::infinity();
-    return true;
-  }
+  if (text.starts_with('+')) text.remove_prefix(1);
   const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
-  return result.ec == std::errc() && result.ptr == text.data() + text.size() && std::isfinite(value);
+  return result.ec == std::errc() && result.ptr == text.data() + text.size() && !std::isnan(value);
 }
 
 // A gauge as a whole number; 0 if Nexus could not have counted it.

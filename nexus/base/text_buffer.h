@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cassert>
 #include <charconv>
@@ -108,39 +107,23 @@ class BufferRecycler {
  public:
   // Hands over the text and leaves `page` without memory. Throws std::bad_alloc; the text is lost then.
   std::shared_ptr<const TextBuffer> lend(TextBuffer& page) {
-    auto lent = std::make_unique<TextBuffer>();
-    lent->swap(page);
-    return {lent.release(), [home = home_](const TextBuffer* back) { home->put(const_cast<TextBuffer*>(back)); }};
+    lent_ = std::make_shared<TextBuffer>();
+    lent_->swap(page);
+    return lent_;
   }
 
-  // Clears `page` and gives it the memory that came back, if any did.
+  // Clears `page`, and gives it the memory of the last lent one if no reader has that any more.
   void take_back(TextBuffer& page) {
     page.clear();
-    const std::unique_ptr<TextBuffer> back = home_->take();
-    if (back == nullptr) return;
-    back->clear();
-    back->swap(page);
+    if (lent_.use_count() != 1) return;
+    std::shared_ptr(lent_).reset();  // its decrement acquires what the last reader's released: the reads came before
+    lent_->clear();
+    lent_->swap(page);
+    lent_.reset();
   }
 
  private:
-  class Home {
-   public:
-    Home() = default;
-    Home(const Home&) = delete;
-    Home& operator=(const Home&) = delete;
-    ~Home() { put(nullptr); }
-
-    std::unique_ptr<TextBuffer> take() {
-      return std::unique_ptr<TextBuffer>(page_.exchange(nullptr, std::memory_order_acquire));
-    }
-    // Replaces the page that is kept. acq_rel: the next writer's stores come after the last reader's loads.
-    void put(TextBuffer* page) { delete page_.exchange(page, std::memory_order_acq_rel); }
-
-   private:
-    std::atomic<TextBuffer*> page_{nullptr};
-  };
-
-  std::shared_ptr<Home> home_ = std::make_shared<Home>();  // outlives this while a client still reads
+  std::shared_ptr<TextBuffer> lent_;
 };
 
 }  // namespace nexus

@@ -55,7 +55,7 @@ class PrometheusPage {
     models_.update(models, mode);
     backends_.update(backends, mode);
     collect_pairs();
-    collect_fallbacks();
+    collect(fallbacks_, &Slab::fallbacks, models_, models_);
     collect_errors();
     collect_backends(fleet);
 
@@ -106,15 +106,21 @@ class PrometheusPage {
 
   // ---- adding up
 
-  void collect_pairs() {
-    pair_sources_.clear();
+  // All counters of one kind, by the labels of their two ids.
+  template <class Cells, class First, class Second>
+  void collect(std::vector<Source<Cells>>& sources, const PairTable<Cells>& (Slab::*table)() const,
+               const LabelTable<First>& first, const LabelTable<Second>& second) {
+    sources.clear();
     for (const auto& slab : slabs_) {
-      slab->pairs().for_each([this](std::uint32_t model, std::uint32_t backend, const PairCounters& cells) {
-        pair_sources_.push_back(
-            {std::uint64_t{models_.group_of(ModelId{model})} << 32 | backends_.group_of(BackendId{backend}), &cells});
+      ((*slab).*table)().for_each([&](std::uint32_t a, std::uint32_t b, const Cells& cells) {
+        sources.push_back({std::uint64_t{first.group_of(First{a})} << 32 | second.group_of(Second{b}), &cells});
       });
     }
-    std::sort(pair_sources_.begin(), pair_sources_.end());
+    std::sort(sources.begin(), sources.end());
+  }
+
+  void collect_pairs() {
+    collect(pair_sources_, &Slab::pairs, models_, backends_);
     pairs_.clear();
     pair_labels_.clear();
     for_each_series(pair_sources_, [this](std::uint32_t model, std::uint32_t backend, auto sources) {
@@ -122,17 +128,6 @@ class PrometheusPage {
       Exposition::write_labels(pair_labels_, {{"model", models_.text(model)}, {"backend", backends_.text(backend)}});
       pairs_.push_back({sources, offset, pair_labels_.size() - offset});
     });
-  }
-
-  void collect_fallbacks() {
-    fallbacks_.clear();
-    for (const auto& slab : slabs_) {
-      slab->fallbacks().for_each([this](std::uint32_t from, std::uint32_t to, const Counter& cell) {
-        fallbacks_.push_back(
-            {std::uint64_t{models_.group_of(ModelId{from})} << 32 | models_.group_of(ModelId{to}), &cell});
-      });
-    }
-    std::sort(fallbacks_.begin(), fallbacks_.end());
   }
 
   void collect_errors() {
