@@ -91,10 +91,7 @@ class PageClient {
 
   // Sends the request and reads until the server closes. Returns the reason of a failure, or an empty text.
   std::string exchange(Connection<EpollNet>& connection, const std::string& head, Ns deadline) {
-    const EpollNet::Opened opened = net_.connect(address_);
-    if (opened.outcome != SocketOutcome::ok) return strerror(opened.error);
-    connection.attach(opened.socket);
-    if (!net_.watch(opened.socket, Handle::make(1, 0, 0))) return strerror(errno);
+    if (connection.connect(net_, address_, Handle::make(1, 0, 0)) != SocketOutcome::ok) return strerror(errno);
     bool connected = false;
     for (;;) {
       if (net_.now() >= deadline) return connected ? "no response in time" : "no connection in time";
@@ -103,7 +100,9 @@ class PageClient {
       if (net_.wait(events, deadline, woken) == 0) continue;
       connection.note(events[0]);
       if (!connected) {
-        if (const int error = net_.connect_error(connection.socket())) return strerror(error);
+        const IoResult established = connection.establish(net_);
+        if (established.kind == IoResult::Kind::again) continue;
+        if (!established.ok()) return strerror(established.error);
         connection.write(net_, blocks_, head);
         connected = true;
       }
