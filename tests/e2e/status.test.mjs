@@ -65,7 +65,7 @@ group('status page', () => {
     assert.equal(head.text, '');
   });
 
-  test('it stands where /metrics does, and wants a key where that does', async (t) => {
+  test('it is served where /metrics is, and requires a key if that does', async (t) => {
     const metrics_port = await free_port();
     const apart = await start_nexus(t, { server: { metrics_listen: `127.0.0.1:${metrics_port}` }, backends: [] }, { ready: 'no' });
     await until(async () => (await get(metrics_port, '/health')).status > 0, 'nexus up');
@@ -77,13 +77,13 @@ group('status page', () => {
     assert.equal((await get(off.port, '/')).status, 503);
   });
 
-  test('reading it is no request', async (t) => {
+  test('reading it counts as no request', async (t) => {
     const nexus = await start_nexus(t, { backends: [] }, { ready: 'up' });
     for (let i = 0; i < 3; i++) await get(nexus.port, '/');
     assert.equal((await get(nexus.port, '/v1/stats')).json.requests.total, 0);
   });
 
-  test('in a browser its numbers equal /v1/stats, hostile names are text, and nothing is complained of', { limit_ms: 90_000 }, async (t) => {
+  test('in a browser its numbers equal /v1/stats, hostile names are text, and the console stays empty', { limit_ms: 90_000 }, async (t) => {
     if (!chromium()) t.skip('chromium is not installed');
     const nexus = await fleet(t);
     await load(nexus, 27);
@@ -143,6 +143,8 @@ group('status page', () => {
     assert.deepEqual(tokens(page.backends), stats.backends.map((b) => b.completion_tokens));
     assert.deepEqual(tokens(page.rows), stats.models.map((m) => m.completion_tokens));
     assert.ok(tokens(page.rows).some((count) => count > 0));
+    await browser.view({ width: 390 });
+    assert.ok(await browser.evaluate('document.documentElement.scrollWidth') <= 390, 'it scrolls sideways at 390');
     assert.ok(page.rows.some((row) => row.name === hostile[0]));
     assert.deepEqual(browser.complaints, []);
   });
