@@ -96,7 +96,15 @@ $(SIMDJSON)/simdjson.cpp: tools/fetch-simdjson.sh | $(DEPS)/build-packages
 	@tools/fetch-simdjson.sh $(SIMDJSON)
 $(SIMDJSON)/simdjson.h: $(SIMDJSON)/simdjson.cpp ;
 
-READY := $(SIMDJSON)/simdjson.h $(DEPS)/build-packages
+# ---- the status page's files as a header ------------------------------------------------------------------------------
+
+STATUS_FILES := build/gen/status_files.h
+STATUS_PAGE := nexus/apps/page/status
+$(STATUS_FILES): tools/embed.sh $(STATUS_PAGE).html $(STATUS_PAGE).css $(STATUS_PAGE).js
+	@mkdir -p $(@D)
+	@tools/embed.sh kStatusPage=$(STATUS_PAGE).html kStatusStyle=$(STATUS_PAGE).css kStatusScript=$(STATUS_PAGE).js >$@
+
+READY := $(SIMDJSON)/simdjson.h $(DEPS)/build-packages $(STATUS_FILES)
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 

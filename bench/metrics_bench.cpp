@@ -264,7 +264,7 @@ void bench_rendering(const char* name, std::uint32_t models, std::uint32_t backe
   Filled filled(models, backends, streams);
   const Names& names = filled.names;
   PrometheusPage page;
-  StatsPage stats;
+  TextBuffer stats;
   const auto render = [&] {
     return page.render(filled.metrics, names.fleet, {}, names.models, names.backends, LabelMode::sanitize);
   };
@@ -292,7 +292,8 @@ void bench_rendering(const char* name, std::uint32_t models, std::uint32_t backe
     barrier();
   });
   const double json = time_median_ns(repeats, [&] {
-    stats.render(filled.metrics, names.fleet, names.models, names.backends);
+    stats.clear();
+    write_stats(stats, collect_stats(filled.metrics, names.fleet, names.models, names.backends));
     barrier();
   });
   std::printf(

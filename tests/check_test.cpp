@@ -53,17 +53,14 @@ CheckState ask_all(const Server& server, BackendKind kind, BackendSettings setti
   state.settings.kind = kind;
   state.settings.name = "b";
   state.resolved = true;
-  for (int questions = 0; questions < 4; ++questions) {
-    const auto next = next_question(state);
+  for (int probes = 0; probes < 4; ++probes) {
+    const auto next = next_probe(state);
     if (!next) return state;
-    std::optional<ProbeResult>& place = !state.own                       ? state.own
-                                        : *next == BackendKind::ollama   ? state.ollama
-                                        : *next == BackendKind::llamacpp ? state.llamacpp
-                                                                         : state.generic;
-    CHECK_FALSE(place.has_value());  // nothing is asked twice
+    std::optional<ProbeResult>& place = state.results[static_cast<std::size_t>(*next)];
+    CHECK_FALSE(place.has_value());  // no probe is sent twice
     place = server.as(*next);
   }
-  CHECK_FALSE(next_question(state).has_value());
+  CHECK_FALSE(next_probe(state).has_value());
   return state;
 }
 
@@ -95,11 +92,13 @@ TEST_CASE("a server that is what it is configured as is good, and one that is an
       {"llamacpp as ollama", kLlamaCpp, BackendKind::ollama, true, "type = llamacpp"},
       {"llamacpp as openai", kLlamaCpp, BackendKind::openai, true, "type = llamacpp"},
       {"vllm", kVllm, BackendKind::vllm, true, ""},
-      {"vllm as ollama", kVllm, BackendKind::ollama, false, "no ollama: type = generic"},
+      {"vllm as ollama", kVllm, BackendKind::ollama, false,
+       "it is no ollama, but lists models at /v1/models: set type = generic"},
       {"lmstudio", kLmStudio, BackendKind::lmstudio, true, ""},
-      {"lmstudio as llamacpp", kLmStudio, BackendKind::llamacpp, false, "no llamacpp: type = generic"},
+      {"lmstudio as llamacpp", kLmStudio, BackendKind::llamacpp, false,
+       "it is no llamacpp, but lists models at /v1/models: set type = generic"},
       {"down", kDown, BackendKind::vllm, false, "Connection refused"},
-      {"keyed", kKeyed, BackendKind::openai, false, "it wants a key (401)"},
+      {"keyed", kKeyed, BackendKind::openai, false, "it requires an API key (401)"},
       {"no such path", kNothing, BackendKind::openai, false, "it answered 404"},
       {"no such path, ollama", kNothing, BackendKind::ollama, false, "it answered 404"},
   };
@@ -119,17 +118,17 @@ TEST_CASE("a key that is refused is told from one that is missing, also where on
   BackendSettings settings;
   settings.api_key = "secret";
   CheckState state = ask_all(kKeyed, BackendKind::openai, settings);
-  CHECK(judge(state).remarks[0] == "it refuses the key (401)");
+  CHECK(judge(state).remarks[0] == "it rejects the API key (401)");
   CHECK(check_table({state}).find("secret") == std::string::npos);
 
   state.settings.kind = BackendKind::llamacpp;
-  state.own = answered(200);  // its health is public
-  state.own->status = 403;
-  state.own->reason = "its list of models answered 403";
+  ProbeResult& own = state.results[static_cast<std::size_t>(BackendKind::llamacpp)].emplace(answered(200));
+  own.status = 403;  // its health is public
+  own.reason = "its list of models answered 403";
   const CheckLine line = judge(state);
   CHECK(line.healthy);
   CHECK_FALSE(line.good);
-  CHECK(line.remarks == std::vector<std::string>{"it refuses the key (403)"});
+  CHECK(line.remarks == std::vector<std::string>{"it rejects the API key (403)"});
 }
 
 TEST_CASE("models of a fixed list that the backend lacks make it bad") {
@@ -146,11 +145,11 @@ TEST_CASE("a host that is not resolved is asked nothing, and named") {
   CheckState state;
   state.settings.address.host = "gpu.example";
   state.resolve_error = "Domain name not found";
-  CHECK_FALSE(next_question(state).has_value());
+  CHECK_FALSE(next_probe(state).has_value());
   const CheckLine line = judge(state);
   CHECK_FALSE(line.reachable);
   CHECK_FALSE(line.good);
-  CHECK(line.remarks == std::vector<std::string>{"host gpu.example is not resolved: Domain name not found"});
+  CHECK(line.remarks == std::vector<std::string>{"DNS lookup failed for gpu.example: Domain name not found"});
 }
 
 TEST_CASE("the table lines up, and a hostile name cannot leave its cell") {

@@ -128,18 +128,18 @@ TEST_SUITE("US1 T016 the page at /metrics") {
     const std::string page = world.text();
 
     CHECK(family_text(page, "nexus_requests_total") ==
-          R"(# HELP nexus_requests_total Requests ended, by the status sent to the client.
+          R"(# HELP nexus_requests_total Finished requests, by the status sent to the client.
 # TYPE nexus_requests_total counter
 nexus_requests_total{model="unknown",backend="none",status="404"} 1
 nexus_requests_total{model="llama3_70b",backend="ollama_local_11434",status="200"} 1
 )");
     CHECK(family_text(page, "nexus_errors_total") ==
-          R"(# HELP nexus_errors_total Requests that ended as an error, one type each.
+          R"(# HELP nexus_errors_total Failed requests, by error type.
 # TYPE nexus_errors_total counter
 nexus_errors_total{error_type="no_backend",model="unknown"} 1
 )");
     CHECK(family_text(page, "nexus_request_duration_seconds") ==
-          R"(# HELP nexus_request_duration_seconds From the request's head being complete to the last response byte.
+          R"(# HELP nexus_request_duration_seconds Time from the complete request head to the last response byte.
 # TYPE nexus_request_duration_seconds histogram
 nexus_request_duration_seconds_bucket{model="llama3_70b",backend="ollama_local_11434",le="0.1"} 0
 nexus_request_duration_seconds_bucket{model="llama3_70b",backend="ollama_local_11434",le="0.25"} 0
@@ -157,7 +157,7 @@ nexus_request_duration_seconds_sum{model="llama3_70b",backend="ollama_local_1143
 nexus_request_duration_seconds_count{model="llama3_70b",backend="ollama_local_11434"} 1
 )");
     CHECK(family_text(page, "nexus_tokens_total") ==
-          R"(# HELP nexus_tokens_total Tokens of each response, as its usage told.
+          R"(# HELP nexus_tokens_total Tokens of each response, from its usage.
 # TYPE nexus_tokens_total histogram
 nexus_tokens_total_bucket{model="llama3_70b",backend="ollama_local_11434",type="prompt",le="10"} 1
 nexus_tokens_total_bucket{model="llama3_70b",backend="ollama_local_11434",type="prompt",le="50"} 1

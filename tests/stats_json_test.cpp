@@ -21,14 +21,17 @@ struct World {
   ModelNames models{"unknown", 1000};
   BackendNames backends{"none", 1000};
   FleetView fleet;
-  StatsPage page;
 
   BackendId register_backend(std::string_view name, bool healthy = true) {
     const BackendId id = backends.intern(name);
     fleet.backends.push_back({id, healthy});
     return id;
   }
-  std::string text() { return std::string(page.render(metrics, fleet, models, backends)); }
+  std::string text() const {
+    TextBuffer page;
+    write_stats(page, collect_stats(metrics, fleet, models, backends));
+    return std::string(page.text());
+  }
 };
 
 RequestRecord served(ModelId model, BackendId backend, Ns duration_ns) {

@@ -1,4 +1,4 @@
-// Goal: the status page before any script runs, and the fields that go with it. Method: pages rendered from samples
+// Goal: the status page before any script runs, and the fields that go with it. Method: pages rendered from totals
 // made here; the digests computed anew.
 #include "nexus/apps/status_page.h"
 
@@ -7,8 +7,6 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-
-#include "nexus/apps/status_policy.h"
 
 using namespace nexus;
 
@@ -73,15 +71,22 @@ std::size_t times(std::string_view text, std::string_view part) {
   return count;
 }
 
-Rates board_of(std::size_t backends, const std::string& name = "b") {
-  Rates board;
+std::string status_page(const Stats& stats, std::string_view version = "1") {
+  TextBuffer page;
+  write_status_page(page, stats, version);
+  return std::string(page.text());
+}
+
+// `name` must outlive it.
+Stats stats_of(std::size_t backends, std::string_view name = "b") {
+  Stats stats;
   for (std::size_t i = 0; i < backends; ++i) {
-    RateRow row;
+    StatsRow row;
     row.name = name;
     row.requests = 10 + i;
-    board.by_backend.push_back(row);
+    stats.backends.push_back(row);
   }
-  return board;
+  return stats;
 }
 
 TEST_CASE("the digest is right for a text whose digest is known") {
@@ -91,14 +96,12 @@ TEST_CASE("the digest is right for a text whose digest is known") {
 TEST_CASE("the policy names the script and the style that the page has, and nothing else may run") {
   const std::string_view fields = kStatusFields;
   const std::string script = policy_source(kStatusScript), style = policy_source(kStatusStyle);
-  CAPTURE(script);  // what to put into status_policy.h where they differ
-  CAPTURE(style);
   CHECK(fields.find("script-src " + script + ";") != std::string::npos);
   CHECK(fields.find("style-src " + style + ";") != std::string::npos);
   CHECK(fields.find("default-src 'none';") != std::string::npos);
   CHECK(fields.find("unsafe") == std::string::npos);
   CHECK(fields.substr(fields.size() - 2) == "\r\n");
-  const std::string page = status_page(Rates{}, "1");
+  const std::string page = status_page(Stats{});
   CHECK(page.find("<script>" + std::string(kStatusScript) + "</script>") != std::string::npos);
   CHECK(page.find("<style>" + std::string(kStatusStyle) + "</style>") != std::string::npos);
   CHECK(times(page, "<script") == 1);
@@ -106,7 +109,7 @@ TEST_CASE("the policy names the script and the style that the page has, and noth
 }
 
 TEST_CASE("the page is under 40 kB and asks no other server for anything") {
-  const std::string page = status_page(Rates{}, "1");
+  const std::string page = status_page(Stats{});
   CHECK(page.size() < 40'000);
   CHECK(times(page, "http://") == times(page, "http://www.w3.org/"));  // names of namespaces
   CHECK(page.find("https://") == std::string::npos);
@@ -119,42 +122,54 @@ TEST_CASE("a hostile name is text, in the table that needs no script") {
   for (const char* name :
        {"<img src=x onerror=alert(1)>", "</tbody><script>alert(1)</script>", "a\"b'c&d", "\x1b[2J\xe2\x80\xae"}) {
     CAPTURE(name);
-    const std::string page = status_page(board_of(1, name), "<b>");
+    const std::string page = status_page(stats_of(1, name), "<b>");
     CHECK(times(page, "<script") == 1);
     CHECK(page.find("<img") == std::string::npos);
     CHECK(page.find("version &lt;b&gt;") != std::string::npos);
     CHECK(page.find('\x1b') == std::string::npos);
     CHECK(page.find("\xe2\x80\xae") == std::string::npos);
   }
-  CHECK(status_page(board_of(1, "a\"b'c&d<e>"), "1").find("<bdi>a&quot;b&#39;c&amp;d&lt;e&gt;</bdi>") !=
-        std::string::npos);
+  CHECK(status_page(stats_of(1, "a\"b'c&d<e>")).find("<bdi>a&quot;b&#39;c&amp;d&lt;e&gt;</bdi>") != std::string::npos);
 }
 
 TEST_CASE("a row has a cell under each title, and many rows are cut with a word on it") {
-  const std::string page = status_page(board_of(1), "1");
-  CHECK(times(page, "<td data-title=") == 10);
-  CHECK(times(page, "<th scope=\"col\">") == 11 + 9);
+  const std::string page = status_page(stats_of(1));
+  CHECK(times(page, "<td data-title=") == 5);
+  CHECK(times(page, "<th scope=\"col\">") == 6 + 5);
   CHECK(page.find("<td data-title=\"Requests\"><b>10</b></td>") != std::string::npos);
-  const std::string many = status_page(board_of(kMaxStatusRows + 7), "1");
+  const std::string many = status_page(stats_of(kMaxStatusRows + 7));
   CHECK(times(many, "<tr><th scope=\"row\">") == kMaxStatusRows);
   CHECK(many.find("and 7 more") != std::string::npos);
 }
 
-TEST_CASE("without what /v1/stats says there is no page") { CHECK_FALSE(render_status("", "", "0.1.0").has_value()); }
-
-TEST_CASE("the page says what /v1/stats says") {
-  const std::string page =
-      render_status(
-          R"({"uptime_seconds":10,"requests":{"total":31,"success":27,"errors":4},"backends":[{"id":"g","requests":31,"errors":4,"pending":2,"healthy":false,"completion_tokens":50}],"models":[]})",
-          "nexus_backends_total 1\nnexus_backends_healthy 0\n", "0.1.0")
-          .value();
-  for (const char* part : {"<span id=\"total\">31</span>", "<span id=\"success\">27</span>",
-                           "<span id=\"errors\">4</span>", "0 of 1 backends healthy", "class=\"state down\"",
-                           "<dd id=\"all_rate\"><b>3.10</b>", "<dd id=\"all_errors\" class=\"bad\"><b>0.40</b>",
-                           "<dd id=\"all_tokens\"><b>5.00</b>", "<dd id=\"all_pending\"><b>2</b>", "version 0.1.0"}) {
+TEST_CASE("without a script the page shows the totals of /v1/stats") {
+  Stats stats = stats_of(1, "g");
+  stats.uptime_s = 10;
+  stats.registered = 1;
+  stats.models_available = 3;
+  stats.client_connections = 8;
+  stats.all.requests = 31;
+  stats.all.errors = 4;
+  stats.backends[0].pending = 2;
+  stats.backends[0].errors = 5;
+  stats.backends[0].prompt_tokens = 6;
+  stats.backends[0].completion_tokens = 50;
+  stats.models = stats.backends;
+  const std::string page = status_page(stats, "0.1.0");
+  for (const char* part :
+       {"<span id=\"total\">31</span>", "<span id=\"success\">27</span>", "<span id=\"errors\">4</span>",
+        "0 of 1 backends healthy", "class=\"state down\"", "<span id=\"model_count\">3</span>",
+        "<span id=\"clients\">8</span>", "<span id=\"uptime\">10s</span>", "version 0.1.0",
+        "<bdi>g</bdi><span class=\"state down\">down</span></th><td data-title=\"Pending\"><b>2</b></td>"
+        "<td data-title=\"Requests\"><b>10</b></td><td data-title=\"Errors\"><b>5</b></td>"
+        "<td data-title=\"Tokens in\"><b>6</b></td><td data-title=\"Tokens out\"><b>50</b></td></tr>",
+        "<bdi>g</bdi></th><td data-title=\"Requests\"><b>10</b></td>"}) {
     CAPTURE(part);
     CHECK(page.find(part) != std::string::npos);
   }
+  CHECK(page.find("{{") == page.find("}}"));  // neither is left
+  stats.healthy = 1;
+  CHECK(status_page(stats).find("class=\"state up\">1 of 1") != std::string::npos);
 }
 
 }  // namespace

@@ -39,13 +39,15 @@ TEST_CASE("both pages are read, and a label is found under the name that it came
       buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20) +
       buckets("model=\"llama3_70b\",backend=\"gpu_2\"", 0, 10, 10) + "nonsense\n{}\nnexus_queue_depth{backend=\"gpu";
   const Scrape sample = read_pages(kStats, metrics, kSecond);
-  CHECK(sample.total == 30);
-  CHECK(sample.success == 27);
-  CHECK(sample.errors == 3);
-  CHECK(sample.backends == 2);
-  CHECK(sample.backends_healthy == 1);
-  CHECK(sample.models_available == 4);
-  CHECK(sample.client_connections == 7);
+  CHECK(sample.all.requests == 30);
+  CHECK(sample.all.errors == 3);
+  CHECK(sample.all.pending == 2);
+  CHECK(sample.all.queue_depth == 5);
+  CHECK(sample.all.completion_tokens == 440);
+  CHECK(sample.fleet.backends == 2);
+  CHECK(sample.fleet.backends_healthy == 1);
+  CHECK(sample.fleet.models_available == 4);
+  CHECK(sample.fleet.client_connections == 7);
   REQUIRE(sample.by_backend.size() == 2);
   CHECK(sample.by_backend[0].name == "gpu-1");
   CHECK(sample.by_backend[0].pending == 2);
@@ -55,7 +57,7 @@ TEST_CASE("both pages are read, and a label is found under the name that it came
   REQUIRE(sample.by_model.size() == 1);
   CHECK(sample.by_model[0].duration.count() == 30);
   CHECK(sample.by_model[0].completion_tokens == 440);
-  CHECK(sample.duration.count() == 30);
+  CHECK(sample.all.duration.count() == 30);
 }
 
 TEST_CASE("raw labels are found too, their escapes undone") {
@@ -92,10 +94,12 @@ TEST_CASE("what Nexus writes is what is read") {
   fleet.uptime_ns = 5 * kSecond;
   fleet.version = "9.9";
   for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
-    const Scrape sample = read_pages(render_stats(metrics, fleet, models, backends),
-                                     render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
-    CHECK(sample.uptime_s == 5);
-    CHECK(sample.backends_healthy == 1);
+    TextBuffer stats;
+    write_stats(stats, collect_stats(metrics, fleet, models, backends));
+    const Scrape sample =
+        read_pages(stats.text(), render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
+    CHECK(sample.fleet.uptime_s == 5);
+    CHECK(sample.fleet.backends_healthy == 1);
     REQUIRE(sample.by_backend.size() == 1);
     CHECK(sample.by_backend[0].name == "b:1");
     CHECK(sample.by_backend[0].pending == 3);
@@ -135,33 +139,33 @@ TEST_CASE("rates and quantiles are of the time between, totals of all time") {
   later.replace(later.find("\"requests\":20"), 13, "\"requests\":40");
   later.replace(later.find("\"completion_tokens\":400"), 23, "\"completion_tokens\":500");
   const Scrape after = read_pages(later, buckets(labels, 20, 40, 40), 10 * kSecond);
-  const Rates board = compute_rates(before, after);
-  CHECK(board.seconds == doctest::Approx(10));
-  CHECK(board.all.requests == 50);
-  CHECK(board.all.requests_per_s == doctest::Approx(2));
-  CHECK(board.all.tokens_per_s == doctest::Approx(10));
-  CHECK(board.all.pending == 2);
-  CHECK(*board.all.p50_s == doctest::Approx(5.5));  // all twenty of the window lie between 1 and 10
-  CHECK(board.by_backend[0].requests_per_s == doctest::Approx(2));
-  CHECK(board.by_backend[1].requests_per_s == doctest::Approx(0));
-  CHECK_FALSE(board.by_backend[1].p50_s.has_value());
+  const Rates rates = compute_rates(before, after);
+  CHECK(rates.seconds == doctest::Approx(10));
+  CHECK(rates.all.now.requests == 50);
+  CHECK(rates.all.requests_per_s == doctest::Approx(2));
+  CHECK(rates.all.tokens_per_s == doctest::Approx(10));
+  CHECK(rates.all.now.pending == 2);
+  CHECK(*rates.all.p50_s == doctest::Approx(5.5));  // all twenty of the window lie between 1 and 10
+  CHECK(rates.by_backend[0].requests_per_s == doctest::Approx(2));
+  CHECK(rates.by_backend[1].requests_per_s == doctest::Approx(0));
+  CHECK_FALSE(rates.by_backend[1].p50_s.has_value());
 }
 
 TEST_CASE("after a restart the new process's own time counts") {
   const Scrape before = read_pages(kStats, "", 0);
   std::string later = kStats;
   later.replace(later.find("\"uptime_seconds\":100"), 20, "\"uptime_seconds\":5");
-  const Rates board = compute_rates(before, read_pages(later, "", 20 * kSecond));
-  CHECK(board.seconds == doctest::Approx(5));
-  CHECK(board.all.requests_per_s == doctest::Approx(6));
+  const Rates rates = compute_rates(before, read_pages(later, "", 20 * kSecond));
+  CHECK(rates.seconds == doctest::Approx(5));
+  CHECK(rates.all.requests_per_s == doctest::Approx(6));
 }
 
 TEST_CASE("the page says what is so, in columns, and fits a screen") {
-  Rates board = compute_rates(start_of(read_pages(kStats, "", 0)),
+  Rates rates = compute_rates(start_of(read_pages(kStats, "", 0)),
                               read_pages(kStats, buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20), 0));
-  board.backends = 2;
-  board.backends_healthy = 1;
-  const std::string page = top_page(board, "http://x:1", 0, 0);
+  rates.fleet.backends = 2;
+  rates.fleet.backends_healthy = 1;
+  const std::string page = top_page(rates, "http://x:1", 0, 0);
   CHECK(page ==
         "nexus at http://x:1, up 1m 40s; rates and quantiles of the last 100 s\n"
         "backends 1 of 2 healthy   models 0   clients 0   requests 30   errors 3 (10.00%)\n"
@@ -173,7 +177,7 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
         "\n"
         "MODEL       REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
         "llama3:70b   0.30   0.03  1.00 s  >5 min      -   4.40        30       3\n");
-  const std::string small = top_page(board, "http://x:1", 20, 6);
+  const std::string small = top_page(rates, "http://x:1", 20, 6);
   CHECK(std::count(small.begin(), small.end(), '\n') == 6);
   CHECK(small.find("5 more lines\n") != std::string::npos);
   for (std::size_t at = 0; at < small.size(); at = small.find('\n', at) + 1) {
@@ -182,7 +186,7 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
 }
 
 TEST_CASE("a hostile name is shown escaped") {
-  Rates board;
+  Rates rates;
   for (const char* name : {"\x1b]0;owned\a", "a\nb\rc",
                            "\xc2\x9b"
                            "31m",
@@ -190,11 +194,11 @@ TEST_CASE("a hostile name is shown escaped") {
                            "\xe2\x80\xae"
                            "evil"}) {
     RateRow row;
-    row.name = name;
-    board.by_backend.push_back(row);
-    board.by_model.push_back(row);
+    row.now.name = name;
+    rates.by_backend.push_back(row);
+    rates.by_model.push_back(row);
   }
-  const std::string page = top_page(board, "http://x\x1b[0m", 0, 0);
+  const std::string page = top_page(rates, "http://x\x1b[0m", 0, 0);
   for (const char c : page) CHECK((static_cast<unsigned char>(c) >= 0x20 || c == '\n'));
   CHECK(page.find("\xc2\x9b") == std::string::npos);
   CHECK(page.find("\xe2\x80\xae") == std::string::npos);
@@ -211,7 +215,7 @@ TEST_CASE("a page of anything, cut anywhere, is read without harm") {
       "nexus_request_duration_seconds_bucket{model=\"llama3_70b\",backend=\"gpu_1\",le=\"+Inf\"} 4\n";
   for (std::size_t end = 0; end <= metrics.size(); ++end) {
     const Scrape sample = read_pages(kStats, std::string_view(metrics).substr(0, end), 0);
-    CHECK(sample.backends < 1'000'000);
+    CHECK(sample.fleet.backends < 1'000'000);
     CHECK(top_page(compute_rates(start_of(sample), sample), "x", 0, 0).size() < 4000);
   }
   ScrapeReader reader;

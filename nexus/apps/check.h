@@ -1,9 +1,10 @@
 // check.h
-// Owns:     `nexus check`: every configured backend asked once, what that shows, and its table.
-// Promises: it ends within the health check's time for each question, and the resolver's; what a backend says of itself
-//           cannot harm a terminal; a backend is good only where Nexus could serve with it as it is configured.
-// Leaves:   asking to prober.h and resolver.h; the command line to nexus.cpp.
-// Threads:  the main thread's; a name's answer comes from the resolver's.
+// Owns:     `nexus check`: probing every configured backend once, the verdict on each, and the table of them.
+// Promises: it ends within the health check's timeout for each probe, and the resolver's; text from a backend cannot
+//           harm the terminal; a backend is good only if Nexus could serve with it as it is configured.
+// Leaves:   probing to prober.h, DNS to resolver.h; the command line to nexus.cpp.
+// Threads:  the main thread's; the resolver answers in its own.
+// Tested by: tests/check_test.cpp, tests/e2e/check.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -25,61 +26,46 @@
 
 namespace nexus {
 
-// What is known of one backend so far.
+// One backend and its probes so far.
 struct CheckState {
   BackendSettings settings;
   bool resolved = false;
   std::string resolve_error;
-  std::optional<ProbeResult> own;     // asked as the kind that is configured
-  std::optional<ProbeResult> ollama;  // and, where that leaves a doubt, as others
-  std::optional<ProbeResult> llamacpp;
-  std::optional<ProbeResult> generic;
+  std::array<std::optional<ProbeResult>, kKindNames.size()> results;  // by the kind that it was probed as
+
+  const std::optional<ProbeResult>& as(BackendKind kind) const { return results[static_cast<std::size_t>(kind)]; }
+  const std::optional<ProbeResult>& own() const { return as(settings.kind); }
+  bool lists_models_as(BackendKind kind) const { return as(kind) && as(kind)->passed && as(kind)->models_read; }
 };
 
-namespace detail {
-
-inline bool passed(const std::optional<ProbeResult>& result) { return result && result->passed; }
-inline bool lists_models(const std::optional<ProbeResult>& result) { return passed(result) && result->models_read; }
-inline bool refuses_key(const ProbeResult& result) { return result.status == 401 || result.status == 403; }
-
-// Ollama takes a name without a tag for `latest`.
-inline bool has_model(const std::vector<std::string>& found, const std::string& model) {
-  return std::any_of(found.begin(), found.end(),
-                     [&](const std::string& name) { return name == model || name == model + ":latest"; });
-}
-
-}  // namespace detail
-
-// As which kind to ask it next, or nothing where enough is known. Ollama is known by /api/tags; llama.cpp answers that
-// too, but has /health.
-inline std::optional<BackendKind> next_question(const CheckState& state) {
+// The kind to probe the backend as next, or nothing if enough is known. Ollama is recognised by /api/tags; llama.cpp
+// answers that too, but has /health.
+inline std::optional<BackendKind> next_probe(const CheckState& state) {
   const BackendKind kind = state.settings.kind;
   if (kind == BackendKind::echo || !state.resolved) return std::nullopt;
-  if (!state.own) return kind;
-  const bool not_found = state.own->status == 404 || state.own->status == 405 || state.own->status == 501;
-  if (!state.own->passed && !not_found) return std::nullopt;
-  if (kind == BackendKind::llamacpp && state.own->passed) return std::nullopt;
-  const bool is_ollama = kind == BackendKind::ollama;
-  if (!is_ollama && !state.ollama) return BackendKind::ollama;
-  const bool has_tags = detail::lists_models(is_ollama ? state.own : state.ollama);
-  if (has_tags && kind != BackendKind::llamacpp && !state.llamacpp) return BackendKind::llamacpp;
-  // These two are asked for their health elsewhere than at /v1/models.
-  const bool has_own_path = is_ollama || kind == BackendKind::llamacpp;
-  if (!has_tags && !state.own->passed && has_own_path && !state.generic) return BackendKind::generic;
+  if (!state.own()) return kind;
+  const ProbeResult& own = *state.own();
+  const bool not_found = own.status == 404 || own.status == 405 || own.status == 501;
+  if (!own.passed && !not_found) return std::nullopt;
+  if (kind == BackendKind::llamacpp && own.passed) return std::nullopt;
+  if (!state.as(BackendKind::ollama)) return BackendKind::ollama;
+  const bool has_tags = state.lists_models_as(BackendKind::ollama);
+  if (has_tags && !state.as(BackendKind::llamacpp)) return BackendKind::llamacpp;
+  // The health paths of these two differ from /v1/models.
+  const bool has_own_path = kind == BackendKind::ollama || kind == BackendKind::llamacpp;
+  if (!has_tags && !own.passed && has_own_path && !state.as(BackendKind::generic)) return BackendKind::generic;
   return std::nullopt;
 }
 
-// Which kind it shows itself to be, where that is another than the configured one.
-inline std::optional<BackendKind> shown_kind(const CheckState& state) {
-  if (!state.own) return std::nullopt;
-  const BackendKind kind = state.settings.kind;
-  const bool has_tags = detail::lists_models(kind == BackendKind::ollama ? state.own : state.ollama);
-  if (has_tags) {
-    const BackendKind shown = detail::passed(state.llamacpp) ? BackendKind::llamacpp : BackendKind::ollama;
-    if (shown == kind) return std::nullopt;
-    return shown;
+// The kind that the backend turns out to be, if that is not the configured one.
+inline std::optional<BackendKind> detected_kind(const CheckState& state) {
+  if (!state.own()) return std::nullopt;
+  if (state.lists_models_as(BackendKind::ollama)) {
+    const auto& llamacpp = state.as(BackendKind::llamacpp);
+    const BackendKind kind = llamacpp && llamacpp->passed ? BackendKind::llamacpp : BackendKind::ollama;
+    return kind == state.settings.kind ? std::nullopt : std::optional(kind);
   }
-  if (!state.own->passed && detail::lists_models(state.generic)) return BackendKind::generic;
+  if (!state.own()->passed && state.lists_models_as(BackendKind::generic)) return BackendKind::generic;
   return std::nullopt;
 }
 
@@ -96,27 +82,21 @@ struct CheckLine {
 namespace detail {
 
 inline void remark_on_kind(const CheckState& state, CheckLine& line) {
-  const auto shown = shown_kind(state);
-  if (!shown) return;
-  if (*shown == BackendKind::generic) {
-    line.remarks.push_back("it lists models at /v1/models, but is no " + std::string(name_of(state.settings.kind)) +
-                           ": type = generic would do");
-    return;
-  }
-  const std::string name(name_of(*shown));
-  line.remarks.push_back("it answers as " + name + " does: type = " + name);
+  const auto kind = detected_kind(state);
+  if (!kind) return;
+  const std::string name(name_of(*kind));
+  line.remarks.push_back(*kind == BackendKind::generic ? "it is no " + std::string(name_of(state.settings.kind)) +
+                                                             ", but lists models at /v1/models: set type = generic"
+                                                       : "it responds as " + name + " does: set type = " + name);
 }
 
-inline void remark_on_key(const CheckState& state, CheckLine& line) {
-  const std::string status = std::to_string(state.own->status);
-  line.remarks.push_back(state.settings.api_key.empty()
-                             ? "it wants a key (" + status + "): set api_key_env or api_key_file"
-                             : "it refuses the key (" + status + ")");
-}
-
+// Ollama takes a name without a tag for `latest`.
 inline void remark_on_models(const CheckState& state, CheckLine& line) {
   for (const std::string& model : state.settings.models) {
-    if (has_model(line.models, model)) continue;
+    if (std::any_of(line.models.begin(), line.models.end(),
+                    [&](const std::string& name) { return name == model || name == model + ":latest"; })) {
+      continue;
+    }
     line.good = false;
     line.remarks.push_back("it has no model " + escape_for_terminal(model));
   }
@@ -125,7 +105,7 @@ inline void remark_on_models(const CheckState& state, CheckLine& line) {
 
 }  // namespace detail
 
-// What the answers come to.
+// The verdict on the probes.
 inline CheckLine judge(const CheckState& state) {
   CheckLine line;
   if (state.settings.kind == BackendKind::echo) {
@@ -134,20 +114,22 @@ inline CheckLine judge(const CheckState& state) {
     line.remarks.push_back("built in");
     return line;
   }
-  if (!state.own) {
-    line.remarks.push_back("host " + escape_for_terminal(state.settings.address.host) +
-                           " is not resolved: " + escape_for_terminal(state.resolve_error));
+  if (!state.own()) {
+    line.remarks.push_back("DNS lookup failed for " + escape_for_terminal(state.settings.address.host) + ": " +
+                           escape_for_terminal(state.resolve_error));
     return line;
   }
-  const ProbeResult& own = *state.own;
+  const ProbeResult& own = *state.own();
   line.reachable = own.connected;
-  line.healthy = own.passed;
-  line.good = own.passed;
+  line.healthy = line.good = own.passed;
   if (own.passed) line.round_trip_ns = own.round_trip_ns;
   line.models = own.models;
-  if (detail::refuses_key(own)) {
+  if (own.status == 401 || own.status == 403) {
     line.good = false;
-    detail::remark_on_key(state, line);
+    const std::string status = " (" + std::to_string(own.status) + ")";
+    line.remarks.push_back(state.settings.api_key.empty()
+                               ? "it requires an API key" + status + ": set api_key_env or api_key_file"
+                               : "it rejects the API key" + status);
   } else if (!own.reason.empty()) {
     line.good = line.good && own.models_read;
     line.remarks.push_back(escape_for_terminal(own.reason, 120));
@@ -159,7 +141,7 @@ inline CheckLine judge(const CheckState& state) {
 
 namespace detail {
 
-// `3: llama3:70b, mistral, phi3`, of many the first few.
+// `3: llama3:70b, mistral, phi3`; only the first three names.
 inline std::string model_summary(const std::vector<std::string>& models) {
   constexpr std::size_t kShown = 3;
   std::string out = std::to_string(models.size());
@@ -170,37 +152,35 @@ inline std::string model_summary(const std::vector<std::string>& models) {
 }
 
 inline std::string in_milliseconds(Ns span) {
-  if (span < 0) return "-";
-  const Ns tenths = (span + kMillisecond / 20) / (kMillisecond / 10);
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " ms";
+  return span < 0 ? "-" : with_decimals(static_cast<double>(span) / static_cast<double>(kMillisecond), 1) + " ms";
 }
 
 }  // namespace detail
 
-// The table, and one line in closing.
+// The table, and a line that counts the good backends.
 inline std::string check_table(const std::vector<CheckState>& states) {
-  using Align = Columns::Align;
-  Columns columns(
-      {{"BACKEND"}, {"TYPE"}, {"REACHABLE"}, {"HEALTHY"}, {"LATENCY", Align::right}, {"MODELS"}, {"REMARKS"}});
+  std::vector<std::vector<std::string>> rows{
+      {"BACKEND", "TYPE", "REACHABLE", "HEALTHY", "LATENCY", "MODELS", "REMARKS"}};
   std::size_t good = 0;
   for (const CheckState& state : states) {
     const CheckLine line = judge(state);
     good += line.good ? 1 : 0;
     std::string remarks;
     for (const std::string& remark : line.remarks) remarks += (remarks.empty() ? "" : "; ") + remark;
-    columns.add({escape_for_terminal(state.settings.name), std::string(name_of(state.settings.kind)),
-                 line.reachable ? "yes" : "no", line.healthy ? "yes" : "no",
-                 detail::in_milliseconds(line.round_trip_ns), detail::model_summary(line.models),
-                 remarks.empty() ? "-" : remarks});
+    rows.push_back({escape_for_terminal(state.settings.name), std::string(name_of(state.settings.kind)),
+                    line.reachable ? "yes" : "no", line.healthy ? "yes" : "no",
+                    detail::in_milliseconds(line.round_trip_ns), detail::model_summary(line.models),
+                    remarks.empty() ? "-" : remarks});
   }
-  return columns.text() + std::to_string(good) + " of " + std::to_string(states.size()) + " backends are good\n";
+  return in_columns(rows, "llllrll") + std::to_string(good) + " of " + std::to_string(states.size()) +
+         " backends are good\n";
 }
 
 inline bool all_good(const std::vector<CheckState>& states) {
   return std::all_of(states.begin(), states.end(), [](const CheckState& state) { return judge(state).good; });
 }
 
-// Asks all of them at once.
+// Probes all backends at once.
 class FleetCheck {
  public:
   explicit FleetCheck(const Settings& settings)
@@ -211,11 +191,11 @@ class FleetCheck {
           net_.wake();
         }),
         prober_(net_, wheel_, blocks_, json_) {
-    for (const BackendSettings& backend : settings.backends) states_.push_back({backend, false, "", {}, {}, {}, {}});
+    for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
     addresses_.resize(states_.size());
   }
 
-  // What it found, or nothing where the system refuses the means (errno).
+  // The finished states, or null with errno set if the event loop can't be opened.
   const std::vector<CheckState>* run() {
     if (net_.open() != 0) return nullptr;
     for (std::size_t i = 0; i < states_.size(); ++i) begin(i);
@@ -237,7 +217,7 @@ class FleetCheck {
     open_ += 1;
     if (const auto address = parse_address(where.host, where.port)) return on_address(i, *address);
     if (resolver_.lookup(where.host, where.port, i)) return;
-    states_[i].resolve_error = "no thread can be had";
+    states_[i].resolve_error = "no thread could be started";
     open_ -= 1;
   }
 
@@ -263,11 +243,11 @@ class FleetCheck {
   void on_address(std::size_t i, const Address& address) {
     states_[i].resolved = true;
     addresses_[i] = address;
-    ask(i);
+    probe(i);
   }
 
-  void ask(std::size_t i) {
-    const std::optional<BackendKind> kind = next_question(states_[i]);
+  void probe(std::size_t i) {
+    const std::optional<BackendKind> kind = next_probe(states_[i]);
     if (!kind) {
       open_ -= 1;
       return;
@@ -286,16 +266,8 @@ class FleetCheck {
 
   void on_result(ProbeResult&& result) {
     const std::size_t i = static_cast<std::size_t>(result.epoch >> 8);
-    CheckState& state = states_[i];
-    std::optional<ProbeResult>* place = &state.own;
-    if (state.own) {
-      const auto kind = static_cast<BackendKind>(result.epoch & 255);
-      place = kind == BackendKind::ollama     ? &state.ollama
-              : kind == BackendKind::llamacpp ? &state.llamacpp
-                                              : &state.generic;
-    }
-    *place = std::move(result);
-    ask(i);
+    states_[i].results[result.epoch & 255] = std::move(result);
+    probe(i);
   }
 
   Ns timeout_ns_;
@@ -307,8 +279,8 @@ class FleetCheck {
   Resolver resolver_;
   Prober<EpollNet> prober_;
   std::vector<CheckState> states_;
-  std::vector<Address> addresses_;  // beside states_
-  std::size_t open_ = 0;            // backends that still wait for an answer
+  std::vector<Address> addresses_;  // by index in states_
+  std::size_t open_ = 0;            // backends whose probes have not ended
 };
 
 }  // namespace nexus

@@ -1,8 +1,9 @@
 // page_client.h
-// Owns:     fetching a page of a running Nexus, one after the other, for a command that a person waits for.
-// Promises: an answer, or why there is none, within the time given; what an answer may hold is bounded.
-// Leaves:   what a page says to scrape.h.
+// Owns:     fetching one page of a running Nexus after the other, for a command that a person waits for.
+// Promises: a response, or the reason why there is none, within the time limit; the size of a response is bounded.
+// Leaves:   the content of a page to scrape.h.
 // Threads:  the caller's.
+// Tested by: tests/e2e/top.test.mjs
 #pragma once
 
 #include <array>
@@ -28,12 +29,12 @@ namespace nexus {
 constexpr std::size_t kMaxPageBytes = 64u << 20;
 
 struct FetchedPage {
-  std::uint16_t status = 0;  // 0: none came
+  std::uint16_t status = 0;  // 0: no response
   std::string body;
-  std::string why;  // none came
+  std::string why;  // there is no response
 };
 
-// The first address of a host, or why there is none. Waits for the resolver.
+// The first address of a host, or nothing and the reason. Blocks until the resolver has an answer.
 inline std::optional<Address> resolve_host(const HostPort& where, std::string& why) {
   if (const auto address = parse_address(where.host, where.port)) return address;
   std::mutex mutex;
@@ -48,7 +49,7 @@ inline std::optional<Address> resolve_host(const HostPort& where, std::string& w
     told.notify_one();
   });
   if (!resolver.lookup(where.host, where.port, 0)) {
-    why = "no thread can be had";
+    why = "no thread could be started";
     return std::nullopt;
   }
   std::unique_lock lock(mutex);
@@ -58,7 +59,7 @@ inline std::optional<Address> resolve_host(const HostPort& where, std::string& w
 
 class PageClient {
  public:
-  // `prefix` stands before every path; `key` may be empty.
+  // `prefix` comes before every path; `key` may be empty.
   PageClient(const Address& address, std::string host, std::string prefix, std::string key)
       : address_(address), host_(std::move(host)), prefix_(std::move(prefix)), key_(std::move(key)) {}
   PageClient(const PageClient&) = delete;
@@ -68,42 +69,17 @@ class PageClient {
   int open() { return net_.open(); }
 
   FetchedPage get(std::string_view path, Ns limit_ns) {
-    deadline_ = net_.now() + limit_ns;
     FetchedPage page;
-    page.why = fetch(path, page);
-    if (!page.why.empty()) page.status = 0;
-    connection_.close(net_);
+    Connection<EpollNet> connection;
+    input_.clear();
+    page.why = exchange(connection, request(path), net_.now() + limit_ns);
+    connection.close(net_);
+    if (page.why.empty()) page.why = read_page(page);
     return page;
   }
 
  private:
   static constexpr std::size_t kReadBytes = 64u << 10;
-
-  // What went wrong, or an empty text.
-  std::string fetch(std::string_view path, FetchedPage& page) {
-    connection_ = {};
-    input_.clear();
-    connected_ = false;
-    const EpollNet::Opened opened = net_.connect(address_);
-    if (opened.outcome != SocketOutcome::ok) return strerror(opened.error);
-    connection_.socket = opened.socket;
-    if (!net_.watch(opened.socket, Handle::make(1, 0, 0))) return strerror(errno);
-    const std::string head = request(path);
-    std::size_t written = 0;
-    for (;;) {
-      if (net_.now() >= deadline_) return connected_ ? "no answer in time" : "no connection in time";
-      std::array<Event, 4> events;
-      bool woken = false;
-      if (net_.wait(events, deadline_, woken) == 0) continue;
-      if (!connected_) {
-        if (const int error = net_.connect_error(opened.socket)) return strerror(error);
-        connected_ = true;
-      }
-      if (const char* why = write(head, written)) return why;
-      bool whole = false;
-      if (std::string why = read(page, whole); !why.empty() || whole) return why;
-    }
-  }
 
   std::string request(std::string_view path) const {
     std::string head = "GET " + prefix_ + std::string(path) + " HTTP/1.1\r\n";
@@ -113,66 +89,61 @@ class PageClient {
     return head += "Connection: close\r\n\r\n";
   }
 
-  const char* write(const std::string& head, std::size_t& written) {
-    while (written < head.size()) {
-      iovec part{const_cast<char*>(head.data()) + written, head.size() - written};
-      const IoResult result = net_.write(connection_.socket, std::span(&part, 1));
-      if (result.kind == IoResult::Kind::again) return nullptr;
-      if (!result.ok()) return strerror(result.error);
-      written += result.bytes;
-    }
-    return nullptr;
-  }
-
-  // Reads to EAGAIN, or until the page is whole.
-  std::string read(FetchedPage& page, bool& whole) {
+  // Sends the request and reads until the server closes. Returns the reason of a failure, or an empty text.
+  std::string exchange(Connection<EpollNet>& connection, const std::string& head, Ns deadline) {
+    if (connection.connect(net_, address_, Handle::make(1, 0, 0)) != SocketOutcome::ok) return strerror(errno);
+    bool connected = false;
     for (;;) {
-      if (input_.size() > kMaxPageBytes) return "its answer is too large";
-      const std::size_t held = input_.size();
-      input_.resize(held + kReadBytes);
-      const IoResult result = net_.read(connection_.socket, input_.data() + held, kReadBytes);
-      input_.resize(held + result.bytes);
-      if (result.kind == IoResult::Kind::again) return {};
-      if (result.kind == IoResult::Kind::failed) return strerror(result.error);
-      const bool ended = result.kind == IoResult::Kind::eof;
-      if (std::string why = take_in(page, ended, whole); !why.empty() || whole) return why;
-      if (ended) return "its answer was cut short";
+      if (net_.now() >= deadline) return connected ? "no response in time" : "no connection in time";
+      std::array<Event, 4> events;
+      bool woken = false;
+      if (net_.wait(events, deadline, woken) == 0) continue;
+      connection.note(events[0]);
+      if (!connected) {
+        const IoResult established = connection.establish(net_);
+        if (established.kind == IoResult::Kind::again) continue;
+        if (!established.ok()) return strerror(established.error);
+        connection.write(net_, blocks_, head);
+        connected = true;
+      }
+      if (!connection.flush(net_)) return "the connection was closed before the request was sent";
+      while (connection.may_read()) {
+        if (input_.size() > kMaxPageBytes) return "the response is too large";
+        const std::size_t held = input_.size();
+        input_.resize(held + kReadBytes);
+        const IoResult result = connection.read(net_, input_.data() + held, kReadBytes);
+        input_.resize(held + result.bytes);
+        if (result.kind == IoResult::Kind::eof) return {};
+        if (result.kind == IoResult::Kind::failed) return strerror(result.error);
+      }
     }
   }
 
-  // The whole answer is looked at anew each time: it is small, and nobody else waits.
-  std::string take_in(FetchedPage& page, bool ended, bool& whole) {
+  // The same for the response in input_.
+  std::string read_page(FetchedPage& page) {
     FieldTable fields;
     ResponseReader reader;
     ResponseHead head;
     reader.start(&fields);
     const HeadResult result = reader.feed(input_.data(), input_.size(), head);
-    if (result.status == HeadResult::Status::need_more) return {};
-    if (result.status == HeadResult::Status::failed || head.status < 200) return "its answer is not HTTP";
-    std::string body = input_.substr(head.head_bytes);
+    if (result.status == HeadResult::Status::need_more) return "the response is truncated";
+    if (result.status == HeadResult::Status::failed || head.status < 200) return "the response is not valid HTTP";
     BodyDecoder framing;
     framing.start(head.framing);
-    const BodyDecoder::Piece piece = framing.feed(body.data(), body.size());
-    if (piece.failed) return "its answer is not HTTP";
-    whole = piece.done || (ended && framing.ends_with_connection());
-    if (!whole) return {};
+    char* const body = input_.data() + head.head_bytes;
+    const BodyDecoder::Piece piece = framing.feed(body, input_.size() - head.head_bytes);
+    if (piece.failed) return "the response is not valid HTTP";
+    if (!piece.done && !framing.ends_with_connection()) return "the response is truncated";
     page.status = head.status;
-    page.body = body.substr(0, piece.bytes);
+    page.body.assign(body, piece.bytes);
     return {};
   }
-
-  struct Held {
-    EpollNet::Socket socket;
-    void close(EpollNet& net) { net.close(socket); }
-  };
 
   Address address_;
   std::string host_, prefix_, key_;
   EpollNet net_;
-  Held connection_;
+  BlockPool blocks_;
   std::string input_;
-  Ns deadline_ = 0;
-  bool connected_ = false;
 };
 
 }  // namespace nexus

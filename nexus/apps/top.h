@@ -1,9 +1,10 @@
 // top.h
-// Owns:     `nexus top`: the page of text drawn from a running Nexus, and the terminal that it stands on.
-// Promises: top_page() is a pure function; no name from the other side reaches the terminal unescaped; the terminal is
-//           given back as it was, also after a signal; without a terminal one page is printed and that is all.
+// Owns:     `nexus top`: the text drawn from a running Nexus, and the terminal that it is drawn on.
+// Promises: top_page() is a pure function; no name from the server reaches the terminal unescaped; the terminal is
+//           restored at the end, also after a signal; without a terminal one page is printed.
 // Leaves:   numbers to rates.h, fetching to page_client.h.
 // Threads:  the main thread's.
+// Tested by: tests/top_test.cpp, tests/e2e/top.test.mjs
 #pragma once
 
 #include <poll.h>
@@ -29,59 +30,47 @@
 namespace nexus {
 
 constexpr Ns kTopInterval = 2 * kSecond;
-constexpr Ns kTopWindow = 10 * kSecond;  // what rates and quantiles are of
+constexpr Ns kTopWindow = 10 * kSecond;  // of rates and quantiles
 constexpr Ns kTopFetchTime = 2 * kSecond;
 
 namespace detail {
 
-inline std::string top_head(const Rates& board, std::string_view where) {
-  const RateRow& all = board.all;
-  std::string out = "nexus at " + escape_for_terminal(where, 128) + ", up " + span_text(board.uptime_s) +
-                    "; rates and quantiles of the last " + with_decimals(board.seconds, 0) + " s\n";
-  out += "backends " + std::to_string(board.backends_healthy) + " of " + std::to_string(board.backends) +
-         " healthy   models " + std::to_string(board.models_available) + "   clients " +
-         std::to_string(board.client_connections) + "   requests " + std::to_string(all.requests) + "   errors " +
-         std::to_string(all.errors) + " (" + percent_text(all.errors, all.requests) + ")\n";
+inline std::string top_head(const Rates& rates, std::string_view where) {
+  const RateRow& all = rates.all;
+  std::string out = "nexus at " + escape_for_terminal(where, 128) + ", up " + span_text(rates.fleet.uptime_s) +
+                    "; rates and quantiles of the last " + with_decimals(rates.seconds, 0) + " s\n";
+  out += "backends " + std::to_string(rates.fleet.backends_healthy) + " of " + std::to_string(rates.fleet.backends) +
+         " healthy   models " + std::to_string(rates.fleet.models_available) + "   clients " +
+         std::to_string(rates.fleet.client_connections) + "   requests " + std::to_string(all.now.requests) +
+         "   errors " + std::to_string(all.now.errors) + " (" + percent_text(all.now.errors, all.now.requests) + ")\n";
   out += rate_text(all.requests_per_s) + " req/s   " + rate_text(all.errors_per_s) + " err/s   pending " +
-         std::to_string(all.pending) + "   queue " + std::to_string(all.queue_depth) + "   p50 " +
+         std::to_string(all.now.pending) + "   queue " + std::to_string(all.now.queue_depth) + "   p50 " +
          seconds_text(all.p50_s) + "   p95 " + seconds_text(all.p95_s) + "   first token " +
          seconds_text(all.first_token_s) + "   " + rate_text(all.tokens_per_s) + " tok/s\n";
   return out;
 }
 
-inline std::vector<std::string> common_cells(const RateRow& row) {
-  return {rate_text(row.requests_per_s), rate_text(row.errors_per_s),     seconds_text(row.p50_s),
-          seconds_text(row.p95_s),       seconds_text(row.first_token_s), rate_text(row.tokens_per_s),
-          std::to_string(row.requests),  std::to_string(row.errors)};
+inline std::string top_table(const std::vector<RateRow>& rates, bool backends) {
+  std::vector<std::vector<std::string>> rows;
+  const auto add = [&](std::string name, const std::vector<std::string>& state, const std::vector<std::string>& cells) {
+    std::vector<std::string>& row = rows.emplace_back();
+    row.push_back(std::move(name));
+    if (backends) row.insert(row.end(), state.begin(), state.end());
+    row.insert(row.end(), cells.begin(), cells.end());
+  };
+  add(backends ? "BACKEND" : "MODEL", {"STATE", "PENDING", "QUEUE"},
+      {"REQ/S", "ERR/S", "P50", "P95", "FIRST", "TOK/S", "REQUESTS", "ERRORS"});
+  for (const RateRow& row : rates) {
+    add(escape_for_terminal(row.now.name, 48),
+        {row.now.healthy ? "up" : "DOWN", std::to_string(row.now.pending), std::to_string(row.now.queue_depth)},
+        {rate_text(row.requests_per_s), rate_text(row.errors_per_s), seconds_text(row.p50_s), seconds_text(row.p95_s),
+         seconds_text(row.first_token_s), rate_text(row.tokens_per_s), std::to_string(row.now.requests),
+         std::to_string(row.now.errors)});
+  }
+  return in_columns(rows, backends ? "llrrrrrrrrrr" : "lrrrrrrrr");
 }
 
-inline std::vector<Columns::Head> top_heads(std::string title, bool backends) {
-  using Align = Columns::Align;
-  std::vector<Columns::Head> heads{{std::move(title)}};
-  if (backends) {
-    heads.insert(heads.end(), {{"STATE"}, {"PENDING", Align::right}, {"QUEUE", Align::right}});
-  }
-  for (const char* name : {"REQ/S", "ERR/S", "P50", "P95", "FIRST", "TOK/S", "REQUESTS", "ERRORS"}) {
-    heads.push_back({name, Align::right});
-  }
-  return heads;
-}
-
-inline std::string top_table(const std::vector<RateRow>& rows, bool backends) {
-  Columns columns(top_heads(backends ? "BACKEND" : "MODEL", backends));
-  for (const RateRow& row : rows) {
-    std::vector<std::string> cells{escape_for_terminal(row.name, 48)};
-    if (backends) {
-      cells.insert(cells.end(),
-                   {row.healthy ? "up" : "DOWN", std::to_string(row.pending), std::to_string(row.queue_depth)});
-    }
-    for (std::string& cell : common_cells(row)) cells.push_back(std::move(cell));
-    columns.add(std::move(cells));
-  }
-  return columns.text();
-}
-
-// Cut to a screen; 0 is no limit.
+// Cuts the text to a screen; 0 means no limit.
 inline std::string fit(const std::string& text, std::size_t width, std::size_t height) {
   std::string out;
   std::size_t lines = 0;
@@ -101,14 +90,14 @@ inline std::string fit(const std::string& text, std::size_t width, std::size_t h
 
 }  // namespace detail
 
-// The whole page. `width` and `height` of the screen, 0 where there is none.
-inline std::string top_page(const Rates& board, std::string_view where, std::size_t width, std::size_t height) {
-  return detail::fit(detail::top_head(board, where) + "\n" + detail::top_table(board.by_backend, true) + "\n" +
-                         detail::top_table(board.by_model, false),
+// The whole page. `width` and `height` are those of the screen, or 0.
+inline std::string top_page(const Rates& rates, std::string_view where, std::size_t width, std::size_t height) {
+  return detail::fit(detail::top_head(rates, where) + "\n" + detail::top_table(rates.by_backend, true) + "\n" +
+                         detail::top_table(rates.by_model, false),
                      width, height);
 }
 
-// A terminal in the state that a page needs, until it is destroyed.
+// Puts the terminal into raw input and its alternate screen until destroyed.
 class Terminal {
  public:
   Terminal() {
@@ -122,10 +111,10 @@ class Terminal {
       raw.c_lflag &= ~static_cast<tcflag_t>(ICANON | ECHO);
       raw.c_cc[VMIN] = 0;
       raw.c_cc[VTIME] = 0;
-      raw.c_cc[VSUSP] = _POSIX_VDISABLE;  // a stop would leave the other screen behind
+      raw.c_cc[VSUSP] = _POSIX_VDISABLE;  // Ctrl-Z would leave the alternate screen behind
       ::tcsetattr(STDIN_FILENO, TCSANOW, &raw);
     }
-    put("\x1b[?1049h\x1b[?25l\x1b[2J");  // the other screen, without a cursor
+    put("\x1b[?1049h\x1b[?25l\x1b[2J");  // the alternate screen, without a cursor
   }
   Terminal(const Terminal&) = delete;
   Terminal& operator=(const Terminal&) = delete;
@@ -143,7 +132,7 @@ class Terminal {
     return {size.ws_col, size.ws_row};
   }
 
-  // Over what stood there, without a flash of emptiness.
+  // Overwrites the last page: clearing the screen first would flicker.
   void draw(const std::string& page) {
     std::string out = "\x1b[H";
     for (std::size_t at = 0; at < page.size();) {
@@ -178,12 +167,8 @@ class Terminal {
 
  private:
   static void put(std::string_view text) {
-    while (!text.empty()) {
-      const ssize_t written = ::write(STDOUT_FILENO, text.data(), text.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written <= 0) return;
-      text.remove_prefix(static_cast<std::size_t>(written));
-    }
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    std::fflush(stdout);
   }
 
   sigset_t signals_{};
@@ -197,7 +182,7 @@ class Top {
  public:
   Top(PageClient& client, std::string where) : client_(client), where_(std::move(where)) {}
 
-  // One page of two samples a second apart. What went wrong, or an empty text.
+  // One page from two samples a second apart. Returns the reason of a failure, or an empty text.
   std::string once(std::string& page) {
     Scrape first, second;
     if (std::string why = take(first); !why.empty()) return why;
@@ -207,7 +192,7 @@ class Top {
     return {};
   }
 
-  // Until the person has seen enough.
+  // Draws a page every kTopInterval until the user quits.
   void run() {
     Terminal terminal;
     std::string why = step();
@@ -227,15 +212,22 @@ class Top {
   }
 
  private:
-  std::string take(Scrape& sample) {
-    const FetchedPage stats = client_.get("/v1/stats", kTopFetchTime);
-    if (stats.status == 0) return stats.why;
-    if (stats.status == 401) return "it wants a key: set NEXUS_API_KEY";
-    if (stats.status != 200) return "/v1/stats answers " + std::to_string(stats.status);
-    const FetchedPage metrics = client_.get("/metrics", kTopFetchTime);
-    if (metrics.status != 200) return "/metrics answers " + std::to_string(metrics.status) + metrics.why;
-    if (!reader_.read(stats.body, metrics.body, monotonic_now(), sample)) return "it does not seem to be a Nexus";
+  // Fetches one page. Returns the reason of a failure, or an empty text.
+  std::string fetch(const std::string& path, std::string& body) {
+    FetchedPage page = client_.get(path, kTopFetchTime);
+    if (page.status == 0) return page.why;
+    if (page.status == 401) return "an API key is required: set NEXUS_API_KEY";
+    if (page.status != 200) return path + " returned " + std::to_string(page.status);
+    body = std::move(page.body);
     return {};
+  }
+
+  std::string take(Scrape& sample) {
+    std::string stats, metrics;
+    if (std::string why = fetch("/v1/stats", stats); !why.empty()) return why;
+    if (std::string why = fetch("/metrics", metrics); !why.empty()) return why;
+    const bool read = reader_.read(stats, metrics, monotonic_now(), sample);
+    return read ? "" : "the response does not come from Nexus";
   }
 
   std::string step() {
@@ -257,15 +249,15 @@ class Top {
   PageClient& client_;
   std::string where_;
   ScrapeReader reader_;
-  std::deque<Scrape> samples_;  // of the window, oldest first
+  std::deque<Scrape> samples_;  // of the last kTopWindow, oldest first
 };
 
-// The command: its exit status.
+// Runs the command and returns its exit status.
 inline int run_top(const HostPort& address, const std::string& prefix, const std::string& url, const std::string& key) {
   std::string why;
   const std::optional<Address> resolved = resolve_host(address, why);
   if (!resolved) {
-    std::fprintf(stderr, "nexus: %s is not resolved: %s\n", address.host.c_str(), why.c_str());
+    std::fprintf(stderr, "nexus: DNS lookup failed for %s: %s\n", address.host.c_str(), why.c_str());
     return 1;
   }
   BackendSettings host;

@@ -140,7 +140,8 @@ inline std::string host_port(std::string_view host, std::uint16_t port) {
 
 // Appends `text` as the inside of a JSON string (RFC 8259 7). Every byte that is not part of a UTF-8 character becomes
 // U+FFFD, so that the result is always valid JSON.
-inline void append_json_escaped(std::string& out, std::string_view text) {
+template <class Out>  // with += for text and for a character
+void append_json_escaped(Out& out, std::string_view text) {
   while (!text.empty()) {
     const char c = text[0];
     const std::size_t length = read_utf8(text).bytes;
@@ -163,7 +164,7 @@ inline void append_json_escaped(std::string& out, std::string_view text) {
       out += kHexDigits[static_cast<unsigned char>(c) >> 4];
       out += kHexDigits[static_cast<unsigned char>(c) & 15];
     } else {
-      out.append(text.substr(0, length));
+      out += text.substr(0, length);
     }
     text.remove_prefix(length);
   }

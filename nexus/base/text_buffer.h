@@ -1,22 +1,19 @@
 // text_buffer.h
-// Owns:     the memory that a page of text is written into, and numbers as text.
+// Owns:     the memory of a rendered page, numbers as text, and the reuse of that memory from page to page.
 // Promises: seconds are written exactly from integer nanoseconds, without a trailing zero and without floating point;
-//           the memory is kept from one page to the next, and kSlack bytes beyond what was asked for may be
-//           overwritten.
-// Leaves:   what the text means to prometheus.h and stats_json.h.
-// Threads:  a TextBuffer belongs to one thread; the functions: any.
-// Owns:     rendered pages while clients are sent them, and the memory of one that all its clients have let go of.
-// Promises: a page is handed over without a copy, and its memory comes home to be written anew: the first touch of
-//           fresh memory costs more than all that is written into it. At most one page lies on the shelf.
-// Leaves:   what a page says to its writer, when a client lets go of it to builtin_pages.h.
-// Threads:  lend() and take_back() one (control); the last to let go of a page, and of the shelf, may be any.
+//           a page is lent to its readers without a copy, and its memory comes back when the last one lets go of it:
+//           touching fresh memory costs more than writing the page. At most one returned page is kept.
+// Leaves:   the text to its writers; when a client is done with a page to builtin_pages.h.
+// Threads:  a TextBuffer belongs to one thread. lend() and take_back(): one (control); a lent page, and the recycler,
+//           may be released by any.
+// Tested by: tests/text_buffer_test.cpp, tests/prometheus_test.cpp
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cassert>
 #include <charconv>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -27,22 +24,21 @@
 #include "nexus/base/clock.h"
 
 namespace nexus {
-constexpr std::size_t kNumberBytes = 24;  // the longest number here: 20 digits or 10.9 digits, and a sign
 
-// Each writes at `at`, where kNumberBytes must be free, and returns the end of what it wrote.
+constexpr std::size_t kNumberBytes = 24;  // the longest number: a sign and 20 digits, or 10 digits, a point and 9 more
 
-inline char* write_unsigned(char* at, std::uint64_t value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
+// Each of these writes to `at`, where kNumberBytes must be free, and returns the end.
 
-inline char* write_signed(char* at, std::int64_t value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
+char* write_number(char* at, std::integral auto value) { return std::to_chars(at, at + kNumberBytes, value).ptr; }
 
 // 1'500'000'000 → 1.5; 123 → 0.000000123
 inline char* write_seconds(char* at, std::uint64_t ns) {
   constexpr auto kPerSecond = static_cast<std::uint64_t>(kSecond);
-  at = write_unsigned(at, ns / kPerSecond);
+  at = write_number(at, ns / kPerSecond);
   const std::uint64_t rest = ns % kPerSecond;
   if (rest == 0) return at;
   char digits[kNumberBytes];
-  write_unsigned(digits, kPerSecond + rest);  // a 1 in front keeps the zeros behind the point
+  write_number(digits, kPerSecond + rest);  // a 1 in front keeps the zeros behind the point
   std::size_t length = 9;
   while (digits[length] == '0') --length;
   *at++ = '.';
@@ -50,8 +46,8 @@ inline char* write_seconds(char* at, std::uint64_t ns) {
   return at + length;
 }
 
-// Copies in steps of a fixed size, faster than memcpy for the lengths of a line. Reads and writes up to kSlack bytes
-// too many.
+// Copies in steps of a fixed size: faster than memcpy for the lengths of a line. Reads and writes up to kSlack bytes
+// beyond the length.
 inline char* copy_padded(char* at, const char* from, std::size_t length) {
   for (std::size_t i = 0; i < length; i += 32) std::memcpy(at + i, from + i, 32);
   return at + length;
@@ -68,11 +64,10 @@ class TextBuffer {
     std::swap(capacity_, other.capacity_);
   }
   std::string_view text() const { return {memory_.get(), size_}; }
-  const char* data() const { return memory_.get(); }  // kSlack bytes behind the text may be read
+  const char* data() const { return memory_.get(); }  // kSlack bytes after the text may be read
   std::size_t size() const { return size_; }
-  std::size_t capacity() const { return capacity_; }
 
-  // Where to write up to `bytes`, with kSlack behind them; tell the end by finish().
+  // Where to write up to `bytes`; kSlack bytes after them may be overwritten. finish() sets the end.
   char* room(std::size_t bytes) {
     if (capacity_ - size_ < bytes + kSlack) [[unlikely]]
       grow(bytes + kSlack);
@@ -89,8 +84,9 @@ class TextBuffer {
     finish(at + text.size());
     return *this;
   }
-  TextBuffer& add_unsigned(std::uint64_t value) { return finish(write_unsigned(room(kNumberBytes), value)), *this; }
-  TextBuffer& add_signed(std::int64_t value) { return finish(write_signed(room(kNumberBytes), value)), *this; }
+  TextBuffer& operator+=(std::string_view text) { return add(text); }
+  TextBuffer& operator+=(char c) { return add({&c, 1}); }
+  TextBuffer& add_number(std::integral auto value) { return finish(write_number(room(kNumberBytes), value)), *this; }
   TextBuffer& add_seconds(std::uint64_t ns) { return finish(write_seconds(room(kNumberBytes), ns)), *this; }
 
  private:
@@ -109,41 +105,25 @@ class TextBuffer {
 
 class BufferRecycler {
  public:
-  // Hands over what was written; `page` has no memory then. Throws std::bad_alloc, and the text is lost.
+  // Hands over the text and leaves `page` without memory. Throws std::bad_alloc; the text is lost then.
   std::shared_ptr<const TextBuffer> lend(TextBuffer& page) {
-    auto lent = std::make_unique<TextBuffer>();
-    lent->swap(page);
-    return {lent.release(), [home = home_](const TextBuffer* back) { home->put(const_cast<TextBuffer*>(back)); }};
+    lent_ = std::make_shared<TextBuffer>();
+    lent_->swap(page);
+    return lent_;
   }
 
-  // Gives `page` the memory that came home, if some did, and an empty text.
+  // Clears `page`, and gives it the memory of the last lent one if no reader has that any more.
   void take_back(TextBuffer& page) {
     page.clear();
-    const std::unique_ptr<TextBuffer> back = home_->take();
-    if (back == nullptr) return;
-    back->clear();
-    back->swap(page);
+    if (lent_.use_count() != 1) return;
+    std::shared_ptr(lent_).reset();  // its decrement acquires what the last reader's released: the reads came before
+    lent_->clear();
+    lent_->swap(page);
+    lent_.reset();
   }
 
  private:
-  class Home {
-   public:
-    Home() = default;
-    Home(const Home&) = delete;
-    Home& operator=(const Home&) = delete;
-    ~Home() { put(nullptr); }
-
-    std::unique_ptr<TextBuffer> take() {
-      return std::unique_ptr<TextBuffer>(page_.exchange(nullptr, std::memory_order_acquire));
-    }
-    // In the place of what lay there. Whoever takes it sees that the others have read it.
-    void put(TextBuffer* page) { delete page_.exchange(page, std::memory_order_acq_rel); }
-
-   private:
-    std::atomic<TextBuffer*> page_{nullptr};
-  };
-
-  std::shared_ptr<Home> home_ = std::make_shared<Home>();  // outlives this where a client still reads
+  std::shared_ptr<TextBuffer> lent_;
 };
 
 }  // namespace nexus

@@ -1,14 +1,16 @@
 // exposition.h
-// Owns:     the text exposition format 0.0.4: family heads, sample lines, histograms.
-// Promises: buckets are cumulative and `_count` is the +Inf bucket; a line costs a copy of its ready-made beginning and
-//           a number; all memory is kept for the next page.
-// Leaves:   which families there are, and that no series comes twice, to prometheus.h; label values come in ready-made.
+// Owns:     the text exposition format 0.0.4: HELP and TYPE lines, samples, histograms.
+// Promises: buckets are cumulative and `_count` is the +Inf bucket; a sample costs one copy of its prepared beginning
+//           and one number; memory is kept for the next page.
+// Leaves:   which families there are, and that no series appears twice, to prometheus.h; label values to labels.h.
 // Threads:  one.
+// Tested by: tests/prometheus_test.cpp
 #pragma once
 
 #include <array>
 #include <cassert>
 #include <charconv>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -26,7 +28,7 @@ enum class FamilyType : std::uint8_t { counter, gauge, histogram };
 
 namespace detail {
 
-// What follows the labels of a bucket's line up to its number: `le="0.25"} `. Padded to the step of copy_padded.
+// The end of a bucket's labels: `le="0.25"} `. Of a fixed size, so that it is copied without a loop.
 struct BucketTail {
   static constexpr std::size_t kBytes = 16;
   std::array<char, kBytes> text{};
@@ -42,7 +44,7 @@ inline BucketTail make_bucket_tail(Unit unit, std::int64_t bound) {
   } else if (unit == Unit::seconds) {
     page.add_seconds(static_cast<std::uint64_t>(bound));
   } else {
-    page.add_signed(bound);
+    page.add_number(bound);
   }
   page.add("\"} ");
   assert(page.size() <= BucketTail::kBytes);
@@ -66,13 +68,13 @@ std::span<const BucketTail> bucket_tails() {
 
 class Exposition {
  public:
-  using Label = std::pair<std::string_view, std::string_view>;  // the value as it is written, already escaped
+  using Label = std::pair<std::string_view, std::string_view>;  // the value is escaped already
 
   void clear() { page_.clear(); }
   std::string_view text() const { return page_.text(); }
   TextBuffer& page() { return page_; }
 
-  // Begins a family; the samples that follow belong to it and begin without labels.
+  // Begins a family. The next samples belong to it and have no labels until labels() is called.
   void family(std::string_view name, FamilyType type, std::string_view help) {
     static constexpr std::array<std::string_view, 3> kTypes{"counter", "gauge", "histogram"};
     name_.clear();
@@ -82,7 +84,7 @@ class Exposition {
     page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
   }
 
-  // Writes labels as they stand between the braces.
+  // Writes labels as they appear between the braces.
   static void write_labels(TextBuffer& page, std::initializer_list<Label> labels) {
     std::string_view comma;
     for (const auto& [name, value] : labels) {
@@ -91,21 +93,20 @@ class Exposition {
     }
   }
 
-  // The labels of the samples that follow.
+  // Sets the labels of the next samples.
   void labels(std::initializer_list<Label> labels) {
     labels_.clear();
     write_labels(labels_, labels);
   }
 
-  // The same, ready-made by write_labels() in `page` from `offset` on, and one more if `last` has a name.
+  // The same, from text that write_labels() put into `page` at `offset`, and `last` too if it has a name.
   void labels(const TextBuffer& page, std::size_t offset, std::size_t length, Label last = {}) {
     labels_.clear();
     labels_.finish(copy_padded(labels_.room(length), page.data() + offset, length));
     if (!last.first.empty()) labels_.add(",").add(last.first).add("=\"").add(last.second).add("\"");
   }
 
-  void sample(std::uint64_t value) { end_line(write_unsigned(begin_line(), value)); }
-  void sample_signed(std::int64_t value) { end_line(write_signed(begin_line(), value)); }
+  void sample(std::integral auto value) { end_line(write_number(begin_line(), value)); }
   void sample_seconds(std::uint64_t ns) { end_line(write_seconds(begin_line(), ns)); }
   void sample_double(double value) {
     std::array<char, 400> digits;  // the longest double without an exponent
@@ -120,7 +121,7 @@ class Exposition {
   }
 
  private:
-  // `name_suffix{labels} `, or `name_suffix ` where there are none. At most kSuffixBytes beyond name and labels.
+  // `name_suffix{labels} `, or `name_suffix ` without labels. At most kSuffixBytes longer than name and labels.
   static constexpr std::size_t kSuffixBytes = 16;
   template <std::size_t N>
   char* write_start(char* at, const char (&suffix)[N]) const {
@@ -151,12 +152,12 @@ class Exposition {
     char* at = page_.room(line_bytes * (counts.size() + 2));
 
     std::uint64_t cumulative = 0;
-    std::array<char, 32> number{'0', '\n'};  // of the line before: a bucket that holds nothing says the same again
+    std::array<char, 32> number{'0', '\n'};  // of the line before: an empty bucket repeats it
     std::size_t number_length = 2;
     for (std::size_t i = 0; i < counts.size(); ++i) {
       if (counts[i] != 0) {
         cumulative += counts[i];
-        char* end = write_unsigned(number.data(), cumulative);
+        char* end = write_number(number.data(), cumulative);
         *end++ = '\n';
         number_length = static_cast<std::size_t>(end - number.data());
       }
@@ -167,17 +168,17 @@ class Exposition {
       at += number_length;
     }
     at = write_start(at, "_sum");
-    at = unit == Unit::seconds ? write_seconds(at, sum) : write_unsigned(at, sum);
+    at = unit == Unit::seconds ? write_seconds(at, sum) : write_number(at, sum);
     *at++ = '\n';
     at = write_start(at, "_count");
-    std::memcpy(at, number.data(), number.size());  // the +Inf bucket's own
+    std::memcpy(at, number.data(), number.size());  // that of the +Inf bucket
     page_.finish(at + number_length);
   }
 
   TextBuffer page_;
   TextBuffer name_;
   TextBuffer labels_;  // `a="x",b="y"`
-  TextBuffer begin_;   // what all bucket lines of a histogram begin with
+  TextBuffer begin_;   // the common beginning of a histogram's bucket lines
 };
 
 }  // namespace nexus

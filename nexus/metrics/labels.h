@@ -1,11 +1,13 @@
 // labels.h
-// Owns:     how a name becomes a label value, sanitised or escaped, and which names become the same one.
+// Owns:     the label value of a name, sanitised or escaped, and the groups of names that have the same one.
 // Promises: a sanitised value matches [a-zA-Z_][a-zA-Z0-9_]*; an escaped one is valid UTF-8 that Prometheus can parse;
-//           names whose values are equal share one group, so a page written by group has no series twice.
+//           names with equal values share one group, so a page that is written by group has no series twice.
 // Leaves:   adding up a group's numbers to prometheus.h.
 // Threads:  the functions: any. A LabelTable: one thread (control), as the NameTable that it reads.
+// Tested by: tests/labels_test.cpp, tests/prometheus_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -22,7 +24,8 @@ namespace nexus {
 
 inline constexpr std::string_view kReplacementCharacter = "\xEF\xBF\xBD";  // U+FFFD
 
-// Each code point outside [a-zA-Z0-9_], and each byte that is no UTF-8, as one `_`; never empty, never digit first.
+// Replaces each code point outside [a-zA-Z0-9_], and each byte that is not UTF-8, by one `_`. The result is not empty
+// and does not begin with a digit.
 inline std::string sanitize_label(std::string_view name) {
   std::string out;
   out.reserve(name.size() + 1);
@@ -33,32 +36,28 @@ inline std::string sanitize_label(std::string_view name) {
     if (digit && out.empty()) out += '_';
     out += digit || letter ? c : '_';
     const std::size_t length = detail::utf8_length(name.substr(i));
-    i += length == 0 ? 1 : length;
+    i += std::max<std::size_t>(length, 1);
   }
   if (out.empty()) out += '_';
   return out;
 }
 
-// The name as it is, escaped as the exposition format asks. A byte that is no UTF-8, and NUL, would have Prometheus
-// refuse the whole page: each becomes U+FFFD.
+// Escapes the name for the exposition format. Prometheus rejects a page with NUL or with bytes that are not UTF-8, so
+// each of these becomes U+FFFD.
 inline std::string escape_label(std::string_view name) {
   std::string out;
   out.reserve(name.size() + 8);
   for (std::size_t i = 0; i < name.size();) {
     const std::size_t length = detail::utf8_length(name.substr(i));
-    switch (name[i]) {
-      case '\\': out += "\\\\"; break;
-      case '"': out += "\\\""; break;
-      case '\n': out += "\\n"; break;
-      case '\0': out += kReplacementCharacter; break;
-      default:
-        if (length == 0) {
-          out += kReplacementCharacter;
-        } else {
-          out += name.substr(i, length);
-        }
+    if (name[i] == '\n') {
+      out += "\\n";
+    } else if (name[i] == '\0' || length == 0) {
+      out += kReplacementCharacter;
+    } else {
+      if (name[i] == '\\' || name[i] == '"') out += '\\';
+      out += name.substr(i, length);
     }
-    i += length == 0 ? 1 : length;
+    i += std::max<std::size_t>(length, 1);
   }
   return out;
 }
@@ -67,11 +66,11 @@ inline std::string label_of(std::string_view name, LabelMode mode) {
   return mode == LabelMode::sanitize ? sanitize_label(name) : escape_label(name);
 }
 
-// The label value of every id of a NameTable, made once, and the group that the ids with that value form.
+// The label value of every id of a NameTable, computed once, and the group of ids that share it.
 template <class Id>
 class LabelTable {
  public:
-  // Takes in the names that were added since; all anew where the mode changed.
+  // Adds the names that are new since the last call; starts again if the mode changed.
   void update(const NameTable<Id>& names, LabelMode mode) {
     if (mode != mode_) {
       groups_.clear();

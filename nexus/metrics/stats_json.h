@@ -1,20 +1,19 @@
 // stats_json.h
-// Owns:     the JSON at /v1/stats: which backends and models it lists, their order, sums and averages.
-// Promises: `total` = `success` + `errors` in every page; names as they are, escaped for JSON; averages with one
-//           decimal place, computed in integers and rounded half up.
-// Leaves:   sockets and the 503 when there is no page to others.
+// Owns:     the totals of each backend and model, which the pages at /v1/stats and / show, and the JSON of the first.
+// Promises: `total` = `success` + `errors` in every page; averages with one decimal place, computed in integers and
+//           rounded half up.
+// Leaves:   sockets, and the 503 if there is no page, to builtin_pages.h; the HTML to status_page.h.
 // Threads:  one (control), which also owns the name tables; the slabs may be written meanwhile.
+// Tested by: tests/stats_json_test.cpp
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/text.h"
+#include "nexus/base/json_writer.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
@@ -23,18 +22,29 @@
 
 namespace nexus {
 
-namespace detail {
-
-struct StatsSums {
+// Totals of one backend, of one model, or of all requests.
+struct StatsRow {
+  std::string_view name;  // as configured or discovered, not sanitised; owned by the name table
   bool listed = false;
-  std::uint64_t requests = 0;
-  std::uint64_t errors = 0;
-  std::uint64_t prompt_tokens = 0;
-  std::uint64_t completion_tokens = 0;
-  std::uint64_t durations = 0;
-  std::uint64_t duration_sum_ns = 0;
+  bool healthy = false;      // of a backend
+  std::int64_t pending = 0;  // of a backend
+  std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
+  std::uint64_t durations = 0, duration_sum_ns = 0;
 
-  void add(const StatsSums& other) {
+  void add(const PairCounters& counters) {
+    counters.statuses.for_each([this](const StatusCounters::Count& count) {
+      requests += count.count;
+      if (count.failed) errors += count.count;
+    });
+    HistogramValues<kDurationBounds> duration;
+    counters.duration.add_to(duration, counters.duration_sum);
+    durations += duration.count();
+    duration_sum_ns += duration.sum;
+    prompt_tokens += counters.prompt_sum.read();
+    completion_tokens += counters.completion_sum.read();
+  }
+
+  void add(const StatsRow& other) {
     requests += other.requests;
     errors += other.errors;
     prompt_tokens += other.prompt_tokens;
@@ -44,22 +54,19 @@ struct StatsSums {
   }
 };
 
-inline StatsSums sums_of(const PairCounters& cells) {
-  StatsSums sums;
-  cells.statuses.for_each([&sums](const StatusCounters::Count& count) {
-    sums.requests += count.count;
-    if (count.failed) sums.errors += count.count;
-  });
-  HistogramValues<kDurationBounds> duration;
-  cells.duration.add_to(duration, cells.duration_sum);
-  sums.durations = duration.count();
-  sums.duration_sum_ns = duration.sum;
-  sums.prompt_tokens = cells.prompt_sum.read();
-  sums.completion_tokens = cells.completion_sum.read();
-  return sums;
-}
+struct Stats {
+  std::uint64_t uptime_s = 0;
+  std::uint64_t registered = 0, healthy = 0;  // backends
+  std::uint64_t models_available = 0;
+  std::int64_t client_connections = 0;
+  StatsRow all;
+  std::vector<StatsRow> backends;  // by name
+  std::vector<StatsRow> models;    // by requests, most first, then by name
+};
 
-// `sum / count` in milliseconds, in tenths.
+namespace detail {
+
+// `sum / count` in tenths of a millisecond.
 constexpr std::uint64_t average_tenths_of_ms(std::uint64_t sum_ns, std::uint64_t count) {
   if (count == 0) return 0;
   const std::uint64_t divisor = count * static_cast<std::uint64_t>(kMillisecond / 10);
@@ -67,121 +74,87 @@ constexpr std::uint64_t average_tenths_of_ms(std::uint64_t sum_ns, std::uint64_t
   return sum_ns / divisor + (rest >= divisor - rest ? 1 : 0);
 }
 
-inline void add_average(TextBuffer& page, const StatsSums& sums) {
-  const std::uint64_t tenths = average_tenths_of_ms(sums.duration_sum_ns, sums.durations);
-  page.add_unsigned(tenths / 10).add(".").add_unsigned(tenths % 10);
+template <class Id>
+std::vector<StatsRow> rows_by_id(const NameTable<Id>& names) {
+  std::vector<StatsRow> rows(names.size());
+  for (std::uint32_t i = 0; i < rows.size(); ++i) rows[i].name = names.name(Id{i});
+  return rows;
+}
+
+inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fleet) {
+  stats.uptime_s = static_cast<std::uint64_t>(fleet.uptime_ns / kSecond);
+  stats.registered = fleet.backends.size();
+  stats.models_available = fleet.models_available;
+  for (const auto& backend : fleet.backends) {
+    stats.backends[index_of(backend.id)].listed = true;
+    stats.backends[index_of(backend.id)].healthy = backend.healthy;
+    stats.healthy += backend.healthy ? 1 : 0;
+  }
+  for (const ModelId id : fleet.models_on_healthy) stats.models[index_of(id)].listed = true;
+  for (std::uint32_t i = 0; i < stats.backends.size(); ++i) stats.backends[i].pending = metrics.pending(BackendId{i});
+  for (const auto& slab : metrics.slabs()) stats.client_connections += slab->thread().client_connections.read_signed();
 }
 
 }  // namespace detail
 
-class StatsPage {
- public:
-  // The page; it stays as it is until the next call.
-  std::string_view render(const Metrics& metrics, const FleetView& fleet, const ModelNames& models,
-                          const BackendNames& backends) {
-    collect(metrics, fleet, models, backends);
-    page_.clear();
-    page_.add("{\"uptime_seconds\":").add_signed(fleet.uptime_ns / kSecond);
-    page_.add(",\"requests\":{\"total\":").add_unsigned(all_.requests);
-    page_.add(",\"success\":").add_unsigned(all_.requests - all_.errors);
-    page_.add(",\"errors\":").add_unsigned(all_.errors);
-    page_.add("},\"backends\":[");
-    write_backends(metrics, fleet, backends);
-    page_.add("],\"models\":[");
-    write_models(models);
-    page_.add("]}\n");
-    return page_.text();
-  }
-
-  // Between two calls its memory may be handed over, and other memory given.
-  TextBuffer& page() { return page_; }
-
- private:
-  using Sums = detail::StatsSums;
-
-  void collect(const Metrics& metrics, const FleetView& fleet, const ModelNames& models, const BackendNames& backends) {
-    all_ = Sums{};
-    models_.assign(models.size(), Sums{});
-    backends_.assign(backends.size(), Sums{});
-    for (const auto& backend : fleet.backends) backends_[index_of(backend.id)].listed = true;
-    for (ModelId id : fleet.models_on_healthy) models_[index_of(id)].listed = true;
-    // A model may be configured under the name of the catch-all: both are then one entry.
-    const std::uint32_t unknown = index_of(models.find(models.name(ModelId::unknown)));
-    for (const auto& slab : metrics.slabs()) {
-      slab->pairs().for_each([&](std::uint32_t model, std::uint32_t backend, const PairCounters& cells) {
-        const Sums sums = detail::sums_of(cells);
-        if (model == index_of(ModelId::unknown)) model = unknown;
-        all_.add(sums);
-        models_[model].add(sums);
-        models_[model].listed = true;
-        backends_[backend].add(sums);
-        backends_[backend].listed |= backend != index_of(BackendId::none);
-      });
-    }
-  }
-
-  void write_backends(const Metrics& metrics, const FleetView& fleet, const BackendNames& names) {
-    std::vector<std::uint32_t> order = listed(backends_);
-    std::sort(order.begin(), order.end(),
-              [&](std::uint32_t a, std::uint32_t b) { return names.name(BackendId{a}) < names.name(BackendId{b}); });
-    std::vector<bool> healthy(backends_.size());
-    for (const auto& backend : fleet.backends) healthy[index_of(backend.id)] = backend.healthy;
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      const Sums& sums = backends_[order[i]];
-      page_.add(i == 0 ? "{\"id\":" : ",{\"id\":");
-      page_.add(json_string(names.name(BackendId{order[i]})));
-      page_.add(",\"requests\":").add_unsigned(sums.requests);
-      page_.add(",\"average_latency_ms\":");
-      detail::add_average(page_, sums);
-      page_.add(",\"pending\":").add_signed(metrics.pending(BackendId{order[i]}));
-      page_.add(",\"healthy\":").add(healthy[order[i]] ? "true" : "false");
-      write_common(sums);
-    }
-  }
-
-  void write_models(const ModelNames& names) {
-    std::vector<std::uint32_t> order = listed(models_);
-    std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-      if (models_[a].requests != models_[b].requests) return models_[a].requests > models_[b].requests;
-      return names.name(ModelId{a}) < names.name(ModelId{b});
+inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const ModelNames& models,
+                           const BackendNames& backends) {
+  Stats stats;
+  stats.backends = detail::rows_by_id(backends);
+  stats.models = detail::rows_by_id(models);
+  detail::add_fleet(stats, metrics, fleet);
+  // A model may be configured under the name of the catch-all: both are then one row.
+  const std::uint32_t unknown = index_of(models.find(models.name(ModelId::unknown)));
+  for (const auto& slab : metrics.slabs()) {
+    slab->pairs().for_each([&](std::uint32_t model, std::uint32_t backend, const PairCounters& counters) {
+      StatsRow pair;  // read once: a thread may be recording
+      pair.add(counters);
+      if (model == index_of(ModelId::unknown)) model = unknown;
+      stats.all.add(pair);
+      stats.models[model].add(pair);
+      stats.models[model].listed = true;
+      stats.backends[backend].add(pair);
+      stats.backends[backend].listed |= backend != index_of(BackendId::none);
     });
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      const Sums& sums = models_[order[i]];
-      page_.add(i == 0 ? "{\"name\":" : ",{\"name\":");
-      page_.add(json_string(names.name(ModelId{order[i]})));
-      page_.add(",\"requests\":").add_unsigned(sums.requests);
-      page_.add(",\"average_duration_ms\":");
-      detail::add_average(page_, sums);
-      write_common(sums);
-    }
   }
+  for (auto* rows : {&stats.backends, &stats.models}) std::erase_if(*rows, [](const auto& row) { return !row.listed; });
+  std::sort(stats.backends.begin(), stats.backends.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+  std::sort(stats.models.begin(), stats.models.end(), [](const auto& a, const auto& b) {
+    return a.requests != b.requests ? a.requests > b.requests : a.name < b.name;
+  });
+  return stats;
+}
 
-  // What goes beyond the contract's fields, and the end of the object.
-  void write_common(const Sums& sums) {
-    page_.add(",\"errors\":").add_unsigned(sums.errors);
-    page_.add(",\"prompt_tokens\":").add_unsigned(sums.prompt_tokens);
-    page_.add(",\"completion_tokens\":").add_unsigned(sums.completion_tokens).add("}");
+// The page at /v1/stats.
+inline void write_stats(TextBuffer& page, const Stats& stats) {
+  JsonWriter json(page);
+  const auto average = [&](std::string_view name, const StatsRow& row) {
+    const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
+    json.key(name).literal(Digits(tenths / 10).view());
+    page.add(".").add_number(tenths % 10);
+  };
+  const auto end_row = [&](const StatsRow& row) {
+    json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
+    json.field("completion_tokens", row.completion_tokens).end_object();
+  };
+  json.begin_object().field("uptime_seconds", stats.uptime_s);
+  json.key("requests").begin_object().field("total", stats.all.requests);
+  json.field("success", stats.all.requests - stats.all.errors).field("errors", stats.all.errors).end_object();
+  json.key("backends").begin_array();
+  for (const StatsRow& row : stats.backends) {
+    json.begin_object().field("id", row.name).field("requests", row.requests);
+    average("average_latency_ms", row);
+    json.field("pending", row.pending).field("healthy", row.healthy);
+    end_row(row);
   }
-
-  static std::vector<std::uint32_t> listed(const std::vector<Sums>& all) {
-    std::vector<std::uint32_t> ids;
-    for (std::uint32_t i = 0; i < all.size(); ++i) {
-      if (all[i].listed) ids.push_back(i);
-    }
-    return ids;
+  json.end_array().key("models").begin_array();
+  for (const StatsRow& row : stats.models) {
+    json.begin_object().field("name", row.name).field("requests", row.requests);
+    average("average_duration_ms", row);
+    end_row(row);
   }
-
-  TextBuffer page_;
-  Sums all_;
-  std::vector<Sums> models_;    // by id
-  std::vector<Sums> backends_;  // by id
-};
-
-// One page, for callers that keep none of its memory.
-inline std::string render_stats(const Metrics& metrics, const FleetView& fleet, const ModelNames& models,
-                                const BackendNames& backends) {
-  StatsPage page;
-  return std::string(page.render(metrics, fleet, models, backends));
+  json.end_array().end_object();
+  page += '\n';
 }
 
 }  // namespace nexus

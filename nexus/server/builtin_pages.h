@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "nexus/apps/status_policy.h"
+#include "nexus/apps/status_page.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"

@@ -405,24 +405,15 @@ class Control {
       note_dropped_lines();
       const ModelNames& models = registry_.model_names();
       const BackendNames& backends = registry_.backend_names();
-      std::string_view metrics, stats;  // the status page is drawn from both
-      if (kind != PageKind::stats) {
+      if (kind == PageKind::metrics) {
         metrics_shelf_.take_back(prometheus_page_.page());
-        metrics = prometheus_page_.render(metrics_, fleet, hooks_.process_stats(), models, backends, labels);
+        prometheus_page_.render(metrics_, fleet, hooks_.process_stats(), models, backends, labels);
+        return metrics_shelf_.lend(prometheus_page_.page());
       }
-      if (kind != PageKind::metrics) {
-        stats_shelf_.take_back(stats_page_.page());
-        stats = stats_page_.render(metrics_, fleet, models, backends);
-      }
-      if (kind == PageKind::status) {
-        const std::optional<std::string> text = render_status(stats, metrics, kVersion);
-        if (!text) throw std::bad_alloc();
-        auto page = std::make_shared<TextBuffer>();
-        page->add(*text);
-        return page;
-      }
-      return kind == PageKind::metrics ? metrics_shelf_.lend(prometheus_page_.page())
-                                       : stats_shelf_.lend(stats_page_.page());
+      stats_shelf_.take_back(stats_page_);
+      const Stats stats = collect_stats(metrics_, fleet, models, backends);
+      kind == PageKind::stats ? write_stats(stats_page_, stats) : write_status_page(stats_page_, stats, kVersion);
+      return stats_shelf_.lend(stats_page_);
     } catch (const std::bad_alloc&) {
       slab_.limit_hit(Limit::memory);
       return nullptr;
@@ -487,7 +478,7 @@ class Control {
   std::shared_ptr<const Settings> reloading_;  // not taken over yet
   std::uint64_t lines_dropped_ = 0;
   PrometheusPage prometheus_page_;
-  StatsPage stats_page_;
+  TextBuffer stats_page_;                       // also of the status page
   BufferRecycler metrics_shelf_, stats_shelf_;  // pages keep their room between scrapes
 };
 

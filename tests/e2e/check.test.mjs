@@ -43,8 +43,8 @@ group('nexus check', () => {
     assert.equal(r.code, 1, r.stdout + r.stderr);
     const rows = rows_of(r.stdout);
     assert.match(rows.get('down'), /vllm +no +no .*Connection refused/);
-    assert.match(rows.get('nowhere'), /no +no .*host nexus-check\.invalid is not resolved/);
-    assert.match(rows.get('keyed'), /yes +no .*it wants a key \(401\)/);
+    assert.match(rows.get('nowhere'), /no +no .*DNS lookup failed for nexus-check\.invalid: /);
+    assert.match(rows.get('keyed'), /yes +no .*it requires an API key \(401\)/);
     assert.match(rows.get('other'), /yes +no .*type = ollama/);
     assert.match(rows.get('lacking'), /yes +yes .*it has no model m2/);
     assert.match(rows.get('silent'), /yes +no .*no answer in time/);
@@ -62,7 +62,7 @@ group('nexus check', () => {
     const r = await check(t, { backends: [{ name: 'a', mock: keyed, api_key_env: 'CHECK_KEY' }] }, { env: { CHECK_KEY: 'sk-very-secret' } });
     assert.equal(r.code, 1);
     assert.equal(seen, 'Bearer sk-very-secret');
-    assert.match(r.stdout, /it refuses the key \(403\)/);
+    assert.match(r.stdout, /it rejects the API key \(403\)/);
     assert.ok(!(r.stdout + r.stderr).includes('very-secret'));
   });
 

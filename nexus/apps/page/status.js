@@ -1,16 +1,7 @@
-// status_script.h
-// Owns:     the script of the status page: it reads /v1/stats and /metrics every two seconds and draws them.
-// Promises: a name goes into the page as text and nothing else; a page without new numbers says so; what is kept is
-//           bounded. Rates, quantiles and their text are rates.h's and format.h's.
-// Leaves:   the page that it finds to status_page.h, its digest to status_policy.h.
-// Threads:  any; a constant.
-#pragma once
-
-#include <string_view>
-
-namespace nexus {
-
-inline constexpr std::string_view kStatusScript = R"js('use strict';
+// status.js: reads /v1/stats and /metrics every two seconds, computes rates and quantiles, and draws them. The server's
+// own tables, which hold totals alone, are what is seen without scripts. A name goes into the page as text only, and
+// what is kept in memory is bounded.
+'use strict';
 (() => {
   const STEP_MS = 2000, WINDOW_MS = 10000, KEPT = 150, MOST_ROWS = 200;
   const element = (id) => document.getElementById(id);
@@ -20,7 +11,7 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
   const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, duration: new Map(), first: new Map() });
   const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true });
 
-  // A name as the label that it becomes, unless labels are raw.
+  // The label value of a name, unless labels are raw (see sanitize_label in labels.h).
   const sanitized = (name) => {
     const text = [...name].map((c) => (/^[a-zA-Z0-9_]$/.test(c) ? c : '_')).join('') || '_';
     return /^[0-9]/.test(text) ? '_' + text : text;
@@ -65,7 +56,7 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
 
   async function text_of(path) {
     const answer = await fetch(path, { cache: 'no-store', signal: AbortSignal.timeout(8000) });
-    if (!answer.ok) throw new Error(answer.status === 401 ? 'the numbers want a key' : `${path} answers ${answer.status}`);
+    if (!answer.ok) throw new Error(answer.status === 401 ? '/v1/stats and /metrics need an API key' : `${path} returned ${answer.status}`);
     return answer.text();
   }
 
@@ -85,9 +76,9 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     return sample;
   }
 
-  // ---- what two samples say of the time between them ----
+  // ---- rates and quantiles between two samples ----
 
-  // Interpolated within its bucket, as histogram_quantile() does; null where nothing was observed.
+  // Interpolated within its bucket, as histogram_quantile() does; null if nothing was observed.
   function quantile(before, after, q) {
     const bounds = [...after.keys()].sort((a, b) => a - b);
     const count = (bound) => after.get(bound) - (before.get(bound) ?? 0);
@@ -104,6 +95,10 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     }
     return null;
   }
+
+  // The state at the start of the process, when every count was 0.
+  const start_of = (sample) =>
+    ({ at: sample.at - 1000 * Math.max(sample.stats.uptime_seconds, 1), all: blank(), backends: new Map(), models: new Map() });
 
   const numbers_of = (before, after, seconds) => ({
     rate: (after.requests - before.requests) / seconds,
@@ -132,19 +127,20 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     if (s >= 3600) return `${part(3600, 24)}h ${part(60, 60)}m`;
     return s >= 60 ? `${part(60, 60)}m ${s % 60}s` : `${s}s`;
   };
-  // What would not be seen, or would turn the text around, is spelled out.
+  // Invisible characters, and those that change the direction of the text, are shown as escapes.
   const visible = (name) => name.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
     (c) => (c === '\n' ? '\\n' : '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0')));
 
+  // Key, title, text, whether it has a line and a tile, the tile's title if that is another.
   const METRICS = [
-    ['rate', 'Req/s', rate_text, true], ['errors', 'Err/s', rate_text, true], ['pending', 'Pending', String, true],
+    ['rate', 'Req/s', rate_text, true, 'Requests/s'], ['errors', 'Err/s', rate_text, true, 'Errors/s'], ['pending', 'Pending', String, true],
     ['queue', 'Queue', String, true], ['p50', 'p50', time_text, true], ['p95', 'p95', time_text, true],
     ['first', 'First token', time_text, true], ['tokens', 'Tokens/s', rate_text, true],
     ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
   ];
   const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
 
-  // ---- drawing; every name goes in as text ----
+  // ---- drawing ----
 
   const make = (tag, content = '', name = '') => {
     const made = document.createElement(tag);
@@ -166,7 +162,7 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     return svg;
   }
 
-  // The newest value stands at the right, the oldest step of all lines at the left; a gap where there was no value.
+  // The newest value is at the right edge, the oldest step of all lines at the left; a missing value leaves a gap.
   function draw_line(svg, values) {
     const steps = Math.min(Math.max(step - 2, 30), KEPT - 1);
     const known = values.filter(Number.isFinite);
@@ -195,7 +191,7 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     if (values) draw_line(cell.querySelector('svg') ?? cell.appendChild(make_line()), values);
   }
 
-  const histories = new Map();   // of a row's key: for each metric its last values
+  const histories = new Map();   // by row: the last KEPT values of each metric
 
   function remember(key, numbers) {
     if (!histories.has(key)) histories.set(key, {});
@@ -230,6 +226,26 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     const state = head.querySelector('.state') ?? head.appendChild(make('span'));
     state.textContent = healthy ? 'up' : 'down';
     state.className = `state ${healthy ? 'up' : 'down'}`;
+  }
+
+  // Puts the columns and tiles of this script in the place of the server's tables.
+  function take_over() {
+    for (const [kind, metrics] of [['backends', METRICS], ['models', OF_MODELS]]) {
+      const row = make('tr');
+      for (const title of ['Name', ...metrics.map(([, title]) => title)]) row.append(make('th', title));
+      for (const head of row.children) head.scope = 'col';
+      element(`${kind}_head`).replaceChildren(row);
+      element(kind).replaceChildren();
+    }
+    for (const [key, title, , has_tile, tile_title = title] of METRICS) {
+      if (!has_tile) continue;
+      const value = make('dd');
+      value.id = `all_${key}`;
+      value.append(make('b'));
+      const tile = make('div');
+      tile.append(make('dt', tile_title), value);
+      element('tiles').append(tile);
+    }
   }
 
   const tables = { backends: new Map(), models: new Map() };   // rows by name
@@ -271,7 +287,8 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     draw_table('backends', METRICS, before.backends, after.backends, seconds);
     draw_table('models', OF_MODELS, before.models, after.models, seconds);
     for (const [key, kept] of histories) if (kept.seen !== step) histories.delete(key);
-    element('span').textContent = `of the last ${Math.round(seconds)} s, lines of the last ${Math.ceil(Math.min(Math.max(step - 2, 30), KEPT) * STEP_MS / 60000)} min`;
+    const minutes = Math.ceil(Math.min(Math.max(step - 2, 30), KEPT) * STEP_MS / 60000);
+    element('span').textContent = `Rates and quantiles of the last ${Math.round(seconds)} s, lines of the last ${minutes} min.`;
   }
 
   // ---- every two seconds ----
@@ -282,13 +299,17 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
     const live = element('live');
     try {
       const sample = await take_sample();
-      // Another process answers: its page may be another too.
+      // Nexus was restarted: the page of the new process may differ.
       if (samples.length && sample.stats.uptime_seconds < samples.at(-1).stats.uptime_seconds) return location.reload();
       samples.push(sample);
       while (samples.length > 2 && samples[1].at <= sample.at - WINDOW_MS) samples.shift();
       step += 1;
-      if (samples.length > 1) {
-        if (step === 2) for (const kind of ['backends', 'models']) element(kind).replaceChildren();
+      if (step === 1) {
+        take_over();
+        draw(start_of(sample), sample);
+        element('span').textContent = 'Rates and quantiles since the start.';
+        histories.clear();   // a mean since the start is no point of a line
+      } else {
         draw(samples[0], sample);
       }
       failing_since = null;
@@ -296,13 +317,10 @@ inline constexpr std::string_view kStatusScript = R"js('use strict';
       live.className = '';
     } catch (error) {
       failing_since ??= new Date().toLocaleTimeString();
-      live.textContent = `no new numbers since ${failing_since}: ${error.message}`;
+      live.textContent = `no data since ${failing_since}: ${error.message}`;
       live.className = 'late';
     }
     setTimeout(turn, STEP_MS);
   }
   turn();
 })();
-)js";
-
-}  // namespace nexus
