@@ -436,7 +436,7 @@ TEST_CASE("log writer: a line put while the writer sleeps wakes it, without flus
   ::close(ends[1]);
 }
 
-TEST_CASE("log writer: a rename and reopen() starts a new file, and no line is lost") {
+TEST_CASE("log writer: a path configured again after a rename is a new file, and no line is lost") {
   Directory directory;
   const std::string path = directory.file("access.log");
   const std::string old = directory.file("access.log.1");
@@ -450,7 +450,7 @@ TEST_CASE("log writer: a rename and reopen() starts a new file, and no line is l
   REQUIRE(std::rename(path.c_str(), old.c_str()) == 0);
   REQUIRE(ring->put(LogDestination::access, "two\n"));
   writer.flush();
-  REQUIRE(writer.reopen() == 0);
+  REQUIRE(writer.reconfigure(path) == 0);
   writer.flush();
   REQUIRE(ring->put(LogDestination::access, "three\n"));
   writer.stop();
