@@ -229,7 +229,7 @@ class Daemon {
     for (std::size_t i = 0; i < workers_.size(); ++i) {
       worker_threads_.push_back(start_thread("nexus-worker", [this, main_thread, i] {
         workers_[i]->run();
-        watchdog_->over(i);
+        watchdog_->loop_ended(i);
         workers_done_.fetch_add(1, std::memory_order_release);
         pthread_kill(main_thread, kWorkerDone);
       }));
