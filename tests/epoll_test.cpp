@@ -1,3 +1,5 @@
+// epoll_test.cpp
+// Goal:   EpollNet and Connection report what the kernel does, and lose no byte. Method: real sockets on loopback.
 #include <doctest/doctest.h>
 
 #include <array>

@@ -1,9 +1,7 @@
 // log_test.cpp
-// Goal:   a line of the log is one line that says what happened, nothing a client sends can change that, and it gets to
-//         its file or is counted, whatever the file does.
-// Method: rows of values against golden lines; a ring small enough to fill and wrap all the time, between two threads;
-// a
-//         writer on real files and pipes: full (/dev/full), closed, not read, renamed.
+// Goal:   an event is one line whatever a client sends, and it reaches its file or is counted, whatever the file does.
+// Method: rows of values against golden lines; a ring that is small enough to fill and wrap all the time, between two
+//         threads; a writer on real files and pipes: full (/dev/full), closed, not read, renamed.
 #include "nexus/os/log.h"
 
 #include <doctest/doctest.h>

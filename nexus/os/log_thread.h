@@ -197,15 +197,14 @@ class LogFile {
   LogFile() = default;
   LogFile(const LogFile&) = delete;
   LogFile& operator=(const LogFile&) = delete;
-  ~LogFile() { drop_file(); }
+  ~LogFile() { attach(-1, false); }
 
   // Uses `fd` from now on, and closes it at the end if it is `owned`. With -1 lines are discarded.
   void attach(int fd, bool owned) {
-    drop_file();
+    if (owned_) ::close(fd_);
     fd_ = fd;
     owned_ = owned;
-    mid_line_ = false;
-    stalled_ = false;
+    mid_line_ = stalled_ = false;
     struct stat status {};
     regular_ = fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
   }
@@ -237,12 +236,6 @@ class LogFile {
   static constexpr std::size_t kMaxWaitingBytes = 64u << 10;
   static constexpr std::size_t kPipeBytes = 4096;  // PIPE_BUF: a pipe that poll() reports writable takes this much
   static constexpr int kPatienceMs = 1000;         // the wait for a reader that stopped reading, once
-
-  void drop_file() {
-    if (owned_) ::close(fd_);
-    fd_ = -1;
-    owned_ = false;
-  }
 
   // Returns the bytes written, or 0 if the file takes none. Polls what may block (a pipe, a terminal) first.
   std::size_t write_some(std::string_view bytes) {
