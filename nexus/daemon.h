@@ -115,10 +115,14 @@ class Daemon {
   };
 
   static std::string instance_name() {
-    std::uint32_t bits = 0;
-    if (getrandom(&bits, sizeof bits, 0) != sizeof bits) bits = static_cast<std::uint32_t>(monotonic_now());
-    std::string digits(Digits(bits, 16).view());
+    const std::string digits(Digits(random_bits() & UINT32_MAX, 16).view());
     return "nexus-" + std::string(8 - digits.size(), '0') + digits;
+  }
+
+  static std::uint64_t random_bits() {
+    std::uint64_t bits = 0;
+    if (getrandom(&bits, sizeof bits, 0) != sizeof bits) bits = static_cast<std::uint64_t>(monotonic_now());
+    return bits;
   }
 
   // Raises the soft limit on descriptors to the hard one: a request may need two.
@@ -131,46 +135,46 @@ class Daemon {
 
   Log make_log() { return Log(log_writer_.add_ring(), log_config(settings_->log, journald_)); }
 
+  // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
+  // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
   std::string open_listeners() {
     const PassedSockets passed = passed_sockets(process_variable, getpid());
     if (!passed.error.empty()) return passed.error;
-    const bool for_metrics = std::any_of(passed.sockets.begin(), passed.sockets.end(),
-                                         [](const PassedSocket& socket) { return socket.name == "metrics"; });
-    if (for_metrics && settings_->server.metrics_listen.empty()) {
+    for (const PassedSocket& socket : passed.sockets) add_listener({socket.fd}, socket.name == "metrics", true);
+    const auto any_passed = [this](bool metrics_only) {
+      return std::any_of(listeners_.begin(), listeners_.end(),
+                         [&](const Listening& each) { return each.passed && each.metrics_only == metrics_only; });
+    };
+    const ServerSettings& server = settings_->server;
+    if (any_passed(true) && server.metrics_listen.empty()) {
       return "systemd passed a socket named metrics, but metrics_listen is not set";
     }
     for (const bool metrics_only : {false, true}) {
-      if (adopt(passed, metrics_only)) continue;
-      const ServerSettings& server = settings_->server;
+      if (any_passed(metrics_only)) continue;
       for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
-        const std::optional<Address> address = parse_address(where.host, where.port);
-        const std::string name = config::address_text(where);
-        if (!address) return "cannot listen on " + name + ": not a numeric address";
-        const EpollNet::Opened opened = EpollNet::listen(*address);
-        if (opened.outcome != SocketOutcome::ok) {
-          std::string why = "cannot listen on " + name + ": " + strerror(opened.error);
-          if (opened.error == EADDRINUSE) why += " (is another nexus running? change `listen` or stop it)";
-          return why;
-        }
-        listeners_.push_back({opened.socket, metrics_only, false});
-        addresses_.push_back((metrics_only ? "metrics " : "") + to_string(opened.peer));
+        if (std::string why = listen_on(where, metrics_only); !why.empty()) return why;
       }
     }
     return {};
   }
 
-  // Uses the passed sockets instead of `listen`, and those named `metrics` instead of `metrics_listen`. They stay open
-  // over a restart, so that no connection is refused meanwhile. False if there are none.
-  bool adopt(const PassedSockets& passed, bool metrics_only) {
-    bool any = false;
-    for (const PassedSocket& socket : passed.sockets) {
-      if ((socket.name == "metrics") != metrics_only) continue;
-      any = true;
-      listeners_.push_back({EpollNet::Socket{socket.fd}, metrics_only, true});
-      addresses_.push_back((metrics_only ? "metrics " : "") +
-                           to_string(EpollNet::local_address(EpollNet::Socket{socket.fd})) + " (passed)");
+  std::string listen_on(const HostPort& where, bool metrics_only) {
+    const std::string failed = "cannot listen on " + config::address_text(where) + ": ";
+    const std::optional<Address> address = parse_address(where.host, where.port);
+    if (!address) return failed + "not a numeric address";
+    const EpollNet::Opened opened = EpollNet::listen(*address);
+    if (opened.outcome == SocketOutcome::ok) {
+      add_listener(opened.socket, metrics_only, false);
+      return {};
     }
-    return any;
+    const bool in_use = opened.error == EADDRINUSE;
+    return failed + strerror(opened.error) + (in_use ? " (is another nexus running? change `listen` or stop it)" : "");
+  }
+
+  void add_listener(EpollNet::Socket socket, bool metrics_only, bool passed) {
+    listeners_.push_back({socket, metrics_only, passed});
+    addresses_.push_back((metrics_only ? "metrics " : "") + to_string(EpollNet::local_address(socket)) +
+                         (passed ? " (passed)" : ""));
   }
 
   std::string make_control() {
@@ -204,10 +208,8 @@ class Daemon {
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
       if (const int error = net.open()) return std::string("epoll: ") + strerror(error);
-      std::uint64_t seed = 0;
-      if (getrandom(&seed, sizeof seed, 0) != sizeof seed) seed = static_cast<std::uint64_t>(monotonic_now()) + i;
-      workers_.push_back(std::make_unique<Worker<EpollNet>>(net, shared_, metrics_.add_slab(), make_log(), i, seed,
-                                                            snapshot_, peers_, started_ns_));
+      workers_.push_back(std::make_unique<Worker<EpollNet>>(net, shared_, metrics_.add_slab(), make_log(), i,
+                                                            random_bits() + i, snapshot_, peers_, started_ns_));
       peers_.workers.push_back(workers_.back().get());
       for (const Listening& listening : listeners_) {
         if (!workers_.back()->add_listener(listening.socket, listening.metrics_only)) return "epoll: no memory";
@@ -272,20 +274,12 @@ class Daemon {
     for (;;) {
       beat();
       const Ns until = std::min(deadline, watchdog_->next());
-      int signal = 0;
-      if (until == kNever) {
-        signal = sigwaitinfo(&signals, nullptr);
-      } else {
-        const Ns left = std::max<Ns>(until - monotonic_now(), 0);
-        const timespec wait{left / kSecond, left % kSecond};
-        signal = sigtimedwait(&signals, nullptr, &wait);
-        if (signal < 0 && errno == EAGAIN) {
-          if (monotonic_now() >= deadline) return 0;
-          continue;
-        }
-      }
+      const Ns left = std::clamp<Ns>(until - monotonic_now(), 0, 3600 * kSecond);
+      const timespec wait{left / kSecond, left % kSecond};
+      const int signal = sigtimedwait(&signals, nullptr, &wait);
       if (signal > 0) return signal;
-      assert(errno == EINTR);
+      assert(errno == EAGAIN || errno == EINTR);
+      if (errno == EAGAIN && monotonic_now() >= deadline) return 0;
     }
   }
 

@@ -5,7 +5,7 @@
 // Promises: put() never blocks or allocates, and makes a system call only if the writer sleeps or the ring fills up. A
 //           line is written complete and in order, or it is counted as dropped. The writer sleeps while there are no
 //           lines, and gathers the lines of 20 ms into one write. A write that fails delays nobody, and the next lines
-//           are tried again; a line that it cut is ended by a '\n' first. flush() and stop() leave no line in a ring.
+//           are tried again; a line that it cut is ended by a '\n' first. stop() leaves no line in a ring.
 // Leaves:   the text of a line to log.h; when to reopen a file to daemon.h.
 // Threads:  a ring has one putting thread; the writer takes from all. LogWriter belongs to one thread, but dropped() is
 //           for any.
@@ -319,15 +319,7 @@ class LogWriter {
     return thread_.joinable();
   }
 
-  // Returns once all lines that were put before are written or dropped.
-  void flush() {
-    if (!thread_.joinable()) return;
-    const std::uint32_t mine = flushes_asked_.fetch_add(1, std::memory_order_seq_cst) + 1;
-    wake_.order_given();
-    for (std::uint32_t done; (done = flushes_done_.load(std::memory_order_acquire)) != mine;) flushes_done_.wait(done);
-  }
-
-  // Writes the remaining lines and ends the thread. The threads that put lines must have ended before.
+  // Writes the lines that were put before and ends the thread. start() may follow.
   void stop() {
     if (!thread_.joinable()) return;
     stopping_.store(true, std::memory_order_seq_cst);
@@ -361,12 +353,10 @@ class LogWriter {
     while (!stop) {
       wake_.wait(kGatherNs, [this] { return any_line(); });
       stop = stopping_.load(std::memory_order_seq_cst);
-      const std::uint32_t flush = flushes_asked_.load(std::memory_order_seq_cst);
       const int access = next_access_.exchange(kNoChange, std::memory_order_seq_cst);
       if (access != kNoChange) file(LogDestination::access).attach(access, owns(access));
       for (const auto& ring : rings_) empty(*ring);
       for (auto& each : files_) each.write_out();
-      if (flushes_done_.exchange(flush, std::memory_order_acq_rel) != flush) flushes_done_.notify_all();
     }
   }
 
@@ -389,11 +379,9 @@ class LogWriter {
   std::vector<std::unique_ptr<LogRing>> rings_;          // fixed once the thread runs
   std::array<detail::LogFile, kLogDestinations> files_;  // the writer's, except for their counts
   std::thread thread_;
-  // Orders to the writer, which takes them after each wait.
+  // Orders to the writer, which looks for them after each wait.
   std::atomic<int> next_access_{kNoChange};
-  std::atomic<std::uint32_t> flushes_asked_{0};
   std::atomic<bool> stopping_{false};
-  std::atomic<std::uint32_t> flushes_done_{0};  // its answer
 };
 
 }  // namespace nexus

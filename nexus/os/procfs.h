@@ -13,13 +13,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
-#include <charconv>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
@@ -42,10 +44,8 @@ struct KernelUnits {
 namespace detail {
 
 inline std::int64_t parse_count(std::string_view text) {
-  std::int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  const bool whole = error == std::errc{} && end == text.data() + text.size();
-  return whole && value >= 0 ? value : ProcessStats::kUnknown;
+  const std::optional<std::uint64_t> value = parse_decimal(text);
+  return value ? static_cast<std::int64_t>(*value) : ProcessStats::kUnknown;
 }
 
 // Reads a file of /proc; empty if that fails. All are short except /proc/stat, whose end may be cut off.
