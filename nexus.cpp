@@ -152,9 +152,9 @@ int serve(const Options& options) {
     return 1;
   }
   if (options.mode == Mode::demo) print_demo(daemon.addresses().front());
-  daemon.serve([&]() -> std::shared_ptr<const Settings> {
+  daemon.serve([&]() -> std::shared_ptr<Settings> {
     ConfigResult next = read_config(options);
-    if (next.ok()) return std::make_shared<const Settings>(std::move(next.settings));
+    if (next.ok()) return std::make_shared<Settings>(std::move(next.settings));
     for (const ConfigError& error : next.errors) {
       daemon.log().event(LogLevel::error, "reload failed, keeping the old configuration",
                          {{"error", error.to_string()}});

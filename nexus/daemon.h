@@ -47,8 +47,7 @@ inline sigset_t daemon_signals() {
 class Daemon {
  public:
   explicit Daemon(std::shared_ptr<const Settings> settings)
-      : first_settings_(settings),
-        settings_(std::move(settings)),
+      : settings_(std::move(settings)),
         started_ns_(monotonic_now()),
         journald_(std::getenv("JOURNAL_STREAM") != nullptr),
         budget_(settings_->server.body_memory_bytes),
@@ -310,38 +309,39 @@ class Daemon {
   }
 
   // `next` is null if the new configuration has errors.
-  void take_settings(std::shared_ptr<const Settings> next) {
-    if (next == nullptr) return deliver<Control<EpollNet>::Reload>(*control_, next);
+  void take_settings(std::shared_ptr<Settings> next) {
+    if (next == nullptr) return deliver<Control<EpollNet>::Reload>(*control_, nullptr);
     // Opens the access log again even if its path is the same: the file may have been rotated.
     if (const int error = log_writer_.reconfigure(next->log.access)) {
       log_.event(LogLevel::error, "cannot open the access log, keeping the old one",
                  {{"path", next->log.access}, {"why", strerror(error)}});
     }
+    const std::string kept = keep_until_restart(next->server);
     settings_ = std::move(next);
     log_.configure(log_config(settings_->log, journald_));
     deliver<Control<EpollNet>::Reload>(*control_, settings_);
-    const std::string kept = kept_until_restart();
     if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
     log_.event(LogLevel::warning, "reloaded, except: " + kept);
   }
 
-  // Lists the settings that a reload changed but only a restart applies, with the values that are still in use.
-  std::string kept_until_restart() const {
-    std::string out;
-    const auto add = [&](bool changed, const char* name, const std::string& value) {
-      if (changed) out += (out.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + value + ")";
+  // Puts back the settings that only a restart can change, so that all threads see the values in use, and lists them.
+  std::string keep_until_restart(ServerSettings& next) const {
+    std::string list;
+    const auto keep = [&](auto& value, const auto& in_use, const char* name, const std::string& text) {
+      if (value == in_use) return;
+      value = in_use;
+      list += (list.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + text + ")";
     };
     const auto joined = [](const std::vector<HostPort>& all) {
       std::string text;
       for (const HostPort& each : all) text += (text.empty() ? "" : " ") + config::address_text(each);
       return text.empty() ? "none" : text;
     };
-    const ServerSettings& now = first_settings_->server;
-    const ServerSettings& next = settings_->server;
-    add(next.listen != now.listen, "listen", joined(now.listen));
-    add(next.metrics_listen != now.metrics_listen, "metrics_listen", joined(now.metrics_listen));
-    add(next.threads != now.threads, "threads", std::to_string(workers_.size()));
-    return out;
+    const ServerSettings& now = settings_->server;
+    keep(next.listen, now.listen, "listen", joined(now.listen));
+    keep(next.metrics_listen, now.metrics_listen, "metrics_listen", joined(now.metrics_listen));
+    keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
+    return list;
   }
 
   // Returns once every worker has ended, at drain_timeout, or at a second signal.
@@ -370,8 +370,7 @@ class Daemon {
     }
   }
 
-  const std::shared_ptr<const Settings> first_settings_;
-  std::shared_ptr<const Settings> settings_;  // as of the last reload
+  std::shared_ptr<const Settings> settings_;  // of the last reload, except those that need a restart
   Ns started_ns_;
   bool journald_;
   Notifier notifier_{process_variable("NOTIFY_SOCKET")};
