@@ -89,47 +89,38 @@ inline constexpr std::uint32_t kFirstX32Call = 0;
 
 using Filter = std::vector<sock_filter>;
 
-inline void add(Filter& filter, std::uint16_t code, std::uint32_t k, std::uint8_t skip_true = 0,
-                std::uint8_t skip_false = 0) {
-  filter.push_back({code, skip_true, skip_false, k});
-}
-
-inline void load(Filter& filter, std::size_t offset) {
-  add(filter, BPF_LD | BPF_W | BPF_ABS, static_cast<std::uint32_t>(offset));
-}
-
-inline void answer(Filter& filter, std::uint32_t verdict) { add(filter, BPF_RET | BPF_K, verdict); }
-
 // Appends: return `verdict` for the call `number`, go on for any other.
 inline void rule(Filter& filter, long number, std::uint32_t verdict) {
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 1);
-  answer(filter, verdict);
+  filter.insert(filter.end(), {BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 1),
+                               BPF_STMT(BPF_RET | BPF_K, verdict)});
 }
 
 // Appends: allow the call `number` if the low half of its argument is `value`, else EPERM; go on for any other call.
-inline void rule_if(Filter& filter, long number, std::size_t argument, std::uint32_t value) {
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 4);
-  load(filter, offsetof(seccomp_data, args) + argument * sizeof(std::uint64_t));  // the low half, as little-endian
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, value, 0, 1);
-  answer(filter, SECCOMP_RET_ALLOW);
-  answer(filter, SECCOMP_RET_ERRNO | EPERM);
+inline void rule_if(Filter& filter, long number, std::uint32_t argument, std::uint32_t value) {
+  constexpr std::uint32_t kArgs = offsetof(seccomp_data, args);
+  filter.insert(filter.end(),
+                {BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 4),
+                 BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kArgs + argument * 8),  // little-endian
+                 BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+                 BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM)});
 }
 
 inline Filter make_filter() {
-  Filter filter;
-  load(filter, offsetof(seccomp_data, arch));
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, kMachine, 1, 0);
-  answer(filter, SECCOMP_RET_KILL_PROCESS);
-  load(filter, offsetof(seccomp_data, nr));
-  add(filter, BPF_JMP | BPF_JGE | BPF_K, kFirstX32Call, 0, 1);
-  answer(filter, SECCOMP_RET_KILL_PROCESS);
+  Filter filter{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, arch)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kMachine, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, kFirstX32Call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+  };
   for (const long number : kAllowed) rule(filter, number, SECCOMP_RET_ALLOW);
   for (const long number : kDeadly) rule(filter, number, SECCOMP_RET_KILL_PROCESS);
 #if defined(__x86_64__)
   rule_if(filter, SYS_prlimit64, 2, 0);  // without a new limit: it only reads
   rule_if(filter, SYS_prctl, 0, PR_SET_NAME);
 #endif
-  answer(filter, SECCOMP_RET_ERRNO | EPERM);
+  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM));
   return filter;
 }
 

@@ -193,7 +193,7 @@ class Control {
     hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
     // The API key or the source of the model list may have changed.
-    for (const Registry::Backend& backend : registry_.backends()) check_now(backend.epoch);
+    for (const Registry::Backend& backend : registry_.backends()) check_now(backend);
   }
 
   void take_settings(std::shared_ptr<const Settings> settings) {
@@ -309,7 +309,7 @@ class Control {
     if (!first && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end()) return;
     registry_.set_address(*backend, addresses.front());
     unpublished_ = true;
-    if (first) check_now(epoch);
+    if (first) check_now(*backend);
     log_.event(LogLevel::info, "backend address resolved",
                {{"backend", backend->settings.name}, {"address", to_string(addresses.front())}});
   }
@@ -320,10 +320,8 @@ class Control {
     return [this](ProbeResult&& result) { on_result(std::move(result)); };
   }
 
-  void check_now(std::uint64_t epoch) {
-    Schedule* schedule = find_schedule(epoch);
-    const Registry::Backend* backend = registry_.find_epoch(epoch);
-    if (schedule != nullptr && backend != nullptr) check(*schedule, *backend);
+  void check_now(const Registry::Backend& backend) {
+    if (Schedule* schedule = find_schedule(backend.epoch)) check(*schedule, backend);
   }
 
   void check(Schedule& schedule, const Registry::Backend& backend) {
