@@ -1,9 +1,10 @@
 // Nexus: one address for a fleet of OpenAI-compatible inference servers.
 //
-// A client's request comes in on a worker thread (worker.h), is read (head_parser.h, request_json.h), gets a backend
-// (router.h), goes there over a kept connection (upstream_pool.h, exchange.h), and its answer streams back while its
-// tokens are counted (body_framing.h, usage_scan.h, slab.h). One control thread (control.h) checks the backends and
-// renders the pages; one more writes the log. This file is the command line; daemon.h puts the threads together.
+// A worker thread accepts a client's connection (worker.h), parses the request (head_parser.h, request_json.h), chooses
+// a backend (router.h), sends the request over a kept connection (upstream_pool.h, exchange.h) and streams the response
+// back while it counts the tokens (body_framing.h, usage_scan.h, slab.h). The control thread (control.h) checks the
+// backends, resolves their names and renders the pages; the log thread (log_thread.h) writes the log. This file is the
+// command line; daemon.h starts and stops the threads.
 
 #include <cstdio>
 #include <cstring>
@@ -19,14 +20,15 @@ namespace {
 
 constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
 
-constexpr std::string_view kHelp = R"(usage: nexus [-c FILE]        serve, as FILE says (default /etc/nexus/nexus.conf)
+constexpr std::string_view kHelp =
+    R"(usage: nexus [-c FILE]        run the gateway (default FILE: /etc/nexus/nexus.conf)
        nexus -t [-c FILE]     check the configuration and exit
-       nexus check [-c FILE]  ask each backend of FILE once and print what it found
+       nexus check [-c FILE]  probe each backend of FILE once and print the results
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
        nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
        nexus --version
        nexus --help
-Signals: TERM or INT drain and stop (a second one stops at once), HUP reloads FILE.
+Signals: TERM and INT drain and stop (a second one stops at once), HUP reloads FILE.
 See nexus(8) and nexus.conf(5).
 )";
 
@@ -41,18 +43,19 @@ enum class Mode { serve, test_config, check_fleet, top, demo, version, help, wro
 struct Options {
   Mode mode = Mode::serve;
   std::string config = kDefaultConfig;
-  std::string url = "http://127.0.0.1:8000";  // of top
-  std::string wrong;                          // what is not understood
+  std::string url = "http://127.0.0.1:8000";  // for top
+  std::string wrong;                          // error message of Mode::wrong
 };
 
 Options read_options(int argc, char** argv) {
   Options options;
+  const std::string_view command = argc > 1 ? argv[1] : "";
   int first = 1;
-  if (argc > 1 && std::string_view(argv[1]) == "top") {
+  if (command == "top") {
     options.mode = Mode::top;
     if (argc > 2) options.url = argv[2];
     first = 3;
-  } else if (argc > 1 && std::string_view(argv[1]) == "check") {
+  } else if (command == "check") {
     options.mode = Mode::check_fleet;
     first = 2;
   }
@@ -93,7 +96,7 @@ int test_config(const Options& options) {
   return result.ok() ? 0 : 1;
 }
 
-// Says by its exit status what it found: 0 all backends are good, 1 some are not, 2 there was nothing to ask.
+// Exit status: 0 all backends are good, 1 some are not, 2 the check could not run.
 int check_fleet(const Options& options) {
   const ConfigResult result = read_config(options);
   print_errors(result);
@@ -130,7 +133,7 @@ void print_demo(const std::string& address) {
       "  curl -N http://%s/v1/chat/completions -d "
       "'{\"model\":\"echo\",\"stream\":true,\"messages\":[{\"role\":\"user\","
       "\"content\":\"One word at a time\"}]}'\n\n"
-      "Then see what was counted at http://%s/metrics and /v1/stats. Ctrl-C stops.\n",
+      "The counters are at http://%s/metrics and /v1/stats. Ctrl-C stops.\n",
       at, at, at, at, at);
   std::fflush(stdout);
 }
@@ -139,7 +142,7 @@ int serve(const Options& options) {
   ConfigResult first = read_config(options);
   if (!first.ok()) {
     print_errors(first);
-    if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo serves without a file\n");
+    if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
     return 1;
   }
   Daemon daemon(std::make_shared<const Settings>(std::move(first.settings)));
@@ -149,11 +152,12 @@ int serve(const Options& options) {
     return 1;
   }
   if (options.mode == Mode::demo) print_demo(daemon.addresses().front());
-  daemon.serve([&]() -> std::shared_ptr<const Settings> {
+  daemon.serve([&]() -> std::shared_ptr<Settings> {
     ConfigResult next = read_config(options);
-    if (next.ok()) return std::make_shared<const Settings>(std::move(next.settings));
+    if (next.ok()) return std::make_shared<Settings>(std::move(next.settings));
     for (const ConfigError& error : next.errors) {
-      daemon.log().event(LogLevel::error, "reload refused", {{"error", error.to_string()}});
+      daemon.log().event(LogLevel::error, "reload failed, keeping the old configuration",
+                         {{"error", error.to_string()}});
     }
     return nullptr;
   });

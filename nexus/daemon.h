@@ -1,9 +1,10 @@
 // daemon.h
-// Owns:     the running process: sockets, threads and their order of life; what a signal does to them.
-// Promises: what can fail at the start fails before any thread runs, with one line that says what; a stop joins every
-//           thread and writes out the log; a reload never drops a connection or a count.
-// Leaves:   the command line and reading the configuration to nexus.cpp.
-// Threads:  the main thread's.
+// Owns:     the running process: listening sockets, threads, the order of their start and end, and signals.
+// Promises: start() reports an error of the configuration or the system in one line, before any thread serves; stop()
+//           joins every thread and writes the log out; a reload drops no connection and no count.
+// Leaves:   the command line and the configuration file to nexus.cpp.
+// Threads:  the main thread.
+// Tested by: tests/systemd_test.cpp, tests/e2e/lifecycle.test.mjs, tests/e2e/systemd.test.mjs, tests/e2e/cli.test.mjs
 #pragma once
 
 #include <sched.h>
@@ -23,7 +24,7 @@
 
 #include "nexus/apps/echo_backend.h"
 #include "nexus/base/threads.h"
-#include "nexus/net/resolver.h"
+#include "nexus/config/values.h"
 #include "nexus/os/log_thread.h"
 #include "nexus/os/seccomp.h"
 #include "nexus/os/systemd.h"
@@ -32,10 +33,10 @@
 
 namespace nexus {
 
-// The signals that the main thread waits for; every thread blocks them, so that no handler and no flag is needed.
-constexpr int kWorkerDone = SIGUSR1;
-constexpr Ns kLastAccepts = 50 * kMillisecond;  // after the drain begins
+constexpr int kWorkerDone = SIGUSR1;            // a worker's thread ended
+constexpr Ns kLastAccepts = 50 * kMillisecond;  // after the drain begins, for connections that wait in the backlog
 
+// The signals that the main thread waits for. All threads block them, so there are no signal handlers.
 inline sigset_t daemon_signals() {
   sigset_t set;
   sigemptyset(&set);
@@ -55,7 +56,7 @@ class Daemon {
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
-  // Opens the listening sockets and starts every thread. What failed, or an empty text.
+  // Opens the listening sockets and starts every thread. Returns what failed, or an empty text.
   std::string start() {
     const sigset_t signals = daemon_signals();
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
@@ -71,7 +72,8 @@ class Daemon {
     return start_threads();
   }
 
-  // Serves until told to stop. `reload` reads the configuration again: nothing where it is bad, which it has logged.
+  // Serves until SIGTERM or SIGINT. `read_settings` reads the configuration again; it returns null, and logs why, if
+  // the file has errors.
   template <class ReadSettings>
   void serve(ReadSettings&& read_settings) {
     notifier_.ready(status());
@@ -80,12 +82,12 @@ class Daemon {
         case SIGHUP: reload(read_settings); break;
         case SIGTERM:
         case SIGINT: return drain();
-        default: break;  // a worker cannot be done before it was asked to
+        default: break;  // kWorkerDone: no worker ends before the drain
       }
     }
   }
 
-  // Joins everything and writes the log out.
+  // Joins all threads and writes the log out.
   void stop() {
     for (auto& worker : workers_) deliver<Worker<EpollNet>::Stop>(*worker);
     for (std::thread& thread : worker_threads_) thread.join();
@@ -94,8 +96,7 @@ class Daemon {
       deliver<Control<EpollNet>::Stop>(*control_);
       control_thread_.join();
     }
-    if (resolver_) resolver_->stop();
-    workers_.clear();  // closes what is left, and counts it
+    workers_.clear();  // closes and counts the connections that are left
     for (Listening& listening : listeners_) EpollNet().close(listening.socket);
     listeners_.clear();
     log_.event(LogLevel::info, "stopped");
@@ -109,74 +110,77 @@ class Daemon {
   struct Listening {
     EpollNet::Socket socket;
     bool metrics_only;
-    bool passed;  // by the service manager, which keeps it: who connects now is served by the next process
+    bool passed;  // by the service manager, which keeps it open: the next process accepts what waits in its backlog
   };
 
   static std::string instance_name() {
-    std::uint32_t bits = 0;
-    if (getrandom(&bits, sizeof bits, 0) != sizeof bits) bits = static_cast<std::uint32_t>(monotonic_now());
-    std::string digits(Digits(bits, 16).view());
+    const std::string digits(Digits(random_bits() & UINT32_MAX, 16).view());
     return "nexus-" + std::string(8 - digits.size(), '0') + digits;
   }
 
-  // As many descriptors as the host allows: each request may need two.
+  static std::uint64_t random_bits() {
+    std::uint64_t bits = 0;
+    if (getrandom(&bits, sizeof bits, 0) != sizeof bits) bits = static_cast<std::uint64_t>(monotonic_now());
+    return bits;
+  }
+
+  // Raises the soft limit on descriptors to the hard one: a request may need two.
   static void raise_descriptor_limit() {
     rlimit limit{};
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
     limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);  // not allowed: then what there is must do
+    setrlimit(RLIMIT_NOFILE, &limit);  // if this fails, the old limit stays
   }
 
   Log make_log() { return Log(log_writer_.add_ring(), log_config(settings_->log, journald_)); }
 
+  // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
+  // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
   std::string open_listeners() {
     const PassedSockets passed = passed_sockets(process_variable, getpid());
     if (!passed.error.empty()) return passed.error;
-    const bool for_metrics = std::any_of(passed.sockets.begin(), passed.sockets.end(),
-                                         [](const PassedSocket& socket) { return socket.name == "metrics"; });
-    if (for_metrics && settings_->server.metrics_listen.empty()) {
-      return "a socket named metrics was passed, but metrics_listen is not set: the pages would stand on both";
+    for (const PassedSocket& socket : passed.sockets) add_listener({socket.fd}, socket.name == "metrics", true);
+    const auto any_passed = [this](bool metrics_only) {
+      return std::any_of(listeners_.begin(), listeners_.end(),
+                         [&](const Listening& each) { return each.passed && each.metrics_only == metrics_only; });
+    };
+    const ServerSettings& server = settings_->server;
+    if (any_passed(true) && server.metrics_listen.empty()) {
+      return "systemd passed a socket named metrics, but metrics_listen is not set";
     }
     for (const bool metrics_only : {false, true}) {
-      if (adopt(passed, metrics_only)) continue;
-      const ServerSettings& server = settings_->server;
+      if (any_passed(metrics_only)) continue;
       for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
-        const std::optional<Address> address = parse_address(where.host, where.port);
-        const std::string name = host_port(where.host, where.port);
-        if (!address) return "cannot listen on " + name + ": not a numeric address";
-        const EpollNet::Opened opened = EpollNet::listen(*address);
-        if (opened.outcome != SocketOutcome::ok) {
-          std::string why = "cannot listen on " + name + ": " + strerror(opened.error);
-          if (opened.error == EADDRINUSE) why += " (is another nexus running? change `listen` or stop it)";
-          return why;
-        }
-        listeners_.push_back({opened.socket, metrics_only, false});
-        addresses_.push_back((metrics_only ? "metrics " : "") + to_string(opened.peer));
+        if (std::string why = listen_on(where, metrics_only); !why.empty()) return why;
       }
     }
     return {};
   }
 
-  // Takes over the sockets that the service manager opened in place of `listen`, or, named `metrics`, of
-  // `metrics_listen`: they are there before this process and after it, so a restart turns no connection away.
-  bool adopt(const PassedSockets& passed, bool metrics_only) {
-    bool any = false;
-    for (const PassedSocket& socket : passed.sockets) {
-      if ((socket.name == "metrics") != metrics_only) continue;
-      any = true;
-      listeners_.push_back({EpollNet::Socket{socket.fd}, metrics_only, true});
-      addresses_.push_back((metrics_only ? "metrics " : "") +
-                           to_string(EpollNet::local_address(EpollNet::Socket{socket.fd})) + " (passed)");
+  std::string listen_on(const HostPort& where, bool metrics_only) {
+    const std::string failed = "cannot listen on " + config::address_text(where) + ": ";
+    const std::optional<Address> address = parse_address(where.host, where.port);
+    if (!address) return failed + "not a numeric address";
+    const EpollNet::Opened opened = EpollNet::listen(*address);
+    if (opened.outcome == SocketOutcome::ok) {
+      add_listener(opened.socket, metrics_only, false);
+      return {};
     }
-    return any;
+    const bool in_use = opened.error == EADDRINUSE;
+    return failed + strerror(opened.error) + (in_use ? " (is another nexus running? change `listen` or stop it)" : "");
+  }
+
+  void add_listener(EpollNet::Socket socket, bool metrics_only, bool passed) {
+    listeners_.push_back({socket, metrics_only, passed});
+    addresses_.push_back((metrics_only ? "metrics " : "") + to_string(EpollNet::local_address(socket)) +
+                         (passed ? " (passed)" : ""));
   }
 
   std::string make_control() {
     if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
     Control<EpollNet>::Hooks hooks;
-    hooks.resolve = [this](const HostPort& where, std::uint64_t epoch) { resolve(where, epoch); };
     hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
-    hooks.log_lines_dropped = [this] {
+    hooks.pages.log_lines_dropped = [this] {
       return log_writer_.dropped(LogDestination::events) + log_writer_.dropped(LogDestination::access);
     };
     control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
@@ -203,10 +207,8 @@ class Daemon {
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
       if (const int error = net.open()) return std::string("epoll: ") + strerror(error);
-      std::uint64_t seed = 0;
-      if (getrandom(&seed, sizeof seed, 0) != sizeof seed) seed = static_cast<std::uint64_t>(monotonic_now()) + i;
-      workers_.push_back(std::make_unique<Worker<EpollNet>>(net, shared_, metrics_.add_slab(), make_log(), i, seed,
-                                                            snapshot_, peers_, started_ns_));
+      workers_.push_back(std::make_unique<Worker<EpollNet>>(net, shared_, metrics_.add_slab(), make_log(), i,
+                                                            random_bits() + i, snapshot_, peers_, started_ns_));
       peers_.workers.push_back(workers_.back().get());
       for (const Listening& listening : listeners_) {
         if (!workers_.back()->add_listener(listening.socket, listening.metrics_only)) return "epoll: no memory";
@@ -218,52 +220,38 @@ class Daemon {
   }
 
   std::string start_threads() {
-    constexpr const char* kNoThread = "no thread can be started: is the system's limit reached?";
+    constexpr const char* kNoThread = "cannot start a thread: is the limit on threads reached?";
     if (!log_writer_.start()) return kNoThread;
     const Ns watchdog_ns = watchdog_limit_ns(process_variable, getpid());
-    pulse_ = std::make_unique<Watchdog>(workers_.size() + 1, watchdog_ns, monotonic_now());
+    watchdog_ = std::make_unique<Watchdog>(workers_.size() + 1, watchdog_ns, monotonic_now());
     control_thread_ = start_thread("nexus-control", [this] { control_->run(); });
     if (!control_thread_.joinable()) return kNoThread;
     const pthread_t main_thread = pthread_self();
     for (std::size_t i = 0; i < workers_.size(); ++i) {
       worker_threads_.push_back(start_thread("nexus-worker", [this, main_thread, i] {
         workers_[i]->run();
-        pulse_->over(i);
+        watchdog_->loop_ended(i);
         workers_done_.fetch_add(1, std::memory_order_release);
         pthread_kill(main_thread, kWorkerDone);
       }));
       if (!worker_threads_.back().joinable()) return kNoThread;
     }
-    // The last step: every socket is bound and every thread of the start runs, and none of them can ask for more now.
+    // Last, because opening the sockets and starting the threads needs system calls that serving does not.
     if (const std::string why = enter_sandbox(); !why.empty()) {
-      log_.event(LogLevel::warning, "system calls are not limited", {{"why", why}});
+      log_.event(LogLevel::warning, "seccomp sandbox not active", {{"why", why}});
     }
     for (const std::string& address : addresses_) log_.event(LogLevel::info, "listening", {{"address", address}});
     return {};
   }
 
-  // Posts what must arrive: where memory is short, as soon as there is some.
+  // Posts a message that must not be lost: waits until there is memory for it.
   template <class Message, class Loop, class... Parts>
   static void deliver(Loop& loop, const Parts&... parts) {
     constexpr timespec kPause{0, 10 * kMillisecond};
     while (loop.post(Message{parts...}) == Loop::Posted::no_memory) nanosleep(&kPause, nullptr);
   }
 
-  // ---- hooks of the control thread ----
-
-  void resolve(const HostPort& where, std::uint64_t epoch) {
-    using Resolved = Control<EpollNet>::Resolved;
-    if (!resolver_) {
-      resolver_ = std::make_unique<Resolver>([this](std::uint64_t id, std::vector<Address> all, std::string error) {
-        control_->post(Resolved{id, std::move(all), std::move(error)});
-      });
-    }
-    if (!resolver_->lookup(where.host, where.port, epoch)) {
-      control_->post(Resolved{epoch, {}, "too many lookups wait, or no thread can be had"});
-    }
-  }
-
-  // The loopback address of a built-in backend, started on first use. A changed one is another server.
+  // Starts a built-in backend and returns its address on loopback, or nullopt. Settings that changed make a new one.
   std::optional<Address> echo_address(const BackendSettings& backend) {
     EchoOptions options;
     if (!backend.models.empty()) options.models = backend.models;
@@ -279,42 +267,34 @@ class Daemon {
 
   // ---- signals ----
 
-  // The next signal, or 0 when `deadline` has come first. Meanwhile the service manager hears that all is well.
+  // Returns the next signal, or 0 at `deadline`. Meanwhile it serves the service manager's watchdog.
   int wait_signal(Ns deadline) {
     const sigset_t signals = daemon_signals();
     for (;;) {
       beat();
-      const Ns until = std::min(deadline, pulse_->next());
-      int signal = 0;
-      if (until == kNever) {
-        signal = sigwaitinfo(&signals, nullptr);
-      } else {
-        const Ns left = std::max<Ns>(until - monotonic_now(), 0);
-        const timespec wait{left / kSecond, left % kSecond};
-        signal = sigtimedwait(&signals, nullptr, &wait);
-        if (signal < 0 && errno == EAGAIN) {
-          if (monotonic_now() >= deadline) return 0;
-          continue;
-        }
-      }
+      const Ns until = std::min(deadline, watchdog_->next());
+      const Ns left = std::clamp<Ns>(until - monotonic_now(), 0, 3600 * kSecond);
+      const timespec wait{left / kSecond, left % kSecond};
+      const int signal = sigtimedwait(&signals, nullptr, &wait);
       if (signal > 0) return signal;
-      assert(errno == EINTR);
+      assert(errno == EAGAIN || errno == EINTR);
+      if (errno == EAGAIN && monotonic_now() >= deadline) return 0;
     }
   }
 
-  // The last loop is the control thread's, the others are the workers', in their order.
+  // Heartbeats go to the workers' loops, in order, and then to the control thread's.
   void beat() {
-    const bool well = pulse_->due(monotonic_now(), [this](std::size_t loop, const Heartbeat& ping) {
+    const bool well = watchdog_->due(monotonic_now(), [this](std::size_t loop, const Heartbeat& heartbeat) {
       using ByWorker = Worker<EpollNet>::Posted;
       using ByControl = Control<EpollNet>::Posted;
-      const bool lost = loop < workers_.size() ? workers_[loop]->post(ping) == ByWorker::no_memory
-                                               : control_->post(ping) == ByControl::no_memory;
-      if (lost) ping.answer();  // that memory is short is not the loop's fault
+      const bool lost = loop < workers_.size() ? workers_[loop]->post(heartbeat) == ByWorker::no_memory
+                                               : control_->post(heartbeat) == ByControl::no_memory;
+      if (lost) heartbeat.answer();  // a lack of memory does not mean that the loop hangs
     });
     if (well) notifier_.alive();
   }
 
-  // For systemctl status.
+  // Shown by systemctl status.
   std::string status() const {
     std::string text = "serving on";
     for (const std::string& address : addresses_) text += " " + address;
@@ -328,24 +308,43 @@ class Daemon {
     notifier_.ready(status());
   }
 
-  void take_settings(std::shared_ptr<const Settings> next) {
-    if (next == nullptr) return deliver<Control<EpollNet>::ReloadFailed>(*control_);
-    if (next->server.listen != settings_->server.listen || next->server.threads != settings_->server.threads ||
-        next->server.metrics_listen != settings_->server.metrics_listen) {
-      log_.event(LogLevel::warning, "listen, metrics_listen and threads change with a restart only");
-    }
-    // A rotated access log is opened anew, whatever else the file says.
+  // `next` is null if the new configuration has errors.
+  void take_settings(std::shared_ptr<Settings> next) {
+    if (next == nullptr) return deliver<Control<EpollNet>::Reload>(*control_, nullptr);
+    // Opens the access log again even if its path is the same: the file may have been rotated.
     if (const int error = log_writer_.reconfigure(next->log.access)) {
-      log_.event(LogLevel::error, "the access log cannot be opened: the old one is kept",
+      log_.event(LogLevel::error, "cannot open the access log, keeping the old one",
                  {{"path", next->log.access}, {"why", strerror(error)}});
     }
-    settings_ = next;
+    const std::string kept = keep_until_restart(next->server);
+    settings_ = std::move(next);
     log_.configure(log_config(settings_->log, journald_));
-    deliver<Control<EpollNet>::Reload>(*control_, next);
-    log_.event(LogLevel::info, "reloaded");
+    deliver<Control<EpollNet>::Reload>(*control_, settings_);
+    if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
+    log_.event(LogLevel::warning, "reloaded, except: " + kept);
   }
 
-  // Ends when every stream has, when drain_timeout has passed, or at the next signal.
+  // Puts back the settings that only a restart can change, so that all threads see the values in use, and lists them.
+  std::string keep_until_restart(ServerSettings& next) const {
+    std::string list;
+    const auto keep = [&](auto& value, const auto& in_use, const char* name, const std::string& text) {
+      if (value == in_use) return;
+      value = in_use;
+      list += (list.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + text + ")";
+    };
+    const auto joined = [](const std::vector<HostPort>& all) {
+      std::string text;
+      for (const HostPort& each : all) text += (text.empty() ? "" : " ") + config::address_text(each);
+      return text.empty() ? "none" : text;
+    };
+    const ServerSettings& now = settings_->server;
+    keep(next.listen, now.listen, "listen", joined(now.listen));
+    keep(next.metrics_listen, now.metrics_listen, "metrics_listen", joined(now.metrics_listen));
+    keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
+    return list;
+  }
+
+  // Returns once every worker has ended, at drain_timeout, or at a second signal.
   void drain() {
     notifier_.stopping("draining");
     log_.event(LogLevel::info, "draining");
@@ -354,7 +353,7 @@ class Daemon {
     const Ns deadline = deadline_after(began, settings_->server.drain_timeout_ns);
     bool refusing = false;
     while (workers_done_.load(std::memory_order_acquire) < workers_.size()) {
-      // The workers take what has come so far; then new connections are refused, rather than left to wait for the end.
+      // First the workers accept what waits in the backlog; then new connections are refused at once.
       const int signal = wait_signal(refusing ? deadline : std::min(deadline, began + kLastAccepts));
       if (!refusing && monotonic_now() >= began + kLastAccepts) {
         refusing = true;
@@ -364,17 +363,18 @@ class Daemon {
       }
       if (signal == 0 && monotonic_now() < deadline) continue;
       if (signal == SIGTERM || signal == SIGINT || signal == 0) {
-        log_.event(LogLevel::warning, signal == 0 ? "drain_timeout has passed" : "told again to stop");
+        log_.event(LogLevel::warning, signal == 0 ? "drain_timeout reached, closing remaining connections"
+                                                  : "second signal: stopping now");
         return;
       }
     }
   }
 
-  std::shared_ptr<const Settings> settings_;
+  std::shared_ptr<const Settings> settings_;  // of the last reload, except those that need a restart
   Ns started_ns_;
   bool journald_;
   Notifier notifier_{process_variable("NOTIFY_SOCKET")};
-  LogWriter log_writer_;  // before all that logs: it goes last
+  LogWriter log_writer_;  // declared before all that logs: destroyed last
   Log log_;
   Metrics metrics_;
   CircuitBreaker breaker_;
@@ -385,15 +385,14 @@ class Daemon {
   Shared shared_;
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
-  std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // the control thread's once it runs
+  std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs
   EpollNet control_net_;
   std::unique_ptr<Control<EpollNet>> control_;
-  std::unique_ptr<Resolver> resolver_;  // the control thread's
   SnapshotPtr snapshot_;
-  std::deque<EpollNet> nets_;  // a worker's, at a fixed place
+  std::deque<EpollNet> nets_;  // one per worker, at fixed addresses
   std::vector<std::unique_ptr<Worker<EpollNet>>> workers_;
   std::atomic<std::size_t> workers_done_{0};
-  std::unique_ptr<Watchdog> pulse_;
+  std::unique_ptr<Watchdog> watchdog_;
   std::thread control_thread_;
   std::vector<std::thread> worker_threads_;
 };

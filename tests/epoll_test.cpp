@@ -1,3 +1,5 @@
+// epoll_test.cpp
+// Goal:   EpollNet and Connection report what the kernel does, and lose no byte. Method: real sockets on loopback.
 #include <doctest/doctest.h>
 
 #include <array>
@@ -239,6 +241,27 @@ TEST_CASE("a backlog is told of when its listener is watched again, and until it
   CHECK(loop.await(9, readable));
   CHECK(loop.await(9, readable));  // level-triggered: it is still there
   loop.net.close(second.socket);
+}
+
+TEST_CASE("a library's descriptor is watched for the directions it names, until it names none") {
+  EpollNet net;
+  REQUIRE(net.open() == 0);
+  int ends[2];
+  REQUIRE(pipe2(ends, O_CLOEXEC | O_NONBLOCK) == 0);
+  const auto events_of = [&](bool readable, bool writable) {
+    REQUIRE(net.watch_foreign(ends[1], token_of(1), readable, writable));
+    std::array<Event, 4> events;
+    bool woken = false;
+    return net.wait(events, net.now(), woken);
+  };
+  CHECK(events_of(true, false) == 0);
+  CHECK(events_of(false, true) == 1);
+  CHECK(events_of(false, true) == 1);  // level-triggered: it is still writable
+  CHECK(events_of(false, false) == 0);
+  CHECK_FALSE(net.watch_foreign(ends[1], token_of(1), false, false));  // it was not watched
+  ::close(ends[0]);
+  ::close(ends[1]);
+  CHECK_FALSE(net.watch_foreign(ends[1], token_of(1), true, false));
 }
 
 TEST_CASE("a connection keeps what its kernel buffer does not take, in order") {

@@ -1,9 +1,7 @@
 // log_test.cpp
-// Goal:   a line of the log is one line that says what happened, nothing a client sends can change that, and it gets to
-//         its file or is counted, whatever the file does.
-// Method: rows of values against golden lines; a ring small enough to fill and wrap all the time, between two threads;
-// a
-//         writer on real files and pipes: full (/dev/full), closed, not read, renamed.
+// Goal:   an event is one line whatever a client sends, and it reaches its file or is counted, whatever the file does.
+// Method: rows of values against golden lines; a ring that is small enough to fill and wrap all the time, between two
+//         threads; a writer on real files and pipes: full (/dev/full), closed, not read, renamed.
 #include "nexus/os/log.h"
 
 #include <doctest/doctest.h>
@@ -82,6 +80,12 @@ struct Pipe {
   }
   int ends[2];
 };
+
+// All that was put before is written, or dropped, when this returns.
+void flush(LogWriter& writer) {
+  writer.stop();
+  REQUIRE(writer.start());
+}
 
 AccessEntry full_entry() {
   AccessEntry entry;
@@ -394,7 +398,7 @@ TEST_CASE("log writer: what several threads put is in the files after stop(), ea
   CHECK(writer.dropped(LogDestination::access) == 0);
 }
 
-TEST_CASE("log writer: after flush() all that was put before is in the file") {
+TEST_CASE("log writer: after stop() all that was put before is in the file, and it can start again") {
   Pipe events;
   LogWriter writer(events.ends[1]);
   LogRing* ring = writer.add_ring();
@@ -404,21 +408,21 @@ TEST_CASE("log writer: after flush() all that was put before is in the file") {
   for (int i = 0; i < 20; ++i) {
     const std::string number = std::to_string(i);
     log.event(LogLevel::info, "event", {{"n", number}});
-    writer.flush();
+    flush(writer);
     CHECK(events.read_all() == "<6>event n=" + number + "\n");
   }
   log.access(full_entry());
-  writer.flush();
+  flush(writer);
   CHECK(events.read_all().substr(0, 8) == "<6>time=");
   REQUIRE(writer.reconfigure("off") == 0);
-  writer.flush();
+  flush(writer);
   log.access(full_entry());
-  writer.flush();
+  flush(writer);
   CHECK(events.read_all() == "");
   CHECK(writer.dropped(LogDestination::access) == 0);  // not wanted is not lost
 }
 
-TEST_CASE("log writer: a line put while the writer sleeps wakes it, without flush()") {
+TEST_CASE("log writer: a line put while the writer sleeps wakes it") {
   // Each line is put after the one before was read, so that the writer is asleep or about to be at most of them.
   int ends[2];
   REQUIRE(pipe2(ends, O_CLOEXEC) == 0);  // this reader blocks: a wake-up that is lost hangs the test
@@ -436,7 +440,7 @@ TEST_CASE("log writer: a line put while the writer sleeps wakes it, without flus
   ::close(ends[1]);
 }
 
-TEST_CASE("log writer: a rename and reopen() starts a new file, and no line is lost") {
+TEST_CASE("log writer: a path configured again after a rename is a new file, and no line is lost") {
   Directory directory;
   const std::string path = directory.file("access.log");
   const std::string old = directory.file("access.log.1");
@@ -446,12 +450,12 @@ TEST_CASE("log writer: a rename and reopen() starts a new file, and no line is l
   REQUIRE(writer.start());
   REQUIRE(writer.reconfigure(path) == 0);
   REQUIRE(ring->put(LogDestination::access, "one\n"));
-  writer.flush();
+  flush(writer);
   REQUIRE(std::rename(path.c_str(), old.c_str()) == 0);
   REQUIRE(ring->put(LogDestination::access, "two\n"));
-  writer.flush();
-  REQUIRE(writer.reopen() == 0);
-  writer.flush();
+  flush(writer);
+  REQUIRE(writer.reconfigure(path) == 0);
+  flush(writer);
   REQUIRE(ring->put(LogDestination::access, "three\n"));
   writer.stop();
   CHECK(file_text(old) == "one\ntwo\n");
@@ -483,12 +487,12 @@ TEST_CASE("log writer: lines that a full disk refuses are counted, and the next 
   REQUIRE(writer.reconfigure("/dev/full") == 0);
   for (int i = 0; i < 5; ++i) REQUIRE(ring->put(LogDestination::access, "lost\n"));
   REQUIRE(ring->put(LogDestination::events, "seen\n"));
-  writer.flush();
+  flush(writer);
   CHECK(events.read_all() == "seen\n");
   CHECK(writer.dropped(LogDestination::access) == 5);
   CHECK(writer.dropped(LogDestination::events) == 0);
   REQUIRE(writer.reconfigure(path) == 0);
-  writer.flush();
+  flush(writer);
   REQUIRE(ring->put(LogDestination::access, "kept\n"));
   writer.stop();
   CHECK(file_text(path) == "kept\n");
@@ -503,7 +507,7 @@ TEST_CASE("log writer: a closed standard error ends nothing") {
   REQUIRE(writer.start());
   REQUIRE(ring->put(LogDestination::events, "one\n"));
   REQUIRE(ring->put(LogDestination::events, "two\n"));
-  writer.flush();  // EPIPE, and SIGPIPE is blocked in the writer's thread
+  flush(writer);  // EPIPE, and SIGPIPE is blocked in the writer's thread
   CHECK(writer.dropped(LogDestination::events) == 2);
 }
 
@@ -518,7 +522,7 @@ TEST_CASE("log writer: a reader that stops reading costs lines, not the other lo
   const std::string line = std::string(999, 'x') + "\n";
   for (int i = 0; i < 200; ++i) REQUIRE(ring->put(LogDestination::events, line));  // a pipe holds 64 KiB
   REQUIRE(ring->put(LogDestination::access, "seen\n"));
-  writer.flush();
+  flush(writer);
   CHECK(file_text(path) == "seen\n");
   const auto first = events.read_all();
   const auto lost = writer.dropped(LogDestination::events);

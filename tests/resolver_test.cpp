@@ -1,5 +1,5 @@
 // resolver_test.cpp
-// Goal:   a name becomes its addresses, or an error that can be read, whatever the DNS server does, and nobody waits.
+// Goal:   a name becomes its addresses or an error message, whatever the DNS server does, and no lookup delays another.
 // Method: a DNS server of this file's own on a loopback port, which answers by rows: each name has the behaviour that
 //         its first label says. localhost is asked where no server answers at all.
 #include "nexus/net/resolver.h"
@@ -8,7 +8,6 @@
 #include <sys/socket.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <map>
 #include <optional>
 #include <string>
@@ -115,32 +114,43 @@ struct Got {
   int times = 0;
 };
 
-// Collects answers; wait() returns the one for an id.
-class Answers {
+// A resolver on a loop of its own, and the answers that it gave.
+class Lookups {
  public:
-  Resolver::Answer sink() {
-    return [this](std::uint64_t id, std::vector<Address> addresses, std::string error) {
-      const std::lock_guard lock(mutex_);
-      Got& got = got_[id];
-      for (const Address& address : addresses) got.addresses.push_back(to_string(address));
-      got.error = std::move(error);
-      got.times += 1;
-      came_.notify_all();
-    };
-  }
-  Got wait(std::uint64_t id) {
-    std::unique_lock lock(mutex_);
-    CHECK(came_.wait_for(lock, std::chrono::seconds(20), [&] { return got_.count(id) == 1; }));
-    return got_[id];
-  }
-  std::size_t count() {
-    const std::lock_guard lock(mutex_);
-    return got_.size();
+  explicit Lookups(ResolverOptions options = {}) {
+    REQUIRE(net_.open() == 0);
+    resolver_.emplace(
+        net_,
+        [this](std::uint64_t id, const std::vector<Address>& addresses, std::string error) {
+          Got& got = got_[id];
+          for (const Address& address : addresses) got.addresses.push_back(to_string(address));
+          got.error = std::move(error);
+          got.times += 1;
+          if (std::exchange(throw_next, false)) throw std::bad_alloc();
+        },
+        std::move(options));
   }
 
+  bool start(std::string host, std::uint16_t port, std::uint64_t id) {
+    return resolver_->lookup(std::move(host), port, id);
+  }
+  // Runs the loop until the lookup is answered.
+  Got wait(std::uint64_t id) {
+    const Ns deadline = monotonic_now() + 20 * kSecond;
+    while (got_.count(id) == 0 && monotonic_now() < deadline) turn();
+    CHECK(got_.count(id) == 1);
+    return got_[id];
+  }
+  void turn() { resolver_->turn(); }
+  Ns next() const { return resolver_->next(); }
+  void end() { resolver_.reset(); }
+  std::size_t answers() const { return got_.size(); }
+
+  bool throw_next = false;  // the next answer finds no memory
+
  private:
-  std::mutex mutex_;
-  std::condition_variable came_;
+  EpollNet net_;
+  std::optional<Resolver> resolver_;
   std::map<std::uint64_t, Got> got_;
 };
 
@@ -150,8 +160,7 @@ using Texts = std::vector<std::string>;
 
 TEST_CASE("resolver: names become sorted addresses with the port, or an error in words") {
   DnsServer server;
-  Answers answers;
-  Resolver resolver(answers.sink(), {20 * kSecond, server.address()});
+  Lookups lookups({20 * kSecond, server.address()});
   struct Row {
     std::string host;
     Texts addresses;
@@ -173,18 +182,17 @@ TEST_CASE("resolver: names become sorted addresses with the port, or an error in
   std::uint64_t id = 0;
   for (const Row& row : rows) {
     CAPTURE(row.host);
-    REQUIRE(resolver.lookup(row.host, 80, ++id));
-    const Got got = answers.wait(id);
+    REQUIRE(lookups.start(row.host, 80, ++id));
+    const Got got = lookups.wait(id);
     CHECK(got.addresses == row.addresses);
     CHECK(got.error == row.error);
   }
 }
 
 TEST_CASE("resolver: localhost needs no server") {
-  Answers answers;
-  Resolver resolver(answers.sink(), {5 * kSecond, "127.0.0.1:1"});
-  REQUIRE(resolver.lookup("localhost", 8080, 1));
-  const Got got = answers.wait(1);
+  Lookups lookups({5 * kSecond, "127.0.0.1:1"});
+  REQUIRE(lookups.start("localhost", 8080, 1));
+  const Got got = lookups.wait(1);
   CHECK(got.error == "");
   REQUIRE(!got.addresses.empty());
   CHECK(got.addresses[0] == "127.0.0.1:8080");
@@ -192,56 +200,80 @@ TEST_CASE("resolver: localhost needs no server") {
 
 TEST_CASE("resolver: a server that is silent or talks nonsense costs its lookup the time limit, and no other") {
   DnsServer server;
-  Answers answers;
   constexpr Ns kLimit = 300 * kMillisecond;
-  Resolver resolver(answers.sink(), {kLimit, server.address()});
+  Lookups lookups({kLimit, server.address()});
   const Ns start = monotonic_now();
-  REQUIRE(resolver.lookup("silent.test", 1, 1));
-  REQUIRE(resolver.lookup("garbage.test", 1, 2));
-  REQUIRE(resolver.lookup("both.test", 1, 3));
-  CHECK(answers.wait(3).addresses.size() == 3);
-  CHECK(answers.wait(1).error == "no answer in time");
+  REQUIRE(lookups.start("silent.test", 1, 1));
+  REQUIRE(lookups.start("garbage.test", 1, 2));
+  REQUIRE(lookups.start("both.test", 1, 3));
+  CHECK(lookups.wait(3).addresses.size() == 3);
+  CHECK(lookups.wait(1).error == "no answer in time");
   CHECK(monotonic_now() - start >= kLimit);
-  CHECK(answers.wait(2).error != "");
-  REQUIRE(resolver.lookup("both.test", 1, 4));
-  CHECK(answers.wait(4).addresses.size() == 3);
-  for (const std::uint64_t id : {1u, 2u, 3u, 4u}) CHECK(answers.wait(id).times == 1);
+  CHECK(lookups.wait(2).error != "");
+  REQUIRE(lookups.start("both.test", 1, 4));
+  CHECK(lookups.wait(4).addresses.size() == 3);
+  for (const std::uint64_t id : {1u, 2u, 3u, 4u}) CHECK(lookups.wait(id).times == 1);
 }
 
 TEST_CASE("resolver: more lookups than may be in flight are all answered, once each") {
   DnsServer server;
-  Answers answers;
-  Resolver resolver(answers.sink(), {20 * kSecond, server.address()});
+  Lookups lookups({20 * kSecond, server.address()});
   constexpr std::uint64_t kLookups = 3 * Resolver::kMaxInFlight;
   for (std::uint64_t id = 0; id < kLookups; ++id) {
-    REQUIRE(resolver.lookup(id % 2 == 0 ? "both.test" : "none.test", 1, id));
+    REQUIRE(lookups.start(id % 2 == 0 ? "both.test" : "none.test", 1, id));
   }
   for (std::uint64_t id = 0; id < kLookups; ++id) {
-    const Got got = answers.wait(id);
+    const Got got = lookups.wait(id);
     CHECK(got.times == 1);
     CHECK(got.addresses.size() == (id % 2 == 0 ? 3 : 0));
   }
 }
 
-TEST_CASE("resolver: stop() ends with lookups under way, and what is asked after is refused") {
+TEST_CASE("resolver: it can be destroyed with lookups under way, which are not answered then") {
   DnsServer server;
-  Answers answers;
-  Resolver resolver(answers.sink(), {3600 * kSecond, server.address()});
-  for (std::uint64_t id = 0; id < 40; ++id) REQUIRE(resolver.lookup("silent.test", 1, id));
-  while (server.questions() == 0) std::this_thread::yield();  // some are under way, others wait
-  resolver.stop();
-  CHECK(answers.count() == 0);
-  CHECK(!resolver.lookup("both.test", 1, 99));
-  Resolver never_asked(answers.sink());
-  never_asked.stop();
+  Lookups lookups({3600 * kSecond, server.address()});
+  for (std::uint64_t id = 0; id < 40; ++id) REQUIRE(lookups.start("silent.test", 1, id));
+  while (server.questions() == 0) lookups.turn();  // some are under way, others wait
+  lookups.end();
+  CHECK(lookups.answers() == 0);
+  Lookups never_asked;
+  CHECK(never_asked.next() == kNever);
 }
 
 TEST_CASE("resolver: the queue of waiting lookups has an end") {
-  DnsServer server;
-  Answers answers;
-  Resolver resolver(answers.sink(), {3600 * kSecond, server.address()});
+  Lookups lookups({3600 * kSecond, "127.0.0.1:1"});
   std::uint64_t taken = 0;
-  while (taken < 5000 && resolver.lookup("silent.test", 1, taken)) taken += 1;
-  CHECK(taken >= Resolver::kMaxWaiting);
-  CHECK(taken <= Resolver::kMaxWaiting + Resolver::kMaxInFlight);
+  while (taken < 5000 && lookups.start("silent.test", 1, taken)) taken += 1;
+  CHECK(taken == Resolver::kMaxWaiting);
+}
+
+TEST_CASE("resolver: it has nothing to do, and holds no socket, once every lookup is answered") {
+  DnsServer server;
+  Lookups lookups({200 * kMillisecond, server.address()});
+  const auto open_sockets = [] {
+    std::size_t count = 0;
+    for (int fd = 0; fd < 200; ++fd) count += EpollNet::local_address({fd}).port != 0 ? 1 : 0;
+    return count;
+  };
+  const std::size_t before = open_sockets();
+  REQUIRE(lookups.start("silent.test", 1, 1));
+  REQUIRE(lookups.start("both.test", 1, 2));
+  CHECK(lookups.wait(2).addresses.size() == 3);
+  CHECK(lookups.next() <= monotonic_now() + 200 * kMillisecond);
+  CHECK(open_sockets() > before);
+  CHECK(lookups.wait(1).error == "no answer in time");
+  CHECK(lookups.next() == kNever);
+  CHECK(open_sockets() == before);
+}
+
+TEST_CASE("resolver: an answer that throws is not repeated, and the others come") {
+  DnsServer server;
+  Lookups lookups({20 * kSecond, server.address()});
+  for (std::uint64_t id = 0; id < 3; ++id) REQUIRE(lookups.start(std::string(64, 'a'), 1, id));  // refused at once
+  lookups.throw_next = true;
+  CHECK_THROWS_AS(lookups.turn(), std::bad_alloc);
+  CHECK(lookups.answers() == 1);
+  CHECK(lookups.next() <= monotonic_now());
+  lookups.turn();
+  for (std::uint64_t id = 0; id < 3; ++id) CHECK(lookups.wait(id).times == 1);
 }

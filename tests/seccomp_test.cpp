@@ -1,3 +1,5 @@
+// seccomp_test.cpp
+// Goal:   a bound process can serve, and can do nothing else. Method: each case binds a forked process of its own.
 #include "nexus/os/seccomp.h"
 
 #include <doctest/doctest.h>

@@ -1,5 +1,6 @@
-// Goal:   what the service manager hears, and what it passes on. Method: real sockets, its part played here; the whole
-//         daemon where build/nexus stands beside this program.
+// systemd_test.cpp
+// Goal:   the service manager's messages, watchdog and passed sockets work as systemd does it.
+// Method: real sockets, with the test in the manager's place; the whole daemon if build/nexus is beside this program.
 #include "nexus/os/systemd.h"
 
 #include <doctest/doctest.h>
@@ -176,7 +177,7 @@ TEST_CASE("a message reaches a socket that is a file, and one in the abstract na
     CAPTURE(name);
     Manager manager(name);
     Notifier notifier(name);
-    REQUIRE(notifier.listened_to());
+    REQUIRE(notifier.has_receiver());
     CHECK(notifier.ready("serving"));
     CHECK(manager.hear() == "READY=1\nSTATUS=serving");
     CHECK(notifier.reloading(1'234'567'899));
@@ -190,12 +191,12 @@ TEST_CASE("a message reaches a socket that is a file, and one in the abstract na
 }
 
 TEST_CASE("where nobody listens, telling says so and harms nothing") {
-  CHECK_FALSE(Notifier(std::nullopt).tell("READY=1"));
+  CHECK_FALSE(Notifier(std::nullopt).send("READY=1"));
   for (const char* path : {"", "@", "relative", "vsock:2:1", "/nonexistent/nexus-test"}) {
     CAPTURE(path);
-    CHECK_FALSE(Notifier(std::string(path)).tell("READY=1"));
+    CHECK_FALSE(Notifier(std::string(path)).send("READY=1"));
   }
-  CHECK_FALSE(Notifier("/" + std::string(200, 'x')).listened_to());
+  CHECK_FALSE(Notifier("/" + std::string(200, 'x')).has_receiver());
 }
 
 TEST_CASE("the watchdog's limit is taken where it is meant for this process, and is a number") {
@@ -215,32 +216,32 @@ TEST_CASE("the watchdog's limit is taken where it is meant for this process, and
   for (const Row& row : rows) CHECK(watchdog_limit_ns(variables(row.set), 77) == row.expected);
 }
 
-TEST_CASE("a pulse is due at half the limit, and only while every loop answers") {
-  Watchdog pulse(2, 8 * kSecond, 0);
+TEST_CASE("the watchdog is due at half the limit, and only while every loop answers") {
+  Watchdog watchdog(2, 8 * kSecond, 0);
   std::array<std::vector<Heartbeat>, 2> asked;
-  const auto post = [&](std::size_t loop, const Heartbeat& ping) { asked[loop].push_back(ping); };
-  CHECK(pulse.due(0, post));  // nobody was asked before
-  CHECK(pulse.next() == 4 * kSecond);
-  CHECK_FALSE(pulse.due(4 * kSecond - 1, post));
+  const auto post = [&](std::size_t loop, const Heartbeat& heartbeat) { asked[loop].push_back(heartbeat); };
+  CHECK(watchdog.due(0, post));  // no heartbeat was sent before
+  CHECK(watchdog.next() == 4 * kSecond);
+  CHECK_FALSE(watchdog.due(4 * kSecond - 1, post));
   asked[0].back().answer();
-  CHECK_FALSE(pulse.due(4 * kSecond, post));  // the second hangs
-  CHECK(asked[0].size() == 1);                // and is not asked again meanwhile
-  const Ns soon = pulse.next();
+  CHECK_FALSE(watchdog.due(4 * kSecond, post));  // the second hangs
+  CHECK(asked[0].size() == 1);                   // and gets no second heartbeat
+  const Ns soon = watchdog.next();
   CHECK(soon > 4 * kSecond);
   CHECK(soon < 5 * kSecond);
   asked[1].back().answer();
-  CHECK(pulse.due(soon, post));
+  CHECK(watchdog.due(soon, post));
   CHECK(asked[0].size() == 2);
   CHECK(asked[1].size() == 2);
-  pulse.over(1);  // ended on purpose
+  watchdog.loop_ended(1);  // ended on purpose
   asked[0].back().answer();
-  CHECK(pulse.due(soon + 4 * kSecond, post));
+  CHECK(watchdog.due(soon + 4 * kSecond, post));
 }
 
-TEST_CASE("without a limit no pulse is ever due") {
-  Watchdog pulse(1, 0, 0);
-  CHECK(pulse.next() == kNever);
-  CHECK_FALSE(pulse.due(1000 * kSecond, [](std::size_t, const Heartbeat&) { FAIL("asked"); }));
+TEST_CASE("without a limit the watchdog is never due") {
+  Watchdog watchdog(1, 0, 0);
+  CHECK(watchdog.next() == kNever);
+  CHECK_FALSE(watchdog.due(1000 * kSecond, [](std::size_t, const Heartbeat&) { FAIL("asked"); }));
 }
 
 TEST_CASE("sockets are taken where they were passed to this process, with their names, and do not block") {

@@ -1,3 +1,6 @@
+// timer_wheel_test.cpp
+// Goal:   every deadline fires once, at its time. Method: cases by hand, then many timers against a plain list of
+// times.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -7,6 +10,7 @@
 
 #include "nexus/net/timer_wheel.h"
 
+using nexus::deadline_after;
 using nexus::Handle;
 using nexus::kMillisecond;
 using nexus::kNever;
@@ -242,4 +246,10 @@ TEST_CASE("a wheel fires what a list would, whatever is armed, moved and cancell
     CHECK(misled == 0);
     CHECK(count > 1000);
   }
+}
+
+TEST_CASE("a deadline never overflows, and a span of 0 means none") {
+  CHECK(deadline_after(5, 7) == 12);
+  for (const Ns span : {Ns{0}, Ns{-1}, kNever, kNever - 5}) CHECK(deadline_after(5, span) == kNever);
+  CHECK(deadline_after(5, kNever - 6) == kNever - 1);
 }

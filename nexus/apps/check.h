@@ -3,7 +3,7 @@
 // Promises: it ends within the health check's timeout for each probe, and the resolver's; text from a backend cannot
 //           harm the terminal; a backend is good only if Nexus could serve with it as it is configured.
 // Leaves:   probing to prober.h, DNS to resolver.h; the command line to nexus.cpp.
-// Threads:  the main thread's; the resolver answers in its own.
+// Threads:  the main thread's.
 // Tested by: tests/check_test.cpp, tests/e2e/check.test.mjs
 #pragma once
 
@@ -17,7 +17,6 @@
 #include "nexus/api/request_json.h"
 #include "nexus/apps/format.h"
 #include "nexus/base/buffer.h"
-#include "nexus/base/mailbox.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/prober.h"
 #include "nexus/net/epoll.h"
@@ -31,7 +30,7 @@ struct CheckState {
   BackendSettings settings;
   bool resolved = false;
   std::string resolve_error;
-  std::array<std::optional<ProbeResult>, kKindNames.size()> results;  // by the kind that it was probed as
+  std::array<std::optional<ProbeResult>, kBackendKinds.size()> results;  // by the kind that it was probed as
 
   const std::optional<ProbeResult>& as(BackendKind kind) const { return results[static_cast<std::size_t>(kind)]; }
   const std::optional<ProbeResult>& own() const { return as(settings.kind); }
@@ -186,10 +185,10 @@ class FleetCheck {
   explicit FleetCheck(const Settings& settings)
       : timeout_ns_(settings.health.timeout_ns),
         wheel_(monotonic_now()),
-        resolver_([this](std::uint64_t id, std::vector<Address> all, std::string error) {
-          answers_.post({id, std::move(all), std::move(error)});
-          net_.wake();
-        }),
+        resolver_(net_,
+                  [this](std::uint64_t id, const std::vector<Address>& all, std::string error) {
+                    on_resolved(static_cast<std::size_t>(id), all, std::move(error));
+                  }),
         prober_(net_, wheel_, blocks_, json_) {
     for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
     addresses_.resize(states_.size());
@@ -200,43 +199,39 @@ class FleetCheck {
     if (net_.open() != 0) return nullptr;
     for (std::size_t i = 0; i < states_.size(); ++i) begin(i);
     while (open_ > 0) turn();
-    resolver_.stop();
     return &states_;
   }
 
  private:
-  struct Resolved {
-    std::uint64_t id = 0;
-    std::vector<Address> addresses;
-    std::string error;
-  };
-
   void begin(std::size_t i) {
     const HostPort& where = states_[i].settings.address;
     if (states_[i].settings.kind == BackendKind::echo) return;
     open_ += 1;
     if (const auto address = parse_address(where.host, where.port)) return on_address(i, *address);
     if (resolver_.lookup(where.host, where.port, i)) return;
-    states_[i].resolve_error = "no thread could be started";
+    states_[i].resolve_error = "too many lookups are waiting";
     open_ -= 1;
   }
 
   void turn() {
     std::array<Event, EpollNet::kMaxEvents> events;
     bool woken = false;
-    const std::size_t count = net_.wait(events, wheel_.next(), woken);
+    const std::size_t count = net_.wait(events, std::min(wheel_.next(), resolver_.next()), woken);
     const auto done = [this](ProbeResult&& result) { on_result(std::move(result)); };
-    for (std::size_t i = 0; i < count; ++i) prober_.on_event(events[i], net_.now(), done);
+    for (std::size_t i = 0; i < count; ++i) {
+      if (events[i].token.kind() == kResolverKind) {
+        resolver_.on_event(events[i]);
+      } else {
+        prober_.on_event(events[i], net_.now(), done);
+      }
+    }
+    resolver_.step();
     wheel_.fire(net_.now(), [&](Handle token) { prober_.on_deadline(token, done); });
-    std::vector<Resolved> answers;
-    answers_.take(answers);
-    for (Resolved& answer : answers) on_resolved(answer);
   }
 
-  void on_resolved(Resolved& answer) {
-    const std::size_t i = static_cast<std::size_t>(answer.id);
-    if (!answer.addresses.empty()) return on_address(i, answer.addresses.front());
-    states_[i].resolve_error = std::move(answer.error);
+  void on_resolved(std::size_t i, const std::vector<Address>& addresses, std::string error) {
+    if (!addresses.empty()) return on_address(i, addresses.front());
+    states_[i].resolve_error = std::move(error);
     open_ -= 1;
   }
 
@@ -275,7 +270,6 @@ class FleetCheck {
   TimerWheel wheel_;
   BlockPool blocks_;
   JsonReader json_;
-  Mailbox<Resolved> answers_;
   Resolver resolver_;
   Prober<EpollNet> prober_;
   std::vector<CheckState> states_;

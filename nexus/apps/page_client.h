@@ -7,9 +7,7 @@
 #pragma once
 
 #include <array>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -37,23 +35,20 @@ struct FetchedPage {
 // The first address of a host, or nothing and the reason. Blocks until the resolver has an answer.
 inline std::optional<Address> resolve_host(const HostPort& where, std::string& why) {
   if (const auto address = parse_address(where.host, where.port)) return address;
-  std::mutex mutex;
-  std::condition_variable told;
-  bool done = false;
+  EpollNet net;
+  if (net.open() != 0) {
+    why = strerror(errno);
+    return std::nullopt;
+  }
   std::optional<Address> found;
-  Resolver resolver([&](std::uint64_t, std::vector<Address> addresses, std::string error) {
-    const std::lock_guard lock(mutex);
+  bool done = false;
+  Resolver resolver(net, [&](std::uint64_t, const std::vector<Address>& addresses, std::string error) {
     if (!addresses.empty()) found = addresses.front();
     why = std::move(error);
     done = true;
-    told.notify_one();
   });
-  if (!resolver.lookup(where.host, where.port, 0)) {
-    why = "no thread could be started";
-    return std::nullopt;
-  }
-  std::unique_lock lock(mutex);
-  told.wait(lock, [&] { return done; });
+  resolver.lookup(where.host, where.port, 0);
+  while (!done) resolver.turn();
   return found;
 }
 

@@ -1,8 +1,9 @@
 // clock.h
 // Owns:     the unit of time (`Ns`) and the only two reads of the system's clocks.
-// Promises: monotonic_now() never goes backwards; both cost one vDSO call.
-// Leaves:   when to read the clock to epoll.h; everything above takes `now` as an argument.
+// Promises: monotonic_now() never goes backwards; each read is one vDSO call.
+// Leaves:   when to read the clock to epoll.h; all code above takes `now` as an argument.
 // Threads:  any.
+// Tested by: tests/timer_wheel_test.cpp, tests/epoll_test.cpp
 #pragma once
 
 #include <time.h>
@@ -11,12 +12,12 @@
 
 namespace nexus {
 
-using Ns = std::int64_t;  // a point in time or a span, in nanoseconds
+using Ns = std::int64_t;  // a point in time or a duration, in nanoseconds
 
 constexpr Ns kMicrosecond = 1'000;
 constexpr Ns kMillisecond = 1'000'000;
 constexpr Ns kSecond = 1'000'000'000;
-constexpr Ns kNever = INT64_MAX;  // a deadline that is not armed
+constexpr Ns kNever = INT64_MAX;  // no deadline
 
 namespace detail {
 inline Ns read_clock(clockid_t id) {
@@ -26,13 +27,13 @@ inline Ns read_clock(clockid_t id) {
 }
 }  // namespace detail
 
-// Time for durations and deadlines; its zero has no meaning.
+// For durations and deadlines; its zero has no meaning.
 inline Ns monotonic_now() { return detail::read_clock(CLOCK_MONOTONIC); }
 
-// Time since 1970-01-01 UTC, for log lines and timestamps people read. It may jump.
+// Time since 1970-01-01 UTC, for log lines and timestamps. It may jump.
 inline Ns wall_now() { return detail::read_clock(CLOCK_REALTIME); }
 
-// `start + span`, or never where either is: a deadline that can't overflow.
+// `start + span` without overflow: kNever if either is unlimited (a span of 0 or less means no limit).
 inline Ns deadline_after(Ns start, Ns span) {
   if (span <= 0 || span >= kNever - start) return kNever;
   return start + span;

@@ -1,9 +1,10 @@
 // mailbox.h
-// Owns:     messages from any thread to the one that owns a loop.
-// Promises: messages arrive in the order in which each sender posted them; post() says when the receiver must be woken,
-//           and where memory was too short to post anything.
-// Leaves:   waking to the sender (net's wake()), meaning to the receiver.
-// Threads:  post(): any. The others: the owner's.
+// Owns:     messages from any thread to the thread of one loop.
+// Promises: messages of one sender arrive in their order. post() returns whether the receiver must be woken, or that
+//           there was no memory.
+// Leaves:   the wake-up to the sender (EpollNet::wake()), the meaning to the receiver.
+// Threads:  post(): any. The others: the owner.
+// Tested by: tests/mailbox_test.cpp
 #pragma once
 
 #include <atomic>
@@ -19,10 +20,10 @@ template <class Message>
 class Mailbox {
  public:
   enum class Posted : std::uint8_t {
-    first,  // the box was empty: the receiver may be asleep
+    first,  // the mailbox was empty: the receiver may be asleep
     behind_others,
-    no_memory,  // this and the next: the message is lost, and its sender's to see to
-    closed,
+    no_memory,  // the message is lost; the sender must handle that
+    closed,     // likewise
   };
 
   Posted post(Message message) noexcept {
@@ -37,10 +38,10 @@ class Mailbox {
     return messages_.size() == 1 ? Posted::first : Posted::behind_others;
   }
 
-  // Without waiting for whoever posts.
+  // Takes no lock.
   bool has_any() const { return any_.load(std::memory_order_acquire); }
 
-  // Moves all messages to `out`, which is emptied first.
+  // Replaces the content of `out` by all messages.
   void take(std::vector<Message>& out) {
     out.clear();
     const std::lock_guard lock(mutex_);
@@ -48,7 +49,7 @@ class Mailbox {
     any_.store(false, std::memory_order_relaxed);
   }
 
-  // False where a message is there. From then on none is taken any more.
+  // Returns false if there is a message; else post() returns `closed` from now on.
   bool close_if_empty() {
     const std::lock_guard lock(mutex_);
     closed_ = messages_.empty();

@@ -1,10 +1,11 @@
 // epoll.h
-// Owns:     every system call on a socket: the epoll loop, listening, accepting, connecting, reading, writing.
-// Promises: edge-triggered, one registration for a connection's life; an event carries the token it was registered
-//           with, which names its owner by slot and generation, so that a stale one is recognised; no call blocks but
-//           wait(); every result says ok, again, eof or failed, with errno.
-// Leaves:   what the bytes mean; buffering to connection.h. The simulator offers the same members (tests/sim).
-// Threads:  one EpollNet a thread; only wake() may be called from others.
+// Owns:     every system call on a TCP socket: epoll, listen, accept, connect, read, write, close.
+// Promises: connections are edge-triggered and registered once for their life; an event carries the token of its
+//           registration (slot and generation), so that a stale event is recognised; only wait() blocks; every result
+//           is ok, again, eof or failed with errno.
+// Leaves:   buffering to connection.h, the meaning of the bytes to others. tests/sim/sim_net.h has the same members.
+// Threads:  one EpollNet per thread; only wake() may be called from other threads.
+// Tested by: tests/epoll_test.cpp
 #pragma once
 
 #include <arpa/inet.h>
@@ -43,7 +44,7 @@ struct Address {
   bool operator==(const Address&) const = default;
 };
 
-// The address that `host` spells ("127.0.0.1", "::1"), or nothing where it is a name.
+// Parses a numeric host ("127.0.0.1", "::1"); nullopt if `host` is a name.
 inline std::optional<Address> parse_address(const std::string& host, std::uint16_t port) {
   Address address;
   address.port = port;
@@ -53,18 +54,34 @@ inline std::optional<Address> parse_address(const std::string& host, std::uint16
   return std::nullopt;
 }
 
-// `127.0.0.1:8000`, `[::1]:8000`.
+// Formats as `127.0.0.1:8000` or `[::1]:8000`.
 inline std::string to_string(const Address& address) {
   char text[INET6_ADDRSTRLEN] = "";
   inet_ntop(address.v6 ? AF_INET6 : AF_INET, address.ip.data(), text, sizeof text);
   return host_port(text, address.port);
 }
 
+// Of AF_INET or AF_INET6; other families give an empty address.
+inline Address from_sockaddr(const sockaddr* from) {
+  Address address;
+  if (from->sa_family == AF_INET6) {
+    const auto* v6 = reinterpret_cast<const sockaddr_in6*>(from);
+    address.v6 = true;
+    address.port = ntohs(v6->sin6_port);
+    std::memcpy(address.ip.data(), &v6->sin6_addr, 16);
+  } else if (from->sa_family == AF_INET) {
+    const auto* v4 = reinterpret_cast<const sockaddr_in*>(from);
+    address.port = ntohs(v4->sin_port);
+    std::memcpy(address.ip.data(), &v4->sin_addr, 4);
+  }
+  return address;
+}
+
 struct IoResult {
   enum class Kind : std::uint8_t { ok, again, eof, failed };
   Kind kind = Kind::ok;
   std::size_t bytes = 0;
-  int error = 0;  // errno, where failed
+  int error = 0;  // errno if failed
 
   bool ok() const { return kind == Kind::ok; }
 };
@@ -76,11 +93,14 @@ struct Event {
   bool hangup = false;  // the peer sent its FIN, or the connection broke
 };
 
-// How accept() and connect() ended.
+// Result of listen(), accept() and connect().
 enum class SocketOutcome : std::uint8_t { ok, again, no_descriptor, no_memory, failed };
+
+class Resolver;
 
 class EpollNet {
  public:
+  using Resolver = nexus::Resolver;  // resolver.h
   struct Socket {
     int fd = -1;
     bool open() const { return fd >= 0; }
@@ -92,7 +112,7 @@ class EpollNet {
     int error = 0;
   };
 
-  static constexpr std::size_t kMaxEvents = 256;  // of one wait()
+  static constexpr std::size_t kMaxEvents = 256;  // per wait()
   static constexpr int kBacklog = 4096;           // the kernel caps it at net.core.somaxconn
 
   EpollNet() = default;
@@ -103,20 +123,18 @@ class EpollNet {
     if (wake_ >= 0) ::close(wake_);
   }
 
-  // Makes the epoll set and its wake-up. 0, or errno.
+  // Creates the epoll set and its wake-up descriptor. Returns 0 or errno.
   int open() {
     epoll_ = epoll_create1(EPOLL_CLOEXEC);
     wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (epoll_ < 0 || wake_ < 0) return errno;
-    epoll_event event{};
-    event.events = EPOLLIN | EPOLLET;
-    event.data.u64 = kWakeToken.value;
-    return epoll_ctl(epoll_, EPOLL_CTL_ADD, wake_, &event) == 0 ? 0 : errno;
+    return control(EPOLL_CTL_ADD, wake_, EPOLLIN | EPOLLET, kWakeToken) ? 0 : errno;
   }
 
   Ns now() const { return monotonic_now(); }
 
-  // Waits for events, at most until `deadline`; fills `out` and says how many. A wake() ends the wait and sets `woken`.
+  // Waits for events until `deadline` at most; fills `out` and returns their number. A wake() ends the wait and sets
+  // `woken`.
   std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
     std::array<epoll_event, kMaxEvents> events;
     const int limit = static_cast<int>(std::min(out.size(), events.size()));
@@ -138,75 +156,69 @@ class EpollNet {
     return filled;
   }
 
-  // Ends the current or the next wait(). Any thread.
+  // Ends the current or the next wait(). Called from any thread.
   void wake() {
     const std::uint64_t one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(wake_, &one, sizeof one);  // full: it is awake already
+    [[maybe_unused]] const ssize_t n = ::write(wake_, &one, sizeof one);  // EAGAIN: a wake-up is pending already
   }
 
-  // A listening socket, not yet watched. The error is errno.
+  // Opens a listening socket, which is not watched yet; `peer` is the address that it is bound to.
   static Opened listen(const Address& address) {
-    Opened opened;
-    const int fd = ::socket(family(address), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0) return failed(opened, errno);
-    opened.socket.fd = fd;
+    Opened opened = new_socket(address);
+    if (!opened.socket.open()) return opened;
     const int on = 1;
-    ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (address.v6) ::setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    ::setsockopt(opened.socket.fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (address.v6) ::setsockopt(opened.socket.fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
     sockaddr_storage storage;
     const socklen_t length = to_sockaddr(address, storage);
-    if (::bind(fd, reinterpret_cast<sockaddr*>(&storage), length) != 0 || ::listen(fd, kBacklog) != 0) {
-      const int error = errno;
-      ::close(fd);
-      return failed(opened, error);
-    }
-    opened.outcome = SocketOutcome::ok;
+    if (::bind(opened.socket.fd, reinterpret_cast<sockaddr*>(&storage), length) != 0) return failed(opened, errno);
+    if (::listen(opened.socket.fd, kBacklog) != 0) return failed(opened, errno);
     opened.peer = local_address(opened.socket);
     return opened;
   }
 
-  // Takes connections from `listener`, which other threads' loops may watch too: one of them is woken.
+  // Reports connections that wait in the listener's backlog. Other threads may watch it too: the kernel wakes one.
+  // Level-triggered, so that a connection left in the backlog is reported again.
   bool watch_listener(Socket listener, Handle token) {
-    epoll_event event{};
-    event.events = EPOLLIN | EPOLLEXCLUSIVE;  // level-triggered: a connection left in the backlog is told of again
-    event.data.u64 = token.value;
-    return epoll_ctl(epoll_, EPOLL_CTL_ADD, listener.fd, &event) == 0;
+    return control(EPOLL_CTL_ADD, listener.fd, EPOLLIN | EPOLLEXCLUSIVE, token);
   }
-  void unwatch(Socket socket) { epoll_ctl(epoll_, EPOLL_CTL_DEL, socket.fd, nullptr); }
+  void unwatch(Socket socket) { control(EPOLL_CTL_DEL, socket.fd, 0, {}); }
+
+  // Watches a descriptor that a library owns, level-triggered, for the given directions; with neither, stops watching
+  // it, which must come before its close(). False: errno.
+  bool watch_foreign(int fd, Handle token, bool readable, bool writable) {
+    const std::uint32_t events = (readable ? std::uint32_t{EPOLLIN} : 0) | (writable ? std::uint32_t{EPOLLOUT} : 0);
+    if (events == 0) return control(EPOLL_CTL_DEL, fd, 0, {});
+    return control(EPOLL_CTL_MOD, fd, events, token) || (errno == ENOENT && control(EPOLL_CTL_ADD, fd, events, token));
+  }
 
   Opened accept(Socket listener) {
     Opened opened;
     sockaddr_storage storage;
+    auto* const from = reinterpret_cast<sockaddr*>(&storage);
     socklen_t length = sizeof storage;
-    const int fd = ::accept4(listener.fd, reinterpret_cast<sockaddr*>(&storage), &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (fd < 0) return failed(opened, errno);
+    opened.socket.fd = ::accept4(listener.fd, from, &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (!opened.socket.open()) return failed(opened, errno);
     opened.outcome = SocketOutcome::ok;
-    opened.socket.fd = fd;
-    opened.peer = from_sockaddr(storage);
-    no_delay(fd);
+    opened.peer = from_sockaddr(from);
+    no_delay(opened.socket);
     return opened;
   }
 
-  // Starts to connect; a `writable` event tells that it is decided, connect_error() how.
+  // Starts to connect; a `writable` event reports the end of it, and connect_error() the result.
   Opened connect(const Address& address) {
-    Opened opened;
-    const int fd = ::socket(family(address), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0) return failed(opened, errno);
-    no_delay(fd);
+    Opened opened = new_socket(address);
+    if (!opened.socket.open()) return opened;
+    no_delay(opened.socket);
     sockaddr_storage storage;
     const socklen_t length = to_sockaddr(address, storage);
-    if (::connect(fd, reinterpret_cast<sockaddr*>(&storage), length) != 0 && errno != EINPROGRESS) {
-      const int error = errno;
-      ::close(fd);
-      return failed(opened, error);
-    }
-    opened.outcome = SocketOutcome::ok;
-    opened.socket.fd = fd;
+    const int result = ::connect(opened.socket.fd, reinterpret_cast<sockaddr*>(&storage), length);
+    if (result != 0 && errno != EINPROGRESS) return failed(opened, errno);
     opened.peer = address;
     return opened;
   }
 
-  // 0 once the connection stands, or errno.
+  // Returns 0 if the connection is established, or errno.
   int connect_error(Socket socket) {
     int error = 0;
     socklen_t length = sizeof error;
@@ -214,16 +226,13 @@ class EpollNet {
     return error;
   }
 
-  // Registers a connection for its life: every edge of readable, writable and hangup comes as an event.
+  // Registers a connection for its life: every edge of readable, writable and hangup becomes an event.
   bool watch(Socket socket, Handle token) {
-    epoll_event event{};
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
-    event.data.u64 = token.value;
-    return epoll_ctl(epoll_, EPOLL_CTL_ADD, socket.fd, &event) == 0;
+    return control(EPOLL_CTL_ADD, socket.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, token);
   }
 
-  // recv() and send() without the C library's wrappers, which are points where a thread may be cancelled: two such
-  // calls a request each way, and no thread here is ever cancelled.
+  // recv() and send() as raw system calls: the C library's wrappers are cancellation points, which cost time in each
+  // request, and no thread here is ever cancelled.
   IoResult read(Socket socket, char* into, std::size_t bytes) {
     for (;;) {
       const ssize_t n = ::syscall(SYS_recvfrom, socket.fd, into, bytes, 0, nullptr, nullptr);
@@ -246,10 +255,10 @@ class EpollNet {
     }
   }
 
-  // New connections are refused from now on; the workers have taken what had come.
+  // Makes the kernel refuse new connections, and drop those that still wait in the backlog.
   static void refuse_connections(Socket listener) { ::shutdown(listener.fd, SHUT_RDWR); }
 
-  // Sends the FIN and leaves the reading side open.
+  // Sends a FIN; the reading side stays open.
   void shut_write(Socket socket) { ::shutdown(socket.fd, SHUT_WR); }
 
   void close(Socket& socket) {
@@ -257,7 +266,7 @@ class EpollNet {
     socket.fd = -1;
   }
 
-  // Closes so that the peer sees a reset: what was sent must not look whole.
+  // Closes with a reset, so that the peer cannot take a truncated response for a complete one.
   void reset(Socket& socket) {
     const linger at_once{1, 0};
     if (socket.open()) ::setsockopt(socket.fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
@@ -268,13 +277,26 @@ class EpollNet {
     sockaddr_storage storage{};
     socklen_t length = sizeof storage;
     if (::getsockname(socket.fd, reinterpret_cast<sockaddr*>(&storage), &length) != 0) return {};
-    return from_sockaddr(storage);
+    return from_sockaddr(reinterpret_cast<const sockaddr*>(&storage));
   }
 
  private:
   static constexpr Handle kWakeToken{UINT64_MAX};
 
-  static int family(const Address& address) { return address.v6 ? AF_INET6 : AF_INET; }
+  bool control(int operation, int fd, std::uint32_t events, Handle token) {
+    epoll_event event{};
+    event.events = events;
+    event.data.u64 = token.value;
+    return epoll_ctl(epoll_, operation, fd, &event) == 0;
+  }
+
+  static Opened new_socket(const Address& address) {
+    Opened opened;
+    opened.socket.fd = ::socket(address.v6 ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (!opened.socket.open()) return failed(opened, errno);
+    opened.outcome = SocketOutcome::ok;
+    return opened;
+  }
 
   static socklen_t to_sockaddr(const Address& address, sockaddr_storage& storage) {
     storage = {};
@@ -292,24 +314,9 @@ class EpollNet {
     return sizeof v4;
   }
 
-  static Address from_sockaddr(const sockaddr_storage& storage) {
-    Address address;
-    if (storage.ss_family == AF_INET6) {
-      const auto& v6 = reinterpret_cast<const sockaddr_in6&>(storage);
-      address.v6 = true;
-      address.port = ntohs(v6.sin6_port);
-      std::memcpy(address.ip.data(), &v6.sin6_addr, 16);
-    } else if (storage.ss_family == AF_INET) {
-      const auto& v4 = reinterpret_cast<const sockaddr_in&>(storage);
-      address.port = ntohs(v4.sin_port);
-      std::memcpy(address.ip.data(), &v4.sin_addr, 4);
-    }
-    return address;
-  }
-
-  static void no_delay(int fd) {
+  static void no_delay(Socket socket) {
     const int on = 1;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    ::setsockopt(socket.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   }
 
   static IoResult io_error(int error) {
@@ -318,8 +325,9 @@ class EpollNet {
   }
 
   static Opened failed(Opened& opened, int error) {
-    opened.error = error;
+    if (opened.socket.open()) ::close(opened.socket.fd);
     opened.socket.fd = -1;
+    opened.error = error;
     if (error == EAGAIN || error == EWOULDBLOCK || error == EINTR || error == ECONNABORTED || error == EPROTO) {
       opened.outcome = SocketOutcome::again;
     } else if (error == EMFILE || error == ENFILE) {
@@ -332,7 +340,7 @@ class EpollNet {
     return opened;
   }
 
-  // Rounded up, so that a deadline is past when the wait ends.
+  // Rounded up, so that the deadline has passed when the wait ends.
   int timeout_ms(Ns deadline) const {
     if (deadline == kNever) return -1;
     const Ns left = deadline - now();

@@ -1,275 +1,199 @@
 // resolver.h
-// Owns:     host names to addresses, by c-ares in a thread of its own: a static binary must not call getaddrinfo, and
-//           nobody else should wait for a DNS server.
-// Promises: each lookup is answered once, within limit_ns of its start, but not after stop(); /etc/hosts goes before
-//           DNS, and localhost needs neither; both files of the system are read anew, so that a change is seen; an
-//           answer is the same whatever order the server lists it in; the thread exists from the first lookup on.
-// Leaves:   when to ask again, and numeric addresses, to the caller; the cache to the DNS server.
-// Threads:  lookup() and stop(): the owner's. The answer is called in the resolver's thread.
+// Owns:     DNS lookups by c-ares, on the loop of the thread that asks. (A static binary cannot use getaddrinfo().)
+// Promises: each lookup is answered once, within limit_ns of its start, unless the resolver is destroyed before;
+//           /etc/hosts comes before DNS, and localhost needs neither; when no lookup is running, both system files are
+//           read again for the next one; the order of an answer does not depend on the order of the server's records.
+// Leaves:   numeric addresses and the retry schedule to the caller, caching to the DNS server.
+// Threads:  the loop's own thread. No call blocks, except turn().
+// Tested by: tests/resolver_test.cpp
 #pragma once
 
 #include <ares.h>
 #include <netdb.h>
-#include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cassert>
-#include <cerrno>
 #include <cstdint>
-#include <cstring>
-#include <deque>
 #include <functional>
-#include <memory>
-#include <mutex>
+#include <list>
+#include <new>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/threads.h"
 #include "nexus/net/epoll.h"
 
 namespace nexus {
 
+constexpr std::uint8_t kResolverKind = 12;  // kind of a Handle: a socket of c-ares; its slot is the descriptor
+
 struct ResolverOptions {
-  Ns limit_ns = 10 * kSecond;  // of one lookup, with all its tries
-  std::string servers;         // "127.0.0.1:53, …" in place of what /etc/resolv.conf names
+  Ns limit_ns = 10 * kSecond;  // per lookup, retries included
+  std::string servers;         // "127.0.0.1:53, …" instead of those in /etc/resolv.conf
 };
 
 class Resolver {
  public:
-  // `error` is empty where there are addresses. They bear the port that was asked with; IPv4 comes first.
+  // Called by step(). `error` is empty if there are addresses, which carry the port of the lookup, IPv4 first. It may
+  // throw: the resolver then goes on with the next lookup.
   using Answer = std::function<void(std::uint64_t id, std::vector<Address> addresses, std::string error)>;
 
   static constexpr std::size_t kMaxWaiting = 1024;
   static constexpr std::size_t kMaxInFlight = 32;
-  static constexpr std::size_t kMaxAddresses = 16;   // of one answer
-  static constexpr std::size_t kMaxNameBytes = 253;  // RFC 1035 2.3.4, without the final dot's length byte
+  static constexpr std::size_t kMaxAddresses = 16;   // per answer
+  static constexpr std::size_t kMaxNameBytes = 253;  // RFC 1035 2.3.4, without the length byte of the root
 
-  explicit Resolver(Answer answer, ResolverOptions options = {})
-      : answer_(std::move(answer)), options_(std::move(options)) {}
+  Resolver(EpollNet& net, Answer answer, ResolverOptions options = {})
+      : net_(net), answer_(std::move(answer)), options_(std::move(options)) {
+    ares_library_init(ARES_LIB_INIT_ALL);
+  }
   Resolver(const Resolver&) = delete;
   Resolver& operator=(const Resolver&) = delete;
   ~Resolver() {
-    stop();
-    if (wake_ >= 0) ::close(wake_);
-  }
-
-  // Asks for `host`; the answer carries `id`. False where kMaxWaiting others wait, or no thread can be had.
-  bool lookup(std::string host, std::uint16_t port, std::uint64_t id) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (stopping_ || waiting_.size() >= kMaxWaiting) return false;
-      waiting_.push_back({std::move(host), port, id});
-    }
-    if (thread_.joinable() || start()) {
-      wake();
-      return true;
-    }
-    const std::lock_guard lock(mutex_);
-    waiting_.pop_back();
-    return false;
-  }
-
-  // Ends the thread; what was not answered is not.
-  void stop() {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    if (!thread_.joinable()) return;
-    wake();
-    thread_.join();
-  }
-
- private:
-  struct Asked {
-    std::string host;
-    std::uint16_t port = 0;
-    std::uint64_t id = 0;
-  };
-  // What c-ares works on; it calls back once for each, also when its channel is destroyed.
-  struct Query {
-    Resolver* self;
-    std::uint16_t port;
-    std::uint64_t id;
-    Ns deadline_ns;
-    bool answered = false;
-    bool over = false;  // c-ares called back
-  };
-
-  bool start() {
-    if (wake_ < 0) wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (wake_ < 0) return false;
-    thread_ = start_thread("nexus-dns", [this] { run(); });
-    return thread_.joinable();
-  }
-
-  void wake() {
-    const std::uint64_t one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(wake_, &one, sizeof one);
-  }
-
-  // ---- the resolver's thread ----
-
-  void run() {
-    ares_library_init(ARES_LIB_INIT_ALL);
-    while (begin_waiting()) {
-      wait();
-      expire();
-      std::erase_if(queries_, [](const auto& query) { return query->over; });
-      // None that anybody still waits for: the next one finds the system's files read anew.
-      const bool idle =
-          std::all_of(queries_.begin(), queries_.end(), [](const auto& query) { return query->answered; });
-      if (idle) close_channel();
-    }
-    for (const auto& query : queries_) query->answered = true;  // too late to tell
     close_channel();
     ares_library_cleanup();
   }
 
-  // Starts what was asked for. False once the thread is to end.
-  bool begin_waiting() {
-    for (;;) {
-      Asked asked;
-      {
-        const std::lock_guard lock(mutex_);
-        if (stopping_) return false;
-        if (waiting_.empty() || queries_.size() >= kMaxInFlight) return true;
-        asked = std::move(waiting_.front());
-        waiting_.pop_front();
-      }
-      begin(asked);
-    }
+  // Queues a lookup, which the next step() starts; the answer carries `id`. False if kMaxWaiting others are queued.
+  bool lookup(std::string host, std::uint16_t port, std::uint64_t id) {
+    if (waiting_.size() >= kMaxWaiting) return false;
+    waiting_.push_back({std::move(host), port, id, {}});
+    return true;
   }
 
-  void begin(const Asked& asked) {
-    if (asked.host.empty() || asked.host.size() > kMaxNameBytes || asked.host.find('\0') != std::string::npos) {
-      return answer_(asked.id, {}, "not a host name");
+  // The time of the next step(), even without an event; kNever if there is nothing to do.
+  Ns next() const {
+    if (!waiting_.empty() && in_flight_.size() < kMaxInFlight) return 0;
+    if (channel_ == nullptr) return kNever;
+    Ns soonest = kNever;
+    for (const Query& query : in_flight_) {
+      if (!query.answered) soonest = std::min(soonest, query.over ? 0 : query.deadline_ns);
     }
-    if (const int status = open_channel(); status != ARES_SUCCESS) return answer_(asked.id, {}, ares_strerror(status));
-    const Ns deadline = deadline_after(monotonic_now(), options_.limit_ns);
-    queries_.push_back(std::make_unique<Query>(Query{this, asked.port, asked.id, deadline}));
+    timeval left{};
+    if (ares_timeout(channel_, nullptr, &left) == nullptr) return soonest;
+    return std::min(soonest, net_.now() + left.tv_sec * kSecond + left.tv_usec * kMicrosecond);
+  }
+
+  // For each event of kResolverKind. step() must follow.
+  void on_event(const Event& event) {
+    assert(event.token.kind() == kResolverKind);
+    if (channel_ == nullptr) return;  // closed after the event was fetched
+    const auto fd = static_cast<ares_socket_t>(event.token.slot());
+    ares_process_fd(channel_, event.readable ? fd : ARES_SOCKET_BAD, event.writable ? fd : ARES_SOCKET_BAD);
+  }
+
+  // Starts queued lookups and delivers answers.
+  void step() {
+    const Ns now = net_.now();
+    while (!waiting_.empty() && in_flight_.size() < kMaxInFlight) start_first(now);
+    if (channel_ != nullptr) ares_process_fd(channel_, ARES_SOCKET_BAD, ARES_SOCKET_BAD);  // retries, timeouts
+    bool idle = true;
+    for (Query& query : in_flight_) {
+      if (!query.answered && (query.over || now >= query.deadline_ns)) {
+        query.answered = true;
+        answer_(query.id, std::move(query.addresses), query.over ? query.error : "no answer in time");
+      }
+      idle = idle && query.answered;
+    }
+    in_flight_.remove_if([](const Query& query) { return query.over; });
+    if (idle) close_channel();
+  }
+
+  // For a caller without a loop of its own: waits on `net`, which must watch nothing else, and handles the events.
+  void turn() {
+    std::array<Event, EpollNet::kMaxEvents> events;
+    bool woken = false;
+    const std::size_t count = net_.wait(events, next(), woken);
+    for (std::size_t i = 0; i < count; ++i) on_event(events[i]);
+    step();
+  }
+
+ private:
+  // c-ares calls on_result() once for each started query, also when its channel is destroyed.
+  struct Query {
+    std::string host;
+    std::uint16_t port = 0;
+    std::uint64_t id = 0;
+    std::vector<Address> addresses;
+    const char* error = "";
+    Ns deadline_ns = kNever;
+    bool over = false;  // c-ares is done with it
+    bool answered = false;
+  };
+
+  void start_first(Ns now) {
+    in_flight_.splice(in_flight_.end(), waiting_, waiting_.begin());
+    Query& query = in_flight_.back();
+    query.deadline_ns = deadline_after(now, options_.limit_ns);
+    const std::string& host = query.host;
+    const bool is_name = !host.empty() && host.size() <= kMaxNameBytes && host.find('\0') == std::string::npos;
+    if (const int status = is_name ? open_channel() : ARES_SUCCESS; !is_name || status != ARES_SUCCESS) {
+      query.error = is_name ? ares_strerror(status) : "not a host name";
+      query.over = true;
+      return;
+    }
     ares_addrinfo_hints hints{};
     hints.ai_family = AF_UNSPEC;
     hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = ARES_AI_NOSORT;  // we sort; c-ares would connect a socket to each to find its favourite
-    ares_getaddrinfo(channel_, asked.host.c_str(), nullptr, &hints, &Resolver::on_result, queries_.back().get());
+    hints.ai_flags = ARES_AI_NOSORT;  // to sort, c-ares would connect a socket to each address
+    ares_getaddrinfo(channel_, host.c_str(), nullptr, &hints, &Resolver::on_result, &query);
   }
 
   int open_channel() {
     if (channel_ != nullptr) return ARES_SUCCESS;
     char files_first[] = "fb";
     ares_options options{};
-    options.timeout = 2000;  // ms, of the first try; it doubles with each
+    options.timeout = 2000;  // ms, of the first try; doubled for each further one
     options.tries = 3;
     options.lookups = files_first;
-    int status = ares_init_options(&channel_, &options, ARES_OPT_TIMEOUTMS | ARES_OPT_TRIES | ARES_OPT_LOOKUPS);
-    if (status != ARES_SUCCESS) {
-      channel_ = nullptr;
-      return status;
+    options.sock_state_cb = &Resolver::on_socket_state;  // ares_getsock() is deprecated in 1.34
+    options.sock_state_cb_data = this;
+    constexpr int kSet = ARES_OPT_TIMEOUTMS | ARES_OPT_TRIES | ARES_OPT_LOOKUPS | ARES_OPT_SOCK_STATE_CB;
+    int status = ares_init_options(&channel_, &options, kSet);
+    if (status != ARES_SUCCESS) channel_ = nullptr;
+    if (status == ARES_SUCCESS && !options_.servers.empty()) {
+      status = ares_set_servers_ports_csv(channel_, options_.servers.c_str());
     }
-    if (!options_.servers.empty()) status = ares_set_servers_ports_csv(channel_, options_.servers.c_str());
     if (status != ARES_SUCCESS) close_channel();
     return status;
   }
 
-  // Calls back for every query that is not over.
   void close_channel() {
-    if (channel_ != nullptr) ares_destroy(channel_);
-    channel_ = nullptr;
-    queries_.clear();
+    if (channel_ != nullptr) ares_destroy(std::exchange(channel_, nullptr));  // calls on_result() for each query left
+    in_flight_.clear();
   }
 
-  // Waits until a socket of c-ares, a time limit or the owner has something for us, and lets c-ares work.
-  void wait() {
-    std::array<pollfd, ARES_GETSOCK_MAXNUM + 1> entries;
-    entries[0] = {wake_, POLLIN, 0};
-    nfds_t count = 1;
-    if (channel_ != nullptr) {
-      std::array<ares_socket_t, ARES_GETSOCK_MAXNUM> sockets;
-      const int set = ares_getsock(channel_, sockets.data(), ARES_GETSOCK_MAXNUM);
-      for (int i = 0; i < ARES_GETSOCK_MAXNUM; ++i) {
-        const int events = (ARES_GETSOCK_READABLE(set, i) ? POLLIN : 0) | (ARES_GETSOCK_WRITABLE(set, i) ? POLLOUT : 0);
-        if (events != 0) entries[count++] = {sockets[static_cast<std::size_t>(i)], static_cast<short>(events), 0};
-      }
-    }
-    const int ready = ::poll(entries.data(), count, timeout_ms());
-    assert(ready >= 0 || errno == EINTR);
-    if (entries[0].revents != 0 && ready > 0) {
-      std::uint64_t drained;
-      [[maybe_unused]] const ssize_t n = ::read(wake_, &drained, sizeof drained);
-    }
-    if (channel_ == nullptr) return;
-    for (nfds_t i = 1; i < count && ready > 0; ++i) {
-      const bool readable = (entries[i].revents & (POLLIN | POLLERR | POLLHUP)) != 0;
-      const bool writable = (entries[i].revents & (POLLOUT | POLLERR | POLLHUP)) != 0;
-      if (!readable && !writable) continue;
-      ares_process_fd(channel_, readable ? entries[i].fd : ARES_SOCKET_BAD, writable ? entries[i].fd : ARES_SOCKET_BAD);
-    }
-    ares_process_fd(channel_, ARES_SOCKET_BAD, ARES_SOCKET_BAD);  // its own time limits
+  // Called by c-ares, also before it closes the socket. If watching fails, the lookup ends by a timeout.
+  static void on_socket_state(void* self, ares_socket_t fd, int readable, int writable) {
+    const Handle token = Handle::make(kResolverKind, 0, static_cast<std::uint32_t>(fd));
+    static_cast<Resolver*>(self)->net_.watch_foreign(fd, token, readable != 0, writable != 0);
   }
 
-  int timeout_ms() const {
-    if (queries_.empty()) return -1;
-    const Ns now = monotonic_now();
-    Ns left = 3600 * kSecond;
-    for (const auto& query : queries_) {
-      if (query->over) return 0;  // answered from a file: swept before the next sleep
-      if (!query->answered && query->deadline_ns != kNever) left = std::min(left, query->deadline_ns - now);
-    }
-    timeval most{3600, 0};
-    timeval own{};
-    const timeval* next = ares_timeout(channel_, &most, &own);
-    left = std::min(left, next->tv_sec * kSecond + next->tv_usec * kMicrosecond);
-    return static_cast<int>((std::max<Ns>(left, 0) + kMillisecond - 1) / kMillisecond);
-  }
-
-  void expire() {
-    const Ns now = monotonic_now();
-    for (const auto& query : queries_) {
-      if (!query->answered && query->deadline_ns <= now) tell(*query, {}, "no answer in time");
-    }
-  }
-
-  void tell(Query& query, std::vector<Address> addresses, std::string error) {
-    assert(!query.answered);
-    query.answered = true;
-    answer_(query.id, std::move(addresses), std::move(error));
-  }
-
-  // From c-ares, maybe from within ares_getaddrinfo(); it owns nothing of the query.
-  static void on_result(void* argument, int status, int, ares_addrinfo* result) {
+  // Called by c-ares, maybe from within ares_getaddrinfo(). No exception may pass through its frames.
+  static void on_result(void* argument, int status, int, ares_addrinfo* result) noexcept {
     Query& query = *static_cast<Query*>(argument);
     query.over = true;
-    if (!query.answered) {
-      std::vector<Address> addresses;
-      if (status == ARES_SUCCESS) addresses = addresses_of(result, query.port);
-      if (status == ARES_SUCCESS && addresses.empty()) status = ARES_ENODATA;
-      query.self->tell(query, std::move(addresses), status == ARES_SUCCESS ? "" : ares_strerror(status));
+    if (!query.answered && status == ARES_SUCCESS) {
+      try {
+        query.addresses = addresses_of(result, query.port);
+        if (query.addresses.empty()) status = ARES_ENODATA;
+      } catch (const std::bad_alloc&) {
+        status = ARES_ENOMEM;
+      }
     }
+    if (status != ARES_SUCCESS) query.error = ares_strerror(status);
     if (result != nullptr) ares_freeaddrinfo(result);
   }
 
   static std::vector<Address> addresses_of(const ares_addrinfo* result, std::uint16_t port) {
     std::vector<Address> addresses;
     for (const ares_addrinfo_node* node = result->nodes; node != nullptr; node = node->ai_next) {
-      Address address;
-      address.port = port;
-      address.v6 = node->ai_family == AF_INET6;
-      if (node->ai_family == AF_INET6) {
-        std::memcpy(address.ip.data(), &reinterpret_cast<const sockaddr_in6*>(node->ai_addr)->sin6_addr, 16);
-      } else if (node->ai_family == AF_INET) {
-        std::memcpy(address.ip.data(), &reinterpret_cast<const sockaddr_in*>(node->ai_addr)->sin_addr, 4);
-      } else {
-        continue;
-      }
-      addresses.push_back(address);
+      if (node->ai_family != AF_INET && node->ai_family != AF_INET6) continue;
+      addresses.push_back(from_sockaddr(node->ai_addr));
+      addresses.back().port = port;
     }
     const auto key = [](const Address& a) { return std::tie(a.v6, a.ip); };
     std::sort(addresses.begin(), addresses.end(), [&](const Address& a, const Address& b) { return key(a) < key(b); });
@@ -278,16 +202,12 @@ class Resolver {
     return addresses;
   }
 
+  EpollNet& net_;
   const Answer answer_;
   const ResolverOptions options_;
-  int wake_ = -1;
-  std::thread thread_;
-  std::mutex mutex_;  // guards the next two
-  std::deque<Asked> waiting_;
-  bool stopping_ = false;
-  // The thread's own.
+  std::list<Query> waiting_;
+  std::list<Query> in_flight_;  // at fixed addresses: c-ares holds pointers to them
   ares_channel channel_ = nullptr;
-  std::vector<std::unique_ptr<Query>> queries_;
 };
 
 }  // namespace nexus

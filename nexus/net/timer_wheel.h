@@ -1,9 +1,10 @@
 // timer_wheel.h
-// Owns:     the slots and links of every armed deadline of one loop: a hierarchical wheel of 4 × 64 slots.
-// Promises: arm and cancel in O(1), no allocation; a deadline fires at or after its time, at most one tick (1 ms) late
-//           by the wheel's doing, and once; a timer that dies is cancelled.
-// Leaves:   what a deadline means to its owner; reading the clock to epoll.h.
+// Owns:     the deadlines of one loop, in a hierarchical wheel of 4 levels with 64 slots each.
+// Promises: arm and cancel in O(1), without allocation; a deadline fires once, at or after its time, and the wheel adds
+//           at most one tick (1 ms) of delay; a timer cancels itself in its destructor.
+// Leaves:   the meaning of a deadline to its owner, reading the clock to epoll.h.
 // Threads:  the loop's own thread.
+// Tested by: tests/timer_wheel_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@ namespace nexus {
 
 class TimerWheel;
 
-// A deadline, a member of the object it is for. `owner` is what fire() hands out.
+// A deadline, as a member of the object that it belongs to; fire() reports that object by its handle, `owner`.
 class Timer {
  public:
   explicit Timer(Handle owner) : owner_(owner) {}
@@ -34,10 +35,10 @@ class Timer {
   friend class TimerWheel;
   Handle owner_;
   Ns deadline_ns_ = kNever;
-  Ns linked_ns_ = kNever;  // the deadline that its slot was chosen for: never after deadline_ns_
+  Ns linked_ns_ = kNever;  // the deadline for which the slot was chosen: not after deadline_ns_
   TimerWheel* wheel_ = nullptr;
   Timer* next_ = nullptr;
-  Timer** link_ = nullptr;  // what points at this timer: the slot's head, or the next_ before it
+  Timer** link_ = nullptr;  // the pointer to this timer: the slot's head, or next_ of the one before
   std::uint8_t level_ = 0;
   std::uint8_t slot_ = 0;
 };
@@ -49,8 +50,8 @@ class TimerWheel {
   TimerWheel& operator=(const TimerWheel&) = delete;
   ~TimerWheel() { assert(armed_ == 0); }
 
-  // Sets the timer's deadline. kNever cancels. A later deadline than the one it is linked for is only noted: the
-  // wheel looks again when that one comes round, so that moving a deadline to and fro costs nothing.
+  // Sets the timer's deadline; kNever cancels it. If the new deadline is later than the one it is linked for, the timer
+  // stays in its slot and is moved when that slot comes, so that postponing a deadline is nearly free.
   void arm(Timer& timer, Ns deadline) {
     if (deadline == kNever) return cancel(timer);
     if (timer.armed()) {
@@ -69,23 +70,22 @@ class TimerWheel {
     timer.deadline_ns_ = kNever;
   }
 
-  // When fire() has something to look at next, or kNever. It may be earlier than the first deadline, never later than
-  // the tick that follows it.
+  // The time of the next fire() that has work, or kNever. It may be earlier than the first deadline, but not later than
+  // the tick after it.
   Ns next() const {
     std::int64_t soonest = INT64_MAX;
     for (unsigned level = 0; level < kLevels; ++level) {
       if (occupied_[level] == 0) continue;
       const std::int64_t position = tick_ >> (level * kBits);
       const int ahead = std::countr_zero(std::rotr(occupied_[level], static_cast<int>(position & kMask)));
-      // The slot of the current position, above level 0, is always emptied when it begins: what is in it lies a whole
-      // turn ahead.
+      // Above level 0 the slot of the current position was emptied when it began: its timers are one turn ahead.
       const std::int64_t turns = ahead == 0 && level > 0 ? std::int64_t{kSlots} : std::int64_t{ahead};
       soonest = std::min(soonest, (position + turns) << (level * kBits));
     }
     return soonest == INT64_MAX ? kNever : std::max(soonest, tick_) * kTick;
   }
 
-  // Calls `due(Handle)` for each deadline at or before `now`. `due` may arm, cancel and destroy any timer.
+  // Calls `due(Handle)` for each deadline up to `now`. `due` may arm, cancel and destroy any timer.
   template <class Due>
   void fire(Ns now, Due&& due) {
     const std::int64_t until = now / kTick;
@@ -94,7 +94,7 @@ class TimerWheel {
         if ((tick_ & ((std::int64_t{1} << (level * kBits)) - 1)) == 0) cascade(level);
       }
       expire_slot(now, due);
-      if (tick_ == until) return;  // what is armed within this tick is looked at again in the next call
+      if (tick_ == until) return;  // the next call looks at this tick again, for timers armed meanwhile
       tick_ = next_busy_tick(until);
     }
   }
@@ -107,7 +107,7 @@ class TimerWheel {
   static constexpr unsigned kBits = 6;
   static constexpr unsigned kSlots = 1u << kBits;
   static constexpr std::int64_t kMask = kSlots - 1;
-  static constexpr unsigned kLevels = 4;  // 64 ms, 4 s, 4.4 min, 4.7 h; what is later waits in the last slot
+  static constexpr unsigned kLevels = 4;  // 64 ms, 4 s, 4.4 min, 4.7 h; later deadlines wait in the last slot
 
   void link(Timer& timer) {
     const std::int64_t due = std::max(timer.deadline_ns_ / kTick + (timer.deadline_ns_ % kTick != 0), tick_);
@@ -142,7 +142,7 @@ class TimerWheel {
     armed_ -= 1;
   }
 
-  // Moves what lies in the slot that begins now to the levels below.
+  // Moves the timers of the slot that begins now to lower levels.
   void cascade(unsigned level) {
     const auto slot = static_cast<std::size_t>((tick_ >> (level * kBits)) & kMask);
     Timer* timer = slots_[level][slot];
@@ -156,12 +156,12 @@ class TimerWheel {
 
   template <class Due>
   void expire_slot(Ns now, Due&& due) {
-    // One at a time from the head: `due` may change the list under us.
+    // One at a time from the head, because `due` may change the list.
     Timer*& head = slots_[0][static_cast<std::size_t>(tick_ & kMask)];
     while (head != nullptr) {
       Timer& timer = *head;
       unlink(timer);
-      if (timer.deadline_ns_ > now) {  // moved on since it was linked: its tick is a later one, and so is its slot
+      if (timer.deadline_ns_ > now) {  // postponed since it was linked
         link(timer);
         continue;
       }
@@ -170,7 +170,7 @@ class TimerWheel {
     }
   }
 
-  // The next tick at which something lies at level 0 or is to be cascaded, but no later than `until`.
+  // The next tick with a timer at level 0 or a slot to cascade, but no later than `until`.
   std::int64_t next_busy_tick(std::int64_t until) const {
     const std::int64_t soonest = next() == kNever ? until : next() / kTick;
     return std::clamp(soonest, tick_ + 1, until);

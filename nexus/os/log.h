@@ -1,14 +1,15 @@
 // log.h
-// Owns:     how a line of the log looks: events for people, one access line a request; text or JSON.
-// Promises: one line is one line: whatever a client sent is escaped and cut short, so that it can neither forge a line
-//           nor steer a terminal; no allocation in the steady state, no system call but the ring's rare wake-up.
-// Leaves:   the way to the file to log_thread.h and log_thread.h; what is worth a line to everybody else. Prompts are
-//           never handed in.
-// Threads:  a Log belongs to one thread, and so does its ring's putting end.
+// Owns:     the form of a log line: events for people, one access line per request; text or JSON.
+// Promises: one event is one line: foreign text is escaped and cut, so that it can neither forge a line nor control a
+//           terminal. No allocation after the first line, and no system call except the ring's wake-up. Prompts and
+//           responses are never arguments.
+// Leaves:   the files to log_thread.h, the choice of what to log to its callers.
+// Threads:  a Log belongs to one thread, and so does the putting side of its ring.
+// Tested by: tests/log_test.cpp
 #pragma once
 
 #include <array>
-#include <charconv>
+#include <chrono>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -24,17 +25,16 @@ namespace nexus {
 
 using LogField = std::pair<std::string_view, std::string_view>;
 
-constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; behind it stands an ellipsis
-constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's own text: it may name many things
+constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis
+constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's message, which may be a list
 
 enum class AccessTarget : std::uint8_t { off, standard_error, file };
 
-// Changed on reload by each owner of a Log, in its own thread.
 struct LogConfig {
   LogLevel level = LogLevel::info;
   LogFormat format = LogFormat::text;
   AccessTarget access = AccessTarget::off;
-  bool journald = false;  // stderr is systemd's (JOURNAL_STREAM is set): `<6>` in front, and no time of our own
+  bool journald = false;  // stderr is the journal ($JOURNAL_STREAM): lines begin with `<6>` and have no time
 };
 
 inline LogConfig log_config(const LogSettings& settings, bool journald) {
@@ -44,31 +44,30 @@ inline LogConfig log_config(const LogSettings& settings, bool journald) {
   return config;
 }
 
-// One request, when it ended.
 struct AccessEntry {
   Ns wall_ns = 0;
   std::string_view request_id;
   std::string_view client;  // its address
   std::string_view method;
   std::string_view path;
-  std::string_view model;       // as asked for
-  std::string_view model_used;  // as sent to the backend
+  std::string_view model;       // in the client's request
+  std::string_view model_used;  // in the request to the backend
   std::string_view backend;
   unsigned status = 0;
-  std::string_view error_type;  // empty: a success
+  std::string_view error_type;  // empty: success
   std::uint32_t attempts = 0;
   std::uint64_t bytes = 0;              // to the client
-  std::int64_t prompt_tokens = -1;      // -1: not told
-  std::int64_t completion_tokens = -1;  // -1: not told
-  Ns first_byte_ns = -1;                // -1: none came
+  std::int64_t prompt_tokens = -1;      // -1: unknown
+  std::int64_t completion_tokens = -1;  // -1: unknown
+  Ns first_byte_ns = -1;                // -1: no byte came
   Ns duration_ns = 0;
-  bool cut = false;  // the body ended before it was whole
+  bool cut = false;  // the response body is truncated
 };
 
 namespace detail {
 
-// Characters that must not reach a terminal or a log reader as they are: controls (C0, DEL, C1), line and paragraph
-// separators, and those that turn the direction of what follows.
+// Characters that must be escaped for a terminal or a log reader: controls (C0, DEL, C1), line and paragraph
+// separators, and those that change the writing direction.
 inline bool is_unsafe(char32_t c) {
   return c < 0x20 || (c >= 0x7f && c <= 0x9f) || c == 0x200e || c == 0x200f || (c >= 0x2028 && c <= 0x202e) ||
          (c >= 0x2066 && c <= 0x2069) || c == 0xfeff;
@@ -80,14 +79,14 @@ inline char32_t decode_utf8(std::string_view character) {
     case 1: return byte(0);
     case 2: return static_cast<char32_t>((byte(0) & 0x1f) << 6 | (byte(1) & 0x3f));
     case 3: return static_cast<char32_t>((byte(0) & 0x0f) << 12 | (byte(1) & 0x3f) << 6 | (byte(2) & 0x3f));
-    default: return 0x10000;  // four bytes: nothing unsafe up there
+    default: return 0x10000;  // four bytes: none of these is unsafe
   }
 }
 
-// Visible ASCII or a space, and neither a quote nor a backslash.
+// ASCII that needs no escape, quoted or not.
 constexpr bool is_harmless(char c) { return c >= 0x20 && c < 0x7f && c != '"' && c != '\\'; }
 
-// The text cut to `limit` bytes, at a character's border where it has any.
+// Cuts the text to `limit` bytes, between two characters if it is UTF-8.
 inline std::string_view cut_text(std::string_view text, std::size_t limit) {
   if (text.size() <= limit) return text;
   std::size_t end = limit;
@@ -95,13 +94,13 @@ inline std::string_view cut_text(std::string_view text, std::size_t limit) {
   return text.substr(0, end);
 }
 
-// Appends `text`, cut and escaped so that it stays within one line and, where it stands in quotes, within them. The
-// escapes are JSON's; a byte that belongs to no character becomes U+FFFD.
+// Appends `text`, cut and escaped so that it stays on one line and, if `quoted`, within its quotes. The escapes are
+// JSON's; bytes that are not UTF-8 become U+FFFD.
 inline void append_log_escaped(std::string& out, std::string_view text, std::size_t limit, bool quoted) {
   constexpr std::string_view kHex = "0123456789abcdef";
   const std::string_view kept = cut_text(text, limit);
   for (std::size_t at = 0; at < kept.size();) {
-    // What needs no escape, which is nearly everything, goes over in one piece.
+    // Nearly all bytes need no escape: copy them in one piece.
     std::size_t end = at;
     while (end < kept.size() && is_harmless(kept[end])) ++end;
     out += kept.substr(at, end - at);
@@ -129,7 +128,7 @@ inline void append_log_escaped(std::string& out, std::string_view text, std::siz
   if (kept.size() < text.size()) out += "\xe2\x80\xa6";
 }
 
-// Whether a text value may stand without quotes: nothing in it could end it or be taken for "absent".
+// True if a value in text format needs no quotes.
 inline bool is_plain(std::string_view value) {
   if (value.empty() || value == "-" || value.size() > kMaxLogValueBytes) return false;
   for (const char c : value) {
@@ -138,63 +137,49 @@ inline bool is_plain(std::string_view value) {
   return true;
 }
 
-// `2026-01-31T23:59:59.123Z`; the part up to the second is kept, as most lines share it.
+// Writes `2026-01-31T23:59:59.123Z`. It keeps the part up to the second, which most lines share.
 class Rfc3339 {
  public:
   void append(std::string& out, Ns wall) {
-    const std::int64_t second = wall / kSecond - (wall % kSecond < 0 ? 1 : 0);
+    using namespace std::chrono;
+    const sys_time<nanoseconds> time{nanoseconds(wall)};
+    const sys_seconds second = floor<seconds>(time);
     if (second != second_) write_second(second);
+    put(20, (time - second) / 1ms, 3);
     out.append(text_.data(), text_.size());
-    std::array<char, 5> tail{'.', '0', '0', '0', 'Z'};
-    put(&tail[1], (wall - second * kSecond) / kMillisecond, 3);
-    out.append(tail.data(), tail.size());
   }
 
  private:
-  static void put(char* at, std::int64_t value, int digits) {
-    for (int i = digits - 1; i >= 0; --i, value /= 10) at[i] = static_cast<char>('0' + value % 10);
+  void put(std::size_t at, std::int64_t value, int digits) {
+    for (int i = digits - 1; i >= 0; --i, value /= 10) {
+      text_[at + static_cast<std::size_t>(i)] = static_cast<char>('0' + value % 10);
+    }
   }
 
-  // Days to a date by the 400-year cycle of the calendar, each year beginning in March (H. Hinnant's civil_from_days).
-  void write_second(std::int64_t second) {
+  void write_second(std::chrono::sys_seconds second) {
     second_ = second;
-    std::int64_t days = second / 86400 - (second % 86400 < 0 ? 1 : 0);
-    const std::int64_t of_day = second - days * 86400;
-    days += 719468;  // from 0000-03-01
-    const std::int64_t era = (days >= 0 ? days : days - 146096) / 146097;
-    const std::int64_t day_of_era = days - era * 146097;
-    const std::int64_t year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
-    const std::int64_t day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    const std::int64_t month_from_march = (5 * day_of_year + 2) / 153;
-    const std::int64_t month = month_from_march < 10 ? month_from_march + 3 : month_from_march - 9;
-    put(&text_[0], year_of_era + era * 400 + (month <= 2 ? 1 : 0), 4);
-    put(&text_[5], month, 2);
-    put(&text_[8], day_of_year - (153 * month_from_march + 2) / 5 + 1, 2);
-    put(&text_[11], of_day / 3600, 2);
-    put(&text_[14], of_day / 60 % 60, 2);
-    put(&text_[17], of_day % 60, 2);
+    const auto day = std::chrono::floor<std::chrono::days>(second);
+    const std::chrono::year_month_day date(day);
+    const std::chrono::hh_mm_ss time(second - day);
+    put(0, static_cast<int>(date.year()), 4);
+    put(5, static_cast<unsigned>(date.month()), 2);
+    put(8, static_cast<unsigned>(date.day()), 2);
+    put(11, time.hours().count(), 2);
+    put(14, time.minutes().count(), 2);
+    put(17, time.seconds().count(), 2);
   }
 
-  std::int64_t second_ = INT64_MIN;
-  std::array<char, 19> text_{'0', '0', '0', '0', '-', '0', '0', '-', '0', '0',
-                             'T', '0', '0', ':', '0', '0', ':', '0', '0'};
+  std::chrono::sys_seconds second_ = std::chrono::sys_seconds::min();
+  std::string text_ = "0000-00-00T00:00:00.000Z";
 };
 
 }  // namespace detail
 
-constexpr std::string_view name_of(LogLevel level) {
-  switch (level) {
-    case LogLevel::error: return "error";
-    case LogLevel::warning: return "warning";
-    case LogLevel::info: return "info";
-    case LogLevel::debug: return "debug";
-  }
-  return "error";
-}
+constexpr std::array<std::string_view, 4> kLogLevelNames{"error", "warning", "info", "debug"};
 
 class Log {
  public:
-  // Without a ring nothing is written, whatever the level.
+  // Without a ring no line is written.
   explicit Log(LogRing* ring = nullptr, LogConfig config = {}) : ring_(ring), config_(config) {
     line_.reserve(kLineBytes);
   }
@@ -204,33 +189,35 @@ class Log {
   bool wants(LogLevel level) const { return ring_ != nullptr && level <= config_.level; }
   bool wants_access() const { return ring_ != nullptr && config_.access != AccessTarget::off; }
 
-  // One line, of a message of our own and fields whose values may be anybody's.
+  // `message` is our own text; the fields' values may be foreign.
   void event(LogLevel level, std::string_view message, std::initializer_list<LogField> fields = {}) {
     if (wants(level)) event_at(wall_now(), level, message, fields);
   }
   void event_at(Ns wall, LogLevel level, std::string_view message, std::initializer_list<LogField> fields = {}) {
     if (!wants(level)) return;
-    line_.clear();
-    if (config_.journald) append_priority(level);
-    if (config_.format == LogFormat::json) {
-      write_json_event(wall, level, message, fields);
+    begin(config_.journald, level);
+    const std::string_view level_name = kLogLevelNames[static_cast<std::size_t>(level)];
+    if (json()) {
+      if (!config_.journald) time(wall);
+      text("level", level_name);
+      key("message");
+      append_quoted(message, kMaxLogMessageBytes);
     } else {
-      write_text_event(wall, level, message, fields);
+      if (!config_.journald) {
+        time_.append(line_, wall);
+        line_.append(" ").append(level_name).append(" ");
+      }
+      detail::append_log_escaped(line_, message, kMaxLogMessageBytes, false);
+      first_ = false;
     }
-    line_ += '\n';
-    ring_->put(LogDestination::events, line_);
+    for (const auto& [name, value] : fields) text(name, value);
+    end(LogDestination::events);
   }
 
   void access(const AccessEntry& entry) {
     if (!wants_access()) return;
-    line_.clear();
-    if (config_.journald && config_.access == AccessTarget::standard_error) append_priority(LogLevel::info);
-    if (json()) line_ += '{';
-    first_ = true;
-    key("time");
-    if (json()) line_ += '"';
-    time_.append(line_, entry.wall_ns);
-    if (json()) line_ += '"';
+    begin(config_.journald && config_.access == AccessTarget::standard_error, LogLevel::info);
+    time(entry.wall_ns);
     text("request_id", entry.request_id);
     text("client", entry.client);
     text("method", entry.method);
@@ -252,57 +239,37 @@ class Log {
     milliseconds("duration_ms", entry.duration_ns);
     key("cut");
     line_ += entry.cut ? "true" : "false";
-    line_ += json() ? "}\n" : "\n";
-    ring_->put(LogDestination::access, line_);
+    end(LogDestination::access);
   }
 
  private:
-  // The longest line there can be, so that none needs memory: an event's text and seven values, or an access line, each
-  // byte of them escaped. Of the room only as much is ever touched as a line had bytes.
+  // The longest possible line, so that none allocates: an event's message and seven values, or an access line, with
+  // each byte escaped. Memory is used only as far as a line was ever long.
   static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 7 * kMaxLogValueBytes) + 1024;
 
   bool json() const { return config_.format == LogFormat::json; }
 
-  // sd-daemon(3): journald takes the level from here. syslog has a notice between warning (4) and info (6).
-  void append_priority(LogLevel level) {
-    constexpr std::array<char, 4> kPriority{'3', '4', '6', '7'};
-    line_ += '<';
-    line_ += kPriority[static_cast<std::size_t>(level)];
-    line_ += '>';
-  }
-
-  void write_text_event(Ns wall, LogLevel level, std::string_view message, std::initializer_list<LogField> fields) {
-    if (!config_.journald) {
-      time_.append(line_, wall);
-      line_ += ' ';
-      line_ += name_of(level);
-      line_ += ' ';
-    }
-    detail::append_log_escaped(line_, message, kMaxLogMessageBytes, false);
-    first_ = false;
-    for (const auto& [name, value] : fields) text(name, value);
-  }
-
-  void write_json_event(Ns wall, LogLevel level, std::string_view message, std::initializer_list<LogField> fields) {
-    line_ += '{';
+  // `priority`: sd-daemon(3)'s prefix, from which journald takes the level. syslog has a notice (5) that we have not.
+  void begin(bool priority, LogLevel level) {
+    constexpr std::array<std::string_view, 4> kPriority{"<3>", "<4>", "<6>", "<7>"};
+    line_ = priority ? kPriority[static_cast<std::size_t>(level)] : std::string_view();
+    if (json()) line_ += '{';
     first_ = true;
-    if (!config_.journald) {
-      key("time");
-      line_ += '"';
-      time_.append(line_, wall);
-      line_ += '"';
-    }
-    key("level");
-    line_ += '"';
-    line_ += name_of(level);
-    line_ += '"';
-    key("message");
-    append_quoted(message, kMaxLogMessageBytes);
-    for (const auto& [name, value] : fields) text(name, value);
-    line_ += '}';
   }
 
-  // `"name":` or ` name=`. Names are our own constants.
+  void end(LogDestination to) {
+    line_ += json() ? "}\n" : "\n";
+    ring_->put(to, line_);
+  }
+
+  void time(Ns wall) {
+    key("time");
+    if (json()) line_ += '"';
+    time_.append(line_, wall);
+    if (json()) line_ += '"';
+  }
+
+  // Appends `"name":` or ` name=`. Names are constants, which need no escape.
   void key(std::string_view name) {
     if (!first_) line_ += json() ? ',' : ' ';
     first_ = false;
@@ -339,7 +306,7 @@ class Log {
     line_ += Digits(static_cast<std::uint64_t>(value)).view();
   }
 
-  // Milliseconds with three decimals: whole microseconds.
+  // With three decimals, as whole microseconds.
   void milliseconds(std::string_view name, Ns span) {
     if (span < 0) return absent(name);
     key(name);
@@ -353,7 +320,7 @@ class Log {
   LogConfig config_;
   std::string line_;
   detail::Rfc3339 time_;
-  bool first_ = true;  // no member was written yet
+  bool first_ = true;  // the line has no field yet
 };
 
 }  // namespace nexus

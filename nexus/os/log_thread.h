@@ -1,15 +1,15 @@
 // log_thread.h
-// Owns:     the way of a finished line from the thread that wrote it to the one that puts it in a file.
-// Promises: put() never blocks and never allocates; a line comes out whole and in order, or was refused and counted; a
-//           put() makes a system call only where the writer sleeps, or where the ring fills while it gathers.
-// Leaves:   what a line says to log.h; files to log_thread.h.
-// Threads:  one that puts (a worker, or control), one that takes (the writer); dropped() is for any.
-// Owns:     the thread that writes the log: from all rings to standard error and to the access log's file.
-// Promises: it sleeps while there is nothing to write, and gathers what comes within 20 ms into one write; no failure
-//           to write stops or delays anybody: lines are dropped and counted, and the next ones tried anew; a line that
-//           was cut by a failure is ended before the next begins; flush() and stop() leave nothing behind in a ring.
-// Leaves:   the form of a line to log.h; SIGHUP to the control thread, which calls reopen().
-// Threads:  add_ring(), start(), reopen(), reconfigure(), flush(), stop(): the owner's. dropped(): any.
+// Owns:     the log lines' way to their files: a ring for each logging thread, and the writer, a thread that empties
+// the
+//           rings into standard error and the access log.
+// Promises: put() never blocks or allocates, and makes a system call only if the writer sleeps or the ring fills up. A
+//           line is written complete and in order, or it is counted as dropped. The writer sleeps while there are no
+//           lines, and gathers the lines of 20 ms into one write. A write that fails delays nobody, and the next lines
+//           are tried again; a line that it cut is ended by a '\n' first. stop() leaves no line in a ring.
+// Leaves:   the text of a line to log.h; when to reopen a file to daemon.h.
+// Threads:  a ring has one putting thread; the writer takes from all. LogWriter belongs to one thread, but dropped() is
+//           for any.
+// Tested by: tests/log_test.cpp
 #pragma once
 
 #include <fcntl.h>
@@ -25,58 +25,66 @@
 #include <bit>
 #include <cassert>
 #include <cerrno>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "nexus/base/clock.h"
 #include "nexus/base/threads.h"
 
 namespace nexus {
+
 enum class LogDestination : std::uint8_t { events, access };
 constexpr std::size_t kLogDestinations = 2;
-constexpr std::size_t kLogRingBytes = 256u << 10;  // some 600 access lines; touched only as far as it was ever filled
+constexpr std::size_t kLogRingBytes = 256u << 10;  // about 600 access lines; memory is used as far as it was ever full
 
-// How the writer sleeps, and who may end it. The word and a ring's head_ are both read and written seq_cst: either the
-// writer, about to sleep, sees the new line, or the one that put it sees the writer asleep.
+namespace detail {
+
+// Only one thread changes `count`, others read it; relaxed: a count orders nothing.
+inline void add_dropped(std::atomic<std::uint64_t>& count, std::uint64_t more) {
+  count.store(count.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
+}
+
+}  // namespace detail
+
+// The writer's sleep, a futex with a timeout (std::atomic::wait has none). The word and each ring's head are read and
+// written seq_cst: either the writer, about to sleep, sees the new line, or the thread that put it sees the writer
+// asleep. An order is never overwritten by a line, and the writer resets the word before it looks for orders.
 class LogWake {
  public:
   LogWake() = default;
   LogWake(const LogWake&) = delete;
   LogWake& operator=(const LogWake&) = delete;
 
-  // A line was put. `filling`: its ring has little room left.
+  // After a line was put. `filling`: its ring has little room left, so that gathering must end.
   void line_put(bool filling) {
     const std::uint32_t word = word_.load(std::memory_order_seq_cst);
-    if (word == kAsleep || (word == kGathering && filling)) wake();
-  }
-
-  // Ends any sleep, also one that is about to begin.
-  void wake() {
-    if (word_.exchange(kAwake, std::memory_order_seq_cst) != kAwake) {
-      syscall(SYS_futex, &word_, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+    if (word == kAsleep || (word == kGathering && filling)) {
+      if (change(word, kAwake)) wake();
     }
   }
 
-  // The writer's side. From here on a wake() counts; what there is to do must be looked for after this.
-  void before_sleep() { word_.store(kAsleep, std::memory_order_seq_cst); }
-  void stay_awake() { word_.store(kAwake, std::memory_order_seq_cst); }
-  // Sleeps until the next wake(), unless there was one since before_sleep().
-  void sleep() {
-    while (word_.load(std::memory_order_seq_cst) == kAsleep) wait_while(kAsleep, kNever);
+  // After an order was given: ends the sleep at once, or the next one.
+  void order_given() {
+    word_.exchange(kOrdered, std::memory_order_seq_cst);
+    wake();
   }
-  // Lets lines come together for `span`; only a filling ring or wake() ends it.
-  void gather(Ns span) {
-    word_.store(kGathering, std::memory_order_seq_cst);
-    wait_while(kGathering, span);
+
+  // The writer's side: sleeps until a line or an order comes; after a line, gathers more of them for `gather`.
+  template <class AnyLine>
+  void wait(Ns gather, AnyLine&& any_line) {
+    if (change(kAwake, kAsleep) && !any_line()) {
+      while (word_.load(std::memory_order_seq_cst) == kAsleep) sleep_while(kAsleep, nullptr);
+    }
+    if (change(kAsleep, kGathering) || change(kAwake, kGathering)) {
+      const timespec limit{static_cast<time_t>(gather / kSecond), static_cast<long>(gather % kSecond)};
+      sleep_while(kGathering, &limit);
+    }
     word_.store(kAwake, std::memory_order_seq_cst);
   }
 
@@ -84,11 +92,15 @@ class LogWake {
   static constexpr std::uint32_t kAwake = 0;
   static constexpr std::uint32_t kAsleep = 1;
   static constexpr std::uint32_t kGathering = 2;
+  static constexpr std::uint32_t kOrdered = 3;
   static_assert(sizeof(std::atomic<std::uint32_t>) == 4);  // a futex word
 
-  void wait_while(std::uint32_t value, Ns span) {
-    const timespec timeout{static_cast<time_t>(span / kSecond), static_cast<long>(span % kSecond)};
-    syscall(SYS_futex, &word_, FUTEX_WAIT_PRIVATE, value, span == kNever ? nullptr : &timeout, nullptr, 0);
+  bool change(std::uint32_t from, std::uint32_t to) {
+    return word_.compare_exchange_strong(from, to, std::memory_order_seq_cst);
+  }
+  void wake() { syscall(SYS_futex, &word_, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
+  void sleep_while(std::uint32_t value, const timespec* limit) {
+    syscall(SYS_futex, &word_, FUTEX_WAIT_PRIVATE, value, limit, nullptr, 0);
   }
 
   std::atomic<std::uint32_t> word_{kAwake};
@@ -96,7 +108,7 @@ class LogWake {
 
 class LogRing {
  public:
-  // `wake` is told of each line, where given. `bytes` is a power of two.
+  // `wake`: the writer's, or null in tests without one. `bytes` is a power of two.
   explicit LogRing(LogWake* wake = nullptr, std::size_t bytes = kLogRingBytes)
       : bytes_(std::make_unique_for_overwrite<char[]>(bytes)), mask_(bytes - 1), wake_(wake) {
     assert(std::has_single_bit(bytes));
@@ -104,39 +116,38 @@ class LogRing {
   LogRing(const LogRing&) = delete;
   LogRing& operator=(const LogRing&) = delete;
 
-  // Takes a line, its '\n' included. False where there is no room: the line is then lost, and counted.
+  // Copies a line in, with its '\n'. False if there is no room: the line is counted as dropped.
   bool put(LogDestination to, std::string_view line) {
-    const std::uint64_t head = head_.load(std::memory_order_relaxed);  // ours alone to change
+    const std::uint64_t head = head_.load(std::memory_order_relaxed);  // only this thread changes it
     const std::size_t needed = sizeof(Mark) + line.size();
-    // The tail is looked at only where what was last seen of it leaves little room: it is the other core's line.
-    if (room(head) < needed + capacity() / 2)
-      tail_seen_ = tail_.load(std::memory_order_acquire);  // frees what lies before
+    // Reads the tail only if the last known one leaves little room: its cache line belongs to the writer's core.
+    // acquire: the writer has read the bytes before the tail, so that they may be overwritten.
+    if (room(head) < needed + capacity() / 2) tail_seen_ = tail_.load(std::memory_order_acquire);
     if (needed > room(head)) {
-      auto& dropped = dropped_[static_cast<std::size_t>(to)];
-      dropped.store(dropped.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+      detail::add_dropped(dropped_[static_cast<std::size_t>(to)], 1);
       return false;
     }
     const Mark mark = static_cast<Mark>(line.size() << 1 | static_cast<std::size_t>(to));
     copy_in(head, {reinterpret_cast<const char*>(&mark), sizeof mark});
     copy_in(head + sizeof mark, line);
-    head_.store(head + needed, std::memory_order_seq_cst);  // releases the bytes; seq_cst: see LogWake
+    head_.store(head + needed, std::memory_order_seq_cst);  // publishes the bytes; seq_cst: see LogWake
     if (wake_ != nullptr) wake_->line_put(room(head + needed) < capacity() / 2);
     return true;
   }
 
   std::uint64_t dropped(LogDestination to) const {
-    return dropped_[static_cast<std::size_t>(to)].load(std::memory_order_relaxed);  // a count, orders nothing
+    return dropped_[static_cast<std::size_t>(to)].load(std::memory_order_relaxed);  // relaxed: a count orders nothing
   }
   std::size_t capacity() const { return mask_ + 1; }
 
-  // The taker's side: where the next line is meant to go, or nothing where there is none.
+  // The writer's side: the destination of the next line, or nullopt if there is none.
   std::optional<LogDestination> next() const {
-    const std::uint64_t tail = tail_.load(std::memory_order_relaxed);  // ours alone to change
+    const std::uint64_t tail = tail_.load(std::memory_order_relaxed);  // only this thread changes it
     if (head_.load(std::memory_order_seq_cst) == tail) return std::nullopt;
     return static_cast<LogDestination>(mark_at(tail) & 1);
   }
 
-  // Appends the next line, which must be there, to `out`.
+  // Moves the next line, which must exist, to the end of `out`.
   void take(std::string& out) {
     const std::uint64_t tail = tail_.load(std::memory_order_relaxed);
     assert(head_.load(std::memory_order_relaxed) != tail);
@@ -145,13 +156,13 @@ class LogRing {
     const std::size_t first = std::min(bytes, capacity() - at);
     out.append(bytes_.get() + at, first);
     out.append(bytes_.get(), bytes - first);
-    tail_.store(tail + sizeof(Mark) + bytes, std::memory_order_release);  // gives the room back
+    tail_.store(tail + sizeof(Mark) + bytes, std::memory_order_release);  // gives the room back to put()
   }
 
  private:
-  using Mark = std::uint32_t;  // before each line: its length × 2 + its destination
+  using Mark = std::uint32_t;  // in front of each line: length × 2 + destination
 
-  // By what was last seen of the tail: never more than there is.
+  // The free bytes, by the last known tail: maybe fewer than there are, never more.
   std::size_t room(std::uint64_t head) const { return capacity() - static_cast<std::size_t>(head - tail_seen_); }
 
   void copy_in(std::uint64_t position, std::string_view from) {
@@ -170,31 +181,30 @@ class LogRing {
   std::unique_ptr<char[]> bytes_;
   std::size_t mask_;
   LogWake* wake_;
-  // The putter's: positions count bytes since the start and never wrap.
+  // Written by the logging thread. Positions count bytes since the start and never wrap.
   alignas(64) std::atomic<std::uint64_t> head_{0};
   std::uint64_t tail_seen_ = 0;
   std::array<std::atomic<std::uint64_t>, kLogDestinations> dropped_{};
-  // The taker's.
+  // Written by the writer.
   alignas(64) std::atomic<std::uint64_t> tail_{0};
 };
 
 namespace detail {
 
-// A file that lines go to, and those that wait for it.
+// A destination's file, and the lines that are to be written to it.
 class LogFile {
  public:
   LogFile() = default;
   LogFile(const LogFile&) = delete;
   LogFile& operator=(const LogFile&) = delete;
-  ~LogFile() { drop_file(); }
+  ~LogFile() { attach(-1, false); }
 
-  // Writes to `fd` from now on, or nowhere where it is -1; closes it in the end if it is `owned`.
+  // Uses `fd` from now on, and closes it at the end if it is `owned`. With -1 lines are discarded.
   void attach(int fd, bool owned) {
-    drop_file();
+    if (owned_) ::close(fd_);
     fd_ = fd;
     owned_ = owned;
-    mid_line_ = false;
-    stalled_ = false;
+    mid_line_ = stalled_ = false;
     struct stat status {};
     regular_ = fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
   }
@@ -204,7 +214,7 @@ class LogFile {
     if (waiting_.size() >= kMaxWaitingBytes) write_out();
   }
 
-  // Writes all that waits, or drops what could not be written.
+  // Writes the waiting lines; those that cannot be written are dropped and counted.
   void write_out() {
     std::string_view rest = waiting_;
     if (fd_ >= 0 && !rest.empty()) {
@@ -214,27 +224,20 @@ class LogFile {
         if (written == 0) break;
         rest.remove_prefix(written);
       }
-      // Every line ends in its only '\n', so those left over are the lines that are lost.
-      const auto lost = static_cast<std::uint64_t>(std::count(rest.begin(), rest.end(), '\n'));
-      dropped_.store(dropped_.load(std::memory_order_relaxed) + lost, std::memory_order_relaxed);
+      // Each line has one '\n', at its end, so the rest has one for each lost line.
+      add_dropped(dropped_, static_cast<std::uint64_t>(std::count(rest.begin(), rest.end(), '\n')));
     }
     waiting_.clear();
   }
 
-  std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }  // a count, orders nothing
+  std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
 
  private:
   static constexpr std::size_t kMaxWaitingBytes = 64u << 10;
-  static constexpr std::size_t kPipeBytes = 4096;  // PIPE_BUF: a pipe that poll() calls writable takes so many at once
-  static constexpr int kPatienceMs = 1000;         // for a reader that stopped reading, once
+  static constexpr std::size_t kPipeBytes = 4096;  // PIPE_BUF: a pipe that poll() reports writable takes this much
+  static constexpr int kPatienceMs = 1000;         // the wait for a reader that stopped reading, once
 
-  void drop_file() {
-    if (owned_) ::close(fd_);
-    fd_ = -1;
-    owned_ = false;
-  }
-
-  // The bytes written, or 0 where the file takes none. What may block (a pipe, a terminal) is asked first.
+  // Returns the bytes written, or 0 if the file takes none. Polls what may block (a pipe, a terminal) first.
   std::size_t write_some(std::string_view bytes) {
     for (;;) {
       if (!regular_ && !wait_writable()) return 0;
@@ -247,7 +250,7 @@ class LogFile {
       }
       if (n < 0 && errno == EINTR) continue;
       if (n < 0 && errno == EAGAIN && !regular_ && !stalled_) {
-        stalled_ = true;  // poll() was wrong about it: not asked again in this round
+        stalled_ = true;  // poll() reported it writable, but it is not: poll once more, without waiting
         continue;
       }
       return 0;
@@ -257,18 +260,18 @@ class LogFile {
   bool wait_writable() {
     pollfd entry{fd_, POLLOUT, 0};
     const int ready = ::poll(&entry, 1, stalled_ ? 0 : kPatienceMs);
-    if (ready > 0) return true;  // also where it failed: write() says how
+    if (ready > 0) return true;  // also after an error, which write() then returns
     stalled_ = true;
     return false;
   }
 
   int fd_ = -1;
   bool owned_ = false;
-  bool regular_ = false;   // writing to it may be slow, but doesn't block for ever
-  bool mid_line_ = false;  // the last byte written was not a line's end
-  bool stalled_ = false;   // its reader has not read for kPatienceMs: no waiting until it does
+  bool regular_ = false;   // a regular file: a write may be slow, but does not block for ever
+  bool mid_line_ = false;  // the last byte written was not a '\n'
+  bool stalled_ = false;   // its reader has not read for kPatienceMs: do not wait until it reads again
   std::string waiting_;
-  std::atomic<std::uint64_t> dropped_{0};  // the writer's; read by any
+  std::atomic<std::uint64_t> dropped_{0};  // written by the writer
 };
 
 }  // namespace detail
@@ -284,59 +287,47 @@ class LogWriter {
   LogWriter& operator=(const LogWriter&) = delete;
   ~LogWriter() {
     stop();
-    if (next_ && next_->owned) ::close(next_->fd);
+    set_next_access(kNoChange);
   }
 
-  // A ring for one more thread; it lives as long as the writer. Before start().
+  // Adds a ring for one more thread. Called before start(); the ring lives as long as the writer.
   LogRing* add_ring(std::size_t bytes = kLogRingBytes) {
     assert(!thread_.joinable());
     rings_.push_back(std::make_unique<LogRing>(&wake_, bytes));
     return rings_.back().get();
   }
 
-  // Where access lines go: "off", "stderr", or a file's path, which is opened here. 0, or errno: all is then as before.
+  // Sets where access lines go: "off", "stderr", or a file's path, which is opened (again) here. Returns 0, or errno:
+  // the old file is then kept. Lines that were put shortly before may go to either file.
   int reconfigure(const std::string& access) {
-    Target target;
-    if (const int error = open_target(access, target)) return error;
-    access_ = access;
-    give(target);
+    int fd = access == "stderr" ? events_fd_ : kOff;
+    if (access != "off" && access != "stderr") {
+      // O_NONBLOCK: opening a FIFO without a reader is an error, not a wait without end.
+      fd = ::open(access.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
+      if (fd < 0) return errno;
+    }
+    set_next_access(fd);
+    wake_.order_given();
     return 0;
   }
 
-  // Opens the access log's path anew, after it was renamed. 0, or errno: the old file is then kept.
-  int reopen() { return access_.empty() ? 0 : reconfigure(access_); }
-
-  // False where the system has no thread to give.
+  // False if the system has no thread left.
   bool start() {
     assert(!thread_.joinable());
-    stopping_ = false;
+    stopping_.store(false, std::memory_order_seq_cst);
     thread_ = start_thread("nexus-log", [this] { run(); });
     return thread_.joinable();
   }
 
-  // Returns once all that was put before is written, or dropped.
-  void flush() {
-    if (!thread_.joinable()) return;
-    std::unique_lock lock(mutex_);
-    const std::uint64_t mine = ++flushes_asked_;
-    order_waits_.store(true, std::memory_order_seq_cst);
-    wake_.wake();
-    flushed_.wait(lock, [&] { return flushes_done_ >= mine; });
-  }
-
-  // Writes what is left and ends the thread. Whoever puts lines must have ended before.
+  // Writes the lines that were put before and ends the thread. start() may follow.
   void stop() {
     if (!thread_.joinable()) return;
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-      order_waits_.store(true, std::memory_order_seq_cst);
-    }
-    wake_.wake();
+    stopping_.store(true, std::memory_order_seq_cst);
+    wake_.order_given();
     thread_.join();
   }
 
-  // Lines lost since the start: a ring was full, or a file took none.
+  // The lines that were lost since the start, because a ring was full or a file did not take them.
   std::uint64_t dropped(LogDestination to) const {
     std::uint64_t sum = files_[static_cast<std::size_t>(to)].dropped();
     for (const auto& ring : rings_) sum += ring->dropped(to);
@@ -344,80 +335,36 @@ class LogWriter {
   }
 
  private:
-  struct Target {
-    int fd = -1;
-    bool owned = false;
-  };
-  // What the owner asked of the writer's thread.
-  struct Orders {
-    std::optional<Target> target;
-    std::uint64_t flushes = 0;
-    bool stop = false;
-  };
+  static constexpr int kOff = -1;
+  static constexpr int kNoChange = -2;
 
   detail::LogFile& file(LogDestination to) { return files_[static_cast<std::size_t>(to)]; }
+  bool owns(int fd) const { return fd >= 0 && fd != events_fd_; }
 
-  int open_target(const std::string& access, Target& target) const {
-    if (access == "off") return 0;
-    if (access == "stderr") {
-      target.fd = events_fd_;
-      return 0;
-    }
-    // Not blocking: a FIFO without a reader is an error, not a wait without end.
-    target.fd = ::open(access.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
-    target.owned = target.fd >= 0;
-    return target.owned ? 0 : errno;
-  }
-
-  void give(Target target) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (next_ && next_->owned) ::close(next_->fd);  // the writer had not taken it yet
-      next_ = target;
-      order_waits_.store(true, std::memory_order_seq_cst);
-    }
-    wake_.wake();
+  void set_next_access(int fd) {
+    const int before = next_access_.exchange(fd, std::memory_order_seq_cst);
+    if (owns(before)) ::close(before);  // the writer had not taken it yet
   }
 
   // ---- the writer's thread ----
 
   void run() {
-    for (;;) {
-      wake_.before_sleep();
-      if (order_waits_.load(std::memory_order_seq_cst) || line_waits()) {
-        wake_.stay_awake();
-      } else {
-        wake_.sleep();
-      }
-      if (!order_waits_.load(std::memory_order_seq_cst)) wake_.gather(kGatherNs);
-      const Orders orders = take_orders();
-      // What was put before a new target was given may go to either file.
-      if (orders.target) file(LogDestination::access).attach(orders.target->fd, orders.target->owned);
+    bool stop = false;
+    while (!stop) {
+      wake_.wait(kGatherNs, [this] { return any_line(); });
+      stop = stopping_.load(std::memory_order_seq_cst);
+      const int access = next_access_.exchange(kNoChange, std::memory_order_seq_cst);
+      if (access != kNoChange) file(LogDestination::access).attach(access, owns(access));
       for (const auto& ring : rings_) empty(*ring);
       for (auto& each : files_) each.write_out();
-      report(orders);
-      if (orders.stop) return;
     }
   }
 
-  bool line_waits() const {
+  bool any_line() const {
     return std::any_of(rings_.begin(), rings_.end(), [](const auto& ring) { return ring->next().has_value(); });
   }
 
-  Orders take_orders() {
-    const std::lock_guard lock(mutex_);
-    order_waits_.store(false, std::memory_order_seq_cst);
-    return {std::exchange(next_, std::nullopt), flushes_asked_, stopping_};
-  }
-
-  void report(const Orders& orders) {
-    const std::lock_guard lock(mutex_);
-    if (flushes_done_ == orders.flushes) return;
-    flushes_done_ = orders.flushes;
-    flushed_.notify_all();
-  }
-
-  // No more lines than the ring can have held when we came, so that a busy one keeps no other waiting.
+  // Takes at most as many lines as the ring can hold, so that a busy ring does not keep the others waiting.
   void empty(LogRing& ring) {
     const std::size_t most = ring.capacity() / sizeof(std::uint32_t);
     for (std::size_t i = 0; i < most; ++i) {
@@ -428,20 +375,13 @@ class LogWriter {
   }
 
   const int events_fd_;
-  std::string access_;  // as last configured; the owner's
   LogWake wake_;
   std::vector<std::unique_ptr<LogRing>> rings_;          // fixed once the thread runs
-  std::array<detail::LogFile, kLogDestinations> files_;  // the writer's thread's, but for their counts
+  std::array<detail::LogFile, kLogDestinations> files_;  // the writer's, except for their counts
   std::thread thread_;
-
-  // Set by the owner before it wakes the writer, seen before the writer sleeps (seq_cst: see LogWake).
-  std::atomic<bool> order_waits_{false};
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable flushed_;
-  std::optional<Target> next_;
-  std::uint64_t flushes_asked_ = 0;
-  std::uint64_t flushes_done_ = 0;
-  bool stopping_ = false;
+  // Orders to the writer, which looks for them after each wait.
+  std::atomic<int> next_access_{kNoChange};
+  std::atomic<bool> stopping_{false};
 };
 
 }  // namespace nexus

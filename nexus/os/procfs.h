@@ -1,9 +1,10 @@
 // procfs.h
-// Owns:     what the kernel says of this process, for the standard process_* metrics.
-// Promises: a value that can't be read is kUnknown, never a guess; reading costs four short files and no allocation
-//           that grows with the process (where the kernel counts the open descriptors itself, Linux 6.2 on).
-// Leaves:   text to prometheus.h.
+// Owns:     what the kernel reports about this process, for the standard process_* metrics.
+// Promises: a value that cannot be read is kUnknown, never a guess. One call reads four short files; where the kernel
+//           counts open descriptors itself (Linux 6.2), the cost does not grow with their number.
+// Leaves:   the text to prometheus.h.
 // Threads:  any.
+// Tested by: tests/prometheus_test.cpp
 #pragma once
 
 #include <dirent.h>
@@ -12,19 +13,21 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
-#include <charconv>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
 struct ProcessStats {
   static constexpr std::int64_t kUnknown = -1;
-  Ns cpu_ns = kUnknown;  // user and system
+  Ns cpu_ns = kUnknown;  // user + system
   std::int64_t resident_bytes = kUnknown;
   std::int64_t virtual_bytes = kUnknown;
   std::int64_t open_fds = kUnknown;
@@ -41,13 +44,11 @@ struct KernelUnits {
 namespace detail {
 
 inline std::int64_t parse_count(std::string_view text) {
-  std::int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  const bool whole = error == std::errc{} && end == text.data() + text.size();
-  return whole && value >= 0 ? value : ProcessStats::kUnknown;
+  const std::optional<std::uint64_t> value = parse_decimal(text);
+  return value ? static_cast<std::int64_t>(*value) : ProcessStats::kUnknown;
 }
 
-// A file of /proc in one go; empty where it can't be read. They are short but for /proc/stat, whose end may be cut.
+// Reads a file of /proc; empty if that fails. All are short except /proc/stat, whose end may be cut off.
 inline std::string read_proc_file(const char* path) {
   std::string text;
   const int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -73,7 +74,7 @@ inline std::int64_t count_open_fds() {
 
 }  // namespace detail
 
-// The line `btime N` of /proc/stat, in ns since 1970.
+// Parses the line `btime N` of /proc/stat; returns ns since 1970.
 inline Ns parse_boot_time(std::string_view text) {
   constexpr std::string_view kKey = "\nbtime ";
   const std::size_t at = text.find(kKey);
@@ -83,12 +84,12 @@ inline Ns parse_boot_time(std::string_view text) {
   return seconds < 0 ? ProcessStats::kUnknown : seconds * kSecond;
 }
 
-// /proc/self/stat (proc(5)) into `out`. Fields are counted from the last `)`: the second one is a file name, which may
-// hold blanks and brackets.
+// Parses /proc/self/stat (proc(5)) into `out`. Field 3 follows the last `)`: field 2 is a file name, which may contain
+// blanks and brackets.
 inline void parse_process_stat(std::string_view text, const KernelUnits& units, Ns boot_time_ns, ProcessStats& out) {
   const std::size_t name_end = text.rfind(')');
   if (name_end == std::string_view::npos) return;
-  std::array<std::int64_t, 25> fields;  // by the number that proc(5) gives them
+  std::array<std::int64_t, 25> fields;  // numbered as in proc(5)
   fields.fill(ProcessStats::kUnknown);
   std::string_view rest = text.substr(name_end + 1);
   for (std::size_t field = 3; field < fields.size(); ++field) {
@@ -107,7 +108,7 @@ inline void parse_process_stat(std::string_view text, const KernelUnits& units, 
 }
 
 inline ProcessStats read_process_stats() {
-  static const Ns kBootTime = parse_boot_time(detail::read_proc_file("/proc/stat"));  // long to read, never changes
+  static const Ns kBootTime = parse_boot_time(detail::read_proc_file("/proc/stat"));  // slow to read, never changes
   ProcessStats stats;
   parse_process_stat(detail::read_proc_file("/proc/self/stat"), {sysconf(_SC_CLK_TCK), sysconf(_SC_PAGESIZE)},
                      kBootTime, stats);

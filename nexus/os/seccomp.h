@@ -1,12 +1,11 @@
 // seccomp.h
-// Owns:     what this process may still ask of the kernel once it serves: a list of system calls, by seccomp(2).
-// Promises: a call that is not on the list fails with EPERM; one that only an intruder makes (another program, a look
-//           into another process, a namespace, a module) ends the process; no program started later gains a right.
-//           All threads are bound, also those made later; where the kernel has no seccomp nothing changes, and it says
-//           so.
-// Leaves:   files, users and addresses to the service manager's sandbox; when to lock to daemon.h: once all that needs
-//           more is done.
-// Threads:  any; the whole process is bound at once.
+// Owns:     the list of system calls that a serving process may make, installed by seccomp(2).
+// Promises: other calls fail with EPERM; those that only an intruder makes (starting a program, tracing a process,
+//           namespaces, kernel modules) kill the process; no later exec gains privileges. All threads are bound, also
+//           those started later. Without seccomp in the kernel nothing changes, and enter_sandbox() says so.
+// Leaves:   files, users and addresses to the service manager's sandbox; when to enter to daemon.h.
+// Threads:  any; it binds the whole process.
+// Tested by: tests/seccomp_test.cpp
 #pragma once
 
 #include <linux/audit.h>
@@ -28,7 +27,7 @@ namespace nexus {
 
 namespace sandbox {
 
-// A sanitiser's runtime makes calls of its own, and starts a program to name the lines of its report.
+// The runtime of a sanitizer makes system calls of its own, and starts a program that finds the lines of its report.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 inline constexpr bool kSanitised = true;
 #elif defined(__has_feature)
@@ -44,7 +43,6 @@ inline constexpr bool kSanitised = false;
 #if defined(__x86_64__)
 inline constexpr bool kKnownMachine = true;
 
-// What a serving process does: sockets, its log, its configuration, /proc for its own figures, memory, threads, time.
 inline constexpr std::array kAllowed{
     // sockets and events
     SYS_accept4, SYS_bind, SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait,
@@ -54,50 +52,33 @@ inline constexpr std::array kAllowed{
     // files
     SYS_access, SYS_close, SYS_fcntl, SYS_fstat, SYS_getdents64, SYS_lseek, SYS_lstat, SYS_newfstatat, SYS_open,
     SYS_openat, SYS_pread64, SYS_read, SYS_readlink, SYS_readv, SYS_stat, SYS_statx, SYS_write, SYS_writev,
-    // for c-ares and the C library: a socket's or terminal's state, the host's name
+    // c-ares and the C library: the state of a socket or terminal, the host's name
     SYS_ioctl, SYS_uname,
     // memory
     SYS_brk, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap,
-    // threads; glibc tries clone() where clone3() is not to be had
+    // threads; glibc falls back to clone() if there is no clone3()
     SYS_clone, SYS_clone3, SYS_exit, SYS_futex, SYS_gettid, SYS_membarrier, SYS_rseq, SYS_sched_getaffinity,
     SYS_sched_yield, SYS_set_robust_list,
-    // signals and the end; no signal leaves the process
+    // signals, but none to other processes, and exit
     SYS_exit_group, SYS_restart_syscall, SYS_rt_sigaction, SYS_rt_sigpending, SYS_rt_sigprocmask, SYS_rt_sigreturn,
     SYS_rt_sigtimedwait, SYS_sigaltstack, SYS_tgkill,
-    // time, chance and what the process is
+    // time, random numbers, facts about the process
     SYS_clock_getres, SYS_clock_gettime, SYS_clock_nanosleep, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getpid,
     SYS_getrandom, SYS_getrlimit, SYS_getrusage, SYS_gettimeofday, SYS_getuid, SYS_nanosleep, SYS_time};
 
-// prlimit64() reads a limit or sets one, prctl() names a thread or does a hundred other things: judged by an argument.
-inline constexpr std::array kDeadly{SYS_execve,
-                                    SYS_execveat,
-                                    SYS_fork,
-                                    SYS_vfork,
-                                    SYS_ptrace,
-                                    SYS_process_vm_readv,
-                                    SYS_process_vm_writev,
-                                    SYS_init_module,
-                                    SYS_finit_module,
-                                    SYS_delete_module,
-                                    SYS_kexec_load,
-                                    SYS_bpf,
-                                    SYS_mount,
-                                    SYS_umount2,
-                                    SYS_pivot_root,
-                                    SYS_chroot,
-                                    SYS_unshare,
-                                    SYS_setns,
-                                    SYS_setuid,
-                                    SYS_setgid,
-                                    SYS_setresuid,
-                                    SYS_setresgid,
-                                    SYS_keyctl,
-                                    SYS_perf_event_open,
-                                    SYS_userfaultfd,
-                                    SYS_io_uring_setup};
+inline constexpr std::array kDeadly{
+    // other programs and processes
+    SYS_execve, SYS_execveat, SYS_fork, SYS_vfork, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev,
+    // the kernel
+    SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_bpf, SYS_perf_event_open, SYS_userfaultfd,
+    SYS_io_uring_setup,
+    // file systems and namespaces
+    SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chroot, SYS_unshare, SYS_setns,
+    // users and keys
+    SYS_setuid, SYS_setgid, SYS_setresuid, SYS_setresgid, SYS_keyctl};
 
 inline constexpr std::uint32_t kMachine = AUDIT_ARCH_X86_64;
-inline constexpr std::uint32_t kFirstX32Call = 0x40000000;  // the same machine's other numbering: none is on the list
+inline constexpr std::uint32_t kFirstX32Call = 0x40000000;  // the x32 ABI's numbers: none is allowed
 #else
 inline constexpr bool kKnownMachine = false;
 inline constexpr std::array<long, 0> kAllowed{};
@@ -108,62 +89,53 @@ inline constexpr std::uint32_t kFirstX32Call = 0;
 
 using Filter = std::vector<sock_filter>;
 
-inline void add(Filter& filter, std::uint16_t code, std::uint32_t k, std::uint8_t skip_true = 0,
-                std::uint8_t skip_false = 0) {
-  filter.push_back({code, skip_true, skip_false, k});
-}
-
-inline void load(Filter& filter, std::size_t offset) {
-  add(filter, BPF_LD | BPF_W | BPF_ABS, static_cast<std::uint32_t>(offset));
-}
-
-inline void answer(Filter& filter, std::uint32_t verdict) { add(filter, BPF_RET | BPF_K, verdict); }
-
-// `verdict` for the call `number`, on to the next line for any other.
+// Appends: return `verdict` for the call `number`, go on for any other.
 inline void rule(Filter& filter, long number, std::uint32_t verdict) {
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 1);
-  answer(filter, verdict);
+  filter.insert(filter.end(), {BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 1),
+                               BPF_STMT(BPF_RET | BPF_K, verdict)});
 }
 
-// The call `number` where its argument's low half is `value`, EPERM otherwise; on to the next line for any other call.
-inline void rule_if(Filter& filter, long number, std::size_t argument, std::uint32_t value) {
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 4);
-  load(filter, offsetof(seccomp_data, args) + argument * sizeof(std::uint64_t));  // little-endian: its low half
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, value, 0, 1);
-  answer(filter, SECCOMP_RET_ALLOW);
-  answer(filter, SECCOMP_RET_ERRNO | EPERM);
+// Appends: allow the call `number` if the low half of its argument is `value`, else EPERM; go on for any other call.
+inline void rule_if(Filter& filter, long number, std::uint32_t argument, std::uint32_t value) {
+  constexpr std::uint32_t kArgs = offsetof(seccomp_data, args);
+  filter.insert(filter.end(),
+                {BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 4),
+                 BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kArgs + argument * 8),  // little-endian
+                 BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+                 BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM)});
 }
 
 inline Filter make_filter() {
-  Filter filter;
-  load(filter, offsetof(seccomp_data, arch));
-  add(filter, BPF_JMP | BPF_JEQ | BPF_K, kMachine, 1, 0);
-  answer(filter, SECCOMP_RET_KILL_PROCESS);
-  load(filter, offsetof(seccomp_data, nr));
-  add(filter, BPF_JMP | BPF_JGE | BPF_K, kFirstX32Call, 0, 1);
-  answer(filter, SECCOMP_RET_KILL_PROCESS);
+  Filter filter{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, arch)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kMachine, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, kFirstX32Call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+  };
   for (const long number : kAllowed) rule(filter, number, SECCOMP_RET_ALLOW);
   for (const long number : kDeadly) rule(filter, number, SECCOMP_RET_KILL_PROCESS);
 #if defined(__x86_64__)
-  rule_if(filter, SYS_prlimit64, 2, 0);  // no new limit: it only reads
+  rule_if(filter, SYS_prlimit64, 2, 0);  // without a new limit: it only reads
   rule_if(filter, SYS_prctl, 0, PR_SET_NAME);
 #endif
-  answer(filter, SECCOMP_RET_ERRNO | EPERM);
+  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM));
   return filter;
 }
 
 }  // namespace sandbox
 
-// Binds the process. An empty text, or why it is not bound (by the filter; what could be had is kept).
+// Binds the process. Returns an empty text, or why the filter is not installed.
 inline std::string enter_sandbox() {
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return std::string("PR_SET_NO_NEW_PRIVS: ") + strerror(errno);
-  if (sandbox::kSanitised) return "a sanitised build needs more calls";
-  if (!sandbox::kKnownMachine) return "the system calls of this machine are not known";
+  if (sandbox::kSanitised) return "a sanitizer needs more system calls";
+  if (!sandbox::kKnownMachine) return "no list of system calls for this architecture";
   sandbox::Filter filter = sandbox::make_filter();
   const sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
   const long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program);
   if (result == 0) return {};
-  if (result > 0) return "a thread cannot be bound";  // it has a filter of its own
+  if (result > 0) return "a thread has a filter of its own";
   return std::string("seccomp: ") + strerror(errno);
 }
 

@@ -147,6 +147,7 @@ group('health', () => {
     const backend = await start_backend(t);
     const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }, { name: 'lost', url: 'http://no-such-host.invalid:1', type: 'generic' }], health: { timeout: '1s', interval: '1s' } }, { ready: 'up' });
     await until(async () => (await health(nexus)).status === 'degraded', 'degraded', 8_000);
+    await nexus.logged(/ warning DNS lookup failed backend=lost host=no-such-host\.invalid why=/);
     assert.equal((await post(nexus.port, path, chat())).status, 200);
   });
 

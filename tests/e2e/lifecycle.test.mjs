@@ -107,6 +107,16 @@ group('reload', () => {
     assert.equal((await post(nexus.port, path, chat())).status, 200, 'a missing file changes nothing either');
   });
 
+  test('a setting that needs a restart is named in the log, with the value that stays in use', async (t) => {
+    const { nexus, backend } = await pair(t, {}, { server: { threads: 2 } });
+    const backends = [{ name: 'b1', url: backend.url, type: 'generic' }];
+    nexus.reload({ server: { threads: 3, metrics_listen: '127.0.0.1:1' }, backends });
+    await nexus.logged(/ warning "?reloaded, except: metrics_listen \(needs a restart; still none\), threads \(needs a restart; still 2\)/);
+    assert.equal((await get(nexus.port, '/metrics')).status, 200, 'the pages stay where they were');
+    nexus.reload({ server: { threads: 2 }, backends });
+    await nexus.logged(/ info reloaded$/m);
+  });
+
   test('a storm of reloads does no harm', async (t) => {
     const { nexus, backend } = await pair(t);
     const stream = await open_stream(t, nexus, backend);
@@ -190,6 +200,7 @@ group('drain', () => {
     assert.equal(exit.signal, null);
     assert.ok(performance.now() - started > 400);
     nexus.check_report();
+    assert.match(nexus.log(), /drain_timeout reached, closing remaining connections/);
     while ((await stream.client.piece()) !== null);
     assert.equal(stream.client.body.done, false, 'the cut is visible');
   });
@@ -206,6 +217,7 @@ group('drain', () => {
     assert.ok(performance.now() - started < 1_000 * settings.slow);
     assert.ok(!['SIGSEGV', 'SIGABRT', 'SIGKILL'].includes(exit.signal), JSON.stringify(exit));
     nexus.check_report();
+    assert.match(nexus.log(), /second signal: stopping now/);
   });
 
   test('a client that leaves during the drain does not keep it from ending', async (t) => {

@@ -105,7 +105,7 @@ class Gateway {
   // What a page says of the process and of the date is the same in every run, as all else is.
   static SimControl::Hooks hooks(const Wire& wire) {
     SimControl::Hooks hooks;
-    hooks.process_stats = [] { return ProcessStats{}; };
+    hooks.pages.process_stats = [] { return ProcessStats{}; };
     hooks.wall_time = [&wire] { return wire.now(); };
     return hooks;
   }

@@ -1,0 +1,116 @@
+// page_renderer.h
+// Owns:     rendering /metrics, /v1/stats and the status page, and the memory of the rendered pages.
+// Promises: a page is one consistent view of the registry; a rendered page is handed over without a copy, and its
+//           memory is reused once no client reads it; if memory runs out there is no page, and that is counted.
+// Leaves:   the text to prometheus.h, stats_json.h and status_page.h; sending it to builtin_pages.h.
+// Threads:  the control thread.
+// Tested by: tests/prometheus_test.cpp, tests/stats_json_test.cpp, tests/e2e/metrics.test.mjs
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "nexus/apps/status_page.h"
+#include "nexus/base/text_buffer.h"
+#include "nexus/fleet/registry.h"
+#include "nexus/metrics/prometheus.h"
+#include "nexus/metrics/slab.h"
+#include "nexus/metrics/stats_json.h"
+#include "nexus/os/procfs.h"
+#include "nexus/server/builtin_pages.h"
+
+namespace nexus {
+
+class PageRenderer {
+ public:
+  struct Sources {
+    std::function<std::uint64_t()> log_lines_dropped = [] { return std::uint64_t{0}; };  // since the start
+    std::function<ProcessStats()> process_stats = read_process_stats;
+  };
+
+  // `slab`: where this thread counts.
+  PageRenderer(const Metrics& metrics, Slab& slab, const Registry& registry, Sources sources, Ns process_started)
+      : metrics_(metrics),
+        slab_(slab),
+        registry_(registry),
+        sources_(std::move(sources)),
+        process_started_ns_(process_started) {}
+  PageRenderer(const PageRenderer&) = delete;
+  PageRenderer& operator=(const PageRenderer&) = delete;
+
+  void reload_succeeded(Ns wall) {
+    last_reload_ok_ = true;
+    last_reload_wall_ns_ = wall;
+  }
+  void reload_failed() { last_reload_ok_ = false; }
+
+  // Null if memory is short.
+  std::shared_ptr<const TextBuffer> render(PageKind kind, Ns now) {
+    try {
+      const FleetView fleet = fleet_view(now);
+      count_dropped_lines();
+      const ModelNames& models = registry_.model_names();
+      const BackendNames& backends = registry_.backend_names();
+      if (kind == PageKind::metrics) {
+        metrics_memory_.take_back(prometheus_page_.page());
+        prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends,
+                                registry_.settings().metrics.labels);
+        return metrics_memory_.lend(prometheus_page_.page());
+      }
+      stats_memory_.take_back(stats_page_);
+      const Stats stats = collect_stats(metrics_, fleet, models, backends);
+      kind == PageKind::stats ? write_stats(stats_page_, stats) : write_status_page(stats_page_, stats, kVersion);
+      return stats_memory_.lend(stats_page_);
+    } catch (const std::bad_alloc&) {
+      slab_.limit_hit(Limit::memory);
+      return nullptr;
+    }
+  }
+
+ private:
+  void count_dropped_lines() {
+    const std::uint64_t dropped = sources_.log_lines_dropped();
+    if (dropped == lines_dropped_) return;
+    slab_.log_dropped(dropped - lines_dropped_);
+    slab_.limit_hit(Limit::log_volume);
+    lines_dropped_ = dropped;
+  }
+
+  FleetView fleet_view(Ns now) const {
+    FleetView fleet;
+    for (const Registry::Backend& backend : registry_.backends()) {
+      const bool healthy = backend.health == Health::healthy && backend.address.has_value();
+      fleet.backends.push_back({backend.id, healthy});
+      if (!healthy) continue;
+      for (const std::string& model : backend.models()) {
+        fleet.models_on_healthy.push_back(registry_.model_names().find(model));
+      }
+    }
+    auto& models = fleet.models_on_healthy;
+    std::sort(models.begin(), models.end());
+    models.erase(std::unique(models.begin(), models.end()), models.end());
+    fleet.models_available = models.size();
+    fleet.uptime_ns = now - process_started_ns_;
+    fleet.last_reload_ok = last_reload_ok_;
+    fleet.last_reload_success_timestamp = static_cast<double>(last_reload_wall_ns_) / static_cast<double>(kSecond);
+    fleet.version = kVersion;
+    return fleet;
+  }
+
+  const Metrics& metrics_;
+  Slab& slab_;
+  const Registry& registry_;
+  const Sources sources_;
+  const Ns process_started_ns_;
+  bool last_reload_ok_ = true;
+  Ns last_reload_wall_ns_ = 0;
+  std::uint64_t lines_dropped_ = 0;
+  PrometheusPage prometheus_page_;
+  TextBuffer stats_page_;  // of the status page too
+  BufferRecycler metrics_memory_, stats_memory_;
+};
+
+}  // namespace nexus
