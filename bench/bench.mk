@@ -1,6 +1,7 @@
-# Benchmarks. They need an idle machine, and two cores for the proxies.
+# Benchmarks. They need an idle machine, and two cores for the proxies; bench-instructions needs neither.
 #
-#   make bench                  everything
+#   make bench                  everything but bench-instructions
+#   make bench-instructions     instructions per request, by source file (NEXUS=path measures another binary)
 #   make bench-metrics          the cost of recording a request and of rendering a line, beside prometheus-cpp
 #   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
 #   make bench-proxy QUICK=1    each part once and short, to see that everything works
@@ -8,16 +9,18 @@
 #   make bench-proxy ONLY=small,streams   some parts alone (small half large streams idle calls start threads stalls)
 
 HELP_MORE += 'make bench        every benchmark; make bench-proxy: beside nginx and HAProxy (QUICK=1, WRITE=1, ONLY=parts)'
+HELP_MORE += 'make bench-instructions   instructions per request, by source file (NEXUS=path measures another binary)'
 
 QUICK ?=
 WRITE ?=
 ONLY ?=
+NEXUS ?=
 
 BENCH := $(B)/bench
 BENCH_TOOLS := $(addprefix $(BENCH)/,blind sse_backend sse_client start_time wake_time)
 BENCH_PACKAGES := $(strip \
   $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy) $(call lacks_command,wrk,wrk) \
-  $(call lacks_command,strace,strace) $(call lacks_command,$(NODE),nodejs) \
+  $(call lacks_command,strace,strace) $(call lacks_command,valgrind,valgrind) $(call lacks_command,$(NODE),nodejs) \
   $(call lacks,/usr/include/prometheus/registry.h,prometheus-cpp-dev))
 BENCH_DEPS := $(if $(BUILD_PACKAGES)$(BENCH_PACKAGES),deps-bench)
 
@@ -41,6 +44,19 @@ bench: bench-metrics
 
 bench-metrics: $(BENCH)/metrics_bench
 	@$< $(if $(QUICK),1)
+
+# The daemon with line numbers.
+$(B)/obj/bench/nexus.o: LEVEL := -g1
+$(B)/obj/bench/nexus.o: nexus.cpp $(B)/flags | $(READY)
+	@mkdir -p $(@D)
+	$(compile)
+$(BENCH)/nexus: $(B)/obj/bench/nexus.o $(LIBS)
+	@mkdir -p $(@D)
+	$(link)
+
+.PHONY: bench-instructions
+bench-instructions: $(BENCH)/sse_backend $(if $(NEXUS),,$(BENCH)/nexus) | $(BENCH_DEPS)
+	@$(NODE) bench/instructions.mjs --nexus $(or $(NEXUS),$(BENCH)/nexus) --bin $(BENCH)
 
 bench-proxy: $(B)/nexus $(BENCH_TOOLS) | $(BENCH_DEPS)
 	@$(NODE) bench/proxy_bench.mjs --nexus $(B)/nexus --bin $(BENCH) --only '$(ONLY)' $(if $(QUICK),--quick) $(if $(WRITE),--write)
