@@ -1,7 +1,7 @@
 # Nexus: `make run` builds it and serves a demonstration, `make test` runs every test, `make help` lists the rest.
 #
-# Nothing fetched and nothing built is committed: all of it goes to build/. A build with SAN=address or SAN=thread has
-# a directory of its own (build/address, build/thread), dynamic and with debug information.
+# All that is fetched or built goes to build/. `make dev` builds in build/dev, quickly and without optimisation; SAN=address
+# and SAN=thread build with a sanitiser in build/address and build/thread. Only `make deps` and `make deps-…` call apt.
 
 # As many jobs as cores, unless -j on the command line says otherwise.
 MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),-j$(shell nproc)) --no-builtin-rules
@@ -11,8 +11,10 @@ MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),-j$(shell nproc)) --no-builtin-rules
 
 # ---- what a user may set ---------------------------------------------------------------------------------------------
 
+DEV ?=
+# clang++ needs half of g++'s time to compile the daemon at -O0.
 ifeq ($(origin CXX),default)
-CXX := g++
+CXX := $(if $(DEV),$(if $(shell command -v clang++),clang++,g++),g++)
 endif
 ifeq ($(origin CC),default)
 CC := $(if $(findstring clang,$(CXX)),$(subst clang++,clang,$(CXX)),$(subst g++,gcc,$(CXX)))
@@ -31,7 +33,11 @@ DEPS := build/deps
 SIMDJSON := $(DEPS)/simdjson
 LLHTTP := /usr/share/llhttp
 
-ifeq ($(SAN),)
+ifneq ($(DEV),)
+  B := build/dev
+  OPTIMISE := -O0 -g1
+  LINK_MODE := -static
+else ifeq ($(SAN),)
   B := build
   OPTIMISE := -O2
   LINK_MODE := -static
@@ -58,8 +64,9 @@ THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(LDFLAGS)
 LDLIBS := -lcares
 
-# ---- Debian packages: looked for by a file of theirs, installed or named by tools/packages.sh ------------------------
+# ---- Debian packages -------------------------------------------------------------------------------------------------
 
+# The package $(2) if the file, or the command, $(1) is not there.
 lacks = $(if $(wildcard $(1)),,$(2))
 lacks_command = $(if $(shell command -v $(1)),,$(2))
 
@@ -72,27 +79,26 @@ BUILD_PACKAGES := $(strip \
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
   $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(NPM_PACKAGES))
-# Real peers of some end-to-end tests, which are skipped with a line where these can't be installed. Tried once.
-PEER_PACKAGES = $(strip $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) \
-  $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy))
+# Programs that some tests run beside Nexus: such a test is skipped, with a line, where its program is missing.
+PEER_PACKAGES = $(strip \
+  $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) $(call lacks_command,chromium,chromium) \
+  $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy) \
+  $(call lacks_command,clang-format,clang-format))
 
-$(DEPS)/build-packages: tools/packages.sh $(if $(BUILD_PACKAGES),FORCE)
-	@mkdir -p $(@D)
-	@tools/packages.sh $(BUILD_PACKAGES)
-	@touch $@
+# Prerequisites of whatever is built, and of whatever a test needs: empty if nothing is missing.
+BUILD_DEPS := $(if $(BUILD_PACKAGES),deps)
+TEST_DEPS := $(if $(BUILD_PACKAGES)$(TEST_PACKAGES),deps)
 
-# After the build's packages, so that apt never runs twice at once.
-$(DEPS)/test-packages: tools/packages.sh $(DEPS)/build-packages $(if $(TEST_PACKAGES),FORCE)
-	@tools/packages.sh $(TEST_PACKAGES)
-	@touch $@
+.PHONY: deps deps-peers
+deps:
+	@tools/packages.sh $(sort $(BUILD_PACKAGES) $(TEST_PACKAGES))
 
-$(DEPS)/peer-packages: tools/packages.sh $(DEPS)/test-packages
+deps-peers: | $(TEST_DEPS)
 	@tools/packages.sh --optional $(PEER_PACKAGES)
-	@touch $@
 
 # ---- simdjson, from npm, against a pinned digest ---------------------------------------------------------------------
 
-$(SIMDJSON)/simdjson.cpp: tools/fetch-simdjson.sh | $(DEPS)/build-packages
+$(SIMDJSON)/simdjson.cpp: tools/fetch-simdjson.sh | $(BUILD_DEPS)
 	@tools/fetch-simdjson.sh $(SIMDJSON)
 $(SIMDJSON)/simdjson.h: $(SIMDJSON)/simdjson.cpp ;
 
@@ -104,7 +110,7 @@ $(STATUS_FILES): tools/embed.sh $(STATUS_PAGE).html $(STATUS_PAGE).css $(STATUS_
 	@mkdir -p $(@D)
 	@tools/embed.sh kStatusPage=$(STATUS_PAGE).html kStatusStyle=$(STATUS_PAGE).css kStatusScript=$(STATUS_PAGE).js >$@
 
-READY := $(SIMDJSON)/simdjson.h $(DEPS)/build-packages $(STATUS_FILES)
+READY := $(BUILD_DEPS) $(SIMDJSON)/simdjson.h $(STATUS_FILES)
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
@@ -122,8 +128,9 @@ $(B)/deps/%.o: $(LLHTTP)/%.c $(B)/flags | $(READY)
 	@mkdir -p $(@D)
 	$(CC) $(THIRD_PARTY) $(CFLAGS) -I/usr/share/include -I/usr/share/include/llhttp -c $< -o $@
 
-# The sources of llhttp come with a package, maybe while make runs. Named one by one: what a pattern makes, make removes.
-$(addprefix $(LLHTTP)/,api.c http.c llhttp.c): | $(DEPS)/build-packages ;
+# The sources of llhttp come with a package, maybe while make runs. Named one by one: make removes what a pattern made.
+LLHTTP_SOURCES := $(addprefix $(LLHTTP)/,api.c http.c llhttp.c)
+$(LLHTTP_SOURCES): | $(BUILD_DEPS) ;
 
 $(B)/deps/simdjson.o: $(SIMDJSON)/simdjson.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)
@@ -135,36 +142,66 @@ $(B)/obj/%.o: %.cpp $(B)/flags | $(READY)
 	@mkdir -p $(@D)
 	$(compile)
 
-# What tests/tests.mk and bench/bench.mk build on: $(B), $(LIBS), $(B)/obj/%.o for any .cpp here, $(compile), $(link).
+# Puts the new text of a target into its place, unless it is the same as before.
+replace = if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# tests/tests.mk and bench/bench.mk use $(B), $(LIBS), $(B)/obj/%.o of any .cpp file, $(compile), $(link) and $(replace).
 link = tools/link.sh $(CXX) $(LDFLAGS_ALL) $(filter %.o,$^) $(LDLIBS) -o $@
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------
 
-.PHONY: all run
+.PHONY: all run dev single
 all: $(B)/nexus
 
 $(B)/nexus: $(B)/obj/nexus.o $(LIBS)
-	$(link) $(if $(SAN),,-s)
+	$(link) $(if $(SAN)$(DEV),,-s)
 
 run: $(B)/nexus
 	@exec $(B)/nexus --demo
 
+dev:
+	@command -v clang++ >/dev/null || echo 'make dev: clang++ is not installed; with it this takes half the time'
+	@$(MAKE) --no-print-directory DEV=1 build/dev/nexus
+
+# There the headers of the system and the libraries are compiled once, which saves a fifth of each later build.
+ifneq ($(DEV),)
+$(B)/obj/system.h: FORCE
+	@mkdir -p $(@D)
+	@grep -rhoE '^#include <.*>' nexus nexus.cpp | sort -u >$@.new
+	@$(replace)
+$(B)/obj/system.h.gch: $(B)/obj/system.h $(B)/flags | $(READY)
+	$(CXX) $(CXXFLAGS_ALL) $(if $(findstring clang,$(CXX)),-fpch-instantiate-templates) -MD -MP -x c++-header $< -o $@
+$(B)/obj/nexus.o: LEVEL := -include $(B)/obj/system.h
+$(B)/obj/nexus.o: $(B)/obj/system.h.gch
+endif
+
+# The daemon as one source file, with this command in its first lines. (g++ forgets "-x c" after each file.)
+SINGLE := build/nexus.single
+SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w -static -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
+  -I$(SIMDJSON) -I/usr/share/include -I/usr/share/include/llhttp $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
+  $(addprefix -x c ,$(LLHTTP_SOURCES)) -x none $(LDLIBS) -o $(SINGLE)
+single: $(READY)
+	@tools/single.sh nexus.cpp '$(strip $(SINGLE_COMMAND))' >$(SINGLE).cpp
+
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-# The simulation is compiled beside the daemon, and the unit tests beside the end-to-end tests, as tests/run.sh says.
 .PHONY: test
-$(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(DEPS)/test-packages
+$(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(TEST_DEPS)
 	cd tests && npm ci --no-audit --no-fund --loglevel=error
+	@mkdir -p $(@D)
 	@touch $@
 
-test: $(B)/nexus $(B)/sim $(DEPS)/test-modules $(DEPS)/peer-packages
+test: $(B)/nexus $(B)/unit_tests $(B)/sim $(DEPS)/test-modules
 	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------
 
-.PHONY: lint format clean help
+.PHONY: lint format size clean help
 lint:
 	@CLANG_FORMAT='$(CLANG_FORMAT)' tools/lint.sh
+
+size:
+	@tools/size.sh
 
 format:
 	@$(CLANG_FORMAT) -i $$(git ls-files "*.h" "*.cpp")
@@ -201,11 +238,15 @@ deb: $(B)/nexus
 	@tools/deb.sh $(B)/nexus
 
 help:
-	@echo 'make              build build/nexus, fetching what it needs'
+	@echo 'make              build build/nexus; installs or names what is missing, as make deps does'
 	@echo 'make run          build, then serve a demonstration on 127.0.0.1:8000'
 	@echo 'make test         build and run every test; SAN=address or SAN=thread for a sanitised build'
+	@echo 'make dev          build build/dev/nexus quickly: not optimised, with line numbers'
 	@echo 'make unit         the unit tests alone (UNIT="-tc=*name*" picks); make unit-text: tests/text_test.cpp alone'
 	@echo 'make lint         check formatting, manuals and house rules; make format: format the C++'
+	@echo 'make single       the whole daemon as one source file, build/nexus.single.cpp'
+	@echo 'make size         lines, files, longest file and function, arrows between folders'
+	@echo 'make deps         install the missing Debian packages; make deps-peers: also nginx, HAProxy, Prometheus, Chromium'
 	@echo 'make install      PREFIX=/usr/local DESTDIR=; make uninstall: take it away again'
 	@echo 'make deb          a Debian package in build/'
 	@echo 'make clean        remove what was built'

@@ -1,34 +1,38 @@
-# Benchmarks. They want a machine that does nothing else, and two cores for the proxies.
+# Benchmarks. They need an idle machine, and two cores for the proxies; bench-instructions needs neither.
 #
-#   make bench                  everything
-#   make bench-metrics          what recording a request and rendering a line cost, beside prometheus-cpp
+#   make bench                  everything but bench-instructions
+#   make bench-instructions     instructions per request, by source file (NEXUS=path measures another binary)
+#   make bench-metrics          the cost of recording a request and of rendering a line, beside prometheus-cpp
 #   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
-#   make bench-proxy QUICK=1    each part once and short: shows that everything works, measures nothing
+#   make bench-proxy QUICK=1    each part once and short, to see that everything works
 #   make bench-proxy WRITE=1    also writes bench/RESULTS.md and bench/results.svg
 #   make bench-proxy ONLY=small,streams   some parts alone (small half large streams idle calls start threads stalls)
 
 HELP_MORE += 'make bench        every benchmark; make bench-proxy: beside nginx and HAProxy (QUICK=1, WRITE=1, ONLY=parts)'
+HELP_MORE += 'make bench-instructions   instructions per request, by source file (NEXUS=path measures another binary)'
 
 QUICK ?=
 WRITE ?=
 ONLY ?=
+NEXUS ?=
 
 BENCH := $(B)/bench
 BENCH_TOOLS := $(addprefix $(BENCH)/,blind sse_backend sse_client start_time wake_time)
 BENCH_PACKAGES := $(strip \
-  $(call lacks_command,nginx,nginx-light) $(call lacks_command,haproxy,haproxy) $(call lacks_command,wrk,wrk) \
-  $(call lacks_command,strace,strace) $(call lacks_command,$(NODE),nodejs) \
+  $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy) $(call lacks_command,wrk,wrk) \
+  $(call lacks_command,strace,strace) $(call lacks_command,valgrind,valgrind) $(call lacks_command,$(NODE),nodejs) \
   $(call lacks,/usr/include/prometheus/registry.h,prometheus-cpp-dev))
+BENCH_DEPS := $(if $(BUILD_PACKAGES)$(BENCH_PACKAGES),deps-bench)
 
-$(DEPS)/bench-packages: tools/packages.sh $(DEPS)/build-packages $(if $(BENCH_PACKAGES),FORCE)
+.PHONY: deps-bench
+deps-bench: | $(BUILD_DEPS)
 	@tools/packages.sh $(BENCH_PACKAGES)
-	@touch $@
 
 $(BENCH)/%: $(B)/obj/bench/%.o
 	@mkdir -p $(@D)
 	$(CXX) $(LDFLAGS_ALL) $^ -o $@
 
-$(B)/obj/bench/metrics_bench.o: | $(DEPS)/bench-packages
+$(B)/obj/bench/metrics_bench.o: | $(BENCH_DEPS)
 $(BENCH)/metrics_bench: $(B)/obj/bench/metrics_bench.o
 	@mkdir -p $(@D)
 	$(CXX) -pthread $(LDFLAGS) $^ -lprometheus-cpp-core -o $@
@@ -41,5 +45,18 @@ bench: bench-metrics
 bench-metrics: $(BENCH)/metrics_bench
 	@$< $(if $(QUICK),1)
 
-bench-proxy: $(B)/nexus $(BENCH_TOOLS) $(DEPS)/bench-packages
+# The daemon with line numbers.
+$(B)/obj/bench/nexus.o: LEVEL := -g1
+$(B)/obj/bench/nexus.o: nexus.cpp $(B)/flags | $(READY)
+	@mkdir -p $(@D)
+	$(compile)
+$(BENCH)/nexus: $(B)/obj/bench/nexus.o $(LIBS)
+	@mkdir -p $(@D)
+	$(link)
+
+.PHONY: bench-instructions
+bench-instructions: $(BENCH)/sse_backend $(if $(NEXUS),,$(BENCH)/nexus) | $(BENCH_DEPS)
+	@$(NODE) bench/instructions.mjs --nexus $(or $(NEXUS),$(BENCH)/nexus) --bin $(BENCH)
+
+bench-proxy: $(B)/nexus $(BENCH_TOOLS) | $(BENCH_DEPS)
 	@$(NODE) bench/proxy_bench.mjs --nexus $(B)/nexus --bin $(BENCH) --only '$(ONLY)' $(if $(QUICK),--quick) $(if $(WRITE),--write)

@@ -1,5 +1,5 @@
-# The fuzz targets: `make fuzz SECONDS=60` builds and runs each in turn for that long, with AddressSanitizer and UBSan.
-# What a run finds lies in build/fuzz/finds; a file put into tests/fuzz/corpus/TARGET is replayed by every `make test`.
+# `make fuzz SECONDS=60` builds each fuzz target with AddressSanitizer and UBSan, and runs one after the other for that long.
+# It writes its findings to build/fuzz/finds. `make test` replays every file in tests/fuzz/corpus/TARGET.
 
 SECONDS ?= 60
 FUZZ := build/fuzz
@@ -8,7 +8,7 @@ FUZZ_CC ?= clang
 FUZZ_SAN := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_FLAGS := -std=c++20 $(FUZZ_SAN) -D_GLIBCXX_ASSERTIONS $(INCLUDES) -pthread
 
-# TARGET:HEADER, where the function fuzz::TARGET stands in tests/fuzz/HEADER.h
+# TARGET:HEADER: the function fuzz::TARGET is in tests/fuzz/HEADER.h
 FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chunked request_body:body model_list:body \
   incremental_json:incremental_json usage:usage label_page:labels exchange:exchange answer:exchange
 fuzz_name = $(word 1,$(subst :, ,$(1)))
@@ -37,7 +37,7 @@ $(foreach t,$(FUZZ_TARGETS),$(eval $(call fuzz_program,$(t))))
 fuzz: $(FUZZ_PROGRAMS)
 	@tests/fuzz/run.sh $(FUZZ) $(SECONDS) $(foreach t,$(FUZZ_TARGETS),$(call fuzz_name,$(t)))
 
-# Which lines of the parsers the corpora and the hostile rows reach, by clang's source-based coverage.
+# Lines of the parsers that the corpora and the hostile rows reach, by clang's source-based coverage.
 fuzz-coverage: $(LIBS)
 	@tests/fuzz/coverage.sh $(FUZZ) '$(FUZZ_CXX)' '$(INCLUDES)'
 

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Goal: what `make install` and `make deb` put on a machine is whole, works, and goes away again.
-# Method: both into a scratch directory; the package is unpacked, not installed.
+# Goal: what `make install`, `make deb` and `make single` write is complete and works, and `make uninstall` removes it.
+# Method: both install into a scratch directory; the package is unpacked, not installed.
 # Closes with "N passed, N failed, N skipped". usage: tests/install.sh BUILD_DIRECTORY
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 build=$1
 passed=0 failed=0 skipped=0
 scratch=$(mktemp -d)
@@ -40,6 +40,18 @@ check "the installed unit starts the installed binary" \
 check "the installed example is a configuration that nexus takes" \
   "$scratch/installed/opt/nexus/bin/nexus" -t -c "$scratch/installed/opt/nexus/share/doc/nexus/nexus.conf.example"
 check "make uninstall leaves no file" uninstalls
+
+# The command in the second line of the single file compiles it, and with it llhttp and simdjson.
+single_compiles() {
+  local command
+  command=$(sed -n '2s,^// ,,p' build/nexus.single.cpp)
+  [ -n "$command" ] && $command -fsyntax-only
+}
+includes_nothing_of_nexus() { ! grep -n '^#include "\(nexus\|build\)/' build/nexus.single.cpp; }
+
+check "make single writes build/nexus.single.cpp" "${MAKE:-make}" -s single
+check "build/nexus.single.cpp includes no file of Nexus" includes_nothing_of_nexus
+check "build/nexus.single.cpp compiles with the command in it" single_compiles
 
 is_static_and_small() {
   [ "$(stat -c %s "$build/nexus")" -lt 4000000 ] && ! ldd "$build/nexus" 2>&1 | grep -q '=>'

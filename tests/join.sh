@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prints one source that holds the test files given, each in a namespace of its own: tests/join.sh FILE…
-# Their headers come first, outside of any namespace, and so are read once for all of them.
+# Prints a source that includes the test files given, each in a namespace of its own: tests/join.sh FILE…
+# Their includes come first, outside of every namespace, so that each header is read once.
 set -eu
 cat "$@" | grep "^#include" | LC_ALL=C sort -u
 for file; do

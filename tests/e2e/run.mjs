@@ -1,15 +1,12 @@
-// run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--part calm|other] [--verbose] [--list]
+// run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--verbose] [--list]
 // Starts the real binary again and again and talks to it over sockets. Exit code 0 only if every test passed.
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { list_names, run_all, settings } from './runner.mjs';
 
-// Set by run.sh for this process alone, not for those it starts.
-for (const name of ['MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_']) delete process.env[name];
-
-const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--part calm|other] [--verbose] [--list]';
-const options = { nexus: 'build/nexus', only: '', jobs: '4', part: '' };
+const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--verbose] [--list]';
+const options = { nexus: 'build/nexus', only: '', jobs: '4' };
 const args = process.argv.slice(2);
 while (args.length) {
   const name = args.shift().replace(/^--/, '');
@@ -46,4 +43,4 @@ settings.nexus = copy;
 process.on('exit', () => fs.rmSync(path.dirname(copy), { recursive: true, force: true }));
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => process.exit(1));
 process.setMaxListeners(0);
-process.exit(await run_all({ only: options.only, jobs: Number(options.jobs), part: options.part }));
+process.exit(await run_all({ only: options.only, jobs: Number(options.jobs) }));
