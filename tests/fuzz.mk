@@ -27,7 +27,7 @@ $(FUZZ)/obj/simdjson.o: $(SIMDJSON)/simdjson.cpp | $(READY)
 
 define fuzz_program
 $(FUZZ)/$(call fuzz_name,$(1)): tests/fuzz/fuzzer.cpp $(call fuzz_header,$(1)) $(FUZZ_OBJECTS) \
-  $(wildcard nexus/*.h nexus/*/*.h tests/*.h tests/fuzz/*.h tests/hostile/*)
+  $(wildcard nexus/*.h nexus/*/*.h tests/*.h tests/*/*.h tests/hostile/*.cpp)
 	$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer -include $(call fuzz_header,$(1)) \
 	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(call fuzz_more,$(1)) $(FUZZ_OBJECTS) -o $$@
 endef

@@ -16,7 +16,7 @@ namespace {
 using hostile::AnswerRow;
 using hostile::BackendPlan;
 using hostile::Gateway;
-using hostile::Link;
+using hostile::Peer;
 using hostile::Story;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -67,7 +67,7 @@ std::string outcome_of(const AnswerRow& row, const std::vector<std::string>& pie
     if (std::exchange(answered, true)) return BackendPlan{{hostile::good_answer()}, false, false};
     return BackendPlan{pieces, row.end == AnswerRow::End::fin, row.end == AnswerRow::End::reset};
   };
-  Link& client = gateway.connect();
+  Peer& client = gateway.connect();
   const std::string request = row.old_client ? "POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\n"
                                                "Content-Length: 13\r\n\r\n" +
                                                    hostile::kBody
@@ -79,15 +79,15 @@ std::string outcome_of(const AnswerRow& row, const std::vector<std::string>& pie
   if (story.statuses.size() > 1) outcome += " and more";
   outcome += story.whole ? " whole" : " cut off";
   if (!story.whole && !story.cut_off && !client.cut) outcome += ", but nobody can tell";
-  const rfc9112::Reading read = rfc9112::read_responses(client.outgoing, {"POST"}, client.ended && !client.cut);
+  const rfc9112::Reading read = rfc9112::read_responses(client.received, {"POST"}, client.ended && !client.cut);
   const rfc9112::Message& got = read.messages.empty() ? read.open : read.messages.front();
   check_passed_on(got, outcome);
   check_payload(row, story, got, outcome);
   if (gateway.counted_attempts() != 1) outcome += ", attempts counted: " + std::to_string(gateway.counted_attempts());
-  Link& next = gateway.connect();
+  Peer& next = gateway.connect();
   gateway.send(next, hostile::good_post());
   outcome += gateway.backend_links() == 1 ? " reused" : " dropped";
-  if (next.outgoing.find(hostile::kGoodBody) == std::string::npos) outcome += ", and the next request went wrong";
+  if (next.received.find(hostile::kGoodBody) == std::string::npos) outcome += ", and the next request went wrong";
   for (const std::string& problem : story.problems) outcome += "\n  " + problem;
   return outcome;
 }
@@ -183,44 +183,44 @@ TEST_CASE("an answer that ends after any of its bytes never looks whole") {
 
 TEST_CASE("a connection on which an answer came unasked is not used") {
   Gateway gateway;
-  Link& client = gateway.connect();
+  Peer& client = gateway.connect();
   gateway.send(client, hostile::good_post());
   REQUIRE(gateway.backend_links() == 1);
-  gateway.net.send(gateway.net.links().back(), hostile::answer_of("Content-Length: 4\r\n", "evil"));
+  gateway.net.send(gateway.net.peers.back(), hostile::answer_of("Content-Length: 4\r\n", "evil"));
   gateway.settle();
   gateway.send(client, hostile::good_post());
   CHECK(gateway.backend_links() == 2);
-  CHECK(client.outgoing.find("evil") == std::string::npos);
+  CHECK(client.received.find("evil") == std::string::npos);
 }
 
 TEST_CASE("an answer that came before the request is never passed on as its answer") {
   Gateway gateway;
-  gateway.net.on_connect = [&](Link& link) {
-    gateway.net.send(link, hostile::answer_of("Content-Length: 4\r\n", "evil"));
+  gateway.net.on_connect = [&](Peer& backend) {
+    gateway.net.send(backend, hostile::answer_of("Content-Length: 4\r\n", "evil"));
   };
   gateway.answer = [](const rfc9112::Message&) { return BackendPlan{}; };
-  Link& client = gateway.connect();
+  Peer& client = gateway.connect();
   gateway.send(client, hostile::good_post());
   gateway.pass(6 * nexus::kSecond);
   const Story story = hostile::read_story(gateway, hostile::good_post(), client);
   REQUIRE(story.statuses.size() == 1);
   CHECK(story.statuses[0] == 502);
-  CHECK(client.outgoing.find("evil") == std::string::npos);
+  CHECK(client.received.find("evil") == std::string::npos);
 }
 
 TEST_CASE("a backend that answers before it has the whole request is not asked again on that connection") {
   Gateway gateway;
-  gateway.net.on_connect = [](Link& link) { link.room = 1000; };
-  Link& client = gateway.connect();
+  gateway.net.on_connect = [&](Peer& backend) { gateway.net.stop_reading(backend, 1000); };
+  Peer& client = gateway.connect();
   gateway.send(client, hostile::json_post(R"({"model":"m","x":")" + std::string(30'000, 'x') + "\"}"));
   REQUIRE(gateway.backend_links() == 1);
-  Link& backend = gateway.net.links().back();
-  CHECK(backend.outgoing.size() == 1000);
+  Peer& backend = gateway.net.peers.back();
+  CHECK(backend.received.size() == 1000);
   gateway.net.send(backend, hostile::answer_of("Content-Length: 2\r\n", "hi", "HTTP/1.1 413 x"));
   gateway.settle();
-  const auto read = rfc9112::read_responses(client.outgoing, {"POST"}, false);
+  const auto read = rfc9112::read_responses(client.received, {"POST"}, false);
   REQUIRE(read.messages.size() == 1);
   CHECK(read.messages[0].status == 413);
   CHECK(read.messages[0].body == "hi");
-  CHECK(backend.closed);
+  CHECK(gateway.net.closed(backend));
 }

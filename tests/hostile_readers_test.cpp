@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "tests/plain_json.h"
-#include "tests/rfc9112.h"
+#include "tests/lib/plain_json.h"
+#include "tests/lib/rfc9112.h"
 
 // The readers that the hostile rows and the fuzz targets trust.
 

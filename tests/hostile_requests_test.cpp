@@ -16,7 +16,7 @@
 namespace {
 
 using hostile::Gateway;
-using hostile::Link;
+using hostile::Peer;
 using hostile::RequestRow;
 using hostile::Story;
 
@@ -48,7 +48,7 @@ std::string outcome_of(const RequestRow& row, const std::vector<std::size_t>& en
   hostile::GatewayOptions options;
   options.keys = row.keys;
   Gateway gateway(options);
-  Link& client = gateway.connect();
+  Peer& client = gateway.connect();
   std::size_t from = 0;
   for (const std::size_t end : ends) {
     gateway.send(client, std::string_view(row.bytes).substr(from, end - from));

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tests/exposition_parser.h"
+#include "tests/lib/exposition_parser.h"
 #include "tests/hostile_names.h"
 
 using namespace nexus;

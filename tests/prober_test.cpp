@@ -7,15 +7,19 @@
 #include <string>
 #include <vector>
 
-#include "tests/hostile/script_net.h"
+#include "tests/lib/script.h"
 
 using namespace nexus;
-using hostile::ScriptNet;
+using sim::SimNet;
 
 namespace {
 
 // One probe of a backend that answers as it is told, a connection after the other.
 struct Probing {
+  Probing() {
+    script.wire.on_ready = [this](std::uint32_t, sim::LinkId link) { net.make_ready(link); };
+  }
+
   ProbeResult ask(BackendKind kind, const std::vector<std::string>& answers) {
     ProbeOrder order;
     order.kind = kind;
@@ -24,12 +28,12 @@ struct Probing {
     std::optional<ProbeResult> result;
     const auto done = [&](ProbeResult&& ended) { result = std::move(ended); };
     prober.start(order, net.now(), done);
-    std::size_t links = 0;
+    std::size_t connections = 0;
     for (const std::string& answer : answers) {
       turn(done);
-      REQUIRE(net.links().size() > links);
-      net.send(net.links()[links++], answer);
-      for (int turns = 0; turns < 2000 && !result && net.links().size() == links; ++turns) turn(done);
+      REQUIRE(script.peers.size() > connections);
+      script.send(script.peers[connections++], answer);
+      for (int turns = 0; turns < 2000 && !result && script.peers.size() == connections; ++turns) turn(done);
     }
     REQUIRE(result.has_value());
     return std::move(*result);
@@ -37,17 +41,20 @@ struct Probing {
 
   template <class Done>
   void turn(Done&& done) {
-    std::array<Event, ScriptNet::kMaxEvents> events;
+    std::array<Event, SimNet::kMaxEvents> events;
     bool woken = false;
+    script.deliver();
     const std::size_t count = net.wait(events, net.now(), woken);
     for (std::size_t i = 0; i < count; ++i) prober.on_event(events[i], net.now(), done);
+    script.deliver();
   }
 
-  ScriptNet net;
+  sim::Script script;
+  SimNet net{script.wire, 0};
   TimerWheel wheel{net.now()};
   BlockPool blocks;
   JsonReader json;
-  Prober<ScriptNet> prober{net, wheel, blocks, json};
+  Prober<SimNet> prober{net, wheel, blocks, json};
 };
 
 std::string answer(const std::string& body) {

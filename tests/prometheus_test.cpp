@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "tests/exposition_parser.h"
+#include "tests/lib/exposition_parser.h"
 #include "tests/hostile_names.h"
 
 using namespace nexus;

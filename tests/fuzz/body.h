@@ -10,7 +10,7 @@
 #include "nexus/api/request_json.h"
 #include "nexus/api/response_json.h"
 #include "tests/fuzz/fuzz.h"
-#include "tests/plain_json.h"
+#include "tests/lib/plain_json.h"
 
 namespace fuzz {
 

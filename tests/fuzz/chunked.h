@@ -10,7 +10,7 @@
 
 #include "nexus/http/chunked.h"
 #include "tests/fuzz/fuzz.h"
-#include "tests/rfc9112.h"
+#include "tests/lib/rfc9112.h"
 
 namespace fuzz {
 
@@ -68,7 +68,7 @@ inline void chunked(std::string_view input) {
   std::string body, why;
   rfc9112::Fields trailers;
   std::string_view rest = input;
-  const rfc9112::Got got = rfc9112::take_chunked(rest, body, trailers, why);
+  const rfc9112::Got got = rfc9112::BodyReader().take_chunked(rest, body, trailers, why);
   if (whole.status == nexus::ChunkedDecoder::Status::need_more) {
     check(body.substr(0, whole.payload.size()) == whole.payload, "the payload so far differs from the RFC's");
   }

@@ -10,7 +10,7 @@
 #include "tests/hostile/gateway.h"
 #include "tests/hostile/requests.h"
 #include "tests/hostile/story.h"
-#include "tests/plain_json.h"
+#include "tests/lib/plain_json.h"
 
 namespace fuzz {
 
@@ -73,7 +73,7 @@ inline ClientStory tell_client_story(std::string_view sent, bool keys, bool edit
   options.keys = keys;
   options.ask_usage = edits;
   hostile::Gateway gateway(options);
-  hostile::Link& client = gateway.connect();
+  hostile::Peer& client = gateway.connect();
   std::size_t from = 0;
   for (const std::size_t end : ends) {
     gateway.send(client, sent.substr(from, end - from));
@@ -150,7 +150,7 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
     if (std::exchange(answered, true)) return hostile::BackendPlan{{hostile::good_answer()}, false, false};
     return hostile::BackendPlan{pieces_of(text, ends), given.fin, given.reset};
   };
-  hostile::Link& client = gateway.connect();
+  hostile::Peer& client = gateway.connect();
   const std::string json = given.edits ? R"({"model":"m","stream":true})" : R"({"model":"m"})";
   const std::string request =
       "POST /v1/chat/completions HTTP/1." + std::string(given.old_client ? "0" : "1") +
@@ -162,7 +162,7 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
   check(story.statuses.size() == 1, "not one answer");
   check(gateway.counted_attempts() == 1, "not one attempt");
   check(story.whole || client.ended, "an answer that is neither whole nor over");
-  const auto read = rfc9112::read_responses(client.outgoing, {"POST"}, client.ended && !client.cut);
+  const auto read = rfc9112::read_responses(client.received, {"POST"}, client.ended && !client.cut);
   const rfc9112::Message& got = read.messages.empty() ? read.open : read.messages.back();
   BackendStory told{story.statuses, got.body, story.whole};
   const bool own = got.all("X-Nexus-Backend").empty();
@@ -175,9 +175,9 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
     if (story.whole) check(whole && payload == got.body, "a broken answer looks whole");
   }
   if (!own && story.whole) check(whole, "a broken answer looks whole");
-  hostile::Link& next = gateway.connect();
+  hostile::Peer& next = gateway.connect();
   gateway.send(next, hostile::good_post());
-  check(next.outgoing.find(hostile::kGoodBody) != std::string::npos, "the next request went wrong");
+  check(next.received.find(hostile::kGoodBody) != std::string::npos, "the next request went wrong");
   return told;
 }
 

@@ -8,7 +8,7 @@
 
 #include "nexus/http/head_parser.h"
 #include "tests/fuzz/fuzz.h"
-#include "tests/rfc9112.h"
+#include "tests/lib/rfc9112.h"
 
 namespace fuzz {
 

@@ -10,7 +10,7 @@
 
 #include "nexus/metrics/exposition.h"
 #include "nexus/metrics/labels.h"
-#include "tests/exposition_parser.h"
+#include "tests/lib/exposition_parser.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace fuzz {

@@ -1,9 +1,11 @@
 // gateway.h
-// Owns:     a whole Worker on a network in memory, with one backend whose answers a test writes; what each side saw.
-// Promises: the same input gives the same story; every byte that left is there to be read by rfc9112.h.
-// Leaves:   the Worker itself to gateway.cpp, so that it is compiled once; what should have happened to the tables and
-//           the fuzz targets.
+// Owns:     a whole gateway (lib/gateway.h, one worker) on a scripted network (lib/script.h), with backends whose
+//           responses the test writes; what each side saw.
+// Promises: the same input gives the same story. Nothing is left in transit when send(), connect() or settle() returns.
+// Leaves:   what must hold of the story to story.h; which responses a request deserves to the tables and fuzz targets.
+//           The gateway's code is in gateway.cpp, so that it is compiled once.
 // Threads:  one.
+// Tested by: tests/worker_test.cpp
 #pragma once
 
 #include <cstddef>
@@ -15,23 +17,26 @@
 #include <vector>
 
 #include "nexus/metrics/slab.h"
-#include "tests/hostile/script_net.h"
-#include "tests/rfc9112.h"
+#include "tests/lib/rfc9112.h"
+#include "tests/lib/script.h"
 
 namespace hostile {
+
+using nexus::Ns;
+using nexus::sim::Peer;
 
 struct GatewayOptions {
   bool keys = false;  // clients need `Authorization: Bearer secret`
   std::size_t max_body_bytes = 64u << 10;
   bool ask_usage = false;
-  std::string page = "nexus_up 1\n";  // what is shown at /metrics
+  std::size_t backends = 1;  // all at the same address, with the same model
 };
 
-// What a backend does with the bytes of a request that came whole.
+// How a backend answers one request, once the request is complete.
 struct BackendPlan {
-  std::vector<std::string> pieces;  // of its answer, each sent when Nexus has dealt with the one before
-  bool fin = false;                 // closes behind them
-  bool reset = false;               // breaks off behind them
+  std::vector<std::string> pieces;  // of the response; each is sent when Nexus has handled the one before
+  bool fin = false;                 // closes after them
+  bool reset = false;               // resets after them
 };
 
 inline const std::string kGoodBody =
@@ -47,32 +52,37 @@ class Gateway {
   explicit Gateway(const GatewayOptions& options = {});
   ~Gateway();
 
-  Link& connect();
-  void send(Link& client, std::string_view bytes);
-  void turn();    // the worker's next one
-  void settle();  // turns until nothing more happens; the backend answers what is whole
-  void reload_unnoticed(const GatewayOptions& options);  // what the worker goes by has changed, and nobody woke it
-  void pass(Ns span);                                    // lets time pass until the far end's patience is at its end
+  Peer& connect();
+  void send(Peer& client, std::string_view bytes);
+  void turn();      // one turn of each loop that has something to do
+  void settle();    // turns until nothing more happens; the backends answer the requests that are complete
+  void pass(Ns span);  // lets time pass
+  void reload_unnoticed(const GatewayOptions& options);  // the worker gets new settings, but is not woken
 
-  std::vector<rfc9112::Reading> backend_saw() const;  // all that was written to the backend, one reading a connection
+  std::vector<rfc9112::Reading> backend_saw() const;  // what was written to the backends, one reading per connection
   std::size_t backend_links() const;
 
   std::uint64_t counted_attempts() const;  // over all outcomes
-  const nexus::Slab& slab() const;
+  const nexus::Slab& slab() const;         // the worker's
   std::size_t client_sessions() const;
 
-  mutable ScriptNet net;
+  mutable nexus::sim::Script net;
   std::function<BackendPlan(const rfc9112::Message&)> answer;
 
  private:
   struct Nexus;
-  struct Speech;
+  // A backend's progress with the requests of one connection.
+  struct Speech {
+    bool speaking = false;
+    BackendPlan plan;
+    std::size_t next_piece = 0;
+    std::size_t looked_at = 0;  // bytes received when it last looked for a request
+    std::size_t answered = 0;   // requests
+  };
 
-  void run();
   bool backend_step();
-  Speech& speech_of(const Link& link);
 
-  std::vector<Speech> speeches_;
+  std::vector<Speech> speeches_;  // one for each of net.peers
   std::unique_ptr<Nexus> nexus_;
 };
 

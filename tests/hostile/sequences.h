@@ -123,7 +123,7 @@ inline void add_field_rows(RequestRows& rows) {
   row("blanks alone in a value", "X-Name: \t \t \r\n");
   row("somebody else's Via", "Via: 1.1 nexus-12345678, 1.0 other\r\n");
   rows.push_back(
-      {"field: our own Via", "9110 7.6.3", good_post("Via: 1.1 x, 1.1 nexus-00c0ffee\r\n"), "508", false, 0, false});
+      {"field: our own Via", "9110 7.6.3", good_post("Via: 1.1 x, 1.1 nexus-51515151\r\n"), "508", false, 0, false});
 }
 
 inline void add_pipeline_rows(RequestRows& rows) {

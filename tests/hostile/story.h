@@ -28,7 +28,7 @@ inline void check_forwarded(const rfc9112::Message& message, Problems& problems)
   if (message.value("Host") != "10.0.0.1:8001") wrong("Host is " + message.value("Host"));
   if (message.value("Content-Length") != std::to_string(message.body.size())) wrong("Content-Length");
   if (message.value("X-Request-Id").empty() || message.all("X-Request-Id").size() != 1) wrong("X-Request-Id");
-  if (message.all("Via").empty() || message.all("Via").back() != "1.1 nexus-00c0ffee") wrong("Via");
+  if (message.all("Via").empty() || message.all("Via").back() != "1.1 nexus-51515151") wrong("Via");
   if (!message.trailers.empty()) wrong("trailers");
   for (const char* name : {"Transfer-Encoding", "Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer",
                            "Upgrade", "Expect", "Proxy-Authorization", "Accept-Encoding"}) {
@@ -85,7 +85,7 @@ struct Story {
 };
 
 // Reads what became of `sent` on one client connection of a gateway.
-inline Story read_story(const Gateway& gateway, std::string_view sent, const Link& client, bool edits = false) {
+inline Story read_story(const Gateway& gateway, std::string_view sent, const Peer& client, bool edits = false) {
   Story story;
   const auto wrong = [&](const std::string& what) { story.problems.push_back(what); };
   for (const rfc9112::Reading& reading : gateway.backend_saw()) {
@@ -105,7 +105,7 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Lin
   methods.push_back("POST");  // an answer to what is no request
 
   const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
-  const rfc9112::Reading read = rfc9112::read_responses(client.outgoing, methods, client.ended && !client.cut);
+  const rfc9112::Reading read = rfc9112::read_responses(client.received, methods, client.ended && !client.cut);
   if (!read.problem.empty()) wrong("to the client: " + read.problem);
   story.answers = read.messages;
   for (const rfc9112::Message& message : read.messages) {

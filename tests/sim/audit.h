@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-#include "gateway.h"
+#include "tests/lib/gateway.h"
 #include "ledger.h"
 
 namespace nexus::sim {

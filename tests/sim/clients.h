@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "requests.h"
-#include "response_parser.h"
+#include "tests/lib/response_reader.h"
 
 namespace nexus::sim {
 
@@ -125,7 +125,7 @@ class Clients {
     std::deque<std::size_t> ends;     // where each ends in `out`
     bool head_seen = false;
     Ns began_at = 0;  // when Nexus wrote the first byte of the answer being read
-    ResponseParser parser;
+    rfc9112::ResponseReader reader;
   };
 
   void set_timer(std::uint32_t who, Timer what, Ns in) {
@@ -293,14 +293,13 @@ class Clients {
     std::string_view view = wire_.peer_view(link).substr(0, bytes);
     std::size_t taken = 0;
     while (taken < view.size() && ledger_.ok()) {
-      const bool first = client.parser.idle();
-      if (first) begin_answer(who, wire_.at(link).to_peer.read + taken);
-      taken += client.parser.feed(view.substr(taken));
-      if (client.parser.state == ResponseParser::State::broken) {
-        return ledger_.wrong("client %u: not HTTP/1.1 from Nexus: %s", who, client.parser.why);
-      }
-      if (client.parser.head_done() && !client.head_seen) on_head(who);
-      if (client.parser.state == ResponseParser::State::done) finish_answer(who);
+      if (client.reader.idle()) begin_answer(who, wire_.at(link).to_peer.read + taken);
+      taken += client.reader.feed(view.substr(taken));
+      std::string problem = client.reader.problem;
+      if (problem.empty() && client.reader.head_done()) problem = client.reader.check_nexus_style();
+      if (!problem.empty()) return ledger_.wrong("client %u: not HTTP/1.1 from Nexus: %s", who, problem.c_str());
+      if (client.reader.head_done() && !client.head_seen) on_head(who);
+      if (client.reader.done()) finish_answer(who);
     }
     if (!ledger_.ok()) return;
     wire_.peer_take(link, taken);
@@ -319,57 +318,57 @@ class Clients {
 
   void on_head(std::uint32_t who) {
     Client& client = clients_[who];
-    const ResponseParser& parser = client.parser;
+    const rfc9112::Message& answer = client.reader.message;
     client.head_seen = true;
     if (client.waiting.empty()) {
-      const bool turned_away = parser.status == 503 && !client.answered;
-      if (!turned_away) ledger_.wrong("client %u: an answer to nothing, %u", who, parser.status);
+      const bool turned_away = answer.status == 503 && !client.answered;
+      if (!turned_away) ledger_.wrong("client %u: a response without a request, %d", who, answer.status);
       return;
     }
     const std::size_t number = client.waiting.front();
     Request& request = ledger_.requests[number];
-    if (parser.status < 200) {
-      if (parser.status != 100 || !request.expects_continue)
-        ledger_.wrong("client %u: %u unasked for", who, parser.status);
+    if (answer.status < 200) {
+      if (answer.status != 100 || !request.expects_continue) {
+        ledger_.wrong("client %u: an unexpected %d", who, answer.status);
+      }
       return;
     }
-    request.status = parser.status;
+    request.status = static_cast<std::uint16_t>(answer.status);
     request.answered_at = client.began_at;
-    request.backend = parser.field("X-Nexus-Backend");
-    request.fallback_model = parser.field("X-Nexus-Fallback-Model");
-    request.event_stream = parser.field("Content-Type") == "text/event-stream";
-    if (request.http_1_0 && parser.count("Transfer-Encoding") > 0)
-      ledger_.wrong("client %u: chunked for HTTP/1.0", who);
-    if (parser.count("X-Hop") > 0) ledger_.wrong("client %u: a hop-by-hop field came through", who);
+    request.backend = answer.value_or_empty("X-Nexus-Backend");
+    request.fallback_model = answer.value_or_empty("X-Nexus-Fallback-Model");
+    request.event_stream = answer.value("Content-Type") == "text/event-stream";
+    if (request.http_1_0 && answer.has("Transfer-Encoding")) ledger_.wrong("client %u: chunked for HTTP/1.0", who);
+    if (answer.has("X-Hop")) ledger_.wrong("client %u: a hop-by-hop field was forwarded", who);
     check_whose(who, number, request);
   }
 
   void check_whose(std::uint32_t who, std::size_t number, Request& request) {
-    const ResponseParser& parser = clients_[who].parser;
-    const std::string_view mark = parser.field("X-Sim");
+    const rfc9112::Message& answer = clients_[who].reader.message;
+    const std::string mark = answer.value_or_empty("X-Sim");
     const std::string id = Ledger::id_of(number);
     if (!mark.empty()) {
       if (mark.substr(0, mark.find('/')) != id) {
-        return ledger_.wrong("client %u: the answer of %.20s for %s", who, std::string(mark).c_str(), id.c_str());
+        return ledger_.wrong("client %u: the answer to %.20s for %s", who, mark.c_str(), id.c_str());
       }
-      request.attempt = std::atoi(std::string(mark.substr(mark.find('/') + 1)).c_str());
+      request.attempt = std::atoi(mark.c_str() + mark.find('/') + 1);
     }
-    if (parser.field("X-Request-Id") == id) return;
-    // What was refused before its head was read bears no id of the client's.
+    if (answer.value("X-Request-Id") == id) return;
+    // A request that is refused before its head is parsed gets a response without the client's id.
     const bool unread =
-        mark.empty() && (parser.status == 400 || parser.status == 408 || parser.status == 431 || parser.status == 503);
+        mark.empty() && (answer.status == 400 || answer.status == 408 || answer.status == 431 || answer.status == 503);
     if (!unread) ledger_.wrong("client %u: an answer without the id %s", who, id.c_str());
     request.counted = false;
   }
 
   void finish_answer(std::uint32_t who) {
     Client& client = clients_[who];
-    const bool interim = client.parser.status < 200;
-    const bool closing = client.parser.close;
+    const bool interim = client.reader.message.status < 200;
+    const bool closing = !client.reader.message.stays_open;
     if (!interim && !client.waiting.empty()) {
       Request& request = ledger_.requests[client.waiting.front()];
       request.whole = true;
-      request.received.swap(client.parser.body);
+      request.received.swap(client.reader.message.body);
       ledger_.judge_answer(client.waiting.front());
       client.waiting.pop_front();
       if (client.ends.size() > client.waiting.size()) {  // answered before it was sent
@@ -379,7 +378,7 @@ class Clients {
       }
       client.answered = true;
     }
-    client.parser.start();
+    client.reader = rfc9112::ResponseReader();
     if (interim) return release_body(who);
     client.closing = closing;
     if (closing) {
@@ -397,10 +396,7 @@ class Clients {
   // Nexus's FIN, behind all that it sent.
   void on_end(std::uint32_t who) {
     Client& client = clients_[who];
-    if (client.parser.state == ResponseParser::State::until_close) {
-      client.parser.on_fin();
-      finish_answer(who);
-    }
+    if (client.reader.end()) finish_answer(who);
     end_visit(who, false);
   }
 
@@ -408,8 +404,8 @@ class Clients {
     Client& client = clients_[who];
     const LinkId link = client.link;
     client.link = kNoLink;
-    if (!client.waiting.empty() && client.head_seen && client.parser.status >= 200) {
-      ledger_.requests[client.waiting.front()].received.swap(client.parser.body);
+    if (!client.waiting.empty() && client.head_seen && client.reader.message.status >= 200) {
+      ledger_.requests[client.waiting.front()].received.swap(client.reader.message.body);
       ledger_.judge_answer(client.waiting.front());
     }
     client.waiting.clear();

@@ -1,5 +1,6 @@
-// The functions that faults.h replaces. The linker sends malloc() of every object here (-Wl,--wrap=malloc).
-#include "faults.h"
+// The simulator's replacements of malloc and operator new. The linker redirects malloc() of every object to here
+// (-Wl,--wrap=malloc).
+#include "tests/lib/faults.h"
 
 #include <bit>
 #include <cstddef>
@@ -11,11 +12,6 @@
 extern "C" void* __real_malloc(std::size_t bytes);
 
 namespace nexus::sim {
-
-Faults& faults() {
-  static Faults state;
-  return state;
-}
 
 bool allocation_fails() {
   Faults& state = faults();
@@ -47,7 +43,7 @@ void give_back(void* at) {
 }  // namespace
 }  // namespace nexus::sim
 
-// A block of buffer.h is known by its size.
+// Only blocks of buffer.h may fail here; they are recognised by their size.
 extern "C" void* __wrap_malloc(std::size_t bytes) {
   const bool block = bytes > nexus::kSmallestBlock && std::has_single_bit(bytes - nexus::kPaddingBytes);
   return block && nexus::sim::allocation_fails() ? nullptr : __real_malloc(bytes);

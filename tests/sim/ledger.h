@@ -13,7 +13,7 @@
 #include <string_view>
 #include <vector>
 
-#include "wire.h"
+#include "tests/lib/wire.h"
 
 namespace nexus::sim {
 

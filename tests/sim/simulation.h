@@ -12,9 +12,9 @@
 
 #include "audit.h"
 #include "clients.h"
-#include "faults.h"
+#include "tests/lib/faults.h"
 #include "fleet.h"
-#include "gateway.h"
+#include "tests/lib/gateway.h"
 #include "swarm.h"
 
 namespace nexus::sim {
@@ -71,10 +71,10 @@ class Simulation {
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
         settings_(scale == Scale::whole ? settings_maker_.first(swarm_.gentle) : settings_maker_.small()),
-        gateway_(wire_, settings_, swarm_.workers, seed, canary, rings),
+        gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
         audit_(ledger_, gateway_, wire_),
         rings_(rings),
-        loops_(gateway_.loops()) {
+        not_before_(gateway_.loops()) {
     wire_.on_ready = [this](std::uint32_t loop, LinkId link) { gateway_.net(loop).make_ready(link); };
     wire_.on_broken = [this](LinkId link) {
       if (wire_.at(link).to_backend) return;
@@ -120,11 +120,6 @@ class Simulation {
   static constexpr std::uint32_t kMostTurnsAtOnce = 20'000;
 
   enum Step : std::uint32_t { kReload, kDrain, kStop };
-
-  struct Loop {
-    Ns not_before = 0;
-    bool settled = false;  // its last turn found nothing to do: it sleeps until wait_until
-  };
 
   Swarm make_swarm(Scale scale) {
     switch (scale) {
@@ -263,28 +258,25 @@ class Simulation {
     if (turn_one()) return;
     if (wire_.next_at() <= wire_.now()) return handle(wire_.step());
     Ns next = std::min(wire_.next_at(), until);
-    for (std::uint32_t loop = 0; loop < loops_.size(); ++loop) next = std::min(next, due_at(loop));
+    for (std::uint32_t loop = 0; loop < gateway_.loops(); ++loop) next = std::min(next, due_at(loop));
     assert(next >= wire_.now());
     wire_.advance(next);
   }
 
   // When a loop has something to do next.
   Ns due_at(std::uint32_t loop) {
-    if (gateway_.ended(loop)) return kNever;
-    const Loop& state = loops_[loop];
-    const bool busy = gateway_.net(loop).waiting() || !state.settled;
-    const Ns due = busy ? wire_.now() : gateway_.net(loop).wait_until();
-    return due == kNever ? kNever : std::max({due, state.not_before, wire_.now()});
+    const Ns due = gateway_.due_at(loop);
+    return due == kNever ? kNever : std::max({due, not_before_[loop], wire_.now()});
   }
   bool any_can_turn() {
-    for (std::uint32_t loop = 0; loop < loops_.size(); ++loop) {
+    for (std::uint32_t loop = 0; loop < gateway_.loops(); ++loop) {
       if (due_at(loop) <= wire_.now()) return true;
     }
     return false;
   }
 
   bool turn_one() {
-    const std::uint32_t count = static_cast<std::uint32_t>(loops_.size());
+    const std::uint32_t count = gateway_.loops();
     const std::uint32_t first = dice_.number(0, count - 1);
     for (std::uint32_t i = 0; i < count; ++i) {
       const std::uint32_t loop = (first + i) % count;
@@ -296,7 +288,6 @@ class Simulation {
   }
 
   void turn(std::uint32_t loop) {
-    Loop& state = loops_[loop];
     SimNet& net = gateway_.net(loop);
     if (!calm_ && wire_.links() > 0 && dice_.chance(wire_.weather.spurious_event)) {
       net.spurious(static_cast<LinkId>(dice_.index(wire_.all_links())));
@@ -313,13 +304,12 @@ class Simulation {
     faults().dice = nullptr;
     check_broken();
     // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
-    state.settled = net.slept();
-    if (state.settled) return;
+    if (net.slept()) return;
     if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
     audit_.check_step();
     check_servers();
-    state.not_before = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
-    if (dice_.chance(swarm_.late_turn)) state.not_before += dice_.span(0, swarm_.late_by_ns);
+    not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
+    if (dice_.chance(swarm_.late_turn)) not_before_[loop] += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
   }
 
@@ -384,7 +374,7 @@ class Simulation {
   Gateway gateway_;
   Audit audit_;
   LogRings& rings_;
-  std::vector<Loop> loops_;
+  std::vector<Ns> not_before_;  // per loop: no turn before that
   std::uint64_t turns_ = 0;
   Ns turns_at_ = 0;
   std::uint32_t turns_there_ = 0;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "nexus/config/settings.h"
-#include "wire.h"
+#include "tests/lib/wire.h"
 
 namespace nexus::sim {
 

@@ -1,10 +1,11 @@
 // sim_net.h
-// Owns:     the socket calls of one loop of Nexus, on the simulated network: what EpollNet (nexus/net.h) is to Linux.
-// Promises: edges as epoll(7) gives them: an event is queued when something new comes, and tells what is the case when
-//           it is fetched; a short read or write, or EAGAIN, is always followed by an edge; a closed descriptor that is
-//           used stops the run.
-// Leaves:   the bytes' way to wire.h; when a loop takes its turn to simulation.h.
+// Owns:     the socket calls of one of Nexus's loops on the simulated network: the tests' only implementation of the
+//           interface of nexus/net/epoll.h besides EpollNet itself.
+// Promises: edges as in epoll(7): an event is queued when something new happens and reports the state at the time it is
+//           fetched; after a short read or write, or EAGAIN, another edge follows; using a closed descriptor aborts.
+// Leaves:   the bytes in transit to wire.h; when a loop takes its turn to sim/simulation.h and script.h.
 // Threads:  one.
+// Tested by: tests/sim/main.cpp
 #pragma once
 
 #include <sys/uio.h>
@@ -14,20 +15,20 @@
 #include <string>
 #include <vector>
 
-#include "faults.h"
-#include "wire.h"
+#include "tests/lib/faults.h"
+#include "tests/lib/wire.h"
 
 namespace nexus::sim {
 
-// What is broken on purpose, to see that the checks notice.
+// A defect that a run has on purpose, to prove that the checks notice it.
 enum class Canary : std::uint8_t {
   none,
-  flip_a_byte,  // of what goes to a client
+  flip_a_byte,  // sent to a client
   drop_a_byte,
   repeat_a_write,     // to a client
-  fin_for_reset,      // a broken body that ends with the connection looks whole
+  fin_for_reset,      // makes a truncated body that ends with the connection look complete
   keep_a_descriptor,  // a close() that does nothing
-  resend_to_backend,  // a request goes out a second time
+  resend_to_backend,  // a request is sent twice
   forget_an_edge,
   count,
 };
@@ -58,13 +59,13 @@ class SimNet {
   static constexpr std::size_t kMaxEvents = 256;
   static constexpr int kListenerFd = 0;
 
-  SimNet(Wire& wire, std::uint32_t loop, Canary canary) : wire_(wire), loop_(loop), canary_(canary) {}
+  SimNet(Wire& wire, std::uint32_t loop, Canary canary = Canary::none) : wire_(wire), loop_(loop), canary_(canary) {}
   SimNet(const SimNet&) = delete;
   SimNet& operator=(const SimNet&) = delete;
 
   Ns now() const { return wire_.now(); }
 
-  // Never blocks: the scheduler has looked at waiting() and the deadline before.
+  // Never blocks: the scheduler checks waiting() and the deadline first.
   std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
     const Runs simulation(false);
     wait_until_ = deadline;
@@ -98,7 +99,7 @@ class SimNet {
     return true;
   }
 
-  // Of the listener alone, as Nexus uses it.
+  // Only for the listener: Nexus calls it for nothing else.
   void unwatch(Socket socket) {
     const Runs simulation(false);
     assert(socket.fd == kListenerFd);
@@ -165,7 +166,7 @@ class SimNet {
     const std::size_t there = link.to_nexus.unread();
     if (there == 0) return read_nothing(link);
     const Weather& weather = wire_.weather;
-    // Behind a FIN or a reset nothing is still on its way that could come later.
+    // Behind a FIN or a reset nothing is in transit any more, so EAGAIN would never be followed by an edge.
     const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
     if (!plain && wire_.dice().chance(weather.eagain_read)) {
       wire_.edge_later(id);
@@ -175,7 +176,7 @@ class SimNet {
     if (!plain && count > 1 && wire_.dice().chance(weather.short_read)) {
       count = wire_.dice().skewed(1, static_cast<std::uint32_t>(count - 1));
     }
-    // Less than was asked for is all there is (epoll(7)): what was kept back comes as something new.
+    // A short read tells Nexus that the socket is empty (epoll(7)): announce the bytes that were kept back as new.
     if (count < bytes && count < there) wire_.edge_later(id);
     link.to_nexus.view().copy(into, count);
     link.to_nexus.take(count);
@@ -232,7 +233,7 @@ class SimNet {
       ready_.push_back(id);
     }
   }
-  // An event that tells nothing new.
+  // Queues an event without news.
   void spurious(LinkId id) {
     Link& link = wire_.at(id);
     if (link.live && link.nexus_open && link.loop == static_cast<std::int32_t>(loop_)) queue(id, link);
@@ -242,7 +243,7 @@ class SimNet {
   bool slept() const { return slept_; }  // the last wait() found nothing to do
 
  private:
-  // A descriptor tells its link and which of the link's lives it was made for.
+  // A descriptor holds the number of its link and the link's generation.
   static constexpr int kLinkBits = 16;
   static constexpr std::uint32_t kLifeMask = 0x3fff;
   Socket socket_of(LinkId id) const {
@@ -253,7 +254,7 @@ class SimNet {
   Link& link_of(Socket socket) {
     assert(socket.fd > 0);
     Link& link = wire_.at(id_of(socket));
-    assert(link.live && link.nexus_open);  // EBADF, or another's descriptor
+    assert(link.live && link.nexus_open);  // else EBADF, or the descriptor of another connection
     assert((link.generation & kLifeMask) == static_cast<std::uint32_t>(socket.fd >> kLinkBits));
     return link;
   }
@@ -264,7 +265,7 @@ class SimNet {
     if (error == EMFILE) return SocketOutcome::no_descriptor;
     return error == ENOMEM ? SocketOutcome::no_memory : SocketOutcome::failed;
   }
-  // The call fails and the connection is good for nothing more, though its peer does not know.
+  // Fails the call. The connection is unusable from now on, but its peer does not know.
   IoResult break_link(LinkId id, int error) {
     if (wire_.on_broken) wire_.on_broken(id);
     return {IoResult::Kind::failed, 0, error};
@@ -293,7 +294,7 @@ class SimNet {
       out[0] = Event{token, true, false, false};
       return 1;
     }
-    wire_.wake_listener();  // it was for another
+    wire_.wake_listener();  // another loop has to handle it
     return 0;
   }
 
@@ -323,7 +324,7 @@ class SimNet {
     return true;
   }
 
-  // Linux tells a reset once; after that the connection is at its end.
+  // Linux reports a reset once; after that reads return the end of file.
   static IoResult read_nothing(Link& link) {
     if (link.error != 0) return {IoResult::Kind::failed, 0, std::exchange(link.error, 0)};
     if (link.to_nexus.fin_arrived || link.reset_seen || link.refused) return {IoResult::Kind::eof, 0, 0};
@@ -369,7 +370,7 @@ class SimNet {
   bool slept_ = false;
   bool listener_ready_ = false;
   Ns wait_until_ = 0;
-  std::string text_;  // what is being sent
+  std::string text_;  // bytes being sent
 };
 
 }  // namespace nexus::sim

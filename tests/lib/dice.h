@@ -1,8 +1,9 @@
 // dice.h
-// Owns:     chance: one seed's stream of random numbers (splitmix64), and the draws that are made of it.
+// Owns:     randomness: the stream of random numbers of one seed (splitmix64), and what is drawn from it.
 // Promises: the same seed gives the same draws on every machine.
-// Leaves:   what is drawn for to its callers.
+// Leaves:   what the draws mean to the callers.
 // Threads:  one.
+// Tested by: tests/sim/main.cpp
 #pragma once
 
 #include <bit>
@@ -16,7 +17,7 @@
 
 namespace nexus::sim {
 
-// A number for a text: texts that differ have others.
+// A hash of a text.
 constexpr std::uint64_t digest(std::string_view text) {
   std::uint64_t sum = text.size();
   for (; text.size() >= 8; text.remove_prefix(8)) {
@@ -29,7 +30,7 @@ constexpr std::uint64_t digest(std::string_view text) {
   return sum;
 }
 
-// How often something happens, in parts of 65536: one shift and one comparison to ask.
+// How often something happens, in parts of 65536, so that a draw costs one shift and one comparison.
 struct Rate {
   std::uint32_t parts = 0;
   bool never() const { return parts == 0; }
@@ -51,7 +52,7 @@ class Dice {
     return low + static_cast<std::uint32_t>(below(std::uint64_t{high} - low + 1));
   }
   Ns span(Ns low, Ns high) { return low + static_cast<Ns>(below(static_cast<std::uint64_t>(high - low) + 1)); }
-  // Small numbers are as likely as large ones: a magnitude first, then a number of it.
+  // Draws a magnitude first, then a number of that magnitude: small numbers are as likely as large ones.
   std::uint32_t skewed(std::uint32_t low, std::uint32_t high) {
     const auto bits = static_cast<unsigned>(std::bit_width(high - low));
     const std::uint32_t most = bits == 0 ? 0 : number(0, bits) == bits ? high - low : (1u << number(0, bits - 1));
@@ -64,7 +65,7 @@ class Dice {
   std::uint64_t state_;
 };
 
-// Text without quotes and controls, long enough that two pieces of it are never alike.
+// Text without quotes and control characters, long enough that no two pieces of it are alike.
 inline std::string_view pattern() {
   static const std::string text = [] {
     constexpr std::size_t kBytes = 512u << 10;
@@ -77,7 +78,7 @@ inline std::string_view pattern() {
   return text;
 }
 
-// A piece of it that belongs to `number`.
+// The piece of the pattern that belongs to `number`.
 inline std::string_view pattern_of(std::uint64_t number, std::size_t bytes) {
   const std::size_t half = pattern().size() / 2;
   return pattern().substr(mix(number) % half, bytes < half ? bytes : half);

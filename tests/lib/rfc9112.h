@@ -1,9 +1,10 @@
 // rfc9112.h
-// Owns:     a second HTTP/1.1 parser for tests, written from RFC 9112 alone: slow, plain, for whole texts only.
-// Promises: it shares no code with nexus/; everything that the RFC calls invalid is a `problem`, and also what it lets
-//           a reader tolerate (bare LF, folds, repeated equal lengths), because a proxy must never send it.
-// Leaves:   the grammar within targets, hosts and other values; limits.
+// Owns:     the tests' only C++ reader of HTTP/1.1 requests and responses, written from RFC 9112 alone: slow and plain.
+// Promises: it shares no code with nexus/. It refuses what the RFC calls invalid, and also what the RFC lets a reader
+//           tolerate (bare LF, folded lines, equal lengths), because a proxy must never send it.
+// Leaves:   the inner grammar of targets, hosts and other values; limits.
 // Threads:  any.
+// Tested by: tests/hostile_readers_test.cpp
 #pragma once
 
 #include <cstddef>
@@ -26,36 +27,37 @@ struct Message {
   int status = 0;              // of a response
   std::string reason;
   int minor = 1;  // of HTTP/1.x
-  Fields fields;  // values without surrounding blanks
+  Fields fields;  // values without the blanks around them
   Framing framing = Framing::none;
-  bool coding_unknown = false;  // a list of codings that ends in chunked: the framing is known, the content is not
-  std::uint64_t length = 0;     // if framing is length
+  bool coding_unknown = false;  // the codings end in chunked, but there are others before it
+  std::uint64_t length = 0;     // where framing is length
   std::string body;             // the content, without the chunked coding
   Fields trailers;
   std::size_t head_bytes = 0;
   bool stays_open = true;  // 9.3
 
-  // All values of a field, in order.
+  // The values of that field, in order.
   std::vector<std::string> all(std::string_view name) const;
   bool has(std::string_view name) const { return !all(name).empty(); }
   std::string value(std::string_view name) const {
     const auto values = all(name);
     return values.size() == 1 ? values[0] : values.empty() ? "<absent>" : "<several>";
   }
+  std::string value_or_empty(std::string_view name) const { return has(name) ? value(name) : ""; }
 };
 
 struct Reading {
-  std::vector<Message> messages;  // complete ones
-  std::string problem;            // what is wrong at `rest`; empty: nothing
-  std::string rest;               // everything after the last complete message
-  bool within_body = false;       // the rest begins with a complete head, but its body is incomplete or malformed
-  bool unframed = false;          // the rest begins with a complete head that does not tell the body's length
-  Message open;                   // in both cases: that head, and as much of the body as there is
+  std::vector<Message> messages;  // the complete ones
+  std::string problem;            // why the text is not HTTP from `rest` on; empty if it is
+  std::string rest;               // the bytes behind the last complete message
+  bool within_body = false;       // `rest` begins with a complete head; its body is incomplete or malformed
+  bool unframed = false;          // `rest` begins with a complete head that does not tell its body's length
+  Message open;                   // in both cases: that head, and the part of its body that is there
 
   bool whole() const { return problem.empty() && rest.empty(); }
 };
 
-// ---- 5.6 of RFC 9110: tokens, blanks, lists
+// ---- 5.6 of RFC 9110: tokens, blanks, lists ----
 
 inline bool is_tchar(char c) {
   if ((c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z')) return true;
@@ -92,7 +94,7 @@ inline bool is_field_value(std::string_view text) {
   return true;
 }
 
-// RFC 9110 5.6.1.2: empty elements are skipped.
+// RFC 9110 5.6.1.2: empty elements are passed over.
 inline std::vector<std::string> list_of(const std::vector<std::string>& values) {
   std::vector<std::string> out;
   for (const std::string& value : values) {
@@ -109,17 +111,18 @@ inline std::vector<std::string> list_of(const std::vector<std::string>& values) 
 
 inline std::vector<std::string> Message::all(std::string_view name) const {
   std::vector<std::string> values;
+  const std::string wanted = lower(name);
   for (const auto& [field, value] : fields) {
-    if (lower(field) == lower(name)) values.push_back(value);
+    if (field.size() == wanted.size() && lower(field) == wanted) values.push_back(value);
   }
   return values;
 }
 
-// ---- 2.2, 5: lines and fields
+// ---- 2.2, 5: lines and fields ----
 
 enum class Got : std::uint8_t { it, not_yet, never };
 
-// Removes a line from `text`: everything before the first CRLF, without any other CR or LF.
+// Takes one line and its CRLF off `text`. A CR or LF that is not part of a CRLF is never a line's end.
 inline Got take_line(std::string_view& text, std::string& line) {
   const std::size_t end = text.find_first_of("\r\n");
   if (end == std::string_view::npos) return Got::not_yet;
@@ -131,7 +134,8 @@ inline Got take_line(std::string_view& text, std::string& line) {
   return Got::it;
 }
 
-// Removes field lines up to and including the empty line. Sets `why` if they can never become valid.
+// Takes field lines up to and including the empty line. Sets `why` if the result is `never`.
+// Can be called again with more text after `not_yet`, as long as the caller keeps what was not taken.
 inline Got take_fields(std::string_view& text, Fields& fields, std::string& why) {
   for (;;) {
     std::string line;
@@ -152,7 +156,7 @@ inline Got take_fields(std::string_view& text, Fields& fields, std::string& why)
   }
 }
 
-// ---- 3, 4: start lines
+// ---- 3, 4: start lines ----
 
 inline std::optional<int> minor_version(std::string_view text) {
   if (text == "HTTP/1.1") return 1;
@@ -176,7 +180,7 @@ inline bool read_request_line(Message& message) {
   return true;
 }
 
-// The blank after the code is required of the sender, but many omit it before an empty reason.
+// A sender must write the blank behind the code, but many leave it out before an empty reason.
 inline bool read_status_line(Message& message) {
   const std::string& line = message.start_line;
   const auto minor = minor_version(std::string_view(line).substr(0, 8));
@@ -190,7 +194,7 @@ inline bool read_status_line(Message& message) {
   return message.status >= 100 && message.status <= 599 && is_field_value(message.reason);
 }
 
-// ---- 6, 7: the body
+// ---- 6, 7: the body ----
 
 // 6.3, for a message that may have a body. Returns why its length is unknown, or nothing.
 inline std::string read_framing(Message& message, bool is_request) {
@@ -227,7 +231,7 @@ inline std::string read_framing(Message& message, bool is_request) {
   return "";
 }
 
-// 7.1.1, after the size: *( BWS ";" BWS name [ BWS "=" BWS value ] ).
+// 7.1.1, from behind the size: *( BWS ";" BWS name [ BWS "=" BWS value ] ).
 inline bool is_chunk_extension(std::string_view text) {
   std::size_t at = 0;
   const auto blanks = [&] {
@@ -264,35 +268,88 @@ inline bool is_chunk_extension(std::string_view text) {
   return true;
 }
 
-// Removes a chunked body from `text`; the content received so far goes to `body`.
-inline Got take_chunked(std::string_view& text, std::string& body, Fields& trailers, std::string& why) {
-  for (;;) {
+// Takes a body off texts that come one after another. After `not_yet` the caller keeps what was not taken.
+class BodyReader {
+ public:
+  // `closed`: the connection ended behind `text`.
+  Got take(std::string_view& text, Message& message, bool closed, std::string& why) {
+    switch (message.framing) {
+      case Message::Framing::none: return Got::it;
+      case Message::Framing::chunked: return take_chunked(text, message.body, message.trailers, why);
+      case Message::Framing::length:
+        take_content(text, message.body, message.length - message.body.size());
+        return message.body.size() == message.length ? Got::it : Got::not_yet;
+      case Message::Framing::until_close:
+        message.stays_open = false;
+        take_content(text, message.body, text.size());
+        return closed ? Got::it : Got::not_yet;
+    }
+    return Got::never;
+  }
+
+  Got take_chunked(std::string_view& text, std::string& body, Fields& trailers, std::string& why) {
+    for (;;) {
+      Got got = Got::it;
+      switch (next_) {
+        case Next::size: got = take_size(text, why); break;
+        case Next::content:
+          left_ -= take_content(text, body, left_);
+          if (left_ > 0) return Got::not_yet;
+          next_ = Next::end;
+          break;
+        case Next::end: got = take_end(text, why); break;
+        case Next::trailers: return take_fields(text, trailers, why);
+      }
+      if (got != Got::it) return got;
+    }
+  }
+
+  // True if every chunk size so far was 1 to 8 lower-case hex digits without an extension, as Nexus writes them.
+  bool plain_sizes() const { return plain_sizes_; }
+
+ private:
+  enum class Next : std::uint8_t { size, content, end, trailers };
+
+  static std::size_t take_content(std::string_view& text, std::string& body, std::uint64_t most) {
+    const std::size_t there = std::min<std::uint64_t>(most, text.size());
+    body += text.substr(0, there);
+    text.remove_prefix(there);
+    return there;
+  }
+
+  Got take_size(std::string_view& text, std::string& why) {
     std::string line;
     const Got got = take_line(text, line);
     if (got == Got::never) why = "a chunk-size line's end is not CRLF";
     if (got != Got::it) return got;
-    std::uint64_t size = 0;
     std::size_t digits = 0;
     for (; digits < line.size(); ++digits) {
       const std::size_t value = std::string("0123456789abcdef").find(lower(line)[digits]);
       if (value == std::string::npos) break;
-      if (size >> 60 != 0) return why = "a chunk size is too large", Got::never;
-      size = size * 16 + value;
+      if (left_ >> 60 != 0) return why = "a chunk size is too large", Got::never;
+      left_ = left_ * 16 + value;
     }
     if (digits == 0 || !is_chunk_extension(std::string_view(line).substr(digits))) {
       return why = "not a chunk size: " + line, Got::never;
     }
-    if (size == 0) return take_fields(text, trailers, why);
-    const std::size_t there = std::min<std::uint64_t>(size, text.size());
-    body += text.substr(0, there);
-    text.remove_prefix(there);
-    if (there < size) return Got::not_yet;
+    plain_sizes_ = plain_sizes_ && digits == line.size() && digits <= 8 && lower(line) == line;
+    next_ = left_ == 0 ? Next::trailers : Next::content;
+    return Got::it;
+  }
+
+  Got take_end(std::string_view& text, std::string& why) {
     const std::string_view end = text.substr(0, 2);
     if (end != std::string_view("\r\n").substr(0, end.size())) return why = "no CRLF behind a chunk", Got::never;
     if (end.size() < 2) return Got::not_yet;
     text.remove_prefix(2);
+    next_ = Next::size;
+    return Got::it;
   }
-}
+
+  Next next_ = Next::size;
+  std::uint64_t left_ = 0;  // of this chunk's content
+  bool plain_sizes_ = true;
+};
 
 // 9.3.
 inline bool says_stays_open(const Message& message) {
@@ -304,28 +361,9 @@ inline bool says_stays_open(const Message& message) {
   return !close && (message.minor == 1 || keep);
 }
 
-// ---- whole messages
+// ---- whole messages ----
 
-inline Got take_body(std::string_view& text, Message& message, bool closed, std::string& why) {
-  switch (message.framing) {
-    case Message::Framing::none: return Got::it;
-    case Message::Framing::chunked: return take_chunked(text, message.body, message.trailers, why);
-    case Message::Framing::length: {
-      const std::size_t there = std::min<std::uint64_t>(message.length, text.size());
-      message.body = text.substr(0, there);
-      text.remove_prefix(there);
-      return there == message.length ? Got::it : Got::not_yet;
-    }
-    case Message::Framing::until_close:
-      message.stays_open = false;
-      message.body = text;
-      text = {};
-      return closed ? Got::it : Got::not_yet;
-  }
-  return Got::never;
-}
-
-// Removes a start line and fields.
+// Takes a start line and fields.
 inline Got take_head(std::string_view& text, Message& message, bool is_request, std::string& why) {
   const std::size_t bytes = text.size();
   const Got line = take_line(text, message.start_line);
@@ -341,15 +379,14 @@ inline Got take_head(std::string_view& text, Message& message, bool is_request, 
   return Got::it;
 }
 
-// 3.2: the Host that a request must have.
+// 3.2. Returns what is wrong with a request's Host, or nothing.
 inline std::string check_host(const Message& message) {
   const std::size_t hosts = message.all("Host").size();
   if (hosts > 1) return "several Host fields";
   return hosts == 0 && message.minor == 1 ? "no Host field" : "";
 }
 
-// Reads consecutive requests. 2.2 lets a server skip an empty line before one; `empty_lines` says whether this one
-// does.
+// Reads consecutive requests. 2.2 lets a server skip an empty line before a request; with `empty_lines` this one does.
 inline Reading read_requests(std::string_view text, bool empty_lines = false) {
   Reading reading;
   for (;;) {
@@ -360,22 +397,22 @@ inline Reading read_requests(std::string_view text, bool empty_lines = false) {
     if (take_head(text, message, true, reading.problem) != Got::it) return reading;
     reading.problem = check_host(message);
     if (reading.problem.empty()) reading.problem = read_framing(message, true);
-    if (!reading.problem.empty()) {
-      reading.unframed = true;
-      reading.open = message;
-      return reading;
+    reading.unframed = !reading.problem.empty();
+    if (!reading.unframed) {
+      reading.within_body = BodyReader().take(text, message, false, reading.problem) != Got::it;
     }
-    if (take_body(text, message, false, reading.problem) != Got::it) {
-      reading.within_body = true;
-      reading.open = message;
-      return reading;
-    }
+    if (reading.unframed || reading.within_body) return reading.open = message, reading;
     reading.messages.push_back(message);
   }
 }
 
-// Reads the responses to requests of these methods, interim ones too, from a connection that was closed after the text
-// or is still open.
+// 6.3, for the response to a request of that method. Returns why its length is unknown, or nothing.
+inline std::string read_response_framing(Message& message, std::string_view method) {
+  const bool no_body = message.status < 200 || message.status == 204 || message.status == 304 || method == "HEAD";
+  return no_body ? "" : read_framing(message, false);
+}
+
+// Reads the responses, interim ones too, to requests of these methods. `closed`: the connection ended behind `text`.
 inline Reading read_responses(std::string_view text, const std::vector<std::string>& methods, bool closed) {
   Reading reading;
   std::size_t answered = 0;
@@ -385,17 +422,11 @@ inline Reading read_responses(std::string_view text, const std::vector<std::stri
     Message message;
     if (answered == methods.size()) return reading.problem = "a response to no request", reading;
     if (take_head(text, message, false, reading.problem) != Got::it) return reading;
-    const bool interim = message.status < 200;
-    if (!interim && message.status != 204 && message.status != 304 && methods[answered] != "HEAD") {
-      reading.problem = read_framing(message, false);
-      if (!reading.problem.empty()) return reading;
-    }
-    if (take_body(text, message, closed, reading.problem) != Got::it) {
-      reading.within_body = true;
-      reading.open = message;
-      return reading;
-    }
-    if (!interim) ++answered;
+    reading.problem = read_response_framing(message, methods[answered]);
+    if (!reading.problem.empty()) return reading;
+    reading.within_body = BodyReader().take(text, message, closed, reading.problem) != Got::it;
+    if (reading.within_body) return reading.open = message, reading;
+    if (message.status >= 200) ++answered;
     reading.messages.push_back(message);
   }
 }

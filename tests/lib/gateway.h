@@ -1,8 +1,10 @@
 // gateway.h
-// Owns:     the Nexus under test: control, workers and what they share, put together as daemon.h does, on SimNets.
-// Promises: nothing of Nexus is replaced but its sockets and its clock; its threads are the loops that are given turns.
-// Leaves:   when each takes its turn to simulation.h.
+// Owns:     the Nexus under test: control, workers and what they share, assembled as in nexus/daemon.h, on SimNets.
+// Promises: only the sockets, the clock and the process's own statistics are replaced; a loop runs only while turn() is
+//           called for it.
+// Leaves:   when each loop takes its turn to sim/simulation.h and hostile/gateway.cpp.
 // Threads:  one.
+// Tested by: tests/sim/main.cpp, tests/hostile_requests_test.cpp
 #pragma once
 
 #include <array>
@@ -12,7 +14,7 @@
 
 #include "nexus/server/control.h"
 #include "nexus/server/worker.h"
-#include "sim_net.h"
+#include "tests/lib/sim_net.h"
 
 namespace nexus::sim {
 
@@ -21,16 +23,18 @@ using SimControl = Control<SimNet>;
 
 constexpr std::uint32_t kMostWorkers = 3;
 
-// Rings for the log lines, which are taken out after each turn; kept from run to run, for they are large.
+// The workers' log lines. Large, so they are kept from run to run.
 using LogRings = std::array<LogRing, kMostWorkers>;
+
+constexpr const char* kInstance = "nexus-51515151";  // in the Via field
 
 class Gateway {
  public:
   Gateway(Wire& wire, std::shared_ptr<const Settings> settings, std::uint32_t workers, std::uint64_t seed,
-          Canary canary, LogRings& rings)
+          LogRings* rings = nullptr, Canary canary = Canary::none)
       : budget_(settings->server.body_memory_bytes),
         admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
-        shared_{metrics_, breaker_, admission_, budget_, in_flight_, "nexus-51515151"} {
+        shared_{metrics_, breaker_, admission_, budget_, in_flight_, kInstance} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             hooks(wire), wire.now());
@@ -40,7 +44,7 @@ class Gateway {
       return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
-      Log log(&rings[i], log_config(settings->log, false));
+      Log log = rings == nullptr ? Log() : Log(&(*rings)[i], log_config(settings->log, false));
       workers_.push_back(std::make_unique<SimWorker>(nets_[i], shared_, metrics_.add_slab(), std::move(log), i,
                                                      seed + i, snapshot, peers_, wire.now()));
       peers_.workers.push_back(workers_.back().get());
@@ -54,6 +58,11 @@ class Gateway {
   std::uint32_t workers() const { return loops() - 1; }
   SimNet& net(std::uint32_t loop) { return nets_[loop]; }
   bool ended(std::uint32_t loop) const { return loop < workers() && workers_[loop]->stopped(); }
+  // When this loop has something to do: in the past if it has now, kNever if it never will unless something happens.
+  Ns due_at(std::uint32_t loop) const {
+    const SimNet& net = nets_[loop];
+    return ended(loop) ? kNever : net.waiting() || !net.slept() ? 0 : net.wait_until();
+  }
   void turn(std::uint32_t loop) {
     if (loop < workers()) {
       workers_[loop]->turn();
@@ -63,6 +72,11 @@ class Gateway {
   }
 
   void reload(std::shared_ptr<const Settings> settings) { control_->post(SimControl::Reload{std::move(settings)}); }
+  // As reload(), but the worker is not woken: the snapshot lies in its mailbox.
+  void reload_unnoticed(std::uint32_t worker, std::shared_ptr<const Settings> settings) {
+    auto snapshot = std::make_unique<LocalSnapshot>(LocalSnapshot{control_->begin(std::move(settings)), 0});
+    workers_[worker]->put(SimWorker::NewSnapshot{std::move(snapshot)});
+  }
   void drain() {
     for (auto& worker : workers_) worker->post(SimWorker::Drain{});
   }
@@ -81,7 +95,7 @@ class Gateway {
     }
     return true;
   }
-  // As the daemon's end does: each loop closes what it has left.
+  // As at the daemon's end: each loop closes its remaining connections.
   void end_workers() {
     workers_.clear();
     peers_.workers.clear();
@@ -93,7 +107,7 @@ class Gateway {
   const Metrics& metrics() const { return metrics_; }
   const Admission& admission() const { return admission_; }
   const BodyBudget& budget() const { return budget_; }
-  // Client connections as their placing counts them: over all workers, and the sum of what each holds or was handed.
+  // Client connections as the placement counts them. Its total and the sum over its workers must agree.
   std::int64_t placed() const {
     std::int64_t held = 0;
     for (const WorkerLoad& load : peers_.placement.loads) held += load.connections.load(std::memory_order_relaxed);
@@ -102,7 +116,7 @@ class Gateway {
   }
 
  private:
-  // What a page says of the process and of the date is the same in every run, as all else is.
+  // The process's statistics and the date must be the same in every run.
   static SimControl::Hooks hooks(const Wire& wire) {
     SimControl::Hooks hooks;
     hooks.pages.process_stats = [] { return ProcessStats{}; };

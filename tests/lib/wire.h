@@ -1,9 +1,10 @@
 // wire.h
-// Owns:     the simulated network: the clock, what is to happen when, and each connection with the bytes on their way.
-// Promises: TCP as Linux shows it: bytes in order, a FIN behind them, a reset that is told once and then reads as an
-//           end of file, a reset in answer to bytes for a closed socket; what is due is handed out in order of time.
-// Leaves:   the socket calls of Nexus to sim_net.h; what the peers say to clients.h and fleet.h.
+// Owns:     the simulated network: its clock, the queue of events to come, and every connection with its bytes in transit.
+// Promises: TCP as Linux shows it: bytes arrive in order with a FIN behind them; a reset is reported once and then reads
+//           as an end of file; bytes for a closed socket are answered with a reset. Events happen in order of time.
+// Leaves:   Nexus's socket calls to sim_net.h; what the peers do to sim/clients.h, sim/fleet.h and script.h.
 // Threads:  one.
+// Tested by: tests/sim/main.cpp
 #pragma once
 
 #include <algorithm>
@@ -18,114 +19,9 @@
 #include <string_view>
 #include <vector>
 
-#include "dice.h"
-#include "nexus/net/epoll.h"
+#include "tests/lib/link.h"
 
 namespace nexus::sim {
-
-using LinkId = std::uint32_t;
-constexpr LinkId kNoLink = UINT32_MAX;
-
-// How the network is just now. All zero: calm.
-struct Weather {
-  Rate eagain_read, eagain_write;  // though there were bytes, or room
-  Rate short_read, short_write;
-  Rate accept_fails, connect_fails, watch_fails;
-  Rate spurious_event;
-  Rate reset_overtakes;  // a reset throws away what is on its way
-  Ns edge_delay_ns = kMillisecond;
-};
-
-// How one connection is.
-struct Shape {
-  Ns latency_ns = 50 * kMicrosecond;
-  Ns jitter_ns = 0;
-  Rate split;  // of a write into pieces that arrive apart
-  std::uint32_t most_pieces = 1;
-  Ns gap_ns = 0;  // between pieces, at most
-  std::size_t window_bytes = 256u << 10;
-};
-
-// One direction. Positions count bytes since the beginning.
-struct Flow {
-  std::string bytes;  // [start, written)
-  std::uint64_t start = 0;
-  std::uint64_t read = 0;
-  std::uint64_t arrived = 0;
-  std::uint64_t written = 0;
-  bool fin_sent = false;
-  bool fin_arrived = false;
-  Ns last_at = 0;                                  // when the last piece arrives
-  std::deque<std::pair<std::uint64_t, Ns>> marks;  // of writes: first position, time
-
-  std::size_t unread() const { return static_cast<std::size_t>(arrived - read); }
-  std::size_t held() const { return static_cast<std::size_t>(written - read); }
-  std::string_view view() const { return std::string_view(bytes).substr(read - start, unread()); }
-  void take(std::size_t count) {
-    assert(count <= unread());
-    read += count;
-    if (read == written) {
-      bytes.clear();
-      start = read;
-    } else if (read - start > 64u << 10) {
-      bytes.erase(0, read - start);
-      start = read;
-    }
-    while (marks.size() > 1 && marks[1].first <= read) marks.pop_front();
-  }
-};
-
-struct Link {
-  std::uint32_t generation = 0;
-  bool live = false;
-  bool to_backend = false;  // else from a client
-  std::uint32_t peer = 0;   // which client or backend
-  Shape shape;
-  Flow to_nexus, to_peer;
-  // Nexus's end.
-  bool in_backlog = false;
-  bool nexus_open = false;
-  bool nexus_shut = false;
-  bool connected = false;
-  bool refused = false;
-  bool reset_seen = false;  // a reset arrived at Nexus
-  int error = 0;            // to be told once
-  std::int32_t loop = -1;   // that watches it
-  Handle token;
-  bool queued = false;  // for an event
-  bool wants_room = false;
-  Ns blocked_since = -1;  // since when no byte was taken, while Nexus has some to write
-  // The peer's end.
-  bool peer_open = false;
-  bool peer_shut = false;
-  bool peer_wants_room = false;
-};
-
-// What the simulation is to deal with next.
-struct Notice {
-  enum class Kind : std::uint8_t {
-    none,
-    connected,  // a connection of Nexus's arrived at a backend
-    data,
-    fin,
-    reset,
-    room,
-    client_timer,
-    backend_timer,
-    script,
-  };
-  Kind kind = Kind::none;
-  LinkId link = kNoLink;  // or the client, the backend's link, the step of the script
-  std::uint64_t value = 0;
-};
-
-// How a connect() of Nexus's goes.
-struct ConnectFate {
-  enum class Kind : std::uint8_t { accepted, refused, refused_at_once, ignored };
-  Kind kind = Kind::accepted;
-  std::uint32_t backend = 0;
-  Shape shape;
-};
 
 class Wire {
  public:
@@ -141,13 +37,13 @@ class Wire {
   Dice& dice() { return dice_; }
   Weather weather;
 
-  // The trace: two runs of a seed must come to the same number.
+  // A hash of everything that happened: two runs of a seed must have the same one.
   std::uint64_t trace() const { return trace_; }
   void note(std::uint64_t what, std::uint64_t a = 0, std::uint64_t b = 0) {
     trace_ = mix(trace_ ^ (what << 56) ^ (a << 24) ^ b) + static_cast<std::uint64_t>(now_);
   }
 
-  // The run in words, for whoever replays a seed.
+  // If set, receives the run in words.
   std::FILE* story = nullptr;
   void tell(const char* what, LinkId id, std::string_view bytes = {}) {
     if (story == nullptr) return;
@@ -169,19 +65,19 @@ class Wire {
   std::size_t descriptors() const { return descriptors_; }
   std::size_t most_descriptors = SIZE_MAX;
   std::size_t links() const { return links_.size() - free_.size(); }
-  std::size_t all_links() const { return links_.size(); }  // also those that are over
+  std::size_t all_links() const { return links_.size(); }  // including closed ones
 
-  // ---- what comes ----
+  // ---- events ----
 
   void timer(Notice::Kind kind, std::uint32_t whom, Ns at, std::uint64_t value) {
     push({std::max(at, now_), 0, Due::Kind::timer, kind, whom, 0, value});
   }
-  // A timer of the peer of a link, that is gone with it.
+  // A timer of a link's peer; it does not fire once the link is closed.
   void link_timer(Notice::Kind kind, LinkId link, Ns at, std::uint64_t value) {
     push({std::max(at, now_), 0, Due::Kind::link_timer, kind, link, links_[link]->generation, value});
   }
 
-  // Takes what is due first, which must be due. What it means to a peer, or none.
+  // Makes the next event happen, which must be due. Returns what a peer has to know of it, or none.
   Notice step() {
     assert(!due_.empty() && due_.front().at <= now_);
     std::pop_heap(due_.begin(), due_.end(), Later());
@@ -201,11 +97,11 @@ class Wire {
     link.peer = client;
     link.peer_open = true;
     link.connected = true;
-    push({arrival(link.to_nexus, link), 0, Due::Kind::backlog, Notice::Kind::none, id, link.generation, 0});
+    later(arrival(link.to_nexus, link), Due::Kind::backlog, id, link);
     return id;
   }
 
-  // Takes as much as there is room for.
+  // Sends as much as there is room for; returns how much.
   std::size_t peer_send(LinkId id, std::string_view bytes) {
     Link& link = at(id);
     assert(link.peer_open && !link.peer_shut);
@@ -229,9 +125,9 @@ class Wire {
     link.to_peer.take(bytes);
     if (!link.wants_room || bytes == 0) return;
     link.wants_room = false;
-    push({now_ + link.shape.latency_ns, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+    later(now_ + link.shape.latency_ns, Due::Kind::edge, id, link);
   }
-  // close(2): a FIN, or a reset where bytes were left unread.
+  // close(2): sends a FIN, or a reset if there are unread bytes.
   void peer_close(LinkId id) {
     Link& link = at(id);
     if (!link.peer_open) return;
@@ -249,14 +145,14 @@ class Wire {
     forget_if_over(id);
   }
 
-  // From now on this connection is a good one, with room for whoever waited for it.
+  // Removes this connection's delays and limits, and wakes a side that waits for room.
   void ease(LinkId id) {
     Link& link = at(id);
     link.shape = Shape{};
     link.shape.window_bytes = 64u << 20;
-    push({now_, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+    later(now_, Due::Kind::edge, id, link);
     if (link.peer_wants_room) {
-      push({now_, 0, Due::Kind::peer_room, Notice::Kind::none, id, link.generation, 0});
+      later(now_, Due::Kind::peer_room, id, link);
       link.peer_wants_room = false;
     }
   }
@@ -270,9 +166,9 @@ class Wire {
   };
   Listener listener;
 
-  // Makes a loop look at a link, or at the listener.
+  // Tells a loop to look at a link, or at the listener (kNoLink).
   std::function<void(std::uint32_t loop, LinkId link)> on_ready;
-  // Told of a link on which a call of Nexus's failed for no reason of its peer's.
+  // Called with a link on which a call of Nexus failed through no fault of the peer.
   std::function<void(LinkId link)> on_broken;
 
   LinkId nexus_connects(const ConnectFate& fate) {
@@ -284,7 +180,7 @@ class Wire {
     descriptors_ += 1;
     if (fate.kind == ConnectFate::Kind::ignored) return id;
     const auto kind = fate.kind == ConnectFate::Kind::accepted ? Due::Kind::connected : Due::Kind::refused;
-    push({now_ + link.shape.latency_ns + jitter(link), 0, kind, Notice::Kind::none, id, link.generation, 0});
+    later(now_ + link.shape.latency_ns + jitter(link), kind, id, link);
     return id;
   }
   ConnectFate fate_of(const Address& address) { return on_connect_(address); }
@@ -310,7 +206,7 @@ class Wire {
     Link& link = at(id);
     if (!link.peer_wants_room || !link.peer_open) return;
     link.peer_wants_room = false;
-    push({now_ + link.shape.latency_ns, 0, Due::Kind::peer_room, Notice::Kind::none, id, link.generation, 0});
+    later(now_ + link.shape.latency_ns, Due::Kind::peer_room, id, link);
   }
   void nexus_closes(LinkId id, bool reset) {
     Link& link = at(id);
@@ -318,7 +214,7 @@ class Wire {
     tell(reset ? "nexus RST" : "nexus closes", id);
     if (link.connected && !link.reset_seen) {
       if (reset || link.to_nexus.unread() > 0) {
-        push({reset_at(link.to_peer, link), 0, Due::Kind::peer_reset, Notice::Kind::none, id, link.generation, 0});
+        later(reset_at(link.to_peer, link), Due::Kind::peer_reset, id, link);
       } else {
         nexus_shuts(id);
       }
@@ -331,10 +227,10 @@ class Wire {
   void edge_later(LinkId id) {
     Link& link = at(id);
     const Ns delay = dice_.span(1, std::max<Ns>(1, weather.edge_delay_ns));
-    push({now_ + delay, 0, Due::Kind::edge, Notice::Kind::none, id, link.generation, 0});
+    later(now_ + delay, Due::Kind::edge, id, link);
   }
 
-  // The time at which Nexus wrote the byte at `position` of what the peer gets.
+  // The time at which Nexus wrote the byte at `position` of this flow.
   static Ns written_at(const Flow& flow, std::uint64_t position) {
     Ns at = 0;
     for (const auto& [from, when] : flow.marks) {
@@ -379,6 +275,11 @@ class Wire {
     std::push_heap(due_.begin(), due_.end(), Later());
   }
 
+  // Something happens to a link at `at`, unless it is closed before.
+  void later(Ns at, Due::Kind kind, LinkId id, const Link& link, std::uint64_t value = 0) {
+    push({at, 0, kind, Notice::Kind::none, id, link.generation, value});
+  }
+
   LinkId make_link(const Shape& shape) {
     LinkId id;
     if (free_.empty()) {
@@ -410,7 +311,7 @@ class Wire {
     return flow.last_at;
   }
 
-  // Sends bytes in one piece or in several that arrive apart; a piece may be one byte.
+  // Sends bytes in one piece or in several; a piece may be one byte.
   void put(LinkId id, Link& link, Flow& flow, std::string_view bytes, Due::Kind kind) {
     if (kind == Due::Kind::peer_data) flow.marks.emplace_back(flow.written, now_);
     flow.bytes.append(bytes);
@@ -426,18 +327,18 @@ class Wire {
   }
   void push_piece(LinkId id, Link& link, Flow& flow, std::uint64_t up_to, Due::Kind kind, bool apart) {
     if (apart && link.shape.gap_ns > 0) flow.last_at += dice_.span(0, link.shape.gap_ns);
-    push({arrival(flow, link), 0, kind, Notice::Kind::none, id, link.generation, up_to});
+    later(arrival(flow, link), kind, id, link, up_to);
   }
   void send_fin(LinkId id, Link& link, Flow& flow, Due::Kind kind) {
     flow.fin_sent = true;
-    push({arrival(flow, link), 0, kind, Notice::Kind::none, id, link.generation, 0});
+    later(arrival(flow, link), kind, id, link);
   }
-  // A reset may overtake what is on its way, which is then lost.
+  // A reset may overtake the bytes in transit, which are then lost.
   Ns reset_at(Flow& flow, Link& link) {
     return dice_.chance(weather.reset_overtakes) ? now_ + link.shape.latency_ns : arrival(flow, link);
   }
   void send_reset_to_nexus(LinkId id, Link& link) {
-    push({reset_at(link.to_nexus, link), 0, Due::Kind::nexus_reset, Notice::Kind::none, id, link.generation, 0});
+    later(reset_at(link.to_nexus, link), Due::Kind::nexus_reset, id, link);
   }
 
   void ready(LinkId id, Link& link) {
@@ -508,22 +409,22 @@ class Wire {
     return {};
   }
 
-  // Bytes for a socket that Nexus closed are answered by a reset.
+  // Bytes for a socket that Nexus closed are answered with a reset.
   Notice refuse_bytes(LinkId id, Link& link) {
     if (link.peer_open) {
-      push({now_ + link.shape.latency_ns, 0, Due::Kind::peer_reset, Notice::Kind::none, id, link.generation, 0});
+      later(now_ + link.shape.latency_ns, Due::Kind::peer_reset, id, link);
     }
     return {};
   }
 
  public:
-  // One of the loops that watch the listener is told, as EPOLLEXCLUSIVE does.
+  // Wakes one of the loops that watch the listener, as EPOLLEXCLUSIVE does.
   void wake_listener() {
     if (listener.backlog.empty() || listener.watchers.empty()) return;
     on_ready(listener.watchers[dice_.index(listener.watchers.size())].first, kNoLink);
   }
 
-  // The listening socket is closed: who waits in its backlog is reset.
+  // Closes the listening socket. Returns the connections in its backlog, whose clients get a reset.
   std::vector<LinkId> close_listener() {
     listener.open = false;
     std::vector<LinkId> waiting(listener.backlog.begin(), listener.backlog.end());
