@@ -20,23 +20,13 @@ using hostile::Peer;
 using hostile::Story;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kPlaceStep = 13;  // ten times slower: a sample of the places
+constexpr std::size_t kPlaceStep = 13;  // a sample of the places, because the build is ten times slower
 #else
 constexpr std::size_t kPlaceStep = 1;
 #endif
 constexpr std::size_t kLongRow = 1500;
 
-std::vector<std::string> cut_in_two(const std::string& bytes, std::size_t place) {
-  return {bytes.substr(0, place), bytes.substr(place)};
-}
-
-std::vector<std::string> byte_by_byte(const std::string& bytes) {
-  std::vector<std::string> pieces;
-  for (const char c : bytes) pieces.emplace_back(1, c);
-  return pieces;
-}
-
-// No field of the backend's that is Nexus's to say, or meant for the next hop alone.
+// Fields that only Nexus sets, and hop-by-hop fields, must not be forwarded.
 void check_passed_on(const rfc9112::Message& answer, std::string& outcome) {
   for (const char* name : {"Upgrade", "Proxy-Authenticate", "Keep-Alive", "X-Drop", "X_Request_Id", "Content_Length",
                            "Transfer_Encoding"}) {
@@ -46,7 +36,7 @@ void check_passed_on(const rfc9112::Message& answer, std::string& outcome) {
   if (answer.all("X-Request-Id").size() != 1 || answer.value("X-Request-Id") == "evil") outcome += ", X-Request-Id";
 }
 
-// The client's payload is what the RFC reads out of the backend's bytes, or the beginning of it.
+// The client's payload must be the one that the RFC reads in the backend's bytes, or a beginning of it.
 void check_payload(const AnswerRow& row, const Story& story, const rfc9112::Message& got, std::string& outcome) {
   if (got.status == 502 || got.status == 504) return;
   const auto told = rfc9112::read_responses(row.bytes, {"POST"}, row.end == AnswerRow::End::fin);
@@ -59,13 +49,14 @@ void check_payload(const AnswerRow& row, const Story& story, const rfc9112::Mess
   if (!right) outcome += ", another payload";
 }
 
-// What came of a row, as text; problems stand in it too.
-std::string outcome_of(const AnswerRow& row, const std::vector<std::string>& pieces) {
+// The result of a row as text, including the problems that were found.
+std::string outcome_of(const AnswerRow& row, const fuzz::Ends& ends) {
   Gateway gateway;
   bool answered = false;
   gateway.answer = [&](const rfc9112::Message&) {
     if (std::exchange(answered, true)) return BackendPlan{{hostile::good_answer()}, false, false};
-    return BackendPlan{pieces, row.end == AnswerRow::End::fin, row.end == AnswerRow::End::reset};
+    return BackendPlan{fuzz::pieces_of(row.bytes, ends), row.end == AnswerRow::End::fin,
+                       row.end == AnswerRow::End::reset};
   };
   Peer& client = gateway.connect();
   const std::string request = row.old_client ? "POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\n"
@@ -88,8 +79,7 @@ std::string outcome_of(const AnswerRow& row, const std::vector<std::string>& pie
   gateway.send(next, hostile::good_post());
   outcome += gateway.backend_links() == 1 ? " reused" : " dropped";
   if (next.received.find(hostile::kGoodBody) == std::string::npos) outcome += ", and the next request went wrong";
-  for (const std::string& problem : story.problems) outcome += "\n  " + problem;
-  return outcome;
+  return outcome + hostile::joined(story.problems);
 }
 
 std::string wanted_of(const AnswerRow& row) {
@@ -101,13 +91,15 @@ void run(const hostile::AnswerRows& rows) {
     CAPTURE(row.name);
     CAPTURE(row.section);
     const std::string wanted = wanted_of(row);
-    const std::string whole = outcome_of(row, {row.bytes});
+    const std::string whole = outcome_of(row, {row.bytes.size()});
     CHECK(whole == wanted);
     if (whole != wanted) continue;
-    if (row.bytes.size() < 20'000) CHECK_MESSAGE(outcome_of(row, byte_by_byte(row.bytes)) == wanted, "byte by byte");
+    if (row.bytes.size() < 20'000) {
+      CHECK_MESSAGE(outcome_of(row, fuzz::byte_by_byte(row.bytes.size())) == wanted, "byte by byte");
+    }
     for (std::size_t place = 1; place < row.bytes.size(); place += kPlaceStep) {
       if (row.bytes.size() > kLongRow && place > 200 && place % (row.bytes.size() / 40) != 0) continue;
-      const std::string cut = outcome_of(row, cut_in_two(row.bytes, place));
+      const std::string cut = outcome_of(row, {place, row.bytes.size()});
       if (cut == wanted) continue;
       CAPTURE(place);
       CHECK(cut == wanted);
@@ -117,20 +109,19 @@ void run(const hostile::AnswerRows& rows) {
   }
 }
 
-hostile::AnswerRows all_rows() {
+template <class... Add>
+hostile::AnswerRows rows_of(Add... add) {
   hostile::AnswerRows rows;
-  hostile::add_status_line_rows(rows);
-  hostile::add_answer_line_rows(rows);
-  hostile::add_answer_framing_rows(rows);
-  hostile::add_answer_chunk_rows(rows);
-  hostile::add_interim_rows(rows);
+  (add(rows), ...);
   return rows;
 }
 
 }  // namespace
 
-TEST_CASE("the table of hostile answers is large, and names each row once") {
-  const auto rows = all_rows();
+TEST_CASE("the table of hostile responses has at least 80 rows, each with its own name") {
+  const auto rows =
+      rows_of(hostile::add_status_line_rows, hostile::add_answer_line_rows, hostile::add_answer_framing_rows,
+              hostile::add_answer_chunk_rows, hostile::add_interim_rows);
   MESSAGE("hostile answers: ", rows.size());
   CHECK(rows.size() >= 80);
   std::set<std::string> names;
@@ -140,27 +131,19 @@ TEST_CASE("the table of hostile answers is large, and names each row once") {
   }
 }
 
-TEST_CASE("an answer that is not HTTP is a 502, however it is cut") {
-  hostile::AnswerRows rows;
-  hostile::add_status_line_rows(rows);
-  hostile::add_answer_line_rows(rows);
-  run(rows);
+TEST_CASE("a backend's response that is not HTTP becomes a 502, at every cut") {
+  run(rows_of(hostile::add_status_line_rows, hostile::add_answer_line_rows));
 }
 
-TEST_CASE("an answer's end is known or the client can tell that it is not, however it is cut") {
-  hostile::AnswerRows rows;
-  hostile::add_answer_framing_rows(rows);
-  hostile::add_answer_chunk_rows(rows);
-  run(rows);
+TEST_CASE("the client gets a complete response or can tell that it is truncated, at every cut") {
+  run(rows_of(hostile::add_answer_framing_rows, hostile::add_answer_chunk_rows));
 }
 
-TEST_CASE("interim answers are bounded and never open a tunnel, however they are cut") {
-  hostile::AnswerRows rows;
-  hostile::add_interim_rows(rows);
-  run(rows);
+TEST_CASE("interim responses are limited in number and never open a tunnel, at every cut") {
+  run(rows_of(hostile::add_interim_rows));
 }
 
-TEST_CASE("an answer that ends after any of its bytes never looks whole") {
+TEST_CASE("a response that is truncated after any of its bytes never looks complete") {
   const std::string te = "Transfer-Encoding: chunked\r\n", events = "Content-Type: text/event-stream\r\n";
   const std::vector<std::string> answers = {
       hostile::good_answer(),
@@ -175,13 +158,13 @@ TEST_CASE("an answer that ends after any of its bytes never looks whole") {
         const bool began = bytes >= head;
         const AnswerRow row{"", "9112 8", answer.substr(0, bytes), began ? 200 : 502, !began, false, end, false};
         CAPTURE(row.bytes);
-        CHECK(outcome_of(row, {row.bytes}) == wanted_of(row));
+        CHECK(outcome_of(row, {row.bytes.size()}) == wanted_of(row));
       }
     }
   }
 }
 
-TEST_CASE("a connection on which an answer came unasked is not used") {
+TEST_CASE("a backend connection on which bytes came without a request is not used again") {
   Gateway gateway;
   Peer& client = gateway.connect();
   gateway.send(client, hostile::good_post());
@@ -193,7 +176,7 @@ TEST_CASE("a connection on which an answer came unasked is not used") {
   CHECK(client.received.find("evil") == std::string::npos);
 }
 
-TEST_CASE("an answer that came before the request is never passed on as its answer") {
+TEST_CASE("bytes that a backend sent before the request are never forwarded as its response") {
   Gateway gateway;
   gateway.net.on_connect = [&](Peer& backend) {
     gateway.net.send(backend, hostile::answer_of("Content-Length: 4\r\n", "evil"));
@@ -208,7 +191,7 @@ TEST_CASE("an answer that came before the request is never passed on as its answ
   CHECK(client.received.find("evil") == std::string::npos);
 }
 
-TEST_CASE("a backend that answers before it has the whole request is not asked again on that connection") {
+TEST_CASE("a connection whose backend answered before it had read the whole request is closed") {
   Gateway gateway;
   gateway.net.on_connect = [&](Peer& backend) { gateway.net.stop_reading(backend, 1000); };
   Peer& client = gateway.connect();

@@ -6,14 +6,15 @@
 #include <string>
 #include <vector>
 
+#include "tests/fuzz/fuzz.h"
 #include "tests/lib/plain_json.h"
-#include "tests/lib/rfc9112.h"
+#include "tests/lib/response_reader.h"
 
-// The readers that the hostile rows and the fuzz targets trust.
+// Tests of the readers that the hostile rows, the fuzz targets and the simulator rely on.
 
 using Framing = rfc9112::Message::Framing;
 
-TEST_CASE("the plain reading takes apart the RFC's own example of a request and its response") {
+TEST_CASE("rfc9112: the RFC's own example of a request and its response is read") {
   const auto asked = rfc9112::read_requests(
       "GET /hello.txt HTTP/1.1\r\nUser-Agent: curl/7.64.1\r\nHost: www.example.com\r\nAccept-Language: en, mi\r\n\r\n");
   REQUIRE(asked.whole());
@@ -30,7 +31,7 @@ TEST_CASE("the plain reading takes apart the RFC's own example of a request and 
   CHECK(told.messages[0].body.size() == 51);
 }
 
-TEST_CASE("the plain reading finds where each message ends") {
+TEST_CASE("rfc9112: a message ends where its framing says, and malformed messages are refused") {
   struct Row {
     const char* name;
     std::string text;
@@ -65,7 +66,7 @@ TEST_CASE("the plain reading finds where each message ends") {
   }
 }
 
-TEST_CASE("the plain reading knows which responses have no body, and which end with their connection") {
+TEST_CASE("rfc9112: some responses have no body, and some end with their connection") {
   const std::string ok = "HTTP/1.1 200 OK\r\n";
   CHECK(rfc9112::read_responses(ok + "Content-Length: 5\r\n\r\n", {"HEAD"}, false).whole());
   CHECK(rfc9112::read_responses("HTTP/1.1 204 x\r\n\r\n", {"GET"}, false).whole());
@@ -76,7 +77,76 @@ TEST_CASE("the plain reading knows which responses have no body, and which end w
   CHECK_FALSE(rfc9112::read_responses(ok + "Content-Length: 0\r\n\r\n" + ok, {"GET"}, false).whole());
 }
 
-TEST_CASE("the plain reading of JSON and simdjson's agree on what is JSON") {
+// The responses of a connection, each read from pieces that end at `ends` of its text.
+std::vector<rfc9112::ResponseReader> read_pieces(const std::string& text, const fuzz::Ends& ends) {
+  std::vector<rfc9112::ResponseReader> readers(1);
+  for (std::string piece : fuzz::pieces_of(text, ends)) {
+    while (!piece.empty() && readers.back().problem.empty()) {
+      piece.erase(0, readers.back().feed(piece));
+      if (readers.back().done()) readers.emplace_back();
+    }
+  }
+  return readers;
+}
+
+TEST_CASE("a response that arrives in pieces is read as the complete text is, at every cut") {
+  const std::string ok = "HTTP/1.1 200 OK\r\n", te = "Transfer-Encoding: chunked\r\n\r\n";
+  const std::string texts[] = {
+      ok + "Content-Length: 5\r\n\r\nhello" + ok + "Content-Length: 0\r\n\r\n",
+      "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 x\r\n\r\n" + ok + te +
+          "5\r\nhello\r\na;x=y\r\n0123456789\r\n0\r\nX: y\r\n\r\n",
+      ok + te + "5\r\nhel",
+      ok + te + "5\r\nhello!\r\n",
+      ok + "X : y\r\n\r\n",
+      ok + "\r\nuntil the end",
+  };
+  for (const std::string& text : texts) {
+    CAPTURE(text);
+    const auto whole = rfc9112::read_responses(text, {3, "GET"}, false);
+    for (std::size_t place = 0; place < text.size(); ++place) {
+      const auto pieces =
+          read_pieces(text, place == 0 ? fuzz::byte_by_byte(text.size()) : fuzz::Ends{place, text.size()});
+      REQUIRE(pieces.size() == whole.messages.size() + 1);
+      for (std::size_t i = 0; i < whole.messages.size(); ++i) CHECK(pieces[i].message.body == whole.messages[i].body);
+      CHECK(pieces.back().message.body == whole.open.body);
+      CHECK(pieces.back().problem == whole.problem);
+      CHECK_FALSE(pieces.back().done());
+    }
+  }
+  CHECK(read_pieces(texts[5], {texts[5].size()}).back().end());
+  CHECK_FALSE(read_pieces(texts[2], {texts[2].size()}).back().end());
+}
+
+TEST_CASE("the check of Nexus's own style refuses what the RFC allows and Nexus never writes") {
+  const auto style_of = [](const std::string& text) {
+    rfc9112::ResponseReader reader;
+    reader.feed(text);
+    REQUIRE(reader.head_done());
+    return reader.check_nexus_style();
+  };
+  const std::string ok = "HTTP/1.1 200 OK\r\n", te = "Transfer-Encoding: chunked\r\n\r\n";
+  CHECK(style_of(ok + "X: y\r\nConnection: close\r\n" + te + "5\r\nhello\r\n0\r\n\r\n") == "");
+  const std::string odd[] = {
+      "HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+      "HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n",
+      "HTTP/1.1 204 x\r\nContent-Length: 0\r\n\r\n",
+      ok + "X:y\r\n" + te,
+      ok + "X: y \r\n" + te,
+      ok + "X: y\tz\r\n" + te,
+      ok + "Transfer-Encoding: Chunked\r\n\r\n",
+      ok + "Connection: close\r\nConnection: close\r\n" + te,
+      ok + te + "A\r\n0123456789\r\n",
+      ok + te + "5;x=y\r\nhello\r\n",
+      ok + te + "000000005\r\nhello\r\n",
+      ok + te + "0\r\nX: y\r\n\r\n",
+  };
+  for (const std::string& text : odd) {
+    CAPTURE(text);
+    CHECK(style_of(text) != "");
+  }
+}
+
+TEST_CASE("plain_json and simdjson agree on which texts are JSON") {
   std::mt19937 random(3);
   const std::string seed = R"({"a":[1,-2.5e3,null,true,false,"x\u00e9\ud83d\ude00\n"],"b":{"c":{}}," ":[]})";
   simdjson::dom::parser parser;

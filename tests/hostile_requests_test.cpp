@@ -21,11 +21,11 @@ using hostile::RequestRow;
 using hostile::Story;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kPlaceStep = 13;  // ten times slower: a sample of the places
+constexpr std::size_t kPlaceStep = 13;  // a sample of the places, because the build is ten times slower
 #else
 constexpr std::size_t kPlaceStep = 1;
 #endif
-constexpr std::size_t kLongRow = 1500;  // longer ones are cut near both ends and at a sample of places between
+constexpr std::size_t kLongRow = 1500;  // longer rows are cut near both ends and at a sample of the places between
 
 std::vector<std::size_t> places_of(std::size_t bytes) {
   std::vector<std::size_t> places;
@@ -42,25 +42,21 @@ std::string joined(const std::vector<int>& statuses) {
   return out;
 }
 
-// What came of a row, as text, so that two ways of sending it can be compared; the problems found on the way stand in
-// it too, so that it can't equal what is wanted.
-std::string outcome_of(const RequestRow& row, const std::vector<std::size_t>& ends) {
+// The result of a row as text, so that two ways of sending it can be compared. It includes the problems that were
+// found, so that it differs from the wanted text if there are any.
+std::string outcome_of(const RequestRow& row, const fuzz::Ends& ends) {
   hostile::GatewayOptions options;
   options.keys = row.keys;
   Gateway gateway(options);
   Peer& client = gateway.connect();
-  std::size_t from = 0;
-  for (const std::size_t end : ends) {
-    gateway.send(client, std::string_view(row.bytes).substr(from, end - from));
-    from = end;
-  }
+  for (const std::string& piece : fuzz::pieces_of(row.bytes, ends)) gateway.send(client, piece);
   if (row.statuses.find("408") != std::string::npos) gateway.pass(61 * nexus::kSecond);
   Story story = hostile::read_story(gateway, row.bytes, client);
   std::string outcome = joined(story.statuses) + (story.kept ? " kept" : " closed") + " reached " +
                         std::to_string(story.forwarded.size());
   if (story.forwarded.empty() && gateway.backend_links() > 0) outcome += ", and the backend was bothered";
   if (!story.whole) outcome += ", an answer is not whole";
-  if (story.kept) {  // then the next request is answered, and is what was asked
+  if (story.kept) {  // then the next request must get its own response
     gateway.send(client, "GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: probe-1\r\n\r\n");
     const auto after = hostile::read_story(gateway, row.bytes + hostile::get("", "/health"), client);
     if (after.answers.empty() || after.answers.back().value("X-Request-Id") != "probe-1" ||
@@ -72,8 +68,7 @@ std::string outcome_of(const RequestRow& row, const std::vector<std::size_t>& en
   gateway.net.finish(client);
   gateway.settle();
   if (gateway.client_sessions() > 0) outcome += ", and the session stays";
-  for (const std::string& problem : story.problems) outcome += "\n  " + problem;
-  return outcome;
+  return outcome + hostile::joined(story.problems);
 }
 
 std::string wanted_of(const RequestRow& row) {
@@ -88,9 +83,7 @@ void run(const hostile::RequestRows& rows) {
     const std::string whole = outcome_of(row, {row.bytes.size()});
     CHECK(whole == wanted);
     if (whole != wanted) continue;
-    std::vector<std::size_t> each;
-    for (std::size_t i = 1; i <= row.bytes.size(); ++i) each.push_back(i);
-    CHECK_MESSAGE(outcome_of(row, each) == wanted, "byte by byte");
+    CHECK_MESSAGE(outcome_of(row, fuzz::byte_by_byte(row.bytes.size())) == wanted, "byte by byte");
     for (const std::size_t place : places_of(row.bytes.size())) {
       const std::string cut = outcome_of(row, {place, row.bytes.size()});
       if (cut == wanted) continue;
@@ -98,29 +91,26 @@ void run(const hostile::RequestRows& rows) {
       CHECK(cut == wanted);
       break;
     }
-    // The same bytes to the parsers alone, ending at a guard page, beside the RFC's own reading.
+    // The parsers alone must read the same bytes as rfc9112.h does; the bytes end at a guard page.
     CHECK_NOTHROW(fuzz::request_head(row.bytes));
     const std::size_t head = row.bytes.find("\r\n\r\n");
     if (head != std::string::npos) CHECK_NOTHROW(fuzz::chunked(std::string_view(row.bytes).substr(head + 4)));
   }
 }
 
-hostile::RequestRows all_rows() {
+template <class... Add>
+hostile::RequestRows rows_of(Add... add) {
   hostile::RequestRows rows;
-  hostile::add_framing_rows(rows);
-  hostile::add_line_rows(rows);
-  hostile::add_start_line_rows(rows);
-  hostile::add_host_rows(rows);
-  hostile::add_chunk_rows(rows);
-  hostile::add_json_rows(rows);
-  hostile::add_sequence_rows(rows);
+  (add(rows), ...);
   return rows;
 }
 
 }  // namespace
 
-TEST_CASE("the table of hostile requests is large, and names each row once") {
-  const auto rows = all_rows();
+TEST_CASE("the table of hostile requests has at least 200 rows, each with its own name and RFC section") {
+  const auto rows =
+      rows_of(hostile::add_framing_rows, hostile::add_line_rows, hostile::add_start_line_rows, hostile::add_host_rows,
+              hostile::add_chunk_rows, hostile::add_json_rows, hostile::add_sequence_rows);
   MESSAGE("hostile requests: ", rows.size());
   CHECK(rows.size() >= 200);
   std::set<std::string> names;
@@ -131,39 +121,20 @@ TEST_CASE("the table of hostile requests is large, and names each row once") {
   }
 }
 
-TEST_CASE("framing that two readers could take differently is refused, however it is cut") {
-  hostile::RequestRows rows;
-  hostile::add_framing_rows(rows);
-  run(rows);
+TEST_CASE("framing that two readers could understand differently is refused, at every cut") {
+  run(rows_of(hostile::add_framing_rows));
 }
 
-TEST_CASE("lines that are no header lines are refused, however they are cut") {
-  hostile::RequestRows rows;
-  hostile::add_line_rows(rows);
-  run(rows);
+TEST_CASE("malformed header lines are refused, at every cut") { run(rows_of(hostile::add_line_rows)); }
+
+TEST_CASE("malformed request lines and hosts are refused, at every cut") {
+  run(rows_of(hostile::add_start_line_rows, hostile::add_host_rows));
 }
 
-TEST_CASE("request lines and hosts that are none are refused, however they are cut") {
-  hostile::RequestRows rows;
-  hostile::add_start_line_rows(rows);
-  hostile::add_host_rows(rows);
-  run(rows);
-}
+TEST_CASE("a chunked body is read as the RFC says or refused, at every cut") { run(rows_of(hostile::add_chunk_rows)); }
 
-TEST_CASE("the chunked coding is the RFC's or refused, however it is cut") {
-  hostile::RequestRows rows;
-  hostile::add_chunk_rows(rows);
-  run(rows);
-}
+TEST_CASE("bodies that are not valid JSON requests are refused, at every cut") { run(rows_of(hostile::add_json_rows)); }
 
-TEST_CASE("bodies that are not the JSON they must be are refused, however they are cut") {
-  hostile::RequestRows rows;
-  hostile::add_json_rows(rows);
-  run(rows);
-}
-
-TEST_CASE("no sequence of requests has one read out of another's body") {
-  hostile::RequestRows rows;
-  hostile::add_sequence_rows(rows);
-  run(rows);
+TEST_CASE("no sequence of requests makes Nexus read a request out of another one's body") {
+  run(rows_of(hostile::add_sequence_rows));
 }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "tests/lib/exposition_parser.h"
-#include "tests/hostile_names.h"
+#include "tests/lib/hostile_names.h"
 
 using namespace nexus;
 using namespace std::string_view_literals;

@@ -16,8 +16,8 @@ const std::string kPost =
 
 }  // namespace
 
-// One worker may have told a client of it already, which then comes to this one.
-TEST_CASE("a new configuration holds for the request whose turn it is, also where nobody has woken the worker yet") {
+// A client that saw the new configuration on one worker must not see the old one on another.
+TEST_CASE("a new configuration applies to the next request even if the worker has not been woken yet") {
   Gateway gateway;
   Peer& client = gateway.connect();
   gateway.send(client, kPost);

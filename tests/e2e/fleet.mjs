@@ -230,50 +230,26 @@ export const served_by = (answer) => answer.headers.get('x-nexus-backend');
 export const reason_of = (answer) => answer.headers.get('x-nexus-route-reason');
 export const backend_message = (answer) => answer.json.error.message;
 
-// `count` times the same request, `depth` at once on each of `connections`: for counts at which a client that looks at
-// everything would be the slowest part. Resolves to { by: backend → answers, not_ok }.
+// Sends the same request `count` times, up to `depth` at once on each of `connections`.
+// Resolves to { by: backend → responses, not_ok }.
 export async function burst(fleet, body, count, { connections = 8, depth = 8 } = {}) {
   fleet.asked += count;
   const bytes = request_bytes('POST', completions, { 'Content-Type': 'application/json' }, body);
   const out = { by: {}, not_ok: 0 };
   let left = count;
   const run = async () => {
-    const client = await RawClient.connect(fleet.port, { pause: true });
-    const { socket } = client;
-    let text = '';
-    let waiting = 0;
-    const send = () => {
-      const n = Math.min(depth - waiting, left);
-      left -= n;
-      waiting += n;
-      if (n > 0) socket.write(Buffer.concat(Array.from({ length: n }, () => bytes)));
-    };
-    const take = () => {
-      for (;;) {
-        const end = text.indexOf('\r\n\r\n');
-        if (end < 0) return;
-        const length = Number(/\r\nContent-Length: (\d+)/i.exec(text)[1]);
-        if (text.length < end + 4 + length) return;
-        const head = text.slice(0, end);
-        const name = /\r\nX-Nexus-Backend: ([^\r]*)/i.exec(head)?.[1] ?? 'none';
-        out.by[name] = (out.by[name] ?? 0) + 1;
-        if (!head.startsWith('HTTP/1.1 200 ')) out.not_ok += 1;
-        text = text.slice(end + 4 + length);
-        waiting -= 1;
-      }
-    };
-    await within(30_000, new Promise((done, fail) => {
-      socket.on('close', () => fail(new Error('closed in the middle of a burst')));
-      socket.on('data', (data) => {
-        text += data.toString('latin1');
-        take();
-        if (waiting <= depth / 2) send();
-        if (waiting === 0) done();
-      });
-      socket.resume();
-      send();
-      if (waiting === 0) done();
-    }), 'a burst');
+    const client = await RawClient.connect(fleet.port);
+    for (let waiting = 0; waiting + left > 0; waiting -= 1) {
+      const more = waiting <= depth / 2 ? Math.min(depth - waiting, left) : 0;
+      left -= more;
+      waiting += more;
+      if (more > 0) client.write(Buffer.concat(Array(more).fill(bytes)));
+      if (waiting === 0) break;
+      const answer = await client.response(30_000);
+      const name = served_by(answer) || 'none';
+      out.by[name] = (out.by[name] ?? 0) + 1;
+      if (answer.status !== 200) out.not_ok += 1;
+    }
     client.close();
   };
   await Promise.all(Array.from({ length: connections }, run));

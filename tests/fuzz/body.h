@@ -1,8 +1,8 @@
 // body.h
-// Owns:     the fuzz targets of what is read out of JSON: a request's body, and a list of models.
-// Promises: of a body that is JSON every fact is what plain_json.h reads, and each span holds the value it is named
-// for;
-//           a body that is refused is no JSON, or has the fault that is told.
+// Owns:     the fuzz targets of reading JSON: a request's body, and a list of models.
+// Promises: in a body that is JSON, every fact equals what plain_json.h reads, and each span holds its value; a body
+// that
+//           is refused is not JSON or has the reported fault.
 // Leaves:   the edits made with the spans to exchange.h.
 // Threads:  one.
 #pragma once
@@ -23,7 +23,7 @@ using Kind = plain_json::Value::Kind;
 
 inline bool is_flag(Kind kind) { return kind == Kind::no || kind == Kind::yes || kind == Kind::null; }
 
-// What a request's body should come to, by the plain reading. Of several faults any may be told.
+// The faults of a request's body as plain_json.h reads it. If there are several, Nexus may report any of them.
 struct WantedBody {
   bool duplicate = false, no_model = false, wrong_type = false;
   bool faulty() const { return duplicate || no_model || wrong_type; }
@@ -90,8 +90,9 @@ inline void request_body(std::string_view input) {
   check(copy.view() == input, "the body was changed");
   plain_json::Reader plain(input);
   const auto body = plain.read();
-  if (!body || body->kind != Kind::object) return;  // the body goes on as it is, and its backend refuses it
-  if (plain.deepest() > nexus::kMaxJsonDepth) return check(error == nexus::BodyError::too_deep, "not told too deep");
+  if (!body || body->kind != Kind::object) return;  // Nexus may forward it; the backend refuses it
+  if (plain.deepest() > nexus::kMaxJsonDepth)
+    return check(error == nexus::BodyError::too_deep, "not reported as too deep");
   const WantedBody wanted = wanted_of(*body);
   switch (error) {
     case nexus::BodyError::none:
@@ -117,7 +118,7 @@ inline void model_list(std::string_view input) {
   for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");
   const auto body = plain_json::read(input);
   if (!body || body->kind != Kind::object || plain_json::Reader(input).deepest() > 500) return;
-  // The first member that is a list of models tells.
+  // The first member that is a list of models counts.
   const plain_json::Value* list = nullptr;
   std::string key;
   for (const auto& [name, value] : body->members) {
@@ -144,7 +145,7 @@ inline void model_list(std::string_view input) {
     }
     wanted.push_back(name->text);
   }
-  check(read == good, "whether it is a list of models");
+  check(read == good, "only one reader takes it for a list of models");
   if (read) check(names == wanted && more == wanted_more, "the names differ");
 }
 

@@ -1,7 +1,7 @@
 // chunked.h
-// Owns:     the fuzz target of the chunked decoder, held against rfc9112.h and against llhttp.
-// Promises: any cut gives the same payload and end; what the decoder takes, both others take, and the same; what it
-//           has not read stays as it was.
+// Owns:     the fuzz target of the chunked decoder, compared with rfc9112.h and llhttp.
+// Promises: any cut gives the same payload and end; both others accept what the decoder accepts and read the same
+//           payload; the decoder does not change bytes that it has not read.
 // Leaves:   the limits to chunked_test.cpp.
 // Threads:  one.
 #pragma once
@@ -21,12 +21,10 @@ struct ChunkedRun {
   bool operator==(const ChunkedRun&) const = default;
 };
 
-inline ChunkedRun run_chunked(std::string_view input, const std::vector<std::size_t>& ends) {
+inline ChunkedRun run_chunked(std::string_view input, const Ends& ends) {
   ChunkedRun run;
   nexus::ChunkedDecoder decoder;
-  std::size_t from = 0;
-  for (const std::size_t end : ends) {
-    const std::string_view piece = input.substr(from, end - from);
+  for (const std::string& piece : pieces_of(input, ends)) {
     Guarded copy(piece);
     const auto result = decoder.decode(copy.data(), piece.size());
     run.payload.append(copy.data(), result.decoded);
@@ -36,12 +34,11 @@ inline ChunkedRun run_chunked(std::string_view input, const std::vector<std::siz
     check(copy.view().substr(result.consumed) == piece.substr(result.consumed), "bytes behind the end were changed");
     if (result.status != nexus::ChunkedDecoder::Status::need_more) break;
     check(result.consumed == piece.size(), "bytes were left though it wants more");
-    from = end;
   }
   return run;
 }
 
-// The payload as llhttp reads it, and where the message ended; false where it refuses.
+// Sets the payload as llhttp reads it, and where the message ended. False if llhttp refuses it.
 inline bool run_llhttp(std::string_view input, std::string& payload, std::size_t& consumed) {
   static constexpr std::string_view kHead = "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
   llhttp_settings_t settings;
@@ -78,8 +75,8 @@ inline void chunked(std::string_view input) {
   std::string payload;
   std::size_t consumed = 0;
   const bool read = run_llhttp(input, payload, consumed);
-  // Of extensions it knows too little (no escapes, no name and value behind another), and trailers are header fields to
-  // it: what it refuses there is its own.
+  // llhttp may refuse valid extensions (it knows no escapes and only one extension) and trailers (it parses them as
+  // header fields).
   if (!read && (!trailers.empty() || input.find(';') != std::string_view::npos)) return;
   check(read, "taken, but llhttp refuses it");
   check(payload == whole.payload && consumed == whole.consumed, "llhttp reads another payload");

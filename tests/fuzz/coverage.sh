@@ -1,6 +1,6 @@
 #!/bin/bash
-# Which lines of the parsers the hostile rows and the fuzz corpora reach: tests/fuzz/coverage.sh DIRECTORY CXX INCLUDES
-# Compiles those tests with clang's source-based coverage, runs them, and prints a table.
+# Measures which lines of the parsers the hostile rows and the fuzz corpora reach: tests/fuzz/coverage.sh DIRECTORY CXX
+# INCLUDES. Compiles those tests with clang's source-based coverage, runs them, and prints a table.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 directory=$1/coverage cxx=$2 includes=$3

@@ -1,7 +1,8 @@
 // exchange.h
-// Owns:     the fuzz targets of whole exchanges: a client's bytes, and a backend's, through a Worker in memory.
-// Promises: any cut gives the same story; what goes on is what the RFC reads in what came, and what Nexus counted; a
-//           body that was edited is the JSON that was wanted; no broken answer looks whole.
+// Owns:     the fuzz targets of whole exchanges: a client's bytes, and a backend's, through a gateway in memory.
+// Promises: any cut gives the same story; Nexus forwards and counts exactly the messages that the RFC reads in the
+// input;
+//           an edited body is the JSON that was wanted; no truncated response looks complete.
 // Leaves:   faults of the network to the simulator.
 // Threads:  one.
 #pragma once
@@ -14,17 +15,11 @@
 
 namespace fuzz {
 
-inline std::string joined(const hostile::Problems& problems) {
-  std::string all;
-  for (const std::string& problem : problems) all += problem + "; ";
-  return all;
-}
-
 // ---- a client's bytes ----
 
 struct ClientStory {
   std::vector<int> statuses;
-  std::vector<std::string> bodies;  // that the backend saw
+  std::vector<std::string> bodies;  // as the backend received them
   bool kept = false;
   bool operator==(const ClientStory&) const = default;
 };
@@ -43,11 +38,11 @@ inline bool same_value(const plain_json::Value& a, const plain_json::Value& b) {
   return true;
 }
 
-// What a backend of a stream must be asked: the same, but for `stream_options.include_usage`.
+// The body of a streamed request must reach the backend unchanged except for `stream_options.include_usage`.
 inline void check_edited(const std::string& came, const std::string& went) {
   const auto before = plain_json::read(came), after = plain_json::read(went);
-  if (!before) return;  // Nexus looks at what it needs only: the backend refuses the rest
-  check(after.has_value(), "JSON became none: " + went);
+  if (!before) return;  // Nexus checks only the members that it needs; the backend refuses the body
+  check(after.has_value(), "valid JSON became invalid: " + went);
   const plain_json::Value* stream = before->find("stream");
   if (stream == nullptr || stream->kind != plain_json::Value::Kind::yes) {
     return check(came == went, "a body was edited for nothing");
@@ -67,20 +62,15 @@ inline void check_edited(const std::string& came, const std::string& went) {
   check(same + 1 >= after->members.size(), "a member was changed");
 }
 
-inline ClientStory tell_client_story(std::string_view sent, bool keys, bool edits,
-                                     const std::vector<std::size_t>& ends) {
+inline ClientStory tell_client_story(std::string_view sent, bool keys, bool edits, const Ends& ends) {
   hostile::GatewayOptions options;
   options.keys = keys;
   options.ask_usage = edits;
   hostile::Gateway gateway(options);
   hostile::Peer& client = gateway.connect();
-  std::size_t from = 0;
-  for (const std::size_t end : ends) {
-    gateway.send(client, sent.substr(from, end - from));
-    from = end;
-  }
+  for (const std::string& piece : pieces_of(sent, ends)) gateway.send(client, piece);
   const hostile::Story story = hostile::read_story(gateway, sent, client, edits);
-  check(story.problems.empty(), joined(story.problems));
+  check(story.problems.empty(), hostile::joined(story.problems));
   ClientStory told{story.statuses, {}, story.kept};
   for (const rfc9112::Message& message : story.forwarded) told.bodies.push_back(message.body);
   const auto asked = rfc9112::read_requests(sent, true);
@@ -93,14 +83,14 @@ inline ClientStory tell_client_story(std::string_view sent, bool keys, bool edit
   return told;
 }
 
-// The first byte: bit 0, keys are needed; bit 1, the backend is asked for usage.
+// The first byte: bit 0, clients need a key; bit 1, Nexus asks the backend for usage.
 inline void exchange(std::string_view input) {
   if (input.empty()) return;
   const bool keys = (input[0] & 1) != 0, edits = (input[0] & 2) != 0;
   const std::string_view sent = input.substr(1);
   Draw draw(input);
   auto ways = cuts_of(sent.size(), draw);
-  if (sent.size() > 400 && ways.size() > 3) ways.erase(ways.begin() + 1);  // byte by byte costs too much then
+  if (sent.size() > 400 && ways.size() > 3) ways.erase(ways.begin() + 1);  // byte by byte would cost too much
   const ClientStory whole = tell_client_story(sent, keys, edits, ways[0]);
   for (const auto& way : ways) check(tell_client_story(sent, keys, edits, way) == whole, "a cut changes the story");
 }
@@ -118,17 +108,7 @@ struct BackendCase {
   bool fin = false, reset = false, edits = false, old_client = false;
 };
 
-inline std::vector<std::string> pieces_of(std::string_view text, const std::vector<std::size_t>& ends) {
-  std::vector<std::string> pieces;
-  std::size_t from = 0;
-  for (const std::size_t end : ends) {
-    pieces.emplace_back(text.substr(from, end - from));
-    from = end;
-  }
-  return pieces;
-}
-
-// The payload that the RFC reads in a backend's bytes, and whether it is whole.
+// The payload that the RFC reads in a backend's bytes; sets `whole` if it is complete.
 inline std::string told_payload(std::string_view text, bool closed, bool& whole) {
   const auto told = rfc9112::read_responses(text, {"POST"}, closed);
   whole = false;
@@ -140,8 +120,7 @@ inline std::string told_payload(std::string_view text, bool closed, bool& whole)
   return told.open.body;
 }
 
-inline BackendStory tell_backend_story(std::string_view text, const BackendCase& given,
-                                       const std::vector<std::size_t>& ends) {
+inline BackendStory tell_backend_story(std::string_view text, const BackendCase& given, const Ends& ends) {
   hostile::GatewayOptions options;
   options.ask_usage = given.edits;
   hostile::Gateway gateway(options);
@@ -158,7 +137,7 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
   gateway.send(client, request);
   if (!given.fin && !given.reset) gateway.pass(6 * nexus::kSecond);
   const hostile::Story story = hostile::read_story(gateway, request, client, given.edits);
-  check(story.problems.empty(), joined(story.problems));
+  check(story.problems.empty(), hostile::joined(story.problems));
   check(story.statuses.size() == 1, "not one answer");
   check(gateway.counted_attempts() == 1, "not one attempt");
   check(story.whole || client.ended, "an answer that is neither whole nor over");
@@ -170,7 +149,7 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
   const std::string payload = told_payload(text, given.fin, whole);
   if (!own && !given.edits) {
     std::string_view body = got.body;
-    if (!story.whole) body = body.substr(0, body.find("\n\ndata: {\"error\""));  // a stream's reader is told
+    if (!story.whole) body = body.substr(0, body.find("\n\ndata: {\"error\""));  // a stream gets an error event
     check(payload.substr(0, body.size()) == body, "another payload than the backend's");
     if (story.whole) check(whole && payload == got.body, "a broken answer looks whole");
   }
@@ -181,7 +160,7 @@ inline BackendStory tell_backend_story(std::string_view text, const BackendCase&
   return told;
 }
 
-// The first byte: bits 0 and 1, how the answer ends; bit 2, the stream is asked for usage; bit 3, an old client.
+// The first byte: bits 0 and 1, how the response ends; bit 2, Nexus asks for usage; bit 3, the client speaks HTTP/1.0.
 inline void answer(std::string_view input) {
   if (input.empty()) return;
   const BackendCase given{(input[0] & 3) == 1, (input[0] & 3) == 2, (input[0] & 4) != 0, (input[0] & 8) != 0};

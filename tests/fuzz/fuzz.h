@@ -1,9 +1,9 @@
 // fuzz.h
-// Owns:     what every fuzz target needs: input that ends at a guard page, cuts drawn from the input, a check that ends
-//           the run.
-// Promises: a target is a function of its input alone, so that a file of the corpus always tells the same story.
-// Leaves:   what is to be proved to the targets, one header each; running them to fuzzer.cpp and fuzz_corpus_test.cpp.
-// Threads:  one.
+// Owns:     the parts that all fuzz targets share: input that ends at a guard page, cuts drawn from the input, a check
+//           that ends the run.
+// Promises: a target depends on its input alone, so a file of the corpus always gives the same run.
+// Leaves:   the properties to prove to the targets, one header each; running them to fuzzer.cpp and
+// fuzz_corpus_test.cpp. Threads:  one.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -26,7 +27,7 @@ inline void check(bool holds, const std::string& what) {
   if (!holds) throw Broken(what);
 }
 
-// A copy whose last byte is the last of a page, with a page behind it that faults.
+// A copy whose last byte is the last of a page; the next page faults when it is touched.
 class Guarded {
  public:
   explicit Guarded(std::string_view bytes, std::size_t padding = 0) : bytes_(bytes.size()) {
@@ -37,7 +38,7 @@ class Guarded {
     spare().pop_back();
     data_ = map_ + kRoom - wanted;
     if (!bytes.empty()) std::memcpy(data_, bytes.data(), bytes.size());
-    std::memset(data_ + bytes.size(), '"', padding);  // what stands behind a text must not matter
+    std::memset(data_ + bytes.size(), '"', padding);  // the bytes after a text must not matter
   }
   ~Guarded() { spare().push_back(map_); }
   Guarded(const Guarded&) = delete;
@@ -58,7 +59,7 @@ class Guarded {
     return at;
   }
   static std::vector<char*>& spare() {
-    static std::vector<char*> mappings;  // used again: mapping costs more than most inputs
+    static std::vector<char*> mappings;  // reused, because mapping costs more than most inputs
     return mappings;
   }
 
@@ -67,7 +68,7 @@ class Guarded {
   std::size_t bytes_ = 0;
 };
 
-// Numbers that follow from the input, for cuts.
+// Pseudo-random numbers seeded with the input, for cuts.
 class Draw {
  public:
   explicit Draw(std::string_view input) {
@@ -84,18 +85,32 @@ class Draw {
   std::uint64_t state_ = 14695981039346656037u;
 };
 
-// The ways in which a text of that many bytes is fed: whole, byte by byte (up to a bound), and in a few random pieces.
-// Each is a list of ends, the last of them `bytes`.
-inline std::vector<std::vector<std::size_t>> cuts_of(std::size_t bytes, Draw& draw) {
-  std::vector<std::vector<std::size_t>> ways{{bytes}};
-  if (bytes < 2) return ways;
-  if (bytes <= 2048) {
-    std::vector<std::size_t> each;
-    for (std::size_t i = 1; i <= bytes; ++i) each.push_back(i);
-    ways.push_back(each);
+// A way to cut a text into pieces: where each piece ends, the last one at the end of the text.
+using Ends = std::vector<std::size_t>;
+
+inline Ends byte_by_byte(std::size_t bytes) {
+  Ends ends(bytes);
+  std::iota(ends.begin(), ends.end(), 1);
+  return ends;
+}
+
+inline std::vector<std::string> pieces_of(std::string_view text, const Ends& ends) {
+  std::vector<std::string> pieces;
+  std::size_t from = 0;
+  for (const std::size_t end : ends) {
+    pieces.emplace_back(text.substr(from, end - from));
+    from = end;
   }
+  return pieces;
+}
+
+// The ways in which a target feeds a text: whole, byte by byte (if it is short enough), and in a few random pieces.
+inline std::vector<Ends> cuts_of(std::size_t bytes, Draw& draw) {
+  std::vector<Ends> ways{{bytes}};
+  if (bytes < 2) return ways;
+  if (bytes <= 2048) ways.push_back(byte_by_byte(bytes));
   ways.push_back({1 + draw.below(bytes - 1), bytes});
-  std::vector<std::size_t> several;
+  Ends several;
   for (std::size_t at = 1 + draw.below(bytes / 4 + 1); at < bytes; at += 1 + draw.below(bytes / 4 + 1)) {
     several.push_back(at);
   }

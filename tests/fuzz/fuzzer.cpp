@@ -1,4 +1,4 @@
-// One fuzz target for libFuzzer. The Makefile names it: -include tests/fuzz/NAME.h -DFUZZ_TARGET=NAME
+// One fuzz target for libFuzzer. tests/fuzz.mk selects it: -include tests/fuzz/NAME.h -DFUZZ_TARGET=NAME
 #include <cstddef>
 #include <cstdint>
 #include <string_view>

@@ -1,8 +1,8 @@
 // heads.h
-// Owns:     the fuzz targets of the two head readers, held against rfc9112.h.
-// Promises: any cut gives the same outcome; what a reader takes, the RFC's grammar takes, with the same start line,
-//           fields, framing and persistence; what breaks the grammar is never taken.
-// Leaves:   bodies to chunked.h and whole exchanges to exchange.h.
+// Owns:     the fuzz targets of the two head readers, compared with rfc9112.h.
+// Promises: any cut gives the same outcome; a head that a reader accepts is valid by the RFC's grammar and has the same
+//           start line, fields, framing and persistence there.
+// Leaves:   bodies to chunked.h, whole exchanges to exchange.h.
 // Threads:  one.
 #pragma once
 
@@ -27,9 +27,9 @@ inline std::string text_of(const char* base, const nexus::ResponseHead& head) {
   return {base + head.reason_at, head.reason_bytes};
 }
 
-// Feeds the text up to each of `ends`; it lies somewhere else each time, as a buffer that grew.
+// Feeds the text up to each of `ends`, each time at another address, as in a buffer that grows.
 template <class Reader, class Head>
-HeadRun<Head> run_head(std::string_view input, const std::vector<std::size_t>& ends) {
+HeadRun<Head> run_head(std::string_view input, const Ends& ends) {
   static nexus::FieldTable fields;
   HeadRun<Head> run;
   Reader reader;
@@ -76,7 +76,7 @@ inline rfc9112::Message::Framing plain(nexus::Framing::Kind kind) {
   return rfc9112::Message::Framing::none;
 }
 
-// What both readers must say of a head that Nexus took.
+// Both readers must agree on a head that Nexus accepted.
 template <class Head>
 void compare(const HeadRun<Head>& run, const rfc9112::Message& message) {
   check(run.head.head_bytes == message.head_bytes, "the heads end at different places");
@@ -97,7 +97,7 @@ inline void request_head(std::string_view input) {
   if (run.result.status != nexus::HeadResult::Status::done) return;
   check(got == rfc9112::Got::it, "taken, but not HTTP: " + why);
   check(rfc9112::check_host(message).empty(), "taken, but " + rfc9112::check_host(message));
-  if (run.head.refusal == nexus::HeadError::unknown_coding) return;  // refused anyhow: never read on
+  if (run.head.refusal == nexus::HeadError::unknown_coding) return;  // Nexus refuses it after the head
   const std::string framing = rfc9112::read_framing(message, true);
   check(framing.empty(), "taken, but " + framing);
   compare(run, message);

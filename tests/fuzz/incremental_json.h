@@ -1,8 +1,8 @@
 // incremental_json.h
-// Owns:     the fuzz target of reading a large body while it comes.
-// Promises: however a body is cut, the incremental says what the one pass over the whole says, spans included; it never
-//           passes what that refuses, and refuses more only of what is no JSON.
-// Leaves:   what the one pass should say to body.h.
+// Owns:     the fuzz target of reading a large body while it arrives.
+// Promises: at any cut the incremental reader gives the same result as the reader of whole bodies, spans included. It
+//           never accepts a body that the other refuses, and refuses more only if the body is not JSON.
+// Leaves:   the correct result to body.h.
 // Threads:  one.
 #pragma once
 
@@ -29,8 +29,8 @@ inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFac
   check(facts.has_images == wanted.has_images, "images differ");
 }
 
-// `ends`: of each piece. The body lies elsewhere each time, with a guard page behind the padding; of very many pieces
-// it stays where it is, since copying would cost most.
+// Reads a body in pieces that end at `ends`. The body moves with each piece and has a guard page behind its padding.
+// With very many pieces it stays in place, because copying would take most of the time.
 inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
                                        nexus::BodyFacts& facts, bool find_messages) {
   static nexus::IncrementalJson incremental;
@@ -49,7 +49,7 @@ inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector
 
 inline void check_pieces(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
   using nexus::BodyError;
-  static nexus::JsonReader direct_reader;  // whose last answer stays where it is
+  static nexus::JsonReader direct_reader;  // static, because its last result must stay valid
   Guarded whole(input, nexus::kPaddingBytes);
   const auto plain = plain_json::read(input);
   const bool is_body = plain && plain->kind == Kind::object;

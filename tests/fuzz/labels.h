@@ -1,7 +1,7 @@
 // labels.h
 // Owns:     the fuzz target of the label sanitiser and the exposition writer, read back by exposition_parser.h.
-// Promises: whatever the names, the page parses strictly, holds each series once, and its labels are the names again
-//           (raw) or what the sanitiser's rule makes of them.
+// Promises: for any names the page parses strictly and has each series once; its labels are the names themselves (raw)
+//           or the names as the sanitiser's rule changes them.
 // Leaves:   the numbers to the metrics tests.
 // Threads:  one.
 #pragma once
@@ -10,12 +10,12 @@
 
 #include "nexus/metrics/exposition.h"
 #include "nexus/metrics/labels.h"
-#include "tests/lib/exposition_parser.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/lib/exposition_parser.h"
 
 namespace fuzz {
 
-// The rule written down again: code points, not bytes, and each byte that is no UTF-8.
+// A second implementation of the rule: it works on code points, and on single bytes that are not UTF-8.
 inline std::vector<std::string> characters_of(std::string_view name) {
   std::vector<std::string> out;
   while (!name.empty()) {
@@ -59,7 +59,7 @@ inline void write_page(nexus::Exposition& page, const nexus::NameTable<nexus::Mo
   }
 }
 
-// Names stand apart by a byte 0xFF.
+// A byte 0xFF separates the names.
 inline void label_page(std::string_view input) {
   if (input.size() > 4096) return;
   nexus::NameTable<nexus::ModelId> names("unknown", 64);

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs the fuzz targets in turn: tests/fuzz/run.sh DIRECTORY SECONDS TARGET…
-# Each starts from its committed corpus and from what earlier runs here found new. Says how far it is every 20 seconds,
-# and ends with one line a target; a find stops its target, is kept in DIRECTORY/finds, and fails the run.
+# Each starts from its committed corpus and the inputs that earlier runs added. Prints its progress every 20 seconds and a
+# line per target at the end. A failing input stops its target, is kept in DIRECTORY/finds, and fails the run.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 directory=$1 seconds=$2

@@ -1,8 +1,9 @@
 // usage.h
 // Owns:     the fuzz target of the usage scan over event streams and plain bodies.
-// Promises: any cut gives the same bytes and counts; a plain body passes unchanged; out of a stream of JSON events only
-//           those go that tell a usage beside an empty list of choices, and the counts are the plain reading's.
-// Leaves:   the limits on held bytes to usage_test.cpp.
+// Promises: any cut gives the same bytes and counts; a plain body passes unchanged; only events that have a usage and
+// an
+//           empty list of choices are removed from a stream; the counts equal those that plain_json.h reads.
+// Leaves:   the limits on held bytes to usage_scan_test.cpp.
 // Threads:  one.
 #pragma once
 
@@ -19,20 +20,17 @@ struct UsageRun {
   bool operator==(const UsageRun&) const = default;
 };
 
-inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bool removing,
-                          const std::vector<std::size_t>& ends) {
+inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bool removing, const Ends& ends) {
   static nexus::BlockPool pool;
   UsageRun run;
   {
     nexus::UsageScan scan;
     scan.start(kind, &nexus::kOpenAiUsage, removing);
     nexus::UsageScan::Out out;
-    std::size_t from = 0;
-    for (const std::size_t end : ends) {
-      Guarded piece(text.substr(from, end - from), nexus::kPaddingBytes);
-      check(scan.feed(pool, json_reader(), piece.data(), end - from, out), "no memory");
+    for (const std::string& bytes : pieces_of(text, ends)) {
+      Guarded piece(bytes, nexus::kPaddingBytes);
+      check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), out), "no memory");
       run.out.append(out.held).append(out.piece);
-      from = end;
     }
     check(scan.finish(pool, json_reader(), out), "no memory");
     run.out.append(out.held).append(out.piece);
@@ -45,7 +43,7 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
   return run;
 }
 
-// WHATWG HTML 9.2.6, plainly: the events with their data, and whether they have other fields.
+// The events by WHATWG HTML 9.2.6: their data, and if they have other fields.
 struct PlainEvent {
   std::string data;
   bool others = false;
@@ -96,7 +94,7 @@ inline std::int64_t count_of(const plain_json::Value& usage, std::string_view na
   return count;
 }
 
-// The counts of the last `usage` that is an object; nothing where there is none.
+// The counts of the last `usage` that is an object, or nothing.
 inline bool counts_of(const plain_json::Value& object, UsageRun& wanted) {
   const plain_json::Value* usage = nullptr;
   for (const auto& [key, value] : object.members) {
@@ -117,7 +115,7 @@ inline bool is_extra(const plain_json::Value& object) {
   return empty && !other && usage;
 }
 
-// The scan does not undo escapes in keys, does not look into what is no JSON, and lets large things be.
+// The scan does not decode escapes in keys, and ignores text that is not JSON and large events.
 inline bool is_simple(std::string_view text) { return text.find('\\') == std::string_view::npos && text.size() < 8192; }
 
 inline void compare_json(std::string_view text, const UsageRun& run) {
@@ -145,7 +143,7 @@ inline void compare_events(std::string_view text, const UsageRun& run, bool remo
   check(run.prompt_tokens == wanted.prompt_tokens && run.completion_tokens == wanted.completion_tokens, "the counts");
 }
 
-// The first byte says what kind of body it is.
+// The first byte selects the kind of body.
 inline void usage(std::string_view input) {
   if (input.empty()) return;
   const bool json = input[0] == 'j';

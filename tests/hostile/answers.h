@@ -1,8 +1,8 @@
 // answers.h
-// Owns:     hostile answers of a backend as rows: the bytes, where the RFCs speak of them, and exactly what the client
-//           must see and what must become of the backend's connection.
-// Promises: what is broken is never passed on as if it were whole.
-// Leaves:   running them, whole and cut at every place, to hostile_answers_test.cpp.
+// Owns:     hostile responses of a backend as rows: the bytes, the RFC section about them, exactly what the client must
+//           see, and if the backend's connection must be reused.
+// Promises: no row lets a broken response reach the client as a complete one.
+// Leaves:   running the rows, whole and cut at every place, to hostile_answers_test.cpp.
 // Threads:  any.
 #pragma once
 
@@ -14,13 +14,13 @@
 namespace hostile {
 
 struct AnswerRow {
-  enum class End : std::uint8_t { open, fin, reset };  // what the backend does behind its bytes
+  enum class End : std::uint8_t { open, fin, reset };  // what the backend does after its bytes
 
   std::string name;
   std::string section;  // of RFC 9110 or 9112
   std::string bytes;
   int status = 502;     // as the client sees it
-  bool whole = true;    // not cut off
+  bool whole = true;    // the client gets a complete response
   bool reused = false;  // the connection carries the next request
   End end = End::open;
   bool old_client = false;  // the client speaks HTTP/1.0
@@ -34,7 +34,7 @@ inline std::string answer_of(std::string_view lines, std::string_view body = "",
   return text_of(line) + "\r\n" + text_of(lines) + "\r\n" + text_of(body);
 }
 
-// 502 for the client, whose connection stays; the backend's is thrown away.
+// The client gets a 502 and keeps its connection; the backend's connection is closed.
 inline AnswerRow broken(std::string name, std::string section, std::string bytes) {
   return {std::move(name), std::move(section), std::move(bytes), 502, true, false, AnswerRow::End::open, false};
 }

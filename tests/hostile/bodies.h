@@ -1,6 +1,6 @@
 // bodies.h
 // Owns:     hostile bodies as rows: the chunked coding and JSON.
-// Promises: as requests.h.
+// Promises: those of requests.h.
 // Leaves:   running them to hostile_requests_test.cpp.
 // Threads:  any.
 #pragma once
@@ -20,7 +20,7 @@ inline void add_chunk_rows(RequestRows& rows) {
   const auto taken = [&](const char* name, const std::string& body) {
     rows.push_back({bytes_of("chunked: ") + name, "9112 7.1", chunked_post(body), "200", true, 1, false});
   };
-  const std::string d = "\r\n" + kBody + "\r\n" + end;  // what stands behind a good size of 13
+  const std::string d = "\r\n" + kBody + "\r\n" + end;  // the bytes after a valid size of 13
   taken("one chunk", "d" + d);
   taken("a chunk a byte", [] {
     std::string text;

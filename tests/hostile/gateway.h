@@ -54,8 +54,8 @@ class Gateway {
 
   Peer& connect();
   void send(Peer& client, std::string_view bytes);
-  void turn();      // one turn of each loop that has something to do
-  void settle();    // turns until nothing more happens; the backends answer the requests that are complete
+  void turn();         // one turn of each loop that has something to do
+  void settle();       // turns until nothing more happens; the backends answer the requests that are complete
   void pass(Ns span);  // lets time pass
   void reload_unnoticed(const GatewayOptions& options);  // the worker gets new settings, but is not woken
 

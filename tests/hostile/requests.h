@@ -1,7 +1,7 @@
 // requests.h
-// Owns:     hostile requests as rows: the bytes, where the RFCs speak of them, and exactly what Nexus must do.
-// Promises: each row is decided by its bytes alone, but for those that wait for a deadline, which say 408.
-// Leaves:   running them, whole and cut at every place, to hostile_requests_test.cpp.
+// Owns:     hostile requests as rows: the bytes, the RFC section about them, and exactly what Nexus must do.
+// Promises: each row's result depends on its bytes alone. Rows that wait for a timeout have the status 408.
+// Leaves:   running the rows, whole and cut at every place, to hostile_requests_test.cpp.
 // Threads:  any.
 #pragma once
 
@@ -16,19 +16,20 @@ struct RequestRow {
   std::string name;
   std::string section;      // of RFC 9110 or 9112, or 8259 for JSON
   std::string bytes;        // all that the client sends
-  std::string statuses;     // of the final answers, in order
-  bool kept = false;        // the connection stays open behind them
-  std::size_t reached = 0;  // requests that the backend saw
+  std::string statuses;     // of the final responses, in order
+  bool kept = false;        // the connection stays open after them
+  std::size_t reached = 0;  // requests that reached the backend
   bool keys = false;        // API keys are configured
 };
 
 using RequestRows = std::vector<RequestRow>;
 
-inline const std::string kBody = R"({"model":"m"})";                               // 13 bytes
-inline const std::string kNext = "GET /v1/models HTTP/1.1\r\nHost: next\r\n\r\n";  // never read out of another's body
+inline const std::string kBody = R"({"model":"m"})";  // 13 bytes
+inline const std::string kNext =
+    "GET /v1/models HTTP/1.1\r\nHost: next\r\n\r\n";  // must never be read out of another request's body
 
 inline std::string bytes_of(std::string_view text) { return std::string(text); }
-// A request to the proxied endpoint, with these lines behind its Host.
+// A request to the proxied endpoint, with these lines after its Host.
 inline std::string post(std::string_view lines, std::string_view body = "") {
   return "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n" + bytes_of(lines) + "\r\n" + bytes_of(body);
 }
@@ -49,7 +50,7 @@ inline std::string json_post(std::string_view json) {
   return post("Content-Length: " + std::to_string(json.size()) + "\r\n", json);
 }
 
-// 400, closed, nothing sent on; what follows on the connection is not read as a request.
+// The client gets a 400 and the connection is closed; nothing is forwarded and nothing more is read as a request.
 inline RequestRow bad(std::string name, std::string section, std::string bytes) {
   return {std::move(name), std::move(section), std::move(bytes) + kNext, "400", false, 0, false};
 }

@@ -1,6 +1,6 @@
 // sequences.h
-// Owns:     hostile sequences as rows: bodies left unread, pipelines, expectations, upgrades, names in Connection.
-// Promises: as requests.h.
+// Owns:     hostile sequences as rows: unread bodies, pipelines, expectations, upgrades, fields named in Connection.
+// Promises: those of requests.h.
 // Leaves:   running them to hostile_requests_test.cpp.
 // Threads:  any.
 #pragma once

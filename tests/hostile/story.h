@@ -1,7 +1,7 @@
 // story.h
-// Owns:     what must hold of any exchange, however hostile: the two sides' bytes and Nexus's counts tell one story.
-// Promises: all is read by rfc9112.h; every departure is one line in the result.
-// Leaves:   which statuses a request deserves to the tables.
+// Owns:     the properties that hold for every exchange, however hostile: both sides' bytes and Nexus's counts agree.
+// Promises: all bytes are read by rfc9112.h; each violation is one line in the result.
+// Leaves:   the statuses that a request deserves to the tables.
 // Threads:  one.
 #pragma once
 
@@ -16,13 +16,19 @@ namespace hostile {
 
 using Problems = std::vector<std::string>;
 
+inline std::string joined(const Problems& problems) {
+  std::string all;
+  for (const std::string& problem : problems) all += "\n  " + problem;
+  return all;
+}
+
 inline bool is_endpoint_post(const rfc9112::Message& message) {
   const std::string path = message.target.substr(0, message.target.find('?'));
   return message.method == "POST" &&
          (path == "/v1/chat/completions" || path == "/v1/completions" || path == "/v1/embeddings");
 }
 
-// A request as it may reach a backend.
+// Checks one request as a backend received it.
 inline void check_forwarded(const rfc9112::Message& message, Problems& problems) {
   const auto wrong = [&](const std::string& what) { problems.push_back("to the backend: " + what); };
   if (message.value("Host") != "10.0.0.1:8001") wrong("Host is " + message.value("Host"));
@@ -43,7 +49,7 @@ inline void check_forwarded(const rfc9112::Message& message, Problems& problems)
   }
 }
 
-// Every request that a backend saw is one that the RFC reads in the client's bytes: the same one, and in order.
+// Every request that a backend received must be one that the RFC reads in the client's bytes, and in the same order.
 inline void check_origin(const rfc9112::Reading& client, const std::vector<rfc9112::Message>& forwarded,
                          Problems& problems) {
   std::size_t next = 0;
@@ -63,7 +69,7 @@ inline std::uint64_t sum_of(const auto& cells) {
   return sum;
 }
 
-// Requests on proxied endpoints that Nexus counted, but for clients that left.
+// The requests on proxied endpoints that Nexus counted, except those whose client left.
 inline std::uint64_t counted_requests(const Gateway& gateway) {
   std::uint64_t sum = 0;
   gateway.slab().pairs().for_each([&](std::uint32_t, std::uint32_t, const nexus::PairCounters& cells) {
@@ -74,17 +80,17 @@ inline std::uint64_t counted_requests(const Gateway& gateway) {
 }
 
 struct Story {
-  std::vector<int> statuses;  // final ones, in order
+  std::vector<int> statuses;  // of the final responses, in order
   std::size_t interim = 0;
   std::vector<rfc9112::Message> answers;
   std::vector<rfc9112::Message> forwarded;
-  bool kept = false;     // the client's connection
-  bool whole = true;     // all answers are
-  bool cut_off = false;  // the last answer is not, and its reader can tell
+  bool kept = false;     // the client's connection is still open
+  bool whole = true;     // all responses are complete
+  bool cut_off = false;  // the last response is truncated, and its reader can tell
   Problems problems;
 };
 
-// Reads what became of `sent` on one client connection of a gateway.
+// Collects the result of sending `sent` on one client connection. `edits`: the bodies may differ from the client's.
 inline Story read_story(const Gateway& gateway, std::string_view sent, const Peer& client, bool edits = false) {
   Story story;
   const auto wrong = [&](const std::string& what) { story.problems.push_back(what); };
@@ -102,7 +108,7 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Pee
   if (asked.within_body || asked.unframed) begun.push_back(asked.open);
   std::vector<std::string> methods;
   for (const rfc9112::Message& message : begun) methods.push_back(message.method);
-  methods.push_back("POST");  // an answer to what is no request
+  methods.push_back("POST");  // for a response to bytes that are not a request
 
   const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
   const rfc9112::Reading read = rfc9112::read_responses(client.received, methods, client.ended && !client.cut);

@@ -1,8 +1,9 @@
 // exposition_parser.h
-// Owns:     a strict reader of the text exposition format, for tests: stricter than Prometheus itself.
-// Promises: every departure is one line in `problems`; what was read is there to be compared.
-// Leaves:   what the numbers should be to the tests. It shares no code with the writer.
+// Owns:     the tests' own reader of the text exposition format: stricter than Prometheus itself.
+// Promises: it shares no code with the writer; each violation is one line in `problems`.
+// Leaves:   the correct numbers to the tests.
 // Threads:  any.
+// Tested by: tests/prometheus_test.cpp, tests/labels_test.cpp
 #pragma once
 
 #include <cmath>
@@ -15,15 +16,17 @@
 #include <string_view>
 #include <vector>
 
+#include "tests/lib/plain_utf8.h"
+
 namespace exposition {
 
-using Labels = std::map<std::string, std::string>;  // values as they were before escaping
+using Labels = std::map<std::string, std::string>;  // values without escapes
 
 struct Sample {
   std::string name;
   Labels labels;
   double value = 0;
-  std::string text;  // the value as it was written
+  std::string text;  // the value as written
 };
 
 struct Family {
@@ -31,26 +34,12 @@ struct Family {
   std::vector<Sample> samples;
 };
 
-// `text` as code points, or false where it is not UTF-8: decoded by arithmetic and re-checked for its range.
+// False if `text` is not UTF-8. Appends its code points to `out`.
 inline bool decode_utf8(std::string_view text, std::vector<std::uint32_t>* out = nullptr) {
-  static constexpr std::uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
-  for (std::size_t i = 0; i < text.size();) {
-    const auto lead = static_cast<unsigned char>(text[i]);
-    const std::size_t length = lead < 0x80         ? 1
-                               : (lead >> 5) == 6  ? 2
-                               : (lead >> 4) == 14 ? 3
-                               : (lead >> 3) == 30 ? 4
-                                                   : 0;
-    if (length == 0 || i + length > text.size()) return false;
-    std::uint32_t point = length == 1 ? lead : lead & (0x7Fu >> length);
-    for (std::size_t k = 1; k < length; ++k) {
-      const auto tail = static_cast<unsigned char>(text[i + k]);
-      if ((tail & 0xC0) != 0x80) return false;
-      point = point << 6 | (tail & 0x3Fu);
-    }
-    if (point < kLeast[length] || point > 0x10FFFF || (point >= 0xD800 && point <= 0xDFFF)) return false;
-    if (out != nullptr) out->push_back(point);
-    i += length;
+  while (!text.empty()) {
+    const auto point = plain_utf8::take(text);
+    if (!point) return false;
+    if (out != nullptr) out->push_back(*point);
   }
   return true;
 }
@@ -80,7 +69,7 @@ class Reader {
     return nullptr;
   }
 
-  // The value of one series as it was written; "absent" where there is none.
+  // The value of one series as written, or "absent".
   std::string text(std::string_view name, const Labels& labels = {}) const {
     const Sample* sample = find(name, labels);
     return sample == nullptr ? "absent" : sample->text;
@@ -91,7 +80,7 @@ class Reader {
     return sample == nullptr ? std::numeric_limits<double>::quiet_NaN() : sample->value;
   }
 
-  // The sum over all samples of that name whose labels include `labels`.
+  // The sum of all samples of that name whose labels include `labels`.
   double sum(std::string_view name, const Labels& labels = {}) const {
     double total = 0;
     for (const Family& f : families) {
@@ -200,7 +189,7 @@ class Reader {
     return name == family.name + "_bucket" || name == family.name + "_sum" || name == family.name + "_count";
   }
 
-  // From the opening brace; leaves `at` behind the closing one.
+  // Reads from the opening brace; sets `at` behind the closing one.
   static bool read_labels(std::string_view line, std::size_t& at, Labels& labels) {
     ++at;
     while (true) {
@@ -233,7 +222,7 @@ class Reader {
     return decode_utf8(value) && value.find('\0') == std::string::npos;
   }
 
-  // Each series: all buckets in ascending order up to +Inf, then sum, then count; cumulative; count = +Inf.
+  // Each series must have cumulative buckets in ascending order up to +Inf, then sum, then count = the +Inf bucket.
   void check_histogram(const Family& family) {
     std::size_t i = 0;
     while (i < family.samples.size()) {

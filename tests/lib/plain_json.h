@@ -1,9 +1,11 @@
 // plain_json.h
-// Owns:     a second reading of JSON, written from RFC 8259 alone, for tests: recursive and slow.
-// Promises: it shares no code with nexus/ and simdjson; a text is read whole or not at all; every value says where it
-//           stands; members keep their order, and those of one name stay apart.
-// Leaves:   numbers but for whole ones.
+// Owns:     the tests' own reader of JSON, written from RFC 8259 alone: recursive and slow.
+// Promises: it shares no code with nexus/ and simdjson. It reads a complete text or fails; every value has its
+// position;
+//           members keep their order, and duplicates stay separate.
+// Leaves:   converting numbers to the tests: a number is its digits.
 // Threads:  any.
+// Tested by: tests/hostile_readers_test.cpp
 #pragma once
 
 #include <cstddef>
@@ -13,6 +15,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "tests/lib/plain_utf8.h"
 
 namespace plain_json {
 
@@ -24,10 +28,10 @@ struct Value {
   std::string text;  // decoded, or a number's digits
   std::vector<Value> items;
   std::vector<Member> members;
-  std::size_t at = 0, bytes = 0;  // where it stands
+  std::size_t at = 0, bytes = 0;  // its position in the text
 
   inline std::size_t count(std::string_view name) const;
-  // The last member of that name, as most readers take it.
+  // The last member of that name, which is the one that most readers use.
   inline const Value* find(std::string_view name) const;
 };
 
@@ -197,26 +201,17 @@ class Reader {
     std::uint32_t unit = 0, low = 0;
     if (c != 'u' || !read_hex(unit)) return false;
     if (unit >= 0xdc00 && unit <= 0xdfff) return false;
-    if (unit >= 0xd800 && unit <= 0xdbff) {  // a pair, or no character at all
+    if (unit >= 0xd800 && unit <= 0xdbff) {  // a surrogate pair, or invalid
       if (!take('\\') || !take('u') || !read_hex(low) || low < 0xdc00 || low > 0xdfff) return false;
       unit = 0x10000 + ((unit - 0xd800) << 10) + (low - 0xdc00);
     }
     return append(out, unit), true;
   }
 
-  // One character of UTF-8, by arithmetic.
   bool read_character(std::string& out) {
-    static constexpr std::uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
-    const auto lead = static_cast<unsigned char>(text_[at_]);
-    const std::size_t bytes = lead < 0x80 ? 1 : lead >> 5 == 6 ? 2 : lead >> 4 == 14 ? 3 : lead >> 3 == 30 ? 4 : 0;
-    if (lead < 0x20 || bytes == 0 || at_ + bytes > text_.size()) return false;
-    std::uint32_t point = bytes == 1 ? lead : lead & (0x7fu >> bytes);
-    for (std::size_t i = 1; i < bytes; ++i) {
-      const auto tail = static_cast<unsigned char>(text_[at_ + i]);
-      if ((tail & 0xc0) != 0x80) return false;
-      point = point << 6 | (tail & 0x3fu);
-    }
-    if (point < kLeast[bytes] || point > 0x10ffff || (point >= 0xd800 && point <= 0xdfff)) return false;
+    std::string_view rest = text_.substr(at_);
+    if (static_cast<unsigned char>(rest[0]) < 0x20 || !plain_utf8::take(rest)) return false;
+    const std::size_t bytes = text_.size() - at_ - rest.size();
     out += text_.substr(at_, bytes);
     at_ += bytes;
     return true;

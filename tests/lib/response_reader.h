@@ -79,7 +79,7 @@ class ResponseReader {
 
   std::string method_ = "GET";
   BodyReader body_;
-  std::string kept_;  // bytes that are no complete line yet
+  std::string kept_;          // bytes that are no complete line yet
   std::size_t searched_ = 0;  // no head's end lies before
   bool head_done_ = false;
   bool done_ = false;

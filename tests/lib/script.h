@@ -20,10 +20,10 @@ namespace nexus::sim {
 struct Peer {
   LinkId link = kNoLink;
   bool to_backend = false;
-  bool reads = true;     // if not, Nexus can write only what the connection's window holds
-  std::string received;  // all that Nexus wrote
-  bool ended = false;    // Nexus's FIN or reset has arrived
-  bool cut = false;      // it was a reset
+  bool reads = true;      // if not, Nexus can write only what the connection's window holds
+  std::string received;   // all that Nexus wrote
+  bool ended = false;     // Nexus's FIN or reset has arrived
+  bool cut = false;       // it was a reset
   bool finished = false;  // this side has sent its FIN or its reset
 };
 
@@ -34,7 +34,7 @@ class Script {
   Script& operator=(const Script&) = delete;
 
   Wire wire{1, [](const Address&) { return ConnectFate{ConnectFate::Kind::accepted, 0, shape()}; }};
-  std::deque<Peer> peers;  // in the order in which their connections were made
+  std::deque<Peer> peers;                 // in the order in which their connections were made
   std::function<void(Peer&)> on_connect;  // Nexus connected to a backend
 
   Peer& connect_client() { return add(wire.client_connects(0, shape()), false); }

@@ -1,7 +1,7 @@
 // answers.h
-// Owns:     the answers of simulated backends: bytes in a framing, pauses between them, and how they end.
-// Promises: payload bytes follow from the request and the attempt, so that no two answers can be taken for each other;
-//           whether a reader may take an answer for whole is told beside it.
+// Owns:     the responses of simulated backends: bytes in a framing, pauses between them, and how they end.
+// Promises: the payload is derived from the request and the attempt, so that no two responses can be confused; each
+//           response says if a reader may take it for complete.
 // Leaves:   sending to fleet.h; judging to ledger.h.
 // Threads:  one.
 #pragma once
@@ -18,7 +18,7 @@ namespace nexus::sim {
 struct Answer {
   enum class End : std::uint8_t { keep, close, reset, stall };
   struct Pause {
-    std::size_t at;  // byte of `bytes`
+    std::size_t at;  // before this byte of `bytes`
     Ns span;
   };
   std::string bytes;
@@ -31,7 +31,7 @@ class AnswerMaker {
  public:
   AnswerMaker(Dice& dice, const Manners& manners) : dice_(dice), manners_(manners) {}
 
-  // `asked` says that the body asks for usage; `by_client`, that the client did.
+  // `asked`: the body requests usage; `by_client`: the client requested it.
   Answer make(std::string_view id, std::size_t number, bool stream, bool asked, bool by_client, Attempt& attempt) {
     Answer answer;
     number_ = number;
@@ -170,7 +170,7 @@ class AnswerMaker {
     out.append("0\r\n").append(dice_.one_in(30) ? "X-Trailer: t\r\n\r\n" : "\r\n");
   }
 
-  // What goes wrong with it, if anything.
+  // Adds a fault, or none.
   void spoil(Answer& answer, Framing framing, bool no_body, std::size_t final_at, std::size_t body_at,
              Attempt& attempt) {
     if (interim_ > 16) attempt.may_be_whole = false;
@@ -189,7 +189,7 @@ class AnswerMaker {
       const bool in_extra = attempt.extra_bytes > 0 && keep > body_at + attempt.extra_at &&
                             keep < body_at + attempt.extra_at + attempt.extra_bytes;
       if (until_close && keep >= body_at && by_fin && !in_extra) {
-        attempt.payload.resize(keep - body_at);  // a proper end, as far as anybody can tell
+        attempt.payload.resize(keep - body_at);  // no reader can tell that the response is truncated
         if (attempt.extra_at >= attempt.payload.size()) attempt.extra_bytes = 0;
         attempt.prompt_tokens = attempt.completion_tokens = kTokensUnsure;
       } else {
@@ -210,7 +210,7 @@ class AnswerMaker {
 
   void break_head(Answer& answer, std::size_t at) {
     std::string& out = answer.bytes;
-    const auto put = [&](std::string_view line) {  // behind the status line
+    const auto put = [&](std::string_view line) {  // after the status line
       out.insert(out.find("\r\n", at) + 2, line);
     };
     switch (dice_.number(0, 11)) {
@@ -239,7 +239,7 @@ class AnswerMaker {
   }
 
  public:
-  std::size_t attempt_number_ = 0;  // of the answer being made
+  std::size_t attempt_number_ = 0;  // of the response being made
 
  private:
   Dice& dice_;

@@ -1,8 +1,7 @@
 // audit.h
-// Owns:     comparing: Nexus's counts and log lines with each other and with what both simulated sides saw.
-// Promises: at each step the bounds that must always hold, at rest that nothing is left, at the end that every count
-//           agrees to the unit.
-// Leaves:   judging single answers to ledger.h.
+// Owns:     comparing Nexus's metrics and log lines with each other and with what both simulated sides saw.
+// Promises: checks bounds at each step; at rest, that nothing is left over; at the end, that all counts agree exactly.
+// Leaves:   judging single responses to ledger.h.
 // Threads:  one.
 #pragma once
 
@@ -12,8 +11,8 @@
 #include <string>
 #include <string_view>
 
-#include "tests/lib/gateway.h"
 #include "ledger.h"
+#include "tests/lib/gateway.h"
 
 namespace nexus::sim {
 
@@ -21,7 +20,7 @@ class Audit {
  public:
   Audit(Ledger& ledger, Gateway& gateway, Wire& wire) : ledger_(ledger), gateway_(gateway), wire_(wire) {}
 
-  // The caps of a configuration that some request may still hold to: the most that may run on a backend, 0 for any.
+  // Remembers a configuration's limits. Requests may still follow older ones, so the highest of each counts; 0: none.
   void note_caps(const Settings& settings) {
     for (const BackendSettings& backend : settings.backends) {
       const auto [at, made] = caps_.try_emplace(backend.name, backend.max_pending);
@@ -31,14 +30,14 @@ class Audit {
     }
     const ServerSettings& server = settings.server;
     most_connections_ = std::max(most_connections_, std::size_t{server.max_connections});
-    // Its request, which a block twice as large may hold, and an answer's piece and head on their way to the client.
+    // Per connection: the request, in a block up to twice as large, and part of a response with its head.
     most_held_bytes_ = std::max(most_held_bytes_, 4 * (server.max_body_bytes + server.max_header_bytes + kRoomyBlock));
     longest_write_ = std::max(longest_write_, server.write_timeout_ns);
   }
 
   Happened happened;
 
-  // What a run that failed has left.
+  // Drops the lines that a failed run left.
   static void empty(LogRing& ring) {
     std::string line;
     while (ring.next()) ring.take(line);
@@ -54,7 +53,7 @@ class Audit {
       if (line_.find(" request_id=") != std::string::npos && line_.find(" duration_ms=") != std::string::npos) {
         read_line();
       } else if (to == LogDestination::access) {
-        ledger_.wrong("an access line that is none: %.200s", line_.c_str());
+        ledger_.wrong("not an access log line: %.200s", line_.c_str());
       }
     }
   }
@@ -85,7 +84,7 @@ class Audit {
     }
   }
 
-  // A connection on which no byte was taken for longer than Nexus may wait for that.
+  // Nexus must not keep a client that has taken no byte for longer than write_timeout.
   void check_blocked(LinkId id, Ns slack) {
     const Link& link = wire_.at(id);
     if (!link.live || !link.nexus_open || link.to_backend || link.blocked_since < 0) return;
@@ -119,7 +118,7 @@ class Audit {
       expect_zero("client connections", static_cast<std::int64_t>(worker->connections()));
       expect_zero("backend connections", static_cast<std::int64_t>(worker->upstreams()));
       expect_zero("armed timers", static_cast<std::int64_t>(worker->armed_timers()));
-      // Its scratch block stays.
+      // A worker keeps its scratch block.
       if (worker->taken_bytes() > kRoomyBlock) ledger_.wrong("at rest a worker holds %zu bytes", worker->taken_bytes());
     }
     std::int64_t clients = 0;
@@ -240,9 +239,9 @@ class Audit {
     }
   }
 
-  // ---- one request: its line, its answer, its arrivals ----
+  // ---- one request: its log line, its response, its arrivals at backends ----
 
-  // Where nothing fails everything is answered whole, and only for want of a place or of a model with an error.
+  // Without faults every response is complete, and the only errors are a full queue and a missing model.
   void check_gentle(const Request& request, unsigned n) {
     if (request.behind_close) return;
     if (!request.whole) return ledger_.wrong("r%u: not answered whole, though nothing fails", n);
@@ -265,7 +264,7 @@ class Audit {
     if (!request.counted && request.kind != Request::Kind::completion && request.kind != Request::Kind::wrong) {
       return ledger_.wrong("r%u: counted, though it is no request", n);
     }
-    // Each attempt may arrive twice: over a kept connection that was found closed, and over a new one.
+    // An attempt may arrive twice: over a reused connection that was already closed, and again over a new one.
     if (request.attempts.size() > 2 * request.line_attempts) {
       return ledger_.wrong("r%u: %zu arrivals at backends of %u attempts", n, request.attempts.size(),
                            request.line_attempts);
@@ -281,7 +280,7 @@ class Audit {
 
   void check_unanswered(const Request& request, unsigned n) {
     if (request.client_left || ledger_.stopped) return;
-    if (request.line_cut) return;  // its connection was cut: a reset may throw away what was sent before
+    if (request.line_cut) return;  // the reset may have discarded the response
     ledger_.wrong("r%u: counted as %u (%s) and its client, still there, got nothing", n, request.line_status,
                   request.line_error.c_str());
   }
@@ -316,7 +315,7 @@ class Audit {
     if (request.attempt < 0 || request.status / 100 != 2) return;
     const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
     if (attempt.prompt_tokens == kTokensUnsure || request.client_left) return;
-    // Without memory for a usage that comes in two pieces it is not read; never is it read wrongly.
+    // Without memory for a usage in two pieces Nexus reads no usage, but never a wrong one.
     if (ledger_.memory_faults && request.line_prompt_tokens == -1 && request.line_completion_tokens == -1) return;
     if (attempt.prompt_tokens != request.line_prompt_tokens ||
         attempt.completion_tokens != request.line_completion_tokens) {

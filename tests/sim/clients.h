@@ -1,8 +1,7 @@
 // clients.h
-// Owns:     the simulated clients: one visit (a connection with its requests) after another, each with its own manners.
-// Promises: reads what comes by the letter and in order: an answer to each request or the connection's end, and nothing
-//           behind it.
-// Leaves:   requests to requests.h, judging an answer to ledger.h.
+// Owns:     the simulated clients: one visit (a connection with its requests) after another, each with its own habits.
+// Promises: reads strictly and in order: a response to each request or the end of the connection, and nothing after it.
+// Leaves:   making requests to requests.h, judging responses to ledger.h.
 // Threads:  one.
 #pragma once
 
@@ -31,7 +30,7 @@ class Clients {
   void start() {
     for (std::uint32_t i = 0; i < clients_.size(); ++i) set_timer(i, kVisit, dice_.span(0, 20 * kMillisecond));
   }
-  // No new visits and no request that is not sent yet; all but those that have gone quiet read what they get.
+  // From now on no client makes new requests, and all except the stalled ones read everything that they get.
   void calm() {
     left_ = 0;
     for (std::uint32_t i = 0; i < clients_.size(); ++i) {
@@ -49,7 +48,7 @@ class Clients {
     }
     return true;
   }
-  // Nexus is gone: what still waits is cut.
+  // Nexus is gone: ends all visits.
   void end_all() {
     calm();
     for (std::uint32_t i = 0; i < clients_.size(); ++i) {
@@ -64,19 +63,19 @@ class Clients {
     const std::uint32_t who = wire_.at(id).peer;
     Client& client = clients_[who];
     if (client.link != id) return;
-    // Linux lets what came before a reset be read; others throw it away.
+    // On Linux the bytes before a reset can still be read; other systems discard them.
     if (!dice_.one_in(4) && !client.gone_quiet) read(who, wire_.peer_view(id).size());
     if (client.link != id) return;
-    // A reset for the sake of a later request, whose answer broke, takes with it what was not read yet of those before.
+    // A reset that Nexus sent for a later request's response may also have discarded the responses before it.
     const auto is_cut = [&](std::size_t number) { return ledger_.requests[number].line_cut; };
     if (std::any_of(client.waiting.begin(), client.waiting.end(), is_cut)) leave_all(who);
     end_visit(who, true);
   }
-  // Its connection broke where it can't see that yet.
+  // A call of Nexus failed on this client's connection; the client can't know yet.
   void on_broken(std::uint32_t who) { leave_all(who); }
   void on_timer(std::uint32_t who, std::uint64_t value) {
     Client& client = clients_[who];
-    if (value >> 8 != client.visits && (value & 0xff) != kVisit) return;  // of an earlier visit
+    if (value >> 8 != client.visits && (value & 0xff) != kVisit) return;  // the timer belongs to an earlier visit
     switch (value & 0xff) {
       case kVisit:
         if (client.link == kNoLink) begin_visit(who);
@@ -99,12 +98,12 @@ class Clients {
   struct Client {
     LinkId link = kNoLink;
     std::uint64_t visits = 0;
-    // Of this visit.
+    // The current visit:
     bool http_1_0 = false;
     bool keep_alive = true;
     std::uint32_t to_ask = 0;
     std::uint32_t at_once = 1;
-    std::size_t read_bytes = 0;  // at a time; 0: all
+    std::size_t read_bytes = 0;  // per read; 0: everything
     Ns read_pause_ns = 0;
     std::size_t stop_reading_at = SIZE_MAX;
     std::size_t stop_sending_at = SIZE_MAX;
@@ -113,34 +112,23 @@ class Clients {
     std::size_t abort_at_received = SIZE_MAX;
     bool shut = false;        // our FIN is sent
     bool gone_quiet = false;  // stalled for good
-    bool last_asked = false;  // nothing can be asked any more
-    bool closing = false;     // Nexus said that it closes
-    bool answered = false;    // at least once
+    bool last_asked = false;  // no further request can follow
+    bool closing = false;     // Nexus announced the connection's end
+    bool answered = false;    // at least one response has arrived
     bool reading_later = false;
     std::string out;
     std::size_t sent = 0;
-    std::size_t hold_at = SIZE_MAX;  // a body that waits for 100 Continue
+    std::size_t hold_at = SIZE_MAX;  // start of a body that waits for 100 Continue
     std::size_t received = 0;
-    std::deque<std::size_t> waiting;  // requests, in order
-    std::deque<std::size_t> ends;     // where each ends in `out`
+    std::deque<std::size_t> waiting;  // requests without a response, in order
+    std::deque<std::size_t> ends;     // the end of each request in `out`
     bool head_seen = false;
-    Ns began_at = 0;  // when Nexus wrote the first byte of the answer being read
+    Ns began_at = 0;  // when Nexus wrote the first byte of the response being read
     rfc9112::ResponseReader reader;
   };
 
   void set_timer(std::uint32_t who, Timer what, Ns in) {
     wire_.timer(Notice::Kind::client_timer, who, wire_.now() + in, clients_[who].visits << 8 | what);
-  }
-
-  Shape draw_shape() {
-    Shape shape;
-    shape.latency_ns = swarm_.latency_ns;
-    shape.jitter_ns = swarm_.jitter_ns;
-    shape.split = swarm_.split;
-    shape.most_pieces = swarm_.most_pieces;
-    shape.gap_ns = swarm_.gap_ns;
-    shape.window_bytes = dice_.one_in(2) ? 256u << 10 : std::max<std::size_t>(swarm_.least_window, 1);
-    return shape;
   }
 
   void begin_visit(std::uint32_t who) {
@@ -160,7 +148,7 @@ class Clients {
     if (dice_.chance(habits.stalled_reader)) client.stop_reading_at = dice_.skewed(0, 5000);
     if (dice_.chance(habits.stalled_sender)) client.stop_sending_at = dice_.skewed(0, 3000);
     draw_abort(who);
-    client.link = wire_.client_connects(who, draw_shape());
+    client.link = wire_.client_connects(who, swarm_.draw_shape(dice_));
     ask(who);
   }
 
@@ -179,7 +167,7 @@ class Clients {
       set_timer(who, kAbort, dice_.span(0, 500 * kMillisecond));
     } else if (dice_.chance(habits.half_closes)) {
       client.abort = Abort::shut;
-      client.abort_at_sent = SIZE_MAX - 1;  // behind the first request
+      client.abort_at_sent = SIZE_MAX - 1;  // after the first request
     }
   }
 
@@ -245,7 +233,7 @@ class Clients {
     for (const std::size_t number : clients_[who].waiting) ledger_.requests[number].client_left = true;
   }
 
-  // From here on it does nothing more, and Nexus has to see to that.
+  // The client does nothing any more; Nexus has to end the connection.
   void go_quiet(std::uint32_t who) {
     clients_[who].gone_quiet = true;
     leave_all(who);
@@ -266,7 +254,7 @@ class Clients {
     }
   }
 
-  // Reads as this client does: all, a little at a time, or not any more.
+  // Reads everything, a little at a time, or nothing, depending on this client's habits.
   void take(std::uint32_t who) {
     Client& client = clients_[who];
     if (client.link == kNoLink || client.gone_quiet) return;
@@ -311,8 +299,8 @@ class Clients {
   void begin_answer(std::uint32_t who, std::uint64_t position) {
     Client& client = clients_[who];
     client.head_seen = false;
-    if (client.closing) return ledger_.wrong("client %u: bytes behind the last answer", who);
-    if (client.waiting.empty()) return;  // it may be turned away
+    if (client.closing) return ledger_.wrong("client %u: bytes after the last response", who);
+    if (client.waiting.empty()) return;  // Nexus may refuse the connection
     client.began_at = Wire::written_at(wire_.at(client.link).to_peer, position);
   }
 
@@ -349,7 +337,7 @@ class Clients {
     const std::string id = Ledger::id_of(number);
     if (!mark.empty()) {
       if (mark.substr(0, mark.find('/')) != id) {
-        return ledger_.wrong("client %u: the answer to %.20s for %s", who, mark.c_str(), id.c_str());
+        return ledger_.wrong("client %u: the response to %.20s for %s", who, mark.c_str(), id.c_str());
       }
       request.attempt = std::atoi(mark.c_str() + mark.find('/') + 1);
     }
@@ -357,7 +345,7 @@ class Clients {
     // A request that is refused before its head is parsed gets a response without the client's id.
     const bool unread =
         mark.empty() && (answer.status == 400 || answer.status == 408 || answer.status == 431 || answer.status == 503);
-    if (!unread) ledger_.wrong("client %u: an answer without the id %s", who, id.c_str());
+    if (!unread) ledger_.wrong("client %u: a response without the id %s", who, id.c_str());
     request.counted = false;
   }
 
@@ -371,10 +359,10 @@ class Clients {
       request.received.swap(client.reader.message.body);
       ledger_.judge_answer(client.waiting.front());
       client.waiting.pop_front();
-      if (client.ends.size() > client.waiting.size()) {  // answered before it was sent
+      if (client.ends.size() > client.waiting.size()) {  // the response came before the whole request was sent
         client.ends.pop_front();
         client.last_asked = true;
-        if (!closing) ledger_.wrong("client %u: kept open behind a request that was not read", who);
+        if (!closing) ledger_.wrong("client %u: the connection is kept although the request was not read", who);
       }
       client.answered = true;
     }
@@ -393,7 +381,7 @@ class Clients {
     set_timer(who, kAsk, dice_.one_in(2) ? 0 : dice_.span(0, swarm_.think_ns));
   }
 
-  // Nexus's FIN, behind all that it sent.
+  // Nexus's FIN has arrived, after all its bytes.
   void on_end(std::uint32_t who) {
     Client& client = clients_[who];
     if (client.reader.end()) finish_answer(who);
@@ -423,7 +411,7 @@ class Clients {
   const Swarm& swarm_;
   RequestMaker maker_;
   std::vector<Client> clients_;
-  std::uint32_t left_;  // requests to be asked yet
+  std::uint32_t left_;  // requests not made yet
 };
 
 }  // namespace nexus::sim

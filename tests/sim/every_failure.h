@@ -1,8 +1,7 @@
 // every_failure.h
-// Owns:     small runs, over and over: each time another allocation fails, or another system call, in each way that it
-//           can.
-// Promises: none is left out; in each run all the checks of a run hold, and every allocation is given back.
-// Leaves:   the run and its checks to simulation.h, failing to faults.h.
+// Owns:     repeating a small run: each time another allocation or another system call fails, with each possible errno.
+// Promises: no allocation and no call is left out; in each run all checks hold and every allocation is freed.
+// Leaves:   the run and its checks to simulation.h, the failures to faults.h.
 // Threads:  one.
 #pragma once
 
@@ -16,14 +15,14 @@
 
 namespace nexus::sim {
 
-// What is made to fail: the n-th allocation, or (with an errno) the n-th call.
+// The failure of one run: the n-th allocation, or the n-th call with this errno.
 struct Failure {
   std::uint64_t allocation = 0;
   std::uint64_t call = 0;
   int error = 0;
 };
 
-// The errors that are worth telling apart, for each kind of call.
+// The errors that Nexus may handle differently, for each kind of call.
 inline std::span<const int> errors_of(Call call) {
   static constexpr int kAccept[] = {EMFILE, ENOMEM, ECONNABORTED};
   static constexpr int kConnect[] = {EMFILE, ENOMEM, EADDRNOTAVAIL};
@@ -47,7 +46,7 @@ class EveryFailure {
  public:
   EveryFailure(LogRings& rings, Scale scale) : rings_(rings), scale_(scale) {}
 
-  // Runs all; says how many there were and how many went wrong.
+  // Runs all failures.
   struct Counts {
     std::uint64_t runs = 0, failed = 0;
   };
@@ -66,7 +65,7 @@ class EveryFailure {
     return counts;
   }
 
-  // One of these runs, told in words where TRACE is set.
+  // Runs one failure, and describes it in words if TRACE is set.
   bool run_one(const Failure& failure) {
     if (!find_seed()) return false;
     const std::string wrong = run_with(failure, std::getenv("TRACE") != nullptr);
@@ -75,7 +74,7 @@ class EveryFailure {
   }
 
  private:
-  // The first seed from here on whose run has all kinds of requests that are wanted.
+  // Finds the first seed from kFirstSeed on whose run has all the wanted kinds of requests.
   static constexpr std::uint64_t kFirstSeed = 11673;
   static constexpr std::uint64_t kLastSeed = kFirstSeed + 20'000;
 
@@ -114,7 +113,7 @@ class EveryFailure {
     faults() = Faults{};
   }
 
-  // What went wrong, or nothing.
+  // Returns what went wrong, or nothing.
   std::string run_with(const Failure& failure, bool tell) {
     faults() = Faults{};
     faults().failing_allocation = failure.allocation;
@@ -125,8 +124,8 @@ class EveryFailure {
     const std::int64_t kept = faults().live - own;
     const bool failed = faults().failed;
     faults() = Faults{};
-    if (wrong.empty() && !failed) return "it did not come to that failure";
-    if (wrong.empty() && kept != 0) return std::to_string(kept) + " allocations were not given back";
+    if (wrong.empty() && !failed) return "the run did not reach that failure";
+    if (wrong.empty() && kept != 0) return std::to_string(kept) + " allocations were not freed";
     return wrong;
   }
 

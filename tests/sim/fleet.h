@@ -1,8 +1,8 @@
 // fleet.h
-// Owns:     the simulated backends: servers that come and go, and what each of their connections is about to do.
-// Promises: reads what Nexus forwards by the letter: a head that is not as it must be, a body that differs from the
-//           client's by more than Nexus may change, a request that nobody sent: each is wrong.
-// Leaves:   answers to answers.h, bytes to wire.h.
+// Owns:     the simulated backends: servers that go down and come back, and the state of each of their connections.
+// Promises: checks strictly what Nexus forwards. A malformed head, a body that differs from the client's by more than
+//           Nexus may change, and a request that no client sent are each reported as wrong.
+// Leaves:   the responses to answers.h, the bytes to wire.h.
 // Threads:  one.
 #pragma once
 
@@ -12,6 +12,7 @@
 
 #include "answers.h"
 #include "ledger.h"
+#include "tests/lib/rfc9112.h"
 
 namespace nexus::sim {
 
@@ -26,7 +27,7 @@ class Fleet {
     }
   }
 
-  // How a connection of Nexus's to `address` goes.
+  // The outcome of a connect() to `address`.
   ConnectFate fate_of(const Address& address, const Shape& shape) {
     ConnectFate fate;
     fate.shape = shape;
@@ -56,7 +57,7 @@ class Fleet {
     Talk& talk = talks_[id];
     if (talk.deaf) return;
     const std::string_view view = wire_.peer_view(id);
-    if (talk.phase != Phase::reading) return;  // it waits until this answer is out
+    if (talk.phase != Phase::reading) return;  // wait until the current response is sent
     talk.input.append(view);
     wire_.peer_take(id, view.size());
     read(id);
@@ -78,7 +79,7 @@ class Fleet {
     }
   }
 
-  // Requests that are running on this server over connections that Nexus has open.
+  // Requests in progress on this server over connections that Nexus has not closed.
   std::uint32_t running_on(std::uint32_t server) {
     std::uint32_t running = 0;
     for (const LinkId id : servers_[server].links) {
@@ -88,7 +89,7 @@ class Fleet {
     return running;
   }
 
-  // The fault phase is over: everything up, and answers what comes.
+  // Ends the fault phase: all servers are up and answer everything.
   void calm() {
     manners_ = Manners{};
     for (Server& server : servers_) {
@@ -119,18 +120,19 @@ class Fleet {
     std::uint32_t server = 0;
     Phase phase = Phase::reading;
     bool deaf = false;       // never reads again
-    bool peer_done = false;  // Nexus's FIN came
+    bool peer_done = false;  // Nexus's FIN has arrived
     std::string input;
-    std::size_t head_bytes = 0;
-    std::size_t body_bytes = 0;
+    rfc9112::Message head;    // of the request in `input`; empty until it is complete
     std::uint64_t taken = 0;  // position of input[0] in the flow
     std::uint32_t served = 0;
     std::int64_t number = -1;     // of the request being answered
-    bool answered = false;        // the request in `input`
-    bool answered_early = false;  // before its body had come
+    bool answered = false;        // the request in `input` has been answered
+    bool answered_early = false;  // before its body had arrived
     Answer answer;
     std::size_t sent = 0;
     std::size_t pause = 0;
+
+    std::size_t request_bytes() const { return head.head_bytes + head.length; }
   };
 
   void end(LinkId id, bool reset) {
@@ -143,49 +145,33 @@ class Fleet {
     }
   }
 
-  static std::string_view value(std::string_view head, std::string_view name) {
-    const std::string start = "\r\n" + std::string(name) + ": ";
-    const std::size_t at = head.find(start);
-    if (at == std::string_view::npos) return {};
-    const std::size_t from = at + start.size();
-    return head.substr(from, head.find("\r\n", from) - from);
-  }
-  static std::size_t count(std::string_view head, std::string_view what) {
-    std::size_t found = 0;
-    for (std::size_t at = head.find(what); at != std::string_view::npos; at = head.find(what, at + 1)) ++found;
-    return found;
-  }
-
   void read(LinkId id) {
     Talk& talk = talks_[id];
-    if (talk.head_bytes == 0) {
+    if (talk.head.head_bytes == 0) {
       if (!talk.input.empty() && talk.served > 0 && dice_.chance(manners_.close_under_request)) {
         return end(id, dice_.one_in(2));
       }
-      const std::size_t at = talk.input.find("\r\n\r\n");
-      if (at == std::string::npos) return;
-      talk.head_bytes = at + 4;
-      if (!read_head(id)) return;
+      if (talk.input.find("\r\n\r\n") == std::string::npos || !read_head(id)) return;
     }
-    if (talk.phase != Phase::reading || talk.input.size() < talk.head_bytes + talk.body_bytes) return;
+    if (talk.phase != Phase::reading || talk.input.size() < talk.request_bytes()) return;
     if (!talk.answered) return begin_answer(id);
     forget_request(id);
     if (!talk.input.empty()) read(id);
   }
 
-  // False where the connection is gone, or answers already.
+  // False if the connection is closed or the response has begun.
   bool read_head(LinkId id) {
     Talk& talk = talks_[id];
-    const std::string_view head(talk.input.data(), talk.head_bytes);
-    talk.body_bytes = 0;
-    if (head.substr(0, 4) == "GET ") return true;
-    if (head.substr(0, 5) != "POST ") {
-      ledger_.wrong("a backend got %.40s", talk.input.c_str());
+    std::string_view text = talk.input;
+    std::string problem;
+    if (rfc9112::take_head(text, talk.head, true, problem) == rfc9112::Got::it) {
+      problem = rfc9112::check_host(talk.head) + rfc9112::read_framing(talk.head, true);
+    }
+    if (talk.head.method == "GET" && problem.empty()) return true;
+    if (talk.head.method != "POST" || !problem.empty() || !is_well(talk.head)) {
+      ledger_.wrong("a backend got a malformed head (%s): %.300s", problem.c_str(), talk.input.c_str());
       return false;
     }
-    const std::string_view length = value(head, "Content-Length");
-    for (const char c : length) talk.body_bytes = talk.body_bytes * 10 + static_cast<std::size_t>(c - '0');
-    check_head(head, length);
     if (dice_.chance(manners_.die_and_return)) {
       die(talk.server);
       return false;
@@ -194,7 +180,7 @@ class Fleet {
       talk.deaf = true;
       return false;
     }
-    const bool body_misses = talk.input.size() < talk.head_bytes + talk.body_bytes;
+    const bool body_misses = talk.input.size() < talk.request_bytes();
     if (body_misses && dice_.chance(manners_.early)) {
       talk.answered_early = true;
       begin_answer(id);
@@ -203,21 +189,18 @@ class Fleet {
     return true;
   }
 
-  void check_head(std::string_view head, std::string_view length) {
-    const auto one = [&](std::string_view name) { return count(head, "\r\n" + std::string(name) + ": ") == 1; };
-    const bool well = !length.empty() && one("Content-Length") && one("Host") && one("X-Request-Id") && one("Via") &&
-                      head.find("Transfer-Encoding") == std::string_view::npos &&
-                      head.find("X-Hop") == std::string_view::npos && head.find("Expect") == std::string_view::npos &&
-                      head.find("\r\nConnection") == std::string_view::npos;
-    const std::string_view line = head.substr(0, head.find("\r\n"));
-    if (!well || line.substr(line.size() - 9) != " HTTP/1.1") {
-      ledger_.wrong("a head that is not as it must be came to a backend: %.300s", std::string(head).c_str());
+  // Checks what Nexus promises about the requests that it forwards.
+  static bool is_well(const rfc9112::Message& head) {
+    for (const char* name : {"Content-Length", "Host", "X-Request-Id", "Via"}) {
+      if (head.all(name).size() != 1) return false;
     }
-    // A backend with a key of its own gets that; a client's own key is for this gateway where it has some.
-    const std::string_view key = value(head, "Authorization");
-    if (!key.empty() && key.substr(0, 13) != "Bearer sk-of-" && key != "Bearer sk-client" && key != "Bearer sk-sim") {
-      ledger_.wrong("a key of nobody's came to a backend: %s", std::string(key).c_str());
+    for (const char* name : {"Transfer-Encoding", "X-Hop", "Expect", "Connection"}) {
+      if (head.has(name)) return false;
     }
+    // A backend with a key of its own gets that one. Nexus forwards a client's key only if it has none of its own.
+    const std::string key = head.value_or_empty("Authorization");
+    return head.minor == 1 &&
+           (key.empty() || key.starts_with("Bearer sk-of-") || key == "Bearer sk-client" || key == "Bearer sk-sim");
   }
 
   void die(std::uint32_t server) {
@@ -241,7 +224,7 @@ class Fleet {
     send(id);
   }
 
-  // A health check or a list of models, mostly in order.
+  // Answers a health check or a request for the models; the response may be faulty.
   void answer_probe(Talk& talk) {
     const bool ollama = talk.input.find("/api/tags ") != std::string::npos;
     std::string body = ollama ? R"({"models":[)" : R"({"object":"list","data":[)";
@@ -263,8 +246,7 @@ class Fleet {
   }
 
   void answer_request(LinkId id, Talk& talk) {
-    const std::string_view head(talk.input.data(), talk.head_bytes);
-    const std::string_view request_id = value(head, "X-Request-Id");
+    const std::string request_id = talk.head.value("X-Request-Id");
     const std::int64_t number = ledger_.number_of(request_id);
     if (number < 0) return ledger_.wrong("a request that nobody sent came to a backend: %.200s", talk.input.c_str());
     arrivals_ += 1;
@@ -275,14 +257,14 @@ class Fleet {
     }
     if (!talk.answered_early && !check_body(request, talk, asked)) {
       return ledger_.wrong("r%lld: its body came changed to a backend: %.300s", static_cast<long long>(number),
-                           talk.input.c_str() + talk.head_bytes);
+                           talk.input.c_str() + talk.head.head_bytes);
     }
     Attempt attempt;
     attempt.server = talk.server;
     attempt.sent_at = Wire::written_at(wire_.at(id).to_peer, talk.taken);
     talk.number = number;
     answers_.attempt_number_ = request.attempts.size();
-    // Where the body was not read it is not known whether usage was asked for: no event tells it then.
+    // A backend that did not read the body can't know if usage was requested, and sends none.
     const bool by_client = request.body.options == BodyParts::Options::yes;
     talk.answer = answers_.make(request_id, static_cast<std::size_t>(number), request.body.stream,
                                 asked && !talk.answered_early, by_client, attempt);
@@ -290,9 +272,10 @@ class Fleet {
     wire_.note(8, static_cast<std::uint64_t>(number), talk.answer.bytes.size());
   }
 
-  // Whether the body is the client's, but for the model and the wish for usage; `asked` says whether that is in it.
+  // True if the body is the client's except for the model and the request for usage; sets `asked` if usage is
+  // requested.
   bool check_body(const Request& request, const Talk& talk, bool& asked) const {
-    const std::string_view body(talk.input.data() + talk.head_bytes, talk.body_bytes);
+    const std::string_view body(talk.input.data() + talk.head.head_bytes, talk.head.length);
     constexpr std::string_view kModel = R"("model":")";
     const std::size_t at = body.find(kModel);
     if (at == std::string_view::npos) return false;
@@ -323,7 +306,7 @@ class Fleet {
       const std::string_view piece(answer.bytes.data() + talk.sent, up_to - talk.sent);
       const std::size_t taken = wire_.peer_send(id, piece);
       talk.sent += taken;
-      if (taken < piece.size()) return;  // goes on when there is room
+      if (taken < piece.size()) return;  // continue when there is room
     }
     end_answer(id);
   }
@@ -342,17 +325,18 @@ class Fleet {
     on_data(id);
   }
 
-  // The request is answered and read: the next one may come.
+  // The request is read and answered: drop it, so that the next one can follow.
   void forget_request(LinkId id) {
     Talk& talk = talks_[id];
-    const std::size_t whole = talk.head_bytes + talk.body_bytes;
+    const std::size_t whole = talk.request_bytes();
     talk.input.erase(0, whole);
     talk.taken += whole;
-    talk.head_bytes = talk.body_bytes = 0;
-    const bool in_turn = !talk.answered_early && !talk.answer.overlong;  // else the next may be here already
+    talk.head = {};
+    const bool in_turn =
+        !talk.answered_early && !talk.answer.overlong;  // otherwise the next one may have arrived already
     talk.answered = talk.answered_early = false;
     if (in_turn && !talk.input.empty())
-      ledger_.wrong("link %u: a backend got bytes behind a request: %.100s", id, talk.input.c_str());
+      ledger_.wrong("link %u: a backend got bytes after a request: %.100s", id, talk.input.c_str());
     if (dice_.chance(manners_.close_idle)) {
       wire_.link_timer(Notice::Kind::backend_timer, id, wire_.now() + dice_.span(0, 300 * kMillisecond), kCloseIdle);
     }

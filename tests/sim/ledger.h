@@ -1,8 +1,9 @@
 // ledger.h
-// Owns:     what was asked, answered, seen and counted in one run: a record a request, an attempt at each arrival.
-// Promises: the first thing that is wrong stays, with its time; a judgement of a request looks at what both simulated
-//           sides saw and never at what Nexus thinks, but for its log line, which is judged too.
-// Leaves:   noticing to clients.h, fleet.h and audit.h.
+// Owns:     the record of one run: each request with what both sides saw of it, and an attempt for each arrival at a
+//           backend.
+// Promises: keeps the first violation with its time. Judges a request by what both simulated sides saw and by its log
+//           line, never by Nexus's internal state.
+// Leaves:   detecting violations to clients.h, fleet.h and audit.h.
 // Threads:  one.
 #pragma once
 
@@ -17,21 +18,21 @@
 
 namespace nexus::sim {
 
-constexpr std::int64_t kTokensUnsure = -2;  // they may lie before the cut, or not
+constexpr std::int64_t kTokensUnsure = -2;  // the usage may or may not lie before the cut
 
-// One request as it came to a backend, and what was said to it.
+// One arrival of a request at a backend, and the response to it.
 struct Attempt {
   std::uint32_t server = 0;
-  Ns sent_at = 0;  // by Nexus
+  Ns sent_at = 0;  // when Nexus wrote it
   std::uint16_t status = 0;
   std::string payload;       // without framing
-  std::size_t extra_at = 0;  // of the usage event that the client did not ask for
+  std::size_t extra_at = 0;  // position of the usage event that the client did not request
   std::size_t extra_bytes = 0;
-  bool may_be_whole = false;  // a reader can come to its proper end
+  bool may_be_whole = false;  // a reader may take the response for complete
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
 
-  // What the client is to get of it.
+  // The part of the payload that the client must get.
   std::string expected() const {
     std::string out = payload;
     if (extra_bytes > 0) out.erase(extra_at, extra_bytes);
@@ -39,11 +40,11 @@ struct Attempt {
   }
 };
 
-// A JSON body in parts, so that what Nexus may change in it is known.
+// A JSON body in parts, so that the parts which Nexus may change are known.
 struct BodyParts {
   enum class Options : std::uint8_t { absent, null, empty, other, no, yes };
   std::string model;
-  std::string before, after;  // of the pieces below: `{` before model `,` options after `}`
+  std::string before, after;  // members before the options and after the rest
   bool stream = false;
   Options options = Options::absent;
 
@@ -58,7 +59,7 @@ struct BodyParts {
     }
     return "";
   }
-  // The same as Nexus sends it on when it asks for usage.
+  // The same option as Nexus forwards it when it requests usage.
   static std::string_view asking(Options options) {
     switch (options) {
       case Options::absent: return "";
@@ -82,31 +83,31 @@ struct BodyParts {
 struct Request {
   enum class Kind : std::uint8_t { completion, page, wrong, malformed };
   Kind kind = Kind::completion;
-  bool counted = false;  // on a proxied endpoint, with a well-formed head: it has a log line
+  bool counted = false;  // it must have a log line: its endpoint is proxied and its head is well-formed
   bool http_1_0 = false;
   bool expects_continue = false;
   bool chunked = false;
-  bool kept = false;                  // on a connection that had carried another
-  bool pipelined = false;             // behind another that was not answered yet
-  std::string_view page;              // of which it asks
-  std::uint16_t expected_status = 0;  // of a wrong one; 0: any
+  bool kept = false;                  // not the first one on its connection
+  bool pipelined = false;             // sent before the response to the one before it
+  std::string_view page;              // the path, for Kind::page
+  std::uint16_t expected_status = 0;  // for Kind::wrong; 0: any
   BodyParts body;
-  std::string sent_body;  // as rendered; for wrong ones too
+  std::string sent_body;  // as rendered, for Kind::wrong too
   std::uint32_t client = 0;
-  bool client_left = false;   // it did something after which it need not get an answer
-  bool behind_close = false;  // the answer before it ended the connection
+  bool client_left = false;   // the client did something after which it need not get a response
+  bool behind_close = false;  // the response before it ended the connection
   std::vector<Attempt> attempts;
 
-  // As the client saw it.
+  // The response as the client saw it:
   std::uint16_t status = 0;
   bool whole = false;
-  std::int32_t attempt = -1;  // that the answer is of; -1: Nexus's own
+  std::int32_t attempt = -1;  // the attempt whose response it is; -1: Nexus's own
   Ns answered_at = -1;        // when Nexus wrote the first byte
   std::string received;       // the body
   std::string backend, fallback_model;
   bool event_stream = false;
 
-  // As Nexus's log says it.
+  // The request's log line:
   std::uint32_t lines = 0;
   std::uint16_t line_status = 0;
   std::string line_error, line_backend, line_model;
@@ -116,7 +117,7 @@ struct Request {
   bool line_cut = false;
 };
 
-// How often what happened, over the requests of a run: that the faults do what they are for can be seen by it.
+// Counts of what happened to the requests of a run, to see that the faults have their effects.
 struct Happened {
   std::uint64_t retried = 0, fell_back = 0, failed_over = 0, cut = 0, timed_out = 0, left = 0, parse_errors = 0,
                 backend_errors = 0, refused = 0;
@@ -146,11 +147,11 @@ class Ledger {
   explicit Ledger(const Wire& wire) : wire_(wire) {}
 
   std::vector<Request> requests;
-  std::uint64_t answers = 0;  // whole ones
+  std::uint64_t answers = 0;  // complete ones
   bool memory_faults = false;
   bool gentle = false;  // see swarm.h
   bool draining = false;
-  bool stopped = false;  // Nexus was told to end at once, or its drain took too long
+  bool stopped = false;  // Nexus was stopped
 
   [[gnu::format(printf, 2, 3)]] void wrong(const char* format, ...) {
     if (!first_wrong_.empty()) return;
@@ -177,7 +178,7 @@ class Ledger {
     return number < static_cast<std::int64_t>(requests.size()) ? number : -1;
   }
 
-  // The client has all that it will get of this answer.
+  // Judges a response when the client has all that it will get of it.
   void judge_answer(std::size_t number) {
     Request& request = requests[number];
     const unsigned n = static_cast<unsigned>(number);
@@ -198,7 +199,7 @@ class Ledger {
     if (!request.whole) judge_part(request, attempt, expected, n);
   }
 
-  // A part is a beginning; behind that of a stream there may be Nexus's error event.
+  // A truncated response must be a beginning of the payload; Nexus may end a truncated stream with an error event.
   void judge_part(const Request& request, const Attempt& attempt, const std::string& expected, unsigned n) {
     const std::string_view got = request.received;
     if (begins(expected, got) || begins(attempt.payload, got)) return;
@@ -208,7 +209,7 @@ class Ledger {
         (begins(expected, got.substr(0, at)) || begins(attempt.payload, got.substr(0, at)))) {
       return;
     }
-    // The event may itself be cut short, within its first bytes.
+    // The error event may itself be truncated.
     for (std::size_t cut = 1; request.event_stream && cut <= kError.size() && cut <= got.size(); ++cut) {
       if (got.substr(got.size() - cut) == kError.substr(0, cut) && begins(expected, got.substr(0, got.size() - cut)))
         return;
@@ -226,7 +227,7 @@ class Ledger {
       return wrong("r%u: an error of Nexus's own that is none: %.60s", n, request.received.c_str());
     }
     const std::uint16_t expected = request.expected_status;
-    // Before it is looked at as closely, a request may come too slowly, or find no place, no memory, no backend.
+    // A request can fail before Nexus checks it: it arrives too slowly, or there is no place, memory or backend.
     const bool not_looked_at = request.status == 408 || request.status == 503;
     if (expected != 0 && request.status != expected && !not_looked_at) {
       wrong("r%u: status %u for a request that is to get %u", n, request.status, expected);

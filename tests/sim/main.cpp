@@ -1,6 +1,6 @@
-// The simulation's command line. `sim 1..1000` runs those seeds; `sim --test` is what `make test` runs: that each
-// canary is noticed, a fixed set of seeds, and that another process comes to the same traces, which `sim --traces`
-// prints seed by seed. A seed that fails names how to replay it.
+// The simulator's command line. `sim 1..1000` runs those seeds. `make test` runs `sim --test`, which checks that each
+// canary is noticed, runs a fixed set of seeds, and compares their traces with those of another process. `sim --traces`
+// prints a trace per seed. The message of a seed that fails says how to replay it.
 #include <signal.h>
 #include <unistd.h>
 
@@ -22,7 +22,7 @@ namespace {
 
 volatile std::uint64_t current_seed = 0;
 
-// An assertion of Nexus's, or worse: the seed is named before the process ends.
+// Prints the seed if an assertion fails or the process crashes.
 void on_crash(int signal) {
   char text[200];
   const int bytes =
@@ -106,7 +106,7 @@ void print(const Happened& happened) {
   std::printf("\n");
 }
 
-// Runs the seeds; a long run tells how far it is.
+// Runs the seeds. `progress`: prints how far it is from time to time.
 Tally run_seeds(std::uint64_t first, std::uint64_t last, LogRings& rings, bool progress) {
   constexpr Ns kTellEvery = 15 * kSecond;
   Tally tally;
@@ -137,7 +137,7 @@ constexpr const char* kCanaryNames[] = {"none",
                                         "a forgotten edge"};
 static_assert(std::size(kCanaryNames) == static_cast<std::size_t>(Canary::count));
 
-// What is broken on purpose must be noticed, within a few seeds.
+// True if the checks notice this defect within a few seeds.
 bool is_noticed(Canary canary, LogRings& rings) {
   constexpr std::uint64_t kSeeds = 60;
   for (std::uint64_t seed = 1; seed <= kSeeds; ++seed) {
@@ -151,8 +151,8 @@ bool is_noticed(Canary canary, LogRings& rings) {
   return false;
 }
 
-// The traces of a range of seeds, from its last to its first, as another process runs them: its addresses are others,
-// and what each seed left behind for the next is too.
+// The traces of a range of seeds as another process prints them, last seed first: both its addresses and the state that
+// each seed leaves to the next one differ from this process's.
 class TracesElsewhere {
  public:
   TracesElsewhere(std::uint64_t first, std::uint64_t last) : first_(first), last_(last) {
@@ -167,14 +167,14 @@ class TracesElsewhere {
     if (output_ != nullptr) pclose(output_);
   }
 
-  // Whether they are `here`, which begins with the first seed's.
+  // True if they equal `here`, which is in order from the first seed.
   bool are(const std::vector<std::uint64_t>& here) {
     std::uint64_t expected = last_;
     unsigned long long seed = 0;
     unsigned long long trace = 0;
     for (; output_ != nullptr && std::fscanf(output_, "%llu %llx", &seed, &trace) == 2; --expected) {
       if (seed == expected && trace == here[seed - first_]) continue;
-      std::printf("FAILED: seed %llu runs otherwise in another process\n", seed);
+      std::printf("FAILED: seed %llu has a different trace in another process\n", seed);
       return false;
     }
     if (expected == first_ - 1) return true;

@@ -1,7 +1,7 @@
 // requests.h
-// Owns:     the requests that simulated clients send: heads, bodies in each framing, and those that are wrong.
-// Promises: each bears its id; what Nexus is to say to a wrong one stands in the ledger.
-// Leaves:   when they are sent to clients.h.
+// Owns:     the requests that simulated clients send: heads, bodies in each framing, and faulty requests.
+// Promises: each carries its id; the ledger records the status that a faulty one must get.
+// Leaves:   the time of sending to clients.h.
 // Threads:  one.
 #pragma once
 
@@ -19,8 +19,8 @@ class RequestMaker {
 
   struct Made {
     std::size_t number;
-    std::size_t head_bytes;  // of what was appended
-    bool ends_connection;    // nothing can be asked behind it
+    std::size_t head_bytes;  // of the request
+    bool ends_connection;    // no further request can follow
   };
 
   // Appends a request to `out`.
@@ -82,7 +82,7 @@ class RequestMaker {
     request.sent_body = body.render(body.model, false);
   }
 
-  // The bytes of its head.
+  // Returns the bytes of its head.
   std::size_t write_completion(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive,
                                bool may_expect) {
     constexpr std::string_view kPaths[] = {"/v1/chat/completions", "/v1/chat/completions", "/v1/completions",
@@ -126,7 +126,7 @@ class RequestMaker {
     out.append(dice_.one_in(20) ? "0\r\nX-Trailer: y\r\n\r\n" : "0\r\n\r\n");
   }
 
-  // True where nothing can follow it.
+  // True if no further request can follow it.
   bool write_wrong(std::string& out, Request& request, std::string_view id) {
     request.kind = Request::Kind::wrong;
     const auto post = [&](std::string_view body, std::string_view fields, std::uint16_t status) {

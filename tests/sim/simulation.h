@@ -1,8 +1,9 @@
 // simulation.h
-// Owns:     one run: the order in which loops take their turns and the network moves, the script of reloads and drains,
-//           and the phases: a storm, a calm in which all must come to rest, the end.
-// Promises: a seed gives the same run every time; time moves on only where nothing is left to do.
-// Leaves:   what is right to audit.h and ledger.h.
+// Owns:     one run: the order of the loops' turns and the network's events, the schedule of reloads and drains, and
+// the
+//           phases: a storm with faults, a calm in which everything must come to rest, the end.
+// Promises: a seed always gives the same run; time advances only when nothing is left to do.
+// Leaves:   the checks to audit.h and ledger.h.
 // Threads:  one.
 #pragma once
 
@@ -12,26 +13,26 @@
 
 #include "audit.h"
 #include "clients.h"
-#include "tests/lib/faults.h"
 #include "fleet.h"
-#include "tests/lib/gateway.h"
 #include "swarm.h"
+#include "tests/lib/faults.h"
+#include "tests/lib/gateway.h"
 
 namespace nexus::sim {
 
 struct Outcome {
-  std::string wrong;  // empty: all is well
+  std::string wrong;  // the first violation, or empty
   std::uint64_t trace = 0;
-  std::uint64_t requests = 0;  // asked
-  std::uint64_t answers = 0;   // that came whole
+  std::uint64_t requests = 0;  // that clients made
+  std::uint64_t answers = 0;   // that arrived complete
   std::uint64_t arrivals = 0;  // of requests at backends
   std::uint64_t turns = 0;
   Ns simulated_ns = 0;
   Happened happened;
-  std::uint32_t kinds = 0;  // a bit for each of kKinds that was among the requests
+  std::uint32_t kinds = 0;  // a bit for each of kKinds that occurred
 };
 
-// What a small run must hold of each, to be worth its name.
+// The kinds of requests that a small run must contain.
 inline constexpr const char* kKinds[] = {"plain answer",
                                          "stream",
                                          "stream with usage added",
@@ -51,7 +52,7 @@ inline constexpr const char* kKinds[] = {"plain answer",
                                          "refusal",
                                          "client that leaves within its body"};
 
-// Small runs are the same for every seed but for its dice.
+// Small runs have the same settings for every seed.
 enum class Scale : std::uint8_t { whole, small, leavers };
 
 constexpr std::uint32_t kWaitInQueue = 1u << 8;
@@ -66,7 +67,8 @@ class Simulation {
       : dice_(seed),
         swarm_(make_swarm(scale)),
         settings_maker_(dice_),
-        wire_(seed ^ 0x5eed, [this](const Address& address) { return connect_fate(address); }),
+        wire_(seed ^ 0x5eed,
+              [this](const Address& address) { return fleet_.fate_of(address, swarm_.draw_shape(dice_)); }),
         ledger_(wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
@@ -89,7 +91,7 @@ class Simulation {
     ledger_.gentle = swarm_.gentle;
   }
 
-  // Tells the run in words.
+  // Describes the run in words.
   void tell(std::FILE* to) { wire_.story = to; }
 
   Outcome run() {
@@ -115,7 +117,7 @@ class Simulation {
 
  private:
   static constexpr Ns kLongestStorm = 300 * kSecond;
-  static constexpr Ns kCalm = 400 * kSecond;  // beyond all limits that swarm.h draws, one after the other
+  static constexpr Ns kCalm = 400 * kSecond;  // longer than the sum of all timeouts that swarm.h draws
 
   static constexpr std::uint32_t kMostTurnsAtOnce = 20'000;
 
@@ -128,17 +130,6 @@ class Simulation {
       case Scale::leavers: return SwarmMaker::make_leavers();
     }
     return SwarmMaker(dice_).make();
-  }
-
-  ConnectFate connect_fate(const Address& address) {
-    Shape shape;
-    shape.latency_ns = swarm_.latency_ns;
-    shape.jitter_ns = swarm_.jitter_ns;
-    shape.split = swarm_.split;
-    shape.most_pieces = swarm_.most_pieces;
-    shape.gap_ns = swarm_.gap_ns;
-    shape.window_bytes = dice_.one_in(2) ? 256u << 10 : std::max<std::size_t>(swarm_.least_window, 1);
-    return fleet_.fate_of(address, shape);
   }
 
   void write_script() {
@@ -211,7 +202,7 @@ class Simulation {
     while (ledger_.ok() && wire_.now() < until && !clients_.finished() && !gateway_.workers_ended()) step(until);
   }
 
-  // No fault more. What clients hold up on purpose stays held up: Nexus has to end that.
+  // No more faults. Clients that stall on purpose keep stalling: Nexus has to end their connections.
   void calm() {
     clients_.calm();
     wire_.weather = Weather{};
@@ -242,7 +233,7 @@ class Simulation {
     if (ledger_.ok()) audit_.check_closed();
   }
 
-  // What is on its way arrives, however slow the way is; nobody answers any more.
+  // Delivers everything in transit; nobody answers any more.
   void deliver_all() {
     const Ns until = wire_.now() + 60 * kSecond;
     while (ledger_.ok() && wire_.next_at() <= until) {
@@ -263,7 +254,7 @@ class Simulation {
     wire_.advance(next);
   }
 
-  // When a loop has something to do next.
+  // When a loop has to run next.
   Ns due_at(std::uint32_t loop) {
     const Ns due = gateway_.due_at(loop);
     return due == kNever ? kNever : std::max({due, not_before_[loop], wire_.now()});
@@ -294,7 +285,7 @@ class Simulation {
     }
     turns_ += 1;
     if (wire_.now() != turns_at_) turns_at_ = wire_.now(), turns_there_ = 0;
-    if (++turns_there_ > kMostTurnsAtOnce) ledger_.wrong("a loop spins: %u turns without time moving on", turns_there_);
+    if (++turns_there_ > kMostTurnsAtOnce) ledger_.wrong("a loop spins: %u turns at the same time", turns_there_);
     {
       faults().memory = swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{};
       faults().dice = &wire_.dice();
@@ -303,7 +294,7 @@ class Simulation {
     }
     faults().dice = nullptr;
     check_broken();
-    // A turn that found nothing sleeps until the deadline that it gave; one that did something may have moved it.
+    // A turn without work sleeps until its deadline. Other turns may have changed something: check everything.
     if (net.slept()) return;
     if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
     audit_.check_step();
@@ -313,7 +304,7 @@ class Simulation {
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
   }
 
-  // A client's connection on which a call failed is good for nothing: it ends in the same turn.
+  // Nexus must close a client's connection in the same turn in which a call on it failed.
   void check_broken() {
     if (broken_ == kNoLink) return;
     const Link& link = wire_.at(broken_);
@@ -323,7 +314,7 @@ class Simulation {
     broken_ = kNoLink;
   }
 
-  // The caps as the servers see them; a reload would change which backend is where.
+  // Checks max_pending as the servers see it. Not after reloads, which change which backend is on which server.
   void check_servers() {
     if (swarm_.reloads > 0) return;
     std::array<std::uint32_t, kServers> caps{};
@@ -341,7 +332,7 @@ class Simulation {
     }
   }
 
-  // A loop that is late by so much looks at a deadline so much later; the wire's own times come on top, and a tick.
+  // How late Nexus may act on a deadline: the loops' delays, the network's, and a tick of the timer wheel.
   Ns slack() const { return swarm_.late_by_ns + 2 * swarm_.turn_ns + 2 * swarm_.latency_ns + 100 * kMillisecond; }
 
   void handle(const Notice& notice) {
@@ -378,7 +369,7 @@ class Simulation {
   std::uint64_t turns_ = 0;
   Ns turns_at_ = 0;
   std::uint32_t turns_there_ = 0;
-  LinkId broken_ = kNoLink;  // a client's, in this turn
+  LinkId broken_ = kNoLink;  // the client's link on which a call failed in this turn
   std::uint32_t broken_life_ = 0;
   bool calm_ = false;
 };

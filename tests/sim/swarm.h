@@ -1,8 +1,8 @@
 // swarm.h
-// Owns:     what one seed's run is like: how often each fault comes, how peers behave, and the configurations of Nexus.
-// Promises: every figure is drawn from the seed before the run begins; many seeds have none of a given fault, some have
-//           much of it: so faults meet in all combinations.
-// Leaves:   acting on it to wire.h, clients.h and fleet.h.
+// Owns:     the parameters of one seed's run: the rate of each fault, the peers' behaviour, and Nexus's configurations.
+// Promises: all are drawn from the seed before the run begins. Many seeds have none of a given fault and some have much
+//           of it, so faults occur in all combinations.
+// Leaves:   acting on them to wire.h, clients.h and fleet.h.
 // Threads:  one.
 #pragma once
 
@@ -15,47 +15,47 @@
 
 namespace nexus::sim {
 
-constexpr std::uint32_t kServers = 6;  // that exist; a configuration names some of them
+constexpr std::uint32_t kServers = 6;  // servers that exist; a configuration names some of them
 constexpr std::uint32_t kModels = 6;
 
-// How often backends do what.
+// How often backends misbehave, in each way.
 struct Manners {
-  Rate refuse, refuse_at_once, ignore;  // a connection
+  Rate refuse, refuse_at_once, ignore;  // a new connection
   Rate die_and_return;                  // on each request: all connections reset, then refused for a time
   Rate error_status;                    // 4xx and 5xx
   Rate malformed_head, malformed_body, overlong;
   Rate truncated, reset, stall;
-  Rate interim;              // 1xx before the answer
-  Rate early;                // answers before it has read the body
+  Rate interim;              // sends 1xx before the response
+  Rate early;                // responds before it has read the body
   Rate close_idle;           // ends a kept-alive connection, at any time
-  Rate close_under_request;  // as the next request arrives on it
-  Rate slow;                 // pauses within the answer
-  Rate never_reads;          // the request
-  Rate large;                // answers
+  Rate close_under_request;  // ends it as the next request arrives
+  Rate slow;                 // pauses within the response
+  Rate never_reads;          // ignores the request's body
+  Rate large;                // sends a large response
 };
 
-// How often clients do what.
+// How often clients behave in each of these ways.
 struct Habits {
   Rate http_1_0, pipelined, chunked_body, expect_continue, wrong_request, page;
   Rate aborts_sending, aborts_receiving, aborts_by_time;
-  Rate half_closes;  // a FIN behind the request, and reads on
+  Rate half_closes;  // sends a FIN after the request and keeps reading
   Rate slow_reader, stalled_reader, stalled_sender;
   Rate large_body;
 };
 
 struct Swarm {
-  bool gentle = false;  // nothing fails, so nothing may: only the network is as it likes
+  bool gentle = false;  // no faults except delays and split writes, so every request must succeed
   std::uint32_t workers = 1;
   std::uint32_t clients = 4;
   std::uint32_t requests = 100;
   std::uint32_t reloads = 0;
   bool drains = false;
-  bool stops = false;  // in the middle of everything
+  bool stops = false;  // Nexus is stopped at a random time
   bool memory_fails = false;
   Rate memory_fault;
-  Rate late_turn;  // a loop comes to its turn late
+  Rate late_turn;  // a loop runs later than it is due
   Ns late_by_ns = 0;
-  Ns turn_ns = 0;  // what a turn costs, at most
+  Ns turn_ns = 0;  // the longest duration of a turn
   Weather weather;
   Manners manners;
   Habits habits;
@@ -65,6 +65,18 @@ struct Swarm {
   std::size_t least_window = 256u << 10;
   Ns think_ns = 0;
   std::size_t most_descriptors = SIZE_MAX;
+
+  // The properties of a new connection.
+  Shape draw_shape(Dice& dice) const {
+    Shape shape;
+    shape.latency_ns = latency_ns;
+    shape.jitter_ns = jitter_ns;
+    shape.split = split;
+    shape.most_pieces = most_pieces;
+    shape.gap_ns = gap_ns;
+    shape.window_bytes = dice.one_in(2) ? 256u << 10 : std::max<std::size_t>(least_window, 1);
+    return shape;
+  }
 };
 
 class SwarmMaker {
@@ -101,7 +113,7 @@ class SwarmMaker {
     return swarm;
   }
 
-  // A few requests of every kind, with what brings them to all of Nexus's ways, and no fault beside.
+  // A few requests of every kind, without other faults: together they reach all of Nexus's paths.
   static Swarm make_small() {
     Swarm swarm;
     swarm.workers = 2;
@@ -123,12 +135,12 @@ class SwarmMaker {
     return swarm;
   }
 
-  // Clients that break off within their body, and nothing else: what comes first to be counted is a 499.
+  // Only clients that leave within their request's body: the first request that is counted is a 499.
   static Swarm make_leavers() {
     Swarm swarm = make_small();
     swarm.requests = 8;
     swarm.manners = Manners{};
-    swarm.split = per_mille(1000);  // the head is read before the end comes
+    swarm.split = per_mille(1000);  // so that Nexus reads the head before the end arrives
     swarm.most_pieces = 4;
     swarm.gap_ns = kMillisecond;
     swarm.habits = Habits{};
@@ -158,7 +170,7 @@ class SwarmMaker {
     weather.edge_delay_ns = 100 * kMicrosecond;
   }
 
-  // None of it, a little, or up to `most` of a thousand.
+  // Never, rarely, or up to `most` in a thousand.
   Rate often(std::uint32_t most) {
     if (dice_.number(1, 4) > brutality_) return Rate{};
     return per_mille(dice_.one_in(2) ? dice_.number(1, most) : dice_.skewed(1, most));
@@ -227,12 +239,12 @@ inline Address address_of_server(std::uint32_t server) {
   return *parse_address("10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server));
 }
 
-// Configurations: the first, and what reloads make of it.
+// Makes configurations: the first one, and those of the reloads.
 class SettingsMaker {
  public:
   explicit SettingsMaker(Dice& dice) : dice_(dice) {}
 
-  // `gentle`: no limit that a run without faults could meet but those of the queue.
+  // `gentle`: a run without faults must not reach any limit except the queue's.
   std::shared_ptr<const Settings> first(bool gentle) {
     if (!gentle) {
       server();
@@ -253,7 +265,7 @@ class SettingsMaker {
     return std::make_shared<const Settings>(settings_);
   }
 
-  // One worker's backends are often full, a model has a fallback, another an alias; checks go on meanwhile.
+  // One worker whose backends are often full; one model has a fallback, another an alias; health checks are on.
   std::shared_ptr<const Settings> small() {
     settings_.server.idle_timeout_ns = settings_.upstream.idle_timeout_ns = 200 * kMillisecond;
     settings_.server.write_timeout_ns = settings_.server.body_timeout_ns = kSecond;
@@ -283,7 +295,7 @@ class SettingsMaker {
     return std::make_shared<const Settings>(settings_);
   }
 
-  // A few things changed.
+  // The settings with a few random changes.
   std::shared_ptr<const Settings> next() {
     for (std::uint32_t changes = dice_.number(1, 4); changes > 0; --changes) change();
     return std::make_shared<const Settings>(settings_);
