@@ -1,8 +1,8 @@
 // backend.mjs
-// Owns:     a backend that does what a test tells it, byte for byte, on a bare socket.
-// Promises: every request is kept with its exact bytes; every connection tells when it ended; health probes are answered
-//           apart from the script, from `models`.
-// Leaves:   what to answer to the test's `answer(request, reply)`.
+// Owns:     a backend on a bare socket that sends exactly the bytes that a test wants.
+// Promises: it keeps every request with its exact bytes, and the end of every connection; it answers health probes from
+//           `models`, without the test.
+// Leaves:   the responses to the test's `answer(request, reply)`.
 import net from 'node:net';
 import { parse_header_lines } from './client.mjs';
 import { sleep, within } from './runner.mjs';
@@ -20,17 +20,17 @@ export const chat_chunk = (model, content, extra = {}, first = false) => ({
 
 export const sse = (value) => `data: ${typeof value === 'string' ? value : JSON.stringify(value)}\n\n`;
 
-// Listens on a port that the kernel chose unless told one. options: kind, models, answer, probe.
+// Listens on a port that the kernel chooses, unless one is given. options: kind, models, answer, probe.
 export class Backend {
   constructor({ kind = 'generic', models = ['m1'], answer = null, probe = null } = {}) {
     this.kind = kind;
     this.models = models;
     this.answer = answer ?? answer_plainly;
-    this.probe = probe;          // (request, reply) → answers a health probe in place of the models list
-    this.requests = [];          // proxied requests, in the order their bodies were whole
+    this.probe = probe;          // (request, reply) → answers a health probe instead of the list of models
+    this.requests = [];          // proxied requests, in the order in which their bodies became complete
     this.probes = [];
-    this.connections = [];       // every connection that ever carried a byte or not
-    this.violations = [];        // what no proxy may send
+    this.connections = [];       // all connections, including those without a byte
+    this.violations = [];        // bytes that a proxy must not send
     this.port = 0;
   }
   get url() { return `http://127.0.0.1:${this.port}`; }
@@ -47,7 +47,7 @@ export class Backend {
     });
   }
 
-  // Refuses from now on, and drops what is open. start() again takes the same port.
+  // Closes all connections and refuses new ones. start() listens on the same port again.
   async stop() {
     const closed = new Promise((done) => this.server.close(done));
     for (const c of this.connections) c.socket.destroy();
@@ -64,7 +64,7 @@ export class Backend {
       socket.on('end', end);
       socket.on('close', end);
     });
-    socket.setMaxListeners(0);   // one or two a request that waits
+    socket.setMaxListeners(0);   // each waiting request adds one or two
     this.connections.push(connection);
     socket.on('error', () => {});
     socket.on('end', () => socket.end());
@@ -90,7 +90,7 @@ export class Backend {
     }
   }
 
-  // Waits until `n` proxied requests have come; returns the n-th.
+  // Waits until `n` proxied requests have arrived; returns the n-th.
   async request(n = 1, ms = 5_000) {
     while (this.requests.length < n) {
       await within(ms, new Promise((done) => (this.waiting ??= []).push(done)), `request ${n} at the backend (${this.requests.length} came)`);
@@ -99,11 +99,11 @@ export class Backend {
   }
 }
 
-// Cuts a connection's bytes into requests. Strict: what a gateway must not send is a violation.
+// Reads a connection's requests. Strict: bytes that a gateway must not send are a violation.
 class RequestReader {
   constructor(on_request, on_violation) {
     this.buffer = Buffer.alloc(0);
-    this.late = [];        // received behind `buffer`, joined once `need` bytes are there
+    this.late = [];        // received after `buffer`; joined once `need` bytes are there
     this.length = 0;
     this.need = 0;
     this.on_request = on_request;
@@ -174,7 +174,7 @@ function read_chunked(buffer, start) {
   }
 }
 
-// What a script writes with. raw() is the wire; the rest are shapes that most tests want.
+// Writes a response. raw() sends bytes as they are; the others send common kinds of responses.
 export class Reply {
   constructor(socket, request) {
     this.socket = socket;
@@ -208,16 +208,16 @@ export class Reply {
     if (data.length) this.raw(Buffer.concat([Buffer.from(`${data.length.toString(16)}\r\n`), data, Buffer.from('\r\n')]));
   }
   finish() { this.raw('0\r\n\r\n'); }
-  fin() { this.socket.end(); }                       // an orderly end
+  fin() { this.socket.end(); }                       // sends a FIN
   close() { this.socket.destroy(); }
   reset() { this.socket.resetAndDestroy(); }
   wait(ms) { return sleep(ms); }
-  // Resolves once everything written so far was taken by the kernel; never before others had their turn, so that a script
-  // which waits for it in a loop can't keep the connection's end from being seen.
+  // Resolves once the kernel has taken everything written so far, but never synchronously: a script that waits for it in
+  // a loop must not block the events of other sockets.
   drained() { return new Promise((done) => { this.socket.writableLength === 0 || this.gone ? setImmediate(done) : (this.socket.once('drain', done), this.socket.once('close', done)); }); }
 }
 
-// What an OpenAI-compatible server answers, plain or streamed, with usage as asked for.
+// Answers like an OpenAI-compatible server, plain or streamed, with usage if requested.
 export function answer_plainly(request, reply) {
   const ask = request.json;
   if (request.path.endsWith('/embeddings')) {
@@ -243,7 +243,7 @@ export function answer_plainly(request, reply) {
   reply.finish();
 }
 
-// The models list in the shape of the backend's kind.
+// Answers a health probe with the list of models, in the format of the backend's kind.
 export function answer_probe(request, reply, backend) {
   const path = request.path.replace(/^.*(\/api\/tags|\/v1\/models|\/health)$/, '$1');
   if (path === '/api/tags' && backend.kind === 'ollama') return reply.json({ models: backend.models.map((name) => ({ name, model: name, size: 1 })) });

@@ -1,7 +1,7 @@
 // client.mjs
-// Owns:     a client of bare sockets: bytes out as the test wants them, bytes in as they came, and HTTP read strictly.
-// Promises: a response says how it was framed and whether it ended as its framing demands; nothing is retried or hidden.
-// Leaves:   judging what came to the tests.
+// Owns:     a client on bare sockets: it sends any bytes, and is the end-to-end tests' only reader of HTTP responses.
+// Promises: it reads strictly; a response says how it was framed and if it is complete; nothing is retried or hidden.
+// Leaves:   judging the responses to the tests.
 import net from 'node:net';
 import { within } from './runner.mjs';
 
@@ -34,13 +34,13 @@ export class RawClient {
 
   constructor(socket, pause) {
     this.socket = socket;
-    this.parts = [];       // received and not read yet
+    this.parts = [];       // received, not read yet
     this.length = 0;
     this.received = 0;     // bytes in all
-    this.over = false;     // the peer's end: FIN or reset came
+    this.over = false;     // the peer's FIN or reset has arrived
     this.was_reset = false;
     this.wake = [];
-    this.method = 'GET';   // of the request that the next response answers
+    this.method = 'GET';   // of the request that belongs to the next response
     socket.on('error', () => { this.was_reset = true; });
     socket.on('end', () => this.finish());
     socket.on('close', () => this.finish());
@@ -82,14 +82,14 @@ export class RawClient {
   send(method, path, headers = {}, body = null) {
     this.method = method;
     if (!Buffer.isBuffer(body) || body.length < 100_000) return this.write(request_bytes(method, path, headers, body));
-    this.write(request_bytes(method, path, headers, body, '1.1', false));   // a large one is not copied
+    this.write(request_bytes(method, path, headers, body, '1.1', false));   // avoids a copy of a large body
     return this.write(body);
   }
   half_close() { this.socket.end(); }
   reset() { this.socket.resetAndDestroy(); }
   close() { this.socket.destroy(); }
 
-  // The bytes up to and with `mark`, or null if the connection ended before it.
+  // The bytes up to and including `mark`, or null if the connection ended before it.
   async read_through(mark, ms = 10_000) {
     for (;;) {
       const at = this.peek().indexOf(mark);
@@ -145,7 +145,7 @@ export class RawClient {
     return { how: 'close', left: Infinity, done: false };
   }
 
-  // The next body bytes as soon as there are any; null at the end. body.done tells a proper end from a cut.
+  // The next body bytes as soon as there are any; null at the end. body.done is true if the body is complete.
   async piece(ms = 10_000) {
     const b = this.body;
     for (;;) {
@@ -183,7 +183,7 @@ export class RawClient {
     }
   }
 
-  // The next final response, whole or as far as it came: see `complete`.
+  // The next final response. If the connection ends within it, `complete` is false.
   async response(ms = 10_000) {
     const head = await this.head(ms);
     const parts = [];
@@ -191,7 +191,7 @@ export class RawClient {
     return finish_response(head, Buffer.concat(parts), this.body);
   }
 
-  // Waits for the peer to end the connection; returns the bytes that came before and were not read.
+  // Waits for the peer to end the connection; returns the bytes that were not read.
   async ended(ms = 10_000) {
     while (!this.over) await this.more(ms, 'waiting for the connection to end');
     return this.peek();
@@ -206,7 +206,7 @@ function finish_response(head, body, framing) {
   };
 }
 
-// headers: an object, or a list of [name, value] where order or repetition matters. Host is added unless given (or null).
+// headers: an object, or a list of [name, value] if order or repetition matters. Adds Host unless given (or null).
 export function request_bytes(method, path, headers = {}, body = null, version = '1.1', with_body = true) {
   const list = Array.isArray(headers) ? [...headers] : Object.entries(headers);
   const names = list.map(([n]) => n.toLowerCase());
@@ -246,7 +246,7 @@ export const get = (port, path, options) => request(port, 'GET', path, options);
 export const post = (port, path, body, options) =>
   request(port, 'POST', path, { ...options, body, headers: { 'Content-Type': 'application/json', ...options?.headers } });
 
-// The events of an SSE body: the text between blank lines, comments and all; `rest` is what no blank line ended.
+// The events of an SSE body: the texts between blank lines, including comments; `rest` is the text after the last one.
 export function sse_events(text) {
   const parts = text.replace(/\r\n/g, '\n').split('\n\n');
   const rest = parts.pop();

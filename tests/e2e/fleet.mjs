@@ -1,8 +1,8 @@
 // fleet.mjs
-// Owns:     several backends with one daemon before them, for the tests of routing, queueing and failing.
-// Promises: when the test ends nothing is pending or queued, and requests, access log and attempts add up to the unit,
-//           with each other and with what arrived at the backends.
-// Leaves:   what is sent, and what is expected of the answers, to the tests.
+// Owns:     several backends with one daemon in front of them, for the tests of routing, queueing and failures.
+// Promises: when the test ends, nothing is pending or queued, and the counts of requests, access log lines, attempts and
+//           arrivals at the backends agree exactly.
+// Leaves:   the requests, and the expected responses, to the tests.
 import { fork } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -12,9 +12,9 @@ import { RawClient, answer_plainly, chat, chat_chunk, get, page_after, parse_met
 export const completions = '/v1/chat/completions';
 const here = path.dirname(new URL(import.meta.url).pathname);
 
-// What a backend does, by the request's own words: `wait_ms` before its first byte; a stream of `pieces`, one every
-// `every_ms`; `held` keeps an answer (or a stream, after its first piece) until the backend's `gate` opens, `held_back`
-// keeps a stream from beginning until then.
+// A backend that follows members of the request's body: waits `wait_ms` before its first byte; streams `pieces`, one every
+// `every_ms`; with `held` it holds a response (or a stream, after its first piece) until its `gate` opens; with `held_back`
+// it does not begin a stream before that.
 export async function act(request, reply, backend) {
   const ask = request.json;
   if (ask.wait_ms) await sleep(ask.wait_ms);
@@ -36,20 +36,20 @@ export async function act(request, reply, backend) {
 
 export const fails_with = (status, headers = {}) => (request, reply) => reply.json({ error: { message: `made up ${status}` } }, status, headers);
 
-// A gate for `held` answers.
+// Adds a gate for `held` responses.
 export function add_gate(backend) {
   backend.gate = new Promise((done) => { backend.open_gate = done; });
   return backend;
 }
 
-// Wraps a backend's answers so that `running` tells how many it is at, and `most` the most there ever were.
+// Wraps a backend's `answer` so that `running` counts the responses in progress, and `most` is their maximum.
 export function count_running(backend) {
   const answer = backend.answer;
   Object.assign(backend, { running: 0, most: 0 });
   backend.answer = async (request, reply, self) => {
     backend.most = Math.max(backend.most, ++backend.running);
     try {
-      await Promise.race([answer(request, reply, self), request.connection.ended]);   // who hangs up wants no more of it
+      await Promise.race([answer(request, reply, self), request.connection.ended]);   // a client that hangs up needs no response
     } finally {
       backend.running--;
     }
@@ -57,7 +57,7 @@ export function count_running(backend) {
   return backend;
 }
 
-// A backend in a process of its own, which can be killed or stopped as a machine would fail. It answers with act().
+// A backend in a process of its own, which can be killed or stopped like a failing machine. It answers with act().
 export async function start_child_backend(t, options = {}) {
   const child = fork(path.join(here, 'child_backend.mjs'), [JSON.stringify(options)], { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
   const exited = new Promise((done) => child.once('exit', done));
@@ -71,7 +71,7 @@ export async function start_child_backend(t, options = {}) {
 
 let fleets = 0;
 
-// A backend that does little but count, where thousands of requests are to be dealt out: every one is answered alike.
+// A fast backend for tests with thousands of requests: it counts them and gives every one the same response.
 class LightBackend {
   constructor(models = ['m1']) {
     this.kind = 'generic';
@@ -108,8 +108,8 @@ async function start_light_backend(t) {
 class Fleet {
   constructor(t, mocks, conf) {
     this.mocks = mocks;         // name → the backend
-    this.asked = 0;             // requests sent through this fleet, each to be counted once
-    this.moved = false;         // a backend was stopped: what reached it is not known for certain
+    this.asked = 0;             // requests sent through this fleet; Nexus must count each once
+    this.moved = false;         // a backend was stopped, so the number of requests that reached it is uncertain
     this.log_path = path.join(t.dir(), `access-${++fleets}.log`);
     this.conf = conf;
   }
@@ -128,14 +128,14 @@ class Fleet {
     for (let i = 0; i < count; i++) answers.push(await this.ask(model, more));
     return answers;
   }
-  // Sends a request and returns its client, for what it does next.
+  // Sends a request and returns its client.
   async send(model, more) {
     const client = await RawClient.connect(this.port);
     this.asked += 1;
     client.send('POST', completions, { 'Content-Type': 'application/json' }, chat(model, more));
     return client;
   }
-  // `clients` ask one request after the other until `over()`; on_answer(answer) sees each.
+  // Each of `clients` sends one request after the other until `over()`; calls on_answer for each response.
   async load(clients, over, make, on_answer) {
     await Promise.all(Array.from({ length: clients }, async (_, c) => {
       let client = null;
@@ -156,7 +156,7 @@ class Fleet {
   }
 
   async page() { return parse_metrics((await get(this.port, '/metrics')).text); }
-  // The page when all that was asked is counted.
+  // The metrics page, once all requests are counted.
   page_of_all() { return page_after(this.asked, this.port); }
   async gauge(name, labels = {}) { return (await this.page()).sum(name, labels); }
   queued(n) { return this.reaches('nexus_queue_depth', n); }
@@ -165,15 +165,15 @@ class Fleet {
     let seen;
     await until(async () => (seen = await this.gauge(name, labels)) === wanted, () => `${name} at ${wanted} (it is ${seen})`, 5_000);
   }
-  // The workers have a configuration in which exactly these backends are.
+  // Waits until the workers' configuration has exactly these backends.
   async has_backends(names) {
     await until(async () => (await this.page()).select('nexus_backend_up').map((s) => s.labels.backend).sort().join() === [...names].sort().join(), `backends ${names}`);
-    await sleep(30);   // the page is the control thread's, which told the workers just before
+    await sleep(30);   // the control thread renders the page just after it has told the workers
   }
 
   log() { return fs.readFileSync(this.log_path, 'utf8').split('\n').filter(Boolean).map((line) => JSON.parse(line)); }
 
-  // The books, when all is over.
+  // Checks that all counts agree, at the end.
   async balance() {
     let page;
     let why = '';
@@ -204,8 +204,8 @@ class Fleet {
   }
 }
 
-// backends: { name: { conf: {…of its section}, …what kind it is } }: `light` counts only, `child` has a process of its own,
-// `refuses` was there and is not any more; otherwise answer, models and so on as Backend takes them.
+// backends: { name: { conf: {…its section}, …its kind } }: `light` is a LightBackend, `child` has a process of its own,
+// `refuses` has a port that refuses connections; other members are passed to Backend.
 export async function start_fleet(t, backends, conf = {}, start_options = {}) {
   const mocks = {};
   const rows = [];
@@ -256,5 +256,5 @@ export async function burst(fleet, body, count, { connections = 8, depth = 8 } =
   return out;
 }
 
-// Fewer of something where the build is a slow one.
+// A smaller count if the build is a slow one.
 export const scaled = (count, least = 1) => (settings.sanitised ? Math.max(least, Math.round(count / 5)) : count);

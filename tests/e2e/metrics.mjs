@@ -1,8 +1,8 @@
 // metrics.mjs
 // Owns:     reading the Prometheus text format, strictly.
-// Promises: parse_metrics() throws on what a scraper would refuse or misread: a sample outside its family, a duplicate
+// Promises: parse_metrics() throws on text that a scraper would refuse or misread: a sample outside its family, a duplicate
 //           series, a histogram that is not cumulative or whose _count differs from its +Inf bucket.
-// Leaves:   which numbers are right to the tests.
+// Leaves:   the correct numbers to the tests.
 const sample_line = /^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)$/;
 const label_pair = /([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"(,|$)/y;
 

@@ -1,7 +1,7 @@
-// slow_attackers.mjs: clients that hold on to what they get, in a process of their own so that their work is not taken
-// for Nexus's slowness. Its argument is { port, heads, bodies, readers, pagers, drip_ms } as JSON: readers take nothing of
-// a stream, pagers nothing of many pages. It tells its parent `attacking` once all are connected; `over` with how each
-// dripping one ended once they all have; and, told `look`, how each reader did.
+// slow_attackers.mjs: slow clients in a process of their own, so that their work does not make Nexus look slow. Its
+// argument is { port, heads, bodies, readers, pagers, drip_ms } as JSON. Heads and bodies send a byte every drip_ms; readers
+// request a stream and pagers many pages, and neither reads. It sends its parent `attacking` once all are connected, `over`
+// with the end of each dripping client once all have ended, and, after the message `look`, the state of each reader.
 import net from 'node:net';
 
 const { port, heads, bodies, readers, pagers, drip_ms } = JSON.parse(process.argv[2]);
