@@ -66,7 +66,7 @@ class Gateway {
   const nexus::Slab& slab() const;         // the worker's
   std::size_t client_sessions() const;
 
-  mutable nexus::sim::Script net;
+  nexus::sim::Script net;
   std::function<BackendPlan(const rfc9112::Message&)> answer;
 
  private:
