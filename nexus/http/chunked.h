@@ -5,7 +5,7 @@
 //           are checked and dropped; it may be fed byte by byte; bytes after the end are not touched.
 // Leaves:   what a failure means to its caller. (llhttp reads heads only, so one strict decoder decides on framing.)
 // Threads:  a decoder belongs to its connection.
-// Tested by: tests/chunked_test.cpp, tests/fuzz/chunked.h (against tests/rfc9112.h)
+// Tested by: tests/chunked_test.cpp, tests/fuzz/chunked.h (against tests/lib/rfc9112.h)
 #pragma once
 
 #include <cassert>

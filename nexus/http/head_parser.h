@@ -6,7 +6,7 @@
 // Leaves:   reading bodies to chunked.h and exchange.h; the size limit to the caller, who stops feeding.
 // Threads:  a reader belongs to its connection.
 // Tested by: tests/head_parser_test.cpp, tests/hostile_requests_test.cpp, tests/hostile_answers_test.cpp,
-//           tests/fuzz/heads.h (against tests/rfc9112.h)
+//           tests/fuzz/heads.h (against tests/lib/rfc9112.h)
 #pragma once
 
 #include <llhttp.h>
