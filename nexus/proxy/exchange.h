@@ -480,5 +480,3 @@ class Exchange {
 };
 
 }  // namespace nexus
-
-#include "nexus/proxy/exchange_steps.h"

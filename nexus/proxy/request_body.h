@@ -1,11 +1,10 @@
 // request_body.h
-// Owns:     a client's request body while it is received: how much has come, its share of the memory budget, its
-// limits. Promises: memory is taken from the budget before it is filled; a chunked body is decoded in place, behind the
-// head; no
-//           byte behind the body's end is touched; a large body is read while it comes.
-// Leaves:   reading the socket to server/session_driver.h, the meaning to api/request_json.h and
-// api/incremental_json.h. Threads:  one worker's. Tested by: tests/hostile_requests_test.cpp, tests/sim,
-// tests/e2e/limits.test.mjs
+// Owns:     a client's request body while it is received: how much has come, its share of the memory, its limits.
+// Promises: memory is taken from the budget before it is filled; a chunked body is decoded in place, behind the head;
+//           no byte behind the body's end is touched; a large body is read while it comes.
+// Leaves:   reading the socket to server/session_driver.h, the meaning to api/request_json.h, api/incremental_json.h.
+// Threads:  one worker's.
+// Tested by: tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // worker_context.h
-// Owns:     the parts that all objects of one worker use: its net, timers, memory, counters, scratch space and
-// snapshot. Promises: used by one worker thread, so nothing in it locks; values shared by all threads are in Shared.
+// Owns:     the parts that all objects of one worker use: net, timers, memory, counters, scratch space, snapshot.
+// Promises: used by one worker thread, so nothing in it locks; values shared by all threads are in Shared.
 // Leaves:   events to server/worker.h, connections to upstream_pool.h, requests to exchange.h.
 // Threads:  WorkerContext: one worker's. Shared: every worker's, as each member's own header says.
 // Tested by: tests/sim, tests/hostile

@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "nexus/base/text_buffer.h"
-#include "nexus/proxy/exchange.h"
+#include "nexus/proxy/exchange_steps.h"
 #include "nexus/proxy/request_body.h"
 #include "nexus/server/head_input.h"
 

@@ -2,11 +2,9 @@
 // Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the
 // end. Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a
 // connection's
-//           memory is bounded; if memory runs out only the connection in hand ends, with an error response if none had
-//           begun.
+//           memory is bounded; if memory runs out only the connection in hand ends, with an error response if it can.
 // Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of
-// our
-//           own to builtin_pages.h.
+//           our own to builtin_pages.h.
 // Threads:  its worker's.
 // Tested by: tests/worker_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
 #pragma once
