@@ -146,7 +146,7 @@ class Exchange {
   // A place was granted to this request while it waited.
   [[gnu::cold]] void on_grant() {
     if (state_ != State::queued) return;
-    take_grant();
+    follow_or_wait(picker_.take_grant());
     drive();
   }
 
@@ -276,8 +276,9 @@ class Exchange {
     return Step::wait;
   }
 
-  void take_grant() {
-    if (const auto next = picker_.take_grant()) {
+  // Goes on with a place that was found, or keeps waiting.
+  void follow_or_wait(std::optional<Next> next) {
+    if (next) {
       follow(*next);
     } else {
       deadlines_.arm_queue(picker_.passed_over_ejected());
@@ -285,16 +286,9 @@ class Exchange {
   }
 
   [[gnu::cold]] void on_queue_deadline() {
-    take_grant();  // one may have been given just now
+    follow_or_wait(picker_.take_grant());  // one may have been given just now
     if (state_ != State::queued) return;
-    if (!deadlines_.queue_expired()) {
-      if (const auto next = picker_.look_again()) {
-        follow(*next);
-      } else {
-        deadlines_.arm_queue(picker_.passed_over_ejected());
-      }
-      return;
-    }
+    if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
     context_.slab.queue_rejected(QueueRejection::timeout);
     context_.slab.limit_hit(Limit::queue_timeout);
     refuse(ApiError::queue_timeout, true);

@@ -1,8 +1,9 @@
 // exchange_steps.h
 // Owns:     the steps of an exchange with a backend: connect, send the request, read the response, pass it on.
 // Promises: a step does not block and calls no other step; it leaves the state with go() or end().
-// Leaves:   the order of the steps, choosing a backend, and the ends to exchange.h. Users of Exchange include this
-// file. Threads:  its worker's. Tested by: tests/sim, tests/hostile
+// Leaves:   the order of the steps, choosing a backend, and the ends to exchange.h. Users of Exchange include this.
+// Threads:  its worker's.
+// Tested by: tests/sim, tests/hostile
 #pragma once
 
 #include "nexus/proxy/exchange.h"

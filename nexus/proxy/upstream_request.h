@@ -13,6 +13,7 @@
 #include <cassert>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "nexus/api/request_json.h"
 #include "nexus/fleet/registry.h"
@@ -87,27 +88,6 @@ struct BodyEdit {
   std::string_view inserted;
 };
 
-class BodyEdits {
- public:
-  void add(const BodyEdit& edit) {
-    assert(count_ < edits_.size());
-    std::size_t slot = count_++;
-    for (; slot > 0 && edits_[slot - 1].at > edit.at; --slot) edits_[slot] = edits_[slot - 1];
-    edits_[slot] = edit;
-  }
-  const BodyEdit* begin() const { return edits_.data(); }
-  const BodyEdit* end() const { return edits_.data() + count_; }
-
-  std::size_t length_after(std::size_t body_bytes) const {
-    for (const BodyEdit& edit : *this) body_bytes = body_bytes - edit.removed + edit.inserted.size();
-    return body_bytes;
-  }
-
- private:
-  std::array<BodyEdit, 2> edits_;
-  std::size_t count_ = 0;
-};
-
 constexpr std::size_t kCopiedBodyBytes = 4096;
 
 // True if Nexus asks this backend for token counts that the client did not ask for.
@@ -135,13 +115,13 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
 inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
                             const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
                             std::string_view request_id, std::string_view via_line) {
-  BodyEdits edits;
+  // Up to two edits, in the order of the body; one that edits nothing stands for none.
   std::string model_json;
-  if (!model.empty()) {
-    model_json = json_string(model);
-    edits.add({facts.model_value.at, facts.model_value.bytes, model_json});
-  }
-  if (ask_usage) edits.add(usage_edit(facts));
+  if (!model.empty()) model_json = json_string(model);
+  std::array<BodyEdit, 2> edits{};
+  if (!model.empty()) edits[0] = {facts.model_value.at, facts.model_value.bytes, model_json};
+  if (ask_usage) edits[1] = usage_edit(facts);
+  if (edits[1].at < edits[0].at) std::swap(edits[0], edits[1]);
   UpstreamHead head;
   head.method = llhttp_method_name(static_cast<llhttp_method_t>(request.head->method));
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
@@ -150,7 +130,8 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   head.pass_authorization = request.pass_authorization && !backend.has_key;
   head.request_id = request_id;
   head.via_line = via_line;
-  head.content_length = edits.length_after(request.body_bytes);
+  head.content_length = request.body_bytes;
+  for (const BodyEdit& edit : edits) head.content_length += edit.inserted.size() - edit.removed;
   own.clear();
   append_request_head(own, HeadView{request.base, request.fields, request.head->head_bytes}, head);
   image.clear();
@@ -164,6 +145,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   };
   std::size_t at = 0;
   for (const BodyEdit& edit : edits) {
+    if (edit.at == 0) continue;  // before the body's `{`: none
     add_body(at, edit.at - at);
     image.add_own(own.size(), edit.inserted.size());
     own += edit.inserted;

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "nexus/apps/status_page.h"
+#include "nexus/base/json_writer.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
@@ -62,12 +63,13 @@ constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kin
 
 namespace detail {
 
-inline void append_model(std::string& out, std::string_view model, std::string_view backend) {
-  out += R"({"id":")";
-  append_json_escaped(out, model);
-  out += R"(","object":"model","created":0,"owned_by":")";
-  append_json_escaped(out, backend);
-  out += R"("})";
+inline void write_model(JsonWriter<std::string>& json, std::string_view model, std::string_view backend) {
+  json.begin_object().field("id", model).field("object", "model").field("created", 0).field("owned_by", backend);
+  json.end_object();
+}
+
+inline bool is_healthy(const Snapshot& snapshot, const Offer& offer) {
+  return snapshot.backends[offer.backend].healthy;
 }
 
 }  // namespace detail
@@ -78,17 +80,16 @@ inline std::string render_models(const Snapshot& snapshot) {
   for (const auto& [name, entry] : snapshot.models) {
     if (entry.is_alias()) continue;
     for (const Offer& offer : entry.offers) {
-      const BackendView& backend = snapshot.backends[offer.backend];
-      if (backend.healthy) rows.emplace_back(name, backend.name);
+      if (detail::is_healthy(snapshot, offer)) rows.emplace_back(name, snapshot.backends[offer.backend].name);
     }
   }
   std::sort(rows.begin(), rows.end());
-  std::string out = R"({"object":"list","data":[)";
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    if (i > 0) out += ',';
-    detail::append_model(out, rows[i].first, rows[i].second);
-  }
-  return out += "]}";
+  std::string out;
+  JsonWriter json(out);
+  json.begin_object().field("object", "list").key("data").begin_array();
+  for (const auto& [model, backend] : rows) detail::write_model(json, model, backend);
+  json.end_array().end_object();
+  return out;
 }
 
 // Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
@@ -112,9 +113,9 @@ inline bool render_model(std::string& out, const Snapshot& snapshot, std::string
   const ModelEntry* entry = snapshot.find(id);
   if (entry == nullptr) return false;
   for (const Offer& offer : entry->offers) {
-    const BackendView& backend = snapshot.backends[offer.backend];
-    if (!backend.healthy) continue;
-    detail::append_model(out, id, backend.name);
+    if (!detail::is_healthy(snapshot, offer)) continue;
+    JsonWriter json(out);
+    detail::write_model(json, id, snapshot.backends[offer.backend].name);
     return true;
   }
   return false;
@@ -123,25 +124,22 @@ inline bool render_model(std::string& out, const Snapshot& snapshot, std::string
 // GET /health. Returns the status.
 inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, bool draining, Ns uptime_ns) {
   const auto total = snapshot.backends.size();
-  std::size_t healthy = 0;
-  for (const BackendView& backend : snapshot.backends) healthy += backend.healthy ? 1 : 0;
-  std::size_t models = 0;
-  for (const auto& [name, entry] : snapshot.models) {
-    models += !entry.is_alias() && std::any_of(entry.offers.begin(), entry.offers.end(), [&](const Offer& offer) {
-      return snapshot.backends[offer.backend].healthy;
+  const auto healthy = static_cast<std::size_t>(std::count_if(
+      snapshot.backends.begin(), snapshot.backends.end(), [](const BackendView& backend) { return backend.healthy; }));
+  const auto models = std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
+    const auto& offers = named.second.offers;
+    return !named.second.is_alias() && std::any_of(offers.begin(), offers.end(), [&](const Offer& offer) {
+      return detail::is_healthy(snapshot, offer);
     });
-  }
+  });
   const std::string_view status = draining           ? "draining"
                                   : healthy == 0     ? "unhealthy"
                                   : healthy == total ? "healthy"
                                                      : "degraded";
-  out += R"({"status":")";
-  out.append(status).append(R"(","version":")").append(kVersion).append(R"(","uptime_seconds":)");
-  out.append(Digits(static_cast<std::uint64_t>(uptime_ns / kSecond)).view());
-  out.append(R"(,"backends":{"total":)").append(Digits(total).view());
-  out.append(R"(,"healthy":)").append(Digits(healthy).view());
-  out.append(R"(,"unhealthy":)").append(Digits(total - healthy).view());
-  out.append(R"(},"models":)").append(Digits(models).view()).append("}");
+  JsonWriter json(out);
+  json.begin_object().field("status", status).field("version", kVersion).field("uptime_seconds", uptime_ns / kSecond);
+  json.key("backends").begin_object().field("total", total).field("healthy", healthy);
+  json.field("unhealthy", total - healthy).end_object().field("models", models).end_object();
   return draining || healthy == 0 ? 503 : 200;
 }
 
