@@ -59,6 +59,11 @@ class SessionDriver {
   const UpstreamPool<Net>& pool() const { return pool_; }
   BuiltinPages<Net>& pages() { return pages_; }
   std::size_t live() const { return sessions_.live(); }
+  // For the simulator: calls `visit(const Session&)` for each session.
+  template <class Visit>
+  void each(Visit&& visit) {
+    sessions_.each(visit);
+  }
 
   // ---- events ----
 

@@ -125,6 +125,10 @@ class Worker {
   std::size_t upstreams() const { return sessions_.pool().open(); }
   std::size_t armed_timers() const { return context_.wheel.armed(); }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
+  template <class Visit>
+  void each_session(Visit&& visit) {
+    sessions_.each(visit);
+  }
 
  private:
   void dispatch(const Event& event) {

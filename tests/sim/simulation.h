@@ -293,6 +293,7 @@ class Simulation {
       gateway_.turn(loop);
     }
     faults().dice = nullptr;
+    if (wire_.story != nullptr && loop < gateway_.workers()) tell_states(*gateway_.each_worker()[loop]);
     check_broken();
     // A turn without work sleeps until its deadline. Other turns may have changed something: check everything.
     if (net.slept()) return;
@@ -302,6 +303,16 @@ class Simulation {
     not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) not_before_[loop] += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  // The states of the sessions that have a request, after a worker's turn.
+  void tell_states(SimWorker& worker) {
+    worker.each_session([this](const auto& session) {
+      if (session.state == SessionState::reading_head) return;
+      const std::string_view own = to_string(session.state), exchange = to_string(session.exchange.state());
+      std::fprintf(wire_.story, "%14s%s: %.*s, exchange %.*s\n", "", session.client_name.c_str(),
+                   static_cast<int>(own.size()), own.data(), static_cast<int>(exchange.size()), exchange.data());
+    });
   }
 
   // Nexus must close a client's connection in the same turn in which a call on it failed.
