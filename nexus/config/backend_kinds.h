@@ -48,8 +48,9 @@ static_assert(
 
 namespace detail {
 
-// "ollama, vllm, …": the values of `type` as the table of configuration keys lists them.
-inline constexpr auto kBackendKindList = [] {
+// "ollama, vllm, …": the values of `type` as the table of configuration keys lists them. Not inline: gcc's UBSan does not
+// take the address of an inline variable for a constant.
+constexpr auto kBackendKindList = [] {
   constexpr std::size_t kBytes = [] {
     std::size_t bytes = 0;
     for (const BackendKindRow& row : kBackendKinds) bytes += row.name.size() + 2;
@@ -66,6 +67,6 @@ inline constexpr auto kBackendKindList = [] {
 
 }  // namespace detail
 
-inline constexpr std::string_view kBackendKindNames(detail::kBackendKindList.data(), detail::kBackendKindList.size());
+constexpr std::string_view kBackendKindNames(detail::kBackendKindList.data(), detail::kBackendKindList.size());
 
 }  // namespace nexus
