@@ -84,26 +84,12 @@ class Exposition {
     page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
   }
 
-  // Writes labels as they appear between the braces.
-  static void write_labels(TextBuffer& page, std::initializer_list<Label> labels) {
-    std::string_view comma;
-    for (const auto& [name, value] : labels) {
-      page.add(comma).add(name).add("=\"").add(value).add("\"");
-      comma = ",";
-    }
-  }
-
-  // Sets the labels of the next samples.
+  // Sets the labels of the next samples; one without a name is left out.
   void labels(std::initializer_list<Label> labels) {
     labels_.clear();
-    write_labels(labels_, labels);
-  }
-
-  // The same, from text that write_labels() put into `page` at `offset`, and `last` too if it has a name.
-  void labels(const TextBuffer& page, std::size_t offset, std::size_t length, Label last = {}) {
-    labels_.clear();
-    labels_.finish(copy_padded(labels_.room(length), page.data() + offset, length));
-    if (!last.first.empty()) labels_.add(",").add(last.first).add("=\"").add(last.second).add("\"");
+    for (const auto& [name, value] : labels) {
+      if (!name.empty()) labels_.add(labels_.size() > 0 ? "," : "").add(name).add("=\"").add(value).add("\"");
+    }
   }
 
   void sample(std::integral auto value) { end_line(write_number(begin_line(), value)); }
