@@ -43,25 +43,10 @@ enum class Field : std::uint8_t {
 };
 
 // The names of the fields from accept_encoding to x_request_id, in the order of the enum.
-constexpr std::array<std::string_view, 19> kFieldNames{"accept-encoding",
-                                                       "authorization",
-                                                       "connection",
-                                                       "content-encoding",
-                                                       "content-length",
-                                                       "content-type",
-                                                       "expect",
-                                                       "host",
-                                                       "keep-alive",
-                                                       "proxy-authenticate",
-                                                       "proxy-authorization",
-                                                       "proxy-connection",
-                                                       "retry-after",
-                                                       "te",
-                                                       "trailer",
-                                                       "transfer-encoding",
-                                                       "upgrade",
-                                                       "via",
-                                                       "x-request-id"};
+inline constexpr auto kFieldNames = std::to_array<std::string_view>(
+    {"accept-encoding", "authorization", "connection", "content-encoding", "content-length", "content-type", "expect",
+     "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "retry-after", "te",
+     "trailer", "transfer-encoding", "upgrade", "via", "x-request-id"});
 static_assert(kFieldNames[static_cast<std::size_t>(Field::retry_after) - 1] == "retry-after" &&
               kFieldNames.size() == static_cast<std::size_t>(Field::x_request_id));
 

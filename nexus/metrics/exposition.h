@@ -7,6 +7,7 @@
 // Tested by: tests/prometheus_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <charconv>
@@ -88,7 +89,15 @@ class Exposition {
   void labels(std::initializer_list<Label> labels) {
     labels_.clear();
     for (const auto& [name, value] : labels) {
-      if (!name.empty()) labels_.add(labels_.size() > 0 ? "," : "").add(name).add("=\"").add(value).add("\"");
+      if (name.empty()) continue;
+      char* at = labels_.room(name.size() + value.size() + 4);
+      if (labels_.size() > 0) *at++ = ',';
+      at = std::copy(name.begin(), name.end(), at);
+      *at++ = '=';
+      *at++ = '"';
+      at = std::copy(value.begin(), value.end(), at);
+      *at++ = '"';
+      labels_.finish(at);
     }
   }
 
