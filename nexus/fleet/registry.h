@@ -46,7 +46,7 @@ struct BackendView {
   std::optional<Address> address;  // none until its host name is resolved
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
-  std::string answer_line;    // sent with every response from it: X-Nexus-Backend
+  std::string response_line;  // sent with every response from it: X-Nexus-Backend
   bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
@@ -267,7 +267,7 @@ class Registry {
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n";
     if (view.has_key) view.request_lines += "Authorization: Bearer " + from.api_key + "\r\n";
-    view.answer_line = "X-Nexus-Backend: " + from.name + "\r\n";
+    view.response_line = "X-Nexus-Backend: " + from.name + "\r\n";
     view.priority = from.priority;
     view.max_pending = from.max_pending;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||

@@ -83,14 +83,6 @@ inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
   return std::find_if(fields.begin(), fields.end(), [&](const FieldRow& row) { return row.field == wanted; });
 }
 
-// True if the comma-separated `list` contains `token`, ignoring case.
-inline bool list_holds(std::string_view list, std::string_view token) {
-  while (!list.empty()) {
-    if (equals_ignoring_case(next_list_element(list), token)) return true;
-  }
-  return false;
-}
-
 namespace detail {
 
 // Runs llhttp over a head and records what its callbacks report.

@@ -49,9 +49,6 @@ class Counter {
 template <class Cells>
 class GrowingTable {
  public:
-  GrowingTable() = default;
-  GrowingTable(const GrowingTable&) = delete;
-  GrowingTable& operator=(const GrowingTable&) = delete;
   ~GrowingTable() {
     for (auto& block : blocks_) delete[] block.load(std::memory_order_relaxed);
   }
@@ -111,8 +108,6 @@ class PairTable {
   };
 
   PairTable() : index_(kSlots) {}
-  PairTable(const PairTable&) = delete;
-  PairTable& operator=(const PairTable&) = delete;
 
   [[gnu::always_inline]] Cells& at(std::uint32_t first, std::uint32_t second) {
     const std::uint64_t key = std::uint64_t{first} << 32 | second;
@@ -187,9 +182,6 @@ class StatusCounters {
     std::uint64_t count;
   };
 
-  StatusCounters() = default;
-  StatusCounters(const StatusCounters&) = delete;
-  StatusCounters& operator=(const StatusCounters&) = delete;
   ~StatusCounters() { delete more_.load(std::memory_order_relaxed); }
 
   [[gnu::always_inline]] void add(std::uint32_t status, bool failed) {

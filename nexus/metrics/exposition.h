@@ -25,8 +25,6 @@
 
 namespace nexus {
 
-enum class FamilyType : std::uint8_t { counter, gauge, histogram };
-
 namespace detail {
 
 // The end of a bucket's labels: `le="0.25"} `. Of a fixed size, so that it is copied without a loop.
@@ -36,30 +34,25 @@ struct BucketTail {
   std::size_t length = 0;
 };
 
-inline BucketTail make_bucket_tail(Unit unit, std::int64_t bound) {
-  BucketTail tail;
-  TextBuffer page;
-  page.add("le=\"");
-  if (bound < 0) {
-    page.add("+Inf");
-  } else if (unit == Unit::seconds) {
-    page.add_seconds(static_cast<std::uint64_t>(bound));
-  } else {
-    page.add_number(bound);
-  }
-  page.add("\"} ");
-  assert(page.size() <= BucketTail::kBytes);
-  tail.length = page.text().copy(tail.text.data(), BucketTail::kBytes);
-  return tail;
-}
-
 template <const auto& kBounds>
 std::span<const BucketTail> bucket_tails() {
-  constexpr std::size_t kBuckets = HistogramValues<kBounds>::kBuckets;
   static const auto kTails = [] {
-    std::array<BucketTail, kBuckets> tails;
-    for (std::size_t i = 0; i + 1 < kBuckets; ++i) tails[i] = make_bucket_tail(kBounds.unit, kBounds.upper[i]);
-    tails[kBuckets - 1] = make_bucket_tail(kBounds.unit, -1);
+    std::array<BucketTail, HistogramValues<kBounds>::kBuckets> tails;
+    TextBuffer text;
+    for (std::size_t i = 0; i < tails.size(); ++i) {
+      text.clear();
+      text.add("le=\"");
+      if (i == kBounds.upper.size()) {
+        text.add("+Inf");
+      } else if (kBounds.unit == Unit::seconds) {
+        text.add_seconds(static_cast<std::uint64_t>(kBounds.upper[i]));
+      } else {
+        text.add_number(kBounds.upper[i]);
+      }
+      text.add("\"} ");
+      assert(text.size() <= BucketTail::kBytes);
+      tails[i].length = text.text().copy(tails[i].text.data(), BucketTail::kBytes);
+    }
     return tails;
   }();
   return kTails;
@@ -75,14 +68,13 @@ class Exposition {
   std::string_view text() const { return page_.text(); }
   TextBuffer& page() { return page_; }
 
-  // Begins a family. The next samples belong to it and have no labels until labels() is called.
-  void family(std::string_view name, FamilyType type, std::string_view help) {
-    static constexpr std::array<std::string_view, 3> kTypes{"counter", "gauge", "histogram"};
+  // Begins a family of type `counter`, `gauge` or `histogram`. The next samples belong to it and have no labels until
+  // labels() is called.
+  void family(std::string_view name, std::string_view type, std::string_view help) {
     name_.clear();
     name_.add(name);
     labels_.clear();
-    page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ");
-    page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
+    page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ").add(type).add("\n");
   }
 
   // Sets the labels of the next samples; one without a name is left out.

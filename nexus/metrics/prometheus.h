@@ -15,11 +15,11 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <span>
 #include <string_view>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "nexus/base/clock.h"
@@ -80,9 +80,7 @@ class PrometheusPage {
   TextBuffer& page() { return out_.page(); }
 
  private:
-  static constexpr FamilyType kCounter = FamilyType::counter;
-  static constexpr FamilyType kGauge = FamilyType::gauge;
-  static constexpr FamilyType kHistogram = FamilyType::histogram;
+  static constexpr std::string_view kCounter = "counter", kGauge = "gauge", kHistogram = "histogram";
   static constexpr std::size_t kSeriesAtOnce = 64;  // about 20 µs
 
   using Label = Exposition::Label;
@@ -213,19 +211,11 @@ class PrometheusPage {
   }
 
   void write_statuses(std::uint32_t model, std::uint32_t backend, Series<PairCounters> series) {
-    statuses_.clear();
+    std::map<std::uint32_t, std::uint64_t> counts;
     for (const auto& source : series) {
-      source.cells->statuses.for_each([this](const StatusCounters::Count& count) {
-        const auto at = std::lower_bound(statuses_.begin(), statuses_.end(), count.status,
-                                         [](const auto& held, std::uint32_t status) { return held.first < status; });
-        if (at != statuses_.end() && at->first == count.status) {
-          at->second += count.count;
-        } else {
-          statuses_.insert(at, {count.status, count.count});
-        }
-      });
+      source.cells->statuses.for_each([&](const StatusCounters::Count& count) { counts[count.status] += count.count; });
     }
-    for (const auto& [status, count] : statuses_) {
+    for (const auto& [status, count] : counts) {
       pair_labels(model, backend, {"status", Digits(status).view()});
       out_.sample(count);
     }
@@ -292,7 +282,8 @@ class PrometheusPage {
     });
   }
 
-  void backend_family(std::string_view name, FamilyType type, std::string_view help, Counter BackendCounters::*member) {
+  void backend_family(std::string_view name, std::string_view type, std::string_view help,
+                      Counter BackendCounters::*member) {
     out_.family(name, type, help);
     for_each_series(backends_, [&](auto, auto group, auto series) { backend_sample(group, sum_of(series, member)); });
   }
@@ -353,27 +344,19 @@ class PrometheusPage {
   }
 
   void write_process(const ProcessStats& process) {
-    struct Row {
-      std::string_view name;
-      FamilyType type;
-      std::string_view help;
-      std::int64_t value;
-      bool is_time = false;
+    const auto row = [this](std::string_view name, std::string_view type, std::string_view help, std::int64_t value,
+                            bool is_time = false) {
+      if (value == ProcessStats::kUnknown) return;
+      out_.family(name, type, help);
+      is_time ? out_.sample_seconds(static_cast<std::uint64_t>(value)) : out_.sample(value);
     };
-    const Row rows[] = {
-        {"process_cpu_seconds_total", kCounter, "User and system CPU time spent.", process.cpu_ns, true},
-        {"process_resident_memory_bytes", kGauge, "Resident memory size.", process.resident_bytes},
-        {"process_virtual_memory_bytes", kGauge, "Virtual memory size.", process.virtual_bytes},
-        {"process_open_fds", kGauge, "Open file descriptors.", process.open_fds},
-        {"process_max_fds", kGauge, "Maximum number of open file descriptors.", process.max_fds},
-        {"process_start_time_seconds", kGauge, "Start time of the process, since 1970.", process.start_time_ns, true},
-        {"process_threads", kGauge, "Threads of the process.", process.threads},
-    };
-    for (const Row& row : rows) {
-      if (row.value == ProcessStats::kUnknown) continue;
-      out_.family(row.name, row.type, row.help);
-      row.is_time ? out_.sample_seconds(static_cast<std::uint64_t>(row.value)) : out_.sample(row.value);
-    }
+    row("process_cpu_seconds_total", kCounter, "User and system CPU time spent.", process.cpu_ns, true);
+    row("process_resident_memory_bytes", kGauge, "Resident memory size.", process.resident_bytes);
+    row("process_virtual_memory_bytes", kGauge, "Virtual memory size.", process.virtual_bytes);
+    row("process_open_fds", kGauge, "Open file descriptors.", process.open_fds);
+    row("process_max_fds", kGauge, "Maximum number of open file descriptors.", process.max_fds);
+    row("process_start_time_seconds", kGauge, "Start time of the process, since 1970.", process.start_time_ns, true);
+    row("process_threads", kGauge, "Threads of the process.", process.threads);
   }
 
   void sample(std::initializer_list<Label> labels, std::integral auto value) {
@@ -381,7 +364,7 @@ class PrometheusPage {
     out_.sample(value);
   }
 
-  void single(std::string_view name, FamilyType type, std::string_view help, std::integral auto value) {
+  void single(std::string_view name, std::string_view type, std::string_view help, std::integral auto value) {
     out_.family(name, type, help);
     out_.sample(value);
   }
@@ -394,9 +377,8 @@ class PrometheusPage {
   Sources<Counter> fallbacks_;
   Sources<ModelCounters> models_;
   Sources<BackendCounters> backends_;
-  Sources<ThreadCounters> threads_;                                // one series
-  std::vector<BackendState> backend_states_;                       // by label group
-  std::vector<std::pair<std::uint32_t, std::uint64_t>> statuses_;  // of the series being written, ascending
+  Sources<ThreadCounters> threads_;           // one series
+  std::vector<BackendState> backend_states_;  // by label group
 };
 
 }  // namespace nexus
