@@ -42,7 +42,6 @@ struct Capabilities {
 struct BackendView {
   BackendId id{};
   std::string name;
-  BackendKind kind = BackendKind::generic;
   std::optional<Address> address;  // none until its host name is resolved
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
@@ -261,7 +260,6 @@ class Registry {
     BackendView view;
     view.id = backend.id;
     view.name = from.name;
-    view.kind = from.kind;
     view.address = backend.address;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();

@@ -133,19 +133,16 @@ class PairTable {
   };
 
   std::size_t slot_of(std::uint64_t key) const { return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> shift_); }
-  std::size_t after(std::size_t slot) const { return (slot + 1) & (index_.size() - 1); }
   Node& node(std::size_t i) const { return chunks_[i / kChunk]->nodes[i % kChunk]; }
 
   [[gnu::noinline]] Cells& find_or_add(std::uint64_t key) {
-    for (std::size_t slot = slot_of(key); index_[slot] != nullptr; slot = after(slot)) {
-      if (index_[slot]->key == key) return index_[slot]->cells;
-    }
+    if (Node* const known = index_[find_slot(key)]) return known->cells;
     if (size_ * 2 >= index_.size()) grow_index();
     if (size_ % kChunk == 0) chunks_.push_back(std::make_unique<Chunk>());
     Node& made = node(size_++);
     made.key = key;
     made.next = newest_.load(std::memory_order_relaxed);
-    place(made);
+    index_[find_slot(key)] = &made;
     newest_.store(&made, std::memory_order_release);  // publishes the node's fields and its zeros
     return made.cells;
   }
@@ -153,13 +150,14 @@ class PairTable {
   void grow_index() {
     index_.assign(index_.size() * 2, nullptr);
     --shift_;
-    for (std::size_t i = 0; i < size_; ++i) place(node(i));
+    for (std::size_t i = 0; i < size_; ++i) index_[find_slot(node(i).key)] = &node(i);
   }
 
-  void place(Node& node) {
-    std::size_t slot = slot_of(node.key);
-    while (index_[slot] != nullptr) slot = after(slot);
-    index_[slot] = &node;
+  // The slot that holds `key`, or the empty one where it belongs.
+  std::size_t find_slot(std::uint64_t key) const {
+    std::size_t slot = slot_of(key);
+    while (index_[slot] != nullptr && index_[slot]->key != key) slot = (slot + 1) & (index_.size() - 1);
+    return slot;
   }
 
   // For the writer alone.

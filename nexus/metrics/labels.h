@@ -10,10 +10,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nexus/base/text.h"
@@ -79,9 +79,9 @@ class LabelTable {
       mode_ = mode;
     }
     for (std::size_t i = groups_.size(); i < names.size(); ++i) {
-      const std::string text = label_of(names.name(Id{static_cast<std::uint32_t>(i)}), mode);
-      const auto [at, is_new] = by_text_.try_emplace(text, static_cast<std::uint32_t>(texts_.size()));
-      if (is_new) texts_.push_back(text);
+      std::string text = label_of(names.name(Id{static_cast<std::uint32_t>(i)}), mode);
+      const auto [at, is_new] = by_text_.try_emplace(std::move(text), static_cast<std::uint32_t>(texts_.size()));
+      if (is_new) texts_.push_back(at->first);
       groups_.push_back(at->second);
     }
   }
@@ -93,8 +93,8 @@ class LabelTable {
 
  private:
   LabelMode mode_ = LabelMode::sanitize;
-  std::vector<std::uint32_t> groups_;  // by id
-  std::deque<std::string> texts_;      // by group
+  std::vector<std::uint32_t> groups_;    // by id
+  std::vector<std::string_view> texts_;  // by group: the keys of by_text_, which do not move
   std::unordered_map<std::string, std::uint32_t> by_text_;
 };
 
