@@ -74,7 +74,7 @@ class CircuitBreaker {
 
   // True if the backend may get a request that is not a last resort.
   bool usable(BackendId id, Ns now) const {
-    return state_of(id).load(std::memory_order_relaxed).at(now) != CircuitState::open;
+    return State::unpack(word_of(id).load(std::memory_order_relaxed)).at(now) != CircuitState::open;
   }
 
   // Call when a request is about to be sent. If several find the circuit half-open, only one becomes the probe.
@@ -89,53 +89,59 @@ class CircuitBreaker {
   }
 
  private:
-  // One word without padding, so that each change is one compare-and-swap.
+  // Packed into one word so that each change is one compare-and-swap. The initial word is 0.
   struct State {
-    std::uint64_t failures : 16 = 0;  // consecutive; counted while not ejected
-    std::uint64_t ejections : 7 = 0;  // consecutive, without a success between: the next lasts eject_time << ejections
-    bool probing : 1 = false;         // the probe is running
-    std::uint64_t ejected_until_ms : 40 = 0;  // of the monotonic clock; 0: not ejected
+    std::uint32_t failures = 0;   // consecutive; counted while not ejected
+    std::uint32_t ejections = 0;  // consecutive, without a success between: the next lasts eject_time << ejections
+    bool probing = false;         // the probe is running
+    Ns ejected_until_ms = 0;      // of the monotonic clock; 0: not ejected
 
-    static constexpr std::uint64_t kMaxFailures = 0xffff;
-    static constexpr std::uint64_t kMaxEjections = 31;
-    static constexpr std::uint64_t kMaxUntilMs = (std::uint64_t{1} << 40) - 1;  // 34 years of uptime
+    static constexpr std::uint32_t kMaxFailures = 0xffff;
+    static constexpr std::uint32_t kMaxEjections = 31;
+    static constexpr Ns kMaxUntilMs = (Ns{1} << 40) - 1;  // 34 years of uptime
 
-    bool operator==(const State&) const = default;
+    static State unpack(std::uint64_t word) {
+      return {static_cast<std::uint32_t>(word & kMaxFailures), static_cast<std::uint32_t>(word >> 16 & kMaxEjections),
+              (word >> 23 & 1) != 0, static_cast<Ns>(word >> 24)};
+    }
+    std::uint64_t pack() const {
+      return std::uint64_t{failures} | std::uint64_t{ejections} << 16 | std::uint64_t{probing} << 23 |
+             static_cast<std::uint64_t>(ejected_until_ms) << 24;
+    }
+
     bool ejected() const { return ejected_until_ms != 0; }
     CircuitState at(Ns now) const {
       if (!ejected()) return CircuitState::closed;
-      const bool open = probing || now < static_cast<Ns>(ejected_until_ms) * kMillisecond;
-      return open ? CircuitState::open : CircuitState::half_open;
+      return probing || now < ejected_until_ms * kMillisecond ? CircuitState::open : CircuitState::half_open;
     }
   };
-  static_assert(std::atomic<State>::is_always_lock_free && sizeof(State) == 8);
 
-  // One cache line each, so that a failing backend's writes do not evict the states of the others.
+  // One cache line each, so that a failing backend's writes do not evict the words of the others.
   struct alignas(64) Slot {
-    std::atomic<State> state{State{}};
+    std::atomic<std::uint64_t> word{0};
   };
 
-  std::atomic<State>& state_of(BackendId id) const {
+  std::atomic<std::uint64_t>& word_of(BackendId id) const {
     assert(index_of(id) < kMaxBackendNames);
-    return backends_[index_of(id)].state;
+    return backends_[index_of(id)].word;
   }
 
   // Applies `change(State&)` atomically, and nothing if it returns false. It is called again if another thread changed
-  // the state in between. Relaxed: the state is complete in itself and publishes no other memory.
+  // the state in between. Relaxed: the word is complete in itself and publishes no other memory.
   template <class Change>
   void update(BackendId id, Change&& change) {
-    std::atomic<State>& held = state_of(id);
-    State seen = held.load(std::memory_order_relaxed);
+    std::atomic<std::uint64_t>& word = word_of(id);
+    std::uint64_t seen = word.load(std::memory_order_relaxed);
     for (;;) {
-      State state = seen;
-      if (!change(state) || held.compare_exchange_weak(seen, state, std::memory_order_relaxed)) return;
+      State state = State::unpack(seen);
+      if (!change(state) || word.compare_exchange_weak(seen, state.pack(), std::memory_order_relaxed)) return;
     }
   }
 
   // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
   // resort) are ignored.
   void record_success(BackendId id, bool probe) {
-    if (state_of(id).load(std::memory_order_relaxed) == State{}) return;  // nothing to reset
+    if (word_of(id).load(std::memory_order_relaxed) == 0) return;  // nothing to reset
     update(id, [&](State& state) {
       if (state.ejected() && !probe) return false;
       state = State{};
@@ -156,21 +162,21 @@ class CircuitBreaker {
   }
 
   static Ns count_failure(State& state, bool probe, Ns now, const HealthSettings& settings, Ns requested) {
-    if (state.failures < State::kMaxFailures) ++state.failures;
+    state.failures = std::min(state.failures + 1, State::kMaxFailures);
     const bool enough = probe || state.failures >= settings.eject_after;
     const Ns ejected_for = std::max(requested, enough ? ejection_time(settings, state.ejections) : 0);
     if (ejected_for == 0) return 0;
-    if (enough && state.ejections < State::kMaxEjections) ++state.ejections;
+    if (enough) state.ejections = std::min(state.ejections + 1, State::kMaxEjections);
     state.failures = 0;
     state.probing = false;
-    state.ejected_until_ms = end_ms(now, ejected_for) & State::kMaxUntilMs;
+    state.ejected_until_ms = end_ms(now, ejected_for);
     return ejected_for;
   }
 
   // An ejected backend can extend its ejection with a longer Retry-After, unless its probe is running.
   static Ns prolong(State& state, Ns now, Ns requested) {
     if (requested == 0 || state.probing || end_ms(now, requested) <= state.ejected_until_ms) return 0;
-    state.ejected_until_ms = end_ms(now, requested) & State::kMaxUntilMs;
+    state.ejected_until_ms = end_ms(now, requested);
     return requested;
   }
 
@@ -182,7 +188,7 @@ class CircuitBreaker {
     });
   }
 
-  static Ns ejection_time(const HealthSettings& settings, std::uint64_t ejections) {
+  static Ns ejection_time(const HealthSettings& settings, std::uint32_t ejections) {
     const Ns limit = std::max(kMaxEjection, settings.eject_time_ns);
     Ns time = std::max(settings.eject_time_ns, kMillisecond);
     for (; ejections > 0 && time < limit; --ejections) time *= 2;
@@ -190,9 +196,8 @@ class CircuitBreaker {
   }
 
   // Rounded up, so that no ejection is too short, and never 0.
-  static std::uint64_t end_ms(Ns now, Ns span) {
-    const Ns end = (now + span + kMillisecond - 1) / kMillisecond;
-    return std::clamp<std::uint64_t>(static_cast<std::uint64_t>(end), 1, State::kMaxUntilMs);
+  static Ns end_ms(Ns now, Ns span) {
+    return std::clamp<Ns>((now + span + kMillisecond - 1) / kMillisecond, 1, State::kMaxUntilMs);
   }
 
   std::unique_ptr<Slot[]> backends_;  // by BackendId; never grows, so no lock is needed
