@@ -78,7 +78,7 @@ struct ConfigKey {
 // One value while a row's lambda stores it. The type of the field selects the reader; if the text is unfit,
 // `problem` says why.
 struct Value {
-  Settings& all;
+  Settings& s;
   const ConfigKey& row;
   std::string_view key, text;  // as written
   bool repeated;               // this section had this key before
@@ -86,7 +86,7 @@ struct Value {
   std::vector<ConfigError>& file_errors;  // in the file that the value names
   std::string problem{};
 
-  BackendSettings& backend() { return all.backends.back(); }  // of the open section
+  BackendSettings& backend() { return s.backends.back(); }  // of the open section
 
   void refuse() { problem = row.expectation() + (text.empty() ? "" : ", not " + in_quotes(text)); }
 
@@ -153,60 +153,59 @@ constexpr std::string_view kListenText = "a numeric address:port, [v6]:port, *:p
 constexpr std::string_view kCapabilityText = "a comma-separated list of models, *, all or none";
 
 inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
-    {"server", "listen", kListen, "127.0.0.1:8000", kListenText, [](V& v) { v.to(v.all.server.listen); }},
-    {"server", "threads", kNumber, "0", "0 to 256", [](V& v) { v.to(v.all.server.threads); }},
-    {"server", "max_connections", kNumber, "10000", "1 to 1000000", [](V& v) { v.to(v.all.server.max_connections); }},
-    {"server", "max_body", kSize, "64M", "1k to 1G", [](V& v) { v.to(v.all.server.max_body_bytes); }},
-    {"server", "body_memory", kSize, "256M", "1k to 1024G", [](V& v) { v.to(v.all.server.body_memory_bytes); }},
-    {"server", "max_header", kSize, "16k", "1k to 64k", [](V& v) { v.to(v.all.server.max_header_bytes); }},
-    {"server", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.all.server.max_pending); }},
-    {"server", "header_timeout", kDuration, "10s", "1ms to 24h", [](V& v) { v.to(v.all.server.header_timeout_ns); }},
-    {"server", "body_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.all.server.body_timeout_ns); }},
-    {"server", "idle_timeout", kDuration, "75s", "1ms to 24h", [](V& v) { v.to(v.all.server.idle_timeout_ns); }},
-    {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.all.server.write_timeout_ns); }},
-    {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.all.server.drain_timeout_ns); }},
-    {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.all.server.metrics_listen); }},
-    {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.all.server.api_keys); }},
+    {"server", "listen", kListen, "127.0.0.1:8000", kListenText, [](V& v) { v.to(v.s.server.listen); }},
+    {"server", "threads", kNumber, "0", "0 to 256", [](V& v) { v.to(v.s.server.threads); }},
+    {"server", "max_connections", kNumber, "10000", "1 to 1000000", [](V& v) { v.to(v.s.server.max_connections); }},
+    {"server", "max_body", kSize, "64M", "1k to 1G", [](V& v) { v.to(v.s.server.max_body_bytes); }},
+    {"server", "body_memory", kSize, "256M", "1k to 1024G", [](V& v) { v.to(v.s.server.body_memory_bytes); }},
+    {"server", "max_header", kSize, "16k", "1k to 64k", [](V& v) { v.to(v.s.server.max_header_bytes); }},
+    {"server", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.server.max_pending); }},
+    {"server", "header_timeout", kDuration, "10s", "1ms to 24h", [](V& v) { v.to(v.s.server.header_timeout_ns); }},
+    {"server", "body_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.body_timeout_ns); }},
+    {"server", "idle_timeout", kDuration, "75s", "1ms to 24h", [](V& v) { v.to(v.s.server.idle_timeout_ns); }},
+    {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.write_timeout_ns); }},
+    {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.s.server.drain_timeout_ns); }},
+    {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.metrics_listen); }},
+    {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.s.server.api_keys); }},
 
-    {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h",
-     [](V& v) { v.to(v.all.upstream.connect_timeout_ns); }},
+    {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.connect_timeout_ns); }},
     {"upstream", "first_byte_timeout", kDuration, "300s", "1ms to 24h",
-     [](V& v) { v.to(v.all.upstream.first_byte_timeout_ns); }},
-    {"upstream", "stall_timeout", kDuration, "120s", "1ms to 24h", [](V& v) { v.to(v.all.upstream.stall_timeout_ns); }},
+     [](V& v) { v.to(v.s.upstream.first_byte_timeout_ns); }},
+    {"upstream", "stall_timeout", kDuration, "120s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.stall_timeout_ns); }},
     {"upstream", "request_timeout", kDuration, "0", "0, or 1ms to 24h",
-     [](V& v) { v.to(v.all.upstream.request_timeout_ns); }},
-    {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.all.upstream.idle_connections); }},
-    {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.all.upstream.idle_timeout_ns); }},
+     [](V& v) { v.to(v.s.upstream.request_timeout_ns); }},
+    {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.s.upstream.idle_connections); }},
+    {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.idle_timeout_ns); }},
 
-    {"health", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.all.health.enabled); }},
-    {"health", "interval", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.all.health.interval_ns); }},
-    {"health", "timeout", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.all.health.timeout_ns); }},
-    {"health", "failures", kNumber, "3", "1 to 100", [](V& v) { v.to(v.all.health.failures); }},
-    {"health", "recoveries", kNumber, "2", "1 to 100", [](V& v) { v.to(v.all.health.recoveries); }},
-    {"health", "eject_after", kNumber, "3", "1 to 1000", [](V& v) { v.to(v.all.health.eject_after); }},
-    {"health", "eject_time", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.all.health.eject_time_ns); }},
+    {"health", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.health.enabled); }},
+    {"health", "interval", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.health.interval_ns); }},
+    {"health", "timeout", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.s.health.timeout_ns); }},
+    {"health", "failures", kNumber, "3", "1 to 100", [](V& v) { v.to(v.s.health.failures); }},
+    {"health", "recoveries", kNumber, "2", "1 to 100", [](V& v) { v.to(v.s.health.recoveries); }},
+    {"health", "eject_after", kNumber, "3", "1 to 1000", [](V& v) { v.to(v.s.health.eject_after); }},
+    {"health", "eject_time", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.s.health.eject_time_ns); }},
 
     {"routing", "strategy", kChoice, "smart", "smart, round_robin, priority, random, least_pending",
-     [](V& v) { v.to(v.all.routing.strategy); }},
-    {"routing", "retries", kNumber, "2", "0 to 10", [](V& v) { v.to(v.all.routing.retries); }},
-    {"routing", "weight_priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.all.routing.weight_priority); }},
-    {"routing", "weight_load", kNumber, "30", "0 to 100", [](V& v) { v.to(v.all.routing.weight_load); }},
-    {"routing", "weight_latency", kNumber, "20", "0 to 100", [](V& v) { v.to(v.all.routing.weight_latency); }},
+     [](V& v) { v.to(v.s.routing.strategy); }},
+    {"routing", "retries", kNumber, "2", "0 to 10", [](V& v) { v.to(v.s.routing.retries); }},
+    {"routing", "weight_priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.s.routing.weight_priority); }},
+    {"routing", "weight_load", kNumber, "30", "0 to 100", [](V& v) { v.to(v.s.routing.weight_load); }},
+    {"routing", "weight_latency", kNumber, "20", "0 to 100", [](V& v) { v.to(v.s.routing.weight_latency); }},
 
-    {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.all.queue.size); }},
-    {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.all.queue.timeout_ns); }},
+    {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
+    {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},
 
-    {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.all.fallbacks); }},
+    {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.s.fallbacks); }},
 
-    {"aliases", "NAME", kFreeKey, "", "a model", [](V& v) { v.to(v.all.aliases); }},
+    {"aliases", "NAME", kFreeKey, "", "a model", [](V& v) { v.to(v.s.aliases); }},
 
-    {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.all.metrics.enabled); }},
-    {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.all.metrics.labels); }},
+    {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.metrics.enabled); }},
+    {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.s.metrics.labels); }},
 
-    {"log", "level", kChoice, "info", "error, warning, info, debug", [](V& v) { v.to(v.all.log.level); }},
-    {"log", "format", kChoice, "text", "text, json", [](V& v) { v.to(v.all.log.format); }},
+    {"log", "level", kChoice, "info", "error, warning, info, debug", [](V& v) { v.to(v.s.log.level); }},
+    {"log", "format", kChoice, "text", "text, json", [](V& v) { v.to(v.s.log.format); }},
     {"log", "access", kText, "off", "off, stderr or a path with a `/` in it",
-     [](V& v) { v.to_access(v.all.log.access); }},
+     [](V& v) { v.to_access(v.s.log.access); }},
 
     {"backend", "url", kText, "", "http://host[:port][/prefix]", [](V& v) { v.to(v.backend()); }},
     {"backend", "type", kChoice, "generic", kBackendKindNames, [](V& v) { v.to(v.backend().kind); }},

@@ -117,7 +117,7 @@ class Admission {
     }
     {
       const std::lock_guard lock(mutex_);
-      if (!take_room(backend)) return false;
+      if (!take_room({&backend, 1})) return false;
     }
     place = Place(this, backend);  // without the lock, because this may give back the place held before
     return true;
@@ -135,7 +135,7 @@ class Admission {
     std::optional<BackendId> entered;
     {
       const std::lock_guard lock(mutex_);
-      entered = take_first_room(candidates);
+      entered = take_room(candidates);
       if (!entered) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
@@ -230,21 +230,14 @@ class Admission {
   }
   const Backend& at(BackendId backend) const { return backends_.find(backend)->second; }
 
-  // REQUIRES: mutex_ held.
-  bool take_room(BackendId id) {
-    Backend& backend = at(id);
-    if (!backend.room()) return false;
-    assert(backend.queue.empty());
-    backend.running += 1;
-    return true;
-  }
-
-  // REQUIRES: mutex_ held.
-  std::optional<BackendId> take_first_room(std::span<const BackendId> candidates) {
-    for (const BackendId candidate : candidates) {
-      if (take_room(candidate)) return candidate;
-    }
-    return std::nullopt;
+  // Takes a place on the first candidate that has one. REQUIRES: mutex_ held.
+  std::optional<BackendId> take_room(std::span<const BackendId> candidates) {
+    const auto first =
+        std::find_if(candidates.begin(), candidates.end(), [this](BackendId id) { return at(id).room(); });
+    if (first == candidates.end()) return std::nullopt;
+    assert(at(*first).queue.empty());
+    at(*first).running += 1;
+    return *first;
   }
 
   // The nodes for join_queues(). Allocated without the mutex and before anything changes, because this may throw.
@@ -283,7 +276,7 @@ class Admission {
     assert(!held || std::find(renewed.begin(), renewed.end(), *held) == renewed.end());
     if (!held) leave_queues(waiter);
     waiter.candidates.swap(renewed);
-    waiter.granted = take_first_room(waiter.candidates);
+    waiter.granted = take_room(waiter.candidates);
     if (!waiter.granted) join_queues(waiter, nodes);
     if (held) free_place(std::move(lock), *held);
   }

@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nexus/config/settings.h"
@@ -159,18 +160,12 @@ class Registry {
   // consecutive results.
   Transition note_check(Backend& backend, bool passed) {
     const Health seen = passed ? Health::healthy : Health::unhealthy;
-    Transition result{false, backend.health, backend.health};
-    if (backend.health == seen) {
-      backend.streak = 0;
-      return result;
-    }
     const HealthSettings& health = settings_->health;
     const std::uint32_t needed = backend.health == Health::unknown ? 1 : passed ? health.recoveries : health.failures;
-    if (++backend.streak < needed) return result;
-    backend.health = result.to = seen;
+    if (backend.health == seen) backend.streak = 0;
+    if (backend.health == seen || ++backend.streak < needed) return {false, backend.health, backend.health};
     backend.streak = 0;
-    result.changed = true;
-    return result;
+    return {true, std::exchange(backend.health, seen), seen};
   }
 
   // Replaces the discovered models and drops duplicates. True if that changed anything.
@@ -183,9 +178,7 @@ class Registry {
   }
 
   bool set_address(Backend& backend, const Address& address) {
-    if (backend.address == address) return false;
-    backend.address = address;
-    return true;
+    return std::exchange(backend.address, address) != address;
   }
 
   // A snapshot of the current state. The caller adds models_page and publishes it.

@@ -162,18 +162,14 @@ class HeadScan {
     HeadScan& scan = self(parser);
     FieldTable& fields = *scan.fields;
     const std::uint32_t from = scan.offset(at);
-    if (fields.count > 0) {
-      FieldRow& last = fields.rows[fields.count - 1];
-      if (last.name_at + last.name_bytes == from) {
-        last.name_bytes += static_cast<std::uint32_t>(bytes);
-        return 0;
-      }
-    }
-    if (fields.count == kMaxFields) {
+    FieldRow* const last = fields.count > 0 ? &fields.rows[fields.count - 1] : nullptr;
+    if (last != nullptr && last->name_at + last->name_bytes == from) {
+      last->name_bytes += static_cast<std::uint32_t>(bytes);
+    } else if (fields.count == kMaxFields) {
       scan.overflow_ = true;
-      return 0;
+    } else {
+      fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     }
-    fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     return 0;
   }
   static int on_head_complete(llhttp_t*) { return HPE_PAUSED; }

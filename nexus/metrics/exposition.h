@@ -96,10 +96,9 @@ class Exposition {
   void sample(std::integral auto value) { end_line(write_number(begin_line(), value)); }
   void sample_seconds(std::uint64_t ns) { end_line(write_seconds(begin_line(), ns)); }
   void sample_double(double value) {
-    std::array<char, 400> digits;  // the longest double without an exponent
-    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value, std::chars_format::fixed).ptr;
-    page_.finish(begin_line());
-    page_.add({digits.data(), static_cast<std::size_t>(end - digits.data())}).add("\n");
+    constexpr std::size_t most = 400;  // the longest double without an exponent
+    char* const at = write_start(page_.room(start_bytes() + most + 1), "");
+    end_line(std::to_chars(at, at + most, value, std::chars_format::fixed).ptr);
   }
 
   template <const auto& kBounds>

@@ -28,7 +28,6 @@ inline constexpr std::string_view kReplacementCharacter = "\xEF\xBF\xBD";  // U+
 // and does not begin with a digit.
 inline std::string sanitize_label(std::string_view name) {
   std::string out;
-  out.reserve(name.size() + 1);
   for (std::size_t i = 0; i < name.size();) {
     const char c = name[i];
     const bool digit = is_digit(c);
@@ -46,7 +45,6 @@ inline std::string sanitize_label(std::string_view name) {
 // each of these becomes U+FFFD.
 inline std::string escape_label(std::string_view name) {
   std::string out;
-  out.reserve(name.size() + 8);
   for (std::size_t i = 0; i < name.size();) {
     const std::size_t length = detail::utf8_length(name.substr(i));
     if (name[i] == '\n') {
