@@ -132,18 +132,17 @@ class Admission {
     made->wakeup = {worker, waiter};
     made->candidates.assign(candidates.begin(), candidates.end());
     Nodes nodes = make_nodes(*made, candidates.size());
-    std::optional<BackendId> entered;
     {
       const std::lock_guard lock(mutex_);
-      entered = take_room(candidates);
-      if (!entered) {
+      made->granted = take_room(candidates);
+      if (!made->granted) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
         join_queues(*made, nodes);
       }
     }
-    if (entered) {
-      place = Place(this, *entered);
+    if (made->granted) {
+      place = Place(this, *made->granted);
       return Outcome::entered;
     }
     ticket = Ticket(this, std::move(made));

@@ -241,8 +241,7 @@ inline LengthFields read_length_fields(const char* base, const FieldTable& field
 // connection_names.
 inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0) {
   if (!fields.has(Field::connection)) return !http_1_0;
-  bool close = false;
-  bool keep = false;
+  bool close = false, keep = false;
   for (const FieldRow& row : fields) {
     if (row.field != Field::connection) continue;
     std::string_view list = value_of(base, row);
