@@ -287,8 +287,8 @@ void bench_rendering(const char* name, std::uint32_t models, std::uint32_t backe
     barrier();
   });
   const double fresh = time_median_ns(repeats, [&] {
-    const std::string once =
-        render_prometheus(filled.metrics, names.fleet, {}, names.models, names.backends, LabelMode::sanitize);
+    const std::string once = std::string(
+        PrometheusPage().render(filled.metrics, names.fleet, {}, names.models, names.backends, LabelMode::sanitize));
     barrier();
   });
   const double json = time_median_ns(repeats, [&] {

@@ -96,8 +96,8 @@ TEST_CASE("what Nexus writes is what is read") {
   for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
     TextBuffer stats;
     write_stats(stats, collect_stats(metrics, fleet, models, backends));
-    const Scrape sample =
-        read_pages(stats.text(), render_prometheus(metrics, fleet, ProcessStats{}, models, backends, mode), 0);
+    const Scrape sample = read_pages(
+        stats.text(), std::string(PrometheusPage().render(metrics, fleet, ProcessStats{}, models, backends, mode)), 0);
     CHECK(sample.fleet.uptime_s == 5);
     CHECK(sample.fleet.backends_healthy == 1);
     REQUIRE(sample.by_backend.size() == 1);

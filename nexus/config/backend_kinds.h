@@ -1,11 +1,12 @@
 // backend_kinds.h
 // Owns:      the table of backend types: the names in nexus.conf, where each answers, what each understands.
-// Promises:  a new type takes one value of the enum and one row here; every other file reads the table.
+// Promises:  a new type takes one value of the enum and one row and one name here; all else reads the table.
 // Leaves:    asking a backend to prober.h; the shape of its model list, which response_json.h recognises by itself.
 // Threads:   any; constant.
 // Tested by: tests/config_test.cpp, tests/prober_test.cpp, tests/registry_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +24,9 @@ struct BackendKindRow {
   bool takes_stream_options;  // understands stream_options.include_usage
 };
 
+// The names of the rows, in their order: keys.h checks them.
+constexpr std::string_view kBackendKindNames = "ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo";
+
 inline constexpr std::array kBackendKinds{
     BackendKindRow{BackendKind::ollama, "ollama", "/api/tags", "/api/tags", true},
     BackendKindRow{BackendKind::vllm, "vllm", "/v1/models", "/v1/models", true},
@@ -37,36 +41,8 @@ inline constexpr std::array kBackendKinds{
 constexpr const BackendKindRow& row_of(BackendKind kind) { return kBackendKinds[static_cast<std::size_t>(kind)]; }
 constexpr std::string_view name_of(BackendKind kind) { return row_of(kind).name; }
 
-static_assert(
-    [] {
-      for (const BackendKindRow& row : kBackendKinds) {
-        if (&row != &row_of(row.kind)) return false;
-      }
-      return true;
-    }(),
-    "the rows stand in the order of the enum");
-
-namespace detail {
-
-// "ollama, vllm, …": the values of `type` as the table of configuration keys lists them. Not inline: gcc's UBSan does not
-// take the address of an inline variable for a constant.
-constexpr auto kBackendKindList = [] {
-  constexpr std::size_t kBytes = [] {
-    std::size_t bytes = 0;
-    for (const BackendKindRow& row : kBackendKinds) bytes += row.name.size() + 2;
-    return bytes - 2;
-  }();
-  std::array<char, kBytes> list{};
-  std::size_t used = 0;
-  for (const BackendKindRow& row : kBackendKinds) {
-    if (used > 0) list[used++] = ',', list[used++] = ' ';
-    for (const char c : row.name) list[used++] = c;
-  }
-  return list;
-}();
-
-}  // namespace detail
-
-constexpr std::string_view kBackendKindNames(detail::kBackendKindList.data(), detail::kBackendKindList.size());
+static_assert(std::all_of(kBackendKinds.begin(), kBackendKinds.end(),
+                          [](const BackendKindRow& row) { return &row == &row_of(row.kind); }),
+              "the rows are in the order of the enum");
 
 }  // namespace nexus

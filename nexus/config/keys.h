@@ -69,36 +69,39 @@ struct ConfigKey {
   ValueKind kind;
   std::string_view default_text;
   std::string_view range;  // allowed values, as in the manual's "Range:"
-  void (*store)(Settings& settings, Value& value);
+  void (*store)(Value& value);
   std::string expectation() const { return "expected " + std::string(kind.words) + std::string(range); }
 };
 
 // ---- storing
 
-// One value, not empty, while a row's lambda stores it. The type of the field selects the reader; if the text is unfit,
+// One value while a row's lambda stores it. The type of the field selects the reader; if the text is unfit,
 // `problem` says why.
 struct Value {
+  Settings& s;
   const ConfigKey& row;
   std::string_view key, text;  // as written
   bool repeated;               // this section had this key before
   const ConfigEnvironment& env;
   std::vector<ConfigError>& file_errors;  // in the file that the value names
-  std::string problem;
+  std::string problem{};
 
-  void refuse(std::string_view what) { problem = row.expectation() + ", not " + in_quotes(what); }
+  BackendSettings& backend() { return s.backends.back(); }  // of the open section
+
+  void refuse() { problem = row.expectation() + (text.empty() ? "" : ", not " + in_quotes(text)); }
 
   template <class T>
   requires std::is_arithmetic_v<T> || std::is_enum_v<T>
   void to(T& field) {
     const auto number = row.kind.parse(text, row.range);
-    if (!number) return refuse(text);
+    if (!number) return refuse();
     field = static_cast<T>(*number);
   }
 
   // The first address replaces the default, the others join it.
   void to(std::vector<HostPort>& field) {
     auto address = parse_listen(text);
-    if (!address) return refuse(text);
+    if (!address) return refuse();
     if (!repeated) field.clear();
     if (address->port != 0 && std::find(field.begin(), field.end(), *address) != field.end()) {
       problem = address_text(*address) + " is listed twice";
@@ -110,7 +113,7 @@ struct Value {
   }
 
   void to_access(std::string& path) {
-    if (text != "off" && text != "stderr" && text.find('/') == std::string_view::npos) return refuse(text);
+    if (text != "off" && text != "stderr" && text.find('/') == std::string_view::npos) return refuse();
     if (text.size() > kMaxPathBytes) problem = "expected a path of at most " + std::to_string(kMaxPathBytes) + " bytes";
     path = text;
   }
@@ -144,96 +147,91 @@ struct Value {
 
 // ---- the table
 
-using S = Settings;
 using V = Value;
 
 constexpr std::string_view kListenText = "a numeric address:port, [v6]:port, *:port or localhost:port";
 constexpr std::string_view kCapabilityText = "a comma-separated list of models, *, all or none";
 
 inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
-    {"server", "listen", kListen, "127.0.0.1:8000", kListenText, [](S& s, V& v) { v.to(s.server.listen); }},
-    {"server", "threads", kNumber, "0", "0 to 256", [](S& s, V& v) { v.to(s.server.threads); }},
-    {"server", "max_connections", kNumber, "10000", "1 to 1000000", [](S& s, V& v) { v.to(s.server.max_connections); }},
-    {"server", "max_body", kSize, "64M", "1k to 1G", [](S& s, V& v) { v.to(s.server.max_body_bytes); }},
-    {"server", "body_memory", kSize, "256M", "1k to 1024G", [](S& s, V& v) { v.to(s.server.body_memory_bytes); }},
-    {"server", "max_header", kSize, "16k", "1k to 64k", [](S& s, V& v) { v.to(s.server.max_header_bytes); }},
-    {"server", "max_pending", kNumber, "0", "0 to 1000000", [](S& s, V& v) { v.to(s.server.max_pending); }},
-    {"server", "header_timeout", kDuration, "10s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.header_timeout_ns); }},
-    {"server", "body_timeout", kDuration, "60s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.body_timeout_ns); }},
-    {"server", "idle_timeout", kDuration, "75s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.idle_timeout_ns); }},
-    {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.write_timeout_ns); }},
-    {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](S& s, V& v) { v.to(s.server.drain_timeout_ns); }},
-    {"server", "metrics_listen", kListen, "", kListenText, [](S& s, V& v) { v.to(s.server.metrics_listen); }},
-    {"server", "api_keys_file", kText, "", "the path of a file", [](S& s, V& v) { v.to(s.server.api_keys); }},
+    {"server", "listen", kListen, "127.0.0.1:8000", kListenText, [](V& v) { v.to(v.s.server.listen); }},
+    {"server", "threads", kNumber, "0", "0 to 256", [](V& v) { v.to(v.s.server.threads); }},
+    {"server", "max_connections", kNumber, "10000", "1 to 1000000", [](V& v) { v.to(v.s.server.max_connections); }},
+    {"server", "max_body", kSize, "64M", "1k to 1G", [](V& v) { v.to(v.s.server.max_body_bytes); }},
+    {"server", "body_memory", kSize, "256M", "1k to 1024G", [](V& v) { v.to(v.s.server.body_memory_bytes); }},
+    {"server", "max_header", kSize, "16k", "1k to 64k", [](V& v) { v.to(v.s.server.max_header_bytes); }},
+    {"server", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.server.max_pending); }},
+    {"server", "header_timeout", kDuration, "10s", "1ms to 24h", [](V& v) { v.to(v.s.server.header_timeout_ns); }},
+    {"server", "body_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.body_timeout_ns); }},
+    {"server", "idle_timeout", kDuration, "75s", "1ms to 24h", [](V& v) { v.to(v.s.server.idle_timeout_ns); }},
+    {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.write_timeout_ns); }},
+    {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.s.server.drain_timeout_ns); }},
+    {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.metrics_listen); }},
+    {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.s.server.api_keys); }},
 
-    {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h",
-     [](S& s, V& v) { v.to(s.upstream.connect_timeout_ns); }},
+    {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.connect_timeout_ns); }},
     {"upstream", "first_byte_timeout", kDuration, "300s", "1ms to 24h",
-     [](S& s, V& v) { v.to(s.upstream.first_byte_timeout_ns); }},
-    {"upstream", "stall_timeout", kDuration, "120s", "1ms to 24h",
-     [](S& s, V& v) { v.to(s.upstream.stall_timeout_ns); }},
+     [](V& v) { v.to(v.s.upstream.first_byte_timeout_ns); }},
+    {"upstream", "stall_timeout", kDuration, "120s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.stall_timeout_ns); }},
     {"upstream", "request_timeout", kDuration, "0", "0, or 1ms to 24h",
-     [](S& s, V& v) { v.to(s.upstream.request_timeout_ns); }},
-    {"upstream", "idle_connections", kNumber, "64", "0 to 10000",
-     [](S& s, V& v) { v.to(s.upstream.idle_connections); }},
-    {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](S& s, V& v) { v.to(s.upstream.idle_timeout_ns); }},
+     [](V& v) { v.to(v.s.upstream.request_timeout_ns); }},
+    {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.s.upstream.idle_connections); }},
+    {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.idle_timeout_ns); }},
 
-    {"health", "enabled", kYesNo, "yes", "yes or no", [](S& s, V& v) { v.to(s.health.enabled); }},
-    {"health", "interval", kDuration, "30s", "1ms to 24h", [](S& s, V& v) { v.to(s.health.interval_ns); }},
-    {"health", "timeout", kDuration, "5s", "1ms to 24h", [](S& s, V& v) { v.to(s.health.timeout_ns); }},
-    {"health", "failures", kNumber, "3", "1 to 100", [](S& s, V& v) { v.to(s.health.failures); }},
-    {"health", "recoveries", kNumber, "2", "1 to 100", [](S& s, V& v) { v.to(s.health.recoveries); }},
-    {"health", "eject_after", kNumber, "3", "1 to 1000", [](S& s, V& v) { v.to(s.health.eject_after); }},
-    {"health", "eject_time", kDuration, "5s", "1ms to 24h", [](S& s, V& v) { v.to(s.health.eject_time_ns); }},
+    {"health", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.health.enabled); }},
+    {"health", "interval", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.health.interval_ns); }},
+    {"health", "timeout", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.s.health.timeout_ns); }},
+    {"health", "failures", kNumber, "3", "1 to 100", [](V& v) { v.to(v.s.health.failures); }},
+    {"health", "recoveries", kNumber, "2", "1 to 100", [](V& v) { v.to(v.s.health.recoveries); }},
+    {"health", "eject_after", kNumber, "3", "1 to 1000", [](V& v) { v.to(v.s.health.eject_after); }},
+    {"health", "eject_time", kDuration, "5s", "1ms to 24h", [](V& v) { v.to(v.s.health.eject_time_ns); }},
 
     {"routing", "strategy", kChoice, "smart", "smart, round_robin, priority, random, least_pending",
-     [](S& s, V& v) { v.to(s.routing.strategy); }},
-    {"routing", "retries", kNumber, "2", "0 to 10", [](S& s, V& v) { v.to(s.routing.retries); }},
-    {"routing", "weight_priority", kNumber, "50", "0 to 100", [](S& s, V& v) { v.to(s.routing.weight_priority); }},
-    {"routing", "weight_load", kNumber, "30", "0 to 100", [](S& s, V& v) { v.to(s.routing.weight_load); }},
-    {"routing", "weight_latency", kNumber, "20", "0 to 100", [](S& s, V& v) { v.to(s.routing.weight_latency); }},
+     [](V& v) { v.to(v.s.routing.strategy); }},
+    {"routing", "retries", kNumber, "2", "0 to 10", [](V& v) { v.to(v.s.routing.retries); }},
+    {"routing", "weight_priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.s.routing.weight_priority); }},
+    {"routing", "weight_load", kNumber, "30", "0 to 100", [](V& v) { v.to(v.s.routing.weight_load); }},
+    {"routing", "weight_latency", kNumber, "20", "0 to 100", [](V& v) { v.to(v.s.routing.weight_latency); }},
 
-    {"queue", "size", kNumber, "0", "0 to 1000000", [](S& s, V& v) { v.to(s.queue.size); }},
-    {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](S& s, V& v) { v.to(s.queue.timeout_ns); }},
+    {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
+    {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},
 
-    {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](S& s, V& v) { v.to(s.fallbacks); }},
+    {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.s.fallbacks); }},
 
-    {"aliases", "NAME", kFreeKey, "", "a model", [](S& s, V& v) { v.to(s.aliases); }},
+    {"aliases", "NAME", kFreeKey, "", "a model", [](V& v) { v.to(v.s.aliases); }},
 
-    {"metrics", "enabled", kYesNo, "yes", "yes or no", [](S& s, V& v) { v.to(s.metrics.enabled); }},
-    {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](S& s, V& v) { v.to(s.metrics.labels); }},
+    {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.metrics.enabled); }},
+    {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.s.metrics.labels); }},
 
-    {"log", "level", kChoice, "info", "error, warning, info, debug", [](S& s, V& v) { v.to(s.log.level); }},
-    {"log", "format", kChoice, "text", "text, json", [](S& s, V& v) { v.to(s.log.format); }},
+    {"log", "level", kChoice, "info", "error, warning, info, debug", [](V& v) { v.to(v.s.log.level); }},
+    {"log", "format", kChoice, "text", "text, json", [](V& v) { v.to(v.s.log.format); }},
     {"log", "access", kText, "off", "off, stderr or a path with a `/` in it",
-     [](S& s, V& v) { v.to_access(s.log.access); }},
+     [](V& v) { v.to_access(v.s.log.access); }},
 
-    {"backend", "url", kText, "", "http://host[:port][/prefix]", [](S& s, V& v) { v.to(s.backends.back()); }},
-    {"backend", "type", kChoice, "generic", kBackendKindNames, [](S& s, V& v) { v.to(s.backends.back().kind); }},
-    {"backend", "priority", kNumber, "50", "0 to 100", [](S& s, V& v) { v.to(s.backends.back().priority); }},
-    {"backend", "models", kText, "", "a comma-separated list of models",
-     [](S& s, V& v) { v.to(s.backends.back().models); }},
+    {"backend", "url", kText, "", "http://host[:port][/prefix]", [](V& v) { v.to(v.backend()); }},
+    {"backend", "type", kChoice, "generic", kBackendKindNames, [](V& v) { v.to(v.backend().kind); }},
+    {"backend", "priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.backend().priority); }},
+    {"backend", "models", kText, "", "a comma-separated list of models", [](V& v) { v.to(v.backend().models); }},
     {"backend", "api_key_env", kText, "", "the name of an environment variable (letters, digits, _)",
-     [](S& s, V& v) { v.to_key_of_variable(s.backends.back().api_key); }},
-    {"backend", "api_key_file", kText, "", "the path of a file",
-     [](S& s, V& v) { v.to_key_of_file(s.backends.back().api_key); }},
-    {"backend", "max_pending", kNumber, "0", "0 to 1000000", [](S& s, V& v) { v.to(s.backends.back().max_pending); }},
+     [](V& v) { v.to_key_of_variable(v.backend().api_key); }},
+    {"backend", "api_key_file", kText, "", "the path of a file", [](V& v) { v.to_key_of_file(v.backend().api_key); }},
+    {"backend", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.backend().max_pending); }},
     {"backend", "stream_usage", kChoice, "by_kind", "by_kind, ask, as_is",
-     [](S& s, V& v) { v.to(s.backends.back().stream_usage); }},
-    {"backend", "vision", kText, "", kCapabilityText, [](S& s, V& v) { v.to(s.backends.back().vision); }},
-    {"backend", "tools", kText, "", kCapabilityText, [](S& s, V& v) { v.to(s.backends.back().tools); }},
-    {"backend", "json_mode", kText, "", kCapabilityText, [](S& s, V& v) { v.to(s.backends.back().json_mode); }},
-    {"backend", "context_length", kText, "", kContextText, [](S& s, V& v) { v.to(s.backends.back().context_length); }},
-    {"backend", "token_delay", kDuration, "20ms", "0, or 1ms to 24h",
-     [](S& s, V& v) { v.to(s.backends.back().token_delay_ns); }},
+     [](V& v) { v.to(v.backend().stream_usage); }},
+    {"backend", "vision", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().vision); }},
+    {"backend", "tools", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().tools); }},
+    {"backend", "json_mode", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().json_mode); }},
+    {"backend", "context_length", kText, "", kContextText, [](V& v) { v.to(v.backend().context_length); }},
+    {"backend", "token_delay", kDuration, "20ms", "0, or 1ms to 24h", [](V& v) { v.to(v.backend().token_delay_ns); }},
 });
 
-constexpr bool every_default_is_in_range() {
-  return std::all_of(kConfigKeys.begin(), kConfigKeys.end(), [](const ConfigKey& row) {
-    return row.default_text.empty() || row.kind.parse(row.default_text, row.range);
-  });
-}
-static_assert(every_default_is_in_range(), "a default outside of its range, or a range that does not parse");
+static_assert(std::all_of(kConfigKeys.begin(), kConfigKeys.end(),
+                          [](const ConfigKey& row) {
+                            return row.default_text.empty() || row.kind.parse(row.default_text, row.range);
+                          }),
+              "a default outside of its range, or a range that does not parse");
+static_assert(std::all_of(kBackendKinds.begin(), kBackendKinds.end(), [](const BackendKindRow& row) {
+  return parse_choice(row.name, kBackendKindNames) == static_cast<std::uint64_t>(row.kind);
+}));
 
 inline const ConfigKey* find_key(std::string_view section, std::string_view key) {
   for (const ConfigKey& row : kConfigKeys) {

@@ -7,14 +7,13 @@
 // Tested by: tests/config_test.cpp, tests/fuzz/config.h
 #pragma once
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstddef>
+#include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -227,8 +226,8 @@ class ConfigReader {
     if (is_free && !is_model_name(key)) return report(expected_model_name(key));
     const GivenKey* earlier = section_->find(key);
     if (earlier && !row->kind.repeats) return report_repeated(in_quotes(key), earlier->line);
-    Value value{*row, key, text, earlier != nullptr, env_, file_errors_, text.empty() ? row->expectation() : ""};
-    if (!text.empty()) row->store(settings_, value);
+    Value value{settings_, *row, key, text, earlier != nullptr, env_, file_errors_};
+    text.empty() ? value.refuse() : row->store(value);
     section_->keys.emplace(key, GivenKey{line_, text, value.problem.empty()});
     if (!value.problem.empty()) report((is_free ? in_quotes(key) : std::string(key)) + ": " + value.problem);
     if (is_free && section_->keys.size() == kMaxModelsPerList + 1) {
@@ -339,21 +338,14 @@ class ConfigReader {
 
 // The whole text of a file of at most kMaxConfigFileBytes.
 inline std::optional<std::string> read_bounded_file(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return std::nullopt;
+  const std::unique_ptr<FILE, int (*)(FILE*)> file(fopen(path.c_str(), "re"), fclose);
+  if (!file) return std::nullopt;
   std::string text(kMaxConfigFileBytes + 1, '\0');
-  std::size_t bytes = 0;
-  ssize_t n = 0;
-  do {
-    n = ::read(fd, text.data() + bytes, text.size() - bytes);
-    if (n > 0) bytes += static_cast<std::size_t>(n);
-  } while (n > 0 || (n < 0 && errno == EINTR));
-  const int failure = n < 0 ? errno : bytes > kMaxConfigFileBytes ? EFBIG : 0;
-  close(fd);
-  errno = failure;
-  if (failure != 0) return std::nullopt;
-  text.resize(bytes);
-  return text;
+  text.resize(fread(text.data(), 1, text.size(), file.get()));
+  if (ferror(file.get())) return std::nullopt;
+  if (text.size() <= kMaxConfigFileBytes) return text;
+  errno = EFBIG;
+  return std::nullopt;
 }
 
 }  // namespace config

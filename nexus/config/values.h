@@ -2,8 +2,7 @@
 // Owns:     the syntax of one value in nexus.conf: numbers, sizes, durations, addresses, URLs, names, lists, and the
 //           secret keys in the files and variables that a value names.
 // Promises: pure functions over any bytes: a value, or nothing, or a problem in words; no exception, no clock; files
-// and
-//           variables through ConfigEnvironment only. No problem quotes a URL (it may hold a password) or a secret key.
+//           and variables through ConfigEnvironment only. No problem quotes a URL (it may hold a password) or a key.
 // Leaves:   keys, ranges and where a value is stored to keys.h; lines and sections to parser.h.
 // Threads:  any.
 // Tested by: tests/config_test.cpp, tests/fuzz/config.h
@@ -17,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -106,8 +106,7 @@ struct Unit {
 };
 
 // A number with the first suffix of `units` that fits.
-template <std::size_t N>
-constexpr std::optional<std::uint64_t> parse_with_unit(std::string_view text, const std::array<Unit, N>& units) {
+constexpr std::optional<std::uint64_t> parse_with_unit(std::string_view text, std::initializer_list<Unit> units) {
   for (const Unit& unit : units) {
     if (!text.ends_with(unit.suffix)) continue;
     const auto number = parse_number(text.substr(0, text.size() - unit.suffix.size()));
@@ -119,17 +118,14 @@ constexpr std::optional<std::uint64_t> parse_with_unit(std::string_view text, co
 
 // Bytes, or with k, M, G (either case): 1024, 1024², 1024³.
 constexpr std::optional<std::uint64_t> parse_size(std::string_view text) {
-  constexpr std::array<Unit, 7> units{
-      {{"k", 1u << 10}, {"K", 1u << 10}, {"m", 1u << 20}, {"M", 1u << 20}, {"g", 1u << 30}, {"G", 1u << 30}, {"", 1}}};
-  return parse_with_unit(text, units);
+  constexpr std::uint64_t k = 1u << 10, m = 1u << 20, g = 1u << 30;
+  return parse_with_unit(text, {{"k", k}, {"K", k}, {"m", m}, {"M", m}, {"g", g}, {"G", g}, {"", 1}});
 }
 
 // Nanoseconds from `300ms`, `30s`, `5m`, `1h`; only 0 needs no unit.
 constexpr std::optional<std::uint64_t> parse_duration(std::string_view text) {
   if (text == "0") return 0;
-  constexpr std::array<Unit, 4> units{
-      {{"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}}};
-  return parse_with_unit(text, units);
+  return parse_with_unit(text, {{"ms", kMillisecond}, {"s", kSecond}, {"m", 60 * kSecond}, {"h", 3600 * kSecond}});
 }
 
 constexpr std::optional<std::uint64_t> parse_yes_no(std::string_view text) {

@@ -85,8 +85,6 @@ class Admission {
   };
 
   explicit Admission(Wake wake) : wake_(std::move(wake)) {}
-  Admission(const Admission&) = delete;
-  Admission& operator=(const Admission&) = delete;
   ~Admission() { assert(waiting_ == 0); }  // it outlives all places and tickets
 
   // Sets caps and the queue's size; call it before publishing a snapshot that has them. A lower cap ends no request:
@@ -96,8 +94,10 @@ class Admission {
     std::vector<Wakeup> granted;
     {
       const std::lock_guard lock(mutex_);
-      granted.reserve(waiting_);  // this and the next line may throw: nothing is changed yet
-      make_room(caps);
+      granted.reserve(waiting_);  // this and the next loop may throw: nothing is changed yet
+      for (const Cap& cap : caps) {
+        if (cap.places > 0) backends_.try_emplace(cap.backend);
+      }
       queue_size_ = queue_size;
       for (const Cap& cap : caps) {
         if (!knows(cap.backend)) continue;  // it has no cap and never had one
@@ -117,7 +117,7 @@ class Admission {
     }
     {
       const std::lock_guard lock(mutex_);
-      if (!take_room(backend)) return false;
+      if (!take_room({&backend, 1})) return false;
     }
     place = Place(this, backend);  // without the lock, because this may give back the place held before
     return true;
@@ -129,22 +129,20 @@ class Admission {
                   Place& place) {
     assert(!candidates.empty());
     auto made = std::make_unique<Waiter>();
-    made->worker = worker;
-    made->handle = waiter;
+    made->wakeup = {worker, waiter};
     made->candidates.assign(candidates.begin(), candidates.end());
     Nodes nodes = make_nodes(*made, candidates.size());
-    std::optional<BackendId> entered;
     {
       const std::lock_guard lock(mutex_);
-      entered = take_first_room(candidates);
-      if (!entered) {
+      made->granted = take_room(candidates);
+      if (!made->granted) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
         join_queues(*made, nodes);
       }
     }
-    if (entered) {
-      place = Place(this, *entered);
+    if (made->granted) {
+      place = Place(this, *made->granted);
       return Outcome::entered;
     }
     ticket = Ticket(this, std::move(made));
@@ -164,13 +162,7 @@ class Admission {
   // Gives a waiting request other candidates (the fleet changed); it keeps its position. If one has room, the place is
   // granted at once for take_grant(), without a wake-up. A place that was granted before is kept.
   void renew(Ticket& ticket, std::span<const BackendId> candidates) {
-    if (!ticket.held()) return;
-    std::vector<BackendId> renewed(candidates.begin(), candidates.end());
-    Nodes nodes = make_nodes(*ticket.waiter_, renewed.size());
-    const std::lock_guard lock(mutex_);
-    if (ticket.waiter_->granted) return;
-    leave_queues(*ticket.waiter_);
-    wait_for(*ticket.waiter_, renewed, nodes);
+    if (ticket.held()) wait_for(*ticket.waiter_, candidates, false);
   }
 
   // The backend on which `ticket` was granted a place that take_grant() has not returned yet.
@@ -185,14 +177,7 @@ class Admission {
   // This may exceed the queue's size, by at most the number of places.
   void decline(Ticket& ticket, std::span<const BackendId> candidates) {
     assert(ticket.held() && !candidates.empty());
-    std::vector<BackendId> renewed(candidates.begin(), candidates.end());
-    Nodes nodes = make_nodes(*ticket.waiter_, renewed.size());
-    std::unique_lock lock(mutex_);
-    assert(ticket.waiter_->granted);
-    const BackendId declined = *ticket.waiter_->granted;
-    assert(std::find(renewed.begin(), renewed.end(), declined) == renewed.end());
-    wait_for(*ticket.waiter_, renewed, nodes);
-    free_place(std::move(lock), declined);
+    wait_for(*ticket.waiter_, candidates, true);
   }
 
   // The number of waiting requests, over all backends.
@@ -212,11 +197,15 @@ class Admission {
   }
 
  private:
+  struct Wakeup {
+    std::uint32_t worker = 0;
+    Handle waiter;
+  };
+
   // Guarded by the mutex from enqueue() on, until its ticket is used or destroyed.
   struct Waiter {
     std::uint64_t arrival = 0;
-    std::uint32_t worker = 0;
-    Handle handle;
+    Wakeup wakeup;
     std::vector<BackendId> candidates;
     std::optional<BackendId> granted;  // it holds a place there and is in no queue any more
   };
@@ -233,33 +222,21 @@ class Admission {
     bool room() const { return cap == 0 || running < cap; }
   };
 
-  struct Wakeup {
-    std::uint32_t worker;
-    Handle waiter;
-  };
-
-  bool knows(BackendId backend) const { return index_of(backend) < backends_.size(); }
+  bool knows(BackendId backend) const { return backends_.contains(backend); }
   Backend& at(BackendId backend) {
     assert(knows(backend));  // configure() runs before the snapshot with the cap is published
-    return backends_[index_of(backend)];
+    return backends_.find(backend)->second;
   }
-  const Backend& at(BackendId backend) const { return backends_[index_of(backend)]; }
+  const Backend& at(BackendId backend) const { return backends_.find(backend)->second; }
 
-  // REQUIRES: mutex_ held.
-  bool take_room(BackendId id) {
-    Backend& backend = at(id);
-    if (!backend.room()) return false;
-    assert(backend.queue.empty());
-    backend.running += 1;
-    return true;
-  }
-
-  // REQUIRES: mutex_ held.
-  std::optional<BackendId> take_first_room(std::span<const BackendId> candidates) {
-    for (const BackendId candidate : candidates) {
-      if (take_room(candidate)) return candidate;
-    }
-    return std::nullopt;
+  // Takes a place on the first candidate that has one. REQUIRES: mutex_ held.
+  std::optional<BackendId> take_room(std::span<const BackendId> candidates) {
+    const auto first =
+        std::find_if(candidates.begin(), candidates.end(), [this](BackendId id) { return at(id).room(); });
+    if (first == candidates.end()) return std::nullopt;
+    assert(at(*first).queue.empty());
+    at(*first).running += 1;
+    return *first;
   }
 
   // The nodes for join_queues(). Allocated without the mutex and before anything changes, because this may throw.
@@ -286,21 +263,21 @@ class Admission {
     waiting_ -= 1;
   }
 
-  // Takes a place on one of `candidates`, or joins their queues. REQUIRES: mutex_ held, `waiter` in no queue.
-  void wait_for(Waiter& waiter, std::vector<BackendId>& candidates, Nodes& nodes) {
-    waiter.candidates.swap(candidates);
-    waiter.granted = take_first_room(waiter.candidates);
+  // Takes a place on one of `candidates`, or joins their queues instead of the present ones. A place that was granted
+  // before is passed on if `decline`; else it is kept, and nothing changes.
+  void wait_for(Waiter& waiter, std::span<const BackendId> candidates, bool decline) {
+    std::vector<BackendId> renewed(candidates.begin(), candidates.end());
+    Nodes nodes = make_nodes(waiter, renewed.size());
+    std::unique_lock lock(mutex_);
+    const std::optional<BackendId> held = waiter.granted;
+    assert(held || !decline);
+    if (held && !decline) return;
+    assert(!held || std::find(renewed.begin(), renewed.end(), *held) == renewed.end());
+    if (!held) leave_queues(waiter);
+    waiter.candidates.swap(renewed);
+    waiter.granted = take_room(waiter.candidates);
     if (!waiter.granted) join_queues(waiter, nodes);
-  }
-
-  // REQUIRES: mutex_ held.
-  void make_room(std::span<const Cap> caps) {
-    std::size_t wanted = backends_.size();
-    for (const Cap& cap : caps) {
-      assert(index_of(cap.backend) < kMaxBackendNames);
-      if (cap.places > 0) wanted = std::max<std::size_t>(wanted, index_of(cap.backend) + 1);
-    }
-    backends_.resize(wanted);
+    if (held) free_place(std::move(lock), *held);
   }
 
   // Grants a place to the request that has waited longest, if there is room and one waits. REQUIRES: mutex_ held.
@@ -311,7 +288,7 @@ class Admission {
     leave_queues(waiter);
     backend.running += 1;
     waiter.granted = id;
-    return Wakeup{waiter.worker, waiter.handle};
+    return waiter.wakeup;
   }
 
   // Passes a place on to the next in line. Takes over the lock of mutex_, because the wake-up must run without it.
@@ -332,8 +309,8 @@ class Admission {
   }
 
   const Wake wake_;
-  mutable std::mutex mutex_;       // guards all below
-  std::vector<Backend> backends_;  // by BackendId, up to the last that had a cap
+  mutable std::mutex mutex_;               // guards all below
+  std::map<BackendId, Backend> backends_;  // each that has or had a cap
   std::uint32_t queue_size_ = 0;
   std::uint32_t waiting_ = 0;
   std::uint64_t arrivals_ = 0;

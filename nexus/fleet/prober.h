@@ -7,6 +7,7 @@
 #pragma once
 
 #include <new>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -54,8 +55,6 @@ class Prober {
  public:
   Prober(Net& net, TimerWheel& wheel, BlockPool& blocks, JsonReader& json)
       : net_(net), wheel_(wheel), blocks_(blocks), json_(json), probes_(kProbeKind) {}
-  Prober(const Prober&) = delete;
-  Prober& operator=(const Prober&) = delete;
   ~Prober() {
     probes_.each([this](Probe& probe) { drop(probe); });
   }
@@ -193,24 +192,20 @@ class Prober {
       if (result.kind == IoResult::Kind::failed) return end(probe, std::string("read: ") + strerror(result.error));
       const bool ended = result.kind == IoResult::Kind::eof;
       if (!ended) probe.input.commit(result.bytes);
-      switch (parse(probe, ended)) {
-        case Parsed::need_more: break;
-        case Parsed::bad: return end(probe, "its answer is not valid HTTP");
-        case Parsed::cut: return end(probe, "its answer was cut short");
-        case Parsed::whole: return on_answer(probe, now);
-      }
+      if (const std::optional<bool> over = parse(probe, ended, now)) return *over;
     }
     return false;
   }
 
-  enum class Parsed : std::uint8_t { need_more, bad, cut, whole };
-
-  Parsed parse(Probe& probe, bool ended) {
+  // True if the probe is over; nothing if more of the response must be read.
+  std::optional<bool> parse(Probe& probe, bool ended, Ns now) {
+    constexpr std::string_view invalid = "its answer is not valid HTTP", cut = "its answer was cut short";
     if (!probe.head_done) {
       const HeadResult result = probe.reader.feed(probe.input.data(), probe.input.size(), probe.head);
-      if (result.status == HeadResult::Status::failed) return Parsed::bad;
-      if (result.status == HeadResult::Status::need_more) return ended ? Parsed::cut : Parsed::need_more;
-      if (probe.head.status < 200) return Parsed::bad;
+      const bool whole = result.status == HeadResult::Status::done;
+      if (result.status == HeadResult::Status::failed || (whole && probe.head.status < 200)) return end(probe, invalid);
+      if (!whole && ended) return end(probe, cut);
+      if (!whole) return std::nullopt;
       probe.head_done = true;
       probe.body.start(probe.head.framing);
       probe.body_bytes = 0;
@@ -220,10 +215,10 @@ class Prober {
         probe.body.feed(probe.input.data() + decoded_end, probe.input.size() - decoded_end);
     probe.body_bytes += piece.bytes;
     probe.input.truncate(decoded_end + piece.bytes);
-    if (piece.failed) return Parsed::bad;
-    if (piece.done) return Parsed::whole;
-    if (!ended) return Parsed::need_more;
-    return probe.body.ends_with_connection() ? Parsed::whole : Parsed::cut;
+    if (piece.failed) return end(probe, invalid);
+    if (piece.done || (ended && probe.body.ends_with_connection())) return on_answer(probe, now);
+    if (ended) return end(probe, cut);
+    return std::nullopt;
   }
 
   // True if the probe is over.

@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nexus/config/settings.h"
@@ -42,11 +43,10 @@ struct Capabilities {
 struct BackendView {
   BackendId id{};
   std::string name;
-  BackendKind kind = BackendKind::generic;
   std::optional<Address> address;  // none until its host name is resolved
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
-  std::string answer_line;    // sent with every response from it: X-Nexus-Backend
+  std::string response_line;  // sent with every response from it: X-Nexus-Backend
   bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
@@ -160,18 +160,12 @@ class Registry {
   // consecutive results.
   Transition note_check(Backend& backend, bool passed) {
     const Health seen = passed ? Health::healthy : Health::unhealthy;
-    Transition result{false, backend.health, backend.health};
-    if (backend.health == seen) {
-      backend.streak = 0;
-      return result;
-    }
     const HealthSettings& health = settings_->health;
     const std::uint32_t needed = backend.health == Health::unknown ? 1 : passed ? health.recoveries : health.failures;
-    if (++backend.streak < needed) return result;
-    backend.health = result.to = seen;
+    if (backend.health == seen) backend.streak = 0;
+    if (backend.health == seen || ++backend.streak < needed) return {false, backend.health, backend.health};
     backend.streak = 0;
-    result.changed = true;
-    return result;
+    return {true, std::exchange(backend.health, seen), seen};
   }
 
   // Replaces the discovered models and drops duplicates. True if that changed anything.
@@ -184,9 +178,7 @@ class Registry {
   }
 
   bool set_address(Backend& backend, const Address& address) {
-    if (backend.address == address) return false;
-    backend.address = address;
-    return true;
+    return std::exchange(backend.address, address) != address;
   }
 
   // A snapshot of the current state. The caller adds models_page and publishes it.
@@ -261,13 +253,12 @@ class Registry {
     BackendView view;
     view.id = backend.id;
     view.name = from.name;
-    view.kind = from.kind;
     view.address = backend.address;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n";
     if (view.has_key) view.request_lines += "Authorization: Bearer " + from.api_key + "\r\n";
-    view.answer_line = "X-Nexus-Backend: " + from.name + "\r\n";
+    view.response_line = "X-Nexus-Backend: " + from.name + "\r\n";
     view.priority = from.priority;
     view.max_pending = from.max_pending;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "nexus/base/clock.h"
@@ -195,9 +196,7 @@ inline void share_evenly(Choice* first, std::size_t count, std::uint64_t turn, s
 }
 
 inline bool better(const Choice& a, const Choice& b) {
-  if (a.ejected != b.ejected) return b.ejected;
-  if (a.rank != b.rank) return a.rank < b.rank;
-  return a.backend < b.backend;
+  return std::tie(a.ejected, a.rank, a.backend) < std::tie(b.ejected, b.rank, b.backend);
 }
 
 inline bool equally_good(const Choice& a, const Choice& b) { return a.ejected == b.ejected && a.rank == b.rank; }

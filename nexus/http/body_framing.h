@@ -41,11 +41,7 @@ class BodyDecoder {
   Piece feed(char* data, std::size_t bytes) {
     Piece piece{data, bytes, false, false, false};
     switch (framing_.kind) {
-      case Framing::Kind::none:
-        piece.bytes = 0;
-        piece.done = true;
-        piece.excess = bytes > 0;
-        break;
+      case Framing::Kind::none:  // a length of 0
       case Framing::Kind::length:
         piece.bytes = static_cast<std::size_t>(std::min<std::uint64_t>(bytes, framing_.length));
         framing_.length -= piece.bytes;

@@ -83,7 +83,7 @@ class ChunkedDecoder {
 
   void step(char c) {
     switch (state_) {
-      case State::size_first: return on_size_first(c);
+      case State::size_first:
       case State::size: return on_size(c);
       case State::extension:
       case State::extension_name:
@@ -95,9 +95,9 @@ class ChunkedDecoder {
       case State::size_lf: return go(c == '\n', remaining_ == 0 ? State::trailer_start : State::data);
       case State::data_cr: return go(c == '\r', State::data_lf);
       case State::data_lf: return go(c == '\n', State::size_first);
-      case State::trailer_start: return on_trailer_start(c);
-      case State::trailer_name: return on_trailer_name(c);
-      case State::trailer_value: return on_trailer_value(c);
+      case State::trailer_start:
+      case State::trailer_name:
+      case State::trailer_value: return on_trailer(c);
       case State::trailer_lf: return go(c == '\n', State::trailer_start);
       case State::last_lf: return go(c == '\n', State::done);
       case State::data:
@@ -109,28 +109,21 @@ class ChunkedDecoder {
   void go(bool allowed, State next) { state_ = allowed ? next : State::failed; }
   void fail() { state_ = State::failed; }
 
-  void on_size_first(char c) {
-    const int value = hex_value(c);
-    if (value < 0) return fail();
-    remaining_ = static_cast<std::uint64_t>(value);
-    line_bytes_ = 1;
-    state_ = State::size;
-  }
-
   void on_size(char c) {
+    const bool first = state_ == State::size_first;
+    if (first) line_bytes_ = 0;
     if (++line_bytes_ > kMaxChunkLineBytes) return fail();
-    if (c == '\r') return go(true, State::size_lf);
-    if (c == ';') return go(true, State::extension);
+    if (!first && c == '\r') return go(true, State::size_lf);
+    if (!first && c == ';') return go(true, State::extension);
     const int value = hex_value(c);
     // At most 16 digits, and below 2^63 after this one: a size can't wrap.
     if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return fail();
     remaining_ = remaining_ << 4 | static_cast<std::uint64_t>(value);
+    state_ = State::size;
   }
 
   void on_extension(char c) {
-    if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) {
-      return fail();
-    }
+    if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) return fail();
     switch (state_) {
       case State::extension: return go(is_token(c), State::extension_name);
       case State::extension_equals:
@@ -147,25 +140,16 @@ class ChunkedDecoder {
     go(state_ != State::extension_quote_end && is_token(c), state_);
   }
 
-  void on_trailer_start(char c) {
-    if (c == '\r') return go(true, State::last_lf);
-    trailer_bytes_ += 1;
+  void on_trailer(char c) {
+    if (state_ == State::trailer_start && c == '\r') return go(true, State::last_lf);
+    if (++trailer_bytes_ > kMaxTrailerBytes) return fail();
+    if (state_ == State::trailer_value)
+      return go(c == '\r' || is_field_text(c), c == '\r' ? State::trailer_lf : state_);
+    if (state_ == State::trailer_name && c == ':') return go(true, State::trailer_value);
     go(is_token(c), State::trailer_name);
   }
 
-  void on_trailer_name(char c) {
-    if (++trailer_bytes_ > kMaxTrailerBytes) return fail();
-    if (c == ':') return go(true, State::trailer_value);
-    go(is_token(c), State::trailer_name);
-  }
-
-  void on_trailer_value(char c) {
-    if (++trailer_bytes_ > kMaxTrailerBytes) return fail();
-    if (c == '\r') return go(true, State::trailer_lf);
-    go(is_field_text(c), State::trailer_value);
-  }
-
-  std::uint64_t remaining_ = 0;
+  std::uint64_t remaining_ = 0;  // of the chunk; 0 at the beginning of a size
   std::uint32_t line_bytes_ = 0;
   std::uint32_t extension_bytes_ = 0;
   std::uint32_t trailer_bytes_ = 0;

@@ -83,26 +83,18 @@ inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
   return std::find_if(fields.begin(), fields.end(), [&](const FieldRow& row) { return row.field == wanted; });
 }
 
-// True if the comma-separated `list` contains `token`, ignoring case.
-inline bool list_holds(std::string_view list, std::string_view token) {
-  while (!list.empty()) {
-    if (equals_ignoring_case(next_list_element(list), token)) return true;
-  }
-  return false;
-}
-
 namespace detail {
 
 // Runs llhttp over a head and records what its callbacks report.
 class HeadScan {
  public:
-  void start(llhttp_type_t type, FieldTable* fields) {
-    llhttp_init(&parser_, type, &settings());
-    parser_.data = this;
-    fields_ = fields;
-    fields_->count = fields_->seen = 0;
-    fields_->connection_names = false;
-    target_at_ = target_bytes_ = 0;
+  void start(llhttp_type_t type, FieldTable* table) {
+    llhttp_init(&parser, type, &settings());
+    parser.data = this;
+    fields = table;
+    fields->count = fields->seen = 0;
+    fields->connection_names = false;
+    target_at = target_bytes = 0;
     fed_ = 0;
     overflow_ = false;
   }
@@ -110,15 +102,15 @@ class HeadScan {
   // Feeds llhttp those bytes of [base, base + bytes) that are new since the last call.
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
-    const llhttp_errno_t error = llhttp_execute(&parser_, base + fed_, bytes - fed_);
+    const llhttp_errno_t error = llhttp_execute(&parser, base + fed_, bytes - fed_);
     fed_ = bytes;
     if (error == HPE_OK) return {};
     if (error == HPE_PAUSED) {
       if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
-      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
+      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser) - base);
       return {HeadResult::Status::done, HeadError::none, {}, head_bytes};
     }
-    const char* reason = llhttp_get_error_reason(&parser_);
+    const char* reason = llhttp_get_error_reason(&parser);
     return refuse(HeadError::malformed, reason == nullptr ? "not HTTP/1.1" : reason);
   }
 
@@ -130,8 +122,8 @@ class HeadScan {
   // directly (llhttp tolerates folds and bare LFs), up to the empty line that ends at `head_bytes`. Sets values and
   // fields. Returns what is wrong, or nullptr.
   const char* check_lines(const char* base, std::size_t at, std::size_t head_bytes) {
-    for (std::uint32_t i = 0; i < fields_->count; ++i) {
-      FieldRow& row = fields_->rows[i];
+    for (std::uint32_t i = 0; i < fields->count; ++i) {
+      FieldRow& row = fields->rows[i];
       if (row.name_at != at || row.name_bytes == 0) return "a folded field or one without a name";
       std::size_t from = at + row.name_bytes;
       if (base[from] != ':') return "white space before a colon";
@@ -142,16 +134,17 @@ class HeadScan {
       row.value_at = static_cast<std::uint32_t>(value.data() - base);
       row.value_bytes = static_cast<std::uint32_t>(value.size());
       row.field = classify_field({base + row.name_at, row.name_bytes});
-      fields_->seen |= bit_of(row.field);
+      fields->seen |= bit_of(row.field);
       at = to + 2;
     }
     if (at + 2 != head_bytes || base[at] != '\r' || base[at + 1] != '\n') return "the head does not end in CRLF CRLF";
     return nullptr;
   }
 
-  const llhttp_t& parser() const { return parser_; }
-  std::uint32_t target_at() const { return target_at_; }  // of a request
-  std::uint32_t target_bytes() const { return target_bytes_; }
+  llhttp_t parser;
+  FieldTable* fields = nullptr;
+  std::uint32_t target_at = 0;  // of a request
+  std::uint32_t target_bytes = 0;
 
  private:
   static HeadScan& self(llhttp_t* parser) { return *static_cast<HeadScan*>(parser->data); }
@@ -159,28 +152,24 @@ class HeadScan {
 
   static int on_target(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
-    if (scan.target_bytes_ == 0) scan.target_at_ = scan.offset(at);
-    scan.target_bytes_ += static_cast<std::uint32_t>(bytes);
+    if (scan.target_bytes == 0) scan.target_at = scan.offset(at);
+    scan.target_bytes += static_cast<std::uint32_t>(bytes);
     return 0;
   }
   // A name may come in pieces. Values are left to check_lines(), which must look at them anyway. Too many fields are
   // reported at the end of the head, because a piece of a name looks like the beginning of another.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
-    FieldTable& fields = *scan.fields_;
+    FieldTable& fields = *scan.fields;
     const std::uint32_t from = scan.offset(at);
-    if (fields.count > 0) {
-      FieldRow& last = fields.rows[fields.count - 1];
-      if (last.name_at + last.name_bytes == from) {
-        last.name_bytes += static_cast<std::uint32_t>(bytes);
-        return 0;
-      }
-    }
-    if (fields.count == kMaxFields) {
+    FieldRow* const last = fields.count > 0 ? &fields.rows[fields.count - 1] : nullptr;
+    if (last != nullptr && last->name_at + last->name_bytes == from) {
+      last->name_bytes += static_cast<std::uint32_t>(bytes);
+    } else if (fields.count == kMaxFields) {
       scan.overflow_ = true;
-      return 0;
+    } else {
+      fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     }
-    fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
     return 0;
   }
   static int on_head_complete(llhttp_t*) { return HPE_PAUSED; }
@@ -197,12 +186,8 @@ class HeadScan {
     return made;
   }
 
-  llhttp_t parser_;
-  FieldTable* fields_ = nullptr;
   const char* base_ = nullptr;
   std::size_t fed_ = 0;
-  std::uint32_t target_at_ = 0;
-  std::uint32_t target_bytes_ = 0;
   bool overflow_ = false;
 };
 
@@ -256,8 +241,7 @@ inline LengthFields read_length_fields(const char* base, const FieldTable& field
 // connection_names.
 inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0) {
   if (!fields.has(Field::connection)) return !http_1_0;
-  bool close = false;
-  bool keep = false;
+  bool close = false, keep = false;
   for (const FieldRow& row : fields) {
     if (row.field != Field::connection) continue;
     std::string_view list = value_of(base, row);
@@ -294,10 +278,8 @@ inline constexpr auto kBytePlaces = [] {
 }();
 
 inline bool all_may_be(std::uint8_t place, std::string_view text) {
-  for (const char c : text) {
-    if ((kBytePlaces[static_cast<unsigned char>(c)] & place) == 0) return false;
-  }
-  return true;
+  return std::all_of(text.begin(), text.end(),
+                     [place](char c) { return (kBytePlaces[static_cast<unsigned char>(c)] & place) != 0; });
 }
 
 // RFC 9110 7.2: host [":" port], with no user, path, list or space in it.
@@ -328,10 +310,10 @@ inline const char* check_target(std::string_view target) {
 
 // Sets what the request line says, and `fields_at` to the offset behind it. Returns what is wrong, or nullptr.
 inline const char* read_start_line(const char* base, const HeadScan& scan, RequestHead& head, std::size_t& fields_at) {
-  head.method = scan.parser().method;
+  head.method = scan.parser.method;
   const std::string_view method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
-  head.target_at = scan.target_at();
-  head.target_bytes = scan.target_bytes();
+  head.target_at = scan.target_at;
+  head.target_bytes = scan.target_bytes;
   const std::size_t version_at = head.target_at + head.target_bytes + 1;
   if (std::string_view(base, method.size()) != method || base[method.size()] != ' ' ||
       head.target_at != method.size() + 1 || base[version_at - 1] != ' ') {
@@ -344,7 +326,7 @@ inline const char* read_start_line(const char* base, const HeadScan& scan, Reque
 }
 
 inline const char* read_start_line(const char* base, const HeadScan& scan, ResponseHead& head, std::size_t& fields_at) {
-  head.status = scan.parser().status_code;
+  head.status = scan.parser.status_code;
   // "HTTP/1.x NNN" and then " reason" or the line end: 13 bytes, which any complete head has.
   const std::string_view line(base, 13);
   if ((line.substr(0, 9) != "HTTP/1.1 " && line.substr(0, 9) != "HTTP/1.0 ") || head.status < 100 ||
@@ -415,28 +397,24 @@ inline const char* read_fields(const char* base, FieldTable& fields, ResponseHea
 template <class Head>
 class HeadReader {
  public:
-  void start(FieldTable* fields) {
-    fields_ = fields;
-    scan_.start(Head::kType, fields);
-  }
+  void start(FieldTable* fields) { scan_.start(Head::kType, fields); }
 
   // `base` is the message's first byte (the caller skips empty lines before it); `bytes` counts all received since.
   HeadResult feed(const char* base, std::size_t bytes, Head& head) {
     const HeadResult result = scan_.run(base, bytes);
     if (result.status != HeadResult::Status::done) return result;
     head = Head{};
-    head.http_1_0 = scan_.parser().http_minor == 0;
+    head.http_1_0 = scan_.parser.http_minor == 0;
     head.head_bytes = static_cast<std::uint32_t>(result.head_bytes);
     std::size_t fields_at = 0;
     const char* why = detail::read_start_line(base, scan_, head, fields_at);
     if (why == nullptr) why = scan_.check_lines(base, fields_at, result.head_bytes);
-    if (why == nullptr) why = detail::read_fields(base, *fields_, head);
+    if (why == nullptr) why = detail::read_fields(base, *scan_.fields, head);
     return why == nullptr ? result : scan_.refuse(HeadError::malformed, why);
   }
 
  private:
   detail::HeadScan scan_;
-  FieldTable* fields_ = nullptr;
 };
 
 using RequestReader = HeadReader<RequestHead>;

@@ -77,7 +77,10 @@ class Cursor {
 
 inline bool named_by_connection(const HeadView& head, std::string_view name) {
   for (const FieldRow& row : *head.fields) {
-    if (row.field == Field::connection && list_holds(value_of(head.base, row), name)) return true;
+    std::string_view list = row.field == Field::connection ? value_of(head.base, row) : "";
+    while (!list.empty()) {
+      if (equals_ignoring_case(next_list_element(list), name)) return true;
+    }
   }
   return false;
 }

@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
-#include <type_traits>
 
 #include "nexus/base/text.h"
 
@@ -43,25 +43,10 @@ enum class Field : std::uint8_t {
 };
 
 // The names of the fields from accept_encoding to x_request_id, in the order of the enum.
-constexpr std::array<std::string_view, 19> kFieldNames{"accept-encoding",
-                                                       "authorization",
-                                                       "connection",
-                                                       "content-encoding",
-                                                       "content-length",
-                                                       "content-type",
-                                                       "expect",
-                                                       "host",
-                                                       "keep-alive",
-                                                       "proxy-authenticate",
-                                                       "proxy-authorization",
-                                                       "proxy-connection",
-                                                       "retry-after",
-                                                       "te",
-                                                       "trailer",
-                                                       "transfer-encoding",
-                                                       "upgrade",
-                                                       "via",
-                                                       "x-request-id"};
+inline constexpr auto kFieldNames = std::to_array<std::string_view>(
+    {"accept-encoding", "authorization", "connection", "content-encoding", "content-length", "content-type", "expect",
+     "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "retry-after", "te",
+     "trailer", "transfer-encoding", "upgrade", "via", "x-request-id"});
 static_assert(kFieldNames[static_cast<std::size_t>(Field::retry_after) - 1] == "retry-after" &&
               kFieldNames.size() == static_cast<std::size_t>(Field::x_request_id));
 
@@ -109,16 +94,9 @@ constexpr std::uint64_t kLowerCase = 0x2020202020202020;
 
 template <class Word>
 constexpr std::uint64_t word_at(const char* at) {
-  if (std::is_constant_evaluated()) {
-    std::uint64_t word = 0;
-    for (std::size_t i = 0; i < sizeof(Word); ++i) {
-      word |= std::uint64_t{static_cast<unsigned char>(at[i])} << (8 * i);
-    }
-    return word;
-  }
-  Word word = 0;
-  std::memcpy(&word, at, sizeof word);
-  return word;
+  std::array<char, sizeof(Word)> bytes{};
+  std::copy_n(at, bytes.size(), bytes.begin());
+  return std::bit_cast<Word>(bytes);
 }
 
 // `name` has 2 to 24 bytes.

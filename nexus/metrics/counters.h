@@ -13,7 +13,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <deque>
 #include <vector>
 
 namespace nexus {
@@ -49,9 +49,6 @@ class Counter {
 template <class Cells>
 class GrowingTable {
  public:
-  GrowingTable() = default;
-  GrowingTable(const GrowingTable&) = delete;
-  GrowingTable& operator=(const GrowingTable&) = delete;
   ~GrowingTable() {
     for (auto& block : blocks_) delete[] block.load(std::memory_order_relaxed);
   }
@@ -104,15 +101,13 @@ class GrowingTable {
 template <class Cells>
 class PairTable {
  public:
-  struct Node {
+  struct alignas(kCacheAlign) Node {
     std::uint64_t key = 0;       // first << 32 | second; in the same cache line as the first cells
     const Node* next = nullptr;  // key and next are set before the node is published, and never change
     Cells cells;
   };
 
   PairTable() : index_(kSlots) {}
-  PairTable(const PairTable&) = delete;
-  PairTable& operator=(const PairTable&) = delete;
 
   [[gnu::always_inline]] Cells& at(std::uint32_t first, std::uint32_t second) {
     const std::uint64_t key = std::uint64_t{first} << 32 | second;
@@ -131,26 +126,16 @@ class PairTable {
 
  private:
   static constexpr std::size_t kSlots = 64;
-  static constexpr std::size_t kChunk = 16;  // nodes per allocation
-
-  struct alignas(kCacheAlign) Chunk {
-    std::array<Node, kChunk> nodes;
-  };
 
   std::size_t slot_of(std::uint64_t key) const { return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> shift_); }
-  std::size_t after(std::size_t slot) const { return (slot + 1) & (index_.size() - 1); }
-  Node& node(std::size_t i) const { return chunks_[i / kChunk]->nodes[i % kChunk]; }
 
   [[gnu::noinline]] Cells& find_or_add(std::uint64_t key) {
-    for (std::size_t slot = slot_of(key); index_[slot] != nullptr; slot = after(slot)) {
-      if (index_[slot]->key == key) return index_[slot]->cells;
-    }
-    if (size_ * 2 >= index_.size()) grow_index();
-    if (size_ % kChunk == 0) chunks_.push_back(std::make_unique<Chunk>());
-    Node& made = node(size_++);
+    if (Node* const known = index_[find_slot(key)]) return known->cells;
+    if (nodes_.size() * 2 >= index_.size()) grow_index();
+    Node& made = nodes_.emplace_back();
     made.key = key;
     made.next = newest_.load(std::memory_order_relaxed);
-    place(made);
+    index_[find_slot(key)] = &made;
     newest_.store(&made, std::memory_order_release);  // publishes the node's fields and its zeros
     return made.cells;
   }
@@ -158,20 +143,20 @@ class PairTable {
   void grow_index() {
     index_.assign(index_.size() * 2, nullptr);
     --shift_;
-    for (std::size_t i = 0; i < size_; ++i) place(node(i));
+    for (Node& node : nodes_) index_[find_slot(node.key)] = &node;
   }
 
-  void place(Node& node) {
-    std::size_t slot = slot_of(node.key);
-    while (index_[slot] != nullptr) slot = after(slot);
-    index_[slot] = &node;
+  // The slot that holds `key`, or the empty one where it belongs.
+  std::size_t find_slot(std::uint64_t key) const {
+    std::size_t slot = slot_of(key);
+    while (index_[slot] != nullptr && index_[slot]->key != key) slot = (slot + 1) & (index_.size() - 1);
+    return slot;
   }
 
   // For the writer alone.
   std::vector<Node*> index_;                   // by hash, with linear probing; at most half full
   int shift_ = 64 - std::countr_zero(kSlots);  // leaves log2(index_.size()) bits of a hash
-  std::size_t size_ = 0;
-  std::vector<std::unique_ptr<Chunk>> chunks_;
+  std::deque<Node> nodes_;                     // which never moves one
 
   alignas(kCacheAlign) std::atomic<const Node*> newest_{nullptr};
 };
@@ -187,9 +172,6 @@ class StatusCounters {
     std::uint64_t count;
   };
 
-  StatusCounters() = default;
-  StatusCounters(const StatusCounters&) = delete;
-  StatusCounters& operator=(const StatusCounters&) = delete;
   ~StatusCounters() { delete more_.load(std::memory_order_relaxed); }
 
   [[gnu::always_inline]] void add(std::uint32_t status, bool failed) {

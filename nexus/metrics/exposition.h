@@ -7,6 +7,7 @@
 // Tested by: tests/prometheus_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <charconv>
@@ -24,8 +25,6 @@
 
 namespace nexus {
 
-enum class FamilyType : std::uint8_t { counter, gauge, histogram };
-
 namespace detail {
 
 // The end of a bucket's labels: `le="0.25"} `. Of a fixed size, so that it is copied without a loop.
@@ -35,30 +34,25 @@ struct BucketTail {
   std::size_t length = 0;
 };
 
-inline BucketTail make_bucket_tail(Unit unit, std::int64_t bound) {
-  BucketTail tail;
-  TextBuffer page;
-  page.add("le=\"");
-  if (bound < 0) {
-    page.add("+Inf");
-  } else if (unit == Unit::seconds) {
-    page.add_seconds(static_cast<std::uint64_t>(bound));
-  } else {
-    page.add_number(bound);
-  }
-  page.add("\"} ");
-  assert(page.size() <= BucketTail::kBytes);
-  tail.length = page.text().copy(tail.text.data(), BucketTail::kBytes);
-  return tail;
-}
-
 template <const auto& kBounds>
 std::span<const BucketTail> bucket_tails() {
-  constexpr std::size_t kBuckets = HistogramValues<kBounds>::kBuckets;
   static const auto kTails = [] {
-    std::array<BucketTail, kBuckets> tails;
-    for (std::size_t i = 0; i + 1 < kBuckets; ++i) tails[i] = make_bucket_tail(kBounds.unit, kBounds.upper[i]);
-    tails[kBuckets - 1] = make_bucket_tail(kBounds.unit, -1);
+    std::array<BucketTail, HistogramValues<kBounds>::kBuckets> tails;
+    TextBuffer text;
+    for (std::size_t i = 0; i < tails.size(); ++i) {
+      text.clear();
+      text.add("le=\"");
+      if (i == kBounds.upper.size()) {
+        text.add("+Inf");
+      } else if (kBounds.unit == Unit::seconds) {
+        text.add_seconds(static_cast<std::uint64_t>(kBounds.upper[i]));
+      } else {
+        text.add_number(kBounds.upper[i]);
+      }
+      text.add("\"} ");
+      assert(text.size() <= BucketTail::kBytes);
+      tails[i].length = text.text().copy(tails[i].text.data(), BucketTail::kBytes);
+    }
     return tails;
   }();
   return kTails;
@@ -74,45 +68,37 @@ class Exposition {
   std::string_view text() const { return page_.text(); }
   TextBuffer& page() { return page_; }
 
-  // Begins a family. The next samples belong to it and have no labels until labels() is called.
-  void family(std::string_view name, FamilyType type, std::string_view help) {
-    static constexpr std::array<std::string_view, 3> kTypes{"counter", "gauge", "histogram"};
+  // Begins a family of type `counter`, `gauge` or `histogram`. The next samples belong to it and have no labels until
+  // labels() is called.
+  void family(std::string_view name, std::string_view type, std::string_view help) {
     name_.clear();
     name_.add(name);
     labels_.clear();
-    page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ");
-    page_.add(kTypes[static_cast<std::size_t>(type)]).add("\n");
+    page_.add("# HELP ").add(name).add(" ").add(help).add("\n# TYPE ").add(name).add(" ").add(type).add("\n");
   }
 
-  // Writes labels as they appear between the braces.
-  static void write_labels(TextBuffer& page, std::initializer_list<Label> labels) {
-    std::string_view comma;
-    for (const auto& [name, value] : labels) {
-      page.add(comma).add(name).add("=\"").add(value).add("\"");
-      comma = ",";
-    }
-  }
-
-  // Sets the labels of the next samples.
+  // Sets the labels of the next samples; one without a name is left out.
   void labels(std::initializer_list<Label> labels) {
     labels_.clear();
-    write_labels(labels_, labels);
-  }
-
-  // The same, from text that write_labels() put into `page` at `offset`, and `last` too if it has a name.
-  void labels(const TextBuffer& page, std::size_t offset, std::size_t length, Label last = {}) {
-    labels_.clear();
-    labels_.finish(copy_padded(labels_.room(length), page.data() + offset, length));
-    if (!last.first.empty()) labels_.add(",").add(last.first).add("=\"").add(last.second).add("\"");
+    for (const auto& [name, value] : labels) {
+      if (name.empty()) continue;
+      char* at = labels_.room(name.size() + value.size() + 4);
+      if (labels_.size() > 0) *at++ = ',';
+      at = std::copy(name.begin(), name.end(), at);
+      *at++ = '=';
+      *at++ = '"';
+      at = std::copy(value.begin(), value.end(), at);
+      *at++ = '"';
+      labels_.finish(at);
+    }
   }
 
   void sample(std::integral auto value) { end_line(write_number(begin_line(), value)); }
   void sample_seconds(std::uint64_t ns) { end_line(write_seconds(begin_line(), ns)); }
   void sample_double(double value) {
-    std::array<char, 400> digits;  // the longest double without an exponent
-    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value, std::chars_format::fixed).ptr;
-    page_.finish(begin_line());
-    page_.add({digits.data(), static_cast<std::size_t>(end - digits.data())}).add("\n");
+    constexpr std::size_t most = 400;  // the longest double without an exponent
+    char* const at = write_start(page_.room(start_bytes() + most + 1), "");
+    end_line(std::to_chars(at, at + most, value, std::chars_format::fixed).ptr);
   }
 
   template <const auto& kBounds>

@@ -13,6 +13,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 
 #include "nexus/base/clock.h"
@@ -70,16 +71,10 @@ struct BucketFinder {
     std::copy(bounds.upper.begin(), bounds.upper.end(), upper.begin());
     for (std::size_t width = 1; width < kWidths - 1; ++width) {
       const std::int64_t least = std::int64_t{1} << (width - 1);
-      std::size_t below = 0, within = 0;
-      for (std::int64_t bound : bounds.upper) {
-        if (bound < least) {
-          ++below;
-        } else if (static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(bound))) == width) {
-          ++within;
-        }
-      }
-      passed[width] = static_cast<std::uint8_t>(below);
-      compares = std::max(compares, within);
+      const auto first = std::lower_bound(bounds.upper.begin(), bounds.upper.end(), least);
+      const auto last = std::upper_bound(first, bounds.upper.end(), least + (least - 1));
+      passed[width] = static_cast<std::uint8_t>(first - bounds.upper.begin());
+      compares = std::max(compares, static_cast<std::size_t>(last - first));
     }
   }
 };
@@ -107,11 +102,7 @@ struct HistogramValues {
   std::array<std::uint64_t, kBuckets> buckets{};                     // not cumulative
   std::uint64_t sum = 0;
 
-  std::uint64_t count() const {
-    std::uint64_t n = 0;
-    for (std::uint64_t bucket : buckets) n += bucket;
-    return n;
-  }
+  std::uint64_t count() const { return std::accumulate(buckets.begin(), buckets.end(), std::uint64_t{0}); }
 };
 
 // A histogram without its sum: PairCounters keeps the sums of its histograms in one cache line.

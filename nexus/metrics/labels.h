@@ -10,10 +10,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nexus/base/text.h"
@@ -28,7 +28,6 @@ inline constexpr std::string_view kReplacementCharacter = "\xEF\xBF\xBD";  // U+
 // and does not begin with a digit.
 inline std::string sanitize_label(std::string_view name) {
   std::string out;
-  out.reserve(name.size() + 1);
   for (std::size_t i = 0; i < name.size();) {
     const char c = name[i];
     const bool digit = is_digit(c);
@@ -46,7 +45,6 @@ inline std::string sanitize_label(std::string_view name) {
 // each of these becomes U+FFFD.
 inline std::string escape_label(std::string_view name) {
   std::string out;
-  out.reserve(name.size() + 8);
   for (std::size_t i = 0; i < name.size();) {
     const std::size_t length = detail::utf8_length(name.substr(i));
     if (name[i] == '\n') {
@@ -79,9 +77,9 @@ class LabelTable {
       mode_ = mode;
     }
     for (std::size_t i = groups_.size(); i < names.size(); ++i) {
-      const std::string text = label_of(names.name(Id{static_cast<std::uint32_t>(i)}), mode);
-      const auto [at, is_new] = by_text_.try_emplace(text, static_cast<std::uint32_t>(texts_.size()));
-      if (is_new) texts_.push_back(text);
+      std::string text = label_of(names.name(Id{static_cast<std::uint32_t>(i)}), mode);
+      const auto [at, is_new] = by_text_.try_emplace(std::move(text), static_cast<std::uint32_t>(texts_.size()));
+      if (is_new) texts_.push_back(at->first);
       groups_.push_back(at->second);
     }
   }
@@ -93,8 +91,8 @@ class LabelTable {
 
  private:
   LabelMode mode_ = LabelMode::sanitize;
-  std::vector<std::uint32_t> groups_;  // by id
-  std::deque<std::string> texts_;      // by group
+  std::vector<std::uint32_t> groups_;    // by id
+  std::vector<std::string_view> texts_;  // by group: the keys of by_text_, which do not move
   std::unordered_map<std::string, std::uint32_t> by_text_;
 };
 

@@ -13,13 +13,17 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <map>
+#include <memory>
 #include <span>
-#include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/metrics/exposition.h"
@@ -52,12 +56,15 @@ class PrometheusPage {
   std::string_view render(const Metrics& metrics, const FleetView& fleet, const ProcessStats& process,
                           const ModelNames& models, const BackendNames& backends, LabelMode mode) {
     slabs_ = metrics.slabs();
-    models_.update(models, mode);
-    backends_.update(backends, mode);
-    collect_pairs();
-    collect(fallbacks_, &Slab::fallbacks, models_, models_);
-    collect_errors();
-    collect_backends(fleet);
+    model_labels_.update(models, mode);
+    backend_labels_.update(backends, mode);
+    collect(pairs_, &Slab::pairs, model_labels_, backend_labels_);
+    collect(fallbacks_, &Slab::fallbacks, model_labels_, model_labels_);
+    collect(models_, &Slab::model, model_labels_);
+    collect(backends_, &Slab::backend, backend_labels_);
+    add_registered(fleet);
+    threads_.clear();
+    for (const auto& slab : slabs_) threads_.push_back({0, &slab->thread()});
 
     out_.clear();
     write_requests();
@@ -73,43 +80,37 @@ class PrometheusPage {
   TextBuffer& page() { return out_.page(); }
 
  private:
-  static constexpr FamilyType kCounter = FamilyType::counter;
-  static constexpr FamilyType kGauge = FamilyType::gauge;
-  static constexpr FamilyType kHistogram = FamilyType::histogram;
-  static constexpr std::size_t kPairsAtOnce = 64;  // about 20 µs
+  static constexpr std::string_view kCounter = "counter", kGauge = "gauge", kHistogram = "histogram";
+  static constexpr std::size_t kSeriesAtOnce = 64;  // about 20 µs
+
+  using Label = Exposition::Label;
 
   // The counters of one thread, with the key of their series. Several threads, and several names with the same label
   // value, may share a key; sorting by key puts the sources of a series side by side.
   template <class Cells>
   struct Source {
-    std::uint64_t key;  // label groups, first << 32 | second
+    std::uint64_t key;  // label groups: first << 32 | second, or the only one
     const Cells* cells;
     bool operator<(const Source& other) const { return key < other.key; }
   };
+  template <class Cells>
+  using Sources = std::vector<Source<Cells>>;
 
-  struct BackendSums {  // of one label value
+  // All that is added up for one combination of labels. Every value on the page is such a sum.
+  template <class Cells>
+  using Series = std::span<const Source<Cells>>;
+
+  struct BackendState {  // of one label value
     bool registered = false;
-    int up = 0;  // any of the backends that share the label
-    std::int64_t pending = 0, connections = 0, queue_depth = 0;
-    std::uint64_t without_usage = 0;
-    std::array<std::uint64_t, kAttemptOutcomeNames.size()> attempts{};
-    HistogramValues<kDurationBounds> latency;
-  };
-
-  using ErrorSums = std::array<std::uint64_t, kErrorTypeNames.size()>;  // of one model label
-
-  // All families of one model and backend have the same sources and begin with the same labels.
-  struct Pair {
-    std::span<const Source<PairCounters>> sources;
-    std::size_t labels_offset, labels_length;  // in pair_labels_
+    bool up = false;  // any of the backends that share the label
   };
 
   // ---- adding up
 
   // All counters of one kind, by the labels of their two ids.
   template <class Cells, class First, class Second>
-  void collect(std::vector<Source<Cells>>& sources, const PairTable<Cells>& (Slab::*table)() const,
-               const LabelTable<First>& first, const LabelTable<Second>& second) {
+  void collect(Sources<Cells>& sources, const PairTable<Cells>& (Slab::*table)() const, const LabelTable<First>& first,
+               const LabelTable<Second>& second) {
     sources.clear();
     for (const auto& slab : slabs_) {
       ((*slab).*table)().for_each([&](std::uint32_t a, std::uint32_t b, const Cells& cells) {
@@ -119,150 +120,128 @@ class PrometheusPage {
     std::sort(sources.begin(), sources.end());
   }
 
-  void collect_pairs() {
-    collect(pair_sources_, &Slab::pairs, models_, backends_);
-    pairs_.clear();
-    pair_labels_.clear();
-    for_each_series(pair_sources_, [this](std::uint32_t model, std::uint32_t backend, auto sources) {
-      const std::size_t offset = pair_labels_.size();
-      Exposition::write_labels(pair_labels_, {{"model", models_.text(model)}, {"backend", backends_.text(backend)}});
-      pairs_.push_back({sources, offset, pair_labels_.size() - offset});
-    });
-  }
-
-  void collect_errors() {
-    errors_.assign(models_.groups(), ErrorSums{});
-    for (std::uint32_t i = 0; i < models_.ids(); ++i) {
-      const ModelId id{i};
+  // The same, by the label of their only id.
+  template <class Cells, class Id>
+  void collect(Sources<Cells>& sources, const Cells* (Slab::*find)(Id) const, const LabelTable<Id>& labels) {
+    sources.clear();
+    for (std::uint32_t i = 0; i < labels.ids(); ++i) {
       for (const auto& slab : slabs_) {
-        if (const ModelCounters* cells = slab->model(id)) add_cells(errors_[models_.group_of(id)], cells->errors);
+        if (const Cells* cells = ((*slab).*find)(Id{i})) sources.push_back({labels.group_of(Id{i}), cells});
       }
     }
+    std::sort(sources.begin(), sources.end());
   }
 
-  void collect_backends(const FleetView& fleet) {
-    backend_sums_.assign(backends_.groups(), BackendSums{});
+  // A registered backend has a series even if no slab has counters of it yet.
+  void add_registered(const FleetView& fleet) {
+    static const BackendCounters kZeros;
+    backend_states_.assign(backend_labels_.groups(), BackendState{});
     for (const auto& backend : fleet.backends) {
-      BackendSums& sums = backend_sums_[backends_.group_of(backend.id)];
-      sums.registered = true;
-      sums.up |= backend.healthy;
+      const std::uint32_t group = backend_labels_.group_of(backend.id);
+      backend_states_[group].registered = true;
+      backend_states_[group].up |= backend.healthy;
+      backends_.push_back({group, &kZeros});
     }
-    for (std::uint32_t i = 0; i < backends_.ids(); ++i) {
-      const BackendId id{i};
-      BackendSums& sums = backend_sums_[backends_.group_of(id)];
-      for (const auto& slab : slabs_) {
-        const BackendCounters* cells = slab->backend(id);
-        if (cells == nullptr) continue;
-        sums.pending += cells->pending.read_signed();
-        sums.connections += cells->connections.read_signed();
-        sums.queue_depth += cells->queue_depth.read_signed();
-        sums.without_usage += cells->without_usage.read();
-        add_cells(sums.attempts, cells->attempts);
-        cells->health_latency.add_to(sums.latency);
-      }
-    }
+    std::sort(backends_.begin(), backends_.end());
   }
 
-  template <std::size_t N>
-  static void add_cells(std::array<std::uint64_t, N>& sums, const std::array<Counter, N>& cells) {
-    for (std::size_t i = 0; i < N; ++i) sums[i] += cells[i].read();
-  }
-
-  // visit(first group, second group, the sources of that series)
+  // visit(first group, second group, series). Yields the processor now and then: a worker on it would wait milliseconds
+  // for a large page.
   template <class Cells, class Visit>
-  static void for_each_series(const std::vector<Source<Cells>>& sources, Visit&& visit) {
+  static void for_each_series(const Sources<Cells>& sources, Visit&& visit) {
+    std::size_t visited = 0;
     for (std::size_t begin = 0, end = 0; begin < sources.size(); begin = end) {
       while (end < sources.size() && sources[end].key == sources[begin].key) ++end;
       visit(static_cast<std::uint32_t>(sources[begin].key >> 32), static_cast<std::uint32_t>(sources[begin].key),
-            std::span(sources).subspan(begin, end - begin));
+            Series<Cells>(sources).subspan(begin, end - begin));
+      if (++visited % kSeriesAtOnce == 0) std::this_thread::yield();
     }
+  }
+
+  // The sum of one counter, which `pick` (a member, or a function) finds in the cells.
+  template <class Cells, class Pick>
+  static std::int64_t sum_of(Series<Cells> series, Pick&& pick) {
+    std::int64_t sum = 0;
+    for (const auto& source : series) sum += std::invoke(pick, *source.cells).read_signed();
+    return sum;
+  }
+
+  template <const auto& kBounds, class Cells>
+  static HistogramValues<kBounds> sum_of(Series<Cells> series, Histogram<kBounds> Cells::*histogram) {
+    HistogramValues<kBounds> values;
+    for (const auto& source : series) (source.cells->*histogram).add_to(values);
+    return values;
   }
 
   // ---- families
 
   void write_requests() {
     out_.family("nexus_requests_total", kCounter, "Finished requests, by the status sent to the client.");
-    for_each_pair([this](const Pair& pair) { write_statuses(pair); });
+    for_each_series(pairs_, [this](auto model, auto backend, auto series) { write_statuses(model, backend, series); });
 
     out_.family("nexus_errors_total", kCounter, "Failed requests, by error type.");
-    for (std::uint32_t model = 0; model < errors_.size(); ++model) {
+    for_each_series(models_, [this](auto, auto model, auto series) {
       for (std::size_t type = 1; type < kErrorTypeNames.size(); ++type) {
-        if (errors_[model][type] == 0) continue;
-        out_.labels({{"error_type", kErrorTypeNames[type]}, {"model", models_.text(model)}});
-        out_.sample(errors_[model][type]);
+        const auto sum = sum_of(
+            series, [type](const ModelCounters& cells) -> auto& { return cells.errors[type]; });
+        if (sum != 0) sample({{"error_type", kErrorTypeNames[type]}, {"model", model_labels_.text(model)}}, sum);
       }
-    }
+    });
 
     out_.family("nexus_fallbacks_total", kCounter, "Requests served by a fallback model.");
-    for_each_series(fallbacks_, [this](std::uint32_t from, std::uint32_t to, auto sources) {
-      std::uint64_t sum = 0;
-      for (const auto& source : sources) sum += source.cells->read();
-      if (sum == 0) return;
-      out_.labels({{"from_model", models_.text(from)}, {"to_model", models_.text(to)}});
-      out_.sample(sum);
+    for_each_series(fallbacks_, [this](auto from, auto to, auto series) {
+      const auto sum = sum_of(series, std::identity());
+      if (sum != 0) sample({{"from_model", model_labels_.text(from)}, {"to_model", model_labels_.text(to)}}, sum);
     });
 
-    out_.family("nexus_request_duration_seconds", kHistogram,
-                "Time from the complete request head to the last response byte.");
-    write_pair_histograms(&PairCounters::duration, &PairCounters::duration_sum);
-    out_.family("nexus_time_to_first_token_seconds", kHistogram,
-                "Streams: time from the complete request to the first body byte from the backend.");
-    write_pair_histograms(&PairCounters::first_token, &PairCounters::first_token_sum);
-    out_.family("nexus_time_per_output_token_seconds", kHistogram,
-                "Streams with usage: mean time between two output tokens.");
-    write_pair_histograms(&PairCounters::per_token, &PairCounters::per_token_sum);
+    pair_family("nexus_request_duration_seconds", "Time from the complete request head to the last response byte.",
+                &PairCounters::duration, &PairCounters::duration_sum);
+    pair_family("nexus_time_to_first_token_seconds",
+                "Streams: time from the complete request to the first body byte from the backend.",
+                &PairCounters::first_token, &PairCounters::first_token_sum);
+    pair_family("nexus_time_per_output_token_seconds", "Streams with usage: mean time between two output tokens.",
+                &PairCounters::per_token, &PairCounters::per_token_sum);
     out_.family("nexus_tokens_total", kHistogram, "Tokens of each response, from its usage.");
-    for_each_pair([this](const Pair& pair) {
-      write_pair_histogram(pair, &PairCounters::prompt_tokens, &PairCounters::prompt_sum, {"type", "prompt"});
-      write_pair_histogram(pair, &PairCounters::completion_tokens, &PairCounters::completion_sum,
-                           {"type", "completion"});
+    for_each_series(pairs_, [this](auto model, auto backend, auto series) {
+      pair_histogram(model, backend, series, &PairCounters::prompt_tokens, &PairCounters::prompt_sum,
+                     {"type", "prompt"});
+      pair_histogram(model, backend, series, &PairCounters::completion_tokens, &PairCounters::completion_sum,
+                     {"type", "completion"});
     });
   }
 
-  // Yields the processor now and then: a worker on it would wait milliseconds for a large page.
-  template <class Write>
-  void for_each_pair(Write&& write) {
-    std::size_t written = 0;
-    for (const Pair& pair : pairs_) {
-      write(pair);
-      if (++written % kPairsAtOnce == 0) std::this_thread::yield();
+  void write_statuses(std::uint32_t model, std::uint32_t backend, Series<PairCounters> series) {
+    std::map<std::uint32_t, std::uint64_t> counts;
+    for (const auto& source : series) {
+      source.cells->statuses.for_each([&](const StatusCounters::Count& count) { counts[count.status] += count.count; });
     }
-  }
-
-  void write_statuses(const Pair& pair) {
-    statuses_.clear();
-    for (const auto& source : pair.sources) {
-      source.cells->statuses.for_each([this](const StatusCounters::Count& count) {
-        const auto at = std::lower_bound(statuses_.begin(), statuses_.end(), count.status,
-                                         [](const auto& held, std::uint32_t status) { return held.first < status; });
-        if (at != statuses_.end() && at->first == count.status) {
-          at->second += count.count;
-        } else {
-          statuses_.insert(at, {count.status, count.count});
-        }
-      });
-    }
-    for (const auto& [status, count] : statuses_) {
-      std::array<char, kNumberBytes> digits;
-      const std::string_view text(digits.data(), write_number(digits.data(), status));
-      out_.labels(pair_labels_, pair.labels_offset, pair.labels_length, {"status", text});
+    for (const auto& [status, count] : counts) {
+      pair_labels(model, backend, {"status", Digits(status).view()});
       out_.sample(count);
     }
   }
 
+  void pair_labels(std::uint32_t model, std::uint32_t backend, Label last) {
+    out_.labels({{"model", model_labels_.text(model)}, {"backend", backend_labels_.text(backend)}, last});
+  }
+
   template <const auto& kBounds>
-  void write_pair_histograms(Buckets<kBounds> PairCounters::*buckets, Counter PairCounters::*sum) {
-    for_each_pair([&](const Pair& pair) { write_pair_histogram(pair, buckets, sum, {}); });
+  void pair_family(std::string_view name, std::string_view help, Buckets<kBounds> PairCounters::*buckets,
+                   Counter PairCounters::*sum) {
+    out_.family(name, kHistogram, help);
+    for_each_series(pairs_, [&](auto model, auto backend, auto series) {
+      pair_histogram(model, backend, series, buckets, sum, {});
+    });
   }
 
   // A series appears with its first observation, and stays.
   template <const auto& kBounds>
-  void write_pair_histogram(const Pair& pair, Buckets<kBounds> PairCounters::*buckets, Counter PairCounters::*sum,
-                            Exposition::Label last) {
+  void pair_histogram(std::uint32_t model, std::uint32_t backend, Series<PairCounters> series,
+                      Buckets<kBounds> PairCounters::*buckets, Counter PairCounters::*sum, Label last) {
     HistogramValues<kBounds> values;
-    for (const auto& source : pair.sources) (source.cells->*buckets).add_to(values, source.cells->*sum);
+    for (const auto& source : series) (source.cells->*buckets).add_to(values, source.cells->*sum);
     if (values.count() == 0) return;
-    out_.labels(pair_labels_, pair.labels_offset, pair.labels_length, last);
+    pair_labels(model, backend, last);
     out_.histogram(values);
   }
 
@@ -274,48 +253,45 @@ class PrometheusPage {
     single("nexus_models_available", kGauge, "Distinct models on healthy backends.", fleet.models_available);
   }
 
-  // A registered backend is shown from the start; another one as long as its value is not 0.
   void write_backends() {
-    backend_family("nexus_pending_requests", kGauge, "Requests in flight or queued.", &BackendSums::pending);
-    backend_family("nexus_queue_depth", kGauge, "Requests waiting in the queue.", &BackendSums::queue_depth);
-    backend_family("nexus_backend_connections", kGauge, "Open connections to the backend.", &BackendSums::connections);
-    backend_family("nexus_backend_up", kGauge, "1 if the backend is healthy.", &BackendSums::up);
+    backend_family("nexus_pending_requests", kGauge, "Requests in flight or queued.", &BackendCounters::pending);
+    backend_family("nexus_queue_depth", kGauge, "Requests waiting in the queue.", &BackendCounters::queue_depth);
+    backend_family("nexus_backend_connections", kGauge, "Open connections to the backend.",
+                   &BackendCounters::connections);
+    out_.family("nexus_backend_up", kGauge, "1 if the backend is healthy.");
+    for_each_series(backends_, [this](auto, auto group, auto) { backend_sample(group, backend_states_[group].up); });
 
     out_.family("nexus_backend_latency_seconds", kHistogram, "Round-trip time of successful health checks.");
-    for_each_backend([this](const BackendSums& sums, std::string_view name) {
-      if (!sums.registered && sums.latency.count() == 0) return;
-      out_.labels({{"backend", name}});
-      out_.histogram(sums.latency);
+    for_each_series(backends_, [this](auto, auto group, auto series) {
+      const auto values = sum_of(series, &BackendCounters::health_latency);
+      if (!backend_states_[group].registered && values.count() == 0) return;
+      out_.labels({{"backend", backend_labels_.text(group)}});
+      out_.histogram(values);
     });
 
     backend_family("nexus_responses_without_usage_total", kCounter, "Successful responses without token counts.",
-                   &BackendSums::without_usage);
+                   &BackendCounters::without_usage);
 
     out_.family("nexus_backend_attempts_total", kCounter, "Attempts to serve a request from a backend, by outcome.");
-    for_each_backend([this](const BackendSums& sums, std::string_view name) {
-      for (std::size_t i = 0; i < sums.attempts.size(); ++i) {
-        if (!sums.registered && sums.attempts[i] == 0) continue;
-        out_.labels({{"backend", name}, {"outcome", kAttemptOutcomeNames[i]}});
-        out_.sample(sums.attempts[i]);
+    for_each_series(backends_, [this](auto, auto group, auto series) {
+      for (std::size_t i = 0; i < kAttemptOutcomeNames.size(); ++i) {
+        const auto sum = sum_of(
+            series, [i](const BackendCounters& cells) -> auto& { return cells.attempts[i]; });
+        backend_sample(group, sum, {"outcome", kAttemptOutcomeNames[i]});
       }
     });
   }
 
-  template <class Value>
-  void backend_family(std::string_view name, FamilyType type, std::string_view help, Value BackendSums::*member) {
+  void backend_family(std::string_view name, std::string_view type, std::string_view help,
+                      Counter BackendCounters::*member) {
     out_.family(name, type, help);
-    for_each_backend([this, member](const BackendSums& sums, std::string_view backend) {
-      if (!sums.registered && sums.*member == Value{}) return;
-      out_.labels({{"backend", backend}});
-      out_.sample(sums.*member);
-    });
+    for_each_series(backends_, [&](auto, auto group, auto series) { backend_sample(group, sum_of(series, member)); });
   }
 
-  template <class Write>
-  void for_each_backend(Write&& write) {
-    for (std::uint32_t group = 0; group < backend_sums_.size(); ++group) {
-      write(backend_sums_[group], backends_.text(group));
-    }
+  // A registered backend is shown from the start; another one as long as its value is not 0.
+  void backend_sample(std::uint32_t group, std::int64_t value, Label last = {}) {
+    if (!backend_states_[group].registered && value == 0) return;
+    sample({{"backend", backend_labels_.text(group)}, last}, value);
   }
 
   void write_threads() {
@@ -333,23 +309,16 @@ class PrometheusPage {
     by_name("nexus_http_rejections_total", "Connections that ended before a request head was read.", "reason",
             kHttpRejectionNames, &ThreadCounters::http_rejections);
 
-    thread_family("nexus_client_connections", kGauge, "Open client connections.", &ThreadCounters::client_connections);
-    thread_family("nexus_log_lines_dropped_total", kCounter, "Log lines that were not written.",
-                  &ThreadCounters::log_lines_dropped);
+    single("nexus_client_connections", kGauge, "Open client connections.",
+           sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::client_connections));
+    single("nexus_log_lines_dropped_total", kCounter, "Log lines that were not written.",
+           sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::log_lines_dropped));
   }
 
   template <const auto& kBounds>
   void thread_family(std::string_view name, std::string_view help, Histogram<kBounds> ThreadCounters::*member) {
-    HistogramValues<kBounds> values;
-    for (const auto& slab : slabs_) (slab->thread().*member).add_to(values);
     out_.family(name, kHistogram, help);
-    out_.histogram(values);
-  }
-
-  void thread_family(std::string_view name, FamilyType type, std::string_view help, Counter ThreadCounters::*member) {
-    std::int64_t sum = 0;
-    for (const auto& slab : slabs_) sum += (slab->thread().*member).read_signed();
-    single(name, type, help, sum);
+    out_.histogram(sum_of(Series<ThreadCounters>(threads_), member));
   }
 
   // A counter with one label, whose values are `names` from `first` on.
@@ -357,19 +326,16 @@ class PrometheusPage {
   void by_name(std::string_view family, std::string_view help, std::string_view label,
                const std::array<std::string_view, N>& names, std::array<Counter, N> ThreadCounters::*member,
                std::size_t first = 0) {
-    std::array<std::uint64_t, N> counts{};
-    for (const auto& slab : slabs_) add_cells(counts, slab->thread().*member);
     out_.family(family, kCounter, help);
     for (std::size_t i = first; i < N; ++i) {
-      out_.labels({{label, names[i]}});
-      out_.sample(counts[i]);
+      const auto pick = [&](const ThreadCounters& cells) -> auto& { return (cells.*member)[i]; };
+      sample({{label, names[i]}}, sum_of(Series<ThreadCounters>(threads_), pick));
     }
   }
 
   void write_daemon(const FleetView& fleet, LabelMode mode) {
     out_.family("nexus_build_info", kGauge, "Always 1; the version of Nexus is in the label.");
-    out_.labels({{"version", label_of(fleet.version, mode)}});
-    out_.sample(1);
+    sample({{"version", label_of(fleet.version, mode)}}, 1);
     single("nexus_config_last_reload_successful", kGauge, "1 if the last load of the configuration succeeded.",
            fleet.last_reload_ok ? 1 : 0);
     out_.family("nexus_config_last_reload_success_timestamp_seconds", kGauge,
@@ -378,52 +344,41 @@ class PrometheusPage {
   }
 
   void write_process(const ProcessStats& process) {
-    struct Row {
-      std::string_view name;
-      FamilyType type;
-      std::string_view help;
-      std::int64_t value;
-      bool is_time = false;
+    const auto row = [this](std::string_view name, std::string_view type, std::string_view help, std::int64_t value,
+                            bool is_time = false) {
+      if (value == ProcessStats::kUnknown) return;
+      out_.family(name, type, help);
+      is_time ? out_.sample_seconds(static_cast<std::uint64_t>(value)) : out_.sample(value);
     };
-    const Row rows[] = {
-        {"process_cpu_seconds_total", kCounter, "User and system CPU time spent.", process.cpu_ns, true},
-        {"process_resident_memory_bytes", kGauge, "Resident memory size.", process.resident_bytes},
-        {"process_virtual_memory_bytes", kGauge, "Virtual memory size.", process.virtual_bytes},
-        {"process_open_fds", kGauge, "Open file descriptors.", process.open_fds},
-        {"process_max_fds", kGauge, "Maximum number of open file descriptors.", process.max_fds},
-        {"process_start_time_seconds", kGauge, "Start time of the process, since 1970.", process.start_time_ns, true},
-        {"process_threads", kGauge, "Threads of the process.", process.threads},
-    };
-    for (const Row& row : rows) {
-      if (row.value == ProcessStats::kUnknown) continue;
-      out_.family(row.name, row.type, row.help);
-      row.is_time ? out_.sample_seconds(static_cast<std::uint64_t>(row.value)) : out_.sample(row.value);
-    }
+    row("process_cpu_seconds_total", kCounter, "User and system CPU time spent.", process.cpu_ns, true);
+    row("process_resident_memory_bytes", kGauge, "Resident memory size.", process.resident_bytes);
+    row("process_virtual_memory_bytes", kGauge, "Virtual memory size.", process.virtual_bytes);
+    row("process_open_fds", kGauge, "Open file descriptors.", process.open_fds);
+    row("process_max_fds", kGauge, "Maximum number of open file descriptors.", process.max_fds);
+    row("process_start_time_seconds", kGauge, "Start time of the process, since 1970.", process.start_time_ns, true);
+    row("process_threads", kGauge, "Threads of the process.", process.threads);
   }
 
-  void single(std::string_view name, FamilyType type, std::string_view help, std::integral auto value) {
+  void sample(std::initializer_list<Label> labels, std::integral auto value) {
+    out_.labels(labels);
+    out_.sample(value);
+  }
+
+  void single(std::string_view name, std::string_view type, std::string_view help, std::integral auto value) {
     out_.family(name, type, help);
     out_.sample(value);
   }
 
   std::span<const std::unique_ptr<Slab>> slabs_;  // during a call
   Exposition out_;
-  LabelTable<ModelId> models_;
-  LabelTable<BackendId> backends_;
-  std::vector<Source<PairCounters>> pair_sources_;
-  std::vector<Pair> pairs_;
-  TextBuffer pair_labels_;
-  std::vector<Source<Counter>> fallbacks_;
-  std::vector<ErrorSums> errors_;                                  // by model label
-  std::vector<BackendSums> backend_sums_;                          // by backend label
-  std::vector<std::pair<std::uint32_t, std::uint64_t>> statuses_;  // of the series being written, ascending
+  LabelTable<ModelId> model_labels_;
+  LabelTable<BackendId> backend_labels_;
+  Sources<PairCounters> pairs_;
+  Sources<Counter> fallbacks_;
+  Sources<ModelCounters> models_;
+  Sources<BackendCounters> backends_;
+  Sources<ThreadCounters> threads_;           // one series
+  std::vector<BackendState> backend_states_;  // by label group
 };
-
-// One page, for callers that keep none of its memory.
-inline std::string render_prometheus(const Metrics& metrics, const FleetView& fleet, const ProcessStats& process,
-                                     const ModelNames& models, const BackendNames& backends, LabelMode mode) {
-  PrometheusPage page;
-  return std::string(page.render(metrics, fleet, process, models, backends, mode));
-}
 
 }  // namespace nexus

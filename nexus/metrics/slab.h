@@ -243,10 +243,6 @@ class alignas(kCacheAlign) Slab {
 
 class Metrics {
  public:
-  Metrics() = default;
-  Metrics(const Metrics&) = delete;
-  Metrics& operator=(const Metrics&) = delete;
-
   // Call before the threads start: readers walk the list of slabs without a lock.
   Slab& add_slab() {
     slabs_.push_back(std::make_unique<Slab>());

@@ -128,32 +128,26 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
 // The page at /v1/stats.
 inline void write_stats(TextBuffer& page, const Stats& stats) {
   JsonWriter json(page);
-  const auto average = [&](std::string_view name, const StatsRow& row) {
-    const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
-    json.key(name).literal(Digits(tenths / 10).view());
-    page.add(".").add_number(tenths % 10);
-  };
-  const auto end_row = [&](const StatsRow& row) {
-    json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
-    json.field("completion_tokens", row.completion_tokens).end_object();
+  const auto write_rows = [&](std::string_view array, const std::vector<StatsRow>& rows, std::string_view name,
+                              std::string_view average, bool of_backends) {
+    json.key(array).begin_array();
+    for (const StatsRow& row : rows) {
+      json.begin_object().field(name, row.name).field("requests", row.requests);
+      const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
+      json.key(average).literal(Digits(tenths / 10).view());
+      page.add(".").add_number(tenths % 10);
+      if (of_backends) json.field("pending", row.pending).field("healthy", row.healthy);
+      json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
+      json.field("completion_tokens", row.completion_tokens).end_object();
+    }
+    json.end_array();
   };
   json.begin_object().field("uptime_seconds", stats.uptime_s);
   json.key("requests").begin_object().field("total", stats.all.requests);
   json.field("success", stats.all.requests - stats.all.errors).field("errors", stats.all.errors).end_object();
-  json.key("backends").begin_array();
-  for (const StatsRow& row : stats.backends) {
-    json.begin_object().field("id", row.name).field("requests", row.requests);
-    average("average_latency_ms", row);
-    json.field("pending", row.pending).field("healthy", row.healthy);
-    end_row(row);
-  }
-  json.end_array().key("models").begin_array();
-  for (const StatsRow& row : stats.models) {
-    json.begin_object().field("name", row.name).field("requests", row.requests);
-    average("average_duration_ms", row);
-    end_row(row);
-  }
-  json.end_array().end_object();
+  write_rows("backends", stats.backends, "id", "average_latency_ms", true);
+  write_rows("models", stats.models, "name", "average_duration_ms", false);
+  json.end_object();
   page += '\n';
 }
 

@@ -170,7 +170,7 @@ RouteInfo Exchange<Net>::route() {
   if (!retry_reason_.empty()) reason_.append("retry after ").append(retry_reason_).append(", ");
   append_reason(reason_, picker_.choice());
   RouteInfo route;
-  route.backend_line = attempt_.backend()->answer_line;
+  route.backend_line = attempt_.backend()->response_line;
   route.request_id = summary_.request_id;
   route.reason = reason_;
   if (picker_.choice().fallback) route.fallback_model = *picker_.choice().model_name;

@@ -50,7 +50,7 @@ inline void write_page(nexus::Exposition& page, const nexus::NameTable<nexus::Mo
   labels.update(names, mode);
   check(labels.ids() == names.size() && labels.groups() <= names.size(), "the table is of another size");
   page.clear();
-  page.family("fuzz_total", nexus::FamilyType::counter, "Names.");
+  page.family("fuzz_total", "counter", "Names.");
   for (std::uint32_t group = 0; group < labels.groups(); ++group) {
     std::uint64_t members = 0;
     for (std::uint32_t id = 0; id < names.size(); ++id) members += labels.group_of(nexus::ModelId{id}) == group ? 1 : 0;
