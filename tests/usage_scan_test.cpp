@@ -62,11 +62,11 @@ Result scan(std::string_view text, Kind kind, bool removing, std::vector<std::si
     result.sent.push_back(result.out.size());
     from = end;
   }
-  result.fed = result.fed && scan.finish(pool(), reader(), out);
+  out = scan.finish();
   result.out.append(out.held).append(out.piece);
   result.fed = result.fed && scan.held_bytes() == 0;
   result.usage = scan.usage();
-  result.removed = scan.removed();
+  result.removed = result.out.size() < text.size();
   return result;
 }
 

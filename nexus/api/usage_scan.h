@@ -57,23 +57,19 @@ class UsageScan {
   }
 
   // The body ended: held bytes are released, or removed if they are the extra event.
-  bool finish(BlockPool&, JsonReader&, Out& out) {
+  Out finish() {
+    Out out;
     released_.clear();
     capture_.clear();
-    out = {};
-    if (kind_ != Kind::event_stream || !lines_.event_open()) return true;
+    if (kind_ != Kind::event_stream || !lines_.event_open()) return out;
     lines_.finish();
     take_counts();
-    if (!undecided_) return true;
-    if (is_extra_event())
-      remove_held();
-    else
-      release(out);
-    return true;
+    if (!is_extra_event()) release(out);
+    held_.clear();
+    return out;
   }
 
   const Usage& usage() const { return usage_; }
-  bool removed() const { return removed_; }
   std::size_t held_bytes() const { return held_.size(); }
   bool out_of_memory() const { return out_of_memory_; }  // counts may be missing
 
@@ -110,9 +106,6 @@ class UsageScan {
           read_text(pool, reader, text.data(), text.data() + text.size());
           break;
         case SseReader::Step::event_ends: end_event(pass, at, out); break;
-        case SseReader::Step::late_line_feed:
-          if (last_removed_) pass.run = at;  // it belongs to the removed event, and nothing precedes it
-          break;
       }
     }
   }
@@ -150,8 +143,7 @@ class UsageScan {
 
   void begin_event(Pass& pass, const char* at) {
     members_ = MemberScan();
-    counts_found_ = last_removed_ = false;
-    data_seen_ = false;
+    counts_found_ = data_seen_ = false;
     event_bytes_ = 0;
     undecided_ = removing_;
     pass.event = at;
@@ -171,13 +163,12 @@ class UsageScan {
     if (!is_extra_event()) return release(out);
     pass.keep_up_to(pass.event);
     pass.run = behind;
-    remove_held();
-    last_removed_ = true;
+    held_.clear();
   }
 
   // The piece is read: holds the open event while it may be the extra one, and releases everything else.
   bool park(BlockPool& pool, Pass& pass, const char* end, Out& out) {
-    if (undecided_ && is_ruled_out()) {
+    if (undecided_ && (is_ruled_out() || (lines_.event_complete() && !members_.is_usage_event()))) {
       undecided_ = false;
       release(out);
     }
@@ -195,11 +186,6 @@ class UsageScan {
     if (held_.empty()) return;
     std::swap(held_, released_);
     out.held = released_.view();
-  }
-
-  void remove_held() {
-    held_.clear();
-    removed_ = true;
   }
 
   // The event is complete: if its data is an object, its counts become those of the stream.
@@ -255,9 +241,7 @@ class UsageScan {
 
   Kind kind_ = Kind::none;
   bool removing_ = false;
-  bool undecided_ = false;  // the open event may be the extra one: its bytes are held
-  bool removed_ = false;
-  bool last_removed_ = false;  // the last event was removed: a late LF of its blank line is removed too
+  bool undecided_ = false;     // the open event may be the extra one: its bytes are held
   bool capture_lost_ = false;  // the open `usage` is too large, or there was no memory for it
   bool out_of_memory_ = false;
   bool counts_found_ = false;  // counts_ are those of this event

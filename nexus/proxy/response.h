@@ -80,20 +80,16 @@ class Response {
     if (!piece.done) return Step::goes_on;
     // One write if nothing is held back; finish() invalidates `out.held`.
     if (scan_.held_bytes() > 0 || !out.held.empty()) return Step::holds_back;
-    UsageScan::Out rest;
-    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
-    assert(rest.held.empty() && rest.piece.empty());
+    [[maybe_unused]] const UsageScan::Out rest = scan_.finish();
+    assert(rest.held.empty());
     write.add_end(is_chunked());
     return Step::whole;
   }
 
   // The body has ended while bytes were held back: they are sent, or are the usage event and dropped.
-  Step end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
-    UsageScan::Out rest;
-    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
-    write.add_payload(is_chunked(), rest.held, rest.piece);
+  void end(ClientWrite& write) {
+    write.add_payload(is_chunked(), scan_.finish().held, {});
     write.add_end(is_chunked());
-    return Step::whole;
   }
 
   // True if the end of the backend's connection ends the body (RFC 9112 6.3).

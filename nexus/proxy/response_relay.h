@@ -96,9 +96,7 @@ class ResponseRelay {
   // The body has ended, but the client has not been told so.
   RelayOutcome end_body() {
     ClientWrite write;
-    if (response_.end(context_.blocks, context_.json, write) == Response::Step::out_of_memory) {
-      return RelayOutcome::out_of_memory;
-    }
+    response_.end(write);
     return send_end(write);
   }
 

@@ -32,12 +32,12 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
       check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), out), "no memory");
       run.out.append(out.held).append(out.piece);
     }
-    check(scan.finish(pool, json_reader(), out), "no memory");
+    out = scan.finish();
     run.out.append(out.held).append(out.piece);
     check(scan.held_bytes() == 0, "bytes stayed behind");
     run.prompt_tokens = scan.usage().prompt_tokens;
     run.completion_tokens = scan.usage().completion_tokens;
-    run.removed = scan.removed();
+    run.removed = run.out.size() < text.size();
   }
   check(pool.taken_bytes() == 0, "a block stayed away");
   return run;
