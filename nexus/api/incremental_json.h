@@ -146,8 +146,6 @@ class IncrementalJson {
     fault_ = fault;
     return false;
   }
-  // True for the bytes of a string that have no special meaning.
-  static bool is_plain(char c) { return c >= ' ' && c != '"' && c != '\\'; }
   // True for the bytes of numbers and words.
   static bool is_scalar_byte(char c) {
     return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '+' ||
@@ -349,24 +347,15 @@ class IncrementalJson {
 
   // Moves to the quote that ends the string. False if it has not arrived yet, or if there is a fault.
   bool to_quote() {
-    for (const std::size_t near = std::min(end_, at_ + kShortBytes); at_ < near && is_plain(body_[at_]);) at_ += 1;
-    if (at_ < end_ && body_[at_] == '"') return true;
     bool escaped = false;
-    while (at_ < end_) {
-      pass_text(escaped);
+    for (const std::size_t near = at_ + kShortBytes; at_ < end_; ++at_) {
+      if (at_ == near) pass_text(escaped);
       if (at_ == end_) break;
-      const ByteBlock block(body_ + at_);
-      const std::size_t count = std::min(kBlockBytes, end_ - at_);
-      ascii_ = ascii_ && block.is_ascii();
-      const std::uint64_t backslashes = block.equal('\\');
-      const Escapes escapes(backslashes, escaped);
-      const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
-      if (stops != 0) {
-        at_ += static_cast<std::size_t>(std::countr_zero(stops));
-        return body_[at_] == '"' || fail();
-      }
-      escaped = (escapes.escaping >> (count - 1) & 1) != 0;
-      at_ += count;
+      const char c = body_[at_];
+      if (c == '"' && !escaped) return true;
+      if (static_cast<unsigned char>(c) < ' ') return fail();
+      ascii_ = ascii_ && c > 0;
+      escaped = c == '\\' && !escaped;
     }
     if (escaped) at_ -= 1;  // read the backslash again together with the byte that it escapes
     return false;

@@ -93,16 +93,15 @@ class SseReader {
   // True outside of events and line ends: the caller may skip whole events.
   bool between_events() const { return in_ == In::line_start && !event_open_ && !after_cr_; }
 
-  bool event_open() const { return event_open_; }
   // The open event is complete, but for a LF that may belong to it.
   bool event_complete() const { return in_ == In::blank_line_cr; }
   // The open event, or the last one, has a line other than `data`.
   bool other_lines() const { return other_lines_; }
 
-  // The stream ended, and so does an open event.
-  void finish() {
+  // The stream ended. True if that ends an event.
+  bool finish() {
     if (in_ == In::name && matched_ < kData.size()) other_lines_ = true;
-    event_open_ = false;
+    return std::exchange(event_open_, false);
   }
 
  private:

@@ -55,8 +55,6 @@ class Response {
     scan_kind_ = scan_kind(head, view);
     remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
     scan_.start(scan_kind_, usage_names_, remove_usage_event);
-    whole_usage_ = Usage{};
-    usage_lost_ = false;
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
   }
 
@@ -69,8 +67,7 @@ class Response {
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
       // The usual case: the body came in one piece.
-      whole_usage_ = read_answer(json, *usage_names_, {piece.data, piece.bytes});
-      usage_lost_ = json.out_of_memory();
+      scan_.read_whole(json, {piece.data, piece.bytes});
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
       return Step::out_of_memory;
     }
@@ -98,16 +95,16 @@ class Response {
   // Copies token counts and times into the record, at the end; `asked_ns`: when the request was complete.
   void note_usage(RequestRecord& record, Ns asked_ns, Ns now) const {
     if (!is_success()) return;
-    const Usage& told = usage();
+    const Usage& told = scan_.usage();
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
     if (!record.stream || first_body_ns_ < 0) return;
     record.first_byte_ns = first_body_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
   }
-  bool lacks_usage() const { return is_success() && !usage().told() && !usage_lost(); }
+  bool lacks_usage() const { return is_success() && !scan_.usage().told() && !usage_lost(); }
   // True if the usage could not be read for want of memory.
-  bool usage_lost() const { return is_success() && !usage().told() && (usage_lost_ || scan_.out_of_memory()); }
+  bool usage_lost() const { return is_success() && !scan_.usage().told() && scan_.out_of_memory(); }
 
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
@@ -146,14 +143,10 @@ class Response {
     return {to_http_1_0 ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
   }
 
-  const Usage& usage() const { return whole_usage_.told() ? whole_usage_ : scan_.usage(); }
-
   BodyDecoder body_;
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
   const UsageNames* usage_names_ = nullptr;
-  bool usage_lost_ = false;
-  Usage whole_usage_;  // of a body that was read in one piece, without the scan
   Framing framing_;
   std::uint16_t status_ = 0;
   bool keep_alive_ = false;
