@@ -15,6 +15,7 @@
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 
 #include "nexus/api/request_json.h"
@@ -50,20 +51,20 @@ class IncrementalJson {
     new_ = end_;
     end_ = bytes;
     ascii_ = true;
-    while (fault_ == BodyError::none && at_ < end_ && step(reader)) {
+    while (!fault_ && at_ < end_ && step(reader)) {
     }
     check_characters();
   }
 
   // The body is complete: returns what read_body() would.
-  BodyError read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
-                 bool find_messages = true) {
+  std::optional<ApiError> read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
+                               bool find_messages = true) {
     facts = BodyFacts{};
     feed(reader, body.data(), body.size());
-    if (fault_ != BodyError::none) return fault_;
-    if (state_ != State::behind || checked_ != body.size()) return BodyError::not_json;
-    const BodyError error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
-    if (error != BodyError::none) return error;
+    if (fault_) return fault_;
+    if (state_ != State::behind || checked_ != body.size()) return ApiError::bad_json;
+    const auto error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
+    if (error) return error;
     facts.first_member = first_member_;
     facts.model_value = span_of(endpoint.model);
     facts.stream_options_value = span_of(BodyKey::stream_options);
@@ -75,7 +76,7 @@ class IncrementalJson {
     const std::string_view name = text(facts.model_value.at + 1, facts.model_value.bytes - 2);
     if (name.size() > kReadNameBytes) facts.model = name.substr(0, kCutNameBytes);
     if (facts.model.data() > skeleton_.data() && facts.model.data() < skeleton_.data() + used_) facts.model = name;
-    return BodyError::none;
+    return std::nullopt;
   }
 
  private:
@@ -142,7 +143,7 @@ class IncrementalJson {
     return go(state);
   }
 
-  bool fail(BodyError fault = BodyError::not_json) {
+  bool fail(ApiError fault = ApiError::bad_json) {
     fault_ = fault;
     return false;
   }
@@ -258,7 +259,7 @@ class IncrementalJson {
   // ---- arrays and objects that are skipped ----
 
   bool nest(State state) {
-    if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
+    if (depth_ == kMaxJsonDepth) return fail(ApiError::too_deep);
     depth_ += 1;
     return pass(state);
   }
@@ -296,7 +297,7 @@ class IncrementalJson {
       const std::uint64_t strings = between_pairs(quotes) ^ (in_string ? ~std::uint64_t{0} : 0);
       std::uint64_t here = low_bits(count);
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
-      if (fault_ != BodyError::none) return false;
+      if (fault_) return false;
       if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
       if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
       if (closed) {
@@ -324,7 +325,7 @@ class IncrementalJson {
     for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
       const std::uint64_t bit = left & (~left + 1);
       if ((opening & bit) != 0) {
-        if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
+        if (depth_ == kMaxJsonDepth) return fail(ApiError::too_deep);
         depth_ += 1;
       } else if (--depth_ == level_) {
         here = bit | (bit - 1);
@@ -375,13 +376,13 @@ class IncrementalJson {
 
   // Validates UTF-8 up to the last complete character. ASCII was recognised while it was scanned.
   void check_characters() {
-    if (fault_ != BodyError::none) return;
+    if (fault_) return;
     if (ascii_ && checked_ == new_) {
       checked_ = end_;
       return;
     }
     const std::size_t bytes = without_cut_character(text(checked_, end_ - checked_));
-    if (!simdjson::validate_utf8(body_ + checked_, bytes)) fault_ = BodyError::not_json;
+    if (!simdjson::validate_utf8(body_ + checked_, bytes)) fault_ = ApiError::bad_json;
     checked_ += bytes;
   }
 
@@ -405,7 +406,7 @@ class IncrementalJson {
   bool ascii_ = true;  // the newest piece, as far as it was scanned
 
   State state_ = State::before;
-  BodyError fault_ = BodyError::none;
+  std::optional<ApiError> fault_;
   std::size_t at_ = 0;       // the next byte to scan
   std::size_t checked_ = 0;  // the bytes before it are valid UTF-8
   std::size_t first_member_ = 0;

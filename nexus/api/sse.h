@@ -105,15 +105,9 @@ class SseReader {
   }
 
  private:
-  enum class In : std::uint8_t {
-    mark,  // before the first line: in a byte order mark, if there is one
-    line_start,
-    name,
-    value_start,
-    value,
-    other,          // in a line that is not `data`
-    blank_line_cr,  // behind the CR that ends an event: a LF would belong to it
-  };
+  // mark: before the first line, perhaps in a byte order mark; other: in a line that is not `data`; blank_line_cr:
+  // behind the CR that ends an event, to which a LF would belong.
+  enum class In : std::uint8_t { mark, line_start, name, value_start, value, other, blank_line_cr };
   static constexpr std::string_view kData = "data";
   static constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 
@@ -163,25 +157,19 @@ class SseReader {
 
   // True if a `data` line begins.
   bool read_name(const char*& at) {
-    if (matched_ < kData.size()) {
-      if (*at == kData[matched_]) {
-        ++matched_;
-        ++at;
-      } else {
-        begin_other_line();
-      }
+    if (matched_ < kData.size() && *at == kData[matched_]) {
+      ++matched_;
+      ++at;
       return false;
     }
-    if (*at == ':') {
-      ++at;
-      in_ = In::value_start;
-      return true;
-    }
-    if (*at != '\r' && *at != '\n') {
+    // A name without a colon is a field with no text.
+    const bool has_colon = *at == ':';
+    if (matched_ < kData.size() || !(has_colon || *at == '\r' || *at == '\n')) {
       begin_other_line();
       return false;
     }
-    in_ = In::value;  // a name without a colon is a field with no text
+    if (has_colon) ++at;
+    in_ = has_colon ? In::value_start : In::value;
     return true;
   }
 

@@ -214,7 +214,7 @@ class ResponseHeadReader {
   HeadView view(const Result& result) const { return {result.data, fields_.get(), result.head.head_bytes}; }
 
   void clear() {
-    fields_.give_back();
+    fields_.reset();
     partial_.clear();
     interim_heads_ = 0;
   }
