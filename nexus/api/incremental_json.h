@@ -301,7 +301,7 @@ class IncrementalJson {
       if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
       if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
       if (closed) {
-        at_ += count_bits(here);
+        at_ += static_cast<std::size_t>(std::countr_one(here));
         return end_value(stand_in_);
       }
       in_string = (strings >> (count - 1) & 1) != 0;
@@ -314,15 +314,7 @@ class IncrementalJson {
 
   // Counts the brackets among the bits of `here`. True if the value ends: `here` then stops at its last byte.
   bool count_brackets(std::uint64_t opening, std::uint64_t closing, std::uint64_t& here) {
-    opening &= here;
-    closing &= here;
-    if ((opening | closing) == 0) return false;
-    const std::size_t opened = count_bits(opening), closed = count_bits(closing);
-    if (depth_ + opened <= kMaxJsonDepth && closed < depth_ - level_) {
-      depth_ += opened - closed;
-      return false;
-    }
-    for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
+    for (std::uint64_t left = (opening | closing) & here; left != 0; left &= left - 1) {
       const std::uint64_t bit = left & (~left + 1);
       if ((opening & bit) != 0) {
         if (depth_ == kMaxJsonDepth) return fail(ApiError::too_deep);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <string_view>
@@ -57,7 +58,8 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
   std::size_t brackets = 0;  // that open, those in strings included
   for (std::size_t at = 0; at < text.size(); at += kBlockBytes) {
     const std::uint64_t open = ByteBlock(text.data() + at).bracket('[');
-    if (open != 0) brackets += count_bits(open & low_bits(std::min(kBlockBytes, text.size() - at)));
+    if (open == 0) continue;
+    brackets += static_cast<std::size_t>(std::popcount(open & low_bits(std::min(kBlockBytes, text.size() - at))));
   }
   if (brackets <= limit) return false;
   std::size_t depth = 0;
