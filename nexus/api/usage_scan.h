@@ -48,31 +48,20 @@ class UsageScan {
   }
 
   // Reads a piece of the body, and may compact it in place; behind it kPaddingBytes must be readable. False: bytes are
-  // lost for lack of memory, and the body must end.
-  bool feed(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, Out& out) {
+  // lost for lack of memory, and the body must end. `last`: the body ends with this piece, and no byte stays held.
+  bool feed(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     released_.clear();
     out = {{}, {data, bytes}};
     if (kind_ == Kind::json) read_text(pool, reader, data, data + bytes);
-    if (kind_ != Kind::event_stream) return true;
-    return feed_events(pool, reader, data, bytes, out);
+    const bool complete = kind_ != Kind::event_stream || feed_events(pool, reader, data, bytes, last, out);
+    if (last) capture_.clear();
+    return complete;
   }
 
   // Reads a body that came whole: faster than feed(). It passes unchanged.
   void read_whole(JsonReader& reader, std::string_view body) {
     usage_ = read_answer(reader, *names_, body);
     out_of_memory_ = reader.out_of_memory();
-  }
-
-  // The body ended: held bytes are released, or removed if they are the extra event.
-  Out finish() {
-    Out out;
-    released_.clear();
-    capture_.clear();
-    if (!lines_.finish()) return out;
-    take_counts();
-    if (!is_extra_event()) release(out);
-    held_.clear();
-    return out;
   }
 
   const Usage& usage() const { return usage_; }
@@ -96,7 +85,7 @@ class UsageScan {
   };
   static constexpr std::size_t kLineBytes = 8;  // at most, of a `data` line in addition to its text
 
-  bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, Out& out) {
+  bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     const char* at = data;
     const char* end = data + bytes;
     Pass pass{data, data, data, data};
@@ -104,7 +93,7 @@ class UsageScan {
     for (;;) {
       if (lines_.between_events()) at = skip_other_events(at, end);
       switch (lines_.next(at, end, text)) {
-        case SseReader::Step::need_more: return park(pool, pass, end, out);
+        case SseReader::Step::need_more: return park(pool, pass, end, last, out);
         case SseReader::Step::event_begins: begin_event(pass, at); break;
         case SseReader::Step::data_begins: begin_data_line(pool); break;
         case SseReader::Step::data:
@@ -174,7 +163,8 @@ class UsageScan {
   }
 
   // The piece is read: holds the open event while it may be the extra one, and releases everything else.
-  bool park(BlockPool& pool, Pass& pass, const char* end, Out& out) {
+  bool park(BlockPool& pool, Pass& pass, const char* end, bool last, Out& out) {
+    if (last && lines_.finish()) end_event(pass, end, out);
     if (undecided_ && (is_ruled_out() || (lines_.event_complete() && !members_.is_usage_event()))) {
       undecided_ = false;
       release(out);

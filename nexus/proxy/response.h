@@ -9,7 +9,6 @@
 // Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
-#include <cassert>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -32,7 +31,6 @@ class Response {
  public:
   enum class Step : std::uint8_t {
     goes_on,        // there is more of the body to come
-    holds_back,     // the body has ended, but the write lacks a part: call end()
     whole,          // the write holds the end
     broken,         // bad framing; the write holds the payload before it
     out_of_memory,  // and bytes are lost
@@ -68,24 +66,22 @@ class Response {
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
       // The usual case: the body came in one piece.
       scan_.read_whole(json, {piece.data, piece.bytes});
-    } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
+    } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, piece.done && !piece.failed, out)) {
       return Step::out_of_memory;
     }
     write.add(head);
     write.add_payload(is_chunked(), out.held, out.piece);
     if (piece.failed) return Step::broken;
     if (!piece.done) return Step::goes_on;
-    // One write if nothing is held back; finish() invalidates `out.held`.
-    if (scan_.held_bytes() > 0 || !out.held.empty()) return Step::holds_back;
-    [[maybe_unused]] const UsageScan::Out rest = scan_.finish();
-    assert(rest.held.empty());
     write.add_end(is_chunked());
     return Step::whole;
   }
 
-  // The body has ended while bytes were held back: they are sent, or are the usage event and dropped.
-  void end(ClientWrite& write) {
-    write.add_payload(is_chunked(), scan_.finish().held, {});
+  // The end of the connection ended the body. Bytes that were held are sent, or are the usage event and dropped.
+  void end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
+    UsageScan::Out rest;
+    scan_.feed(blocks, json, nullptr, 0, true, rest);
+    write.add_payload(is_chunked(), rest.held, {});
     write.add_end(is_chunked());
   }
 

@@ -29,10 +29,10 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
     nexus::UsageScan::Out out;
     for (const std::string& bytes : pieces_of(text, ends)) {
       Guarded piece(bytes, nexus::kPaddingBytes);
-      check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), out), "no memory");
+      check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), false, out), "no memory");
       run.out.append(out.held).append(out.piece);
     }
-    out = scan.finish();
+    check(scan.feed(pool, json_reader(), nullptr, 0, true, out), "no memory");
     run.out.append(out.held).append(out.piece);
     check(scan.held_bytes() == 0, "bytes stayed behind");
     run.prompt_tokens = scan.usage().prompt_tokens;
