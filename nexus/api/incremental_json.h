@@ -223,7 +223,7 @@ class IncrementalJson {
 
   bool in_string() {
     if (!to_quote()) return false;
-    note_image_key(at_);
+    note_image_keys(1);
     at_ += 1;
     return end_value(kept_or(R"("-")"));
   }
@@ -273,7 +273,7 @@ class IncrementalJson {
 
   bool in_first_string() {
     if (!to_quote()) return false;
-    note_image_key(at_);
+    note_image_keys(1);
     return pass(State::behind_first_string);
   }
 
@@ -299,7 +299,7 @@ class IncrementalJson {
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
       if (fault_) return false;
       if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
-      if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
+      note_image_keys(quotes & ~strings & here);
       if (closed) {
         at_ += static_cast<std::size_t>(std::countr_one(here));
         return end_value(stand_in_);
@@ -354,16 +354,15 @@ class IncrementalJson {
     return false;
   }
 
+  // `closing_quotes`: of strings; the lowest bit is the byte at at_.
   void note_image_keys(std::uint64_t closing_quotes) {
-    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
-      note_image_key(at_ + static_cast<std::size_t>(std::countr_zero(left)));
-    }
-  }
-
-  void note_image_key(std::size_t closing_quote) {
+    if (key_ != BodyKey::messages) return;
     constexpr std::size_t kBytes = kImageKey.size();
-    if (body_[closing_quote - 1] != kImageKey[kBytes - 2] || closing_quote + 1 < begin_ + kBytes) return;
-    has_images_ |= key_ == BodyKey::messages && text(closing_quote + 1 - kBytes, kBytes) == kImageKey;
+    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
+      const std::size_t end = at_ + static_cast<std::size_t>(std::countr_zero(left)) + 1;
+      if (body_[end - 2] != kImageKey[kBytes - 2] || end < begin_ + kBytes) continue;
+      has_images_ = text(end - kBytes, kBytes) == kImageKey;
+    }
   }
 
   // Validates UTF-8 up to the last complete character. ASCII was recognised while it was scanned.

@@ -153,7 +153,7 @@ class UsageScan {
   }
 
   void end_event(Pass& pass, const char* behind, Out& out) {
-    take_counts();
+    if (counts_ && members_.is_object()) usage_ = *counts_;  // an event that is no JSON object tells nothing
     capture_.clear();
     if (!std::exchange(undecided_, false)) return;
     if (!is_extra_event()) return release(out);
@@ -183,12 +183,6 @@ class UsageScan {
     if (held_.empty()) return;
     std::swap(held_, released_);
     out.held = released_.view();
-  }
-
-  // The event is complete: if its data is an object, its counts become those of the stream.
-  void take_counts() {
-    if (counts_ && members_.is_object()) usage_ = *counts_;
-    counts_.reset();
   }
 
   // Reads JSON text and the counts in its `usage`.
@@ -230,7 +224,6 @@ class UsageScan {
     Usage& counts = kind_ == Kind::json ? usage_ : counts_.emplace();
     counts = readable ? read_usage(reader, *names_, object) : Usage{};
     capture_.clear();
-    capture_lost_ = false;
   }
 
   Kind kind_ = Kind::none;

@@ -44,7 +44,10 @@ class SlotMap {
   template <class... Args>
   T* make(Args&&... args) {
     try {
-      if (free_ == kNone) grow();
+      if (free_ == kNone) {
+        slots_.push_back(std::make_unique_for_overwrite<Slot>());
+        free_ = static_cast<std::uint32_t>(slots_.size() - 1);
+      }
       const std::uint32_t number = free_;
       Slot& slot = *slots_[number];
       T& made = slot.object.emplace(Handle::make(kind_, slot.generation, number), std::forward<Args>(args)...);
@@ -91,11 +94,6 @@ class SlotMap {
     std::uint32_t generation = 0;
     std::uint32_t next_free = kNone;
   };
-
-  void grow() {
-    slots_.push_back(std::make_unique_for_overwrite<Slot>());
-    free_ = static_cast<std::uint32_t>(slots_.size() - 1);
-  }
 
   std::uint8_t kind_;
   std::vector<std::unique_ptr<Slot>> slots_;
