@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -8,7 +9,7 @@
 #include "nexus/api/incremental_json.h"
 #include "tests/fuzz/incremental_json.h"
 
-using nexus::BodyError;
+using nexus::ApiError;
 using nexus::BodyFacts;
 using nexus::IncrementalJson;
 
@@ -40,7 +41,7 @@ void check_large(const std::string& body) {
 }
 
 struct Result {
-  BodyError error;
+  std::optional<ApiError> error;
   BodyFacts facts;
   std::string model;
 };
@@ -240,7 +241,7 @@ TEST_CASE("every truncation of a body read in pieces is refused") {
   const std::string body =
       R"({"model":"m","stream":true,"stream_options":{"include_usage":true},"tools":[{"a":1}],"messages":[{"b":"c"}]})";
   for (std::size_t bytes = 0; bytes < body.size(); ++bytes) {
-    CHECK(incremental(body.substr(0, bytes), 7).error == BodyError::not_json);
+    CHECK(incremental(body.substr(0, bytes), 7).error == ApiError::bad_json);
     check_every_cut(body.substr(0, bytes));
   }
 }
@@ -260,8 +261,8 @@ TEST_CASE("a body read in pieces may be nested to kMaxJsonDepth, and no deeper")
       check_large(nested(key, 5000, open, close));
     }
   }
-  CHECK(incremental(nested("x", nexus::kMaxJsonDepth, '[', ']'), 100).error == BodyError::none);
-  CHECK(incremental(nested("x", nexus::kMaxJsonDepth + 1, '[', ']'), 100).error == BodyError::too_deep);
+  CHECK(incremental(nested("x", nexus::kMaxJsonDepth, '[', ']'), 100).error == std::nullopt);
+  CHECK(incremental(nested("x", nexus::kMaxJsonDepth + 1, '[', ']'), 100).error == ApiError::too_deep);
   check_large(R"({"model":"m","x":[)" + repeated(R"([{}],"[[[{{{\"[[",)", 2000) + "1]}");
 }
 
@@ -329,13 +330,13 @@ TEST_CASE("a body of many megabytes is read in pieces, spans and all") {
   const std::string messages = R"([{"role":"user","content":[)" + image + "]}]";
   const std::string body = R"({"messages":)" + messages + R"( ,"stream":true,"model":"m\u0021"})";
   const Result result = incremental(body, 200'000);
-  REQUIRE(result.error == BodyError::none);
+  REQUIRE(result.error == std::nullopt);
   CHECK(result.model == "m!");
   CHECK(result.facts.stream);
   CHECK(result.facts.has_images);
   CHECK(body.substr(result.facts.model_value.at, result.facts.model_value.bytes) == R"("m\u0021")");
   CHECK(body.substr(result.facts.messages.at, result.facts.messages.bytes) == messages);
-  CHECK(incremental(body.substr(0, body.size() - 1), 200'000).error == BodyError::not_json);
+  CHECK(incremental(body.substr(0, body.size() - 1), 200'000).error == ApiError::bad_json);
 }
 
 // Bodies put together at random from what matters and what is near it, whole and with a byte changed.

@@ -87,9 +87,9 @@ TEST_CASE("a lease that is moved, overwritten, moved to itself or given back ear
     CHECK(pool.take().get() != held);
     CHECK(Counted::living == 2);
 
-    second.give_back();
+    second.reset();
     CHECK_FALSE(second);
-    second.give_back();
+    second.reset();
     CHECK(Counted::living == 2);
   }
   const Lease one = pool.take(), two = pool.take(), three = pool.take();
@@ -100,14 +100,14 @@ TEST_CASE("a lease that is moved, overwritten, moved to itself or given back ear
 TEST_CASE("an empty lease is harmless") {
   Lease lease;
   CHECK_FALSE(lease);
-  lease.give_back();
+  lease.reset();
   lease = Lease();
   CHECK(lease.get() == nullptr);
 }
 
 TEST_CASE("without memory a lease is empty, and idle objects are still taken") {
   ObjectPool<Counted> pool(1);
-  pool.take().give_back();
+  pool.take().reset();
   Counted::no_memory = true;
   const Lease idle = pool.take();
   CHECK(idle);

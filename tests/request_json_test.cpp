@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -8,7 +9,7 @@
 #include "nexus/api/request_json.h"
 #include "nexus/api/response_json.h"
 
-using nexus::BodyError;
+using nexus::ApiError;
 using nexus::BodyFacts;
 using nexus::BodySpan;
 using nexus::JsonReader;
@@ -39,7 +40,7 @@ class Padded {
 };
 
 struct Read {
-  BodyError error;
+  std::optional<ApiError> error;
   BodyFacts facts;
   std::string model, text;
   std::string part(BodySpan span) const { return text.substr(span.at, span.bytes); }
@@ -92,7 +93,7 @@ TEST_CASE("a body says which model it wants, and where that stands") {
   for (const Row& row : rows) {
     CAPTURE(row.text);
     const Read read = read_body(row.text);
-    REQUIRE(read.error == BodyError::none);
+    REQUIRE(read.error == std::nullopt);
     CHECK(read.model == row.model);
     CHECK(read.part(read.facts.model_value) == row.value);
     CHECK(read.facts.first_member == read.text.find('{') + 1);
@@ -102,58 +103,58 @@ TEST_CASE("a body says which model it wants, and where that stands") {
 TEST_CASE("a body that says no model, or two, is refused") {
   struct Row {
     std::string text;
-    BodyError error;
+    std::optional<ApiError> error;
   };
   const Row rows[] = {
-      {"", BodyError::not_json},
-      {" ", BodyError::not_json},
-      {"x", BodyError::not_json},
-      {"null", BodyError::not_json},
-      {"\"model\"", BodyError::not_json},
-      {R"([{"model":"m"}])", BodyError::not_json},
-      {R"({"model":"m")", BodyError::not_json},
-      {R"({"model":"m")" + std::string("\0", 1), BodyError::not_json},
-      {R"({"model":"m"}})", BodyError::not_json},
-      {R"({"model":"m"}{})", BodyError::not_json},
-      {R"({"model":"m"} x)", BodyError::not_json},
-      {R"({"model":"m",})", BodyError::not_json},
-      {R"({"model":"m" "x":1})", BodyError::not_json},
-      {R"({"model" "m"})", BodyError::not_json},
-      {R"({model:"m"})", BodyError::not_json},
-      {R"({'model':'m'})", BodyError::not_json},
-      {R"({"model":"m\q"})", BodyError::not_json},
-      {R"({"model":"\ud800"})", BodyError::not_json},
-      {R"({"model":"m","x":")" + std::string("\x01\"}"), BodyError::not_json},
-      {"{\"model\":\"m\xff\"}", BodyError::not_json},
-      {"{\"model\":\"m\",\"x\":\"\xc3\"}", BodyError::not_json},
-      {"\xef\xbb\xbf{\"model\":\"m\"}", BodyError::not_json},
-      {std::string("{\"model\":\"a\0b\"}", 15), BodyError::not_json},
-      {R"({})", BodyError::no_model},
-      {R"({"messages":[]})", BodyError::no_model},
-      {R"({"model":""})", BodyError::no_model},
-      {R"({"x":{"model":"m"}})", BodyError::no_model},
-      {R"({"model":null})", BodyError::wrong_type},
-      {R"({"model":7})", BodyError::wrong_type},
-      {R"({"model":["m"]})", BodyError::wrong_type},
-      {R"({"model":{"model":"m"}})", BodyError::wrong_type},
-      {R"({"model":"m","stream":"yes"})", BodyError::wrong_type},
-      {R"({"model":"m","stream":1})", BodyError::wrong_type},
-      {R"({"model":"m","stream":truex})", BodyError::wrong_type},
-      {R"({"model":"m","stream_options":[]})", BodyError::wrong_type},
-      {R"({"model":"m","stream_options":{"include_usage":1}})", BodyError::wrong_type},
-      {R"({"model":"a","model":"a"})", BodyError::duplicate_key},
-      {R"({"model":"a","model":"b"})", BodyError::duplicate_key},
-      {R"({"model":"a","x":[1,{}],"\u006d\u006fdel":"b"})", BodyError::duplicate_key},
-      {R"({"model":"a","stream":true,"stream":false})", BodyError::duplicate_key},
-      {R"({"model":"a","stream_options":{},"stream_options":null})", BodyError::duplicate_key},
-      {R"({"model":"a","stream_options":{"include_usage":true,"include_usage":true}})", BodyError::duplicate_key},
-      {R"({"model":"a","tools":[],"tools":[1]})", BodyError::duplicate_key},
-      {R"({"model":"a","messages":[],"messages":[]})", BodyError::duplicate_key},
-      {R"({"model":"a","response_format":{},"response_format":{}})", BodyError::duplicate_key},
+      {"", ApiError::bad_json},
+      {" ", ApiError::bad_json},
+      {"x", ApiError::bad_json},
+      {"null", ApiError::bad_json},
+      {"\"model\"", ApiError::bad_json},
+      {R"([{"model":"m"}])", ApiError::bad_json},
+      {R"({"model":"m")", ApiError::bad_json},
+      {R"({"model":"m")" + std::string("\0", 1), ApiError::bad_json},
+      {R"({"model":"m"}})", ApiError::bad_json},
+      {R"({"model":"m"}{})", ApiError::bad_json},
+      {R"({"model":"m"} x)", ApiError::bad_json},
+      {R"({"model":"m",})", ApiError::bad_json},
+      {R"({"model":"m" "x":1})", ApiError::bad_json},
+      {R"({"model" "m"})", ApiError::bad_json},
+      {R"({model:"m"})", ApiError::bad_json},
+      {R"({'model':'m'})", ApiError::bad_json},
+      {R"({"model":"m\q"})", ApiError::bad_json},
+      {R"({"model":"\ud800"})", ApiError::bad_json},
+      {R"({"model":"m","x":")" + std::string("\x01\"}"), ApiError::bad_json},
+      {"{\"model\":\"m\xff\"}", ApiError::bad_json},
+      {"{\"model\":\"m\",\"x\":\"\xc3\"}", ApiError::bad_json},
+      {"\xef\xbb\xbf{\"model\":\"m\"}", ApiError::bad_json},
+      {std::string("{\"model\":\"a\0b\"}", 15), ApiError::bad_json},
+      {R"({})", ApiError::no_model},
+      {R"({"messages":[]})", ApiError::no_model},
+      {R"({"model":""})", ApiError::no_model},
+      {R"({"x":{"model":"m"}})", ApiError::no_model},
+      {R"({"model":null})", ApiError::wrong_type},
+      {R"({"model":7})", ApiError::wrong_type},
+      {R"({"model":["m"]})", ApiError::wrong_type},
+      {R"({"model":{"model":"m"}})", ApiError::wrong_type},
+      {R"({"model":"m","stream":"yes"})", ApiError::wrong_type},
+      {R"({"model":"m","stream":1})", ApiError::wrong_type},
+      {R"({"model":"m","stream":truex})", ApiError::wrong_type},
+      {R"({"model":"m","stream_options":[]})", ApiError::wrong_type},
+      {R"({"model":"m","stream_options":{"include_usage":1}})", ApiError::wrong_type},
+      {R"({"model":"a","model":"a"})", ApiError::duplicate_key},
+      {R"({"model":"a","model":"b"})", ApiError::duplicate_key},
+      {R"({"model":"a","x":[1,{}],"\u006d\u006fdel":"b"})", ApiError::duplicate_key},
+      {R"({"model":"a","stream":true,"stream":false})", ApiError::duplicate_key},
+      {R"({"model":"a","stream_options":{},"stream_options":null})", ApiError::duplicate_key},
+      {R"({"model":"a","stream_options":{"include_usage":true,"include_usage":true}})", ApiError::duplicate_key},
+      {R"({"model":"a","tools":[],"tools":[1]})", ApiError::duplicate_key},
+      {R"({"model":"a","messages":[],"messages":[]})", ApiError::duplicate_key},
+      {R"({"model":"a","response_format":{},"response_format":{}})", ApiError::duplicate_key},
   };
   for (const Row& row : rows) {
     CAPTURE(row.text);
-    CHECK(static_cast<int>(read_body(row.text).error) == static_cast<int>(row.error));
+    CHECK(read_body(row.text).error == row.error);
   }
 }
 
@@ -165,9 +166,9 @@ TEST_CASE("a value that is stepped over may be broken, but it hides no key") {
         "{a:1}", "\"\\q\"", "\"\\u12\"", "[[]", "[[}", "{]}",   "[]]",  "}",   "]",  ":",  ",",       ""}) {
     CAPTURE(value);
     const std::string before = R"({"model":"a","x":)" + value, after = R"("model":"b"})";
-    CHECK(read_body(before + "," + after).error != BodyError::none);
-    CHECK(read_body(before + "}," + after).error != BodyError::none);
-    CHECK(read_body(before + "]," + after).error != BodyError::none);
+    CHECK(read_body(before + "," + after).error != std::nullopt);
+    CHECK(read_body(before + "}," + after).error != std::nullopt);
+    CHECK(read_body(before + "]," + after).error != std::nullopt);
   }
 }
 
@@ -179,14 +180,14 @@ TEST_CASE("a body may be nested to kMaxJsonDepth, and no deeper") {
     return text + std::string(depth - 1, close) + "}";
   };
   for (const auto& [open, close] : {std::pair('[', ']'), std::pair('{', '}')}) {
-    CHECK(read_body(nested(nexus::kMaxJsonDepth - 1, open, close)).error == BodyError::none);
-    CHECK(read_body(nested(nexus::kMaxJsonDepth, open, close)).error == BodyError::none);
-    CHECK(read_body(nested(nexus::kMaxJsonDepth + 1, open, close)).error == BodyError::too_deep);
-    CHECK(read_body(nested(200'000, open, close)).error == BodyError::too_deep);
+    CHECK(read_body(nested(nexus::kMaxJsonDepth - 1, open, close)).error == std::nullopt);
+    CHECK(read_body(nested(nexus::kMaxJsonDepth, open, close)).error == std::nullopt);
+    CHECK(read_body(nested(nexus::kMaxJsonDepth + 1, open, close)).error == ApiError::too_deep);
+    CHECK(read_body(nested(200'000, open, close)).error == ApiError::too_deep);
   }
   std::string flat = R"({"model":"m","x":[)";  // many brackets are not deep, nor are those in strings
   for (int i = 0; i < 2000; ++i) flat += R"([{}],"[[[{{{\"[[",)";
-  CHECK(read_body(flat + "1]}").error == BodyError::none);
+  CHECK(read_body(flat + "1]}").error == std::nullopt);
 }
 
 TEST_CASE("a body says whether it streams, and with which options") {
@@ -220,7 +221,7 @@ TEST_CASE("a body says whether it streams, and with which options") {
   for (const Row& row : rows) {
     CAPTURE(row.rest);
     const Read read = read_body(std::string(R"({"model":"m")") + row.rest + "}");
-    REQUIRE(read.error == BodyError::none);
+    REQUIRE(read.error == std::nullopt);
     CHECK(read.facts.stream == row.stream);
     CHECK(read.facts.stream_options == row.options);
     CHECK(read.part(read.facts.stream_options_value) == row.options_text);
@@ -235,7 +236,7 @@ TEST_CASE("an endpoint without streams has none, whatever its body says") {
     CAPTURE(endpoint.path);
     const Padded padded(R"({"model":"m","stream":true})");
     BodyFacts facts;
-    REQUIRE(nexus::read_body(reader(), endpoint, padded.view(), facts) == BodyError::none);
+    REQUIRE(nexus::read_body(reader(), endpoint, padded.view(), facts) == std::nullopt);
     CHECK(facts.stream == (endpoint.path != "/v1/embeddings"));
   }
 }
@@ -281,7 +282,7 @@ TEST_CASE("a body says what its model must be able to do") {
   for (const Row& row : rows) {
     CAPTURE(row.rest);
     const Read read = read_body(std::string(R"({"model":"m")") + row.rest + "}");
-    REQUIRE(read.error == BodyError::none);
+    REQUIRE(read.error == std::nullopt);
     CHECK(read.facts.has_tools == row.tools);
     CHECK(read.facts.json_mode == row.json_mode);
     CHECK(read.part(read.facts.messages) == row.messages);
@@ -291,15 +292,15 @@ TEST_CASE("a body says what its model must be able to do") {
 TEST_CASE("every truncation of a body is refused") {
   const std::string text =
       R"({"model":"m","stream":true,"stream_options":{"include_usage":true},"tools":[{"a":1}],"messages":[{"b":"c"}]})";
-  REQUIRE(read_body(text).error == BodyError::none);
+  REQUIRE(read_body(text).error == std::nullopt);
   for (std::size_t bytes = 0; bytes < text.size(); ++bytes) {
-    CHECK(read_body(text.substr(0, bytes)).error == BodyError::not_json);
+    CHECK(read_body(text.substr(0, bytes)).error == ApiError::bad_json);
   }
 }
 
 TEST_CASE("a large body is read, and its index is given back") {
   std::string text = R"({"model":"m","messages":")" + std::string(3'000'000, 'x') + "\"}";
-  CHECK(read_body(text).error == BodyError::none);
+  CHECK(read_body(text).error == std::nullopt);
   CHECK(read_body(R"({"model":"small"})").model == "small");
 }
 

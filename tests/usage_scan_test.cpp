@@ -50,23 +50,27 @@ Result scan(std::string_view text, Kind kind, bool removing, std::vector<std::si
   scan.start(kind, &nexus::kOpenAiUsage, removing);
   UsageScan::Out out;
   std::size_t from = 0;
-  for (const std::size_t end : ends) {
-    const std::size_t bytes = end - from;
+  const bool end_follows = ends.size() % 2 == 1;  // else the body ends with its last piece
+  for (std::size_t i = 0; i < ends.size(); ++i) {
+    const std::size_t end = ends[i], bytes = end - from;
+    const bool last = !end_follows && i + 1 == ends.size();
     const std::unique_ptr<char[]> piece(new char[bytes + nexus::kPaddingBytes]);
     if (bytes > 0) std::memcpy(piece.get(), text.data() + from, bytes);
-    for (std::size_t i = 0; i < nexus::kPaddingBytes; ++i) piece[bytes + i] = "\n\n\"}]{data:"[i % 11];
-    result.fed = result.fed && scan.feed(pool(), reader(), piece.get(), bytes, out);
+    for (std::size_t k = 0; k < nexus::kPaddingBytes; ++k) piece[bytes + k] = "\n\n\"}]{data:"[k % 11];
+    result.fed = result.fed && scan.feed(pool(), reader(), piece.get(), bytes, last, out);
     result.out.append(out.held).append(out.piece);
     result.most_held = std::max(result.most_held, scan.held_bytes());
     result.fed = result.fed && result.out.size() + scan.held_bytes() <= end;
     result.sent.push_back(result.out.size());
     from = end;
   }
-  result.fed = result.fed && scan.finish(pool(), reader(), out);
-  result.out.append(out.held).append(out.piece);
+  if (end_follows) {
+    result.fed = result.fed && scan.feed(pool(), reader(), nullptr, 0, true, out);
+    result.out.append(out.held).append(out.piece);
+  }
   result.fed = result.fed && scan.held_bytes() == 0;
   result.usage = scan.usage();
-  result.removed = scan.removed();
+  result.removed = result.out.size() < text.size();
   return result;
 }
 
@@ -460,13 +464,13 @@ TEST_CASE("a scan that starts again knows nothing of its last body") {
   std::string piece = R"(data: {"usage":{"prompt_tokens":1,)" + std::string(nexus::kPaddingBytes, ' ');
   const std::size_t bytes = piece.size() - nexus::kPaddingBytes;
   scan.start(Kind::event_stream, &nexus::kOpenAiUsage, true);
-  REQUIRE(scan.feed(pool(), reader(), piece.data(), bytes, out));
+  REQUIRE(scan.feed(pool(), reader(), piece.data(), bytes, false, out));
   CHECK(scan.held_bytes() == bytes);
   scan.start(Kind::json, &nexus::kOpenAiUsage, false);
   CHECK(scan.held_bytes() == 0);
   CHECK(pool().taken_bytes() == 0);
   piece = R"({"usage":{"prompt_tokens":4}})" + std::string(nexus::kPaddingBytes, ' ');
-  REQUIRE(scan.feed(pool(), reader(), piece.data(), piece.size() - nexus::kPaddingBytes, out));
+  REQUIRE(scan.feed(pool(), reader(), piece.data(), piece.size() - nexus::kPaddingBytes, false, out));
   CHECK(scan.usage().prompt_tokens == 4);
 }
 

@@ -9,13 +9,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cassert>
 #include <cstdint>
 #include <string>
 #include <string_view>
 
 #include "nexus/api/endpoints.h"
-#include "nexus/base/text.h"
+#include "nexus/base/json_writer.h"
 #include "nexus/http/head_writer.h"
 #include "nexus/metrics/slab.h"
 
@@ -144,20 +143,17 @@ static_assert(std::all_of(detail::kApiErrors.begin(), detail::kApiErrors.end(),
                           [](const ApiErrorRow& row) { return &row == &row_of(row.error); }),
               "the rows stand in the order of the enum");
 
-// Appends the body of an error. `message` and `param` are escaped here; an empty `param` becomes null.
+// Appends the body of an error; an empty `param` becomes null.
 inline void append_error_body(std::string& out, const ApiErrorRow& row, std::string_view message,
                               std::string_view param = {}) {
-  out += R"({"error":{"message":")";
-  append_json_escaped(out, message);
-  out.append(R"(","type":")").append(row.type).append(R"(","param":)");
+  JsonWriter json(out);
+  json.begin_object().key("error").begin_object().field("message", message).field("type", row.type).key("param");
   if (param.empty()) {
-    out += "null";
+    json.literal("null");
   } else {
-    out += '"';
-    append_json_escaped(out, param);
-    out += '"';
+    json.value(param);
   }
-  out.append(R"(,"code":")").append(row.code).append(R"("}})");
+  json.field("code", row.code).end_object().end_object();
 }
 
 // Appends an error response, head and body; an empty `message` means the row's. Allocates nothing if `out` has room,

@@ -15,6 +15,7 @@
 #include <cassert>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 
 #include "nexus/api/request_json.h"
@@ -50,20 +51,20 @@ class IncrementalJson {
     new_ = end_;
     end_ = bytes;
     ascii_ = true;
-    while (fault_ == BodyError::none && at_ < end_ && step(reader)) {
+    while (!fault_ && at_ < end_ && step(reader)) {
     }
     check_characters();
   }
 
   // The body is complete: returns what read_body() would.
-  BodyError read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
-                 bool find_messages = true) {
+  std::optional<ApiError> read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
+                               bool find_messages = true) {
     facts = BodyFacts{};
     feed(reader, body.data(), body.size());
-    if (fault_ != BodyError::none) return fault_;
-    if (state_ != State::behind || checked_ != body.size()) return BodyError::not_json;
-    const BodyError error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
-    if (error != BodyError::none) return error;
+    if (fault_) return fault_;
+    if (state_ != State::behind || checked_ != body.size()) return ApiError::bad_json;
+    const auto error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
+    if (error) return error;
     facts.first_member = first_member_;
     facts.model_value = span_of(endpoint.model);
     facts.stream_options_value = span_of(BodyKey::stream_options);
@@ -75,7 +76,7 @@ class IncrementalJson {
     const std::string_view name = text(facts.model_value.at + 1, facts.model_value.bytes - 2);
     if (name.size() > kReadNameBytes) facts.model = name.substr(0, kCutNameBytes);
     if (facts.model.data() > skeleton_.data() && facts.model.data() < skeleton_.data() + used_) facts.model = name;
-    return BodyError::none;
+    return std::nullopt;
   }
 
  private:
@@ -142,12 +143,10 @@ class IncrementalJson {
     return go(state);
   }
 
-  bool fail(BodyError fault = BodyError::not_json) {
+  bool fail(ApiError fault = ApiError::bad_json) {
     fault_ = fault;
     return false;
   }
-  // True for the bytes of a string that have no special meaning.
-  static bool is_plain(char c) { return c >= ' ' && c != '"' && c != '\\'; }
   // True for the bytes of numbers and words.
   static bool is_scalar_byte(char c) {
     return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '+' ||
@@ -224,7 +223,7 @@ class IncrementalJson {
 
   bool in_string() {
     if (!to_quote()) return false;
-    note_image_key(at_);
+    note_image_keys(1);
     at_ += 1;
     return end_value(kept_or(R"("-")"));
   }
@@ -260,7 +259,7 @@ class IncrementalJson {
   // ---- arrays and objects that are skipped ----
 
   bool nest(State state) {
-    if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
+    if (depth_ == kMaxJsonDepth) return fail(ApiError::too_deep);
     depth_ += 1;
     return pass(state);
   }
@@ -274,7 +273,7 @@ class IncrementalJson {
 
   bool in_first_string() {
     if (!to_quote()) return false;
-    note_image_key(at_);
+    note_image_keys(1);
     return pass(State::behind_first_string);
   }
 
@@ -298,11 +297,11 @@ class IncrementalJson {
       const std::uint64_t strings = between_pairs(quotes) ^ (in_string ? ~std::uint64_t{0} : 0);
       std::uint64_t here = low_bits(count);
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
-      if (fault_ != BodyError::none) return false;
+      if (fault_) return false;
       if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
-      if (key_ == BodyKey::messages) note_image_keys(quotes & ~strings & here);
+      note_image_keys(quotes & ~strings & here);
       if (closed) {
-        at_ += count_bits(here);
+        at_ += static_cast<std::size_t>(std::countr_one(here));
         return end_value(stand_in_);
       }
       in_string = (strings >> (count - 1) & 1) != 0;
@@ -315,18 +314,10 @@ class IncrementalJson {
 
   // Counts the brackets among the bits of `here`. True if the value ends: `here` then stops at its last byte.
   bool count_brackets(std::uint64_t opening, std::uint64_t closing, std::uint64_t& here) {
-    opening &= here;
-    closing &= here;
-    if ((opening | closing) == 0) return false;
-    const std::size_t opened = count_bits(opening), closed = count_bits(closing);
-    if (depth_ + opened <= kMaxJsonDepth && closed < depth_ - level_) {
-      depth_ += opened - closed;
-      return false;
-    }
-    for (std::uint64_t left = opening | closing; left != 0; left &= left - 1) {
+    for (std::uint64_t left = (opening | closing) & here; left != 0; left &= left - 1) {
       const std::uint64_t bit = left & (~left + 1);
       if ((opening & bit) != 0) {
-        if (depth_ == kMaxJsonDepth) return fail(BodyError::too_deep);
+        if (depth_ == kMaxJsonDepth) return fail(ApiError::too_deep);
         depth_ += 1;
       } else if (--depth_ == level_) {
         here = bit | (bit - 1);
@@ -349,50 +340,40 @@ class IncrementalJson {
 
   // Moves to the quote that ends the string. False if it has not arrived yet, or if there is a fault.
   bool to_quote() {
-    for (const std::size_t near = std::min(end_, at_ + kShortBytes); at_ < near && is_plain(body_[at_]);) at_ += 1;
-    if (at_ < end_ && body_[at_] == '"') return true;
     bool escaped = false;
-    while (at_ < end_) {
-      pass_text(escaped);
+    for (const std::size_t near = at_ + kShortBytes; at_ < end_; ++at_) {
+      if (at_ == near) pass_text(escaped);
       if (at_ == end_) break;
-      const ByteBlock block(body_ + at_);
-      const std::size_t count = std::min(kBlockBytes, end_ - at_);
-      ascii_ = ascii_ && block.is_ascii();
-      const std::uint64_t backslashes = block.equal('\\');
-      const Escapes escapes(backslashes, escaped);
-      const std::uint64_t stops = ((block.equal('"') & ~escapes.escaped) | block.control()) & low_bits(count);
-      if (stops != 0) {
-        at_ += static_cast<std::size_t>(std::countr_zero(stops));
-        return body_[at_] == '"' || fail();
-      }
-      escaped = (escapes.escaping >> (count - 1) & 1) != 0;
-      at_ += count;
+      const char c = body_[at_];
+      if (c == '"' && !escaped) return true;
+      if (static_cast<unsigned char>(c) < ' ') return fail();
+      ascii_ = ascii_ && c > 0;
+      escaped = c == '\\' && !escaped;
     }
     if (escaped) at_ -= 1;  // read the backslash again together with the byte that it escapes
     return false;
   }
 
+  // `closing_quotes`: of strings; the lowest bit is the byte at at_.
   void note_image_keys(std::uint64_t closing_quotes) {
-    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
-      note_image_key(at_ + static_cast<std::size_t>(std::countr_zero(left)));
-    }
-  }
-
-  void note_image_key(std::size_t closing_quote) {
+    if (key_ != BodyKey::messages) return;
     constexpr std::size_t kBytes = kImageKey.size();
-    if (body_[closing_quote - 1] != kImageKey[kBytes - 2] || closing_quote + 1 < begin_ + kBytes) return;
-    has_images_ |= key_ == BodyKey::messages && text(closing_quote + 1 - kBytes, kBytes) == kImageKey;
+    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
+      const std::size_t end = at_ + static_cast<std::size_t>(std::countr_zero(left)) + 1;
+      if (body_[end - 2] != kImageKey[kBytes - 2] || end < begin_ + kBytes) continue;
+      has_images_ = text(end - kBytes, kBytes) == kImageKey;
+    }
   }
 
   // Validates UTF-8 up to the last complete character. ASCII was recognised while it was scanned.
   void check_characters() {
-    if (fault_ != BodyError::none) return;
+    if (fault_) return;
     if (ascii_ && checked_ == new_) {
       checked_ = end_;
       return;
     }
     const std::size_t bytes = without_cut_character(text(checked_, end_ - checked_));
-    if (!simdjson::validate_utf8(body_ + checked_, bytes)) fault_ = BodyError::not_json;
+    if (!simdjson::validate_utf8(body_ + checked_, bytes)) fault_ = ApiError::bad_json;
     checked_ += bytes;
   }
 
@@ -416,7 +397,7 @@ class IncrementalJson {
   bool ascii_ = true;  // the newest piece, as far as it was scanned
 
   State state_ = State::before;
-  BodyError fault_ = BodyError::none;
+  std::optional<ApiError> fault_;
   std::size_t at_ = 0;       // the next byte to scan
   std::size_t checked_ = 0;  // the bytes before it are valid UTF-8
   std::size_t first_member_ = 0;

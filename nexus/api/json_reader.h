@@ -38,7 +38,6 @@ constexpr std::string_view trim_json_end(std::string_view text) {
 
 class JsonReader {
  public:
-  using Document = simdjson::ondemand::document;
   using Object = simdjson::ondemand::object;
   using Value = simdjson::ondemand::value;
 
@@ -50,19 +49,19 @@ class JsonReader {
   bool out_of_memory() const { return out_of_memory_; }
 
   // Begins to read a text, behind which kPaddingBytes must be readable. False if it does not begin like an object.
-  bool open(std::string_view text, Document& document, Object& object) {
+  bool open(std::string_view text, Object& object) {
     out_of_memory_ = false;
     if (text.empty()) return false;  // simdjson would use an index that it may not have allocated
     // The large parser keeps its index: free it when a much smaller text follows.
     if (large_.capacity() > kKeptCapacity && text.size() < kKeptCapacity) large_ = simdjson::ondemand::parser();
     const simdjson::padded_string_view padded(text.data(), text.size(), text.size() + simdjson::SIMDJSON_PADDING);
-    const simdjson::error_code error = (text.size() <= kSmallText ? small_ : large_).iterate(padded).get(document);
+    const simdjson::error_code error = (text.size() <= kSmallText ? small_ : large_).iterate(padded).get(document_);
     out_of_memory_ = error == simdjson::MEMALLOC;
-    return error == simdjson::SUCCESS && document.get_object().get(object) == simdjson::SUCCESS;
+    return error == simdjson::SUCCESS && document_.get_object().get(object) == simdjson::SUCCESS;
   }
 
   // True if the whole text was read and was one object. A broken value that was skipped shows only here.
-  static bool at_end(Document& document) { return document.is_alive() && document.at_end(); }
+  bool at_end() { return document_.is_alive() && document_.at_end(); }
 
   // Calls visit(key, value), the key unescaped, for each member until it returns false. False if it did, or if the
   // object is broken.
@@ -118,6 +117,7 @@ class JsonReader {
 
   simdjson::ondemand::parser small_;
   simdjson::ondemand::parser large_;
+  simdjson::ondemand::document document_;
   bool out_of_memory_ = false;
   std::array<std::uint8_t, kReadKeyBytes + simdjson::SIMDJSON_PADDING> key_text_;
   std::array<std::uint8_t, kCutNameBytes> value_text_;

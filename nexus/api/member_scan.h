@@ -32,11 +32,10 @@ class MemberScan {
       switch (in_) {
         case In::nested:
           at = skip_nested(at, end);
-          if (depth_ > 0) break;
+          if (depth_ > 0 || in_string_) break;
           in_ = In::after_value;
           if (std::exchange(in_usage_, false)) return Step::usage_ends;
           break;
-        case In::text: skip_text(at, end); break;
         case In::key: read_key(at, end); break;
         case In::scalar:
           while (at < end && *at != ',' && *at != '}') ++at;
@@ -54,7 +53,7 @@ class MemberScan {
 
   // A line end between two `data` lines: white space, and an error inside a string.
   void line_break() {
-    if (in_ == In::key || in_ == In::text || (in_ == In::nested && in_string_)) in_ = In::broken;
+    if (in_ == In::key || (in_ == In::nested && in_string_)) in_ = In::broken;
     if (in_ == In::scalar) in_ = In::after_value;
   }
 
@@ -75,8 +74,7 @@ class MemberScan {
     value,         // before a value
     first_choice,  // behind the `[` of `choices`
     scalar,        // in a number, true, false or null
-    text,          // in a string that is a value
-    nested,        // in a list or an object
+    nested,        // in a list, an object or a string
     after_value,   // before `,` or `}`
     closed,        // behind the `}`
     broken,        // this is not a JSON object
@@ -87,7 +85,10 @@ class MemberScan {
   bool read_mark(char mark) {
     switch (in_) {
       case In::opening: in_ = mark == '{' ? In::member : In::broken; break;
-      case In::member: begin_member(mark); break;
+      case In::member:
+        key_bytes_ = 0;
+        in_ = mark == '"' ? In::key : mark == '}' ? In::closed : In::broken;
+        break;
       case In::colon: in_ = mark == ':' ? In::value : In::broken; break;
       case In::value: return begin_value(mark);
       case In::first_choice:
@@ -106,11 +107,6 @@ class MemberScan {
     return false;
   }
 
-  void begin_member(char mark) {
-    key_bytes_ = 0;
-    in_ = mark == '"' ? In::key : mark == '}' ? In::closed : In::broken;
-  }
-
   bool begin_value(char mark) {
     const std::string_view key(key_, key_bytes_ <= kLongestKey ? key_bytes_ : 0);
     if (key == "choices" && mark != '[') choices_other_ = true;
@@ -118,14 +114,16 @@ class MemberScan {
       in_ = In::first_choice;
       return false;
     }
-    if (mark == '{' || mark == '[') {
+    if (mark == '"') {
+      begin_nested(0, true);
+    } else if (mark == '{' || mark == '[') {
       begin_nested(1, false);
       in_usage_ = mark == '{' && key == "usage";
       usage_found_ = usage_found_ || in_usage_;
-      return in_usage_;
+    } else {
+      in_ = mark == ',' || mark == '}' || mark == ']' || mark == ':' ? In::broken : In::scalar;
     }
-    in_ = mark == '"' ? In::text : mark == ',' || mark == '}' || mark == ']' || mark == ':' ? In::broken : In::scalar;
-    return false;
+    return in_usage_;
   }
 
   void begin_nested(std::size_t depth, bool in_string) {
@@ -137,32 +135,13 @@ class MemberScan {
   void read_key(const char*& at, const char* end) {
     while (at < end) {
       const char byte = *at++;
-      if (escaped_)
-        escaped_ = false;
-      else if (byte == '\\')
-        escaped_ = true;
-      else if (byte == '"') {
+      if (byte == '"' && !escaped_) {
         in_ = In::colon;
         return;
       }
+      escaped_ = byte == '\\' && !escaped_;
       if (key_bytes_ < kLongestKey) key_[key_bytes_] = byte;
       if (key_bytes_ <= kLongestKey) ++key_bytes_;
-    }
-  }
-
-  void skip_text(const char*& at, const char* end) {
-    while (at < end) {
-      if (std::exchange(escaped_, false)) {
-        ++at;
-        continue;
-      }
-      at = find_either(at, end, '"', '\\');
-      if (at == end) return;
-      if (*at++ == '"') {
-        in_ = In::after_value;
-        return;
-      }
-      escaped_ = true;
     }
   }
 
@@ -172,7 +151,7 @@ class MemberScan {
     return ((lane.bracket('[') | lane.bracket(']')) | (lane.equal('"') | lane.equal('\\'))).mask();
   }
 
-  // Returns the position behind the bracket that closes the value, and sets depth_ to 0; or `end`.
+  // Returns the position behind the bracket or quote that ends the value, with depth_ 0 and not in_string_; or `end`.
   const char* skip_nested(const char* at, const char* end) {
     bool in_string = in_string_;
     unsigned escaped = escaped_ ? 1 : 0;  // the first byte of the lane is escaped
@@ -187,17 +166,21 @@ class MemberScan {
         mask &= mask - 1;
         if (byte == '"') {
           in_string = !in_string;
+          if (in_string || depth > 0) continue;
         } else if (in_string) {
           if (byte != '\\') continue;
           if (bit + 1 == lane_bytes) escaped = 1;
           mask &= ~(2u << bit);
+          continue;
         } else if (byte == '{' || byte == '[') {
           ++depth;
-        } else if (byte != '\\' && --depth == 0) {
-          depth_ = 0;
-          escaped_ = in_string_ = false;
-          return at + bit + 1;
+          continue;
+        } else if (byte == '\\' || --depth > 0) {
+          continue;
         }
+        depth_ = 0;
+        escaped_ = in_string_ = false;
+        return at + bit + 1;
       }
       at += lane_bytes;
     }
@@ -209,7 +192,7 @@ class MemberScan {
 
   In in_ = In::opening;
   std::size_t depth_ = 0;   // of the nested value
-  bool in_string_ = false;  // in a string of the nested value
+  bool in_string_ = false;  // in the nested value, or in a string of it
   bool escaped_ = false;    // the last byte was a backslash that escapes the next
   bool in_usage_ = false;   // the nested value is a `usage`
   bool usage_found_ = false;

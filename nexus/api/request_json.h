@@ -8,11 +8,14 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <utility>
 
 #include "nexus/api/endpoints.h"
+#include "nexus/api/errors.h"
 #include "nexus/api/json_reader.h"
 #include "nexus/base/simd.h"
 
@@ -24,17 +27,7 @@ struct BodySpan {
   std::size_t bytes = 0;
 };
 
-enum class BodyError : std::uint8_t {
-  none,
-  not_json,       // not one JSON object, or not UTF-8
-  duplicate_key,  // a key that Nexus reads occurs twice
-  no_model,       // no model, or an empty one
-  wrong_type,     // `model` is no string, `stream` no boolean, …
-  too_deep,       // nested deeper than kMaxJsonDepth
-  out_of_memory,  // not read
-};
-
-constexpr std::size_t kMaxJsonDepth = 512;
+constexpr std::size_t kMaxJsonDepth = 512;  // the message of ApiError::too_deep says so too
 
 // Messages with images have this key.
 inline constexpr std::string_view kImageKey = "\"image_url\"";
@@ -65,7 +58,8 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
   std::size_t brackets = 0;  // that open, those in strings included
   for (std::size_t at = 0; at < text.size(); at += kBlockBytes) {
     const std::uint64_t open = ByteBlock(text.data() + at).bracket('[');
-    if (open != 0) brackets += count_bits(open & low_bits(std::min(kBlockBytes, text.size() - at)));
+    if (open == 0) continue;
+    brackets += static_cast<std::size_t>(std::popcount(open & low_bits(std::min(kBlockBytes, text.size() - at))));
   }
   if (brackets <= limit) return false;
   std::size_t depth = 0;
@@ -92,27 +86,27 @@ namespace detail {
 class BodyPass {
  public:
   using Value = JsonReader::Value;
+  using Type = simdjson::ondemand::json_type;
 
   BodyPass(JsonReader& json, const Endpoint& endpoint, std::string_view body, BodyFacts& facts, bool find_messages)
       : json_(json), endpoint_(endpoint), body_(body), facts_(facts), find_messages_(find_messages) {}
 
-  BodyError read() {
+  std::optional<ApiError> read() {
     facts_ = BodyFacts{};
-    if (nests_deeper(body_, kMaxJsonDepth)) return BodyError::too_deep;
+    if (nests_deeper(body_, kMaxJsonDepth)) return ApiError::too_deep;
     // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would skip it.
-    if (body_.starts_with("\xef\xbb\xbf")) return BodyError::not_json;
-    JsonReader::Document document;
+    if (body_.starts_with("\xef\xbb\xbf")) return ApiError::bad_json;
     JsonReader::Object object;
-    if (!json_.open(body_, document, object)) {
-      return json_.out_of_memory() ? BodyError::out_of_memory : BodyError::not_json;
+    if (!json_.open(body_, object)) {
+      return json_.out_of_memory() ? ApiError::out_of_memory : ApiError::bad_json;
     }
     while (body_[facts_.first_member++] != '{') {
     }
     if (!read_members(object, BodyKey::none)) return error_;
-    if (!JsonReader::at_end(document)) return BodyError::not_json;
-    if (!seen_[index_of(endpoint_.model)]) return BodyError::no_model;
-    if (endpoint_.framing == StreamFraming::none) facts_.stream = false;
-    return BodyError::none;
+    if (!json_.at_end()) return ApiError::bad_json;
+    if (!seen_[index_of(endpoint_.model)]) return ApiError::no_model;
+    facts_.stream = stream_ == BodyFacts::Flag::yes && endpoint_.framing != StreamFraming::none;
+    return std::nullopt;
   }
 
  private:
@@ -121,7 +115,7 @@ class BodyPass {
       if (within == BodyKey::stream_options) facts_.stream_options_empty = false;
       const BodyKey key = find_body_key(name, within);
       if (key == BodyKey::other) return true;
-      if (std::exchange(seen_[index_of(key)], true)) return fail(BodyError::duplicate_key);
+      if (std::exchange(seen_[index_of(key)], true)) return fail(ApiError::duplicate_key);
       return read_member(key, value);
     });
   }
@@ -129,12 +123,7 @@ class BodyPass {
   bool read_member(BodyKey key, Value& value) {
     if (key == endpoint_.model) return read_model(value);
     switch (key) {
-      case BodyKey::stream: {
-        BodyFacts::Flag flag{};
-        if (!read_flag(value, flag)) return false;
-        facts_.stream = flag == BodyFacts::Flag::yes;
-        return true;
-      }
+      case BodyKey::stream: return read_flag(value, stream_);
       case BodyKey::include_usage:
         facts_.include_usage_value = span_of(value.raw_json_token());
         return read_flag(value, facts_.include_usage);
@@ -147,42 +136,39 @@ class BodyPass {
   }
 
   bool read_model(Value& value) {
-    simdjson::ondemand::json_type type;
-    if (value.type().get(type)) return fail(BodyError::not_json);
-    if (type != simdjson::ondemand::json_type::string) return fail(BodyError::wrong_type);
+    Type type{};
+    if (!read_type(value, type)) return false;
+    if (type != Type::string) return fail(ApiError::wrong_type);
     facts_.model_value = span_of(value.raw_json_token());
-    if (!json_.read_name(value, facts_.model)) return fail(BodyError::not_json);
-    return !facts_.model.empty() || fail(BodyError::no_model);
+    if (!json_.read_name(value, facts_.model)) return fail(ApiError::bad_json);
+    return !facts_.model.empty() || fail(ApiError::no_model);
   }
 
   bool read_flag(Value& value, BodyFacts::Flag& flag) {
-    bool is_null = false, yes = false;
-    if (!read_null(value, is_null)) return false;
-    if (!is_null && value.get_bool().get(yes)) return fail(BodyError::wrong_type);
+    Type type{};
+    bool yes = false;
+    if (!read_type(value, type)) return false;
+    const bool is_null = type == Type::null;
+    if (!is_null && value.get_bool().get(yes)) return fail(ApiError::wrong_type);
     flag = is_null ? BodyFacts::Flag::null : yes ? BodyFacts::Flag::yes : BodyFacts::Flag::no;
     return true;
   }
 
-  bool read_null(Value& value, bool& is_null) {
-    simdjson::ondemand::json_type type;
-    if (value.type().get(type)) return fail(BodyError::not_json);
-    is_null = type == simdjson::ondemand::json_type::null;
-    return true;
-  }
+  bool read_type(Value& value, Type& type) { return !value.type().get(type) || fail(ApiError::bad_json); }
 
   // Anything but an array is left to the backend to refuse.
   bool read_tools(Value& value) {
     simdjson::ondemand::array tools;
     bool empty = true;
     if (value.get_array().get(tools)) return true;
-    if (tools.is_empty().get(empty)) return fail(BodyError::not_json);
+    if (tools.is_empty().get(empty)) return fail(ApiError::bad_json);
     facts_.has_tools = !empty;
     return true;
   }
 
   bool read_messages(Value& value) {
     std::string_view text;
-    if (value.raw_json().get(text)) return fail(BodyError::not_json);
+    if (value.raw_json().get(text)) return fail(ApiError::bad_json);
     facts_.messages = span_of(text);
     facts_.has_images = text.find(kImageKey) != std::string_view::npos;
     return true;
@@ -198,24 +184,24 @@ class BodyPass {
   }
 
   bool read_stream_options(Value& value) {
-    bool is_null = false;
-    if (!read_null(value, is_null)) return false;
-    if (is_null) {
+    Type type{};
+    if (!read_type(value, type)) return false;
+    if (type == Type::null) {
       facts_.stream_options = BodyFacts::Options::null;
       facts_.stream_options_value = span_of(value.raw_json_token());
       return true;
     }
     JsonReader::Object object;
     std::string_view text;
-    if (value.get_object().get(object)) return fail(BodyError::wrong_type);
-    if (object.raw_json().get(text)) return fail(BodyError::not_json);
+    if (value.get_object().get(object)) return fail(ApiError::wrong_type);
+    if (object.raw_json().get(text)) return fail(ApiError::bad_json);
     facts_.stream_options = BodyFacts::Options::object;
     facts_.stream_options_value = span_of(text);
-    if (object.reset().error()) return fail(BodyError::not_json);
+    if (object.reset().error()) return fail(ApiError::bad_json);
     return read_members(object, BodyKey::stream_options);
   }
 
-  bool fail(BodyError error) {
+  bool fail(ApiError error) {
     error_ = error;
     return false;
   }
@@ -229,16 +215,17 @@ class BodyPass {
   std::string_view body_;
   BodyFacts& facts_;
   bool find_messages_;
-  BodyError error_ = BodyError::not_json;  // the reason where a read function returns false
+  BodyFacts::Flag stream_ = BodyFacts::Flag::absent;
+  ApiError error_ = ApiError::bad_json;  // the reason where a read function returns false
   std::array<bool, kBodyKeys.size()> seen_{};
 };
 
 }  // namespace detail
 
-// Reads the body of a request to `endpoint`. Behind its last byte kPaddingBytes must be readable.
-// `find_messages`: facts.messages and facts.has_images are wanted.
-inline BodyError read_body(JsonReader& json, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
-                           bool find_messages = true) {
+// Reads the body of a request to `endpoint`; returns the error if it is refused. Behind its last byte kPaddingBytes
+// must be readable. `find_messages`: facts.messages and facts.has_images are wanted.
+inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, std::string_view body,
+                                         BodyFacts& facts, bool find_messages = true) {
   return detail::BodyPass(json, endpoint, body, facts, find_messages).read();
 }
 

@@ -66,11 +66,10 @@ inline bool read_last_usage(JsonReader& json, const UsageNames& names, std::stri
     if (brace == nullptr) return false;
     at = static_cast<std::size_t>(static_cast<const char*>(brace) - text.data());
     if (!ends_with_usage_key(text.substr(0, at))) continue;
-    JsonReader::Document document;
     JsonReader::Object object;
-    if (!json.open(text.substr(at), document, object)) return false;
+    if (!json.open(text.substr(at), object)) return false;
     read_counts(json, names, object, usage);
-    if (JsonReader::at_end(document)) return true;
+    if (json.at_end()) return true;
     usage = Usage{};
     return false;
   }
@@ -81,10 +80,9 @@ inline bool read_last_usage(JsonReader& json, const UsageNames& names, std::stri
 
 // Reads a `usage` object.
 inline Usage read_usage(JsonReader& json, const UsageNames& names, std::string_view text) {
-  JsonReader::Document document;
   JsonReader::Object object;
   Usage usage;
-  if (json.open(text, document, object)) detail::read_counts(json, names, object, usage);
+  if (json.open(text, object)) detail::read_counts(json, names, object, usage);
   return usage;
 }
 
@@ -92,9 +90,8 @@ inline Usage read_usage(JsonReader& json, const UsageNames& names, std::string_v
 inline Usage read_answer(JsonReader& json, const UsageNames& names, std::string_view text) {
   Usage usage;
   if (detail::read_last_usage(json, names, text, usage)) return usage;
-  JsonReader::Document document;
   JsonReader::Object object;
-  if (!json.open(text, document, object)) return usage;
+  if (!json.open(text, object)) return usage;
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     JsonReader::Object counts;
     if (key != "usage" || value.get_object().get(counts)) return true;
@@ -122,9 +119,8 @@ inline ModelList read_models(JsonReader& json, std::string_view text, std::size_
   constexpr std::size_t kMaxNameBytes = 256;
   names.clear();
   more = false;
-  JsonReader::Document document;
   JsonReader::Object object;
-  if (!json.open(text, document, object)) return json.out_of_memory() ? ModelList::out_of_memory : ModelList::none;
+  if (!json.open(text, object)) return json.out_of_memory() ? ModelList::out_of_memory : ModelList::none;
   ModelList result = ModelList::none;
   const auto read_list = [&](simdjson::ondemand::array list, std::string_view key) {
     for (auto element : list) {

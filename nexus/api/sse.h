@@ -9,10 +9,10 @@
 #pragma once
 
 #include <bit>
-#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <utility>
 
 #include "nexus/base/buffer.h"
 #include "nexus/base/simd.h"
@@ -39,23 +39,26 @@ inline const char* find_event_end(const char* at, const char* end) {
 class SseReader {
  public:
   enum class Step : std::uint8_t {
-    need_more,       // everything was read
-    event_begins,    // `at` is its first byte; blank lines and comments before it do not belong to it
-    data_begins,     // the next `data` line of this event: a LF joins its text to that of the line before
-    data,            // a part of this line's text
-    event_ends,      // `at` is behind its blank line
-    late_line_feed,  // the LF of the blank line that ended the last event; `at` is behind it
+    need_more,     // everything was read
+    event_begins,  // `at` is its first byte; blank lines and comments before it do not belong to it
+    data_begins,   // the next `data` line of this event: a LF joins its text to that of the line before
+    data,          // a part of this line's text
+    event_ends,    // `at` is behind its blank line
   };
 
   // Reads from `at` to the next step. A lane behind `end` must be readable.
   Step next(const char*& at, const char* end, std::string_view& text) {
-    if (mark_read_ < kByteOrderMark.size() && read_mark(at, end)) return Step::event_begins;
     while (at < end) {
-      if (after_cr_ != AfterCr::none && read_line_feed(at)) return Step::late_line_feed;
-      if (at == end) break;
+      if (std::exchange(after_cr_, false) && *at == '\n') {
+        ++at;
+        continue;
+      }
       switch (in_) {
+        case In::mark:
+          if (read_mark(at)) return Step::event_begins;
+          break;
         case In::line_start: {
-          const Step step = begin_line(at, end);
+          const Step step = begin_line(at);
           if (step != Step::need_more) return step;
           break;
         }
@@ -74,6 +77,9 @@ class SseReader {
           end_line(at);
           break;
         }
+        case In::blank_line_cr:
+          if (*at == '\n') ++at;
+          return end_event();
         case In::other:
           at = find_either(at, end, '\r', '\n');
           if (at < end) end_line(at);
@@ -84,98 +90,85 @@ class SseReader {
   }
 
   // True outside of events and line ends: the caller may skip whole events.
-  bool between_events() const {
-    return in_ == In::line_start && !event_open_ && after_cr_ == AfterCr::none && mark_read_ == kByteOrderMark.size();
-  }
+  bool between_events() const { return in_ == In::line_start && !event_open_ && !after_cr_; }
 
-  bool event_open() const { return event_open_; }
+  // The open event is complete, but for a LF that may belong to it.
+  bool event_complete() const { return in_ == In::blank_line_cr; }
   // The open event, or the last one, has a line other than `data`.
   bool other_lines() const { return other_lines_; }
 
-  // The stream ended, and so does an open event.
-  void finish() {
-    if (in_ == In::name && name_read_ < kData.size()) other_lines_ = true;
-    event_open_ = false;
-    in_ = In::line_start;
+  // The stream ended. True if that ends an event.
+  bool finish() {
+    if (in_ == In::name && matched_ < kData.size()) other_lines_ = true;
+    return std::exchange(event_open_, false);
   }
 
  private:
-  enum class AfterCr : std::uint8_t { none, line, event };  // the line end to which a LF that follows belongs
-  enum class In : std::uint8_t { line_start, name, value_start, value, other };
+  // mark: before the first line, perhaps in a byte order mark; other: in a line that is not `data`; blank_line_cr:
+  // behind the CR that ends an event, to which a LF would belong.
+  enum class In : std::uint8_t { mark, line_start, name, value_start, value, other, blank_line_cr };
   static constexpr std::string_view kData = "data";
   static constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 
-  // Skips a byte order mark before the first line. True if only a part of the mark came: those bytes begin a line with
-  // an unknown field.
-  bool read_mark(const char*& at, const char* end) {
-    while (at < end && mark_read_ < kByteOrderMark.size() && *at == kByteOrderMark[mark_read_]) {
+  // True if only a part of the byte order mark came: those bytes begin a line with an unknown field.
+  bool read_mark(const char*& at) {
+    if (*at == kByteOrderMark[matched_]) {
       ++at;
-      ++mark_read_;
+      if (++matched_ == kByteOrderMark.size()) in_ = In::line_start;
+      return false;
     }
-    if (at == end || mark_read_ == kByteOrderMark.size()) return false;
-    const bool junk = mark_read_ > 0;
-    mark_read_ = kByteOrderMark.size();
-    if (!junk) return false;
+    in_ = In::line_start;
+    if (matched_ == 0) return false;
     event_open_ = true;
     begin_other_line();
     return true;
   }
 
-  // Skips the LF of a CRLF. True if it belongs to an event that has ended.
-  bool read_line_feed(const char*& at) {
-    const bool late = after_cr_ == AfterCr::event;
-    after_cr_ = AfterCr::none;
-    if (*at != '\n') return false;
-    ++at;
-    return late;
-  }
-
   // need_more: nothing to report yet.
-  Step begin_line(const char*& at, const char* end) {
-    if (*at == '\r' || *at == '\n') return end_event(at, end);
+  Step begin_line(const char*& at) {
+    if (*at == '\r' || *at == '\n') {
+      if (!event_open_) {
+        end_line(at);
+      } else if (*at++ == '\n') {
+        return end_event();
+      } else {
+        in_ = In::blank_line_cr;
+      }
+      return Step::need_more;
+    }
     if (*at == ':' && !event_open_) {  // a comment outside of events
       in_ = In::other;
       return Step::need_more;
     }
     in_ = In::name;
-    name_read_ = 0;
+    matched_ = 0;
     if (event_open_) return Step::need_more;
     event_open_ = true;
     other_lines_ = false;
     return Step::event_begins;
   }
 
-  Step end_event(const char*& at, const char* end) {
-    const bool ended = event_open_;
+  Step end_event() {
     event_open_ = false;
-    end_line(at);
-    if (!ended) return Step::need_more;
-    if (after_cr_ != AfterCr::none && at < end) read_line_feed(at);
-    if (after_cr_ != AfterCr::none) after_cr_ = AfterCr::event;
+    in_ = In::line_start;
     return Step::event_ends;
   }
 
   // True if a `data` line begins.
   bool read_name(const char*& at) {
-    if (name_read_ < kData.size()) {
-      if (*at == kData[name_read_]) {
-        ++name_read_;
-        ++at;
-      } else {
-        begin_other_line();
-      }
+    if (matched_ < kData.size() && *at == kData[matched_]) {
+      ++matched_;
+      ++at;
       return false;
     }
-    if (*at == ':') {
-      ++at;
-      in_ = In::value_start;
-      return true;
-    }
-    if (*at != '\r' && *at != '\n') {
+    // A name without a colon is a field with no text.
+    const bool has_colon = *at == ':';
+    if (matched_ < kData.size() || !(has_colon || *at == '\r' || *at == '\n')) {
       begin_other_line();
       return false;
     }
-    in_ = In::value;  // a name without a colon is a field with no text
+    if (has_colon) ++at;
+    in_ = has_colon ? In::value_start : In::value;
     return true;
   }
 
@@ -185,15 +178,13 @@ class SseReader {
   }
 
   void end_line(const char*& at) {
-    after_cr_ = *at == '\r' ? AfterCr::line : AfterCr::none;
-    ++at;
+    after_cr_ = *at++ == '\r';
     in_ = In::line_start;
   }
 
-  In in_ = In::line_start;
-  AfterCr after_cr_ = AfterCr::none;
-  std::uint8_t name_read_ = 0;  // bytes of the name `data` found so far
-  std::uint8_t mark_read_ = 0;  // bytes of the byte order mark found so far; all of them: not expected any more
+  In in_ = In::mark;
+  bool after_cr_ = false;     // a line ended with a CR: a LF that follows belongs to it
+  std::uint8_t matched_ = 0;  // bytes of the byte order mark or of the name `data` found so far
   bool event_open_ = false;
   bool other_lines_ = false;
 };

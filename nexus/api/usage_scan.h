@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -47,33 +48,23 @@ class UsageScan {
   }
 
   // Reads a piece of the body, and may compact it in place; behind it kPaddingBytes must be readable. False: bytes are
-  // lost for lack of memory, and the body must end.
-  bool feed(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, Out& out) {
+  // lost for lack of memory, and the body must end. `last`: the body ends with this piece, and no byte stays held.
+  bool feed(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     released_.clear();
     out = {{}, {data, bytes}};
     if (kind_ == Kind::json) read_text(pool, reader, data, data + bytes);
-    if (kind_ != Kind::event_stream) return true;
-    return feed_events(pool, reader, data, bytes, out);
+    const bool complete = kind_ != Kind::event_stream || feed_events(pool, reader, data, bytes, last, out);
+    if (last) capture_.clear();
+    return complete;
   }
 
-  // The body ended: held bytes are released, or removed if they are the extra event.
-  bool finish(BlockPool&, JsonReader&, Out& out) {
-    released_.clear();
-    capture_.clear();
-    out = {};
-    if (kind_ != Kind::event_stream || !lines_.event_open()) return true;
-    lines_.finish();
-    take_counts();
-    if (!undecided_) return true;
-    if (is_extra_event())
-      remove_held();
-    else
-      release(out);
-    return true;
+  // Reads a body that came whole: faster than feed(). It passes unchanged.
+  void read_whole(JsonReader& reader, std::string_view body) {
+    usage_ = read_answer(reader, *names_, body);
+    out_of_memory_ = reader.out_of_memory();
   }
 
   const Usage& usage() const { return usage_; }
-  bool removed() const { return removed_; }
   std::size_t held_bytes() const { return held_.size(); }
   bool out_of_memory() const { return out_of_memory_; }  // counts may be missing
 
@@ -94,7 +85,7 @@ class UsageScan {
   };
   static constexpr std::size_t kLineBytes = 8;  // at most, of a `data` line in addition to its text
 
-  bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, Out& out) {
+  bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     const char* at = data;
     const char* end = data + bytes;
     Pass pass{data, data, data, data};
@@ -102,7 +93,7 @@ class UsageScan {
     for (;;) {
       if (lines_.between_events()) at = skip_other_events(at, end);
       switch (lines_.next(at, end, text)) {
-        case SseReader::Step::need_more: return park(pool, pass, end, out);
+        case SseReader::Step::need_more: return park(pool, pass, end, last, out);
         case SseReader::Step::event_begins: begin_event(pass, at); break;
         case SseReader::Step::data_begins: begin_data_line(pool); break;
         case SseReader::Step::data:
@@ -110,9 +101,6 @@ class UsageScan {
           read_text(pool, reader, text.data(), text.data() + text.size());
           break;
         case SseReader::Step::event_ends: end_event(pass, at, out); break;
-        case SseReader::Step::late_line_feed:
-          if (last_removed_) pass.run = at;  // it belongs to the removed event, and nothing precedes it
-          break;
       }
     }
   }
@@ -150,34 +138,34 @@ class UsageScan {
 
   void begin_event(Pass& pass, const char* at) {
     members_ = MemberScan();
-    counts_found_ = last_removed_ = false;
-    data_seen_ = false;
+    counts_.reset();
     event_bytes_ = 0;
     undecided_ = removing_;
     pass.event = at;
   }
 
   void begin_data_line(BlockPool& pool) {
+    if (event_bytes_ > 0) {
+      if (members_.in_usage()) capture(pool, "\n");
+      members_.line_break();
+    }
     event_bytes_ += kLineBytes;
-    if (!std::exchange(data_seen_, true)) return;
-    if (members_.in_usage()) capture(pool, "\n");
-    members_.line_break();
   }
 
   void end_event(Pass& pass, const char* behind, Out& out) {
-    take_counts();
+    if (counts_ && members_.is_object()) usage_ = *counts_;  // an event that is no JSON object tells nothing
     capture_.clear();
     if (!std::exchange(undecided_, false)) return;
     if (!is_extra_event()) return release(out);
     pass.keep_up_to(pass.event);
     pass.run = behind;
-    remove_held();
-    last_removed_ = true;
+    held_.clear();
   }
 
   // The piece is read: holds the open event while it may be the extra one, and releases everything else.
-  bool park(BlockPool& pool, Pass& pass, const char* end, Out& out) {
-    if (undecided_ && is_ruled_out()) {
+  bool park(BlockPool& pool, Pass& pass, const char* end, bool last, Out& out) {
+    if (last && lines_.finish()) end_event(pass, end, out);
+    if (undecided_ && (is_ruled_out() || (lines_.event_complete() && !members_.is_usage_event()))) {
       undecided_ = false;
       release(out);
     }
@@ -195,17 +183,6 @@ class UsageScan {
     if (held_.empty()) return;
     std::swap(held_, released_);
     out.held = released_.view();
-  }
-
-  void remove_held() {
-    held_.clear();
-    removed_ = true;
-  }
-
-  // The event is complete: if its data is an object, its counts become those of the stream.
-  void take_counts() {
-    if (counts_found_ && members_.is_object()) usage_ = counts_;
-    counts_found_ = false;
   }
 
   // Reads JSON text and the counts in its `usage`.
@@ -244,29 +221,21 @@ class UsageScan {
       object = capture_.view();
     }
     const bool readable = !capture_lost_ && object.size() <= kUsageBytes;
-    counts_ = readable ? read_usage(reader, *names_, object) : Usage{};
+    Usage& counts = kind_ == Kind::json ? usage_ : counts_.emplace();
+    counts = readable ? read_usage(reader, *names_, object) : Usage{};
     capture_.clear();
-    capture_lost_ = false;
-    if (kind_ == Kind::json)
-      usage_ = counts_;
-    else
-      counts_found_ = true;
   }
 
   Kind kind_ = Kind::none;
   bool removing_ = false;
-  bool undecided_ = false;  // the open event may be the extra one: its bytes are held
-  bool removed_ = false;
-  bool last_removed_ = false;  // the last event was removed: a late LF of its blank line is removed too
+  bool undecided_ = false;     // the open event may be the extra one: its bytes are held
   bool capture_lost_ = false;  // the open `usage` is too large, or there was no memory for it
   bool out_of_memory_ = false;
-  bool counts_found_ = false;  // counts_ are those of this event
-  bool data_seen_ = false;     // this event has a `data` line
-  std::size_t event_bytes_ = 0;
+  std::size_t event_bytes_ = 0;  // of the open event's `data` lines
   const UsageNames* names_ = nullptr;
   SseReader lines_;
   MemberScan members_;
-  Usage counts_;
+  std::optional<Usage> counts_;  // of the open event
   Usage usage_;
   Buffer held_;      // the open event's bytes from earlier pieces
   Buffer released_;  // bytes that were held, until the next call

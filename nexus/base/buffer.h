@@ -135,8 +135,7 @@ inline void Block::GiveBack::operator()(char* data) const { pool->give_back(data
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Buffer&& other) noexcept
-      : block_(std::move(other.block_)), begin_(std::exchange(other.begin_, 0)), end_(std::exchange(other.end_, 0)) {}
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     block_ = std::move(other.block_);
     begin_ = std::exchange(other.begin_, 0);

@@ -6,8 +6,6 @@
 // Tested by: tests/json_writer_test.cpp
 #pragma once
 
-#include <array>
-#include <charconv>
 #include <concepts>
 #include <string_view>
 
@@ -36,10 +34,7 @@ class JsonWriter {
   JsonWriter& value(std::string_view text) { return string(text), *this; }
   JsonWriter& value(const char* text) { return value(std::string_view(text)); }
   JsonWriter& value(bool value) { return literal(value ? "true" : "false"); }
-  JsonWriter& value(std::integral auto number) {
-    std::array<char, 24> digits;
-    return literal({digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), number).ptr});
-  }
+  JsonWriter& value(std::integral auto number) { return literal(Digits(number).view()); }
 
   // Text that is JSON already: a number with decimals, or null.
   JsonWriter& literal(std::string_view json) {

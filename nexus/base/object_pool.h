@@ -17,27 +17,12 @@ namespace nexus {
 template <class T>
 class ObjectPool {
   struct GiveBack {
-    ObjectPool* pool;
+    ObjectPool* pool = nullptr;
     void operator()(T* object) const { pool->keep(std::unique_ptr<T>(object)); }
   };
 
  public:
-  // A taken object, or nothing.
-  class Lease {
-   public:
-    Lease() = default;
-
-    explicit operator bool() const { return object_ != nullptr; }
-    T* get() const { return object_.get(); }
-    T* operator->() const { return object_.get(); }
-    T& operator*() const { return *object_; }
-    void give_back() { object_.reset(); }
-
-   private:
-    friend class ObjectPool;
-    Lease(ObjectPool* pool, T* object) : object_(object, GiveBack{pool}) {}
-    std::unique_ptr<T, GiveBack> object_;
-  };
+  using Lease = std::unique_ptr<T, GiveBack>;  // a taken object, or nothing
 
   explicit ObjectPool(std::size_t most) { idle_.reserve(most); }
   ObjectPool(const ObjectPool&) = delete;
@@ -45,10 +30,10 @@ class ObjectPool {
 
   // An idle object or a new one; empty if there is no memory.
   Lease take() {
-    if (idle_.empty()) return Lease(this, new (std::nothrow) T);
+    if (idle_.empty()) return Lease(new (std::nothrow) T, GiveBack{this});
     T* const object = idle_.back().release();
     idle_.pop_back();
-    return Lease(this, object);
+    return Lease(object, GiveBack{this});
   }
 
  private:

@@ -71,13 +71,6 @@ class ByteBlock {
 // The lowest `count` bits, 1 to 64 of them.
 inline std::uint64_t low_bits(std::size_t count) { return ~std::uint64_t{0} >> (64 - count); }
 
-// The number of bits that are set. Without the popcnt instruction, which not every x86-64 processor has.
-inline std::size_t count_bits(std::uint64_t bits) {
-  bits -= (bits >> 1) & 0x5555555555555555u;
-  bits = (bits & 0x3333333333333333u) + ((bits >> 2) & 0x3333333333333333u);
-  return ((bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
-}
-
 // Each bit becomes the exclusive or of itself and all lower bits. If the bits are quotes, the result marks strings.
 inline std::uint64_t between_pairs(std::uint64_t bits) {
   bits ^= bits << 1;

@@ -6,8 +6,10 @@
 // Tested by: tests/text_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <charconv>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -75,7 +77,7 @@ constexpr int hex_value(char c) {
 // The digits of a number, without an allocation.
 class Digits {
  public:
-  explicit Digits(std::uint64_t value, int base = 10) {
+  explicit Digits(std::integral auto value, int base = 10) {
     const char* end = std::to_chars(text_.data(), text_.data() + text_.size(), value, base).ptr;
     bytes_ = static_cast<std::size_t>(end - text_.data());
   }
@@ -142,31 +144,24 @@ inline std::string host_port(std::string_view host, std::uint16_t port) {
 // U+FFFD, so that the result is always valid JSON.
 template <class Out>  // with += for text and for a character
 void append_json_escaped(Out& out, std::string_view text) {
+  constexpr std::string_view kEscaped = "\"\\\n\r\t", kLetters = "\"\\nrt";
   while (!text.empty()) {
     const char c = text[0];
     const std::size_t length = read_utf8(text).bytes;
+    const std::size_t letter = kEscaped.find(c);
     if (length == 0) {
       out += "\xef\xbf\xbd";
-      text.remove_prefix(1);
-      continue;
-    }
-    if (c == '"' || c == '\\') {
+    } else if (letter != std::string_view::npos) {
       out += '\\';
-      out += c;
-    } else if (c == '\n') {
-      out += "\\n";
-    } else if (c == '\r') {
-      out += "\\r";
-    } else if (c == '\t') {
-      out += "\\t";
-    } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
+      out += kLetters[letter];
+    } else if (is_field_text(c)) {
+      out += text.substr(0, length);
+    } else {
       out += "\\u00";
       out += kHexDigits[static_cast<unsigned char>(c) >> 4];
       out += kHexDigits[static_cast<unsigned char>(c) & 15];
-    } else {
-      out += text.substr(0, length);
     }
-    text.remove_prefix(length);
+    text.remove_prefix(std::max<std::size_t>(length, 1));
   }
 }
 

@@ -204,9 +204,9 @@ class Exchange {
   // ---- the request ----
 
   void start_routing(IncrementalJson* incremental) {
-    const BodyError error =
+    const auto error =
         read_body(context_.json, *endpoint_, incremental, request_, snapshot_->any_vision_stated, facts_);
-    if (error != BodyError::none) return refuse_body(error);
+    if (error) return refuse_body(*error);
     summary_.model.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
     summary_.record.stream = facts_.stream;
@@ -225,10 +225,10 @@ class Exchange {
     go(State::choosing);
   }
 
-  [[gnu::cold]] void refuse_body(BodyError error) {
-    if (error == BodyError::too_deep) context_.slab.limit_hit(Limit::json_depth);
-    if (error == BodyError::out_of_memory) context_.slab.limit_hit(Limit::memory);
-    refuse(api_error_of(error), true, {}, error == BodyError::no_model ? "model" : "");
+  [[gnu::cold]] void refuse_body(ApiError error) {
+    if (error == ApiError::too_deep) context_.slab.limit_hit(Limit::json_depth);
+    if (error == ApiError::out_of_memory) context_.slab.limit_hit(Limit::memory);
+    refuse(error, true, {}, error == ApiError::no_model ? "model" : "");
   }
 
   [[gnu::cold]] void refuse_unknown_model() {

@@ -81,10 +81,10 @@ class RequestBody {
   }
 
   // The whole body was read.
-  void end_incremental() { incremental_.give_back(); }
+  void end_incremental() { incremental_.reset(); }
   // The body is no longer in `input`.
   void give_back() {
-    incremental_.give_back();
+    incremental_.reset();
     share_.give_back();
   }
   void reset() {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cassert>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,8 +26,8 @@ constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt
 constexpr std::size_t kListedModelBytes = 1024;  // of model names in an error message
 
 // Reads the complete body; `incremental`: its reader, if the body was read while it came.
-inline BodyError read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,
-                           const RequestView& request, bool find_messages, BodyFacts& facts) {
+inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,
+                                         const RequestView& request, bool find_messages, BodyFacts& facts) {
   const std::string_view body(request.body, request.body_bytes);
   if (incremental == nullptr) return read_body(json, endpoint, body, facts, find_messages);
   return incremental->read(json, endpoint, body, facts, find_messages);
@@ -40,21 +40,6 @@ inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
   needs.context_tokens = request.body_bytes / kBytesPerToken;
   needs.vision = facts.has_images;
   return needs;
-}
-
-// The error for a body that can't be read; not for BodyError::none.
-inline ApiError api_error_of(BodyError error) {
-  switch (error) {
-    case BodyError::none: break;
-    case BodyError::not_json: return ApiError::bad_json;
-    case BodyError::duplicate_key: return ApiError::duplicate_key;
-    case BodyError::no_model: return ApiError::no_model;
-    case BodyError::wrong_type: return ApiError::wrong_type;
-    case BodyError::too_deep: return ApiError::too_deep;
-    case BodyError::out_of_memory: return ApiError::out_of_memory;
-  }
-  assert(false);
-  return ApiError::bad_json;
 }
 
 inline bool is_available(const Snapshot& snapshot, const ModelEntry& entry) {

@@ -9,7 +9,6 @@
 // Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
-#include <cassert>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -32,7 +31,6 @@ class Response {
  public:
   enum class Step : std::uint8_t {
     goes_on,        // there is more of the body to come
-    holds_back,     // the body has ended, but the write lacks a part: call end()
     whole,          // the write holds the end
     broken,         // bad framing; the write holds the payload before it
     out_of_memory,  // and bytes are lost
@@ -55,8 +53,6 @@ class Response {
     scan_kind_ = scan_kind(head, view);
     remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
     scan_.start(scan_kind_, usage_names_, remove_usage_event);
-    whole_usage_ = Usage{};
-    usage_lost_ = false;
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
   }
 
@@ -69,31 +65,24 @@ class Response {
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
       // The usual case: the body came in one piece.
-      whole_usage_ = read_answer(json, *usage_names_, {piece.data, piece.bytes});
-      usage_lost_ = json.out_of_memory();
-    } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, out)) {
+      scan_.read_whole(json, {piece.data, piece.bytes});
+    } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, piece.done && !piece.failed, out)) {
       return Step::out_of_memory;
     }
     write.add(head);
     write.add_payload(is_chunked(), out.held, out.piece);
     if (piece.failed) return Step::broken;
     if (!piece.done) return Step::goes_on;
-    // One write if nothing is held back; finish() invalidates `out.held`.
-    if (scan_.held_bytes() > 0 || !out.held.empty()) return Step::holds_back;
-    UsageScan::Out rest;
-    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
-    assert(rest.held.empty() && rest.piece.empty());
     write.add_end(is_chunked());
     return Step::whole;
   }
 
-  // The body has ended while bytes were held back: they are sent, or are the usage event and dropped.
-  Step end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
+  // The end of the connection ended the body. Bytes that were held are sent, or are the usage event and dropped.
+  void end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
     UsageScan::Out rest;
-    if (!scan_.finish(blocks, json, rest)) return Step::out_of_memory;
-    write.add_payload(is_chunked(), rest.held, rest.piece);
+    scan_.feed(blocks, json, nullptr, 0, true, rest);
+    write.add_payload(is_chunked(), rest.held, {});
     write.add_end(is_chunked());
-    return Step::whole;
   }
 
   // True if the end of the backend's connection ends the body (RFC 9112 6.3).
@@ -102,16 +91,16 @@ class Response {
   // Copies token counts and times into the record, at the end; `asked_ns`: when the request was complete.
   void note_usage(RequestRecord& record, Ns asked_ns, Ns now) const {
     if (!is_success()) return;
-    const Usage& told = usage();
+    const Usage& told = scan_.usage();
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
     if (!record.stream || first_body_ns_ < 0) return;
     record.first_byte_ns = first_body_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
   }
-  bool lacks_usage() const { return is_success() && !usage().told() && !usage_lost(); }
+  bool lacks_usage() const { return is_success() && !scan_.usage().told() && !usage_lost(); }
   // True if the usage could not be read for want of memory.
-  bool usage_lost() const { return is_success() && !usage().told() && (usage_lost_ || scan_.out_of_memory()); }
+  bool usage_lost() const { return is_success() && !scan_.usage().told() && scan_.out_of_memory(); }
 
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
@@ -150,14 +139,10 @@ class Response {
     return {to_http_1_0 ? Framing::Kind::until_close : Framing::Kind::chunked, 0};
   }
 
-  const Usage& usage() const { return whole_usage_.told() ? whole_usage_ : scan_.usage(); }
-
   BodyDecoder body_;
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
   const UsageNames* usage_names_ = nullptr;
-  bool usage_lost_ = false;
-  Usage whole_usage_;  // of a body that was read in one piece, without the scan
   Framing framing_;
   std::uint16_t status_ = 0;
   bool keep_alive_ = false;
@@ -225,7 +210,7 @@ class ResponseHeadReader {
   HeadView view(const Result& result) const { return {result.data, fields_.get(), result.head.head_bytes}; }
 
   void clear() {
-    fields_.give_back();
+    fields_.reset();
     partial_.clear();
     interim_heads_ = 0;
   }

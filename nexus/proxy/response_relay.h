@@ -96,9 +96,7 @@ class ResponseRelay {
   // The body has ended, but the client has not been told so.
   RelayOutcome end_body() {
     ClientWrite write;
-    if (response_.end(context_.blocks, context_.json, write) == Response::Step::out_of_memory) {
-      return RelayOutcome::out_of_memory;
-    }
+    response_.end(context_.blocks, context_.json, write);
     return send_end(write);
   }
 
@@ -118,7 +116,6 @@ class ResponseRelay {
     if (step == Response::Step::whole) return send_end(write);
     if (!client_.send(write)) return RelayOutcome::client_failed;
     if (!summary_.overhead_noted) summary_.note_response_sent(context_.now, context_.net.now());
-    if (step == Response::Step::holds_back) return end_body();
     return step == Response::Step::broken ? RelayOutcome::broken : RelayOutcome::more;
   }
 

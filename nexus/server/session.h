@@ -76,7 +76,7 @@ struct Session {
     if (request_released) return;
     request_released = true;
     input.consume(head.head_bytes + body.bytes());
-    fields.give_back();
+    fields.reset();
     body.give_back();
   }
 
@@ -84,7 +84,7 @@ struct Session {
   void next_request(std::size_t bytes) {
     input.consume(bytes);
     head_input.reset();
-    fields.give_back();
+    fields.reset();
     body.reset();
     request_released = false;
     keep_alive = true;

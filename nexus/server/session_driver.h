@@ -411,7 +411,7 @@ class SessionDriver {
   // Sends our FIN; from here on received bytes are dropped, up to a bound.
   [[gnu::cold]] Step begin_linger(SessionT& session) {
     session.input.clear();
-    session.fields.give_back();
+    session.fields.reset();
     session.body.give_back();
     session.lingered_bytes = 0;
     if (session.connection.failed() || session.connection.hangup()) return close(session);

@@ -86,24 +86,26 @@ inline void check_facts(std::string_view text, const plain_json::Value& body, co
 inline void request_body(std::string_view input) {
   Guarded copy(input, nexus::kPaddingBytes);
   nexus::BodyFacts facts;
-  const nexus::BodyError error = nexus::read_body(json_reader(), nexus::kEndpoints[0], copy.view(), facts);
+  const auto error = nexus::read_body(json_reader(), nexus::kEndpoints[0], copy.view(), facts);
   check(copy.view() == input, "the body was changed");
   plain_json::Reader plain(input);
   const auto body = plain.read();
   if (!body || body->kind != Kind::object) return;  // Nexus may forward it; the backend refuses it
   if (plain.deepest() > nexus::kMaxJsonDepth)
-    return check(error == nexus::BodyError::too_deep, "not reported as too deep");
+    return check(error == nexus::ApiError::too_deep, "not reported as too deep");
   const WantedBody wanted = wanted_of(*body);
-  switch (error) {
-    case nexus::BodyError::none:
-      check(!wanted.faulty(), "a fault was passed over");
-      return check_facts(input, *body, facts);
-    case nexus::BodyError::duplicate_key: return check(wanted.duplicate, "no key stands twice");
-    case nexus::BodyError::no_model: return check(wanted.no_model, "there is a model");
-    case nexus::BodyError::wrong_type: return check(wanted.wrong_type, "the types are right");
-    case nexus::BodyError::too_deep: return check(false, "it is not too deep");
-    case nexus::BodyError::not_json: return check(false, "it is JSON");
-    case nexus::BodyError::out_of_memory: return;
+  if (!error) {
+    check(!wanted.faulty(), "a fault was passed over");
+    return check_facts(input, *body, facts);
+  }
+  switch (*error) {
+    case nexus::ApiError::duplicate_key: return check(wanted.duplicate, "no key stands twice");
+    case nexus::ApiError::no_model: return check(wanted.no_model, "there is a model");
+    case nexus::ApiError::wrong_type: return check(wanted.wrong_type, "the types are right");
+    case nexus::ApiError::too_deep: return check(false, "it is not too deep");
+    case nexus::ApiError::bad_json: return check(false, "it is JSON");
+    case nexus::ApiError::out_of_memory: return;
+    default: return check(false, "not an error of a body");
   }
 }
 

@@ -31,8 +31,8 @@ inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFac
 
 // Reads a body in pieces that end at `ends`. The body moves with each piece and has a guard page behind its padding.
 // With very many pieces it stays in place, because copying would take most of the time.
-inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector<std::size_t>& ends, Guarded& whole,
-                                       nexus::BodyFacts& facts, bool find_messages) {
+inline std::optional<nexus::ApiError> read_in_pieces(std::string_view input, const std::vector<std::size_t>& ends,
+                                                     Guarded& whole, nexus::BodyFacts& facts, bool find_messages) {
   static nexus::IncrementalJson incremental;
   incremental.start();
   constexpr std::size_t kMostCopies = 256;
@@ -48,20 +48,19 @@ inline nexus::BodyError read_in_pieces(std::string_view input, const std::vector
 }
 
 inline void check_pieces(std::string_view input, const std::vector<std::vector<std::size_t>>& ways) {
-  using nexus::BodyError;
   static nexus::JsonReader direct_reader;  // static, because its last result must stay valid
   Guarded whole(input, nexus::kPaddingBytes);
   const auto plain = plain_json::read(input);
   const bool is_body = plain && plain->kind == Kind::object;
   for (const bool find_messages : {true, false}) {
     nexus::BodyFacts wanted;
-    const BodyError error = nexus::read_body(direct_reader, nexus::kEndpoints[0], whole.view(), wanted, find_messages);
+    const auto error = nexus::read_body(direct_reader, nexus::kEndpoints[0], whole.view(), wanted, find_messages);
     for (const auto& ends : ways) {
       nexus::BodyFacts facts;
-      const BodyError pieces_error = read_in_pieces(input, ends, whole, facts, find_messages);
-      if (error != BodyError::none) check(pieces_error != BodyError::none, "an error was missed");
+      const auto pieces_error = read_in_pieces(input, ends, whole, facts, find_messages);
+      if (error) check(pieces_error.has_value(), "an error was missed");
       if (is_body) check(pieces_error == error, "another error is reported");
-      if (pieces_error == BodyError::none) check_same_facts(facts, wanted);
+      if (!pieces_error) check_same_facts(facts, wanted);
     }
   }
   check(whole.view() == input, "the body was changed");

@@ -29,15 +29,15 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
     nexus::UsageScan::Out out;
     for (const std::string& bytes : pieces_of(text, ends)) {
       Guarded piece(bytes, nexus::kPaddingBytes);
-      check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), out), "no memory");
+      check(scan.feed(pool, json_reader(), piece.data(), bytes.size(), false, out), "no memory");
       run.out.append(out.held).append(out.piece);
     }
-    check(scan.finish(pool, json_reader(), out), "no memory");
+    check(scan.feed(pool, json_reader(), nullptr, 0, true, out), "no memory");
     run.out.append(out.held).append(out.piece);
     check(scan.held_bytes() == 0, "bytes stayed behind");
     run.prompt_tokens = scan.usage().prompt_tokens;
     run.completion_tokens = scan.usage().completion_tokens;
-    run.removed = scan.removed();
+    run.removed = run.out.size() < text.size();
   }
   check(pool.taken_bytes() == 0, "a block stayed away");
   return run;
