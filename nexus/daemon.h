@@ -132,7 +132,7 @@ class Daemon {
     setrlimit(RLIMIT_NOFILE, &limit);  // if this fails, the old limit stays
   }
 
-  Log make_log() { return Log(log_writer_.add_ring(), log_config(settings_->log, journald_)); }
+  Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
 
   // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
   // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
@@ -180,9 +180,7 @@ class Daemon {
     if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
     Control<EpollNet>::Hooks hooks;
     hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
-    hooks.pages.log_lines_dropped = [this] {
-      return log_writer_.dropped(LogDestination::events) + log_writer_.dropped(LogDestination::access);
-    };
+    hooks.pages.log_lines_dropped = [this] { return log_writer_.dropped(); };
     control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
                                                    make_log(), std::move(hooks), started_ns_);
     snapshot_ = control_->begin(settings_);
@@ -318,7 +316,7 @@ class Daemon {
     }
     const std::string kept = keep_until_restart(next->server);
     settings_ = std::move(next);
-    log_.configure(log_config(settings_->log, journald_));
+    log_.configure(settings_->log);
     deliver<Control<EpollNet>::Reload>(*control_, settings_);
     if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
     log_.event(LogLevel::warning, "reloaded, except: " + kept);

@@ -197,7 +197,7 @@ class Control {
   }
 
   void take_settings(std::shared_ptr<const Settings> settings) {
-    log_.configure(log_config(settings->log, log_.config().journald));
+    log_.configure(settings->log);
     budget_.set_limit(settings->server.body_memory_bytes);
     registry_.configure(std::move(settings));
     std::vector<Admission::Cap> caps;
