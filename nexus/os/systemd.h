@@ -21,7 +21,6 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -35,13 +34,8 @@
 
 namespace nexus {
 
-using GetVariable = std::function<std::optional<std::string>(const char* name)>;
-
-inline std::optional<std::string> process_variable(const char* name) {
-  const char* value = std::getenv(name);
-  if (value == nullptr) return std::nullopt;
-  return std::string(value);
-}
+// An environment variable, or nothing if it is not set: ConfigEnvironment::get_env.
+using GetVariable = std::function<std::optional<std::string>(const std::string& name)>;
 
 // ---- passed sockets ----
 
@@ -126,8 +120,6 @@ class Notifier {
   ~Notifier() {
     if (socket_ >= 0) ::close(socket_);
   }
-
-  bool has_receiver() const { return socket_ >= 0; }
 
   // Sends `NAME=value` lines. False if nobody received them.
   bool send(std::string_view message) {
