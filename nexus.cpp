@@ -73,8 +73,7 @@ int check_fleet(const Options& options) {
     std::fprintf(stderr, "nexus: epoll: %s\n", strerror(errno));
     return 2;
   }
-  const std::string table = check_table(*states);
-  std::fwrite(table.data(), 1, table.size(), stdout);
+  std::fputs(check_table(*states).c_str(), stdout);
   return all_good(*states) ? 0 : 1;
 }
 
@@ -119,10 +118,9 @@ int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_
 }
 
 int serve_file(const Options& options) {
+  const auto read = [&] { return load_config(options.config, system_environment()); };
   std::optional<Settings> settings = read_settings(options);
-  if (settings)
-    return serve(
-        std::move(*settings), [&] { return load_config(options.config, system_environment()); }, false);
+  if (settings) return serve(std::move(*settings), read, false);
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
   return 1;
 }

@@ -74,7 +74,7 @@ class Daemon {
 
   // Serves until SIGTERM or SIGINT. `read_config` reads the configuration again.
   void serve(const std::function<ConfigResult()>& read_config) {
-    notifier_.ready(status());
+    notifier_.ready(status_);
     for (;;) {
       const int signal = wait_signal(kNever);
       if (signal == SIGHUP) reload(read_config());
@@ -85,7 +85,9 @@ class Daemon {
   // Joins all threads and writes the log out.
   void stop() {
     for (auto& worker : workers_) deliver<Worker<EpollNet>::Stop>(*worker);
-    for (std::thread& thread : worker_threads_) thread.join();
+    for (std::thread& thread : worker_threads_) {
+      if (thread.joinable()) thread.join();  // not if start() failed there
+    }
     worker_threads_.clear();
     if (control_thread_.joinable()) {
       deliver<Control<EpollNet>::Stop>(*control_);
@@ -131,10 +133,10 @@ class Daemon {
   // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
   // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
   std::string open_listeners() {
-    const PassedSockets passed = passed_sockets(environment_, getpid());
-    if (!passed.error.empty()) return passed.error;
+    std::vector<PassedSocket> passed;
+    if (std::string why = passed_sockets(environment_, getpid(), passed); !why.empty()) return why;
     std::array<bool, 2> any_passed{};  // by metrics_only
-    for (const PassedSocket& socket : passed.sockets) {
+    for (const PassedSocket& socket : passed) {
       const bool metrics_only = socket.name == "metrics";
       any_passed[metrics_only] = true;
       add_listener({socket.fd}, metrics_only, true);
@@ -169,6 +171,7 @@ class Daemon {
     listeners_.push_back({socket, metrics_only, passed});
     addresses_.push_back((metrics_only ? "metrics " : "") + to_string(EpollNet::local_address(socket)) +
                          (passed ? " (passed)" : ""));
+    status_ += " " + addresses_.back();
   }
 
   std::uint32_t worker_count() const {
@@ -268,21 +271,12 @@ class Daemon {
 
   // Heartbeats go to the workers' loops, in order, and then to the control thread's.
   void beat() {
-    const bool well = watchdog_->due(monotonic_now(), [this](std::size_t loop, const Heartbeat& heartbeat) {
-      using ByWorker = Worker<EpollNet>::Posted;
-      using ByControl = Control<EpollNet>::Posted;
-      const bool lost = loop < workers_.size() ? workers_[loop]->post(heartbeat) == ByWorker::no_memory
-                                               : control_->post(heartbeat) == ByControl::no_memory;
+    const bool well = watchdog_->due(monotonic_now(), [this](std::size_t index, const Heartbeat& heartbeat) {
+      const auto is_lost = [&]<class Loop>(Loop& loop) { return loop.post(heartbeat) == Loop::Posted::no_memory; };
+      const bool lost = index < workers_.size() ? is_lost(*workers_[index]) : is_lost(*control_);
       if (lost) heartbeat.answer();  // a lack of memory does not mean that the loop hangs
     });
     if (well) notifier_.alive();
-  }
-
-  // Shown by systemctl status.
-  std::string status() const {
-    std::string text = "serving on";
-    for (const std::string& address : addresses_) text += " " + address;
-    return text;
   }
 
   void reload(ConfigResult next) {
@@ -290,12 +284,9 @@ class Daemon {
     for (const ConfigError& error : next.errors) {
       log_.event(LogLevel::error, "reload failed, keeping the old configuration", {{"error", error.to_string()}});
     }
-    if (next.ok()) {
-      take_settings(std::move(next.settings));
-    } else {
-      deliver<Control<EpollNet>::Reload>(*control_, nullptr);
-    }
-    notifier_.ready(status());
+    if (next.ok()) take_settings(std::move(next.settings));
+    deliver<Control<EpollNet>::Reload>(*control_, next.ok() ? settings_ : nullptr);
+    notifier_.ready(status_);
   }
 
   void take_settings(Settings next) {
@@ -307,7 +298,6 @@ class Daemon {
     const std::string kept = keep_until_restart(next.server);
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
-    deliver<Control<EpollNet>::Reload>(*control_, settings_);
     if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
     log_.event(LogLevel::warning, "reloaded, except: " + kept);
   }
@@ -374,6 +364,7 @@ class Daemon {
   Shared shared_;
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
+  std::string status_ = "serving on";                          // shown by systemctl status
   std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs
   EpollNet control_net_;
   std::unique_ptr<Control<EpollNet>> control_;

@@ -159,7 +159,7 @@ class Log {
     }
     if (json_ || !journald_) {
       event_key("level");
-      value(kLevels[static_cast<std::size_t>(level)].name);
+      value(kLevelNames[static_cast<std::size_t>(level)]);
     }
     event_key("message");
     quote();
@@ -199,15 +199,12 @@ class Log {
   // each byte escaped. Memory is used only as far as a line was ever long.
   static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 7 * kMaxLogValueBytes) + 1024;
 
-  struct Level {
-    std::string_view name;
-    std::string_view priority;  // sd-daemon(3)'s prefix; syslog has a notice (5) that Nexus has not
-  };
-  static constexpr std::array<Level, 4> kLevels{
-      {{"error", "<3>"}, {"warning", "<4>"}, {"info", "<6>"}, {"debug", "<7>"}}};
+  static constexpr std::array<std::string_view, 4> kLevelNames{"error", "warning", "info", "debug"};
+  // sd-daemon(3)'s prefixes, from which journald takes the level. syslog has a notice (5) that Nexus has not.
+  static constexpr std::array<std::string_view, 4> kPriorities{"<3>", "<4>", "<6>", "<7>"};
 
   void begin(bool has_priority, LogLevel level) {
-    line_ = has_priority ? kLevels[static_cast<std::size_t>(level)].priority : std::string_view();
+    line_ = has_priority ? kPriorities[static_cast<std::size_t>(level)] : std::string_view();
     if (json_) line_ += '{';
     first_ = true;
   }

@@ -215,29 +215,21 @@ class LogFile {
   // Returns the bytes written, or 0 if the file takes none. Polls what may block (a pipe, a terminal) first.
   std::size_t write_some(std::string_view bytes) {
     for (;;) {
-      if (!regular_ && !wait_writable()) return 0;
-      const std::size_t most = regular_ ? bytes.size() : std::min(bytes.size(), kPipeBytes);
-      const ssize_t n = ::write(fd_, bytes.data(), most);
+      pollfd entry{fd_, POLLOUT, 0};
+      if (!regular_ && ::poll(&entry, 1, stalled_ ? 0 : kPatienceMs) <= 0) {  // also > 0 after an error: write() has it
+        stalled_ = true;
+        return 0;
+      }
+      const ssize_t n = ::write(fd_, bytes.data(), regular_ ? bytes.size() : std::min(bytes.size(), kPipeBytes));
       if (n > 0) {
         stalled_ = false;
         mid_line_ = bytes[static_cast<std::size_t>(n) - 1] != '\n';
         return static_cast<std::size_t>(n);
       }
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0 && errno == EAGAIN && !regular_ && !stalled_) {
-        stalled_ = true;  // poll() reported it writable, but it is not: poll once more, without waiting
-        continue;
-      }
-      return 0;
+      const bool not_yet = n < 0 && errno == EAGAIN && !regular_ && !stalled_;
+      if (not_yet) stalled_ = true;  // poll() reported it writable, but it is not: poll once more, without waiting
+      if (!not_yet && (n == 0 || errno != EINTR)) return 0;
     }
-  }
-
-  bool wait_writable() {
-    pollfd entry{fd_, POLLOUT, 0};
-    const int ready = ::poll(&entry, 1, stalled_ ? 0 : kPatienceMs);
-    if (ready > 0) return true;  // also after an error, which write() then returns
-    stalled_ = true;
-    return false;
   }
 
   int fd_ = -1;

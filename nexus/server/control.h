@@ -50,7 +50,6 @@ class Control {
 
   struct Hooks {
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;  // may throw std::bad_alloc
-    std::function<Ns()> wall_time = wall_now;
     PageRenderer::Sources pages;
   };
 
@@ -75,7 +74,7 @@ class Control {
   SnapshotPtr begin(std::shared_ptr<const Settings> settings) {
     take_settings(std::move(settings));
     unpublished_ = false;
-    pages_.reload_succeeded(hooks_.wall_time());
+    pages_.note_reload(true);
     return make_snapshot();
   }
 
@@ -95,10 +94,20 @@ class Control {
   }
 
   // The simulator calls the next two itself.
+  // The first checks run at once, those after them are spread over the interval.
   void check_new_backends() {
     auto& backends = registry_.backends();
-    for (std::size_t i = 0; i < backends.size(); ++i) {
-      if (backends[i].next_check_ns == kNever) guarded([&] { schedule_first(backends[i], i); });
+    const Ns interval = registry_.settings().health.interval_ns;
+    Ns place = 0;
+    for (Registry::Backend& backend : backends) {
+      place += 1;
+      if (backend.next_check_ns != kNever) continue;
+      backend.next_check_ns = now_ + interval * place / static_cast<Ns>(backends.size());
+      backend.next_lookup_ns = now_;
+      guarded([&] {
+        look_up_if_due(backend);
+        check(backend);
+      });
     }
   }
 
@@ -160,13 +169,13 @@ class Control {
     typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
     page.kind = ask.kind;
-    page.body = pages_.render(ask.kind, now_);
+    guarded([&] { page.body = pages_.render(ask.kind, now_); });  // without memory the session gets no body
     const auto posted = workers_[ask.worker]->post(std::move(page));
     if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
 
   void on_message(Reload& message) {
-    if (message.settings == nullptr) return pages_.reload_failed();
+    if (message.settings == nullptr) return pages_.note_reload(false);
     reloading_ = std::move(message.settings);
     reload();
   }
@@ -179,7 +188,7 @@ class Control {
   void reload() {
     if (!guarded([&] { take_settings(reloading_); })) return;
     reloading_.reset();
-    pages_.reload_succeeded(hooks_.wall_time());
+    pages_.note_reload(true);
     // Workers keep the old backends until the first checks of the new ones are done.
     hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
@@ -232,16 +241,6 @@ class Control {
   // ---- schedule of checks and lookups ----
 
   static Ns due_ns(const Registry::Backend& backend) { return std::min(backend.next_check_ns, backend.next_lookup_ns); }
-
-  // The first checks run at once, those after them are spread over the interval.
-  void schedule_first(Registry::Backend& backend, std::size_t index) {
-    const auto backends = static_cast<Ns>(registry_.backends().size());
-    const Ns place = static_cast<Ns>(index) % backends + 1;
-    backend.next_check_ns = now_ + registry_.settings().health.interval_ns * place / backends;
-    backend.next_lookup_ns = now_;
-    look_up_if_due(backend);
-    check(backend);
-  }
 
   void check_and_look_up(Registry::Backend& backend) {
     if (now_ >= backend.next_check_ns) {
@@ -335,12 +334,12 @@ class Control {
     const Registry::Transition transition = registry_.note_check(backend, result.passed);
     const std::string_view name = backend.settings.name;
     if (transition.changed) unpublished_ = true;
-    if (transition.changed && transition.to == Health::healthy) {
+    if (transition.changed && result.passed) {
       log_.event(LogLevel::info, "backend is healthy", {{"backend", name}});
-    } else if (transition.changed) {
-      log_.event(LogLevel::warning, "backend is unhealthy", {{"backend", name}, {"why", result.reason}});
     } else if (!result.passed) {
-      log_.event(LogLevel::debug, "health check failed", {{"backend", name}, {"why", result.reason}});
+      log_.event(transition.changed ? LogLevel::warning : LogLevel::debug,
+                 transition.changed ? "backend is unhealthy" : "health check failed",
+                 {{"backend", name}, {"why", result.reason}});
     }
   }
 

@@ -120,7 +120,7 @@ class Gateway {
   static SimControl::Hooks hooks(const Wire& wire) {
     SimControl::Hooks hooks;
     hooks.pages.process_stats = [] { return ProcessStats{}; };
-    hooks.wall_time = [&wire] { return wire.now(); };
+    hooks.pages.wall_time = [&wire] { return wire.now(); };
     return hooks;
   }
 
