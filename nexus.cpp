@@ -6,9 +6,13 @@
 // backends, resolves their names and renders the pages; the log thread (log_thread.h) writes the log. This file is the
 // command line; daemon.h starts and stops the threads.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "nexus/apps/check.h"
 #include "nexus/apps/top.h"
@@ -38,78 +42,38 @@ models = echo
 token_delay = 20ms
 )";
 
-enum class Mode { serve, test_config, check_fleet, top, demo, version, help, wrong };
-
 struct Options {
-  Mode mode = Mode::serve;
+  int (*run)(const Options&);
   std::string config = kDefaultConfig;
   std::string url = "http://127.0.0.1:8000";  // for top
-  std::string wrong;                          // error message of Mode::wrong
 };
 
-Options read_options(int argc, char** argv) {
-  Options options;
-  const std::string_view command = argc > 1 ? argv[1] : "";
-  int first = 1;
-  if (command == "top") {
-    options.mode = Mode::top;
-    if (argc > 2) options.url = argv[2];
-    first = 3;
-  } else if (command == "check") {
-    options.mode = Mode::check_fleet;
-    first = 2;
-  }
-  for (int i = first; i < argc; ++i) {
-    const std::string_view argument = argv[i];
-    if (argument == "-c" && i + 1 < argc) {
-      options.config = argv[++i];
-    } else if (argument == "-t") {
-      options.mode = Mode::test_config;
-    } else if (argument == "--demo") {
-      options.mode = Mode::demo;
-    } else if (argument == "--version" || argument == "-V") {
-      options.mode = Mode::version;
-    } else if (argument == "--help" || argument == "-h") {
-      options.mode = Mode::help;
-    } else {
-      options.mode = Mode::wrong;
-      options.wrong = argument == "-c" ? "-c needs a file" : "unknown argument: " + std::string(argument);
-      return options;
-    }
-  }
-  return options;
-}
-
-ConfigResult read_config(const Options& options) {
-  if (options.mode == Mode::demo) return parse_config(kDemoConfig, "demo", system_environment());
-  return load_config(options.config, system_environment());
-}
-
-void print_errors(const ConfigResult& result) {
+// Nothing if the file has errors, which are printed then.
+std::optional<Settings> read_settings(const Options& options) {
+  ConfigResult result = load_config(options.config, system_environment());
   for (const ConfigError& error : result.errors) std::fprintf(stderr, "%s\n", error.to_string().c_str());
+  if (!result.ok()) return std::nullopt;
+  return std::move(result.settings);
 }
 
 int test_config(const Options& options) {
-  const ConfigResult result = read_config(options);
-  print_errors(result);
-  if (result.ok()) std::printf("%s: ok\n", options.config.c_str());
-  return result.ok() ? 0 : 1;
+  if (!read_settings(options)) return 1;
+  std::printf("%s: ok\n", options.config.c_str());
+  return 0;
 }
 
 // Exit status: 0 all backends are good, 1 some are not, 2 the check could not run.
 int check_fleet(const Options& options) {
-  const ConfigResult result = read_config(options);
-  print_errors(result);
-  if (!result.ok()) return 2;
+  const std::optional<Settings> settings = read_settings(options);
+  if (!settings) return 2;
   signal(SIGPIPE, SIG_IGN);
-  FleetCheck check(result.settings);
+  FleetCheck check(*settings);
   const std::vector<CheckState>* states = check.run();
   if (states == nullptr) {
     std::fprintf(stderr, "nexus: epoll: %s\n", strerror(errno));
     return 2;
   }
-  const std::string table = check_table(*states);
-  std::fwrite(table.data(), 1, table.size(), stdout);
+  std::fputs(check_table(*states).c_str(), stdout);
   return all_good(*states) ? 0 : 1;
 }
 
@@ -120,7 +84,8 @@ int watch(const Options& options) {
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
-  return run_top(watched.address, watched.base_path, options.url, process_variable("NEXUS_API_KEY").value_or(""));
+  const std::string key = system_environment().get_env("NEXUS_API_KEY").value_or("");
+  return run_top(watched.address, watched.base_path, options.url, key);
 }
 
 void print_demo(const std::string& address) {
@@ -138,48 +103,73 @@ void print_demo(const std::string& address) {
   std::fflush(stdout);
 }
 
-int serve(const Options& options) {
-  ConfigResult first = read_config(options);
-  if (!first.ok()) {
-    print_errors(first);
-    if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
-    return 1;
-  }
-  Daemon daemon(std::make_shared<const Settings>(std::move(first.settings)));
+// `read` is called again for each reload.
+int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_demo) {
+  Daemon daemon(std::make_shared<const Settings>(std::move(settings)));
   if (const std::string why = daemon.start(); !why.empty()) {
     daemon.stop();
     std::fprintf(stderr, "nexus: %s\n", why.c_str());
     return 1;
   }
-  if (options.mode == Mode::demo) print_demo(daemon.addresses().front());
-  daemon.serve([&]() -> std::shared_ptr<Settings> {
-    ConfigResult next = read_config(options);
-    if (next.ok()) return std::make_shared<Settings>(std::move(next.settings));
-    for (const ConfigError& error : next.errors) {
-      daemon.log().event(LogLevel::error, "reload failed, keeping the old configuration",
-                         {{"error", error.to_string()}});
-    }
-    return nullptr;
-  });
+  if (is_demo) print_demo(daemon.addresses().front());
+  daemon.serve(read);
   daemon.stop();
   return 0;
 }
 
+int serve_file(const Options& options) {
+  const auto read = [&] { return load_config(options.config, system_environment()); };
+  std::optional<Settings> settings = read_settings(options);
+  if (settings) return serve(std::move(*settings), read, false);
+  if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
+  return 1;
+}
+
+int serve_demo(const Options&) {
+  const auto read = [] { return parse_config(kDemoConfig, "demo", system_environment()); };
+  return serve(read().settings, read, true);
+}
+
+int print_version(const Options&) {
+  std::printf("nexus %s\n", std::string(kVersion).c_str());
+  return 0;
+}
+
+int print_help(const Options&) {
+  std::fwrite(kHelp.data(), 1, kHelp.size(), stdout);
+  return 0;
+}
+
 int run(int argc, char** argv) {
-  const Options options = read_options(argc, argv);
-  switch (options.mode) {
-    case Mode::serve:
-    case Mode::demo: return serve(options);
-    case Mode::test_config: return test_config(options);
-    case Mode::check_fleet: return check_fleet(options);
-    case Mode::top: return watch(options);
-    case Mode::version: std::printf("nexus %s\n", std::string(kVersion).c_str()); return 0;
-    case Mode::help: std::fwrite(kHelp.data(), 1, kHelp.size(), stdout); return 0;
-    case Mode::wrong:
-      std::fprintf(stderr, "nexus: %s\n%s", options.wrong.c_str(), std::string(kHelp).c_str());
-      return 2;
+  constexpr std::pair<std::string_view, int (*)(const Options&)> kFlags[] = {
+      {"-t", test_config},   {"--demo", serve_demo}, {"--version", print_version},
+      {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};
+  Options options{serve_file};
+  const std::string_view command = argc > 1 ? argv[1] : "";
+  int first = 1;
+  if (command == "top") {
+    options.run = watch;
+    if (argc > 2) options.url = argv[2];
+    first = 3;
+  } else if (command == "check") {
+    options.run = check_fleet;
+    first = 2;
   }
-  return 2;
+  for (int i = first; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const auto* flag =
+        std::find_if(std::begin(kFlags), std::end(kFlags), [&](const auto& each) { return each.first == argument; });
+    if (flag != std::end(kFlags)) {
+      options.run = flag->second;
+    } else if (argument == "-c" && i + 1 < argc) {
+      options.config = argv[++i];
+    } else {
+      const std::string wrong = argument == "-c" ? "-c needs a file" : "unknown argument: " + argument;
+      std::fprintf(stderr, "nexus: %s\n%s", wrong.c_str(), std::string(kHelp).c_str());
+      return 2;
+    }
+  }
+  return options.run(options);
 }
 
 }  // namespace

@@ -12,10 +12,11 @@
 #include <sys/random.h>
 #include <sys/resource.h>
 
+#include <array>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -24,7 +25,7 @@
 
 #include "nexus/apps/echo_backend.h"
 #include "nexus/base/threads.h"
-#include "nexus/config/values.h"
+#include "nexus/config/parser.h"
 #include "nexus/os/log_thread.h"
 #include "nexus/os/seccomp.h"
 #include "nexus/os/systemd.h"
@@ -67,30 +68,26 @@ class Daemon {
     if (const int error = log_writer_.reconfigure(settings_->log.access)) {
       return "access log " + settings_->log.access + ": " + strerror(error);
     }
-    if (std::string why = make_control(); !why.empty()) return why;
-    if (std::string why = make_workers(); !why.empty()) return why;
+    if (std::string why = make_loops(); !why.empty()) return why;
     return start_threads();
   }
 
-  // Serves until SIGTERM or SIGINT. `read_settings` reads the configuration again; it returns null, and logs why, if
-  // the file has errors.
-  template <class ReadSettings>
-  void serve(ReadSettings&& read_settings) {
-    notifier_.ready(status());
+  // Serves until SIGTERM or SIGINT. `read_config` reads the configuration again.
+  void serve(const std::function<ConfigResult()>& read_config) {
+    notifier_.ready(status_);
     for (;;) {
-      switch (wait_signal(kNever)) {
-        case SIGHUP: reload(read_settings); break;
-        case SIGTERM:
-        case SIGINT: return drain();
-        default: break;  // kWorkerDone: no worker ends before the drain
-      }
+      const int signal = wait_signal(kNever);
+      if (signal == SIGHUP) reload(read_config());
+      if (signal == SIGTERM || signal == SIGINT) return drain();
     }
   }
 
   // Joins all threads and writes the log out.
   void stop() {
     for (auto& worker : workers_) deliver<Worker<EpollNet>::Stop>(*worker);
-    for (std::thread& thread : worker_threads_) thread.join();
+    for (std::thread& thread : worker_threads_) {
+      if (thread.joinable()) thread.join();  // not if start() failed there
+    }
     worker_threads_.clear();
     if (control_thread_.joinable()) {
       deliver<Control<EpollNet>::Stop>(*control_);
@@ -103,7 +100,6 @@ class Daemon {
     log_writer_.stop();
   }
 
-  Log& log() { return log_; }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
  private:
@@ -114,8 +110,8 @@ class Daemon {
   };
 
   static std::string instance_name() {
-    const std::string digits(Digits(random_bits() & UINT32_MAX, 16).view());
-    return "nexus-" + std::string(8 - digits.size(), '0') + digits;
+    const Digits digits(std::uint64_t{1} << 32 | (random_bits() & UINT32_MAX), 16);  // the 1 keeps the leading zeros
+    return std::string("nexus-").append(digits.view().substr(1));
   }
 
   static std::uint64_t random_bits() {
@@ -132,24 +128,25 @@ class Daemon {
     setrlimit(RLIMIT_NOFILE, &limit);  // if this fails, the old limit stays
   }
 
-  Log make_log() { return Log(log_writer_.add_ring(), log_config(settings_->log, journald_)); }
+  Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
 
   // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
   // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
   std::string open_listeners() {
-    const PassedSockets passed = passed_sockets(process_variable, getpid());
-    if (!passed.error.empty()) return passed.error;
-    for (const PassedSocket& socket : passed.sockets) add_listener({socket.fd}, socket.name == "metrics", true);
-    const auto any_passed = [this](bool metrics_only) {
-      return std::any_of(listeners_.begin(), listeners_.end(),
-                         [&](const Listening& each) { return each.passed && each.metrics_only == metrics_only; });
-    };
+    std::vector<PassedSocket> passed;
+    if (std::string why = passed_sockets(environment_, getpid(), passed); !why.empty()) return why;
+    std::array<bool, 2> any_passed{};  // by metrics_only
+    for (const PassedSocket& socket : passed) {
+      const bool metrics_only = socket.name == "metrics";
+      any_passed[metrics_only] = true;
+      add_listener({socket.fd}, metrics_only, true);
+    }
     const ServerSettings& server = settings_->server;
-    if (any_passed(true) && server.metrics_listen.empty()) {
+    if (any_passed[true] && server.metrics_listen.empty()) {
       return "systemd passed a socket named metrics, but metrics_listen is not set";
     }
     for (const bool metrics_only : {false, true}) {
-      if (any_passed(metrics_only)) continue;
+      if (any_passed[metrics_only]) continue;
       for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
         if (std::string why = listen_on(where, metrics_only); !why.empty()) return why;
       }
@@ -174,19 +171,7 @@ class Daemon {
     listeners_.push_back({socket, metrics_only, passed});
     addresses_.push_back((metrics_only ? "metrics " : "") + to_string(EpollNet::local_address(socket)) +
                          (passed ? " (passed)" : ""));
-  }
-
-  std::string make_control() {
-    if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
-    Control<EpollNet>::Hooks hooks;
-    hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
-    hooks.pages.log_lines_dropped = [this] {
-      return log_writer_.dropped(LogDestination::events) + log_writer_.dropped(LogDestination::access);
-    };
-    control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
-                                                   make_log(), std::move(hooks), started_ns_);
-    snapshot_ = control_->begin(settings_);
-    return {};
+    status_ += " " + addresses_.back();
   }
 
   std::uint32_t worker_count() const {
@@ -197,32 +182,37 @@ class Daemon {
     return static_cast<std::uint32_t>(std::max(1, CPU_COUNT(&set)));
   }
 
-  std::string make_workers() {
+  std::string make_loops() {
+    if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
+    Control<EpollNet>::Hooks hooks;
+    hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
+    hooks.pages.log_lines_dropped = [this] { return log_writer_.dropped(); };
+    control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
+                                                   make_log(), std::move(hooks), started_ns_);
+    const SnapshotPtr snapshot = control_->begin(settings_);
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
     peers_.ask_page = [this](std::uint32_t worker, Handle session, PageKind kind) {
-      using Posted = Control<EpollNet>::Posted;
-      return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Posted::no_memory;
+      return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Control<EpollNet>::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
       if (const int error = net.open()) return std::string("epoll: ") + strerror(error);
       workers_.push_back(std::make_unique<Worker<EpollNet>>(net, shared_, metrics_.add_slab(), make_log(), i,
-                                                            random_bits() + i, snapshot_, peers_, started_ns_));
+                                                            random_bits() + i, snapshot, peers_, started_ns_));
       peers_.workers.push_back(workers_.back().get());
       for (const Listening& listening : listeners_) {
         if (!workers_.back()->add_listener(listening.socket, listening.metrics_only)) return "epoll: no memory";
       }
     }
     control_->set_workers(peers_.workers);
-    snapshot_.reset();
     return {};
   }
 
   std::string start_threads() {
     constexpr const char* kNoThread = "cannot start a thread: is the limit on threads reached?";
     if (!log_writer_.start()) return kNoThread;
-    const Ns watchdog_ns = watchdog_limit_ns(process_variable, getpid());
+    const Ns watchdog_ns = watchdog_limit_ns(environment_, getpid());
     watchdog_ = std::make_unique<Watchdog>(workers_.size() + 1, watchdog_ns, monotonic_now());
     control_thread_ = start_thread("nexus-control", [this] { control_->run(); });
     if (!control_thread_.joinable()) return kNoThread;
@@ -253,16 +243,13 @@ class Daemon {
 
   // Starts a built-in backend and returns its address on loopback, or nullopt. Settings that changed make a new one.
   std::optional<Address> echo_address(const BackendSettings& backend) {
-    EchoOptions options;
+    EchoOptions options{.token_delay_ns = backend.token_delay_ns};
     if (!backend.models.empty()) options.models = backend.models;
-    options.token_delay_ns = backend.token_delay_ns;
     auto& echo = echoes_[backend.name];
     echo = std::make_unique<EchoServer>(options);
-    if (echo->start() != 0) {
-      echo.reset();
-      return std::nullopt;
-    }
-    return echo->address();
+    if (echo->start() == 0) return echo->address();
+    echo.reset();
+    return std::nullopt;
   }
 
   // ---- signals ----
@@ -284,42 +271,33 @@ class Daemon {
 
   // Heartbeats go to the workers' loops, in order, and then to the control thread's.
   void beat() {
-    const bool well = watchdog_->due(monotonic_now(), [this](std::size_t loop, const Heartbeat& heartbeat) {
-      using ByWorker = Worker<EpollNet>::Posted;
-      using ByControl = Control<EpollNet>::Posted;
-      const bool lost = loop < workers_.size() ? workers_[loop]->post(heartbeat) == ByWorker::no_memory
-                                               : control_->post(heartbeat) == ByControl::no_memory;
+    const bool well = watchdog_->due(monotonic_now(), [this](std::size_t index, const Heartbeat& heartbeat) {
+      const auto is_lost = [&]<class Loop>(Loop& loop) { return loop.post(heartbeat) == Loop::Posted::no_memory; };
+      const bool lost = index < workers_.size() ? is_lost(*workers_[index]) : is_lost(*control_);
       if (lost) heartbeat.answer();  // a lack of memory does not mean that the loop hangs
     });
     if (well) notifier_.alive();
   }
 
-  // Shown by systemctl status.
-  std::string status() const {
-    std::string text = "serving on";
-    for (const std::string& address : addresses_) text += " " + address;
-    return text;
-  }
-
-  template <class ReadSettings>
-  void reload(ReadSettings&& read_settings) {
+  void reload(ConfigResult next) {
     notifier_.reloading(monotonic_now());
-    take_settings(read_settings());
-    notifier_.ready(status());
+    for (const ConfigError& error : next.errors) {
+      log_.event(LogLevel::error, "reload failed, keeping the old configuration", {{"error", error.to_string()}});
+    }
+    if (next.ok()) take_settings(std::move(next.settings));
+    deliver<Control<EpollNet>::Reload>(*control_, next.ok() ? settings_ : nullptr);
+    notifier_.ready(status_);
   }
 
-  // `next` is null if the new configuration has errors.
-  void take_settings(std::shared_ptr<Settings> next) {
-    if (next == nullptr) return deliver<Control<EpollNet>::Reload>(*control_, nullptr);
+  void take_settings(Settings next) {
     // Opens the access log again even if its path is the same: the file may have been rotated.
-    if (const int error = log_writer_.reconfigure(next->log.access)) {
+    if (const int error = log_writer_.reconfigure(next.log.access)) {
       log_.event(LogLevel::error, "cannot open the access log, keeping the old one",
-                 {{"path", next->log.access}, {"why", strerror(error)}});
+                 {{"path", next.log.access}, {"why", strerror(error)}});
     }
-    const std::string kept = keep_until_restart(next->server);
-    settings_ = std::move(next);
-    log_.configure(log_config(settings_->log, journald_));
-    deliver<Control<EpollNet>::Reload>(*control_, settings_);
+    const std::string kept = keep_until_restart(next.server);
+    settings_ = std::make_shared<const Settings>(std::move(next));
+    log_.configure(settings_->log);
     if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
     log_.event(LogLevel::warning, "reloaded, except: " + kept);
   }
@@ -351,12 +329,12 @@ class Daemon {
     for (auto& worker : workers_) deliver<Worker<EpollNet>::Drain>(*worker);
     const Ns began = monotonic_now();
     const Ns deadline = deadline_after(began, settings_->server.drain_timeout_ns);
-    bool refusing = false;
+    Ns refuse_at = began + kLastAccepts;
     while (workers_done_.load(std::memory_order_acquire) < workers_.size()) {
       // First the workers accept what waits in the backlog; then new connections are refused at once.
-      const int signal = wait_signal(refusing ? deadline : std::min(deadline, began + kLastAccepts));
-      if (!refusing && monotonic_now() >= began + kLastAccepts) {
-        refusing = true;
+      const int signal = wait_signal(std::min(deadline, refuse_at));
+      if (monotonic_now() >= refuse_at) {
+        refuse_at = kNever;
         for (const Listening& listening : listeners_) {
           if (!listening.passed) EpollNet::refuse_connections(listening.socket);
         }
@@ -373,7 +351,8 @@ class Daemon {
   std::shared_ptr<const Settings> settings_;  // of the last reload, except those that need a restart
   Ns started_ns_;
   bool journald_;
-  Notifier notifier_{process_variable("NOTIFY_SOCKET")};
+  const GetVariable environment_ = system_environment().get_env;
+  Notifier notifier_{environment_("NOTIFY_SOCKET")};
   LogWriter log_writer_;  // declared before all that logs: destroyed last
   Log log_;
   Metrics metrics_;
@@ -385,10 +364,10 @@ class Daemon {
   Shared shared_;
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
+  std::string status_ = "serving on";                          // shown by systemctl status
   std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs
   EpollNet control_net_;
   std::unique_ptr<Control<EpollNet>> control_;
-  SnapshotPtr snapshot_;
   std::deque<EpollNet> nets_;  // one per worker, at fixed addresses
   std::vector<std::unique_ptr<Worker<EpollNet>>> workers_;
   std::atomic<std::size_t> workers_done_{0};

@@ -27,10 +27,10 @@ namespace {
 
 constexpr Ns kWall = 1'700'000'000'123'456'789;  // 2023-11-14T22:13:20.123Z
 
-std::string next_line(LogRing& ring) {
-  std::string line;
-  if (ring.next()) ring.take(line);
-  return line;
+std::string take(LogLane& lane) {
+  std::string lines;
+  lane.take(lines);
+  return lines;
 }
 
 std::vector<std::string> lines_of(const std::string& text) {
@@ -112,30 +112,36 @@ AccessEntry full_entry() {
 TEST_CASE("log: an event is one line with its time, level, message and fields") {
   struct Row {
     const char* name;
-    LogConfig config;
+    LogSettings settings;
+    bool journald;
     LogLevel level;
     std::string_view expected;
   };
   const Row rows[] = {
       {"text",
-       {LogLevel::debug, LogFormat::text, AccessTarget::off, false},
+       {LogLevel::debug, LogFormat::text, "off"},
+       false,
        LogLevel::warning,
        "2023-11-14T22:13:20.123Z warning backend down backend=gpu-box reason=\"no route\" code=-\n"},
       {"json",
-       {LogLevel::debug, LogFormat::json, AccessTarget::off, false},
+       {LogLevel::debug, LogFormat::json, "off"},
+       false,
        LogLevel::info,
        "{\"time\":\"2023-11-14T22:13:20.123Z\",\"level\":\"info\",\"message\":\"backend down\","
        "\"backend\":\"gpu-box\",\"reason\":\"no route\",\"code\":\"\"}\n"},
       {"text under systemd",
-       {LogLevel::debug, LogFormat::text, AccessTarget::off, true},
+       {LogLevel::debug, LogFormat::text, "off"},
+       true,
        LogLevel::error,
        "<3>backend down backend=gpu-box reason=\"no route\" code=-\n"},
       {"debug under systemd",
-       {LogLevel::debug, LogFormat::text, AccessTarget::off, true},
+       {LogLevel::debug, LogFormat::text, "off"},
+       true,
        LogLevel::debug,
        "<7>backend down backend=gpu-box reason=\"no route\" code=-\n"},
       {"json under systemd",
-       {LogLevel::debug, LogFormat::json, AccessTarget::off, true},
+       {LogLevel::debug, LogFormat::json, "off"},
+       true,
        LogLevel::warning,
        "<4>{\"level\":\"warning\",\"message\":\"backend down\",\"backend\":\"gpu-box\",\"reason\":\"no route\","
        "\"code\":\"\"}\n"},
@@ -143,24 +149,24 @@ TEST_CASE("log: an event is one line with its time, level, message and fields") 
   for (const Row& row : rows) {
     CAPTURE(row.name);
     LogRing ring;
-    Log log(&ring, row.config);
+    Log log(&ring, row.settings, row.journald);
     log.event_at(kWall, row.level, "backend down", {{"backend", "gpu-box"}, {"reason", "no route"}, {"code", ""}});
-    CHECK(next_line(ring) == row.expected);
-    CHECK(!ring.next());
+    CHECK(take(ring.events) == row.expected);
+    CHECK(ring.events.empty());
   }
 }
 
 TEST_CASE("log: an event above the configured level is not written, and the level may change") {
   LogRing ring;
-  Log log(&ring, {LogLevel::warning, LogFormat::text, AccessTarget::off, true});
+  Log log(&ring, {LogLevel::warning, LogFormat::text, "off"}, true);
   log.event(LogLevel::info, "quiet");
   log.event(LogLevel::debug, "quieter");
-  CHECK(!ring.next());
+  CHECK(ring.events.empty());
   log.event(LogLevel::warning, "heard");
-  CHECK(next_line(ring) == "<4>heard\n");
-  log.configure({LogLevel::info, LogFormat::text, AccessTarget::off, true});
+  CHECK(take(ring.events) == "<4>heard\n");
+  log.configure({LogLevel::info, LogFormat::text, "off"});
   log.event(LogLevel::info, "quiet");
-  CHECK(next_line(ring) == "<6>quiet\n");
+  CHECK(take(ring.events) == "<6>quiet\n");
   Log nowhere;
   CHECK(!nowhere.wants(LogLevel::error));
   nowhere.event(LogLevel::error, "no ring, no line");
@@ -194,35 +200,35 @@ TEST_CASE("log: values are quoted and escaped so that no line can be forged and 
   for (const Row& row : rows) {
     CAPTURE(row.text);
     LogRing ring;
-    Log text(&ring, {LogLevel::info, LogFormat::text, AccessTarget::off, true});
+    Log text(&ring, {LogLevel::info, LogFormat::text, "off"}, true);
     text.event(LogLevel::info, "m", {{"v", row.value}});
-    CHECK(next_line(ring) == "<6>m v=" + std::string(row.text) + "\n");
-    Log json(&ring, {LogLevel::info, LogFormat::json, AccessTarget::off, true});
+    CHECK(take(ring.events) == "<6>m v=" + std::string(row.text) + "\n");
+    Log json(&ring, {LogLevel::info, LogFormat::json, "off"}, true);
     json.event(LogLevel::info, "m", {{"v", row.value}});
-    CHECK(next_line(ring) == "<6>{\"level\":\"info\",\"message\":\"m\",\"v\":" + std::string(row.json) + "}\n");
+    CHECK(take(ring.events) == "<6>{\"level\":\"info\",\"message\":\"m\",\"v\":" + std::string(row.json) + "}\n");
   }
   LogRing ring;
-  Log log(&ring, {LogLevel::info, LogFormat::text, AccessTarget::off, true});
+  Log log(&ring, {LogLevel::info, LogFormat::text, "off"}, true);
   log.event(LogLevel::info, "a message\nof two lines");
-  CHECK(next_line(ring) == "<6>a message\\nof two lines\n");
+  CHECK(take(ring.events) == "<6>a message\\nof two lines\n");
 }
 
 TEST_CASE("log: a long value is cut at 256 bytes, never within a character, and shows that it was") {
   LogRing ring;
-  Log log(&ring, {LogLevel::info, LogFormat::text, AccessTarget::off, true});
+  Log log(&ring, {LogLevel::info, LogFormat::text, "off"}, true);
   const std::string at_limit(256, 'a');
   log.event(LogLevel::info, "m", {{"v", at_limit}});
-  CHECK(next_line(ring) == "<6>m v=" + at_limit + "\n");
+  CHECK(take(ring.events) == "<6>m v=" + at_limit + "\n");
   log.event(LogLevel::info, "m", {{"v", at_limit + "b"}});
-  CHECK(next_line(ring) == "<6>m v=\"" + at_limit + "\xe2\x80\xa6\"\n");
+  CHECK(take(ring.events) == "<6>m v=\"" + at_limit + "\xe2\x80\xa6\"\n");
   for (std::size_t before = 253; before <= 256; ++before) {
     CAPTURE(before);
     const std::string lead(before, 'a');
     log.event(LogLevel::info, "m", {{"v", lead + "\xf0\x9f\x99\x82!"}});
-    CHECK(next_line(ring) == "<6>m v=\"" + lead + "\xe2\x80\xa6\"\n");
+    CHECK(take(ring.events) == "<6>m v=\"" + lead + "\xe2\x80\xa6\"\n");
   }
   log.event(LogLevel::info, "m", {{"v", std::string(300, '\x80')}});  // no character's border anywhere
-  const std::string line = next_line(ring);
+  const std::string line = take(ring.events);
   CHECK(line.size() < 900);
   CHECK(line.substr(line.size() - 5) == "\xe2\x80\xa6\"\n");
 }
@@ -249,11 +255,11 @@ TEST_CASE("log: times are right across leap days, centuries and the epoch") {
 
 TEST_CASE("log: an access line has every key, in JSON and in text") {
   LogRing ring;
-  Log log(&ring, {LogLevel::info, LogFormat::json, AccessTarget::file, true});
+  Log log(&ring, {LogLevel::info, LogFormat::json, "a file"}, true);
   AccessEntry entry = full_entry();
   log.access(entry);
-  REQUIRE(ring.next() == LogDestination::access);
-  CHECK(next_line(ring) ==
+  CHECK(ring.events.empty());
+  CHECK(take(ring.access) ==
         "{\"time\":\"2023-11-14T22:13:20.123Z\",\"request_id\":\"r-1\",\"client\":\"127.0.0.1:5000\","
         "\"method\":\"POST\",\"path\":\"/v1/chat/completions\",\"model\":\"gpt-4\",\"model_used\":\"llama3:70b\","
         "\"backend\":\"gpu-box\",\"status\":200,\"error_type\":null,\"attempts\":2,\"bytes\":5120,"
@@ -267,56 +273,67 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
   entry.duration_ns = 999;
   entry.cut = true;
   log.access(entry);
-  CHECK(next_line(ring) ==
+  CHECK(take(ring.access) ==
         "{\"time\":\"2023-11-14T22:13:20.123Z\",\"request_id\":\"\",\"client\":\"\",\"method\":\"\",\"path\":\"\","
         "\"model\":\"x\\\" \\n\",\"model_used\":\"\",\"backend\":\"\",\"status\":499,"
         "\"error_type\":\"client_closed\",\"attempts\":0,\"bytes\":0,\"prompt_tokens\":null,"
         "\"completion_tokens\":null,\"first_byte_ms\":null,\"duration_ms\":0.000,\"cut\":true}\n");
-  log.configure({LogLevel::error, LogFormat::text, AccessTarget::file, true});
+  log.configure({LogLevel::error, LogFormat::text, "a file"});
   log.access(entry);
-  CHECK(next_line(ring) ==
+  CHECK(take(ring.access) ==
         "time=2023-11-14T22:13:20.123Z request_id=- client=- method=- path=- model=\"x\\\" \\n\" model_used=- "
         "backend=- status=499 error_type=client_closed attempts=0 bytes=0 prompt_tokens=- completion_tokens=- "
         "first_byte_ms=- duration_ms=0.000 cut=true\n");
-  log.configure({LogLevel::error, LogFormat::text, AccessTarget::standard_error, true});
+  log.configure({LogLevel::error, LogFormat::text, "stderr"});
   log.access(full_entry());
-  CHECK(next_line(ring) ==
+  CHECK(take(ring.access) ==
         "<6>time=2023-11-14T22:13:20.123Z request_id=r-1 client=127.0.0.1:5000 method=POST "
         "path=/v1/chat/completions model=gpt-4 model_used=llama3:70b backend=gpu-box status=200 error_type=- "
         "attempts=2 bytes=5120 prompt_tokens=12 completion_tokens=0 first_byte_ms=1.234 duration_ms=2000.000 "
         "cut=false\n");
-  log.configure({LogLevel::debug, LogFormat::text, AccessTarget::off, true});
+  log.configure({LogLevel::debug, LogFormat::text, "off"});
   log.access(full_entry());
-  CHECK(!ring.next());
+  CHECK(ring.access.empty());
 }
 
-TEST_CASE("log: settings become the configuration of a Log") {
-  LogSettings settings{LogLevel::debug, LogFormat::json, "off"};
-  CHECK(log_config(settings, false).access == AccessTarget::off);
-  settings.access = "stderr";
-  CHECK(log_config(settings, true).access == AccessTarget::standard_error);
-  settings.access = "/var/log/nexus/access.log";
-  const LogConfig config = log_config(settings, true);
-  CHECK(config.access == AccessTarget::file);
-  CHECK(config.level == LogLevel::debug);
-  CHECK(config.format == LogFormat::json);
-  CHECK(config.journald);
+TEST_CASE("log: the settings decide which access lines are written, and which begin with a priority") {
+  struct Row {
+    const char* access;
+    bool journald;
+    bool wanted;
+    bool has_priority;
+  };
+  const Row rows[] = {{"off", true, false, false},
+                      {"stderr", false, true, false},
+                      {"stderr", true, true, true},
+                      {"/var/log/nexus/access.log", true, true, false}};
+  for (const Row& row : rows) {
+    CAPTURE(row.access);
+    LogRing ring;
+    Log log(&ring, {LogLevel::error, LogFormat::text, row.access}, row.journald);
+    CHECK(log.wants_access() == row.wanted);
+    log.access(full_entry());
+    CHECK(take(ring.access).substr(0, 8) == (!row.wanted ? "" : row.has_priority ? "<6>time=" : "time=202"));
+  }
+  CHECK_FALSE(Log(nullptr, {LogLevel::error, LogFormat::text, "stderr"}).wants_access());
 }
 
 TEST_CASE("log ring: a line that does not fit is refused whole and counted by where it was to go") {
   LogRing ring(nullptr, 64);
-  CHECK(ring.put(LogDestination::events, std::string(27, 'a') + "\n"));
-  CHECK(ring.put(LogDestination::access, std::string(27, 'b') + "\n"));  // 2 × (4 + 28): full to the byte
-  CHECK(!ring.put(LogDestination::access, "\n"));
-  CHECK(!ring.put(LogDestination::access, std::string(100, 'c') + "\n"));
-  CHECK(ring.dropped(LogDestination::access) == 2);
-  CHECK(ring.dropped(LogDestination::events) == 0);
-  CHECK(next_line(ring) == std::string(27, 'a') + "\n");
-  CHECK(ring.next() == LogDestination::access);
-  CHECK(ring.put(LogDestination::events, "again\n"));
-  CHECK(next_line(ring) == std::string(27, 'b') + "\n");
-  CHECK(next_line(ring) == "again\n");
-  CHECK(!ring.next());
+  CHECK(ring.events.put(std::string(31, 'a') + "\n"));
+  CHECK(ring.access.put(std::string(31, 'b') + "\n"));
+  CHECK(ring.access.put(std::string(31, 'c') + "\n"));  // 2 × 32: full to the byte
+  CHECK(!ring.access.put("\n"));
+  CHECK(!ring.access.put(std::string(100, 'd') + "\n"));
+  CHECK(ring.access.dropped() == 2);
+  CHECK(ring.events.dropped() == 0);
+  CHECK(take(ring.events) == std::string(31, 'a') + "\n");
+  CHECK(!ring.access.put("\n"));  // the room of the other lane is not its own
+  CHECK(take(ring.access) == std::string(31, 'b') + "\n" + std::string(31, 'c') + "\n");
+  CHECK(ring.access.put("again\n"));
+  CHECK(take(ring.access) == "again\n");
+  CHECK(ring.access.empty());
+  CHECK(ring.events.empty());
 }
 
 TEST_CASE("log ring: between two threads every line comes out whole and in order, or is counted") {
@@ -329,34 +346,32 @@ TEST_CASE("log ring: between two threads every line comes out whole and in order
   std::atomic<bool> ended{false};
   std::thread putter([&] {
     for (int i = 0; i < kLines; ++i) {
-      const auto to = static_cast<LogDestination>(i % 2);
-      if (!ring.put(to, line_of(i)) && i % 7 == 0) std::this_thread::yield();
+      LogLane& lane = i % 2 == 0 ? ring.events : ring.access;
+      if (!lane.put(line_of(i)) && i % 7 == 0) std::this_thread::yield();
     }
     ended.store(true);
   });
   int taken = 0;
   int wrong = 0;
-  int last = -1;
+  int last[2] = {-1, -1};
   for (;;) {
     const bool over = ended.load();
-    const auto to = ring.next();
-    if (!to && over) break;
-    if (!to) {
-      std::this_thread::yield();
-      continue;
+    const bool empty = ring.events.empty() && ring.access.empty();
+    if (empty && over) break;
+    if (empty) std::this_thread::yield();
+    for (int lane = 0; lane < 2; ++lane) {
+      for (const std::string& line : lines_of(take(lane == 0 ? ring.events : ring.access))) {
+        const int i = std::atoi(line.c_str());
+        if (i <= last[lane] || line + "\n" != line_of(i) || i % 2 != lane) wrong += 1;
+        last[lane] = i;
+        taken += 1;
+      }
     }
-    std::string line;
-    ring.take(line);
-    const int i = std::atoi(line.c_str());
-    if (i <= last || line != line_of(i) || *to != static_cast<LogDestination>(i % 2)) wrong += 1;
-    last = i;
-    taken += 1;
   }
   putter.join();
   CHECK(wrong == 0);
   CHECK(taken > 0);
-  const auto dropped = ring.dropped(LogDestination::events) + ring.dropped(LogDestination::access);
-  CHECK(static_cast<std::uint64_t>(taken) + dropped == kLines);
+  CHECK(static_cast<std::uint64_t>(taken) + ring.events.dropped() + ring.access.dropped() == kLines);
 }
 
 TEST_CASE("log writer: what several threads put is in the files after stop(), each thread's lines in order") {
@@ -373,7 +388,7 @@ TEST_CASE("log writer: what several threads put is in the files after stop(), ea
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
-      Log log(rings[static_cast<std::size_t>(t)], {LogLevel::info, LogFormat::text, AccessTarget::file, true});
+      Log log(rings[static_cast<std::size_t>(t)], {LogLevel::info, LogFormat::text, "a file"}, true);
       const std::string name = std::to_string(t);
       for (int i = 0; i < kLines; ++i) {
         AccessEntry entry;
@@ -395,7 +410,7 @@ TEST_CASE("log writer: what several threads put is in the files after stop(), ea
     next[t] += 1;
   }
   CHECK(next == std::vector<int>(kThreads, kLines));
-  CHECK(writer.dropped(LogDestination::access) == 0);
+  CHECK(writer.dropped() == 0);
 }
 
 TEST_CASE("log writer: after stop() all that was put before is in the file, and it can start again") {
@@ -403,7 +418,7 @@ TEST_CASE("log writer: after stop() all that was put before is in the file, and 
   LogWriter writer(events.ends[1]);
   LogRing* ring = writer.add_ring();
   REQUIRE(writer.start());
-  Log log(ring, {LogLevel::info, LogFormat::text, AccessTarget::standard_error, true});
+  Log log(ring, {LogLevel::info, LogFormat::text, "stderr"}, true);
   REQUIRE(writer.reconfigure("stderr") == 0);
   for (int i = 0; i < 20; ++i) {
     const std::string number = std::to_string(i);
@@ -419,7 +434,7 @@ TEST_CASE("log writer: after stop() all that was put before is in the file, and 
   log.access(full_entry());
   flush(writer);
   CHECK(events.read_all() == "");
-  CHECK(writer.dropped(LogDestination::access) == 0);  // not wanted is not lost
+  CHECK(writer.dropped() == 0);  // not wanted is not lost
 }
 
 TEST_CASE("log writer: a line put while the writer sleeps wakes it") {
@@ -428,7 +443,7 @@ TEST_CASE("log writer: a line put while the writer sleeps wakes it") {
   REQUIRE(pipe2(ends, O_CLOEXEC) == 0);  // this reader blocks: a wake-up that is lost hangs the test
   {
     LogWriter writer(ends[1]);
-    Log log(writer.add_ring(), {LogLevel::info, LogFormat::text, AccessTarget::off, true});
+    Log log(writer.add_ring(), {LogLevel::info, LogFormat::text, "off"}, true);
     REQUIRE(writer.start());
     for (int i = 0; i < 20; ++i) {
       log.event(LogLevel::info, "x");
@@ -449,14 +464,14 @@ TEST_CASE("log writer: a path configured again after a rename is a new file, and
   LogRing* ring = writer.add_ring();
   REQUIRE(writer.start());
   REQUIRE(writer.reconfigure(path) == 0);
-  REQUIRE(ring->put(LogDestination::access, "one\n"));
+  REQUIRE(ring->access.put("one\n"));
   flush(writer);
   REQUIRE(std::rename(path.c_str(), old.c_str()) == 0);
-  REQUIRE(ring->put(LogDestination::access, "two\n"));
+  REQUIRE(ring->access.put("two\n"));
   flush(writer);
   REQUIRE(writer.reconfigure(path) == 0);
   flush(writer);
-  REQUIRE(ring->put(LogDestination::access, "three\n"));
+  REQUIRE(ring->access.put("three\n"));
   writer.stop();
   CHECK(file_text(old) == "one\ntwo\n");
   CHECK(file_text(path) == "three\n");
@@ -472,7 +487,7 @@ TEST_CASE("log writer: a path that can't be opened is refused with its errno, an
   REQUIRE(writer.reconfigure(path) == 0);
   CHECK(writer.reconfigure(std::string(directory.path) + "/none/access.log") == ENOENT);
   CHECK(writer.reconfigure(directory.path) == EISDIR);
-  REQUIRE(ring->put(LogDestination::access, "one\n"));
+  REQUIRE(ring->access.put("one\n"));
   writer.stop();
   CHECK(file_text(path) == "one\n");
 }
@@ -485,18 +500,17 @@ TEST_CASE("log writer: lines that a full disk refuses are counted, and the next 
   LogRing* ring = writer.add_ring();
   REQUIRE(writer.start());
   REQUIRE(writer.reconfigure("/dev/full") == 0);
-  for (int i = 0; i < 5; ++i) REQUIRE(ring->put(LogDestination::access, "lost\n"));
-  REQUIRE(ring->put(LogDestination::events, "seen\n"));
+  for (int i = 0; i < 5; ++i) REQUIRE(ring->access.put("lost\n"));
+  REQUIRE(ring->events.put("seen\n"));
   flush(writer);
   CHECK(events.read_all() == "seen\n");
-  CHECK(writer.dropped(LogDestination::access) == 5);
-  CHECK(writer.dropped(LogDestination::events) == 0);
+  CHECK(writer.dropped() == 5);
   REQUIRE(writer.reconfigure(path) == 0);
   flush(writer);
-  REQUIRE(ring->put(LogDestination::access, "kept\n"));
+  REQUIRE(ring->access.put("kept\n"));
   writer.stop();
   CHECK(file_text(path) == "kept\n");
-  CHECK(writer.dropped(LogDestination::access) == 5);
+  CHECK(writer.dropped() == 5);
 }
 
 TEST_CASE("log writer: a closed standard error ends nothing") {
@@ -505,10 +519,10 @@ TEST_CASE("log writer: a closed standard error ends nothing") {
   LogWriter writer(events.ends[1]);
   LogRing* ring = writer.add_ring();
   REQUIRE(writer.start());
-  REQUIRE(ring->put(LogDestination::events, "one\n"));
-  REQUIRE(ring->put(LogDestination::events, "two\n"));
+  REQUIRE(ring->events.put("one\n"));
+  REQUIRE(ring->events.put("two\n"));
   flush(writer);  // EPIPE, and SIGPIPE is blocked in the writer's thread
-  CHECK(writer.dropped(LogDestination::events) == 2);
+  CHECK(writer.dropped() == 2);
 }
 
 TEST_CASE("log writer: a reader that stops reading costs lines, not the other log, and is written to when it is back") {
@@ -520,19 +534,19 @@ TEST_CASE("log writer: a reader that stops reading costs lines, not the other lo
   REQUIRE(writer.start());
   REQUIRE(writer.reconfigure(path) == 0);
   const std::string line = std::string(999, 'x') + "\n";
-  for (int i = 0; i < 200; ++i) REQUIRE(ring->put(LogDestination::events, line));  // a pipe holds 64 KiB
-  REQUIRE(ring->put(LogDestination::access, "seen\n"));
+  for (int i = 0; i < 200; ++i) REQUIRE(ring->events.put(line));  // a pipe holds 64 KiB
+  REQUIRE(ring->access.put("seen\n"));
   flush(writer);
   CHECK(file_text(path) == "seen\n");
   const auto first = events.read_all();
-  const auto lost = writer.dropped(LogDestination::events);
+  const auto lost = writer.dropped();
   CHECK(lost > 0);
-  REQUIRE(ring->put(LogDestination::events, "back\n"));
+  REQUIRE(ring->events.put("back\n"));
   writer.stop();
   const auto then = events.read_all();
   CHECK(then.substr(then.size() - 5) == "back\n");
   std::size_t whole = 0;
   for (const std::string& each : lines_of(first + then)) whole += each == std::string(999, 'x') ? 1 : 0;
   CHECK(whole + lost == 200);  // the one that was cut in the middle is lost too, and stands on a line of its own
-  CHECK(writer.dropped(LogDestination::events) == lost);
+  CHECK(writer.dropped() == lost);
 }

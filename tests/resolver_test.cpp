@@ -277,3 +277,19 @@ TEST_CASE("resolver: an answer that throws is not repeated, and the others come"
   lookups.turn();
   for (std::uint64_t id = 0; id < 3; ++id) CHECK(lookups.wait(id).times == 1);
 }
+
+TEST_CASE("resolver: a lookup that cannot even be started is answered, and so are those beside it") {
+  Lookups lookups({20 * kSecond, "no address of a server"});
+  for (std::uint64_t id = 0; id < 3; ++id) REQUIRE(lookups.start(id == 1 ? "" : "both.test", 1, id));
+  lookups.throw_next = true;
+  CHECK_THROWS_AS(lookups.turn(), std::bad_alloc);
+  CHECK(lookups.next() <= monotonic_now());
+  for (std::uint64_t id = 0; id < 3; ++id) {
+    const auto got = lookups.wait(id);
+    CHECK(got.times == 1);
+    CHECK(got.addresses.empty());
+    CHECK((got.error == "not a host name") == (id == 1));
+    CHECK(got.error != "");
+  }
+  CHECK(lookups.next() == kNever);
+}

@@ -106,6 +106,10 @@ class Registry {
     std::vector<std::string> discovered;  // models; used if the configuration lists none
     std::optional<Address> address;
     std::uint64_t epoch = 0;  // changes with url or type, so that results of earlier checks can be ignored
+    // control.h's schedule.
+    Ns next_check_ns = kNever;  // kNever: the first check was not scheduled yet
+    Ns next_lookup_ns = kNever;
+    bool checking = false;
 
     const std::vector<std::string>& models() const { return settings.models.empty() ? discovered : settings.models; }
   };

@@ -23,6 +23,8 @@
 #include <array>
 #include <cassert>
 #include <cerrno>
+#include <compare>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -38,10 +40,10 @@ namespace nexus {
 
 // A numeric IPv4 or IPv6 address with its port.
 struct Address {
+  bool v6 = false;
   std::array<std::uint8_t, 16> ip{};  // v4: the first four bytes
   std::uint16_t port = 0;
-  bool v6 = false;
-  bool operator==(const Address&) const = default;
+  auto operator<=>(const Address&) const = default;  // IPv4 first
 };
 
 // Parses a numeric host ("127.0.0.1", "::1"); nullopt if `host` is a name.
@@ -61,19 +63,18 @@ inline std::string to_string(const Address& address) {
   return host_port(text, address.port);
 }
 
+// Both have the port at the same place.
+static_assert(offsetof(sockaddr_in, sin_port) == offsetof(sockaddr_in6, sin6_port));
+
 // Of AF_INET or AF_INET6; other families give an empty address.
 inline Address from_sockaddr(const sockaddr* from) {
   Address address;
-  if (from->sa_family == AF_INET6) {
-    const auto* v6 = reinterpret_cast<const sockaddr_in6*>(from);
-    address.v6 = true;
-    address.port = ntohs(v6->sin6_port);
-    std::memcpy(address.ip.data(), &v6->sin6_addr, 16);
-  } else if (from->sa_family == AF_INET) {
-    const auto* v4 = reinterpret_cast<const sockaddr_in*>(from);
-    address.port = ntohs(v4->sin_port);
-    std::memcpy(address.ip.data(), &v4->sin_addr, 4);
-  }
+  if (from->sa_family != AF_INET && from->sa_family != AF_INET6) return address;
+  const auto* v4 = reinterpret_cast<const sockaddr_in*>(from);
+  const auto* v6 = reinterpret_cast<const sockaddr_in6*>(from);
+  address.v6 = from->sa_family == AF_INET6;
+  address.port = ntohs(v4->sin_port);
+  address.v6 ? std::memcpy(address.ip.data(), &v6->sin6_addr, 16) : std::memcpy(address.ip.data(), &v4->sin_addr, 4);
   return address;
 }
 
@@ -166,9 +167,8 @@ class EpollNet {
   static Opened listen(const Address& address) {
     Opened opened = new_socket(address);
     if (!opened.socket.open()) return opened;
-    const int on = 1;
-    ::setsockopt(opened.socket.fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (address.v6) ::setsockopt(opened.socket.fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    turn_on(opened.socket, SOL_SOCKET, SO_REUSEADDR);
+    if (address.v6) turn_on(opened.socket, IPPROTO_IPV6, IPV6_V6ONLY);
     sockaddr_storage storage;
     const socklen_t length = to_sockaddr(address, storage);
     if (::bind(opened.socket.fd, reinterpret_cast<sockaddr*>(&storage), length) != 0) return failed(opened, errno);
@@ -201,7 +201,7 @@ class EpollNet {
     if (!opened.socket.open()) return failed(opened, errno);
     opened.outcome = SocketOutcome::ok;
     opened.peer = from_sockaddr(from);
-    no_delay(opened.socket);
+    turn_on(opened.socket, IPPROTO_TCP, TCP_NODELAY);
     return opened;
   }
 
@@ -209,7 +209,7 @@ class EpollNet {
   Opened connect(const Address& address) {
     Opened opened = new_socket(address);
     if (!opened.socket.open()) return opened;
-    no_delay(opened.socket);
+    turn_on(opened.socket, IPPROTO_TCP, TCP_NODELAY);
     sockaddr_storage storage;
     const socklen_t length = to_sockaddr(address, storage);
     const int result = ::connect(opened.socket.fd, reinterpret_cast<sockaddr*>(&storage), length);
@@ -300,23 +300,17 @@ class EpollNet {
 
   static socklen_t to_sockaddr(const Address& address, sockaddr_storage& storage) {
     storage = {};
-    if (address.v6) {
-      auto& v6 = reinterpret_cast<sockaddr_in6&>(storage);
-      v6.sin6_family = AF_INET6;
-      v6.sin6_port = htons(address.port);
-      std::memcpy(&v6.sin6_addr, address.ip.data(), 16);
-      return sizeof v6;
-    }
+    storage.ss_family = address.v6 ? AF_INET6 : AF_INET;
     auto& v4 = reinterpret_cast<sockaddr_in&>(storage);
-    v4.sin_family = AF_INET;
+    auto& v6 = reinterpret_cast<sockaddr_in6&>(storage);
     v4.sin_port = htons(address.port);
-    std::memcpy(&v4.sin_addr, address.ip.data(), 4);
-    return sizeof v4;
+    address.v6 ? std::memcpy(&v6.sin6_addr, address.ip.data(), 16) : std::memcpy(&v4.sin_addr, address.ip.data(), 4);
+    return address.v6 ? sizeof v6 : sizeof v4;
   }
 
-  static void no_delay(Socket socket) {
+  static void turn_on(Socket socket, int level, int option) {
     const int on = 1;
-    ::setsockopt(socket.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    ::setsockopt(socket.fd, level, option, &on, sizeof on);
   }
 
   static IoResult io_error(int error) {

@@ -19,7 +19,6 @@
 #include <list>
 #include <new>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -67,13 +66,12 @@ class Resolver {
   // The time of the next step(), even without an event; kNever if there is nothing to do.
   Ns next() const {
     if (!waiting_.empty() && in_flight_.size() < kMaxInFlight) return 0;
-    if (channel_ == nullptr) return kNever;
     Ns soonest = kNever;
     for (const Query& query : in_flight_) {
       if (!query.answered) soonest = std::min(soonest, query.over ? 0 : query.deadline_ns);
     }
     timeval left{};
-    if (ares_timeout(channel_, nullptr, &left) == nullptr) return soonest;
+    if (channel_ == nullptr || ares_timeout(channel_, nullptr, &left) == nullptr) return soonest;
     return std::min(soonest, net_.now() + left.tv_sec * kSecond + left.tv_usec * kMicrosecond);
   }
 
@@ -153,11 +151,10 @@ class Resolver {
     options.sock_state_cb_data = this;
     constexpr int kSet = ARES_OPT_TIMEOUTMS | ARES_OPT_TRIES | ARES_OPT_LOOKUPS | ARES_OPT_SOCK_STATE_CB;
     int status = ares_init_options(&channel_, &options, kSet);
-    if (status != ARES_SUCCESS) channel_ = nullptr;
     if (status == ARES_SUCCESS && !options_.servers.empty()) {
       status = ares_set_servers_ports_csv(channel_, options_.servers.c_str());
     }
-    if (status != ARES_SUCCESS) close_channel();
+    if (status != ARES_SUCCESS && channel_ != nullptr) ares_destroy(std::exchange(channel_, nullptr));
     return status;
   }
 
@@ -195,8 +192,7 @@ class Resolver {
       addresses.push_back(from_sockaddr(node->ai_addr));
       addresses.back().port = port;
     }
-    const auto key = [](const Address& a) { return std::tie(a.v6, a.ip); };
-    std::sort(addresses.begin(), addresses.end(), [&](const Address& a, const Address& b) { return key(a) < key(b); });
+    std::sort(addresses.begin(), addresses.end());
     addresses.erase(std::unique(addresses.begin(), addresses.end()), addresses.end());
     if (addresses.size() > kMaxAddresses) addresses.resize(kMaxAddresses);
     return addresses;

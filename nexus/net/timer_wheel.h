@@ -35,8 +35,8 @@ class Timer {
   friend class TimerWheel;
   Handle owner_;
   Ns deadline_ns_ = kNever;
-  Ns linked_ns_ = kNever;  // the deadline for which the slot was chosen: not after deadline_ns_
-  TimerWheel* wheel_ = nullptr;
+  Ns linked_ns_ = kNever;        // the deadline for which the slot was chosen: not after deadline_ns_
+  TimerWheel* wheel_ = nullptr;  // null: not armed, and what follows has no meaning
   Timer* next_ = nullptr;
   Timer** link_ = nullptr;  // the pointer to this timer: the slot's head, or next_ of the one before
   std::uint8_t level_ = 0;
@@ -54,13 +54,11 @@ class TimerWheel {
   // stays in its slot and is moved when that slot comes, so that postponing a deadline is nearly free.
   void arm(Timer& timer, Ns deadline) {
     if (deadline == kNever) return cancel(timer);
+    timer.deadline_ns_ = deadline;
     if (timer.armed()) {
       assert(timer.wheel_ == this);
-      timer.deadline_ns_ = deadline;
       if (deadline >= timer.linked_ns_) return;
       unlink(timer);
-    } else {
-      timer.deadline_ns_ = deadline;
     }
     link(timer);
   }
@@ -137,20 +135,16 @@ class TimerWheel {
       occupied_[timer.level_] &= ~(std::uint64_t{1} << timer.slot_);
     }
     timer.wheel_ = nullptr;
-    timer.next_ = nullptr;
-    timer.link_ = nullptr;
     armed_ -= 1;
   }
 
   // Moves the timers of the slot that begins now to lower levels.
   void cascade(unsigned level) {
-    const auto slot = static_cast<std::size_t>((tick_ >> (level * kBits)) & kMask);
-    Timer* timer = slots_[level][slot];
-    while (timer != nullptr) {
-      Timer* following = timer->next_;
-      unlink(*timer);
-      link(*timer);
-      timer = following;
+    Timer*& head = slots_[level][static_cast<std::size_t>((tick_ >> (level * kBits)) & kMask)];
+    while (head != nullptr) {
+      Timer& timer = *head;
+      unlink(timer);
+      link(timer);  // never into this slot: what is due a whole turn later goes to the one before
     }
   }
 

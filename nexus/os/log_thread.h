@@ -20,7 +20,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <bit>
 #include <cassert>
@@ -28,7 +27,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -39,18 +37,7 @@
 
 namespace nexus {
 
-enum class LogDestination : std::uint8_t { events, access };
-constexpr std::size_t kLogDestinations = 2;
 constexpr std::size_t kLogRingBytes = 256u << 10;  // about 600 access lines; memory is used as far as it was ever full
-
-namespace detail {
-
-// Only one thread changes `count`, others read it; relaxed: a count orders nothing.
-inline void add_dropped(std::atomic<std::uint64_t>& count, std::uint64_t more) {
-  count.store(count.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
-}
-
-}  // namespace detail
 
 // The writer's sleep, a futex with a timeout (std::atomic::wait has none). The word and each ring's head are read and
 // written seq_cst: either the writer, about to sleep, sees the new line, or the thread that put it sees the writer
@@ -106,87 +93,74 @@ class LogWake {
   std::atomic<std::uint32_t> word_{kAwake};
 };
 
-class LogRing {
+// The lines of one thread to one file, as a ring of bytes.
+class LogLane {
  public:
   // `wake`: the writer's, or null in tests without one. `bytes` is a power of two.
-  explicit LogRing(LogWake* wake = nullptr, std::size_t bytes = kLogRingBytes)
-      : bytes_(std::make_unique_for_overwrite<char[]>(bytes)), mask_(bytes - 1), wake_(wake) {
+  LogLane(LogWake* wake, std::size_t bytes)
+      : bytes_(std::make_unique_for_overwrite<char[]>(bytes)), capacity_(bytes), wake_(wake) {
     assert(std::has_single_bit(bytes));
   }
-  LogRing(const LogRing&) = delete;
-  LogRing& operator=(const LogRing&) = delete;
+  LogLane(const LogLane&) = delete;
+  LogLane& operator=(const LogLane&) = delete;
 
   // Copies a line in, with its '\n'. False if there is no room: the line is counted as dropped.
-  bool put(LogDestination to, std::string_view line) {
+  bool put(std::string_view line) {
     const std::uint64_t head = head_.load(std::memory_order_relaxed);  // only this thread changes it
-    const std::size_t needed = sizeof(Mark) + line.size();
     // Reads the tail only if the last known one leaves little room: its cache line belongs to the writer's core.
     // acquire: the writer has read the bytes before the tail, so that they may be overwritten.
-    if (room(head) < needed + capacity() / 2) tail_seen_ = tail_.load(std::memory_order_acquire);
-    if (needed > room(head)) {
-      detail::add_dropped(dropped_[static_cast<std::size_t>(to)], 1);
+    if (room(head) < line.size() + capacity_ / 2) tail_seen_ = tail_.load(std::memory_order_acquire);
+    if (line.size() > room(head)) {
+      dropped_.fetch_add(1, std::memory_order_relaxed);
       return false;
     }
-    const Mark mark = static_cast<Mark>(line.size() << 1 | static_cast<std::size_t>(to));
-    copy_in(head, {reinterpret_cast<const char*>(&mark), sizeof mark});
-    copy_in(head + sizeof mark, line);
-    head_.store(head + needed, std::memory_order_seq_cst);  // publishes the bytes; seq_cst: see LogWake
-    if (wake_ != nullptr) wake_->line_put(room(head + needed) < capacity() / 2);
+    const std::size_t at = index(head);
+    const std::size_t first = std::min(line.size(), capacity_ - at);
+    std::memcpy(bytes_.get() + at, line.data(), first);
+    std::memcpy(bytes_.get(), line.data() + first, line.size() - first);
+    head_.store(head + line.size(), std::memory_order_seq_cst);  // publishes the bytes; seq_cst: see LogWake
+    if (wake_ != nullptr) wake_->line_put(room(head + line.size()) < capacity_ / 2);
     return true;
   }
 
-  std::uint64_t dropped(LogDestination to) const {
-    return dropped_[static_cast<std::size_t>(to)].load(std::memory_order_relaxed);  // relaxed: a count orders nothing
-  }
-  std::size_t capacity() const { return mask_ + 1; }
+  std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }  // relaxed: it orders nothing
 
-  // The writer's side: the destination of the next line, or nullopt if there is none.
-  std::optional<LogDestination> next() const {
-    const std::uint64_t tail = tail_.load(std::memory_order_relaxed);  // only this thread changes it
-    if (head_.load(std::memory_order_seq_cst) == tail) return std::nullopt;
-    return static_cast<LogDestination>(mark_at(tail) & 1);
-  }
+  // The writer's side.
+  bool empty() const { return head_.load(std::memory_order_seq_cst) == tail_.load(std::memory_order_relaxed); }
 
-  // Moves the next line, which must exist, to the end of `out`.
+  // Moves the lines that are there to the end of `out`.
   void take(std::string& out) {
-    const std::uint64_t tail = tail_.load(std::memory_order_relaxed);
-    assert(head_.load(std::memory_order_relaxed) != tail);
-    const std::size_t bytes = mark_at(tail) >> 1;
-    const std::size_t at = static_cast<std::size_t>(tail + sizeof(Mark)) & mask_;
-    const std::size_t first = std::min(bytes, capacity() - at);
-    out.append(bytes_.get() + at, first);
+    const std::uint64_t head = head_.load(std::memory_order_acquire);
+    const std::uint64_t tail = tail_.load(std::memory_order_relaxed);  // only this thread changes it
+    const auto bytes = static_cast<std::size_t>(head - tail);
+    const std::size_t first = std::min(bytes, capacity_ - index(tail));
+    out.append(bytes_.get() + index(tail), first);
     out.append(bytes_.get(), bytes - first);
-    tail_.store(tail + sizeof(Mark) + bytes, std::memory_order_release);  // gives the room back to put()
+    tail_.store(head, std::memory_order_release);  // gives the room back to put()
   }
 
  private:
-  using Mark = std::uint32_t;  // in front of each line: length × 2 + destination
-
+  std::size_t index(std::uint64_t position) const { return static_cast<std::size_t>(position) & (capacity_ - 1); }
   // The free bytes, by the last known tail: maybe fewer than there are, never more.
-  std::size_t room(std::uint64_t head) const { return capacity() - static_cast<std::size_t>(head - tail_seen_); }
-
-  void copy_in(std::uint64_t position, std::string_view from) {
-    const std::size_t at = static_cast<std::size_t>(position) & mask_;
-    const std::size_t first = std::min(from.size(), capacity() - at);
-    std::memcpy(bytes_.get() + at, from.data(), first);
-    std::memcpy(bytes_.get(), from.data() + first, from.size() - first);
-  }
-
-  Mark mark_at(std::uint64_t position) const {
-    std::array<char, sizeof(Mark)> bytes;
-    for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = bytes_[static_cast<std::size_t>(position + i) & mask_];
-    return std::bit_cast<Mark>(bytes);
-  }
+  std::size_t room(std::uint64_t head) const { return capacity_ - static_cast<std::size_t>(head - tail_seen_); }
 
   std::unique_ptr<char[]> bytes_;
-  std::size_t mask_;
-  LogWake* wake_;
+  const std::size_t capacity_;
+  LogWake* const wake_;
   // Written by the logging thread. Positions count bytes since the start and never wrap.
   alignas(64) std::atomic<std::uint64_t> head_{0};
   std::uint64_t tail_seen_ = 0;
-  std::array<std::atomic<std::uint64_t>, kLogDestinations> dropped_{};
+  std::atomic<std::uint64_t> dropped_{0};
   // Written by the writer.
   alignas(64) std::atomic<std::uint64_t> tail_{0};
+};
+
+// A logging thread's way to the writer.
+struct LogRing {
+  explicit LogRing(LogWake* wake = nullptr, std::size_t bytes = kLogRingBytes)
+      : events(wake, bytes), access(wake, bytes) {}
+  LogLane events;
+  LogLane access;
 };
 
 namespace detail {
@@ -209,8 +183,8 @@ class LogFile {
     regular_ = fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
   }
 
-  void take_from(LogRing& ring) {
-    ring.take(waiting_);
+  void take_from(LogLane& lane) {
+    lane.take(waiting_);
     if (waiting_.size() >= kMaxWaitingBytes) write_out();
   }
 
@@ -225,7 +199,8 @@ class LogFile {
         rest.remove_prefix(written);
       }
       // Each line has one '\n', at its end, so the rest has one for each lost line.
-      add_dropped(dropped_, static_cast<std::uint64_t>(std::count(rest.begin(), rest.end(), '\n')));
+      const auto lost = std::count(rest.begin(), rest.end(), '\n');
+      dropped_.fetch_add(static_cast<std::uint64_t>(lost), std::memory_order_relaxed);
     }
     waiting_.clear();
   }
@@ -240,29 +215,21 @@ class LogFile {
   // Returns the bytes written, or 0 if the file takes none. Polls what may block (a pipe, a terminal) first.
   std::size_t write_some(std::string_view bytes) {
     for (;;) {
-      if (!regular_ && !wait_writable()) return 0;
-      const std::size_t most = regular_ ? bytes.size() : std::min(bytes.size(), kPipeBytes);
-      const ssize_t n = ::write(fd_, bytes.data(), most);
+      pollfd entry{fd_, POLLOUT, 0};
+      if (!regular_ && ::poll(&entry, 1, stalled_ ? 0 : kPatienceMs) <= 0) {  // also > 0 after an error: write() has it
+        stalled_ = true;
+        return 0;
+      }
+      const ssize_t n = ::write(fd_, bytes.data(), regular_ ? bytes.size() : std::min(bytes.size(), kPipeBytes));
       if (n > 0) {
         stalled_ = false;
         mid_line_ = bytes[static_cast<std::size_t>(n) - 1] != '\n';
         return static_cast<std::size_t>(n);
       }
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0 && errno == EAGAIN && !regular_ && !stalled_) {
-        stalled_ = true;  // poll() reported it writable, but it is not: poll once more, without waiting
-        continue;
-      }
-      return 0;
+      const bool not_yet = n < 0 && errno == EAGAIN && !regular_ && !stalled_;
+      if (not_yet) stalled_ = true;  // poll() reported it writable, but it is not: poll once more, without waiting
+      if (!not_yet && (n == 0 || errno != EINTR)) return 0;
     }
-  }
-
-  bool wait_writable() {
-    pollfd entry{fd_, POLLOUT, 0};
-    const int ready = ::poll(&entry, 1, stalled_ ? 0 : kPatienceMs);
-    if (ready > 0) return true;  // also after an error, which write() then returns
-    stalled_ = true;
-    return false;
   }
 
   int fd_ = -1;
@@ -280,9 +247,7 @@ class LogWriter {
  public:
   static constexpr Ns kGatherNs = 20 * kMillisecond;
 
-  explicit LogWriter(int events_fd = STDERR_FILENO) : events_fd_(events_fd) {
-    file(LogDestination::events).attach(events_fd, false);
-  }
+  explicit LogWriter(int events_fd = STDERR_FILENO) : events_fd_(events_fd) { events_.attach(events_fd, false); }
   LogWriter(const LogWriter&) = delete;
   LogWriter& operator=(const LogWriter&) = delete;
   ~LogWriter() {
@@ -328,9 +293,9 @@ class LogWriter {
   }
 
   // The lines that were lost since the start, because a ring was full or a file did not take them.
-  std::uint64_t dropped(LogDestination to) const {
-    std::uint64_t sum = files_[static_cast<std::size_t>(to)].dropped();
-    for (const auto& ring : rings_) sum += ring->dropped(to);
+  std::uint64_t dropped() const {
+    std::uint64_t sum = events_.dropped() + access_.dropped();
+    for (const auto& ring : rings_) sum += ring->events.dropped() + ring->access.dropped();
     return sum;
   }
 
@@ -338,7 +303,6 @@ class LogWriter {
   static constexpr int kOff = -1;
   static constexpr int kNoChange = -2;
 
-  detail::LogFile& file(LogDestination to) { return files_[static_cast<std::size_t>(to)]; }
   bool owns(int fd) const { return fd >= 0 && fd != events_fd_; }
 
   void set_next_access(int fd) {
@@ -354,30 +318,25 @@ class LogWriter {
       wake_.wait(kGatherNs, [this] { return any_line(); });
       stop = stopping_.load(std::memory_order_seq_cst);
       const int access = next_access_.exchange(kNoChange, std::memory_order_seq_cst);
-      if (access != kNoChange) file(LogDestination::access).attach(access, owns(access));
-      for (const auto& ring : rings_) empty(*ring);
-      for (auto& each : files_) each.write_out();
+      if (access != kNoChange) access_.attach(access, owns(access));
+      for (const auto& ring : rings_) {
+        events_.take_from(ring->events);
+        access_.take_from(ring->access);
+      }
+      events_.write_out();
+      access_.write_out();
     }
   }
 
   bool any_line() const {
-    return std::any_of(rings_.begin(), rings_.end(), [](const auto& ring) { return ring->next().has_value(); });
-  }
-
-  // Takes at most as many lines as the ring can hold, so that a busy ring does not keep the others waiting.
-  void empty(LogRing& ring) {
-    const std::size_t most = ring.capacity() / sizeof(std::uint32_t);
-    for (std::size_t i = 0; i < most; ++i) {
-      const std::optional<LogDestination> to = ring.next();
-      if (!to) return;
-      file(*to).take_from(ring);
-    }
+    return std::any_of(rings_.begin(), rings_.end(),
+                       [](const auto& ring) { return !ring->events.empty() || !ring->access.empty(); });
   }
 
   const int events_fd_;
   LogWake wake_;
-  std::vector<std::unique_ptr<LogRing>> rings_;          // fixed once the thread runs
-  std::array<detail::LogFile, kLogDestinations> files_;  // the writer's, except for their counts
+  std::vector<std::unique_ptr<LogRing>> rings_;  // fixed once the thread runs
+  detail::LogFile events_, access_;              // the writer's, except for their counts
   std::thread thread_;
   // Orders to the writer, which looks for them after each wait.
   std::atomic<int> next_access_{kNoChange};

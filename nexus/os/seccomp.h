@@ -28,21 +28,18 @@ namespace nexus {
 namespace sandbox {
 
 // The runtime of a sanitizer makes system calls of its own, and starts a program that finds the lines of its report.
+inline constexpr bool kSanitised =
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr bool kSanitised = true;
+    true;
 #elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-inline constexpr bool kSanitised = true;
+    __has_feature(address_sanitizer) || __has_feature(thread_sanitizer);
 #else
-inline constexpr bool kSanitised = false;
+    false;
 #endif
-#else
-inline constexpr bool kSanitised = false;
-#endif
+
+using Filter = std::vector<sock_filter>;
 
 #if defined(__x86_64__)
-inline constexpr bool kKnownMachine = true;
-
 inline constexpr std::array kAllowed{
     // sockets and events
     SYS_accept4, SYS_bind, SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait,
@@ -79,15 +76,6 @@ inline constexpr std::array kDeadly{
 
 inline constexpr std::uint32_t kMachine = AUDIT_ARCH_X86_64;
 inline constexpr std::uint32_t kFirstX32Call = 0x40000000;  // the x32 ABI's numbers: none is allowed
-#else
-inline constexpr bool kKnownMachine = false;
-inline constexpr std::array<long, 0> kAllowed{};
-inline constexpr std::array<long, 0> kDeadly{};
-inline constexpr std::uint32_t kMachine = 0;
-inline constexpr std::uint32_t kFirstX32Call = 0;
-#endif
-
-using Filter = std::vector<sock_filter>;
 
 // Appends: return `verdict` for the call `number`, go on for any other.
 inline void rule(Filter& filter, long number, std::uint32_t verdict) {
@@ -116,13 +104,15 @@ inline Filter make_filter() {
   };
   for (const long number : kAllowed) rule(filter, number, SECCOMP_RET_ALLOW);
   for (const long number : kDeadly) rule(filter, number, SECCOMP_RET_KILL_PROCESS);
-#if defined(__x86_64__)
   rule_if(filter, SYS_prlimit64, 2, 0);  // without a new limit: it only reads
   rule_if(filter, SYS_prctl, 0, PR_SET_NAME);
-#endif
   filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM));
   return filter;
 }
+
+#else
+inline Filter make_filter() { return {}; }  // no list for this architecture
+#endif
 
 }  // namespace sandbox
 
@@ -130,8 +120,8 @@ inline Filter make_filter() {
 inline std::string enter_sandbox() {
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return std::string("PR_SET_NO_NEW_PRIVS: ") + strerror(errno);
   if (sandbox::kSanitised) return "a sanitizer needs more system calls";
-  if (!sandbox::kKnownMachine) return "no list of system calls for this architecture";
   sandbox::Filter filter = sandbox::make_filter();
+  if (filter.empty()) return "no list of system calls for this architecture";
   const sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
   const long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program);
   if (result == 0) return {};

@@ -21,7 +21,6 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -35,13 +34,8 @@
 
 namespace nexus {
 
-using GetVariable = std::function<std::optional<std::string>(const char* name)>;
-
-inline std::optional<std::string> process_variable(const char* name) {
-  const char* value = std::getenv(name);
-  if (value == nullptr) return std::nullopt;
-  return std::string(value);
-}
+// An environment variable, or nothing if it is not set: ConfigEnvironment::get_env.
+using GetVariable = std::function<std::optional<std::string>(const std::string& name)>;
 
 // ---- passed sockets ----
 
@@ -53,54 +47,47 @@ struct PassedSocket {
   std::string name;  // FileDescriptorName= of the socket unit, by default the name of the unit
 };
 
-struct PassedSockets {
-  std::vector<PassedSocket> sockets;
-  std::string error;  // not empty: what was passed cannot be used
-};
-
 namespace detail {
 
-inline bool is_tcp_listener(int fd) {
+// True if `fd` is a listening TCP socket. It is made non-blocking and close-on-exec.
+inline bool prepare_listener(int fd) {
   const auto option = [fd](int name) {
     int value = -1;
     socklen_t length = sizeof value;
     return ::getsockopt(fd, SOL_SOCKET, name, &value, &length) == 0 ? value : -1;
   };
   const int domain = option(SO_DOMAIN);
-  return (domain == AF_INET || domain == AF_INET6) && option(SO_TYPE) == SOCK_STREAM && option(SO_ACCEPTCONN) == 1;
-}
-
-inline bool prepare_listener(int fd) {
+  if (domain != AF_INET && domain != AF_INET6) return false;
+  if (option(SO_TYPE) != SOCK_STREAM || option(SO_ACCEPTCONN) != 1) return false;
   const int flags = ::fcntl(fd, F_GETFL);
   return flags >= 0 && ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && ::fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
 }
 
 }  // namespace detail
 
-// Takes the sockets that the variables name, from descriptor `first` on: makes them non-blocking and close-on-exec.
-// Empty without an error if none were passed to this process.
-inline PassedSockets passed_sockets(const GetVariable& get, pid_t self, int first = kFirstPassedDescriptor) {
-  PassedSockets passed;
+// Takes the sockets that the variables name, from descriptor `first` on: makes them non-blocking and close-on-exec, and
+// adds them to `out`; none if none were passed to this process. Returns why what was passed cannot be used, or an empty
+// text.
+inline std::string passed_sockets(const GetVariable& get, pid_t self, std::vector<PassedSocket>& out,
+                                  int first = kFirstPassedDescriptor) {
   const auto pid = get("LISTEN_PID");
   const auto count_text = get("LISTEN_FDS");
-  if (!pid || !count_text || *pid != std::to_string(self)) return passed;
+  if (!pid || !count_text || *pid != std::to_string(self)) return {};
   const std::optional<std::uint64_t> count = parse_decimal(*count_text);
   if (!count || *count > kMaxPassedSockets) {
-    passed.error = "LISTEN_FDS: not a number of sockets up to " + std::to_string(kMaxPassedSockets);
-    return passed;
+    return "LISTEN_FDS: not a number of sockets up to " + std::to_string(kMaxPassedSockets);
   }
   const std::string names = get("LISTEN_FDNAMES").value_or("");  // between colons
   std::string_view rest = names;
   for (int fd = first; fd < first + static_cast<int>(*count); ++fd) {
-    if (!detail::is_tcp_listener(fd) || !detail::prepare_listener(fd)) {
-      passed.error = "descriptor " + std::to_string(fd) + " was passed, but it is not a listening TCP socket";
-      return passed;
+    if (!detail::prepare_listener(fd)) {
+      return "descriptor " + std::to_string(fd) + " was passed, but it is not a listening TCP socket";
     }
     const std::size_t colon = std::min(rest.find(':'), rest.size());
-    passed.sockets.push_back({fd, std::string(rest.substr(0, colon))});
+    out.push_back({fd, std::string(rest.substr(0, colon))});
     rest.remove_prefix(std::min(colon + 1, rest.size()));
   }
-  return passed;
+  return {};
 }
 
 // ---- messages to the service manager ----
@@ -126,8 +113,6 @@ class Notifier {
   ~Notifier() {
     if (socket_ >= 0) ::close(socket_);
   }
-
-  bool has_receiver() const { return socket_ >= 0; }
 
   // Sends `NAME=value` lines. False if nobody received them.
   bool send(std::string_view message) {

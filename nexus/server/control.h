@@ -30,7 +30,6 @@
 
 namespace nexus {
 
-constexpr std::uint8_t kScheduleKind = 11;  // kind of a Handle: a backend's next check
 constexpr Ns kResolveInterval = 30 * kSecond;
 constexpr Ns kMaxReloadHold = 2 * kSecond;       // a reload's snapshot waits so long for first checks
 constexpr Ns kMemoryRetry = 100 * kMillisecond;  // until work that found no memory is retried
@@ -51,7 +50,6 @@ class Control {
 
   struct Hooks {
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;  // may throw std::bad_alloc
-    std::function<Ns()> wall_time = wall_now;
     PageRenderer::Sources pages;
   };
 
@@ -76,7 +74,7 @@ class Control {
   SnapshotPtr begin(std::shared_ptr<const Settings> settings) {
     take_settings(std::move(settings));
     unpublished_ = false;
-    pages_.reload_succeeded(hooks_.wall_time());
+    pages_.note_reload(true);
     return make_snapshot();
   }
 
@@ -96,41 +94,43 @@ class Control {
   }
 
   // The simulator calls the next two itself.
+  // The first checks run at once, those after them are spread over the interval.
   void check_new_backends() {
-    for (std::size_t i = 0; i < registry_.backends().size(); ++i) {
-      guarded([&] { schedule_first(registry_.backends()[i], i); });
+    auto& backends = registry_.backends();
+    const Ns interval = registry_.settings().health.interval_ns;
+    Ns place = 0;
+    for (Registry::Backend& backend : backends) {
+      place += 1;
+      if (backend.next_check_ns != kNever) continue;
+      backend.next_check_ns = now_ + interval * place / static_cast<Ns>(backends.size());
+      backend.next_lookup_ns = now_;
+      guarded([&] {
+        look_up_if_due(backend);
+        check(backend);
+      });
     }
   }
 
   void turn() {
     bool woken = false;
-    const Ns hold = unpublished_ ? hold_until_ns_ : kNever;
-    const Ns deadline = std::min({wheel_.next(), resolver_.next(), hold, retry_at_ns_});
+    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, unpublished_ ? hold_until_ns_ : kNever});
+    for (const auto& backend : registry_.backends()) deadline = std::min(deadline, due_ns(backend));
     const std::size_t count = net_.wait(events_, deadline, woken);
     now_ = net_.now();
     for (std::size_t i = 0; i < count; ++i) guarded([&] { on_event(events_[i]); });
     guarded([&] { resolver_.step(); });
-    wheel_.fire(now_, [this](Handle token) { guarded([&] { on_deadline(token); }); });
+    wheel_.fire(now_, [this](Handle token) { guarded([&] { prober_.on_deadline(token, probe_done()); }); });
+    for (auto& backend : registry_.backends()) {
+      if (now_ >= due_ns(backend)) guarded([&] { check_and_look_up(backend); });
+    }
     if (woken) take_messages();
     if (now_ >= retry_at_ns_) retry();
     if (unpublished_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
   const Registry& registry() const { return registry_; }
-  std::size_t armed_timers() const { return wheel_.armed(); }
-  std::size_t probes_running() const { return prober_.running(); }
 
  private:
-  // When a backend is checked and its name is looked up. Destroyed at its next deadline after the backend is gone.
-  struct Schedule {
-    Schedule(Handle token, std::uint64_t epoch_in) : epoch(epoch_in), timer(token) {}
-    std::uint64_t epoch;
-    Timer timer;
-    Ns next_check_ns = 0;
-    Ns next_lookup_ns = 0;
-    bool checking = false;
-  };
-
   // Runs `work`. False if memory ran out on the way: the rest of it is left undone, and retry() is scheduled.
   template <class Work>
   bool guarded(Work&& work) {
@@ -169,13 +169,13 @@ class Control {
     typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
     page.kind = ask.kind;
-    page.body = pages_.render(ask.kind, now_);
+    guarded([&] { page.body = pages_.render(ask.kind, now_); });  // without memory the session gets no body
     const auto posted = workers_[ask.worker]->post(std::move(page));
     if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
 
   void on_message(Reload& message) {
-    if (message.settings == nullptr) return pages_.reload_failed();
+    if (message.settings == nullptr) return pages_.note_reload(false);
     reloading_ = std::move(message.settings);
     reload();
   }
@@ -188,16 +188,16 @@ class Control {
   void reload() {
     if (!guarded([&] { take_settings(reloading_); })) return;
     reloading_.reset();
-    pages_.reload_succeeded(hooks_.wall_time());
+    pages_.note_reload(true);
     // Workers keep the old backends until the first checks of the new ones are done.
     hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
     // The API key or the source of the model list may have changed.
-    for (const Registry::Backend& backend : registry_.backends()) check_now(backend);
+    for (Registry::Backend& backend : registry_.backends()) guarded([&] { check(backend); });
   }
 
   void take_settings(std::shared_ptr<const Settings> settings) {
-    log_.configure(log_config(settings->log, log_.config().journald));
+    log_.configure(settings->log);
     budget_.set_limit(settings->server.body_memory_bytes);
     registry_.configure(std::move(settings));
     std::vector<Admission::Cap> caps;
@@ -240,58 +240,24 @@ class Control {
 
   // ---- schedule of checks and lookups ----
 
-  Schedule* find_schedule(std::uint64_t epoch) {
-    Schedule* found = nullptr;
-    schedules_.each([&](Schedule& schedule) {
-      if (schedule.epoch == epoch) found = &schedule;
-    });
-    return found;
+  static Ns due_ns(const Registry::Backend& backend) { return std::min(backend.next_check_ns, backend.next_lookup_ns); }
+
+  void check_and_look_up(Registry::Backend& backend) {
+    if (now_ >= backend.next_check_ns) {
+      backend.next_check_ns = now_ + registry_.settings().health.interval_ns;
+      check(backend);
+    }
+    look_up_if_due(backend);
   }
 
-  // The first checks run at once, those after them are spread over the interval.
-  void schedule_first(const Registry::Backend& backend, std::size_t index) {
-    if (find_schedule(backend.epoch) != nullptr) return;
-    Schedule* schedule = schedules_.make(backend.epoch);
-    if (schedule == nullptr) throw std::bad_alloc();
-    const auto backends = static_cast<Ns>(registry_.backends().size());
-    const Ns place = static_cast<Ns>(index) % backends + 1;
-    schedule->next_check_ns = now_ + registry_.settings().health.interval_ns * place / backends;
-    schedule->next_lookup_ns = now_;
-    guarded([&] {
-      look_up_if_due(*schedule, backend);
-      check(*schedule, backend);
-    });
-    arm(*schedule);
-  }
-
-  void arm(Schedule& schedule) {
-    wheel_.arm(schedule.timer, std::min(schedule.next_check_ns, schedule.next_lookup_ns));
-  }
-
-  void on_deadline(Handle token) {
-    if (token.kind() == kProbeKind) return prober_.on_deadline(token, probe_done());
-    Schedule* schedule = schedules_.get(token);
-    if (schedule == nullptr) return;
-    const Registry::Backend* backend = registry_.find_epoch(schedule->epoch);
-    if (backend == nullptr) return schedules_.destroy(token);
-    guarded([&] {
-      if (now_ >= schedule->next_check_ns) {
-        schedule->next_check_ns = now_ + registry_.settings().health.interval_ns;
-        check(*schedule, *backend);
-      }
-      look_up_if_due(*schedule, *backend);
-    });
-    arm(*schedule);
-  }
-
-  void look_up_if_due(Schedule& schedule, const Registry::Backend& backend) {
+  void look_up_if_due(Registry::Backend& backend) {
     const HostPort& where = backend.settings.address;
     if (backend.settings.kind == BackendKind::echo || parse_address(where.host, where.port)) {
-      schedule.next_lookup_ns = kNever;
+      backend.next_lookup_ns = kNever;
       return;
     }
-    if (now_ < schedule.next_lookup_ns) return;
-    schedule.next_lookup_ns = now_ + kResolveInterval;
+    if (now_ < backend.next_lookup_ns) return;
+    backend.next_lookup_ns = now_ + kResolveInterval;
     if (resolver_.lookup(where.host, where.port, backend.epoch)) return;
     on_resolved(backend.epoch, {}, "too many lookups are waiting");
   }
@@ -309,7 +275,7 @@ class Control {
     if (!first && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end()) return;
     registry_.set_address(*backend, addresses.front());
     unpublished_ = true;
-    if (first) check_now(*backend);
+    if (first) check(*backend);
     log_.event(LogLevel::info, "backend address resolved",
                {{"backend", backend->settings.name}, {"address", to_string(addresses.front())}});
   }
@@ -320,13 +286,9 @@ class Control {
     return [this](ProbeResult&& result) { on_result(std::move(result)); };
   }
 
-  void check_now(const Registry::Backend& backend) {
-    if (Schedule* schedule = find_schedule(backend.epoch)) check(*schedule, backend);
-  }
-
-  void check(Schedule& schedule, const Registry::Backend& backend) {
+  void check(Registry::Backend& backend) {
     const bool wanted = registry_.settings().health.enabled || backend.settings.models.empty();
-    if (schedule.checking || !wanted) return;
+    if (backend.checking || !wanted) return;
     if (!backend.address) {
       ProbeResult result;
       result.epoch = backend.epoch;
@@ -345,14 +307,14 @@ class Control {
     if (!from.api_key.empty()) order.authorization = "Bearer " + from.api_key;
     order.wants_models = from.models.empty();
     order.timeout_ns = registry_.settings().health.timeout_ns;
-    schedule.checking = true;
-    if (!guarded([&] { prober_.start(order, now_, probe_done()); })) schedule.checking = false;
+    backend.checking = true;
+    if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;
   }
 
   void on_result(ProbeResult&& result) {
-    if (Schedule* schedule = find_schedule(result.epoch)) schedule->checking = false;
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
+    backend->checking = false;
     if (result.out_of_memory) slab_.limit_hit(Limit::memory);
     if (result.out_of_memory && !result.passed) return;  // it says nothing of the backend
     if (result.passed) slab_.health_check(backend->id, result.round_trip_ns);
@@ -372,12 +334,12 @@ class Control {
     const Registry::Transition transition = registry_.note_check(backend, result.passed);
     const std::string_view name = backend.settings.name;
     if (transition.changed) unpublished_ = true;
-    if (transition.changed && transition.to == Health::healthy) {
+    if (transition.changed && result.passed) {
       log_.event(LogLevel::info, "backend is healthy", {{"backend", name}});
-    } else if (transition.changed) {
-      log_.event(LogLevel::warning, "backend is unhealthy", {{"backend", name}, {"why", result.reason}});
     } else if (!result.passed) {
-      log_.event(LogLevel::debug, "health check failed", {{"backend", name}, {"why", result.reason}});
+      log_.event(transition.changed ? LogLevel::warning : LogLevel::debug,
+                 transition.changed ? "backend is unhealthy" : "health check failed",
+                 {{"backend", name}, {"why", result.reason}});
     }
   }
 
@@ -395,7 +357,6 @@ class Control {
   Prober<Net> prober_;
   typename Net::Resolver resolver_;
   PageRenderer pages_;
-  SlotMap<Schedule> schedules_{kScheduleKind};
   std::vector<Worker<Net>*> workers_;
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;

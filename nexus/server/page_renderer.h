@@ -1,7 +1,7 @@
 // page_renderer.h
 // Owns:     rendering /metrics, /v1/stats and the status page, and the memory of the rendered pages.
 // Promises: a page is one consistent view of the registry; a rendered page is handed over without a copy, and its
-//           memory is reused once no client reads it; if memory runs out there is no page, and that is counted.
+//           memory is reused once no client reads it; after a lack of memory the next page is complete again.
 // Leaves:   the text to prometheus.h, stats_json.h and status_page.h; sending it to builtin_pages.h.
 // Threads:  the control thread.
 // Tested by: tests/prometheus_test.cpp, tests/stats_json_test.cpp, tests/e2e/metrics.test.mjs
@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
-#include <new>
 #include <utility>
 
 #include "nexus/apps/status_page.h"
@@ -27,6 +26,7 @@ namespace nexus {
 class PageRenderer {
  public:
   struct Sources {
+    std::function<Ns()> wall_time = wall_now;
     std::function<std::uint64_t()> log_lines_dropped = [] { return std::uint64_t{0}; };  // since the start
     std::function<ProcessStats()> process_stats = read_process_stats;
   };
@@ -41,33 +41,27 @@ class PageRenderer {
   PageRenderer(const PageRenderer&) = delete;
   PageRenderer& operator=(const PageRenderer&) = delete;
 
-  void reload_succeeded(Ns wall) {
-    last_reload_ok_ = true;
-    last_reload_wall_ns_ = wall;
+  void note_reload(bool succeeded) {
+    last_reload_ok_ = succeeded;
+    if (succeeded) last_reload_wall_ns_ = sources_.wall_time();
   }
-  void reload_failed() { last_reload_ok_ = false; }
 
-  // Null if memory is short.
+  // Throws std::bad_alloc; the next page is complete again.
   std::shared_ptr<const TextBuffer> render(PageKind kind, Ns now) {
-    try {
-      const FleetView fleet = fleet_view(now);
-      count_dropped_lines();
-      const ModelNames& models = registry_.model_names();
-      const BackendNames& backends = registry_.backend_names();
-      if (kind == PageKind::metrics) {
-        metrics_memory_.take_back(prometheus_page_.page());
-        prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends,
-                                registry_.settings().metrics.labels);
-        return metrics_memory_.lend(prometheus_page_.page());
-      }
-      stats_memory_.take_back(stats_page_);
-      const Stats stats = collect_stats(metrics_, fleet, models, backends);
-      kind == PageKind::stats ? write_stats(stats_page_, stats) : write_status_page(stats_page_, stats, kVersion);
-      return stats_memory_.lend(stats_page_);
-    } catch (const std::bad_alloc&) {
-      slab_.limit_hit(Limit::memory);
-      return nullptr;
+    const FleetView fleet = fleet_view(now);
+    count_dropped_lines();
+    const ModelNames& models = registry_.model_names();
+    const BackendNames& backends = registry_.backend_names();
+    if (kind == PageKind::metrics) {
+      metrics_memory_.take_back(prometheus_page_.page());
+      prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends,
+                              registry_.settings().metrics.labels);
+      return metrics_memory_.lend(prometheus_page_.page());
     }
+    stats_memory_.take_back(stats_page_);
+    const Stats stats = collect_stats(metrics_, fleet, models, backends);
+    kind == PageKind::stats ? write_stats(stats_page_, stats) : write_status_page(stats_page_, stats, kVersion);
+    return stats_memory_.lend(stats_page_);
   }
 
  private:

@@ -169,7 +169,7 @@ class Worker {
   void on_message(NewSnapshot& m) {
     context_.use(std::move(m.snapshot));
     sessions_.pool().forget_departed(*context_.snapshot);
-    log_.configure(log_config(context_.settings().log, log_.config().journald));
+    log_.configure(context_.settings().log);
   }
   void on_message(Grant& grant) { sessions_.on_grant(grant.session); }
   void on_message(RenderedPage& page) { sessions_.on_page(page.session, std::move(page.body), page.kind); }

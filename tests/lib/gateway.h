@@ -44,7 +44,7 @@ class Gateway {
       return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
-      Log log = rings == nullptr ? Log() : Log(&(*rings)[i], log_config(settings->log, false));
+      Log log = rings == nullptr ? Log() : Log(&(*rings)[i], settings->log);
       workers_.push_back(std::make_unique<SimWorker>(nets_[i], shared_, metrics_.add_slab(), std::move(log), i,
                                                      seed + i, snapshot, peers_, wire.now()));
       peers_.workers.push_back(workers_.back().get());
@@ -120,7 +120,7 @@ class Gateway {
   static SimControl::Hooks hooks(const Wire& wire) {
     SimControl::Hooks hooks;
     hooks.pages.process_stats = [] { return ProcessStats{}; };
-    hooks.wall_time = [&wire] { return wire.now(); };
+    hooks.pages.wall_time = [&wire] { return wire.now(); };
     return hooks;
   }
 
