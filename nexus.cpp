@@ -120,7 +120,7 @@ int watch(const Options& options) {
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
-  return run_top(watched.address, watched.base_path, options.url, process_variable("NEXUS_API_KEY").value_or(""));
+  return Top(watched, options.url, process_variable("NEXUS_API_KEY").value_or("")).run();
 }
 
 void print_demo(const std::string& address) {
