@@ -2,7 +2,7 @@
 // Owns:     `nexus check`: probing every configured backend once, the verdict on each, and the table of them.
 // Promises: it ends within the health check's timeout for each probe, and the resolver's; text from a backend cannot
 //           harm the terminal; a backend is good only if Nexus could serve with it as it is configured.
-// Leaves:   probing to prober.h, DNS to resolver.h; the command line to nexus.cpp.
+// Leaves:   sending the probes to probe_loop.h; the command line to nexus.cpp.
 // Threads:  the main thread's.
 // Tested by: tests/check_test.cpp, tests/e2e/check.test.mjs
 #pragma once
@@ -14,21 +14,16 @@
 #include <string_view>
 #include <vector>
 
-#include "nexus/api/request_json.h"
 #include "nexus/apps/format.h"
-#include "nexus/base/buffer.h"
+#include "nexus/apps/probe_loop.h"
 #include "nexus/config/settings.h"
-#include "nexus/fleet/prober.h"
-#include "nexus/net/epoll.h"
-#include "nexus/net/resolver.h"
-#include "nexus/net/timer_wheel.h"
 
 namespace nexus {
 
 // One backend and its probes so far.
 struct CheckState {
   BackendSettings settings;
-  bool resolved = false;
+  std::optional<Address> address;
   std::string resolve_error;
   std::array<std::optional<ProbeResult>, kBackendKinds.size()> results;  // by the kind that it was probed as
 
@@ -41,7 +36,7 @@ struct CheckState {
 // answers that too, but has /health.
 inline std::optional<BackendKind> next_probe(const CheckState& state) {
   const BackendKind kind = state.settings.kind;
-  if (kind == BackendKind::echo || !state.resolved) return std::nullopt;
+  if (!state.address) return std::nullopt;  // the built-in backend, or a host that is not resolved
   if (!state.own()) return kind;
   const ProbeResult& own = *state.own();
   const bool not_found = own.status == 404 || own.status == 405 || own.status == 501;
@@ -91,11 +86,11 @@ inline void remark_on_kind(const CheckState& state, CheckLine& line) {
 
 // Ollama takes a name without a tag for `latest`.
 inline void remark_on_models(const CheckState& state, CheckLine& line) {
+  const auto has = [&](const std::string& name) {
+    return std::find(line.models.begin(), line.models.end(), name) != line.models.end();
+  };
   for (const std::string& model : state.settings.models) {
-    if (std::any_of(line.models.begin(), line.models.end(),
-                    [&](const std::string& name) { return name == model || name == model + ":latest"; })) {
-      continue;
-    }
+    if (has(model) || has(model + ":latest")) continue;
     line.good = false;
     line.remarks.push_back("it has no model " + escape_for_terminal(model));
   }
@@ -184,97 +179,50 @@ class FleetCheck {
  public:
   explicit FleetCheck(const Settings& settings)
       : timeout_ns_(settings.health.timeout_ns),
-        wheel_(monotonic_now()),
-        resolver_(net_,
-                  [this](std::uint64_t id, const std::vector<Address>& all, std::string error) {
-                    on_resolved(static_cast<std::size_t>(id), all, std::move(error));
-                  }),
-        prober_(net_, wheel_, blocks_, json_) {
+        loop_(
+            [this](std::uint64_t i, const std::vector<Address>& addresses, std::string error) {
+              if (!addresses.empty()) states_[i].address = addresses.front();
+              states_[i].resolve_error = std::move(error);
+              probe(i);
+            },
+            [this](ProbeResult&& result) {
+              const std::uint64_t i = result.epoch >> 8;
+              states_[i].results[result.epoch & 255] = std::move(result);
+              probe(i);
+            }) {
     for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
-    addresses_.resize(states_.size());
   }
 
   // The finished states, or null with errno set if the event loop can't be opened.
   const std::vector<CheckState>* run() {
-    if (net_.open() != 0) return nullptr;
-    for (std::size_t i = 0; i < states_.size(); ++i) begin(i);
-    while (open_ > 0) turn();
+    if (loop_.open() != 0) return nullptr;
+    static_assert(config::kMaxBackends <= Resolver::kMaxWaiting);
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      const BackendSettings& backend = states_[i].settings;
+      if (backend.kind != BackendKind::echo && loop_.lookup(backend.address, i)) open_ += 1;
+    }
+    while (open_ > 0) loop_.turn();
     return &states_;
   }
 
  private:
-  void begin(std::size_t i) {
-    const HostPort& where = states_[i].settings.address;
-    if (states_[i].settings.kind == BackendKind::echo) return;
-    open_ += 1;
-    if (const auto address = parse_address(where.host, where.port)) return on_address(i, *address);
-    if (resolver_.lookup(where.host, where.port, i)) return;
-    states_[i].resolve_error = "too many lookups are waiting";
-    open_ -= 1;
-  }
-
-  void turn() {
-    std::array<Event, EpollNet::kMaxEvents> events;
-    bool woken = false;
-    const std::size_t count = net_.wait(events, std::min(wheel_.next(), resolver_.next()), woken);
-    const auto done = [this](ProbeResult&& result) { on_result(std::move(result)); };
-    for (std::size_t i = 0; i < count; ++i) {
-      if (events[i].token.kind() == kResolverKind) {
-        resolver_.on_event(events[i]);
-      } else {
-        prober_.on_event(events[i], net_.now(), done);
-      }
-    }
-    resolver_.step();
-    wheel_.fire(net_.now(), [&](Handle token) { prober_.on_deadline(token, done); });
-  }
-
-  void on_resolved(std::size_t i, const std::vector<Address>& addresses, std::string error) {
-    if (!addresses.empty()) return on_address(i, addresses.front());
-    states_[i].resolve_error = std::move(error);
-    open_ -= 1;
-  }
-
-  void on_address(std::size_t i, const Address& address) {
-    states_[i].resolved = true;
-    addresses_[i] = address;
-    probe(i);
-  }
-
   void probe(std::size_t i) {
-    const std::optional<BackendKind> kind = next_probe(states_[i]);
+    const CheckState& state = states_[i];
+    const std::optional<BackendKind> kind = next_probe(state);
     if (!kind) {
       open_ -= 1;
       return;
     }
-    const BackendSettings& from = states_[i].settings;
-    ProbeOrder order;
-    order.epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
+    const std::uint64_t epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
+    ProbeOrder order = order_of(state.settings, *state.address, epoch, timeout_ns_);
     order.kind = *kind;
-    order.address = addresses_[i];
-    order.host = host_of(from);
-    order.base_path = from.base_path;
-    if (!from.api_key.empty()) order.authorization = "Bearer " + from.api_key;
-    order.timeout_ns = timeout_ns_;
-    prober_.start(order, net_.now(), [this](ProbeResult&& result) { on_result(std::move(result)); });
-  }
-
-  void on_result(ProbeResult&& result) {
-    const std::size_t i = static_cast<std::size_t>(result.epoch >> 8);
-    states_[i].results[result.epoch & 255] = std::move(result);
-    probe(i);
+    loop_.start(order);
   }
 
   Ns timeout_ns_;
-  EpollNet net_;
-  TimerWheel wheel_;
-  BlockPool blocks_;
-  JsonReader json_;
-  Resolver resolver_;
-  Prober<EpollNet> prober_;
+  ProbeLoop loop_;
   std::vector<CheckState> states_;
-  std::vector<Address> addresses_;  // by index in states_
-  std::size_t open_ = 0;            // backends whose probes have not ended
+  std::size_t open_ = 0;  // backends whose probes have not ended
 };
 
 }  // namespace nexus
