@@ -256,16 +256,15 @@ class LogWriter {
   }
 
   // Adds a ring for one more thread. Called before start(); the ring lives as long as the writer.
-  LogRing* add_ring(std::size_t bytes = kLogRingBytes) {
+  LogRing* add_ring() {
     assert(!thread_.joinable());
-    rings_.push_back(std::make_unique<LogRing>(&wake_, bytes));
-    return rings_.back().get();
+    return rings_.emplace_back(std::make_unique<LogRing>(&wake_)).get();
   }
 
   // Sets where access lines go: "off", "stderr", or a file's path, which is opened (again) here. Returns 0, or errno:
   // the old file is then kept. Lines that were put shortly before may go to either file.
   int reconfigure(const std::string& access) {
-    int fd = access == "stderr" ? events_fd_ : kOff;
+    int fd = access == "stderr" ? events_fd_ : -1;  // -1: off
     if (access != "off" && access != "stderr") {
       // O_NONBLOCK: opening a FIFO without a reader is an error, not a wait without end.
       fd = ::open(access.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
@@ -300,7 +299,6 @@ class LogWriter {
   }
 
  private:
-  static constexpr int kOff = -1;
   static constexpr int kNoChange = -2;
 
   bool owns(int fd) const { return fd >= 0 && fd != events_fd_; }
