@@ -8,6 +8,8 @@
 // Tested by: tests/echo_backend_test.cpp
 #pragma once
 
+#include <simdjson.h>
+
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -20,7 +22,7 @@
 #include <vector>
 
 #include "nexus/api/errors.h"
-#include "nexus/api/json_reader.h"
+#include "nexus/base/buffer.h"
 #include "nexus/base/clock.h"
 #include "nexus/base/text.h"
 
@@ -168,10 +170,13 @@ inline std::optional<EchoError> read_echo_question(const EchoEndpoint& endpoint,
                                                    const std::vector<std::string>& models, EchoQuestion& question) {
   using detail::value_or;
   question = EchoQuestion{};
-  JsonReader json;
-  JsonReader::Document document;
-  JsonReader::Object object;
-  if (!json.open(body, document, object)) return EchoError{ApiError::bad_json};
+  simdjson::ondemand::parser parser;
+  simdjson::ondemand::document document;
+  simdjson::ondemand::object object;
+  const simdjson::padded_string_view padded(body.data(), body.size(), body.size() + kPaddingBytes);
+  if (body.empty() || parser.iterate(padded).get(document) || document.get_object().get(object)) {
+    return EchoError{ApiError::bad_json};
+  }
   question.model = value_or(object["model"].get_string(), {});
   question.stream = value_or(object["stream"].get_bool(), false);
   question.include_usage = value_or(object["stream_options"]["include_usage"].get_bool(), false);
