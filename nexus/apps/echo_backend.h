@@ -10,6 +10,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <thread>
 
 #include "nexus/apps/echo_model.h"
@@ -33,8 +34,8 @@ constexpr std::size_t kMaxEchoBodyBytes = 64u << 20;
 // Of all buffers; above it, new bytes are answered 503. The texts that are echoed are copies: they may double it.
 constexpr std::size_t kMaxEchoMemoryBytes = 1u << 30;
 constexpr std::size_t kMaxEchoSessions = 4096;
-constexpr std::size_t kEchoTransferBytes = 16u << 10;  // of one read, and roughly of one write to a stream
-constexpr Ns kEchoAcceptPauseNs = 100 * kMillisecond;  // after accept() failed
+constexpr std::size_t kEchoTransferBytes = 16u << 10;             // of one read, and roughly of one write to a stream
+constexpr auto kEchoAcceptPause = std::chrono::milliseconds(10);  // after accept() failed
 
 class EchoServer {
  public:
@@ -66,12 +67,6 @@ class EchoServer {
   }
 
  private:
-  enum class State : std::uint8_t {
-    request,    // reads a request
-    answering,  // sends a completion when it is due: whole, or token by token
-    closing,    // the last answer is sent; what the client still sends is read and dropped
-  };
-
   // One client's connection.
   struct Session {
     explicit Session(Handle own) : token(own), timer(own) {}
@@ -79,14 +74,14 @@ class EchoServer {
     const Handle token;
     Connection<EpollNet> io;
     Timer timer;
-    State state = State::request;
-    Ns due_ns = 0;  // answering: when the next token is due
-    Buffer in;      // the request, until it is answered, and what came behind it
+    bool closing = false;  // the last response is sent; what the client still sends is read and dropped
+    Buffer in;             // the request, until it is answered, and what came behind it
     FieldTable fields;
     RequestReader reader;
     RequestHead head;  // head_bytes: 0 until it is complete
     EchoQuestion question;
-    std::optional<EchoAnswer> answer;  // refers to `question`
+    std::optional<EchoAnswer> answer;  // to `question`: sent when it is due, whole or token by token
+    Ns due_ns = 0;                     // when its next token is due
   };
 
   enum class Step : std::uint8_t { again, wait, gone };
@@ -102,11 +97,8 @@ class EchoServer {
     std::array<Event, EpollNet::kMaxEvents> events;
     while (!stopping_.load(std::memory_order_relaxed)) {
       bool woken = false;
-      const std::size_t count = net_.wait(events, std::min(wheel_.next(), accept_again_ns_), woken);
+      const std::size_t count = net_.wait(events, wheel_.next(), woken);
       now_ = net_.now();
-      if (now_ >= accept_again_ns_) {
-        accept_again_ns_ = net_.watch_listener(listener_, kListenerToken) ? kNever : now_ + kEchoAcceptPauseNs;
-      }
       wheel_.fire(now_, [this](Handle token) { advance(*sessions_.get(token)); });
       for (std::size_t i = 0; i < count; ++i) {
         if (events[i].token == kListenerToken) {
@@ -124,19 +116,15 @@ class EchoServer {
     for (;;) {
       auto opened = net_.accept(listener_);
       if (opened.outcome == SocketOutcome::again) return;
-      if (opened.outcome != SocketOutcome::ok) {
-        // No descriptor or no memory. The listener is level-triggered: without a pause this loop would spin.
-        net_.unwatch(listener_);
-        accept_again_ns_ = now_ + kEchoAcceptPauseNs;
-        return;
-      }
+      // No descriptor or no memory. The listener is level-triggered: without a pause the loop would spin.
+      if (opened.outcome != SocketOutcome::ok) return std::this_thread::sleep_for(kEchoAcceptPause);
       Session* session = sessions_.live() < kMaxEchoSessions ? sessions_.make() : nullptr;
       if (session == nullptr) {
         net_.close(opened.socket);
       } else if (session->io.adopt(net_, opened.socket, session->token) != SocketOutcome::ok) {
         drop(*session);
       } else {
-        await_request(*session);
+        session->reader.start(&session->fields);
       }
     }
   }
@@ -159,29 +147,17 @@ class EchoServer {
 
   Step step(Session& session) {
     if (session.io.pending() > 0) return session.io.hangup() ? Step::gone : Step::wait;
-    switch (session.state) {
-      case State::request: return on_request(session);
-      case State::answering: return on_answering(session);
-      case State::closing: return on_closing(session);
-    }
-    return Step::gone;
+    if (session.closing) return on_closing(session);
+    return session.answer ? on_answering(session) : on_request(session);
   }
 
   // ---- requests ----
-
-  void await_request(Session& session) {
-    session.state = State::request;
-    session.head = RequestHead{};
-    session.reader.start(&session.fields);
-    session.answer.reset();
-    session.question = EchoQuestion{};
-  }
 
   Step receive(Session& session) {
     if (!session.io.may_read()) return Step::wait;
     const IoResult result = session.io.read(net_, scratch_.data(), scratch_.size());
     if (!result.ok()) return result.kind == IoResult::Kind::again ? Step::wait : Step::gone;
-    if (session.state == State::closing) return Step::again;
+    if (session.closing) return Step::again;
     const bool fits = pool_.taken_bytes() <= kMaxEchoMemoryBytes;
     if (fits && session.in.append(pool_, {scratch_.data(), result.bytes})) return Step::again;
     return cut(session, ApiError::out_of_memory);
@@ -221,31 +197,27 @@ class EchoServer {
     if (endpoint->read == nullptr) return respond(session, echo_model_list(options_.models));
     EchoQuestion& question = session.question;
     const std::string_view body = request.substr(head.head_bytes, static_cast<std::size_t>(head.framing.length));
-    const auto error = read_echo_question(*endpoint, body, options_.models, question);
-    if (error) return refuse(session, *error);
+    if (const auto error = read_echo_question(*endpoint, body, options_.models, question)) {
+      return refuse(session, *error);
+    }
     if (!question.inputs.empty()) return respond(session, echo_embeddings(question));
     question.stream = question.stream && !head.http_1_0;
     session.answer.emplace(question, ++ordinal_);
-    session.state = State::answering;
     session.due_ns = now_ + options_.token_delay_ns;
-    return question.stream ? begin_stream(session) : Step::again;
-  }
-
-  Step begin_stream(Session& session) {
-    std::string head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n";
-    head += "Transfer-Encoding: chunked\r\n";
-    head.append(connection_line(false, session.head.keep_alive)).append("\r\n");
+    if (!question.stream) return Step::again;
+    std::string text = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n";
+    text.append("Transfer-Encoding: chunked\r\n").append(connection_line(false, head.keep_alive)).append("\r\n");
     std::string events;
     session.answer->append_begin(events);
-    return send_events(session, std::move(head), events, false);
+    return send_events(session, std::move(text), events, false);
   }
 
   // Sends `events` as one chunk behind `text`.
   Step send_events(Session& session, std::string text, const std::string& events, bool last) {
     if (!events.empty()) text.append(Digits(events.size(), 16).view()).append("\r\n").append(events).append("\r\n");
     if (last) text += "0\r\n\r\n";
-    if (!session.io.write(net_, pool_, text)) return Step::gone;
-    return last ? finish(session) : Step::again;
+    if (last) return send_last(session, text);
+    return session.io.write(net_, pool_, text) ? Step::again : Step::gone;
   }
 
   Step on_answering(Session& session) {
@@ -272,36 +244,43 @@ class EchoServer {
   }
 
   Step refuse(Session& session, const EchoError& error, std::string_view extra_fields = {}) {
-    const ApiErrorRow& row = row_of(error.error);
-    std::string body;
-    append_error_body(body, row, error.message.empty() ? row.message : error.message, error.param);
-    OwnResponse response;
-    response.status = row.status;
-    response.extra_fields = extra_fields;
-    return respond(session, body, response);
+    std::string text;
+    append_own_error(text, error.error, error.message, own_response(session, extra_fields),
+                     session.head.method != HTTP_HEAD, error.param);
+    return send_last(session, text);
   }
 
-  Step respond(Session& session, const std::string& body, OwnResponse response = {}) {
+  Step respond(Session& session, const std::string& body) {
+    std::string text;
+    append_own_head(text, own_response(session), body.size());
+    return send_last(session, session.head.method == HTTP_HEAD ? text : text + body);
+  }
+
+  static OwnResponse own_response(const Session& session, std::string_view extra_fields = {}) {
+    OwnResponse response;
+    response.extra_fields = extra_fields;
     response.http_1_0 = session.head.http_1_0;
     response.keep_alive = session.head.keep_alive;
-    std::string text;
-    append_own_head(text, response, body.size());
-    if (session.head.method != HTTP_HEAD) text += body;
-    return session.io.write(net_, pool_, text) ? finish(session) : Step::gone;
+    return response;
   }
 
-  Step finish(Session& session) {
+  // Sends the last bytes of a response, and waits for the next request, or for the end.
+  Step send_last(Session& session, std::string_view text) {
+    if (!session.io.write(net_, pool_, text)) return Step::gone;
+    session.answer.reset();
+    session.question = {};
     if (session.head.keep_alive) {
       session.in.consume(request_bytes(session.head));
-      await_request(session);
+      session.reader.start(&session.fields);
+      session.head = {};
     } else {
       session.in.clear();
-      session.state = State::closing;
+      session.closing = true;
     }
     return Step::again;
   }
 
-  // close() with unread bytes would reset the connection, and the client might lose the answer.
+  // close() with unread bytes would reset the connection, and the client might lose the response.
   Step on_closing(Session& session) {
     session.io.finish(net_);
     return receive(session);
@@ -319,7 +298,6 @@ class EchoServer {
   BlockPool pool_;
   TimerWheel wheel_{now_};
   SlotMap<Session> sessions_{kSessionKind};
-  Ns accept_again_ns_ = kNever;  // when the listener is watched again
   std::array<char, kEchoTransferBytes> scratch_;
   std::uint64_t ordinal_ = 0;  // of answers
 };
