@@ -84,8 +84,7 @@ int watch(const Options& options) {
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
-  const std::string key = system_environment().get_env("NEXUS_API_KEY").value_or("");
-  return run_top(watched.address, watched.base_path, options.url, key);
+  return Top(watched, options.url, system_environment().get_env("NEXUS_API_KEY").value_or("")).run();
 }
 
 void print_demo(const std::string& address) {

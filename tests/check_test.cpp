@@ -52,7 +52,7 @@ CheckState ask_all(const Server& server, BackendKind kind, BackendSettings setti
   state.settings = std::move(settings);
   state.settings.kind = kind;
   state.settings.name = "b";
-  state.resolved = true;
+  state.address.emplace();
   for (int probes = 0; probes < 4; ++probes) {
     const auto next = next_probe(state);
     if (!next) return state;

@@ -28,7 +28,7 @@ namespace nexus {
 // One backend and its probes so far.
 struct CheckState {
   BackendSettings settings;
-  bool resolved = false;
+  std::optional<Address> address;
   std::string resolve_error;
   std::array<std::optional<ProbeResult>, kBackendKinds.size()> results;  // by the kind that it was probed as
 
@@ -41,7 +41,7 @@ struct CheckState {
 // answers that too, but has /health.
 inline std::optional<BackendKind> next_probe(const CheckState& state) {
   const BackendKind kind = state.settings.kind;
-  if (kind == BackendKind::echo || !state.resolved) return std::nullopt;
+  if (!state.address) return std::nullopt;  // the built-in backend, or a host that is not resolved
   if (!state.own()) return kind;
   const ProbeResult& own = *state.own();
   const bool not_found = own.status == 404 || own.status == 405 || own.status == 501;
@@ -191,28 +191,21 @@ class FleetCheck {
                   }),
         prober_(net_, wheel_, blocks_, json_) {
     for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
-    addresses_.resize(states_.size());
   }
 
   // The finished states, or null with errno set if the event loop can't be opened.
   const std::vector<CheckState>* run() {
     if (net_.open() != 0) return nullptr;
-    for (std::size_t i = 0; i < states_.size(); ++i) begin(i);
+    static_assert(config::kMaxBackends <= Resolver::kMaxWaiting);
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      const auto& [host, port] = states_[i].settings.address;
+      if (states_[i].settings.kind != BackendKind::echo) open_ += resolver_.lookup(host, port, i) ? 1 : 0;
+    }
     while (open_ > 0) turn();
     return &states_;
   }
 
  private:
-  void begin(std::size_t i) {
-    const HostPort& where = states_[i].settings.address;
-    if (states_[i].settings.kind == BackendKind::echo) return;
-    open_ += 1;
-    if (const auto address = parse_address(where.host, where.port)) return on_address(i, *address);
-    if (resolver_.lookup(where.host, where.port, i)) return;
-    states_[i].resolve_error = "too many lookups are waiting";
-    open_ -= 1;
-  }
-
   void turn() {
     std::array<Event, EpollNet::kMaxEvents> events;
     bool woken = false;
@@ -230,32 +223,21 @@ class FleetCheck {
   }
 
   void on_resolved(std::size_t i, const std::vector<Address>& addresses, std::string error) {
-    if (!addresses.empty()) return on_address(i, addresses.front());
+    if (!addresses.empty()) states_[i].address = addresses.front();
     states_[i].resolve_error = std::move(error);
-    open_ -= 1;
-  }
-
-  void on_address(std::size_t i, const Address& address) {
-    states_[i].resolved = true;
-    addresses_[i] = address;
     probe(i);
   }
 
   void probe(std::size_t i) {
-    const std::optional<BackendKind> kind = next_probe(states_[i]);
+    const CheckState& state = states_[i];
+    const std::optional<BackendKind> kind = next_probe(state);
     if (!kind) {
       open_ -= 1;
       return;
     }
-    const BackendSettings& from = states_[i].settings;
-    ProbeOrder order;
-    order.epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
+    const std::uint64_t epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
+    ProbeOrder order = order_of(state.settings, *state.address, epoch, timeout_ns_);
     order.kind = *kind;
-    order.address = addresses_[i];
-    order.host = host_of(from);
-    order.base_path = from.base_path;
-    if (!from.api_key.empty()) order.authorization = "Bearer " + from.api_key;
-    order.timeout_ns = timeout_ns_;
     prober_.start(order, net_.now(), [this](ProbeResult&& result) { on_result(std::move(result)); });
   }
 
@@ -273,8 +255,7 @@ class FleetCheck {
   Resolver resolver_;
   Prober<EpollNet> prober_;
   std::vector<CheckState> states_;
-  std::vector<Address> addresses_;  // by index in states_
-  std::size_t open_ = 0;            // backends whose probes have not ended
+  std::size_t open_ = 0;  // backends whose probes have not ended
 };
 
 }  // namespace nexus

@@ -1,6 +1,6 @@
 // page_client.h
 // Owns:     fetching one page of a running Nexus after the other, for a command that a person waits for.
-// Promises: a response, or the reason why there is none, within the time limit; the size of a response is bounded.
+// Promises: a page, or the reason why there is none, within the time limit; the size of a response is bounded.
 // Leaves:   the content of a page to scrape.h.
 // Threads:  the caller's.
 // Tested by: tests/e2e/top.test.mjs
@@ -8,13 +8,12 @@
 
 #include <array>
 #include <cstring>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "nexus/base/buffer.h"
-#include "nexus/config/settings.h"
+#include "nexus/fleet/registry.h"
 #include "nexus/http/body_framing.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/http/head_writer.h"
@@ -26,59 +25,46 @@ namespace nexus {
 
 constexpr std::size_t kMaxPageBytes = 64u << 20;
 
-struct FetchedPage {
-  std::uint16_t status = 0;  // 0: no response
-  std::string body;
-  std::string why;  // there is no response
-};
-
-// The first address of a host, or nothing and the reason. Blocks until the resolver has an answer.
-inline std::optional<Address> resolve_host(const HostPort& where, std::string& why) {
-  if (const auto address = parse_address(where.host, where.port)) return address;
-  EpollNet net;
-  if (net.open() != 0) {
-    why = strerror(errno);
-    return std::nullopt;
-  }
-  std::optional<Address> found;
-  bool done = false;
-  Resolver resolver(net, [&](std::uint64_t, const std::vector<Address>& addresses, std::string error) {
-    if (!addresses.empty()) found = addresses.front();
-    why = std::move(error);
-    done = true;
-  });
-  resolver.lookup(where.host, where.port, 0);
-  while (!done) resolver.turn();
-  return found;
-}
-
 class PageClient {
  public:
-  // `prefix` comes before every path; `key` may be empty.
-  PageClient(const Address& address, std::string host, std::string prefix, std::string key)
-      : address_(address), host_(std::move(host)), prefix_(std::move(prefix)), key_(std::move(key)) {}
+  // `key` may be empty.
+  PageClient(BackendSettings server, std::string key) : server_(std::move(server)), key_(std::move(key)) {}
   PageClient(const PageClient&) = delete;
   PageClient& operator=(const PageClient&) = delete;
 
-  // 0, or errno.
-  int open() { return net_.open(); }
+  // Resolves the server's name. Returns the reason of a failure, or an empty text.
+  std::string open() {
+    if (const int error = net_.open()) return std::string("epoll: ") + strerror(error);
+    bool done = false;
+    std::string why;
+    Resolver resolver(net_, [&](std::uint64_t, const std::vector<Address>& addresses, const std::string& error) {
+      done = true;
+      if (addresses.empty()) {
+        why = "DNS lookup failed for " + server_.address.host + ": " + error;
+      } else {
+        address_ = addresses.front();
+      }
+    });
+    resolver.lookup(server_.address.host, server_.address.port, 0);
+    while (!done) resolver.turn();
+    return why;
+  }
 
-  FetchedPage get(std::string_view path, Ns limit_ns) {
-    FetchedPage page;
+  // Fetches one page. Returns the reason of a failure, or an empty text.
+  std::string get(const std::string& path, Ns limit_ns, std::string& body) {
     Connection<EpollNet> connection;
     input_.clear();
-    page.why = exchange(connection, request(path), net_.now() + limit_ns);
+    const std::string why = exchange(connection, request(path), net_.now() + limit_ns);
     connection.close(net_);
-    if (page.why.empty()) page.why = read_page(page);
-    return page;
+    return why.empty() ? read_page(path, body) : why;
   }
 
  private:
   static constexpr std::size_t kReadBytes = 64u << 10;
 
-  std::string request(std::string_view path) const {
-    std::string head = "GET " + prefix_ + std::string(path) + " HTTP/1.1\r\n";
-    detail::append_field(head, "Host", host_);
+  std::string request(const std::string& path) const {
+    std::string head = "GET " + server_.base_path + path + " HTTP/1.1\r\n";
+    detail::append_field(head, "Host", host_of(server_));
     detail::append_field(head, "User-Agent", std::string("nexus/").append(kVersion));
     if (!key_.empty()) detail::append_field(head, "Authorization", "Bearer " + key_);
     return head += "Connection: close\r\n\r\n";
@@ -115,7 +101,7 @@ class PageClient {
   }
 
   // The same for the response in input_.
-  std::string read_page(FetchedPage& page) {
+  std::string read_page(const std::string& path, std::string& body) {
     FieldTable fields;
     ResponseReader reader;
     ResponseHead head;
@@ -125,17 +111,19 @@ class PageClient {
     if (result.status == HeadResult::Status::failed || head.status < 200) return "the response is not valid HTTP";
     BodyDecoder framing;
     framing.start(head.framing);
-    char* const body = input_.data() + head.head_bytes;
-    const BodyDecoder::Piece piece = framing.feed(body, input_.size() - head.head_bytes);
+    char* const content = input_.data() + head.head_bytes;
+    const BodyDecoder::Piece piece = framing.feed(content, input_.size() - head.head_bytes);
     if (piece.failed) return "the response is not valid HTTP";
     if (!piece.done && !framing.ends_with_connection()) return "the response is truncated";
-    page.status = head.status;
-    page.body.assign(body, piece.bytes);
+    if (head.status == 401) return "an API key is required: set NEXUS_API_KEY";
+    if (head.status != 200) return path + " returned " + std::to_string(head.status);
+    body.assign(content, piece.bytes);
     return {};
   }
 
+  const BackendSettings server_;
+  const std::string key_;
   Address address_;
-  std::string host_, prefix_, key_;
   EpollNet net_;
   BlockPool blocks_;
   std::string input_;

@@ -17,7 +17,6 @@
 #include <array>
 #include <cstdio>
 #include <deque>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -25,7 +24,6 @@
 #include "nexus/apps/page_client.h"
 #include "nexus/apps/rates.h"
 #include "nexus/apps/scrape.h"
-#include "nexus/fleet/registry.h"
 
 namespace nexus {
 
@@ -71,21 +69,16 @@ inline std::string top_table(const std::vector<RateRow>& rates, bool backends) {
 }
 
 // Cuts the text to a screen; 0 means no limit.
-inline std::string fit(const std::string& text, std::size_t width, std::size_t height) {
+inline std::string fit(std::string_view text, std::size_t width, std::size_t height) {
+  const auto lines = static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
+  const std::size_t shown = height > 0 && lines > height ? height - 1 : lines;
   std::string out;
-  std::size_t lines = 0;
-  const auto total = static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
-  for (std::size_t at = 0; at < text.size();) {
-    const std::size_t end = text.find('\n', at);
-    if (height > 0 && lines + 1 == height && total > height) {
-      return out + "\xe2\x80\xa6 " + std::to_string(total - lines) + " more lines\n";
-    }
-    const std::string_view line(text.data() + at, end - at);
-    out.append(width > 0 ? cut_to_width(line, width) : line).append("\n");
-    lines += 1;
-    at = end + 1;
+  for (std::size_t i = 0; i < shown; ++i) {
+    const std::string_view line = text.substr(0, text.find('\n'));
+    out.append(width > 0 ? cut_to_width(line, width) : line) += '\n';
+    text.remove_prefix(line.size() + 1);
   }
-  return out;
+  return shown == lines ? out : out + "\xe2\x80\xa6 " + std::to_string(lines - shown) + " more lines\n";
 }
 
 }  // namespace detail
@@ -133,35 +126,32 @@ class Terminal {
   }
 
   // Overwrites the last page: clearing the screen first would flicker.
-  void draw(const std::string& page) {
+  void draw(std::string_view page) {
     std::string out = "\x1b[H";
-    for (std::size_t at = 0; at < page.size();) {
-      const std::size_t end = std::min(page.find('\n', at), page.size());
-      const bool last = end + 1 >= page.size();
-      out.append(page, at, end - at).append(last ? "\x1b[K" : "\x1b[K\r\n");  // the last line must not scroll
-      at = end + 1;
+    for (const char c : page.substr(0, page.size() - 1)) {  // the last line must not scroll
+      if (c == '\n') out += "\x1b[K\r";
+      out += c;
     }
     put(out + "\x1b[J");
   }
 
-  enum class Woke : std::uint8_t { time, resized, quit };
-
-  Woke wait(Ns deadline) {
+  // Waits until `deadline`, or until the screen is resized. False if the user quits.
+  bool wait(Ns deadline) {
     for (;;) {
       const Ns left = deadline - monotonic_now();
-      if (left <= 0) return Woke::time;
+      if (left <= 0) return true;
       std::array<pollfd, 2> entries{pollfd{signal_fd_, POLLIN, 0}, pollfd{has_input_ ? STDIN_FILENO : -1, POLLIN, 0}};
       if (::poll(entries.data(), entries.size(), static_cast<int>(left / kMillisecond) + 1) <= 0) continue;
       if (entries[0].revents != 0) {
         signalfd_siginfo info{};
         if (::read(signal_fd_, &info, sizeof info) != sizeof info) continue;
-        return info.ssi_signo == SIGWINCH ? Woke::resized : Woke::quit;
+        return info.ssi_signo == SIGWINCH;
       }
       std::array<char, 64> keys;
       const ssize_t count = ::read(STDIN_FILENO, keys.data(), keys.size());
-      if (count <= 0) return Woke::quit;  // the terminal is gone
+      if (count <= 0) return false;  // the terminal is gone
       const std::string_view typed(keys.data(), static_cast<std::size_t>(count));
-      if (typed.find_first_of("qQ\x03\x04") != std::string_view::npos) return Woke::quit;
+      if (typed.find_first_of("qQ\x03\x04") != std::string_view::npos) return false;
     }
   }
 
@@ -180,105 +170,70 @@ class Terminal {
 
 class Top {
  public:
-  Top(PageClient& client, std::string where) : client_(client), where_(std::move(where)) {}
+  Top(const BackendSettings& server, std::string url, const std::string& key)
+      : client_(server, key), url_(std::move(url)) {}
 
-  // One page from two samples a second apart. Returns the reason of a failure, or an empty text.
-  std::string once(std::string& page) {
-    Scrape first, second;
-    if (std::string why = take(first); !why.empty()) return why;
-    ::poll(nullptr, 0, 1000);
-    if (std::string why = take(second); !why.empty()) return why;
-    page = top_page(compute_rates(first, second), where_, 0, 0);
-    return {};
-  }
-
-  // Draws a page every kTopInterval until the user quits.
-  void run() {
-    Terminal terminal;
-    std::string why = step();
-    Ns next = monotonic_now() + kTopInterval;
-    for (;;) {
-      const auto [width, height] = terminal.size();
-      terminal.draw(page(why, width, height));
-      switch (terminal.wait(next)) {
-        case Terminal::Woke::quit: return;
-        case Terminal::Woke::resized: break;
-        case Terminal::Woke::time:
-          why = step();
-          next = monotonic_now() + kTopInterval;
-          break;
-      }
+  // Runs the command and returns its exit status.
+  int run() {
+    std::string why = client_.open();
+    if (why.empty() && ::isatty(STDOUT_FILENO) == 1) {
+      watch();
+      return 0;
     }
+    if (why.empty()) why = sample();
+    if (why.empty()) {
+      ::poll(nullptr, 0, 1000);
+      why = sample();
+    }
+    if (!why.empty()) {
+      std::fprintf(stderr, "nexus: %s: %s\n", url_.c_str(), escape_for_terminal(why, 200).c_str());
+      return 1;
+    }
+    std::fputs(page(0, 0).c_str(), stdout);
+    return 0;
   }
 
  private:
-  // Fetches one page. Returns the reason of a failure, or an empty text.
-  std::string fetch(const std::string& path, std::string& body) {
-    FetchedPage page = client_.get(path, kTopFetchTime);
-    if (page.status == 0) return page.why;
-    if (page.status == 401) return "an API key is required: set NEXUS_API_KEY";
-    if (page.status != 200) return path + " returned " + std::to_string(page.status);
-    body = std::move(page.body);
-    return {};
+  // Draws a page every kTopInterval until the user quits.
+  void watch() {
+    Terminal terminal;
+    std::string why;
+    Ns next = 0;
+    do {
+      if (monotonic_now() >= next) {
+        why = sample();
+        next = monotonic_now() + kTopInterval;
+      }
+      const auto [width, height] = terminal.size();
+      terminal.draw(why.empty()
+                        ? page(width, height)
+                        : detail::fit(url_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", width, height));
+    } while (terminal.wait(next));
   }
 
-  std::string take(Scrape& sample) {
+  // Takes a sample. Returns the reason of a failure, or an empty text.
+  std::string sample() {
     std::string stats, metrics;
-    if (std::string why = fetch("/v1/stats", stats); !why.empty()) return why;
-    if (std::string why = fetch("/metrics", metrics); !why.empty()) return why;
-    const bool read = reader_.read(stats, metrics, monotonic_now(), sample);
-    return read ? "" : "the response does not come from Nexus";
-  }
-
-  std::string step() {
-    Scrape sample;
-    if (std::string why = take(sample); !why.empty()) return why;
-    samples_.push_back(std::move(sample));
+    std::string why = client_.get("/v1/stats", kTopFetchTime, stats);
+    if (why.empty()) why = client_.get("/metrics", kTopFetchTime, metrics);
+    if (!why.empty()) return why;
+    Scrape now;
+    if (!reader_.read(stats, metrics, monotonic_now(), now)) return "the response does not come from Nexus";
+    samples_.push_back(std::move(now));
     while (samples_.size() > 2 && samples_[1].at_ns <= samples_.back().at_ns - kTopWindow) samples_.pop_front();
     return {};
   }
 
-  std::string page(const std::string& why, std::size_t width, std::size_t height) const {
-    if (!why.empty())
-      return detail::fit(where_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", width, height);
+  std::string page(std::size_t width, std::size_t height) const {
     const Scrape& last = samples_.back();
     const Scrape first = samples_.size() > 1 ? samples_.front() : start_of(last);
-    return top_page(compute_rates(first, last), where_, width, height);
+    return top_page(compute_rates(first, last), url_, width, height);
   }
 
-  PageClient& client_;
-  std::string where_;
+  PageClient client_;
+  const std::string url_;
   ScrapeReader reader_;
   std::deque<Scrape> samples_;  // of the last kTopWindow, oldest first
 };
-
-// Runs the command and returns its exit status.
-inline int run_top(const HostPort& address, const std::string& prefix, const std::string& url, const std::string& key) {
-  std::string why;
-  const std::optional<Address> resolved = resolve_host(address, why);
-  if (!resolved) {
-    std::fprintf(stderr, "nexus: DNS lookup failed for %s: %s\n", address.host.c_str(), why.c_str());
-    return 1;
-  }
-  BackendSettings host;
-  host.address = address;
-  PageClient client(*resolved, host_of(host), prefix, key);
-  if (const int error = client.open()) {
-    std::fprintf(stderr, "nexus: epoll: %s\n", strerror(error));
-    return 1;
-  }
-  Top top(client, url);
-  if (::isatty(STDOUT_FILENO) == 1) {
-    top.run();
-    return 0;
-  }
-  std::string page;
-  if (why = top.once(page); !why.empty()) {
-    std::fprintf(stderr, "nexus: %s: %s\n", url.c_str(), escape_for_terminal(why, 200).c_str());
-    return 1;
-  }
-  std::fwrite(page.data(), 1, page.size(), stdout);
-  return 0;
-}
 
 }  // namespace nexus

@@ -50,6 +50,19 @@ struct ProbeOrder {
   Ns timeout_ns = 0;
 };
 
+// A probe of a backend as it is configured, models included.
+inline ProbeOrder order_of(const BackendSettings& backend, const Address& address, std::uint64_t epoch, Ns timeout_ns) {
+  ProbeOrder order;
+  order.epoch = epoch;
+  order.kind = backend.kind;
+  order.address = address;
+  order.host = host_of(backend);
+  order.base_path = backend.base_path;
+  if (!backend.api_key.empty()) order.authorization = "Bearer " + backend.api_key;
+  order.timeout_ns = timeout_ns;
+  return order;
+}
+
 template <class Net>
 class Prober {
  public:

@@ -297,16 +297,9 @@ class Control {
       if (backend.health != Health::unknown) on_result(std::move(result));
       return;
     }
-    const BackendSettings& from = backend.settings;
-    ProbeOrder order;
-    order.epoch = backend.epoch;
-    order.kind = from.kind;
-    order.address = *backend.address;
-    order.host = host_of(from);
-    order.base_path = from.base_path;
-    if (!from.api_key.empty()) order.authorization = "Bearer " + from.api_key;
-    order.wants_models = from.models.empty();
-    order.timeout_ns = registry_.settings().health.timeout_ns;
+    const Ns timeout_ns = registry_.settings().health.timeout_ns;
+    ProbeOrder order = order_of(backend.settings, *backend.address, backend.epoch, timeout_ns);
+    order.wants_models = backend.settings.models.empty();
     backend.checking = true;
     if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;
   }
