@@ -26,10 +26,9 @@ std::string buckets(const std::string& labels, int upto_1, int upto_10, int all)
 }
 
 Scrape read_pages(std::string_view stats, std::string_view metrics, Ns at) {
-  ScrapeReader reader;
-  Scrape sample;
-  REQUIRE(reader.read(stats, metrics, at, sample));
-  return sample;
+  const std::optional<Scrape> sample = read_scrape(stats, metrics, at);
+  REQUIRE(sample);
+  return *sample;
 }
 
 TEST_CASE("both pages are read, and a label is found under the name that it came from") {
@@ -69,13 +68,11 @@ TEST_CASE("raw labels are found too, their escapes undone") {
 }
 
 TEST_CASE("what is no page of Nexus is refused") {
-  ScrapeReader reader;
-  Scrape sample;
   for (const char* text :
        {"", "{", "[]", "{}", "<html>", R"({"requests":{},"backends":{},"models":[]})",
         R"({"requests":{},"backends":[{}],"models":[]})", R"({"requests":{},"backends":[{"id":1}],"models":[]})"}) {
     CAPTURE(text);
-    CHECK_FALSE(reader.read(text, "", 0, sample));
+    CHECK_FALSE(read_scrape(text, "", 0));
   }
 }
 
@@ -218,10 +215,8 @@ TEST_CASE("a page of anything, cut anywhere, is read without harm") {
     CHECK(sample.fleet.backends < 1'000'000);
     CHECK(top_page(compute_rates(start_of(sample), sample), "x", 0, 0).size() < 4000);
   }
-  ScrapeReader reader;
-  Scrape sample;
   for (std::size_t end = 0; end < kStats.size(); ++end) {
-    CHECK_FALSE(reader.read(std::string_view(kStats).substr(0, end), "", 0, sample));
+    CHECK_FALSE(read_scrape(std::string_view(kStats).substr(0, end), "", 0));
   }
 }
 

@@ -91,11 +91,11 @@ inline void remark_on_kind(const CheckState& state, CheckLine& line) {
 
 // Ollama takes a name without a tag for `latest`.
 inline void remark_on_models(const CheckState& state, CheckLine& line) {
+  const auto has = [&](const std::string& name) {
+    return std::find(line.models.begin(), line.models.end(), name) != line.models.end();
+  };
   for (const std::string& model : state.settings.models) {
-    if (std::any_of(line.models.begin(), line.models.end(),
-                    [&](const std::string& name) { return name == model || name == model + ":latest"; })) {
-      continue;
-    }
+    if (has(model) || has(model + ":latest")) continue;
     line.good = false;
     line.remarks.push_back("it has no model " + escape_for_terminal(model));
   }

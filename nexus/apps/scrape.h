@@ -3,7 +3,7 @@
 // Promises: names are those of /v1/stats; a name's histograms are found with sanitised and with raw labels; a text that
 //           is not /v1/stats is refused, an unknown family or field is skipped; nothing throws but for memory.
 // Leaves:   fetching to page_client.h, rates to rates.h.
-// Threads:  a reader belongs to one thread.
+// Threads:  any.
 // Tested by: tests/top_test.cpp
 #pragma once
 
@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -81,126 +82,111 @@ inline std::int64_t whole(double value) {
   return value > -kMost && value < kMost ? static_cast<std::int64_t>(value) : 0;
 }
 
+// Leaves `value` as it is if the field is missing or of another type.
+template <class T>
+void read_field(const simdjson::dom::object& object, std::string_view key, T& value) {
+  T read{};
+  if (object[key].get<T>().get(read) == simdjson::SUCCESS) value = read;
+}
+
+inline bool read_entries(simdjson::dom::array list, std::string_view key, std::vector<ScrapedEntry>& out) {
+  for (const simdjson::dom::element element : list) {
+    simdjson::dom::object object;
+    std::string_view name;
+    if (element.get_object().get(object) || object[key].get_string().get(name)) return false;
+    ScrapedEntry& entry = out.emplace_back();
+    entry.name = name;
+    read_field(object, "requests", entry.requests);
+    read_field(object, "errors", entry.errors);
+    read_field(object, "completion_tokens", entry.completion_tokens);
+    read_field(object, "pending", entry.pending);
+    read_field(object, "healthy", entry.healthy);
+  }
+  return true;
+}
+
+// False if `text` is not the text of /v1/stats.
+inline bool read_stats(std::string_view text, Scrape& sample) {
+  simdjson::dom::parser parser;
+  simdjson::dom::object page, requests;
+  simdjson::dom::array backends, models;
+  if (parser.parse(text.data(), text.size()).get_object().get(page)) return false;
+  if (page["requests"].get_object().get(requests)) return false;
+  if (page["backends"].get_array().get(backends) || page["models"].get_array().get(models)) return false;
+  if (!read_entries(backends, "id", sample.by_backend) || !read_entries(models, "name", sample.by_model)) return false;
+  read_field(page, "uptime_seconds", sample.fleet.uptime_s);
+  read_field(requests, "total", sample.all.requests);
+  read_field(requests, "errors", sample.all.errors);
+  for (const ScrapedEntry& backend : sample.by_backend) {
+    sample.all.pending += backend.pending;
+    sample.all.completion_tokens += backend.completion_tokens;
+  }
+  return true;
+}
+
+// Two names may have the same label value: both then show what is counted under it.
+using ByLabel = std::unordered_multimap<std::string, ScrapedEntry*>;
+
+inline ByLabel by_label(std::vector<ScrapedEntry>& entries) {
+  ByLabel map;
+  for (ScrapedEntry& entry : entries) {
+    const std::string sanitized = sanitize_label(entry.name), escaped = escape_label(entry.name);
+    map.emplace(sanitized, &entry);
+    if (escaped != sanitized) map.emplace(escaped, &entry);
+  }
+  return map;
+}
+
+// Adds one line of /metrics to all requests, to its backend and to its model.
+inline void read_line(std::string_view line, const ByLabel& backends, const ByLabel& models, Scrape& sample) {
+  static constexpr std::array<std::pair<std::string_view, std::int64_t ScrapedFleet::*>, 4> kGauges{{
+      {"nexus_backends_total", &ScrapedFleet::backends},
+      {"nexus_backends_healthy", &ScrapedFleet::backends_healthy},
+      {"nexus_models_available", &ScrapedFleet::models_available},
+      {"nexus_client_connections", &ScrapedFleet::client_connections},
+  }};
+  const std::string_view name = line.substr(0, line.find_first_of("{ "));
+  const std::size_t space = line.rfind(' '), open = line.find('{'), close = line.rfind('}');
+  double value = 0, bound = 0;
+  if (space == std::string_view::npos || !read_sample_value(line.substr(space + 1), value)) return;
+  for (const auto& [gauge, member] : kGauges) {
+    if (name == gauge) sample.fleet.*member = std::max<std::int64_t>(whole(value), 0);
+  }
+  if (open == std::string_view::npos || close == std::string_view::npos || close < open) return;
+  const std::string_view labels = line.substr(open + 1, close - open - 1);
+  const auto histogram = name == "nexus_request_duration_seconds_bucket"      ? &ScrapedEntry::duration
+                         : name == "nexus_time_to_first_token_seconds_bucket" ? &ScrapedEntry::first_token
+                                                                              : nullptr;
+  if (histogram == nullptr && name != "nexus_queue_depth") return;
+  if (histogram != nullptr && !read_sample_value(label_value(labels, "le"), bound)) return;
+  const auto add = [&](ScrapedEntry& entry) {
+    if (histogram != nullptr) {
+      (entry.*histogram).buckets[bound] += value;
+    } else {
+      entry.queue_depth += whole(value);
+    }
+  };
+  add(sample.all);
+  for (const auto& [map, label] : {std::pair{&backends, "backend"}, std::pair{&models, "model"}}) {
+    const auto [first, last] = map->equal_range(std::string(label_value(labels, label)));
+    for (auto at = first; at != last; ++at) add(*at->second);
+  }
+}
+
 }  // namespace detail
 
-class ScrapeReader {
- public:
-  // False if `stats` is not the text of /v1/stats. `metrics` may be empty: what it alone contains is 0 then.
-  bool read(std::string_view stats, std::string_view metrics, Ns at_ns, Scrape& sample) {
-    sample = Scrape{};
-    sample.at_ns = at_ns;
-    if (!read_stats(stats, sample)) return false;
-    const Index index{by_label(sample.by_backend), by_label(sample.by_model)};
-    while (!metrics.empty()) {
-      const std::size_t end = std::min(metrics.find('\n'), metrics.size());
-      read_line(metrics.substr(0, end), index, sample);
-      metrics.remove_prefix(std::min(end + 1, metrics.size()));
-    }
-    return true;
+// Nothing if `stats` is not the text of /v1/stats. `metrics` may be empty: what it alone contains is 0 then.
+inline std::optional<Scrape> read_scrape(std::string_view stats, std::string_view metrics, Ns at_ns) {
+  Scrape sample;
+  sample.at_ns = at_ns;
+  if (!detail::read_stats(stats, sample)) return std::nullopt;
+  const detail::ByLabel backends = detail::by_label(sample.by_backend), models = detail::by_label(sample.by_model);
+  while (!metrics.empty()) {
+    const std::size_t end = std::min(metrics.find('\n'), metrics.size());
+    detail::read_line(metrics.substr(0, end), backends, models, sample);
+    metrics.remove_prefix(std::min(end + 1, metrics.size()));
   }
-
- private:
-  using Object = simdjson::dom::object;
-  // Two names may have the same label value: both then show what is counted under it.
-  using ByLabel = std::unordered_multimap<std::string, ScrapedEntry*>;
-  struct Index {
-    ByLabel backends, models;
-  };
-
-  bool read_stats(std::string_view text, Scrape& sample) {
-    Object page, requests;
-    simdjson::dom::array backends, models;
-    if (parser_.parse(text.data(), text.size()).get_object().get(page)) return false;
-    if (page["requests"].get_object().get(requests)) return false;
-    if (page["backends"].get_array().get(backends) || page["models"].get_array().get(models)) return false;
-    if (!read_entries(backends, "id", sample.by_backend) || !read_entries(models, "name", sample.by_model))
-      return false;
-    read_field(page, "uptime_seconds", sample.fleet.uptime_s);
-    read_field(requests, "total", sample.all.requests);
-    read_field(requests, "errors", sample.all.errors);
-    for (const ScrapedEntry& backend : sample.by_backend) {
-      sample.all.pending += backend.pending;
-      sample.all.completion_tokens += backend.completion_tokens;
-    }
-    return true;
-  }
-
-  static bool read_entries(simdjson::dom::array list, std::string_view key, std::vector<ScrapedEntry>& out) {
-    for (const simdjson::dom::element element : list) {
-      Object object;
-      std::string_view name;
-      if (element.get_object().get(object) || object[key].get_string().get(name)) return false;
-      ScrapedEntry& entry = out.emplace_back();
-      entry.name = name;
-      read_field(object, "requests", entry.requests);
-      read_field(object, "errors", entry.errors);
-      read_field(object, "completion_tokens", entry.completion_tokens);
-      read_field(object, "pending", entry.pending);
-      read_field(object, "healthy", entry.healthy);
-    }
-    return true;
-  }
-
-  // Leaves `value` as it is if the field is missing or of another type.
-  template <class T>
-  static void read_field(const Object& object, std::string_view key, T& value) {
-    T read{};
-    if (object[key].get<T>().get(read) == simdjson::SUCCESS) value = read;
-  }
-
-  static ByLabel by_label(std::vector<ScrapedEntry>& entries) {
-    ByLabel map;
-    for (ScrapedEntry& entry : entries) {
-      const std::string sanitized = sanitize_label(entry.name), escaped = escape_label(entry.name);
-      map.emplace(sanitized, &entry);
-      if (escaped != sanitized) map.emplace(escaped, &entry);
-    }
-    return map;
-  }
-
-  static void read_line(std::string_view line, const Index& index, Scrape& sample) {
-    static constexpr std::array<std::pair<std::string_view, std::int64_t ScrapedFleet::*>, 4> kGauges{{
-        {"nexus_backends_total", &ScrapedFleet::backends},
-        {"nexus_backends_healthy", &ScrapedFleet::backends_healthy},
-        {"nexus_models_available", &ScrapedFleet::models_available},
-        {"nexus_client_connections", &ScrapedFleet::client_connections},
-    }};
-    const std::string_view name = line.substr(0, line.find_first_of("{ "));
-    const std::size_t space = line.rfind(' '), open = line.find('{'), close = line.rfind('}');
-    double value = 0;
-    if (space == std::string_view::npos || !detail::read_sample_value(line.substr(space + 1), value)) return;
-    for (const auto& [gauge, member] : kGauges) {
-      if (name == gauge) sample.fleet.*member = std::max<std::int64_t>(detail::whole(value), 0);
-    }
-    if (open == std::string_view::npos || close == std::string_view::npos || close < open) return;
-    const std::string_view labels = line.substr(open + 1, close - open - 1);
-    if (name == "nexus_queue_depth") {
-      for_each_entry(labels, index, sample, [&](ScrapedEntry& entry) { entry.queue_depth += detail::whole(value); });
-    } else if (name == "nexus_request_duration_seconds_bucket") {
-      read_bucket(labels, value, index, sample, &ScrapedEntry::duration);
-    } else if (name == "nexus_time_to_first_token_seconds_bucket") {
-      read_bucket(labels, value, index, sample, &ScrapedEntry::first_token);
-    }
-  }
-
-  static void read_bucket(std::string_view labels, double count, const Index& index, Scrape& sample,
-                          ScrapedHistogram ScrapedEntry::*member) {
-    double bound = 0;
-    if (!detail::read_sample_value(detail::label_value(labels, "le"), bound)) return;
-    for_each_entry(labels, index, sample, [&](ScrapedEntry& entry) { (entry.*member).buckets[bound] += count; });
-  }
-
-  // Visits what the sample with these labels is part of: all requests, its backend, and its model.
-  template <class Visit>
-  static void for_each_entry(std::string_view labels, const Index& index, Scrape& sample, Visit&& visit) {
-    visit(sample.all);
-    for (const auto& [map, label] : {std::pair{&index.backends, "backend"}, std::pair{&index.models, "model"}}) {
-      const auto [first, last] = map->equal_range(std::string(detail::label_value(labels, label)));
-      for (auto at = first; at != last; ++at) visit(*at->second);
-    }
-  }
-
-  simdjson::dom::parser parser_;
-};
+  return sample;
+}
 
 }  // namespace nexus

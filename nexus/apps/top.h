@@ -17,6 +17,7 @@
 #include <array>
 #include <cstdio>
 #include <deque>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -49,21 +50,17 @@ inline std::string top_head(const Rates& rates, std::string_view where) {
 }
 
 inline std::string top_table(const std::vector<RateRow>& rates, bool backends) {
-  std::vector<std::vector<std::string>> rows;
-  const auto add = [&](std::string name, const std::vector<std::string>& state, const std::vector<std::string>& cells) {
-    std::vector<std::string>& row = rows.emplace_back();
-    row.push_back(std::move(name));
-    if (backends) row.insert(row.end(), state.begin(), state.end());
-    row.insert(row.end(), cells.begin(), cells.end());
-  };
-  add(backends ? "BACKEND" : "MODEL", {"STATE", "PENDING", "QUEUE"},
-      {"REQ/S", "ERR/S", "P50", "P95", "FIRST", "TOK/S", "REQUESTS", "ERRORS"});
+  std::vector<std::vector<std::string>> rows{{backends ? "BACKEND" : "MODEL", "STATE", "PENDING", "QUEUE", "REQ/S",
+                                              "ERR/S", "P50", "P95", "FIRST", "TOK/S", "REQUESTS", "ERRORS"}};
   for (const RateRow& row : rates) {
-    add(escape_for_terminal(row.now.name, 48),
-        {row.now.healthy ? "up" : "DOWN", std::to_string(row.now.pending), std::to_string(row.now.queue_depth)},
-        {rate_text(row.requests_per_s), rate_text(row.errors_per_s), seconds_text(row.p50_s), seconds_text(row.p95_s),
-         seconds_text(row.first_token_s), rate_text(row.tokens_per_s), std::to_string(row.now.requests),
-         std::to_string(row.now.errors)});
+    rows.push_back({escape_for_terminal(row.now.name, 48), row.now.healthy ? "up" : "DOWN",
+                    std::to_string(row.now.pending), std::to_string(row.now.queue_depth), rate_text(row.requests_per_s),
+                    rate_text(row.errors_per_s), seconds_text(row.p50_s), seconds_text(row.p95_s),
+                    seconds_text(row.first_token_s), rate_text(row.tokens_per_s), std::to_string(row.now.requests),
+                    std::to_string(row.now.errors)});
+  }
+  if (!backends) {  // a model has no state, and no queue of its own
+    for (auto& row : rows) row.erase(row.begin() + 1, row.begin() + 4);
   }
   return in_columns(rows, backends ? "llrrrrrrrrrr" : "lrrrrrrrr");
 }
@@ -217,9 +214,9 @@ class Top {
     std::string why = client_.get("/v1/stats", kTopFetchTime, stats);
     if (why.empty()) why = client_.get("/metrics", kTopFetchTime, metrics);
     if (!why.empty()) return why;
-    Scrape now;
-    if (!reader_.read(stats, metrics, monotonic_now(), now)) return "the response does not come from Nexus";
-    samples_.push_back(std::move(now));
+    std::optional<Scrape> now = read_scrape(stats, metrics, monotonic_now());
+    if (!now) return "the response does not come from Nexus";
+    samples_.push_back(*std::move(now));
     while (samples_.size() > 2 && samples_[1].at_ns <= samples_.back().at_ns - kTopWindow) samples_.pop_front();
     return {};
   }
@@ -232,7 +229,6 @@ class Top {
 
   PageClient client_;
   const std::string url_;
-  ScrapeReader reader_;
   std::deque<Scrape> samples_;  // of the last kTopWindow, oldest first
 };
 
