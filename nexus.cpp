@@ -84,7 +84,8 @@ int watch(const Options& options) {
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
-  return Top(watched, options.url, system_environment().get_env("NEXUS_API_KEY").value_or("")).run();
+  watched.api_key = system_environment().get_env("NEXUS_API_KEY").value_or("");
+  return Top(watched, options.url).run();
 }
 
 void print_demo(const std::string& address) {

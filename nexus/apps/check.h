@@ -2,7 +2,7 @@
 // Owns:     `nexus check`: probing every configured backend once, the verdict on each, and the table of them.
 // Promises: it ends within the health check's timeout for each probe, and the resolver's; text from a backend cannot
 //           harm the terminal; a backend is good only if Nexus could serve with it as it is configured.
-// Leaves:   probing to prober.h, DNS to resolver.h; the command line to nexus.cpp.
+// Leaves:   sending the probes to probe_loop.h; the command line to nexus.cpp.
 // Threads:  the main thread's.
 // Tested by: tests/check_test.cpp, tests/e2e/check.test.mjs
 #pragma once
@@ -14,14 +14,9 @@
 #include <string_view>
 #include <vector>
 
-#include "nexus/api/request_json.h"
 #include "nexus/apps/format.h"
-#include "nexus/base/buffer.h"
+#include "nexus/apps/probe_loop.h"
 #include "nexus/config/settings.h"
-#include "nexus/fleet/prober.h"
-#include "nexus/net/epoll.h"
-#include "nexus/net/resolver.h"
-#include "nexus/net/timer_wheel.h"
 
 namespace nexus {
 
@@ -184,50 +179,33 @@ class FleetCheck {
  public:
   explicit FleetCheck(const Settings& settings)
       : timeout_ns_(settings.health.timeout_ns),
-        wheel_(monotonic_now()),
-        resolver_(net_,
-                  [this](std::uint64_t id, const std::vector<Address>& all, std::string error) {
-                    on_resolved(static_cast<std::size_t>(id), all, std::move(error));
-                  }),
-        prober_(net_, wheel_, blocks_, json_) {
+        loop_(
+            [this](std::uint64_t i, const std::vector<Address>& addresses, std::string error) {
+              if (!addresses.empty()) states_[i].address = addresses.front();
+              states_[i].resolve_error = std::move(error);
+              probe(i);
+            },
+            [this](ProbeResult&& result) {
+              const std::uint64_t i = result.epoch >> 8;
+              states_[i].results[result.epoch & 255] = std::move(result);
+              probe(i);
+            }) {
     for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
   }
 
   // The finished states, or null with errno set if the event loop can't be opened.
   const std::vector<CheckState>* run() {
-    if (net_.open() != 0) return nullptr;
+    if (loop_.open() != 0) return nullptr;
     static_assert(config::kMaxBackends <= Resolver::kMaxWaiting);
     for (std::size_t i = 0; i < states_.size(); ++i) {
-      const auto& [host, port] = states_[i].settings.address;
-      if (states_[i].settings.kind != BackendKind::echo) open_ += resolver_.lookup(host, port, i) ? 1 : 0;
+      const BackendSettings& backend = states_[i].settings;
+      if (backend.kind != BackendKind::echo && loop_.lookup(backend.address, i)) open_ += 1;
     }
-    while (open_ > 0) turn();
+    while (open_ > 0) loop_.turn();
     return &states_;
   }
 
  private:
-  void turn() {
-    std::array<Event, EpollNet::kMaxEvents> events;
-    bool woken = false;
-    const std::size_t count = net_.wait(events, std::min(wheel_.next(), resolver_.next()), woken);
-    const auto done = [this](ProbeResult&& result) { on_result(std::move(result)); };
-    for (std::size_t i = 0; i < count; ++i) {
-      if (events[i].token.kind() == kResolverKind) {
-        resolver_.on_event(events[i]);
-      } else {
-        prober_.on_event(events[i], net_.now(), done);
-      }
-    }
-    resolver_.step();
-    wheel_.fire(net_.now(), [&](Handle token) { prober_.on_deadline(token, done); });
-  }
-
-  void on_resolved(std::size_t i, const std::vector<Address>& addresses, std::string error) {
-    if (!addresses.empty()) states_[i].address = addresses.front();
-    states_[i].resolve_error = std::move(error);
-    probe(i);
-  }
-
   void probe(std::size_t i) {
     const CheckState& state = states_[i];
     const std::optional<BackendKind> kind = next_probe(state);
@@ -238,22 +216,11 @@ class FleetCheck {
     const std::uint64_t epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
     ProbeOrder order = order_of(state.settings, *state.address, epoch, timeout_ns_);
     order.kind = *kind;
-    prober_.start(order, net_.now(), [this](ProbeResult&& result) { on_result(std::move(result)); });
-  }
-
-  void on_result(ProbeResult&& result) {
-    const std::size_t i = static_cast<std::size_t>(result.epoch >> 8);
-    states_[i].results[result.epoch & 255] = std::move(result);
-    probe(i);
+    loop_.start(order);
   }
 
   Ns timeout_ns_;
-  EpollNet net_;
-  TimerWheel wheel_;
-  BlockPool blocks_;
-  JsonReader json_;
-  Resolver resolver_;
-  Prober<EpollNet> prober_;
+  ProbeLoop loop_;
   std::vector<CheckState> states_;
   std::size_t open_ = 0;  // backends whose probes have not ended
 };

@@ -2,7 +2,7 @@
 // Owns:     reading /v1/stats and /metrics of a running Nexus back into numbers.
 // Promises: names are those of /v1/stats; a name's histograms are found with sanitised and with raw labels; a text that
 //           is not /v1/stats is refused, an unknown family or field is skipped; nothing throws but for memory.
-// Leaves:   fetching to page_client.h, rates to rates.h.
+// Leaves:   fetching to top.h, rates to rates.h.
 // Threads:  any.
 // Tested by: tests/top_test.cpp
 #pragma once

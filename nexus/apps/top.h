@@ -2,7 +2,7 @@
 // Owns:     `nexus top`: the text drawn from a running Nexus, and the terminal that it is drawn on.
 // Promises: top_page() is a pure function; no name from the server reaches the terminal unescaped; the terminal is
 //           restored at the end, also after a signal; without a terminal one page is printed.
-// Leaves:   numbers to rates.h, fetching to page_client.h.
+// Leaves:   numbers to rates.h, fetching to probe_loop.h.
 // Threads:  the main thread's.
 // Tested by: tests/top_test.cpp, tests/e2e/top.test.mjs
 #pragma once
@@ -22,7 +22,7 @@
 #include <string_view>
 
 #include "nexus/apps/format.h"
-#include "nexus/apps/page_client.h"
+#include "nexus/apps/probe_loop.h"
 #include "nexus/apps/rates.h"
 #include "nexus/apps/scrape.h"
 
@@ -31,6 +31,7 @@ namespace nexus {
 constexpr Ns kTopInterval = 2 * kSecond;
 constexpr Ns kTopWindow = 10 * kSecond;  // of rates and quantiles
 constexpr Ns kTopFetchTime = 2 * kSecond;
+constexpr std::size_t kMaxTopPageBytes = 64u << 20;
 
 namespace detail {
 
@@ -167,12 +168,19 @@ class Terminal {
 
 class Top {
  public:
-  Top(const BackendSettings& server, std::string url, const std::string& key)
-      : client_(server, key), url_(std::move(url)) {}
+  Top(BackendSettings server, std::string url)
+      : server_(std::move(server)),
+        url_(std::move(url)),
+        loop_(
+            [this](std::uint64_t, const std::vector<Address>& addresses, std::string error) {
+              if (!addresses.empty()) address_ = addresses.front();
+              resolve_error_ = std::move(error);
+            },
+            [this](ProbeResult&& result) { result_ = std::move(result); }) {}
 
   // Runs the command and returns its exit status.
   int run() {
-    std::string why = client_.open();
+    std::string why = resolve();
     if (why.empty() && ::isatty(STDOUT_FILENO) == 1) {
       watch();
       return 0;
@@ -208,11 +216,34 @@ class Top {
     } while (terminal.wait(next));
   }
 
+  // Finds the address. Returns the reason of a failure, or an empty text.
+  std::string resolve() {
+    if (const int error = loop_.open()) return std::string("epoll: ") + strerror(error);
+    loop_.lookup(server_.address, 0);
+    while (!resolve_error_) loop_.turn();
+    return address_ ? "" : "DNS lookup failed for " + server_.address.host + ": " + *resolve_error_;
+  }
+
+  // Fetches a page. Returns the reason of a failure, or an empty text.
+  std::string fetch(const std::string& path, std::string& page) {
+    ProbeOrder order = order_of(server_, *address_, 0, kTopFetchTime);
+    order.page = path;
+    order.wants_models = false;
+    order.max_bytes = kMaxTopPageBytes;
+    result_.reset();
+    loop_.start(order);
+    while (!result_) loop_.turn();
+    if (result_->status == 401) return "an API key is required: set NEXUS_API_KEY";
+    if (!result_->passed) return (result_->status == 0 ? "" : path + ": ") + result_->reason;
+    page = std::move(result_->page);
+    return {};
+  }
+
   // Takes a sample. Returns the reason of a failure, or an empty text.
   std::string sample() {
     std::string stats, metrics;
-    std::string why = client_.get("/v1/stats", kTopFetchTime, stats);
-    if (why.empty()) why = client_.get("/metrics", kTopFetchTime, metrics);
+    std::string why = fetch("/v1/stats", stats);
+    if (why.empty()) why = fetch("/metrics", metrics);
     if (!why.empty()) return why;
     std::optional<Scrape> now = read_scrape(stats, metrics, monotonic_now());
     if (!now) return "the response does not come from Nexus";
@@ -227,9 +258,13 @@ class Top {
     return top_page(compute_rates(first, last), url_, width, height);
   }
 
-  PageClient client_;
+  const BackendSettings server_;
   const std::string url_;
-  std::deque<Scrape> samples_;  // of the last kTopWindow, oldest first
+  ProbeLoop loop_;
+  std::optional<Address> address_;
+  std::optional<std::string> resolve_error_;  // of resolve(); empty if address_ was found
+  std::optional<ProbeResult> result_;         // of fetch()
+  std::deque<Scrape> samples_;                // of the last kTopWindow, oldest first
 };
 
 }  // namespace nexus

@@ -1,5 +1,6 @@
 // prober.h
-// Owns:      probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two.
+// Owns:      probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two;
+//            and fetching one page.
 // Promises:  every probe ends within its timeout with exactly one result; its memory is bounded.
 // Leaves:    when to probe, and the consequences, to control.h; the state of a backend to registry.h.
 // Threads:   the control thread; the main thread of `nexus check`.
@@ -37,6 +38,7 @@ struct ProbeResult {
   bool models_cut = false;     // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
   bool out_of_memory = false;  // then nothing but passed == true has a meaning
   std::vector<std::string> models;
+  std::string page;
 };
 
 struct ProbeOrder {
@@ -47,6 +49,8 @@ struct ProbeOrder {
   std::string base_path;
   std::string authorization;
   bool wants_models = true;
+  std::string page;  // a path that is requested instead: the result is its content
+  std::size_t max_bytes = kMaxProbeBytes;
   Ns timeout_ns = 0;
 };
 
@@ -182,7 +186,8 @@ class Prober {
 
   void ask(Probe& probe) {
     std::string head = "GET " + probe.order.base_path;
-    head.append(probe.second ? probe.row.models_path : probe.row.health_path).append(" HTTP/1.1\r\n");
+    const std::string_view path = probe.second ? probe.row.models_path : probe.row.health_path;
+    head.append(probe.order.page.empty() ? path : probe.order.page).append(" HTTP/1.1\r\n");
     detail::append_field(head, "Host", probe.order.host);
     detail::append_field(head, "User-Agent", std::string("nexus/").append(kVersion));
     detail::append_field(head, "Accept", "application/json");
@@ -195,7 +200,7 @@ class Prober {
   // True if the probe is over.
   bool read(Probe& probe, Ns now) {
     while (probe.connection.may_read()) {
-      if (probe.input.size() > kMaxProbeBytes) {
+      if (probe.input.size() > probe.order.max_bytes) {
         probe.result.models_cut = probe.asks_for_models();
         return end(probe, "its answer is too large");
       }
@@ -239,6 +244,7 @@ class Prober {
     const bool good = probe.head.status / 100 == 2;
     const std::string status = std::to_string(probe.head.status);
     if (!good) return end(probe, (probe.second ? "its list of models answered " : "it answered ") + status);
+    if (!probe.order.page.empty()) probe.result.page.assign(body_of(probe));
     if (!probe.second) {
       probe.result.passed = true;
       probe.result.round_trip_ns = now - probe.started_ns;
@@ -253,10 +259,14 @@ class Prober {
     return true;
   }
 
+  static std::string_view body_of(const Probe& probe) {
+    return probe.input.view().substr(probe.head.head_bytes, probe.body_bytes);
+  }
+
   void read_models(Probe& probe) {
-    const std::string_view text(probe.input.data() + probe.head.head_bytes, probe.body_bytes);
     ProbeResult& result = probe.result;
-    const ModelList list = nexus::read_models(json_, text, kMaxModelsPerBackend, result.models, result.models_cut);
+    const ModelList list =
+        nexus::read_models(json_, body_of(probe), kMaxModelsPerBackend, result.models, result.models_cut);
     if (list == ModelList::out_of_memory) throw std::bad_alloc();
     result.models_read = list == ModelList::read;
     if (!result.models_read) result.reason = "its list of models could not be read";
