@@ -147,7 +147,11 @@ class EchoServer {
 
   Step step(Session& session) {
     if (session.io.pending() > 0) return session.io.hangup() ? Step::gone : Step::wait;
-    if (session.closing) return on_closing(session);
+    if (session.closing) {
+      // close() with unread bytes would reset the connection, and the client might lose the response.
+      session.io.finish(net_);
+      return receive(session);
+    }
     return session.answer ? on_answering(session) : on_request(session);
   }
 
@@ -215,8 +219,7 @@ class EchoServer {
   // Sends `events` as one chunk behind `text`.
   Step send_events(Session& session, std::string text, const std::string& events, bool last) {
     if (!events.empty()) text.append(Digits(events.size(), 16).view()).append("\r\n").append(events).append("\r\n");
-    if (last) text += "0\r\n\r\n";
-    if (last) return send_last(session, text);
+    if (last) return send_last(session, text + "0\r\n\r\n");
     return session.io.write(net_, pool_, text) ? Step::again : Step::gone;
   }
 
@@ -278,12 +281,6 @@ class EchoServer {
       session.closing = true;
     }
     return Step::again;
-  }
-
-  // close() with unread bytes would reset the connection, and the client might lose the response.
-  Step on_closing(Session& session) {
-    session.io.finish(net_);
-    return receive(session);
   }
 
   const EchoOptions options_;
