@@ -158,7 +158,6 @@ class alignas(kCacheAlign) Slab {
   // Inlined: only the end of an exchange calls it. If it throws std::bad_alloc, nothing was counted and the caller may
   // record again.
   [[gnu::always_inline]] void record(const RequestRecord& r) {
-    assert(!r.reached_backend || r.backend != BackendId::none);
     if (is_rare(r)) [[unlikely]]
       return record_rare(r);
     record_pair(r, false);

@@ -324,7 +324,7 @@ class Exchange {
     if (row.limit) context_.slab.limit_hit(*row.limit);
     if (ending == Ending::client_left) summary_.record.disconnect = disconnect_phase();
     if (row.fault == Fault::backend) note_backend_failure(std::nullopt);
-    if (state_ == State::streaming) relay_.note_usage();
+    if (state_ == State::streaming && row.fault != Fault::nexus) relay_.note_usage();
     attempt_.end(row.outcome);
     close_upstream();
     if (client_.has_begun()) return cut_response(row);
@@ -338,7 +338,8 @@ class Exchange {
   }
 
   DisconnectPhase disconnect_phase() const {
-    if (state_ == State::reading) return DisconnectPhase::request;
+    const bool first_choice = state_ == State::choosing && picker_.tries() == 0;
+    if (state_ == State::reading || first_choice) return DisconnectPhase::request;
     const bool answering = state_ == State::streaming || state_ == State::finishing;
     return answering ? DisconnectPhase::streaming : DisconnectPhase::waiting;
   }

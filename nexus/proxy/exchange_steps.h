@@ -97,7 +97,7 @@ Step Exchange<Net>::read_response(std::uint32_t& reads) {
     return Step::wait;
   }
   if (!upstream.may_read()) return Step::wait;
-  if (reads++ == kReadsPerTurn) {
+  if (++reads > kReadsPerTurn) {
     context_.reschedule(owner_);
     return Step::wait;
   }

@@ -1,0 +1,114 @@
+// exchange_test.cpp
+// Goal:   what the simulator hardly ever meets: a client gone at one certain write, a backend that answers while the
+//         request is blocked.
+// Method: one worker on the simulated network, far ends that do what a test says, one call made to fail.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "tests/lib/gateway.h"
+#include "tests/lib/script.h"
+
+using namespace nexus;
+
+namespace {
+
+const std::string kBody = R"({"model":"m","messages":[{"role":"user","content":"a longer text than the context"}]})";
+const std::string kPost =
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: " + std::to_string(kBody.size()) + "\r\n\r\n" +
+    kBody;
+
+std::shared_ptr<const Settings> settings(bool small_context) {
+  auto settings = std::make_shared<Settings>();
+  settings->server.body_memory_bytes = 64u << 20;
+  settings->health.enabled = false;
+  BackendSettings backend;
+  backend.kind = BackendKind::generic;
+  backend.address = {"10.0.0.1", 8001};
+  backend.models = {"m"};
+  backend.name = "b1";
+  if (small_context) backend.context_length.push_back({"m", 1});
+  settings->backends.push_back(backend);
+  return settings;
+}
+
+}  // namespace
+
+TEST_CASE("a client that has left when a request without a backend is refused has left within its request") {
+  sim::Script net;
+  sim::Gateway gateway(net.wire, settings(true), 1, 7);
+  net.wire.on_ready = [&](std::uint32_t loop, sim::LinkId link) { gateway.net(loop).make_ready(link); };
+  const auto settle = [&] {
+    for (int i = 0; i < 20; ++i) {
+      net.deliver();
+      for (std::uint32_t loop = 0; loop < gateway.loops(); ++loop) {
+        if (gateway.due_at(loop) <= net.wire.now()) gateway.turn(loop);
+      }
+    }
+  };
+  sim::Peer& client = net.connect_client();
+  settle();
+  std::vector<sim::Call> calls;
+  sim::faults() = {};
+  sim::faults().failing_call = 2;  // read, then write
+  sim::faults().call_error = EPIPE;
+  sim::faults().call_list = &calls;
+  net.send(client, kPost);
+  settle();
+  sim::faults() = {};
+  REQUIRE(calls.size() >= 2);
+  REQUIRE(calls[1] == sim::Call::write);
+  const Slab& slab = *gateway.metrics().slabs().back();
+  const auto& seen = slab.thread().disconnects;
+  CHECK(seen[static_cast<std::size_t>(DisconnectPhase::request)].read() == 1);
+}
+
+// A hostile backend: 16 interim heads of one read each, then a long body, while the request is still blocked.
+TEST_CASE("a response that begins before the request is sent whole is read in shares") {
+  sim::Script net;
+  sim::Gateway gateway(net.wire, settings(false), 1, 7);
+  net.wire.on_ready = [&](std::uint32_t loop, sim::LinkId link) { gateway.net(loop).make_ready(link); };
+  sim::Peer* backend = nullptr;
+  net.on_connect = [&](sim::Peer& peer) {
+    backend = &peer;
+    net.stop_reading(peer, 100);
+  };
+  const auto turns = [&](int count) {
+    for (int i = 0; i < count; ++i) {
+      net.deliver();
+      for (std::uint32_t loop = 0; loop < gateway.loops(); ++loop) {
+        if (gateway.due_at(loop) <= net.wire.now()) gateway.turn(loop);
+      }
+    }
+  };
+  sim::Peer& client = net.connect_client();
+  turns(5);
+  net.send(client, kPost);
+  turns(5);
+  REQUIRE(backend != nullptr);
+  REQUIRE(backend->received.size() == 100);  // the rest waits
+  // 16 interim heads, each as long as one read; then a long response.
+  std::string said;
+  for (int i = 0; i < 16; ++i) {
+    std::string head = "HTTP/1.1 102 Processing\r\nX: ";
+    head.append(65536 - head.size() - 4, 'x').append("\r\n\r\n");
+    said += head;
+  }
+  constexpr std::size_t kLong = 32u << 20;
+  said += "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: " + std::to_string(kLong) + "\r\n\r\n";
+  said.append(kLong, 'y');
+  backend->reads = true;
+  net.wire.at(backend->link).shape.window_bytes = 64u << 20;
+  net.send(*backend, said);
+  net.wire.peer_take(backend->link, net.wire.at(backend->link).to_peer.unread());
+  net.deliver();
+  std::vector<sim::Call> calls;
+  sim::faults() = {};
+  sim::faults().call_list = &calls;
+  gateway.turn(0);
+  sim::faults() = {};
+  const auto reads = std::count(calls.begin(), calls.end(), sim::Call::read);
+  CHECK(reads <= 3 * kReadsPerTurn);  // by the event, after the request was sent, and by reschedule()
+}
