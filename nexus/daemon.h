@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "nexus/apps/echo_backend.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/threads.h"
 #include "nexus/config/parser.h"
 #include "nexus/os/log_thread.h"
@@ -34,8 +35,7 @@
 
 namespace nexus {
 
-constexpr int kWorkerDone = SIGUSR1;            // a worker's thread ended
-constexpr Ns kLastAccepts = 50 * kMillisecond;  // after the drain begins, for connections that wait in the backlog
+constexpr int kWorkerDone = SIGUSR1;  // a worker's thread ended
 
 // The signals that the main thread waits for. All threads block them, so there are no signal handlers.
 inline sigset_t daemon_signals() {

@@ -430,7 +430,7 @@ TEST_CASE("only whole characters of UTF-8 are plain text, and a quotation is cut
     CAPTURE(text);
     CHECK_FALSE(is_plain_text(text));
   }
-  const std::string fits(config::kMaxQuotedBytes, 'x'), one_less(config::kMaxQuotedBytes - 1, 'x');
+  const std::string fits(kMaxQuotedBytes, 'x'), one_less(kMaxQuotedBytes - 1, 'x');
   CHECK_EQ(in_quotes(fits), "'" + fits + "'");
   CHECK_EQ(in_quotes(fits + "x"), "'" + fits + "...'");
   CHECK_EQ(in_quotes(one_less + "\xC3\xA9"), "'" + one_less + "...'");
@@ -619,8 +619,8 @@ TEST_CASE("listen takes numeric addresses, and each only once") {
 
 TEST_CASE("as many addresses as the limit are listened on, and no more") {
   std::string text = kServer;
-  for (std::size_t i = 1; i <= config::kMaxListens; ++i) text += "listen = *:" + std::to_string(i) + "\n";
-  CHECK_EQ(accepted(text).server.listen.size(), config::kMaxListens);
+  for (std::size_t i = 1; i <= kMaxListens; ++i) text += "listen = *:" + std::to_string(i) + "\n";
+  CHECK_EQ(accepted(text).server.listen.size(), kMaxListens);
   check_rows({{text + "listen = *:999", "n:66: listen: expected at most 64 addresses\n"}});
 }
 
@@ -732,7 +732,7 @@ TEST_CASE("a url that can't be served is refused in words, without repeating it"
     CHECK_EQ(url_problem(row.first), row.second);
     CHECK_EQ(all_messages(parse("[backend b]\nurl = " + row.first)), "n:2: url: " + row.second + "\n");
   }
-  const std::string longest = "http://h/" + std::string(config::kMaxUrlBytes - 9, 'x');
+  const std::string longest = "http://h/" + std::string(kMaxUrlBytes - 9, 'x');
   CHECK_EQ(url_problem(longest), "");
   CHECK_EQ(url_problem(longest + "x"), "expected a URL of at most 2048 bytes");
   std::string name;
@@ -757,7 +757,7 @@ TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
 
 TEST_CASE("there may be 256 backends, and no more") {
   std::string text;
-  for (std::size_t i = 0; i < config::kMaxBackends; ++i) text += "[backend b" + std::to_string(i) + "]\ntype = echo\n";
+  for (std::size_t i = 0; i < kMaxBackends; ++i) text += "[backend b" + std::to_string(i) + "]\ntype = echo\n";
   CHECK_EQ(accepted(text).backends.size(), 256);
   check_rows({{text + "[backend more]\ntype = echo\n[backend yet-more]\ntype = echo",
                "n:513: expected at most 256 backends\n"}});
@@ -784,7 +784,7 @@ TEST_CASE("lists of models are trimmed, and every odd item is refused") {
       {with_url("vision = a, a"), "n:3: vision: 'a' is listed twice\n"},
   });
   std::string longest = "m0";
-  for (std::size_t i = 1; i < config::kMaxModelsPerList; ++i) longest += ",m" + std::to_string(i);
+  for (std::size_t i = 1; i < kMaxModelsPerList; ++i) longest += ",m" + std::to_string(i);
   CHECK_EQ(accepted_backend("url = http://h\nmodels = " + longest).models.size(), 10'000);
   check_rows({{with_url("models = " + longest + ",x"), "n:3: models: expected at most 10000 names in a list\n"}});
 }
@@ -855,7 +855,7 @@ TEST_CASE("aliases lead on up to 3 times, and never back") {
 
 TEST_CASE("there may be 10,000 aliases, and no more") {
   std::string text = "[aliases]\n";
-  for (std::size_t i = 0; i < config::kMaxModelsPerList; ++i) text += "a" + std::to_string(i) + " = m\n";
+  for (std::size_t i = 0; i < kMaxModelsPerList; ++i) text += "a" + std::to_string(i) + " = m\n";
   CHECK_EQ(accepted(text).aliases.size(), 10'000);
   check_rows({{text + "x = m\ny = m", "n:10002: expected at most 10000 lines in this section\n"}});
 }

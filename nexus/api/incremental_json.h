@@ -19,6 +19,7 @@
 #include <string_view>
 
 #include "nexus/api/request_json.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 

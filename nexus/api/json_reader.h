@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "nexus/base/buffer.h"
+#include "nexus/base/limits.h"
 
 namespace nexus {
 

@@ -17,6 +17,7 @@
 #include "nexus/api/endpoints.h"
 #include "nexus/api/errors.h"
 #include "nexus/api/json_reader.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 
 namespace nexus {
@@ -26,8 +27,6 @@ struct BodySpan {
   std::size_t at = 0;
   std::size_t bytes = 0;
 };
-
-constexpr std::size_t kMaxJsonDepth = 512;  // the message of ApiError::too_deep says so too
 
 // Messages with images have this key.
 inline constexpr std::string_view kImageKey = "\"image_url\"";

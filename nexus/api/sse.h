@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "nexus/base/buffer.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 
 namespace nexus {

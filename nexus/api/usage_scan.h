@@ -21,11 +21,9 @@
 #include "nexus/api/response_json.h"
 #include "nexus/api/sse.h"
 #include "nexus/base/buffer.h"
+#include "nexus/base/limits.h"
 
 namespace nexus {
-
-constexpr std::size_t kUsageBytes = 16u << 10;      // a larger `usage` is ignored: real ones have a few hundred bytes
-constexpr std::size_t kHeldEventBytes = 16u << 10;  // a larger event is not the extra one, and is not held
 
 class UsageScan {
  public:

@@ -16,6 +16,7 @@
 
 #include "nexus/apps/format.h"
 #include "nexus/apps/probe_loop.h"
+#include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
 
 namespace nexus {
@@ -196,7 +197,7 @@ class FleetCheck {
   // The finished states, or null with errno set if the event loop can't be opened.
   const std::vector<CheckState>* run() {
     if (loop_.open() != 0) return nullptr;
-    static_assert(config::kMaxBackends <= Resolver::kMaxWaiting);
+    static_assert(kMaxBackends <= Resolver::kMaxWaiting);
     for (std::size_t i = 0; i < states_.size(); ++i) {
       const BackendSettings& backend = states_[i].settings;
       if (backend.kind != BackendKind::echo && loop_.lookup(backend.address, i)) open_ += 1;

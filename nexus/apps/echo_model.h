@@ -24,6 +24,7 @@
 #include "nexus/api/errors.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 
 namespace nexus {

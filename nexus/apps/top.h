@@ -25,13 +25,13 @@
 #include "nexus/apps/probe_loop.h"
 #include "nexus/apps/rates.h"
 #include "nexus/apps/scrape.h"
+#include "nexus/base/limits.h"
 
 namespace nexus {
 
 constexpr Ns kTopInterval = 2 * kSecond;
 constexpr Ns kTopWindow = 10 * kSecond;  // of rates and quantiles
 constexpr Ns kTopFetchTime = 2 * kSecond;
-constexpr std::size_t kMaxTopPageBytes = 64u << 20;
 
 namespace detail {
 

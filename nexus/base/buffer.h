@@ -22,14 +22,11 @@
 #include <string_view>
 #include <utility>
 
+#include "nexus/base/limits.h"
+
 namespace nexus {
 
-constexpr std::size_t kPaddingBytes = 64;         // simdjson::SIMDJSON_PADDING, see request_json.h
-constexpr std::size_t kSmallestBlock = 4096;      // the capacity of a block of class 0
-constexpr std::size_t kBlockClasses = 20;         // 4 KiB … 2 GiB
-constexpr std::size_t kKeptBytes = 32u << 20;     // the most that a pool keeps in its free lists
 constexpr std::size_t kHugePageBytes = 2u << 20;  // on x86-64
-constexpr std::size_t kRoomyBlock = 64u << 10;    // for reading a response: most fit in one read
 
 class BlockPool;
 

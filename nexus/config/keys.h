@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
 #include "nexus/config/values.h"
 

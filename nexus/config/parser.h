@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 #include "nexus/config/keys.h"
 #include "nexus/config/settings.h"

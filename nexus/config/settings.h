@@ -13,32 +13,14 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/config/backend_kinds.h"
 
 namespace nexus {
 
-constexpr std::uint32_t kMaxAliasHops = 3;  // aliases that a name may lead through
-
 namespace config {
 
 // Limits of everything but the range of a key, which is in its row in keys.h.
-constexpr std::size_t kMaxConfigFileBytes = 1u << 20;  // nexus.conf and each key file; larger: the path is wrong
-constexpr std::size_t kMaxConfigErrors = 100;          // listed; a binary file must not flood the log
-constexpr std::size_t kMaxQuotedBytes = 60;            // of a value that an error quotes
-constexpr std::size_t kMaxBackends = 256;
-constexpr std::size_t kMaxBackendNameBytes = 64;   // also of a client key's name
-constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models with fallbacks
-constexpr std::size_t kMaxModelNameBytes = 256;
-constexpr std::size_t kMaxListens = 64;  // a key; each address costs a descriptor per worker
-constexpr std::size_t kMaxUrlBytes = 2048;
-constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text
-constexpr std::size_t kMaxLabelBytes = 63;   // RFC 1035 2.3.4
-constexpr std::size_t kMaxPathBytes = 4095;  // PATH_MAX without its NUL
-constexpr std::uint64_t kMaxContextTokens = 1u << 30;
-constexpr std::size_t kMinClientKeyBytes = 8;  // a shorter one can be guessed
-constexpr std::size_t kMaxClientKeyBytes = 512;
-constexpr std::size_t kMaxClientKeys = 10'000;
-constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claims is long
 static_assert(kMaxLabelBytes < kMaxHostBytes && kMaxHostBytes < kMaxUrlBytes);
 static_assert(kMinClientKeyBytes < kMaxClientKeyBytes);
 static_assert(kMaxClientKeyBytes < 1024, "a client's key fits in a head of the smallest max_header");

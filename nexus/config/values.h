@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 

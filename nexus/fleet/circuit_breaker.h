@@ -17,14 +17,12 @@
 #include <optional>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
 
 namespace nexus {
-
-constexpr Ns kMaxEjection = 60 * kSecond;     // the doubling stops here, or at eject_time if that is longer
-constexpr Ns kMaxRetryAfter = 300 * kSecond;  // a longer Retry-After is cut to this
 
 enum class CircuitState : std::uint8_t {
   closed,     // the backend gets requests

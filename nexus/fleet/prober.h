@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "nexus/api/response_json.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/body_framing.h"
@@ -24,7 +25,6 @@
 namespace nexus {
 
 constexpr std::uint8_t kProbeKind = 10;  // of a Handle
-constexpr std::size_t kMaxProbeBytes = 16u << 20;
 constexpr std::size_t kProbeReadBytes = 32u << 10;
 
 struct ProbeResult {

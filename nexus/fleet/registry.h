@@ -17,15 +17,12 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
 namespace nexus {
-
-constexpr std::size_t kMaxModelNames = 20'000;        // per process; models beyond it are counted as `unknown`
-constexpr std::size_t kMaxBackendNames = 4'096;       // per process, over all reloads
-constexpr std::size_t kMaxModelsPerBackend = 10'000;  // the rest of a longer list is ignored
 
 enum class Health : std::uint8_t { unknown, healthy, unhealthy };
 

@@ -13,13 +13,10 @@
 #include <cstring>
 #include <string_view>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 
 namespace nexus {
-
-constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
-constexpr std::uint32_t kMaxTrailerBytes = 8192;             // all trailer lines together
-constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body together: they are useless
 
 class ChunkedDecoder {
  public:

@@ -19,6 +19,7 @@
 #include <optional>
 #include <string_view>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/http/header_fields.h"

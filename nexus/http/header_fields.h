@@ -13,6 +13,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 
 namespace nexus {
@@ -61,8 +62,6 @@ constexpr std::uint32_t set_of(Fields... fields) {
 constexpr std::uint32_t kHopByHop =
     set_of(Field::connection, Field::keep_alive, Field::proxy_authenticate, Field::proxy_authorization,
            Field::proxy_connection, Field::te, Field::trailer, Field::transfer_encoding, Field::upgrade);
-
-constexpr std::size_t kMaxFields = 128;  // per head; more is 431
 
 namespace detail {
 

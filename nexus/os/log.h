@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/os/log_thread.h"
@@ -25,9 +26,6 @@
 namespace nexus {
 
 using LogField = std::pair<std::string_view, std::string_view>;
-
-constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis
-constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's message, which may be a list
 
 struct AccessEntry {
   Ns wall_ns = 0;

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <utility>
 
+#include "nexus/base/limits.h"
 #include "nexus/proxy/held_counts.h"
 #include "nexus/proxy/upstream_pool.h"
 #include "nexus/proxy/upstream_request.h"
@@ -21,9 +22,7 @@
 
 namespace nexus {
 
-constexpr std::size_t kSentPerTurn = 512u << 10;  // of a request, before other sessions get their turn
 // A reused connection that closes within this time after the request had already been closed by the backend.
-constexpr Ns kStaleWindow = kSecond;
 
 template <class Net>
 class Attempt {

@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "nexus/api/endpoints.h"
+#include "nexus/base/limits.h"
 #include "nexus/proxy/attempt.h"
 #include "nexus/proxy/candidate_picker.h"
 #include "nexus/proxy/exchange_deadlines.h"
@@ -30,8 +31,6 @@
 #include "nexus/proxy/response_relay.h"
 
 namespace nexus {
-
-constexpr std::uint32_t kReadsPerTurn = 16;  // of one response, before other sessions get their turn
 
 template <class Net>
 class Exchange {

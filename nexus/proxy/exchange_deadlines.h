@@ -8,13 +8,11 @@
 
 #include <algorithm>
 
+#include "nexus/base/limits.h"
 #include "nexus/proxy/exchange_state.h"
 #include "nexus/proxy/response.h"
 
 namespace nexus {
-
-constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued request re-checks ejected backends
-constexpr Ns kCountRetry = 100 * kMillisecond;      // after there was no memory to count a request
 
 template <class Net>
 class ExchangeDeadlines {

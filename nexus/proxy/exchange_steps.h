@@ -6,6 +6,7 @@
 // Tested by: tests/sim, tests/hostile
 #pragma once
 
+#include "nexus/base/limits.h"
 #include "nexus/proxy/exchange.h"
 
 namespace nexus {

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "nexus/api/errors.h"
+#include "nexus/base/limits.h"
 #include "nexus/http/chunked.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/proxy/worker_context.h"
@@ -21,9 +22,6 @@ namespace nexus {
 
 // A larger body is read while it comes; a smaller one is still in the processor's cache when its last byte comes, and
 // is read in one pass, which costs less.
-constexpr std::size_t kIncrementalBytes = 64u << 10;
-
-constexpr std::size_t kCopiedInputBytes = 1u << 20;  // up to this size the buffer of a chunked body doubles
 
 template <class Net>
 class RequestBody {

@@ -15,15 +15,12 @@
 #include "nexus/api/errors.h"
 #include "nexus/api/incremental_json.h"
 #include "nexus/api/request_json.h"
+#include "nexus/base/limits.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
 #include "nexus/proxy/upstream_request.h"
 
 namespace nexus {
-
-constexpr std::size_t kMaxModelBytes = 256;      // of a requested name, as kept for the log
-constexpr std::uint32_t kBytesPerToken = 4;      // for the estimate of a prompt's length
-constexpr std::size_t kListedModelBytes = 1024;  // of model names in an error message
 
 // Reads the complete body; `incremental`: its reader, if the body was read while it came.
 inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,

@@ -17,6 +17,7 @@
 #include "nexus/api/response_json.h"
 #include "nexus/api/usage_scan.h"
 #include "nexus/base/buffer.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/http/body_framing.h"
 #include "nexus/http/head_parser.h"
@@ -150,9 +151,6 @@ class Response {
   bool event_stream_ = false;
   Ns first_body_ns_ = -1;
 };
-
-constexpr std::size_t kMaxResponseHeadBytes = 64u << 10;
-constexpr std::uint32_t kMaxInterimHeads = 16;  // 1xx heads before the final one
 
 class ResponseHeadReader {
  public:

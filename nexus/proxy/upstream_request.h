@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "nexus/api/request_json.h"
+#include "nexus/base/limits.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
 
@@ -87,8 +88,6 @@ struct BodyEdit {
   std::size_t removed = 0;
   std::string_view inserted;
 };
-
-constexpr std::size_t kCopiedBodyBytes = 4096;
 
 // True if Nexus asks this backend for token counts that the client did not ask for.
 inline bool asks_for_usage(const BackendView& backend, const BodyFacts& facts, bool streams) {

@@ -20,6 +20,7 @@
 #include "nexus/api/incremental_json.h"
 #include "nexus/api/request_json.h"
 #include "nexus/base/buffer.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/memory_budget.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/fleet/admission.h"
@@ -33,10 +34,6 @@
 #include "nexus/os/log.h"
 
 namespace nexus {
-
-constexpr Ns kLatencyLife = 60 * kSecond;
-constexpr std::size_t kTextBytes = 16u << 10;    // longer than any error response of our own
-constexpr std::size_t kMaxRequestIdBytes = 128;  // a longer one from a client is replaced
 
 inline bool is_request_id(std::string_view id) {
   if (id.empty() || id.size() > kMaxRequestIdBytes) return false;

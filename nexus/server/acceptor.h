@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/net/epoll.h"
 #include "nexus/net/timer_wheel.h"
 #include "nexus/proxy/worker_context.h"
@@ -20,9 +21,6 @@ namespace nexus {
 
 constexpr std::uint8_t kListenerKind = 1;  // of a Handle
 constexpr std::uint8_t kAcceptTimerKind = 4;
-
-constexpr std::uint32_t kAcceptsPerTurn = 64;
-constexpr Ns kAcceptPause = 100 * kMillisecond;  // after no descriptor was free
 
 // The connections that a worker holds or was handed. Counted by the worker that accepts, so that connections on their
 // way to another worker count too; given back by the worker that closes. Relaxed: the numbers alone are shared.

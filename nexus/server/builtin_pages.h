@@ -23,6 +23,7 @@
 
 #include "nexus/apps/status_page.h"
 #include "nexus/base/json_writer.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
@@ -142,9 +143,6 @@ inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, b
   json.field("unhealthy", total - healthy).end_object().field("models", models).end_object();
   return draining || healthy == 0 ? 503 : 200;
 }
-
-constexpr Ns kPageTime = 30 * kSecond;
-constexpr std::size_t kPageShareBytes = 128u << 10;  // of a page in one turn: about 50 µs
 
 template <class Net>
 class BuiltinPages {

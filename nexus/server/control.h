@@ -15,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/mailbox.h"
 #include "nexus/base/memory_budget.h"
 #include "nexus/fleet/admission.h"
@@ -29,10 +30,6 @@
 #include "nexus/server/worker.h"
 
 namespace nexus {
-
-constexpr Ns kResolveInterval = 30 * kSecond;
-constexpr Ns kMaxReloadHold = 2 * kSecond;       // a reload's snapshot waits so long for first checks
-constexpr Ns kMemoryRetry = 100 * kMillisecond;  // until work that found no memory is retried
 
 template <class Net>
 class Control {

@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "nexus/api/endpoints.h"
+#include "nexus/base/limits.h"
 #include "nexus/server/acceptor.h"
 #include "nexus/server/builtin_pages.h"
 #include "nexus/server/client_keys.h"
@@ -25,13 +26,8 @@
 
 namespace nexus {
 
-constexpr std::size_t kFirstReadBytes = 16u << 10;
-constexpr std::size_t kMostReadBytes = 128u << 10;  // still in the processor's cache when it is parsed
 // Before other sessions get their turn. A session may have a turn by an event and one by reschedule(): a quarter of a
 // megabyte in all, for which the most awkward JSON takes about 3 ms on a slow machine.
-constexpr std::uint32_t kClientReadsPerTurn = 1;
-constexpr std::size_t kMaxLingerBytes = 64u << 20;  // of a refused body: dropping it costs little
-constexpr Ns kLingerTime = 5 * kSecond;
 
 template <class Net>
 class SessionDriver {

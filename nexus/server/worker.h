@@ -15,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/mailbox.h"
 #include "nexus/os/systemd.h"
 #include "nexus/server/acceptor.h"
@@ -22,10 +23,7 @@
 
 namespace nexus {
 
-constexpr std::uint8_t kDrainTimerKind = 5;       // of a Handle
-constexpr Ns kHandOverTime = 100 * kMillisecond;  // of a drain: another worker may be handing over a connection
-constexpr Ns kFarewellTime = kSecond;             // of a drain: kept connections get to see our FIN
-constexpr Ns kFirstRequestTime = kSecond;         // of a drain: a first request may be on its way
+constexpr std::uint8_t kDrainTimerKind = 5;  // of a Handle
 
 template <class Net>
 class Worker {
@@ -125,10 +123,7 @@ class Worker {
   std::size_t upstreams() const { return sessions_.pool().open(); }
   std::size_t armed_timers() const { return context_.wheel.armed(); }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
-  template <class Visit>
-  void each_session(Visit&& visit) {
-    sessions_.each(visit);
-  }
+  SessionDriver<Net>& sessions() { return sessions_; }  // for the simulator
 
  private:
   void dispatch(const Event& event) {

@@ -63,7 +63,7 @@ inline void config(std::string_view input) {
   const nexus::ConfigResult first = nexus::parse_config(copy.view(), "nexus.conf", env);
   const nexus::ConfigResult second = nexus::parse_config(copy.view(), "nexus.conf", env);
   check(first.errors.size() == second.errors.size(), "another outcome the second time");
-  check(first.errors.size() <= nexus::config::kMaxConfigErrors + 1, "too many errors");
+  check(first.errors.size() <= nexus::kMaxConfigErrors + 1, "too many errors");
   const auto lines = static_cast<int>(std::count(input.begin(), input.end(), '\n')) + 1;
   int last = 0;
   for (std::size_t i = 0; i < first.errors.size(); ++i) {

@@ -307,7 +307,7 @@ class Simulation {
 
   // The states of the sessions that have a request, after a worker's turn.
   void tell_states(SimWorker& worker) {
-    worker.each_session([this](const auto& session) {
+    worker.sessions().each([this](const auto& session) {
       if (session.state == SessionState::reading_head) return;
       const std::string_view own = to_string(session.state), exchange = to_string(session.exchange.state());
       std::fprintf(wire_.story, "%14s%s: %.*s, exchange %.*s\n", "", session.client_name.c_str(),

@@ -1,0 +1,123 @@
+// limits.h
+// Owns:     every limit of Nexus that is not a key of nexus.conf: sizes, counts, times, each with its unit.
+// Promises: the relations that other code relies on are asserted at compile time.
+// Leaves:   limits that a user may set to config/keys.h, and their defaults to config/settings.h.
+// Threads:  any; constants.
+// Tested by: tests/config_test.cpp, tests/head_parser_test.cpp, tests/e2e/limits.test.mjs
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "nexus/base/clock.h"
+
+namespace nexus {
+
+// ---- nexus.conf and its key files ----
+
+constexpr std::size_t kMaxConfigFileBytes = 1u << 20;  // nexus.conf and each key file; larger: the path is wrong
+constexpr std::size_t kMaxConfigErrors = 100;          // listed; a binary file must not flood the log
+constexpr std::size_t kMaxQuotedBytes = 60;            // of a value that an error quotes
+constexpr std::size_t kMaxBackends = 256;
+constexpr std::size_t kMaxBackendNameBytes = 64;   // also of a client key's name
+constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models with fallbacks
+constexpr std::size_t kMaxModelNameBytes = 256;
+constexpr std::uint32_t kMaxAliasHops = 3;  // aliases that a name may lead through
+constexpr std::size_t kMaxListens = 64;     // a key; each address costs a descriptor per worker
+constexpr std::size_t kMaxUrlBytes = 2048;
+constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text
+constexpr std::size_t kMaxLabelBytes = 63;   // RFC 1035 2.3.4
+constexpr std::size_t kMaxPathBytes = 4095;  // PATH_MAX without its NUL
+constexpr std::uint64_t kMaxContextTokens = 1u << 30;
+constexpr std::size_t kMinClientKeyBytes = 8;  // a shorter one can be guessed
+constexpr std::size_t kMaxClientKeyBytes = 512;
+constexpr std::size_t kMaxClientKeys = 10'000;
+constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claims is long
+
+// ---- names, for the life of the process ----
+
+constexpr std::size_t kMaxModelNames = 20'000;        // models beyond it are counted as `unknown`
+constexpr std::size_t kMaxBackendNames = 4'096;       // over all reloads
+constexpr std::size_t kMaxModelsPerBackend = 10'000;  // the rest of a longer list is ignored
+
+// ---- heads ----
+
+constexpr std::size_t kMaxFields = 128;                      // per head; more is 431
+constexpr std::size_t kMaxRequestIdBytes = 128;              // a longer one from a client is replaced
+constexpr std::size_t kMaxResponseHeadBytes = 64u << 10;     // of a backend's response
+constexpr std::uint32_t kMaxInterimHeads = 16;               // 1xx heads before the final one
+constexpr std::size_t kTextBytes = 16u << 10;                // reserved for heads and errors of our own
+constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
+constexpr std::uint32_t kMaxTrailerBytes = 8192;             // all trailer lines together
+constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions of one body together: they are useless
+
+// ---- bodies ----
+
+constexpr std::size_t kMaxJsonDepth = 512;            // levels of a request's body
+constexpr std::size_t kIncrementalBytes = 64u << 10;  // a larger request body is read while it comes
+constexpr std::size_t kCopiedInputBytes = 1u << 20;   // up to this size the buffer of a chunked body doubles
+constexpr std::size_t kCopiedBodyBytes = 4096;        // a smaller body is copied behind its head
+constexpr std::size_t kMaxModelBytes = 256;           // of a requested name, as kept for the log
+constexpr std::size_t kListedModelBytes = 1024;       // of model names in an error message
+constexpr std::uint32_t kBytesPerToken = 4;           // for the estimate of a prompt's length
+constexpr std::size_t kUsageBytes = 16u << 10;        // a larger `usage` is ignored: real ones have a few hundred bytes
+constexpr std::size_t kHeldEventBytes = 16u << 10;    // a larger event is not the usage event, and is not held
+constexpr std::size_t kMaxProbeBytes = 16u << 20;     // of a backend's response to a health check
+constexpr std::size_t kMaxTopPageBytes = 64u << 20;   // of a page that `nexus top` reads
+
+// ---- memory ----
+
+constexpr std::size_t kPaddingBytes = 64;       // readable behind a block: simdjson::SIMDJSON_PADDING
+constexpr std::size_t kSmallestBlock = 4096;    // the capacity of a block of class 0
+constexpr std::size_t kBlockClasses = 20;       // 4 KiB … 2 GiB
+constexpr std::size_t kKeptBytes = 32u << 20;   // the most that a worker's pool keeps in its free lists
+constexpr std::size_t kRoomyBlock = 64u << 10;  // for reading a response: most fit in one read
+
+// ---- one turn of a loop: what one session may do before the others get their turn ----
+
+// A session may have a turn by an event and one by reschedule(): a quarter of a megabyte in all, for which the most
+// awkward JSON takes about 3 ms on a slow machine.
+constexpr std::uint32_t kClientReadsPerTurn = 1;
+constexpr std::size_t kFirstReadBytes = 16u << 10;
+constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's cache when it is parsed
+constexpr std::uint32_t kReadsPerTurn = 16;          // of one response
+constexpr std::size_t kSentPerTurn = 512u << 10;     // of one request
+constexpr std::size_t kPageShareBytes = 128u << 10;  // of one rendered page: about 50 µs
+constexpr std::uint32_t kAcceptsPerTurn = 64;        // per listener
+constexpr std::size_t kMaxLingerBytes = 64u << 20;   // of a refused body that is dropped, over all turns
+
+// ---- log ----
+
+constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis
+constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's message, which may be a list
+
+// ---- times ----
+
+constexpr Ns kStaleWindow = kSecond;                // a reused connection that closes so soon was closed before
+constexpr Ns kLatencyLife = 60 * kSecond;           // of a measured time to first byte
+constexpr Ns kMaxEjection = 60 * kSecond;           // the doubling stops here, or at eject_time if that is longer
+constexpr Ns kMaxRetryAfter = 300 * kSecond;        // a longer Retry-After of a backend is cut to this
+constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued request re-checks ejected backends
+constexpr Ns kCountRetry = 100 * kMillisecond;      // after there was no memory to count a request
+constexpr Ns kMemoryRetry = 100 * kMillisecond;     // after control found no memory for its work
+constexpr Ns kAcceptPause = 100 * kMillisecond;     // after no descriptor was free
+constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
+constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
+constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name
+constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks
+constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection
+constexpr Ns kFirstRequestTime = kSecond;           // of a drain: a first request may be on its way
+constexpr Ns kFarewellTime = kSecond;               // of a drain: kept connections get to see our FIN
+constexpr Ns kLastAccepts = 50 * kMillisecond;      // of a drain: connections wait in the backlog
+
+// ---- relations ----
+
+static_assert(kMaxModelBytes >= kMaxModelNameBytes, "a configured name is never cut in the log");
+static_assert(kMaxModelNames >= kMaxModelsPerBackend && kMaxBackendNames >= kMaxBackends, "one fleet fits");
+static_assert(kMostReadBytes >= kFirstReadBytes && kIncrementalBytes <= kMostReadBytes);
+static_assert(kRoomyBlock >= kFirstReadBytes && kRoomyBlock <= kKeptBytes && kSmallestBlock <= kRoomyBlock);
+static_assert(kTextBytes >= kListedModelBytes + kMaxRequestIdBytes + kMaxModelBytes, "an error needs no memory");
+static_assert(kHandOverTime <= kFirstRequestTime && kLastAccepts < kHandOverTime);
+static_assert(kMaxLogValueBytes >= kMaxRequestIdBytes && kMaxLogValueBytes >= kMaxBackendNameBytes);
+
+}  // namespace nexus
