@@ -13,7 +13,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <vector>
 
 namespace nexus {
@@ -101,7 +101,7 @@ class GrowingTable {
 template <class Cells>
 class PairTable {
  public:
-  struct alignas(kCacheAlign) Node {
+  struct Node {
     std::uint64_t key = 0;       // first << 32 | second; in the same cache line as the first cells
     const Node* next = nullptr;  // key and next are set before the node is published, and never change
     Cells cells;
@@ -126,13 +126,20 @@ class PairTable {
 
  private:
   static constexpr std::size_t kSlots = 64;
+  static constexpr std::size_t kChunk = 16;  // nodes per allocation; adjacent, so that they use all sets of the cache
+
+  struct alignas(kCacheAlign) Chunk {
+    std::array<Node, kChunk> nodes;
+  };
 
   std::size_t slot_of(std::uint64_t key) const { return static_cast<std::size_t>(key * 0x9E3779B97F4A7C15u >> shift_); }
+  Node& node(std::size_t i) const { return chunks_[i / kChunk]->nodes[i % kChunk]; }
 
   [[gnu::noinline]] Cells& find_or_add(std::uint64_t key) {
     if (Node* const known = index_[find_slot(key)]) return known->cells;
-    if (nodes_.size() * 2 >= index_.size()) grow_index();
-    Node& made = nodes_.emplace_back();
+    if (size_ * 2 >= index_.size()) grow_index();
+    if (size_ % kChunk == 0) chunks_.push_back(std::make_unique<Chunk>());
+    Node& made = node(size_++);
     made.key = key;
     made.next = newest_.load(std::memory_order_relaxed);
     index_[find_slot(key)] = &made;
@@ -143,7 +150,7 @@ class PairTable {
   void grow_index() {
     index_.assign(index_.size() * 2, nullptr);
     --shift_;
-    for (Node& node : nodes_) index_[find_slot(node.key)] = &node;
+    for (std::size_t i = 0; i < size_; ++i) index_[find_slot(node(i).key)] = &node(i);
   }
 
   // The slot that holds `key`, or the empty one where it belongs.
@@ -156,7 +163,8 @@ class PairTable {
   // For the writer alone.
   std::vector<Node*> index_;                   // by hash, with linear probing; at most half full
   int shift_ = 64 - std::countr_zero(kSlots);  // leaves log2(index_.size()) bits of a hash
-  std::deque<Node> nodes_;                     // which never moves one
+  std::size_t size_ = 0;
+  std::vector<std::unique_ptr<Chunk>> chunks_;
 
   alignas(kCacheAlign) std::atomic<const Node*> newest_{nullptr};
 };
