@@ -114,8 +114,6 @@ class Prober {
          [&](Probe& probe) { return end(probe, probe.asked ? "no answer in time" : "no connection in time"); });
   }
 
-  std::size_t running() const { return probes_.live(); }
-
  private:
   struct Probe {
     Probe(Handle token_in, const ProbeOrder& order_in, Ns now)

@@ -68,20 +68,23 @@ inline std::string label_of(std::string_view name, LabelMode mode) {
 template <class Id>
 class LabelTable {
  public:
-  // Adds the names that are new since the last call; starts again if the mode changed.
+  // Adds the names that are new since the last call; starts again if the mode changed, or if memory ran out in that
+  // call.
   void update(const NameTable<Id>& names, LabelMode mode) {
-    if (mode != mode_) {
+    if (mode != mode_ || !complete_) {
       groups_.clear();
       texts_.clear();
       by_text_.clear();
       mode_ = mode;
     }
+    complete_ = false;
     for (std::size_t i = groups_.size(); i < names.size(); ++i) {
       std::string text = label_of(names.name(Id{static_cast<std::uint32_t>(i)}), mode);
       const auto [at, is_new] = by_text_.try_emplace(std::move(text), static_cast<std::uint32_t>(texts_.size()));
       if (is_new) texts_.push_back(at->first);
       groups_.push_back(at->second);
     }
+    complete_ = true;
   }
 
   std::uint32_t group_of(Id id) const { return groups_.at(index_of(id)); }
@@ -91,6 +94,7 @@ class LabelTable {
 
  private:
   LabelMode mode_ = LabelMode::sanitize;
+  bool complete_ = true;
   std::vector<std::uint32_t> groups_;    // by id
   std::vector<std::string_view> texts_;  // by group: the keys of by_text_, which do not move
   std::unordered_map<std::string, std::uint32_t> by_text_;

@@ -67,10 +67,7 @@ class Attempt {
 
   // Starts a new connection. False if that is not possible.
   [[gnu::cold]] bool connect() {
-    const typename Pool::Connecting connecting = pool_.connect(backend_->id, *backend_->address, owner_);
-    if (connecting.outcome == SocketOutcome::no_descriptor) context_.slab.limit_hit(Limit::descriptors);
-    if (connecting.outcome == SocketOutcome::no_memory) context_.slab.limit_hit(Limit::memory);
-    upstream_ = connecting.upstream;
+    upstream_ = pool_.connect(backend_->id, *backend_->address, owner_);
     return upstream_ != nullptr;
   }
 

@@ -46,8 +46,6 @@ class Exchange {
         client_(context, client),
         relay_(context, client_, summary_),
         deadlines_(context, client_) {}
-  Exchange(const Exchange&) = delete;
-  Exchange& operator=(const Exchange&) = delete;
 
   State state() const { return state_; }
   bool active() const { return state_ != State::idle && state_ != State::over; }
@@ -326,8 +324,7 @@ class Exchange {
     if (state_ == State::streaming && row.fault != Fault::nexus) relay_.note_usage();
     attempt_.end(row.outcome);
     close_upstream();
-    if (client_.has_begun()) return cut_response(row);
-    if (!row.error) return abandon(row);
+    if (client_.has_begun() || !row.error) return cut_response(row);
     leave_backend();
     if (row.retry && !deadlines_.request_expired() && picker_.another()) {
       return try_elsewhere(row.outcome, *row.error);
@@ -354,28 +351,17 @@ class Exchange {
     go(State::choosing);
   }
 
-  // The client can't be told anything.
-  void abandon(const EndingRow& row) {
-    summary_.record.status = 499;
-    summary_.record.error = row.error_type;
-    summary_.cut_short = true;
-    client_.end_connection();
-    if (row.cut == Cut::by_reset) client_.cut_connection();
-    commit();
-  }
-
-  // The response has begun and will not become whole, and the client must be able to tell.
+  // The response will not become whole, and a client that has got a part of it must be able to tell.
   void cut_response(const EndingRow& row) {
+    if (!client_.has_begun()) summary_.record.status = 499;
     summary_.record.error = row.error_type;
     summary_.cut_short = true;
     client_.end_connection();
     // The FIN would be the proper end of a body that lasts until the connection's end.
     if (row.cut == Cut::by_reset || relay_.response().lasts_until_close()) client_.cut_connection();
-    const bool tell = row.cut == Cut::by_error_event && !client_.cut();
-    if (tell && relay_.tells_error_event() && !client_.send_error_event(row_of(*row.error))) {
-      return commit();
-    }
-    if (!tell) return commit();
+    const bool told = row.cut == Cut::by_error_event && !client_.cut() &&
+                      (!relay_.tells_error_event() || client_.send_error_event(row_of(*row.error)));
+    if (!told) return commit();
     go(State::finishing);
   }
 

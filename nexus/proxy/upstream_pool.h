@@ -61,23 +61,21 @@ class UpstreamPool {
     return nullptr;
   }
 
-  struct Connecting {
-    Upstream<Net>* upstream = nullptr;
-    SocketOutcome outcome = SocketOutcome::failed;
-  };
-
-  // Starts a new connection.
-  Connecting connect(BackendId backend, const Address& address, Handle owner) {
+  // Starts a new connection. Null if that is not possible.
+  Upstream<Net>* connect(BackendId backend, const Address& address, Handle owner) {
     Upstream<Net>* upstream = upstreams_.make(backend, address);
-    if (upstream == nullptr) return {nullptr, SocketOutcome::no_memory};
-    const SocketOutcome outcome = upstream->connection.connect(context_.net, address, upstream->handle);
-    if (outcome != SocketOutcome::ok) {
-      upstreams_.destroy(upstream->handle);
-      return {nullptr, outcome};
+    const SocketOutcome outcome = upstream == nullptr
+                                      ? SocketOutcome::no_memory
+                                      : upstream->connection.connect(context_.net, address, upstream->handle);
+    if (outcome == SocketOutcome::no_descriptor) context_.slab.limit_hit(Limit::descriptors);
+    if (outcome == SocketOutcome::no_memory) context_.slab.limit_hit(Limit::memory);
+    if (outcome == SocketOutcome::ok) {
+      upstream->owner = owner;
+      context_.slab.add_backend_connections(backend, 1);
+      return upstream;
     }
-    upstream->owner = owner;
-    context_.slab.add_backend_connections(backend, 1);
-    return {upstream, SocketOutcome::ok};
+    if (upstream != nullptr) upstreams_.destroy(upstream->handle);
+    return nullptr;
   }
 
   // Keeps a connection after an exchange that left it usable.

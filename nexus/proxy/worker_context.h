@@ -97,7 +97,6 @@ class SnapshotUse {
   }
   const Snapshot* operator->() const { return local_->ptr.get(); }
   const Snapshot& operator*() const { return *local_->ptr; }
-  explicit operator bool() const { return local_ != nullptr; }
   SnapshotUse again() const { return SnapshotUse(local_); }
 
  private:

@@ -48,11 +48,8 @@ class SessionDriver {
         pool_(context),
         sessions_(kSessionKind),
         pages_(context, process_started) {}
-  SessionDriver(const SessionDriver&) = delete;
-  SessionDriver& operator=(const SessionDriver&) = delete;
 
   UpstreamPool<Net>& pool() { return pool_; }
-  const UpstreamPool<Net>& pool() const { return pool_; }
   BuiltinPages<Net>& pages() { return pages_; }
   std::size_t live() const { return sessions_.live(); }
   // For the simulator: calls `visit(const Session&)` for each session.

@@ -71,8 +71,6 @@ class Worker {
         acceptor_(context_),
         sessions_(context_, peers.placement, acceptor_, peers.ask_page, process_started),
         drain_timer_(Handle::make(kDrainTimerKind, 0, 0)) {}
-  Worker(const Worker&) = delete;
-  Worker& operator=(const Worker&) = delete;
   ~Worker() { close_all(); }
 
   // Call before run(): accepts connections from this socket. False if the kernel refuses.
@@ -119,11 +117,10 @@ class Worker {
   }
 
   bool stopped() const { return stopped_; }
-  std::size_t connections() const { return sessions_.live(); }
-  std::size_t upstreams() const { return sessions_.pool().open(); }
+  // For the tests:
   std::size_t armed_timers() const { return context_.wheel.armed(); }
+  SessionDriver<Net>& sessions() { return sessions_; }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
-  SessionDriver<Net>& sessions() { return sessions_; }  // for the simulator
 
  private:
   void dispatch(const Event& event) {

@@ -91,7 +91,8 @@ class Gateway {
   }
   bool is_empty() const {
     for (const auto& worker : workers_) {
-      if (worker->connections() > 0 || worker->upstreams() > 0 || worker->armed_timers() > 0) return false;
+      if (worker->sessions().live() > 0 || worker->sessions().pool().open() > 0 || worker->armed_timers() > 0)
+        return false;
     }
     return true;
   }

@@ -74,9 +74,9 @@ class Audit {
     }
     std::size_t connections = 0;
     for (const auto& worker : gateway_.each_worker()) {
-      connections += worker->connections();
-      if (worker->taken_bytes() > kRoomyBlock + worker->connections() * most_held_bytes_) {
-        ledger_.wrong("a worker holds %zu bytes for %zu connections", worker->taken_bytes(), worker->connections());
+      connections += worker->sessions().live();
+      if (worker->taken_bytes() > kRoomyBlock + worker->sessions().live() * most_held_bytes_) {
+        ledger_.wrong("a worker holds %zu bytes for %zu connections", worker->taken_bytes(), worker->sessions().live());
       }
     }
     if (connections > most_connections_) {
@@ -118,8 +118,8 @@ class Audit {
     }
     expect_zero("requests in the queue", gateway_.admission().waiting());
     for (const auto& worker : gateway_.each_worker()) {
-      expect_zero("client connections", static_cast<std::int64_t>(worker->connections()));
-      expect_zero("backend connections", static_cast<std::int64_t>(worker->upstreams()));
+      expect_zero("client connections", static_cast<std::int64_t>(worker->sessions().live()));
+      expect_zero("backend connections", static_cast<std::int64_t>(worker->sessions().pool().open()));
       expect_zero("armed timers", static_cast<std::int64_t>(worker->armed_timers()));
       // A worker keeps its scratch block.
       if (worker->taken_bytes() > kRoomyBlock) ledger_.wrong("at rest a worker holds %zu bytes", worker->taken_bytes());
