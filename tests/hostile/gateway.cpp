@@ -114,7 +114,7 @@ std::uint64_t Gateway::counted_attempts() const {
 }
 
 const nexus::Slab& Gateway::slab() const { return *nexus_->gateway.metrics().slabs().back(); }
-std::size_t Gateway::client_sessions() const { return nexus_->gateway.each_worker()[0]->connections(); }
+std::size_t Gateway::client_sessions() const { return nexus_->gateway.each_worker()[0]->sessions().live(); }
 
 // Sends one piece of one response. False if no backend has anything to say.
 bool Gateway::backend_step() {
