@@ -53,8 +53,7 @@ class Cursor {
     return *this;
   }
   Cursor& add(std::string_view text) {
-    std::memcpy(at_, text.data(), text.size());
-    at_ += text.size();
+    at_ += text.copy(at_, text.size());
     return *this;
   }
   Cursor& number(std::uint64_t value) {
