@@ -67,7 +67,7 @@ class TextBuffer {
   const char* data() const { return memory_.get(); }  // kSlack bytes after the text may be read
   std::size_t size() const { return size_; }
 
-  // Where to write up to `bytes`; kSlack bytes after them may be overwritten. finish() sets the end.
+  // Returns room for `bytes`; kSlack bytes after them may be overwritten. finish() sets the end.
   char* room(std::size_t bytes) {
     if (capacity_ - size_ < bytes + kSlack) [[unlikely]]
       grow(bytes + kSlack);

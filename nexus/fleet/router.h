@@ -94,7 +94,7 @@ inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
   return has.context_tokens == 0 || needs.context_tokens <= has.context_tokens;
 }
 
-// What was seen over all offers; decides the error if there is no candidate.
+// Facts about all offers; they decide the error if there is no candidate.
 struct Seen {
   bool offered = false;
   bool healthy = false;

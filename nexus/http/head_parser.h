@@ -260,7 +260,8 @@ inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0)
   return !close && (!http_1_0 || keep);
 }
 
-// Where a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986 excludes.
+// The places in which a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986
+// excludes.
 constexpr std::uint8_t kInTarget = 1;
 constexpr std::uint8_t kInHostName = 2;
 constexpr std::uint8_t kInIpv6 = 4;

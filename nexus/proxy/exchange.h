@@ -306,7 +306,7 @@ class Exchange {
   // Drops the response for another backend's. The connection is kept if the whole response has come.
   [[gnu::cold]] void retry_after_status(const ResponseHeadReader::Result& result);
   static AttemptOutcome status_outcome(std::uint16_t status);
-  // What the client is told of the route.
+  // The facts about the route for the client's head.
   RouteInfo route();
   void on_relayed(RelayOutcome outcome);
   // The response is whole, and its end is written: the connection goes back to the pool.

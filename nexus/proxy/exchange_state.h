@@ -83,7 +83,7 @@ enum class Ending : std::uint8_t {
 
 enum class Fault : std::uint8_t { client, backend, nexus };
 
-// What tells a client that the response it has begun to get is not whole.
+// The sign for a client that the response it has begun to get is not whole.
 enum class Cut : std::uint8_t {
   by_framing,      // the missing end of a chunked body or of a length; a reset if only the FIN would be the end
   by_error_event,  // as before, and an event stream gets an error event first
@@ -138,7 +138,7 @@ inline constexpr std::array<EndingRow, 8> kEndings{{
 
 constexpr const EndingRow& row_of(Ending ending) { return kEndings[static_cast<std::size_t>(ending)]; }
 
-// What a step of an exchange returns: whether the next step can be taken now.
+// The result of a step of an exchange: says if the next step can be taken now.
 enum class Step : std::uint8_t {
   again,
   wait,  // for an event, a deadline or a grant

@@ -56,7 +56,7 @@ class Worker {
   using Message = std::variant<Adopt, NewSnapshot, RenderedPage, Grant, Drain, Stop, Heartbeat>;
   using Posted = typename Mailbox<Message>::Posted;
 
-  // What the workers know of each other, and how they ask for pages.
+  // The workers' view of each other, and the way to ask for pages.
   struct Peers {
     std::vector<Worker*> workers;
     Placement placement;
