@@ -53,7 +53,7 @@ class Daemon {
         journald_(std::getenv("JOURNAL_STREAM") != nullptr),
         budget_(settings_->server.body_memory_bytes),
         admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
-        shared_{metrics_, breaker_, admission_, budget_, in_flight_, instance_name()} {}
+        shared_{metrics_, admission_, budget_, in_flight_, instance_name()} {}
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
@@ -192,8 +192,9 @@ class Daemon {
     const SnapshotPtr snapshot = control_->begin(settings_);
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
-    peers_.ask_page = [this](std::uint32_t worker, Handle session, PageKind kind) {
-      return control_->post(Control<EpollNet>::AskPage{worker, session, kind}) != Control<EpollNet>::Posted::no_memory;
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
+      return control_->post(Control<EpollNet>::AskPage{worker, session, number, kind}) !=
+             Control<EpollNet>::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
@@ -356,7 +357,6 @@ class Daemon {
   LogWriter log_writer_;  // declared before all that logs: destroyed last
   Log log_;
   Metrics metrics_;
-  CircuitBreaker breaker_;
   BodyBudget budget_;
   std::atomic<std::uint32_t> in_flight_{0};
   Worker<EpollNet>::Peers peers_;

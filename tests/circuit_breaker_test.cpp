@@ -13,28 +13,25 @@ using namespace nexus;
 
 namespace {
 
-constexpr BackendId kA{1};
-constexpr BackendId kB{2};
 constexpr HealthSettings kSettings{};  // three in a row, 5 s
 
 // Sends `times` requests that fail at once. Returns the length of the last ejection.
-Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_after = {}, BackendId id = kA) {
+Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_after = {}) {
   Ns ejected = 0;
-  for (int i = 0; i < times; ++i) ejected = breaker.enter(id, now).failed(now, kSettings, retry_after);
+  for (int i = 0; i < times; ++i) ejected = breaker.enter(now).failed(now, kSettings, retry_after);
   return ejected;
 }
-void succeed(CircuitBreaker& breaker, Ns now, BackendId id = kA) { breaker.enter(id, now).succeeded(); }
+void succeed(CircuitBreaker& breaker, Ns now) { breaker.enter(now).succeeded(); }
 
 }  // namespace
 
 TEST_CASE("the eject_after-th consecutive failure ejects, not the one before it") {
   CircuitBreaker breaker;
   CHECK(fail(breaker, 0, 2) == 0);
-  CHECK(breaker.usable(kA, 0));
+  CHECK(breaker.usable(0));
   CHECK(fail(breaker, 0) == 5 * kSecond);
-  CHECK_FALSE(breaker.usable(kA, 0));
-  CHECK(breaker.enter(kA, 0).circuit_open());
-  CHECK(breaker.usable(kB, 0));
+  CHECK_FALSE(breaker.usable(0));
+  CHECK(breaker.enter(0).circuit_open());
 }
 
 TEST_CASE("eject_after is obeyed at its least and at its most") {
@@ -43,8 +40,8 @@ TEST_CASE("eject_after is obeyed at its least and at its most") {
     CircuitBreaker breaker;
     HealthSettings settings;
     settings.eject_after = eject_after;
-    for (std::uint32_t i = 1; i < eject_after; ++i) CHECK(breaker.enter(kA, 0).failed(0, settings) == 0);
-    CHECK(breaker.enter(kA, 0).failed(0, settings) == 5 * kSecond);
+    for (std::uint32_t i = 1; i < eject_after; ++i) CHECK(breaker.enter(0).failed(0, settings) == 0);
+    CHECK(breaker.enter(0).failed(0, settings) == 5 * kSecond);
   }
 }
 
@@ -54,14 +51,14 @@ TEST_CASE("a success resets the count of consecutive failures") {
     CHECK(fail(breaker, 0, 2) == 0);
     succeed(breaker, 0);
   }
-  CHECK(breaker.usable(kA, 0));
+  CHECK(breaker.usable(0));
   CHECK(fail(breaker, 0, 3) > 0);
 }
 
 TEST_CASE("a request that ends without a result counts neither way") {
   CircuitBreaker breaker;
   fail(breaker, 0, 2);
-  { const CircuitBreaker::Permit left = breaker.enter(kA, 0); }
+  { const CircuitBreaker::Permit left = breaker.enter(0); }
   CHECK(fail(breaker, 0) == 5 * kSecond);
 }
 
@@ -69,20 +66,20 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   CircuitBreaker breaker;
   const Ns start = 1234 * kSecond;
   fail(breaker, start, 3);
-  CHECK_FALSE(breaker.usable(kA, start + 5 * kSecond - 1));
-  CHECK(breaker.enter(kA, start + 5 * kSecond - 1).circuit_open());
+  CHECK_FALSE(breaker.usable(start + 5 * kSecond - 1));
+  CHECK(breaker.enter(start + 5 * kSecond - 1).circuit_open());
   const Ns due = start + 5 * kSecond;
-  CHECK(breaker.usable(kA, due));
-  CircuitBreaker::Permit probe = breaker.enter(kA, due);
+  CHECK(breaker.usable(due));
+  CircuitBreaker::Permit probe = breaker.enter(due);
   CHECK(probe.is_probe());
   CHECK_FALSE(probe.circuit_open());
-  CHECK_FALSE(breaker.usable(kA, due + 3600 * kSecond));  // however long the probe takes
-  CHECK(breaker.enter(kA, due + 3600 * kSecond).circuit_open());
+  CHECK_FALSE(breaker.usable(due + 3600 * kSecond));  // however long the probe takes
+  CHECK(breaker.enter(due + 3600 * kSecond).circuit_open());
 
   SUBCASE("its success closes the circuit") {
     probe.succeeded();
-    CHECK(breaker.usable(kA, due));
-    const CircuitBreaker::Permit permit = breaker.enter(kA, due);
+    CHECK(breaker.usable(due));
+    const CircuitBreaker::Permit permit = breaker.enter(due);
     CHECK_FALSE(permit.is_probe());
     CHECK_FALSE(permit.circuit_open());
     CHECK(fail(breaker, due, 2) == 0);
@@ -90,24 +87,24 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   }
   SUBCASE("its failure ejects at once, for twice the time") {
     CHECK(probe.failed(due, kSettings) == 10 * kSecond);
-    CHECK_FALSE(breaker.usable(kA, due + 10 * kSecond - 1));
-    CHECK(breaker.usable(kA, due + 10 * kSecond));
+    CHECK_FALSE(breaker.usable(due + 10 * kSecond - 1));
+    CHECK(breaker.usable(due + 10 * kSecond));
   }
   SUBCASE("dropped without a result, the next request is the probe") {
     probe = CircuitBreaker::Permit();
-    CHECK(breaker.usable(kA, due));
-    CHECK(breaker.enter(kA, due).is_probe());
+    CHECK(breaker.usable(due));
+    CHECK(breaker.enter(due).is_probe());
   }
   SUBCASE("moved, it is still one probe") {
     CircuitBreaker::Permit moved = std::move(probe);
-    CHECK(breaker.enter(kA, due).circuit_open());
+    CHECK(breaker.enter(due).circuit_open());
     moved.succeeded();
-    CHECK_FALSE(breaker.enter(kA, due).is_probe());
+    CHECK_FALSE(breaker.enter(due).is_probe());
   }
   SUBCASE("of two results only the first counts") {
     probe.succeeded();
     CHECK(probe.failed(due, kSettings) == 0);
-    CHECK(breaker.usable(kA, due));
+    CHECK(breaker.usable(due));
   }
 }
 
@@ -131,35 +128,35 @@ TEST_CASE("each failed probe doubles the time, up to a minute or eject_time if t
     settings.eject_after = 1;
     Ns now = kSecond;
     for (const Ns span : row.spans) {
-      CHECK(breaker.enter(kA, now).failed(now, settings) == span);
-      CHECK_FALSE(breaker.usable(kA, now + span - 1));
+      CHECK(breaker.enter(now).failed(now, settings) == span);
+      CHECK_FALSE(breaker.usable(now + span - 1));
       now += span;
-      CHECK(breaker.usable(kA, now));
+      CHECK(breaker.usable(now));
     }
     for (int i = 0; i < 100; ++i) {  // it stays at the limit
       now += 86'400 * kSecond;
-      REQUIRE(breaker.enter(kA, now).failed(now, settings) <= std::max(60 * kSecond, row.eject_time));
+      REQUIRE(breaker.enter(now).failed(now, settings) <= std::max(60 * kSecond, row.eject_time));
     }
   }
 }
 
 TEST_CASE("while a backend is ejected only the probe changes its state") {
   CircuitBreaker breaker;
-  CircuitBreaker::Permit slow = breaker.enter(kA, 0);
-  CircuitBreaker::Permit slower = breaker.enter(kA, 0);
+  CircuitBreaker::Permit slow = breaker.enter(0);
+  CircuitBreaker::Permit slower = breaker.enter(0);
   fail(breaker, 0, 3);
   slow.succeeded();  // sent before the ejection
-  CHECK_FALSE(breaker.usable(kA, kSecond));
+  CHECK_FALSE(breaker.usable(kSecond));
   CHECK(slower.failed(4 * kSecond, kSettings) == 0);
-  CHECK(breaker.usable(kA, 5 * kSecond));  // not prolonged
+  CHECK(breaker.usable(5 * kSecond));  // not prolonged
 
-  CircuitBreaker::Permit probe = breaker.enter(kA, 5 * kSecond);
-  CircuitBreaker::Permit last_resort = breaker.enter(kA, 5 * kSecond);
+  CircuitBreaker::Permit probe = breaker.enter(5 * kSecond);
+  CircuitBreaker::Permit last_resort = breaker.enter(5 * kSecond);
   REQUIRE(probe.is_probe());
   REQUIRE(last_resort.circuit_open());
   CHECK(last_resort.failed(5 * kSecond, kSettings, 100 * kSecond) == 0);
   probe.succeeded();
-  CHECK(breaker.usable(kA, 5 * kSecond));
+  CHECK(breaker.usable(5 * kSecond));
 }
 
 TEST_CASE("Retry-After ejects from the first failure on, within bounds") {
@@ -181,8 +178,8 @@ TEST_CASE("Retry-After ejects from the first failure on, within bounds") {
     CAPTURE(row.name);
     CircuitBreaker breaker;
     CHECK(fail(breaker, kSecond, row.failures, row.retry_after) == row.ejected);
-    if (row.ejected > 0) CHECK_FALSE(breaker.usable(kA, kSecond + row.ejected - 1));
-    CHECK(breaker.usable(kA, kSecond + row.ejected));
+    if (row.ejected > 0) CHECK_FALSE(breaker.usable(kSecond + row.ejected - 1));
+    CHECK(breaker.usable(kSecond + row.ejected));
   }
 
   SUBCASE("the longer of Retry-After and the ejection time is used") {
@@ -192,21 +189,21 @@ TEST_CASE("Retry-After ejects from the first failure on, within bounds") {
     CircuitBreaker other;
     fail(other, 0, 2);
     CHECK(fail(other, 0, 1, 7 * kSecond) == 7 * kSecond);
-    CHECK(other.enter(kA, 7 * kSecond).failed(7 * kSecond, kSettings) == 10 * kSecond);
+    CHECK(other.enter(7 * kSecond).failed(7 * kSecond, kSettings) == 10 * kSecond);
   }
   SUBCASE("Retry-After alone does not double the time") {
     CircuitBreaker breaker;
     fail(breaker, 0, 1, kSecond);
-    CHECK(breaker.enter(kA, kSecond).failed(kSecond, kSettings) == 5 * kSecond);
+    CHECK(breaker.enter(kSecond).failed(kSecond, kSettings) == 5 * kSecond);
   }
   SUBCASE("an ejected backend can extend its ejection, never shorten it") {
     CircuitBreaker breaker;
-    CircuitBreaker::Permit one = breaker.enter(kA, 0), other = breaker.enter(kA, 0);
+    CircuitBreaker::Permit one = breaker.enter(0), other = breaker.enter(0);
     fail(breaker, 0, 3);
     CHECK(one.failed(0, kSettings, 20 * kSecond) == 20 * kSecond);
     CHECK(other.failed(0, kSettings, 6 * kSecond) == 0);
-    CHECK_FALSE(breaker.usable(kA, 20 * kSecond - 1));
-    CHECK(breaker.usable(kA, 20 * kSecond));
+    CHECK_FALSE(breaker.usable(20 * kSecond - 1));
+    CHECK(breaker.usable(20 * kSecond));
   }
 }
 
@@ -214,16 +211,8 @@ TEST_CASE("an end between two milliseconds is rounded up, never down") {
   CircuitBreaker breaker;
   const Ns now = 7 * kSecond + 1;
   fail(breaker, now, 3);
-  CHECK_FALSE(breaker.usable(kA, now + 5 * kSecond));
-  CHECK(breaker.usable(kA, now + 5 * kSecond + kMillisecond));
-}
-
-TEST_CASE("the id shared by several backends is never ejected, the last id is") {
-  CircuitBreaker breaker;
-  CHECK(fail(breaker, 0, 100, {}, BackendId::none) == 0);
-  CHECK(breaker.usable(BackendId::none, 0));
-  const BackendId last{static_cast<std::uint32_t>(kMaxBackendNames - 1)};
-  CHECK(fail(breaker, 0, 3, {}, last) > 0);
+  CHECK_FALSE(breaker.usable(now + 5 * kSecond));
+  CHECK(breaker.usable(now + 5 * kSecond + kMillisecond));
 }
 
 TEST_CASE("of many threads that enter a half-open circuit at once, exactly one gets the probe") {
@@ -235,7 +224,7 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
   Ns now = kSecond;
   std::atomic<int> probes{0}, admitted{0};
   int wrong = 0;
-  REQUIRE(breaker.enter(kA, now).failed(now, settings) > 0);
+  REQUIRE(breaker.enter(now).failed(now, settings) > 0);
   // One round: all threads enter at once. Between rounds one thread checks the counts and moves the clock. In turn the
   // probe is dropped, fails, and succeeds (then the backend is ejected again for the next round).
   std::vector<CircuitBreaker::Permit> held(kThreads);
@@ -247,7 +236,7 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
       if (permit.is_probe() && round % 3 == 2) permit.succeeded();
       permit = CircuitBreaker::Permit();
     }
-    if (round % 3 == 2) breaker.enter(kA, now).failed(now, settings);
+    if (round % 3 == 2) breaker.enter(now).failed(now, settings);
     now += 3600 * kSecond;
     ++round;
   };
@@ -257,7 +246,7 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
   for (std::size_t t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       for (int i = 0; i < kRounds; ++i) {
-        held[t] = breaker.enter(kA, now);
+        held[t] = breaker.enter(now);
         if (held[t].is_probe()) ++probes;
         if (!held[t].is_probe() && !held[t].circuit_open()) ++admitted;
         barrier.arrive_and_wait();
@@ -276,11 +265,11 @@ TEST_CASE("simultaneous failures on many threads eject once") {
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
-      for (int i = 0; i < 1000; ++i) ejections += breaker.enter(kA, kSecond).failed(kSecond, kSettings) > 0;
+      for (int i = 0; i < 1000; ++i) ejections += breaker.enter(kSecond).failed(kSecond, kSettings) > 0;
     });
   }
   for (std::thread& thread : threads) thread.join();
   CHECK(ejections == 1);
-  CHECK(breaker.usable(kA, 6 * kSecond));  // not doubled by the late failures
-  CHECK_FALSE(breaker.usable(kA, 6 * kSecond - 1));
+  CHECK(breaker.usable(6 * kSecond));  // not doubled by the late failures
+  CHECK_FALSE(breaker.usable(6 * kSecond - 1));
 }

@@ -107,8 +107,7 @@ TEST_CASE("a backend with a host name is unhealthy for workers until the name is
   check(registry, 0, "+");
   CHECK(offers(*registry.snapshot(), "m") == "(a)");
   const Address address = *parse_address("10.0.0.7", 8080);
-  CHECK(registry.set_address(registry.backends()[0], address));
-  CHECK_FALSE(registry.set_address(registry.backends()[0], address));
+  registry.set_address(registry.backends()[0], address);
   const auto snapshot = registry.snapshot();
   CHECK(offers(*snapshot, "m") == "a");
   CHECK(snapshot->backends[0].address == address);
@@ -342,4 +341,55 @@ TEST_CASE("each snapshot has its own version and keeps its settings") {
   CHECK(first->settings->backends[0].name == "a");
   CHECK(first->backends[0].name == "a");
   CHECK(second->settings->backends[0].name == "b");
+}
+
+TEST_CASE("ejection and health belong to an address: another one begins anew, the same one keeps them") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"}, "gpu.lan"), backend("b", {"m"})}));
+  check(registry, 0, "-");
+  check(registry, 1, "-");
+  const Address first = *parse_address("10.0.0.7", 8080), second = *parse_address("10.0.0.8", 8080);
+  registry.set_address(registry.backends()[0], first);
+  const auto circuit = registry.snapshot()->backends[0].circuit;
+  const auto other = registry.snapshot()->backends[1].circuit;
+  CHECK(circuit->server() != other->server());
+  check(registry, 0, "-");
+  registry.set_address(registry.backends()[0], first);
+  CHECK(registry.snapshot()->backends[0].circuit == circuit);
+  CHECK(registry.backends()[0].health == Health::unhealthy);
+
+  SUBCASE("a new address of its name") {
+    registry.set_address(registry.backends()[0], second);
+    CHECK(registry.snapshot()->backends[0].circuit->server() != circuit->server());
+    check(registry, 0, "+");
+    CHECK(registry.backends()[0].health == Health::healthy);
+  }
+  SUBCASE("another url") {
+    configure(registry, with({backend("a", {"m"}, "10.0.0.8"), backend("b", {"m"})}));
+    CHECK(registry.snapshot()->backends[0].circuit->server() != circuit->server());
+    CHECK(registry.backends()[0].health == Health::unknown);
+  }
+  SUBCASE("other limits of ejection: no ejection is left, but the server is the same") {
+    Settings settings = with({backend("a", {"m"}, "gpu.lan"), backend("b", {"m"})});
+    settings.health.eject_time_ns = kSecond;
+    configure(registry, settings);
+    CHECK(registry.snapshot()->backends[0].circuit != circuit);
+    CHECK(registry.snapshot()->backends[0].circuit->server() == circuit->server());
+  }
+  CHECK(registry.snapshot()->backends[1].circuit->server() == other->server());
+}
+
+TEST_CASE("a backend is unknown again if a reload switches checks on, or wants its list of models") {
+  Registry registry;
+  Settings unchecked = with({backend("a", {"m"})});
+  unchecked.health.enabled = false;
+  configure(registry, unchecked);
+  CHECK(registry.backends()[0].health == Health::healthy);
+  configure(registry, with({backend("a", {"m"})}));
+  CHECK(registry.backends()[0].health == Health::unknown);
+  check(registry, 0, "+");
+  configure(registry, with({backend("a", {"m", "n"})}));
+  CHECK(registry.backends()[0].health == Health::healthy);
+  configure(registry, with({backend("a")}));
+  CHECK(registry.backends()[0].health == Health::unknown);
 }

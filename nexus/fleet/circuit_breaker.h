@@ -1,11 +1,12 @@
 // circuit_breaker.h
-// Owns:     one circuit breaker per backend: consecutive failures, the end of its ejection, the half-open probe.
+// Owns:     the circuit breaker of one server: consecutive failures, the end of its ejection, the half-open probe.
 // Promises: while the circuit is closed a request costs one relaxed load and a success writes nothing; after an
 //           ejection exactly one request over all threads is the probe; a probe that ends without a result passes to
-//           the next request.
+//           the next request. A backend with a new address has a new breaker (registry.h): results of requests to the
+//           old server never count against the new one.
 // Leaves:   what counts as a failure to exchange.h (of the 4xx only 429 does); trying an ejected backend as the last
 //           resort to candidate_picker.h; failed health checks to registry.h.
-// Threads:  any; all state of a backend is one atomic word.
+// Threads:  any; all state is one atomic word.
 // Tested by: tests/circuit_breaker_test.cpp
 #pragma once
 
@@ -15,25 +16,25 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
-#include "nexus/fleet/registry.h"
-#include "nexus/metrics/ids.h"
 
 namespace nexus {
 
 enum class CircuitState : std::uint8_t {
-  closed,     // the backend gets requests
+  closed,     // the server gets requests
   open,       // it is ejected, or its probe is still running: requests only as a last resort
   half_open,  // its ejection is over: the next request is the probe that decides
 };
 
-class CircuitBreaker {
+// Aligned to a cache line, so that a failing server's writes do not evict the words of the others.
+class alignas(64) CircuitBreaker {
  public:
-  // Permission to send one request to a backend, from enter(). Its result is reported once. A probe that is destroyed
-  // without one (the client left, no descriptor was free) makes the circuit half-open again.
+  // Permission to send one request to the server, from enter(); the breaker outlives it. Its result is reported once. A
+  // probe that is destroyed without one (the client left, no descriptor was free) makes the circuit half-open again.
   class Permit {
    public:
     Permit() = default;
@@ -43,47 +44,49 @@ class CircuitBreaker {
     bool is_probe() const { return breaker_.get_deleter().entered == CircuitState::half_open; }
 
     void succeeded() {
-      if (CircuitBreaker* breaker = breaker_.release()) breaker->record_success(breaker_.get_deleter().id, is_probe());
+      if (CircuitBreaker* breaker = breaker_.release()) breaker->record_success(is_probe());
     }
 
     // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0.
     Ns failed(Ns now, const HealthSettings& settings, std::optional<Ns> retry_after = {}) {
       CircuitBreaker* breaker = breaker_.release();
       if (breaker == nullptr) return 0;
-      return breaker->record_failure(breaker_.get_deleter().id, is_probe(), now, settings, retry_after);
+      return breaker->record_failure(is_probe(), now, settings, retry_after);
     }
 
    private:
     friend class CircuitBreaker;
     struct Abandon {
-      BackendId id;
       CircuitState entered;
       void operator()(CircuitBreaker* breaker) const {
-        if (entered == CircuitState::half_open) breaker->abandon_probe(id);
+        if (entered == CircuitState::half_open) breaker->abandon_probe();
       }
     };
 
-    Permit(CircuitBreaker& breaker, BackendId id, CircuitState entered) : breaker_(&breaker, Abandon{id, entered}) {}
+    Permit(CircuitBreaker& breaker, CircuitState entered) : breaker_(&breaker, Abandon{entered}) {}
 
     std::unique_ptr<CircuitBreaker, Abandon> breaker_;  // null once the result was reported
   };
 
-  CircuitBreaker() : backends_(new Slot[kMaxBackendNames]) {}
+  explicit CircuitBreaker(std::uint64_t server = 0) : server_(server) {}
 
-  // True if the backend may get a request that is not a last resort.
-  bool usable(BackendId id, Ns now) const {
-    return State::unpack(word_of(id).load(std::memory_order_relaxed)).at(now) != CircuitState::open;
+  // The number of the server, which no other one ever gets: a backend name and an address belong to it.
+  std::uint64_t server() const { return server_; }
+
+  // True if the server may get a request that is not a last resort.
+  bool usable(Ns now) const {
+    return State::unpack(word_.load(std::memory_order_relaxed)).at(now) != CircuitState::open;
   }
 
   // Call when a request is about to be sent. If several find the circuit half-open, only one becomes the probe.
-  Permit enter(BackendId id, Ns now) {
+  Permit enter(Ns now) {
     CircuitState entered = CircuitState::closed;
-    update(id, [&](State& state) {
+    update([&](State& state) {
       entered = state.at(now);
       state.probing = true;
       return entered == CircuitState::half_open;
     });
-    return Permit(*this, id, entered);
+    return Permit(*this, entered);
   }
 
  private:
@@ -114,44 +117,32 @@ class CircuitBreaker {
     }
   };
 
-  // One cache line each, so that a failing backend's writes do not evict the words of the others.
-  struct alignas(64) Slot {
-    std::atomic<std::uint64_t> word{0};
-  };
-
-  std::atomic<std::uint64_t>& word_of(BackendId id) const {
-    assert(index_of(id) < kMaxBackendNames);
-    return backends_[index_of(id)].word;
-  }
-
   // Applies `change(State&)` atomically, and nothing if it returns false. It is called again if another thread changed
   // the state in between. Relaxed: the word is complete in itself and publishes no other memory.
   template <class Change>
-  void update(BackendId id, Change&& change) {
-    std::atomic<std::uint64_t>& word = word_of(id);
-    std::uint64_t seen = word.load(std::memory_order_relaxed);
+  void update(Change&& change) {
+    std::uint64_t seen = word_.load(std::memory_order_relaxed);
     for (;;) {
       State state = State::unpack(seen);
-      if (!change(state) || word.compare_exchange_weak(seen, state.pack(), std::memory_order_relaxed)) return;
+      if (!change(state) || word_.compare_exchange_weak(seen, state.pack(), std::memory_order_relaxed)) return;
     }
   }
 
   // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
   // resort) are ignored.
-  void record_success(BackendId id, bool probe) {
-    if (word_of(id).load(std::memory_order_relaxed) == 0) return;  // nothing to reset
-    update(id, [&](State& state) {
+  void record_success(bool probe) {
+    if (word_.load(std::memory_order_relaxed) == 0) return;  // nothing to reset
+    update([&](State& state) {
       if (state.ejected() && !probe) return false;
       state = State{};
       return true;
     });
   }
 
-  Ns record_failure(BackendId id, bool probe, Ns now, const HealthSettings& settings, std::optional<Ns> retry_after) {
-    if (id == BackendId::none) return 0;  // the name table was full: this id is shared by several backends
+  Ns record_failure(bool probe, Ns now, const HealthSettings& settings, std::optional<Ns> retry_after) {
     const Ns requested = std::clamp<Ns>(retry_after.value_or(0), 0, kMaxRetryAfter);
     Ns ejected_for = 0;
-    update(id, [&](State& state) {
+    update([&](State& state) {
       ejected_for = state.ejected() && !probe ? prolong(state, now, requested)
                                               : count_failure(state, probe, now, settings, requested);
       return true;
@@ -178,8 +169,8 @@ class CircuitBreaker {
     return requested;
   }
 
-  void abandon_probe(BackendId id) {
-    update(id, [](State& state) {
+  void abandon_probe() {
+    update([](State& state) {
       assert(state.probing);
       state.probing = false;
       return true;
@@ -198,7 +189,8 @@ class CircuitBreaker {
     return std::clamp<Ns>((now + span + kMillisecond - 1) / kMillisecond, 1, State::kMaxUntilMs);
   }
 
-  std::unique_ptr<Slot[]> backends_;  // by BackendId; never grows, so no lock is needed
+  const std::uint64_t server_;
+  std::atomic<std::uint64_t> word_{0};
 };
 
 }  // namespace nexus

@@ -1,7 +1,8 @@
 // prober.h
 // Owns:      probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two;
 //            and fetching one page.
-// Promises:  every probe ends within its timeout with exactly one result; its memory is bounded.
+// Promises:  every probe ends within its timeout with exactly one result, unless it is cancelled; its memory is
+//            bounded.
 // Leaves:    when to probe, and the consequences, to control.h; the state of a backend to registry.h.
 // Threads:   the control thread; the main thread of `nexus check`.
 // Tested by: tests/prober_test.cpp
@@ -90,6 +91,13 @@ class Prober {
       if (!connect(*probe)) return true;
       wheel_.arm(probe->timer, deadline_after(now, order.timeout_ns));
       return false;
+    });
+  }
+
+  // Ends the probes of `epoch` without a result.
+  void cancel(std::uint64_t epoch) {
+    probes_.each([&](Probe& probe) {
+      if (probe.order.epoch == epoch) drop(probe);
     });
   }
 

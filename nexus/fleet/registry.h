@@ -1,10 +1,11 @@
 // registry.h
 // Owns:     the backends, the state of each (health, models, address), and the snapshot of it that workers read.
 // Promises: a snapshot is immutable and complete: names resolved, aliases followed, ids assigned; ids outlive backends;
-//           a reload keeps the state of every backend whose url and type are unchanged.
+//           a reload keeps the state of every backend whose url and type are unchanged; health, ejection and latency
+//           belong to an address, and a backend with a new one begins anew.
 // Leaves:   health checks and model lists to prober.h; choosing a backend to router.h.
 // Threads:  the Registry belongs to the control thread; snapshots are shared as std::shared_ptr<const Snapshot>.
-// Tested by: tests/registry_test.cpp
+// Tested by: tests/registry_test.cpp, tests/hostile_reload_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
+#include "nexus/fleet/circuit_breaker.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
@@ -40,7 +42,8 @@ struct Capabilities {
 struct BackendView {
   BackendId id{};
   std::string name;
-  std::optional<Address> address;  // none until its host name is resolved
+  std::optional<Address> address;           // none until its host name is resolved
+  std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
   std::string response_line;  // sent with every response from it: X-Nexus-Backend
@@ -102,6 +105,7 @@ class Registry {
     std::uint32_t streak = 0;             // consecutive checks that contradict `health`
     std::vector<std::string> discovered;  // models; used if the configuration lists none
     std::optional<Address> address;
+    std::shared_ptr<CircuitBreaker> circuit;  // changes with the address
     std::uint64_t epoch = 0;  // changes with url or type, so that results of earlier checks can be ignored
     // control.h's schedule.
     Ns next_check_ns = kNever;  // kNever: the first check was not scheduled yet
@@ -119,9 +123,11 @@ class Registry {
 
   Registry() : models_("unknown", kMaxModelNames), backend_names_("none", kMaxBackendNames) {}
 
-  // Applies a configuration. Backends of the same name, type and url keep their health, models and address. Changes
-  // nothing if it throws std::bad_alloc.
+  // Applies a configuration. Backends of the same name, type and url keep their health, models and address; other
+  // limits of ejection begin anew. Changes nothing if it throws std::bad_alloc.
   void configure(std::shared_ptr<const Settings> settings) {
+    const HealthSettings &before = settings_->health, &after = settings->health;
+    const bool ejects_anew = before.eject_after != after.eject_after || before.eject_time_ns != after.eject_time_ns;
     std::vector<Backend> next;
     std::vector<Backend*> known;
     next.reserve(settings->backends.size());
@@ -130,7 +136,12 @@ class Registry {
       Backend& backend = next.emplace_back();
       backend.settings = wanted;
       known.push_back(find_if([&](const Backend& old) { return is_same(old.settings, wanted); }));
-      if (known.back() != nullptr) continue;
+      if (known.back() != nullptr) {
+        const auto& circuit = known.back()->circuit;
+        backend.circuit = ejects_anew ? std::make_shared<CircuitBreaker>(circuit->server()) : circuit;
+        continue;
+      }
+      backend.circuit = std::make_shared<CircuitBreaker>(++servers_);
       backend.id = backend_names_.intern(wanted.name);
       backend.epoch = ++epochs_;
       backend.address = parse_address(wanted.address.host, wanted.address.port);
@@ -138,9 +149,12 @@ class Registry {
     for (std::size_t i = 0; i < next.size(); ++i) {
       if (known[i] != nullptr) {
         std::swap(next[i].settings, known[i]->settings);
+        std::swap(next[i].circuit, known[i]->circuit);
         next[i] = std::move(*known[i]);
       }
-      if (!settings->health.enabled) next[i].health = Health::healthy;
+      // A backend that was not checked while checks were off, or whose list of models is wanted now, is not known yet.
+      if (!before.enabled || next[i].models().empty()) next[i].health = Health::unknown;
+      if (!after.enabled) next[i].health = Health::healthy;
     }
     backends_ = std::move(next);
     settings_ = std::move(settings);
@@ -178,8 +192,13 @@ class Registry {
     return true;
   }
 
-  bool set_address(Backend& backend, const Address& address) {
-    return std::exchange(backend.address, address) != address;
+  // The server at another address has shown nothing yet: one good check is enough.
+  void set_address(Backend& backend, const Address& address) {
+    if (backend.address == address) return;
+    backend.circuit = std::make_shared<CircuitBreaker>(++servers_);
+    backend.address = address;
+    backend.streak = 0;
+    if (backend.health == Health::unhealthy) backend.health = Health::unknown;
   }
 
   // A snapshot of the current state. The caller adds models_page and publishes it.
@@ -255,6 +274,7 @@ class Registry {
     view.id = backend.id;
     view.name = from.name;
     view.address = backend.address;
+    view.circuit = backend.circuit;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n";
@@ -291,6 +311,7 @@ class Registry {
   BackendNames backend_names_;
   std::uint64_t version_ = 0;
   std::uint64_t epochs_ = 0;
+  std::uint64_t servers_ = 0;
 };
 
 }  // namespace nexus

@@ -44,8 +44,10 @@ class Attempt {
   Upstream<Net>* upstream() const { return upstream_; }
   Connection<Net>& connection() const { return upstream_->connection; }
 
-  void begin(const BackendView& backend) {
+  // `backend` is of `snapshot`, which is kept: the exchange may look at a newer one meanwhile.
+  void begin(SnapshotUse snapshot, const BackendView& backend) {
     assert(upstream_ == nullptr && !pending_);
+    snapshot_ = std::move(snapshot);
     backend_ = &backend;
     pending_ = count_pending(context_.slab, backend.id);
     open_ = true;
@@ -135,6 +137,7 @@ class Attempt {
   // Prepares for the next request.
   void reset() {
     backend_ = nullptr;
+    snapshot_ = SnapshotUse();
     stale_seen_ = false;
   }
 
@@ -142,6 +145,7 @@ class Attempt {
   Handle owner_;
   Context& context_;
   Pool& pool_;
+  SnapshotUse snapshot_;
   const BackendView* backend_ = nullptr;
   Upstream<Net>* upstream_ = nullptr;
   std::string own_;

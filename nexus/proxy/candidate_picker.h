@@ -39,11 +39,16 @@ class CandidatePicker {
   CandidatePicker(const CandidatePicker&) = delete;
   CandidatePicker& operator=(const CandidatePicker&) = delete;
 
-  // Starts a request. `snapshot` must outlive it; `entry` is one of its models.
-  void begin(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs) {
+  // The fleet that the next decisions use: `snapshot` must outlive them. `entry` is one of its models, or null if it
+  // does not have the request's model.
+  void look_at(const Snapshot& snapshot, const ModelEntry* entry, const RouteNeeds& needs) {
     snapshot_ = &snapshot;
-    entry_ = &entry;
+    entry_ = entry;
     needs_ = needs;
+  }
+
+  // Starts a request, after look_at().
+  void begin() {
     tried_count_ = 0;
     primary_tries_ = fallback_tries_ = 0;
     backend_ = nullptr;
@@ -104,12 +109,13 @@ class CandidatePicker {
   // True if a candidate was skipped because it is ejected: call look_again() from time to time.
   bool passed_over_ejected() const { return passed_over_ejected_; }
 
-  // While queued: checks whether ejected backends are usable again. As next() if that gave a place; else the place in
-  // the queue is kept.
+  // While queued: checks whether ejected backends are usable again, or the fleet has changed. As next() if that gave a
+  // place, or if no candidate is left; else the place in the queue is kept.
   std::optional<Next> look_again() {
-    if (gather_usable()) {
+    const bool no_cap = gather_usable();
+    if (no_cap || context_.choices.empty()) {
       leave_queue();
-      return pick();
+      return next();
     }
     if (!full_.empty()) context_.shared.admission.renew(ticket_, full_);
     return take_grant();
@@ -124,11 +130,13 @@ class CandidatePicker {
 
  private:
   struct Tried {
-    BackendId backend;
+    std::uint64_t server;
     ModelId model;
   };
 
   RouteOutcome find_choices(std::uint64_t turn) {
+    context_.choices.clear();
+    if (entry_ == nullptr) return RouteOutcome::unknown_model;
     return route(
         *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, context_.random.next(),
         [this](const BackendView& backend) { return load_of(backend); }, context_.choices);
@@ -137,18 +145,20 @@ class CandidatePicker {
   BackendLoad load_of(const BackendView& backend) const {
     BackendLoad load;
     load.pending = context_.shared.metrics.pending(backend.id);
-    load.latency_ns = context_.latency_of(backend.id);
-    load.ejected = !context_.shared.breaker.usable(backend.id, context_.now);
+    load.latency_ns = context_.latency_of(backend);
+    load.ejected = !usable(backend);
     return load;
   }
 
   bool may_try(const Choice& choice) const {
     const std::uint32_t retries = snapshot_->settings->routing.retries;
     if ((choice.fallback ? fallback_tries_ : primary_tries_) > retries) return false;
-    const BackendId id = snapshot_->backends[choice.backend].id;
+    const std::uint64_t server = snapshot_->backends[choice.backend].circuit->server();
     return std::none_of(tried_.begin(), tried_.begin() + tried_count_,
-                        [&](const Tried& tried) { return tried.backend == id && tried.model == choice.model; });
+                        [&](const Tried& tried) { return tried.server == server && tried.model == choice.model; });
   }
+
+  bool usable(const BackendView& backend) const { return backend.circuit->usable(context_.now); }
 
   bool has_room(const Choice& choice) const {
     const BackendView& backend = snapshot_->backends[choice.backend];
@@ -171,7 +181,7 @@ class CandidatePicker {
 
   bool enter(const Choice& choice, bool last_resort) {
     const BackendView& backend = snapshot_->backends[choice.backend];
-    if (!last_resort && !context_.shared.breaker.usable(backend.id, context_.now)) {
+    if (!last_resort && !usable(backend)) {
       passed_over_ejected_ = true;
       return false;
     }
@@ -180,7 +190,7 @@ class CandidatePicker {
       full_.push_back(backend.id);
       return false;
     }
-    CircuitBreaker::Permit permit = context_.shared.breaker.enter(backend.id, context_.now);
+    CircuitBreaker::Permit permit = backend.circuit->enter(context_.now);
     if (permit.circuit_open() && !last_resort) return false;  // another request took the probe just now
     take(choice, std::move(place), std::move(permit));
     return true;
@@ -192,7 +202,7 @@ class CandidatePicker {
     backend_ = &snapshot_->backends[choice.backend];
     place_ = std::move(place);
     permit_ = std::move(permit);
-    tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->id, choice.model};
+    tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->circuit->server(), choice.model};
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
   }
 
@@ -204,18 +214,19 @@ class CandidatePicker {
     bool no_cap = false;
     for (const Choice& choice : context_.choices) {
       const BackendView& backend = snapshot_->backends[choice.backend];
-      if (!may_try(choice) || !context_.shared.breaker.usable(backend.id, context_.now)) continue;
+      if (!may_try(choice) || !usable(backend)) continue;
       no_cap |= backend.max_pending == 0;
       full_.push_back(backend.id);
     }
     return no_cap;
   }
 
-  // Passes a place on a backend that was ejected meanwhile to the next in line, if the request can wait for another
-  // backend: with its old position and deadline, and even if the queue is full by now.
+  // Passes a place on a backend that was ejected or removed meanwhile to the next in line, if the request can wait for
+  // another backend: with its old position and deadline, and even if the queue is full by now.
   void decline_ejected() {
     const std::optional<BackendId> granted = context_.shared.admission.granted(ticket_);
-    if (!granted || context_.shared.breaker.usable(*granted, context_.now)) return;
+    const auto is_granted = [&](const BackendView& backend) { return backend.id == *granted && usable(backend); };
+    if (!granted || std::any_of(snapshot_->backends.begin(), snapshot_->backends.end(), is_granted)) return;
     if (gather_usable() || full_.empty()) return;
     context_.shared.admission.decline(ticket_, full_);
     passed_over_ejected_ = true;
@@ -226,10 +237,10 @@ class CandidatePicker {
   Next use(Admission::Place place) {
     find_choices(context_.turn++);
     for (const Choice& choice : context_.choices) {
-      const BackendId id = snapshot_->backends[choice.backend].id;
-      if (id != place.backend() || !may_try(choice)) continue;
-      CircuitBreaker::Permit permit = context_.shared.breaker.enter(id, context_.now);
-      if (permit.circuit_open() && another_usable(id)) break;
+      const BackendView& backend = snapshot_->backends[choice.backend];
+      if (backend.id != place.backend() || !may_try(choice)) continue;
+      CircuitBreaker::Permit permit = backend.circuit->enter(context_.now);
+      if (permit.circuit_open() && another_usable(backend.id)) break;
       take(choice, std::move(place), std::move(permit));
       return Next::chosen;
     }
@@ -239,8 +250,8 @@ class CandidatePicker {
 
   bool another_usable(BackendId but) const {
     return std::any_of(context_.choices.begin(), context_.choices.end(), [&](const Choice& choice) {
-      const BackendId id = snapshot_->backends[choice.backend].id;
-      return id != but && may_try(choice) && context_.shared.breaker.usable(id, context_.now);
+      const BackendView& backend = snapshot_->backends[choice.backend];
+      return backend.id != but && may_try(choice) && usable(backend);
     });
   }
 

@@ -5,7 +5,7 @@
 // Leaves:   reading the request, and the connection afterwards, to server/session_driver.h; choosing to
 //           candidate_picker.h; a try at one backend to attempt.h; the response's bytes to response.h.
 // Threads:  its worker's. The session that owns it calls it for each event and looks at state() afterwards.
-// Tested by: tests/sim, tests/hostile, tests/e2e
+// Tested by: tests/sim, tests/hostile, tests/hostile_reload_test.cpp, tests/e2e
 //
 // drive() runs one step after the other until one has to wait. No step calls another step; go() alone changes the
 // state. Every failure is a row of kEndings (exchange_state.h), acted on by end().
@@ -62,8 +62,6 @@ class Exchange {
     summary_.client_name = client_name;
     summary_.started_ns = context_.now;
     client_.open(head.http_1_0, head.keep_alive && !context_.draining);
-    snapshot_ = context_.snapshot.again();
-    deadlines_.open(*snapshot_->settings);
     context_.take_request_id(base, &fields, summary_.request_id);
   }
 
@@ -140,10 +138,10 @@ class Exchange {
     drive();
   }
 
-  // A place was granted to this request while it waited.
+  // While this request waited, a place was granted to it, or the fleet has changed.
   [[gnu::cold]] void on_grant() {
     if (state_ != State::queued) return;
-    follow_or_wait(picker_.take_grant());
+    follow_or_wait(look_at_fleet() ? picker_.look_again() : picker_.take_grant());
     drive();
   }
 
@@ -175,7 +173,7 @@ class Exchange {
   // One step of the present state. `reads` counts the reads of this turn.
   Step step(std::uint32_t& reads) {
     switch (state_) {
-      case State::choosing: return follow(picker_.next());
+      case State::choosing: look_at_fleet(); return follow(picker_.next());
       case State::connecting: return finish_connecting();
       case State::sending: return send_request(reads);
       case State::awaiting:
@@ -201,6 +199,7 @@ class Exchange {
   // ---- the request ----
 
   void start_routing(IncrementalJson* incremental) {
+    snapshot_ = context_.snapshot.again();
     const auto error =
         read_body(context_.json, *endpoint_, incremental, request_, snapshot_->any_vision_stated, facts_);
     if (error) return refuse_body(*error);
@@ -218,8 +217,36 @@ class Exchange {
         return refuse(ApiError::overload, true);
       }
     }
-    picker_.begin(*snapshot_, *entry_, needs_of(request_, facts_));
+    picker_.begin();
+    prepare_choice();
     go(State::choosing);
+  }
+
+  // Each choice is made of the fleet and the settings as they are by then: the body may have taken long to come, an
+  // attempt to fail, or the queue to move. True if they have changed.
+  bool look_at_fleet() {
+    if (snapshot_ == context_.snapshot) return false;
+    const bool looked_for_images = snapshot_->any_vision_stated;
+    snapshot_ = context_.snapshot.again();
+    entry_ = snapshot_->find(summary_.model);
+    if (snapshot_->any_vision_stated && !looked_for_images) {
+      const std::string_view body(request_.body, request_.body_bytes);
+      facts_.has_images = body.find(kImageKey) != std::string_view::npos;
+    }
+    prepare_choice();
+    return true;
+  }
+
+  void prepare_choice() {
+    // A key that may be one of Nexus's own is not passed on.
+    request_.pass_authorization &= snapshot_->settings->server.api_keys.empty();
+    picker_.look_at(*snapshot_, entry_, needs_of(request_, facts_));
+  }
+
+  // True if another candidate may be tried.
+  bool another() {
+    look_at_fleet();
+    return picker_.another();
   }
 
   [[gnu::cold]] void refuse_body(ApiError error) {
@@ -283,6 +310,7 @@ class Exchange {
   }
 
   [[gnu::cold]] void on_queue_deadline() {
+    look_at_fleet();
     follow_or_wait(picker_.take_grant());  // one may have been given just now
     if (state_ != State::queued) return;
     if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
@@ -326,7 +354,7 @@ class Exchange {
     close_upstream();
     if (client_.has_begun() || !row.error) return cut_response(row);
     leave_backend();
-    if (row.retry && !deadlines_.request_expired() && picker_.another()) {
+    if (row.retry && !deadlines_.request_expired() && another()) {
       return try_elsewhere(row.outcome, *row.error);
     }
     client_.forget_unsent();
@@ -341,7 +369,7 @@ class Exchange {
   }
 
   void note_backend_failure(std::optional<Ns> retry_after) {
-    picker_.permit().failed(context_.now, snapshot_->settings->health, retry_after);
+    picker_.permit().failed(context_.now, context_.settings().health, retry_after);
   }
 
   // Nothing went to the client: the next candidate gets the request.

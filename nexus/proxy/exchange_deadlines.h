@@ -1,6 +1,7 @@
 // exchange_deadlines.h
 // Owns:     the time limits of one exchange: of its state, of the whole request, of the queue, of the client's reading.
-// Promises: entering a state sets the deadline that belongs to it; a client's time starts anew only if it took bytes.
+// Promises: entering a state sets the deadline that belongs to it; a client's time starts anew only if it took bytes;
+//           each wait has the limit that is configured when it begins.
 // Leaves:   what a passed deadline means to exchange.h.
 // Threads:  a part of one exchange.
 // Tested by: tests/sim, tests/e2e/limits.test.mjs
@@ -23,8 +24,6 @@ class ExchangeDeadlines {
   ExchangeDeadlines(const ExchangeDeadlines&) = delete;
   ExchangeDeadlines& operator=(const ExchangeDeadlines&) = delete;
 
-  // `settings` of the snapshot that the exchange uses; they outlive it.
-  void open(const Settings& settings) { settings_ = &settings; }
   void reset() { state_ = request_ = queue_ = write_ = kNever; }
 
   Ns next() const { return std::min(state_, request_); }
@@ -34,14 +33,14 @@ class ExchangeDeadlines {
 
   // The [upstream] request_timeout starts, if there is one.
   void arm_request() {
-    const Ns limit = context_.settings().upstream.request_timeout_ns;
+    const Ns limit = upstream().request_timeout_ns;
     if (limit > 0) request_ = after(limit);
   }
 
   void enter(ExchangeState state) {
     state_ = kNever;
     switch (state) {
-      case ExchangeState::connecting: state_ = after(settings_->upstream.connect_timeout_ns); break;
+      case ExchangeState::connecting: state_ = after(upstream().connect_timeout_ns); break;
       case ExchangeState::sending:
       case ExchangeState::awaiting: arm_first_byte(); break;
       case ExchangeState::streaming: arm_stall(); break;
@@ -56,17 +55,17 @@ class ExchangeDeadlines {
 
   // However often a request is queued, it has one queue timeout, which starts with the first wait.
   void arm_queue(bool recheck_ejected) {
-    if (queue_ == kNever) queue_ = after(settings_->queue.timeout_ns);
+    if (queue_ == kNever) queue_ = after(context_.settings().queue.timeout_ns);
     state_ = recheck_ejected ? std::min(queue_, context_.now + kRecheckEjected) : queue_;
   }
 
-  void arm_first_byte() { state_ = after(settings_->upstream.first_byte_timeout_ns); }
+  void arm_first_byte() { state_ = after(upstream().first_byte_timeout_ns); }
 
   // Time runs for the client while bytes wait for it, else for the backend.
   void arm_stall() {
     if (client_.waits()) return arm_write();
     client_.forget_waiting();
-    state_ = after(settings_->upstream.stall_timeout_ns);
+    state_ = after(upstream().stall_timeout_ns);
   }
 
   void arm_write() {
@@ -78,11 +77,11 @@ class ExchangeDeadlines {
   void expire_state() { state_ = kNever; }
 
  private:
+  const UpstreamSettings& upstream() const { return context_.settings().upstream; }
   Ns after(Ns span) const { return deadline_after(context_.now, span); }
 
   Context& context_;
   ClientResponse<Net>& client_;
-  const Settings* settings_ = nullptr;
   Ns state_ = kNever;
   Ns request_ = kNever;
   Ns queue_ = kNever;

@@ -17,13 +17,13 @@ template <class Net>
 Step Exchange<Net>::begin_attempt() {
   const BackendView& backend = *picker_.backend();
   const Choice& choice = picker_.choice();
+  attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
   if (choice.fallback) {
     summary_.record.fell_back = true;
     summary_.record.fallback_from = entry_->target_id;
     summary_.record.fallback_to = choice.model;
   }
-  attempt_.begin(backend);
   adds_usage_event_ = asks_for_usage(backend, facts_, summary_.record.stream);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
@@ -137,10 +137,10 @@ void Exchange<Net>::read_head(char* data, std::size_t bytes) {
 template <class Net>
 void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   const std::uint16_t status = result.head.status;
-  context_.note_latency(attempt_.backend()->id, context_.now - attempt_.sent_ns());
+  context_.note_latency(*attempt_.backend(), context_.now - attempt_.sent_ns());
   if (status == 429 || status >= 500) {
     note_backend_failure(retry_after_of(relay_.view(result)));
-    if (picker_.another()) return retry_after_status(result);
+    if (another()) return retry_after_status(result);
   } else if (picker_.permit().is_probe()) {
     picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
   }

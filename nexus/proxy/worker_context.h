@@ -24,7 +24,6 @@
 #include "nexus/base/memory_budget.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/fleet/admission.h"
-#include "nexus/fleet/circuit_breaker.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
 #include "nexus/http/head_parser.h"
@@ -61,7 +60,6 @@ bool make_room(std::vector<T>& list, std::size_t index) {
 
 struct Shared {
   Metrics& metrics;
-  CircuitBreaker& breaker;
   Admission& admission;
   BodyBudget& body_budget;
   // Requests in flight over all threads; written only if [server] max_pending is set. Relaxed: the number alone is
@@ -71,8 +69,8 @@ struct Shared {
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
 };
 
-// A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one that
-// it started with.
+// A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one of its
+// last decision, and its attempt the one that its backend is from.
 struct LocalSnapshot {
   SnapshotPtr ptr;
   std::uint32_t users = 0;
@@ -98,6 +96,7 @@ class SnapshotUse {
   const Snapshot* operator->() const { return local_->ptr.get(); }
   const Snapshot& operator*() const { return *local_->ptr; }
   SnapshotUse again() const { return SnapshotUse(local_); }
+  bool operator==(const SnapshotUse& other) const { return local_ == other.local_; }
 
  private:
   LocalSnapshot* local_ = nullptr;
@@ -154,17 +153,21 @@ struct WorkerContext {
     if (std::none_of(again.begin(), again.end(), is_it)) again.push_back(session);
   }
 
-  // A backend's time to first byte as this thread measured it, smoothed with weight 1/8. 0 if nothing was measured
-  // within kLatencyLife: one slow response, for instance a model's cold load, must not keep requests away for good.
-  Ns latency_of(BackendId id) const {
-    if (index_of(id) >= latencies.size()) return 0;
-    const Latency& latency = latencies[index_of(id)];
-    return now - latency.seen_at_ns > kLatencyLife ? 0 : latency.smoothed_ns;
+  // The time to first byte of the server at a backend's address, as this thread measured it, smoothed with weight 1/8.
+  // 0 if nothing was measured within kLatencyLife: one slow response, for instance a model's cold load, must not keep
+  // requests away for good.
+  Ns latency_of(const BackendView& backend) const {
+    if (index_of(backend.id) >= latencies.size()) return 0;
+    const Latency& latency = latencies[index_of(backend.id)];
+    const bool stale = latency.server != backend.circuit->server() || now - latency.seen_at_ns > kLatencyLife;
+    return stale ? 0 : latency.smoothed_ns;
   }
-  void note_latency(BackendId id, Ns seen_ns) {
-    if (!make_room(latencies, index_of(id))) return;  // it stays unknown
-    const Ns before_ns = latency_of(id);
-    latencies[index_of(id)] = {before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
+  void note_latency(const BackendView& backend, Ns seen_ns) {
+    if (!make_room(latencies, index_of(backend.id))) return;  // it stays unknown
+    Latency& latency = latencies[index_of(backend.id)];
+    if (latency.server > backend.circuit->server()) return;  // the backend has another address by now
+    const Ns before_ns = latency_of(backend);
+    latency = {backend.circuit->server(), before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
   }
 
   // Sets `id` to the client's own X-Request-Id if it is usable, else to a new one.
@@ -201,6 +204,7 @@ struct WorkerContext {
   std::uint64_t turn = 0;  // requests routed
   bool draining = false;
   struct Latency {
+    std::uint64_t server = 0;
     Ns smoothed_ns = 0;
     Ns seen_at_ns = 0;
   };

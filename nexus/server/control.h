@@ -37,6 +37,7 @@ class Control {
   struct AskPage {
     std::uint32_t worker = 0;
     Handle session;
+    std::uint32_t number = 0;  // of the session's question; the answer carries it
     PageKind kind = PageKind::metrics;
   };
   struct Reload {
@@ -165,6 +166,7 @@ class Control {
   void on_message(AskPage& ask) {
     typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
+    page.number = ask.number;
     page.kind = ask.kind;
     guarded([&] { page.body = pages_.render(ask.kind, now_); });  // without memory the session gets no body
     const auto posted = workers_[ask.worker]->post(std::move(page));
@@ -189,8 +191,11 @@ class Control {
     // Workers keep the old backends until the first checks of the new ones are done.
     hold_until_ns_ = now_ + std::min(registry_.settings().health.timeout_ns, kMaxReloadHold);
     check_new_backends();
-    // The API key or the source of the model list may have changed.
-    for (Registry::Backend& backend : registry_.backends()) guarded([&] { check(backend); });
+    // The API key, the source of the model list, the interval or the timeout may have changed.
+    for (Registry::Backend& backend : registry_.backends()) {
+      backend.next_check_ns = std::min(backend.next_check_ns, now_ + registry_.settings().health.interval_ns);
+      guarded([&] { check_anew(backend); });
+    }
   }
 
   void take_settings(std::shared_ptr<const Settings> settings) {
@@ -272,7 +277,7 @@ class Control {
     if (!first && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end()) return;
     registry_.set_address(*backend, addresses.front());
     unpublished_ = true;
-    if (first) check(*backend);
+    check_anew(*backend);
     log_.event(LogLevel::info, "backend address resolved",
                {{"backend", backend->settings.name}, {"address", to_string(addresses.front())}});
   }
@@ -299,6 +304,13 @@ class Control {
     order.wants_models = backend.settings.models.empty();
     backend.checking = true;
     if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;
+  }
+
+  // As check(), but a check that runs is dropped: it asks in another way, or at another address.
+  void check_anew(Registry::Backend& backend) {
+    prober_.cancel(backend.epoch);
+    backend.checking = false;
+    check(backend);
   }
 
   void on_result(ProbeResult&& result) {

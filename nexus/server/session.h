@@ -59,14 +59,14 @@ struct Session {
         exchange(handle_in, context, pool, connection) {}
 
   // The request in `input`, for the exchange.
-  RequestView request(bool pass_authorization) {
+  RequestView request() {
     RequestView view;
     view.base = input.data();
     view.head = &head;
     view.fields = fields.get();
     view.body = input.data() + head.head_bytes;
     view.body_bytes = body.bytes();
-    view.pass_authorization = pass_authorization;
+    view.pass_authorization = !key_checked;
     return view;
   }
 
@@ -103,12 +103,14 @@ struct Session {
   HeadInput head_input;
   ObjectPool<FieldTable>::Lease fields;  // while there is a request
   RequestHead head;
+  bool key_checked = false;  // its Authorization field holds a key of Nexus's own
 
   RequestBody<Net> body;
   bool request_released = false;  // head and body are gone from `input`: the response is on its way
 
-  bool keep_alive = true;  // after a response of our own
-  std::string request_id;  // of such a response
+  bool keep_alive = true;         // after a response of our own
+  std::string request_id;         // of such a response
+  std::uint32_t page_number = 0;  // of the last page asked for: an answer that comes too late carries an earlier one
   std::shared_ptr<const TextBuffer> page;
   std::string page_head;
   std::size_t page_sent = 0;  // bytes of page_head and page together

@@ -36,7 +36,7 @@ class SessionDriver {
   using SessionT = Session<Net>;
   using State = SessionState;
   // Asks the control thread for a page. False if there is no memory for the message.
-  using AskPage = std::function<bool(std::uint32_t worker, Handle session, PageKind kind)>;
+  using AskPage = std::function<bool(std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind)>;
 
   // `ask_page` may be set until the first session is added.
   SessionDriver(Context& context, Placement& placement, Acceptor<Net>& acceptor, const AskPage& ask_page,
@@ -109,15 +109,15 @@ class SessionDriver {
       drive(session);
     });
   }
-  // A grant's message was lost for want of memory: look at every session.
+  // The fleet has changed, or a grant's message was lost for want of memory: every queued request looks again.
   void look_for_grants() {
     sessions_.each([this](SessionT& session) { on_grant(session.handle); });
   }
 
-  // The page that a session waits for.
-  void on_page(Handle handle, std::shared_ptr<const TextBuffer> body, PageKind kind) {
+  // The page with this number that a session asked for.
+  void on_page(Handle handle, std::uint32_t number, std::shared_ptr<const TextBuffer> body, PageKind kind) {
     with_session(handle, [&](SessionT& session) {
-      if (session.state != State::waiting_page) return;
+      if (session.state != State::waiting_page || session.page_number != number) return;
       pages_.begin_page(session, std::move(body), kind);
       drive(session);
     });
@@ -304,7 +304,7 @@ class SessionDriver {
       }
     }
     const auto page = pages_.answer(session, base, path);
-    if (!page || ask_page_(context_.worker, session.handle, *page)) return;
+    if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *page)) return;
     context_.slab.limit_hit(Limit::memory);
     pages_.answer_error(session, ApiError::out_of_memory);
   }
@@ -337,6 +337,7 @@ class SessionDriver {
     const ServerSettings& server = context_.settings().server;
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
+    session.key_checked = !server.api_keys.empty();
     if (!is_authorized(server, view)) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
@@ -363,7 +364,7 @@ class SessionDriver {
     session.state = State::exchanging;
     // A FIN behind the request: a client that does not wait for the response has left.
     if (session.connection.hangup()) return session.exchange.client_left();
-    session.exchange.submit(session.request(context_.settings().server.api_keys.empty()), session.body.incremental());
+    session.exchange.submit(session.request(), session.body.incremental());
     session.body.end_incremental();
   }
 

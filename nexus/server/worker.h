@@ -44,6 +44,7 @@ class Worker {
   // The page that the session waits for.
   struct RenderedPage {
     Handle session;
+    std::uint32_t number = 0;
     std::shared_ptr<const TextBuffer> body;  // null: metrics_unavailable
     PageKind kind = PageKind::metrics;
   };
@@ -162,9 +163,10 @@ class Worker {
     context_.use(std::move(m.snapshot));
     sessions_.pool().forget_departed(*context_.snapshot);
     log_.configure(context_.settings().log);
+    sessions_.look_for_grants();
   }
   void on_message(Grant& grant) { sessions_.on_grant(grant.session); }
-  void on_message(RenderedPage& page) { sessions_.on_page(page.session, std::move(page.body), page.kind); }
+  void on_message(RenderedPage& page) { sessions_.on_page(page.session, page.number, std::move(page.body), page.kind); }
   void on_message(Drain&) {
     acceptor_.stop(placer());  // connections that the kernel accepted before are served
     context_.draining = true;

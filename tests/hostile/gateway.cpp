@@ -27,6 +27,7 @@ std::shared_ptr<const nexus::Settings> settings_of(const GatewayOptions& options
     backend.name = "b" + std::to_string(i);
     settings->backends.push_back(backend);
   }
+  options.edit(*settings);
   return settings;
 }
 
@@ -61,18 +62,15 @@ void Gateway::send(Peer& client, std::string_view bytes) {
 void Gateway::turn() {
   net.deliver();
   for (std::uint32_t loop = 0; loop < nexus_->gateway.loops(); ++loop) {
-    if (nexus_->gateway.due_at(loop) <= net.wire.now()) nexus_->gateway.turn(loop);
+    if (is_due(loop)) nexus_->gateway.turn(loop);
   }
   net.deliver();
 }
 
 void Gateway::settle() {
-  const auto has_work = [&] {
-    return std::min(nexus_->gateway.due_at(0), nexus_->gateway.due_at(1)) <= net.wire.now();
-  };
   for (int rounds = 0; rounds < kMostRounds; ++rounds) {
     net.deliver();
-    if (has_work()) {
+    if (is_due(0) || is_due(1)) {
       turn();
     } else if (!backend_step()) {
       return;
@@ -82,10 +80,15 @@ void Gateway::settle() {
 }
 
 void Gateway::pass(Ns span) {
-  for (Ns gone = 0; gone < span; gone += nexus::kSecond) {
-    net.wire.advance(net.wire.now() + nexus::kSecond);
+  for (const Ns until = net.wire.now() + span; net.wire.now() < until;) {
+    net.wire.advance(std::min(until, net.wire.now() + nexus::kSecond));
     settle();
   }
+}
+
+void Gateway::reload(const GatewayOptions& options) {
+  nexus_->gateway.reload(settings_of(options));
+  settle();
 }
 
 void Gateway::reload_unnoticed(const GatewayOptions& options) {
@@ -115,6 +118,11 @@ std::uint64_t Gateway::counted_attempts() const {
 
 const nexus::Slab& Gateway::slab() const { return *nexus_->gateway.metrics().slabs().back(); }
 std::size_t Gateway::client_sessions() const { return nexus_->gateway.each_worker()[0]->sessions().live(); }
+
+// The worker's loop is 0, control's is 1.
+bool Gateway::is_due(std::uint32_t loop) const {
+  return !(control_sleeps && loop == 1) && nexus_->gateway.due_at(loop) <= net.wire.now();
+}
 
 // Sends one piece of one response. False if no backend has anything to say.
 bool Gateway::backend_step() {

@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "nexus/config/settings.h"
 #include "nexus/metrics/slab.h"
 #include "tests/lib/rfc9112.h"
 #include "tests/lib/script.h"
@@ -29,7 +30,8 @@ struct GatewayOptions {
   bool keys = false;  // clients need `Authorization: Bearer secret`
   std::size_t max_body_bytes = 64u << 10;
   bool ask_usage = false;
-  std::size_t backends = 1;  // all at the same address, with the same model
+  std::size_t backends = 1;                                              // all at the same address, with the same model
+  std::function<void(nexus::Settings&)> edit = [](nexus::Settings&) {};  // after all the above
 };
 
 // How a backend answers one request, once the request is complete.
@@ -57,6 +59,7 @@ class Gateway {
   void turn();         // one turn of each loop that has something to do
   void settle();       // turns until nothing more happens; the backends answer the requests that are complete
   void pass(Ns span);  // lets time pass
+  void reload(const GatewayOptions& options);
   void reload_unnoticed(const GatewayOptions& options);  // the worker gets new settings, but is not woken
 
   std::vector<rfc9112::Reading> backend_saw() const;  // what was written to the backends, one reading per connection
@@ -68,6 +71,7 @@ class Gateway {
 
   nexus::sim::Script net;
   std::function<BackendPlan(const rfc9112::Message&)> answer;
+  bool control_sleeps = false;  // its loop gets no turn
 
  private:
   struct Nexus;
@@ -80,6 +84,7 @@ class Gateway {
     std::size_t answered = 0;   // requests
   };
 
+  bool is_due(std::uint32_t loop) const;
   bool backend_step();
 
   std::vector<Speech> speeches_;  // one for each of net.peers

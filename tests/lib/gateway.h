@@ -34,14 +34,14 @@ class Gateway {
           LogRings* rings = nullptr, Canary canary = Canary::none)
       : budget_(settings->server.body_memory_bytes),
         admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
-        shared_{metrics_, breaker_, admission_, budget_, in_flight_, kInstance} {
+        shared_{metrics_, admission_, budget_, in_flight_, kInstance} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             hooks(wire), wire.now());
     SnapshotPtr snapshot = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
-    peers_.ask_page = [this](std::uint32_t worker, Handle session, PageKind kind) {
-      return control_->post(SimControl::AskPage{worker, session, kind}) != SimControl::Posted::no_memory;
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
+      return control_->post(SimControl::AskPage{worker, session, number, kind}) != SimControl::Posted::no_memory;
     };
     for (std::uint32_t i = 0; i < workers; ++i) {
       Log log = rings == nullptr ? Log() : Log(&(*rings)[i], settings->log);
@@ -126,7 +126,6 @@ class Gateway {
   }
 
   Metrics metrics_;
-  CircuitBreaker breaker_;
   BodyBudget budget_;
   SimWorker::Peers peers_;
   Admission admission_;

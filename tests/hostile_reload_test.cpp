@@ -1,0 +1,332 @@
+// hostile_reload_test.cpp
+// Goal:   each decision uses the fleet and the settings as they are when it is made, not as they were.
+// Method: one gateway on a scripted network; the fleet or the configuration changes while a request is under way.
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include "tests/hostile/gateway.h"
+#include "tests/hostile/requests.h"
+
+using namespace hostile;
+using nexus::kMillisecond;
+using nexus::kSecond;
+using nexus::Settings;
+
+namespace {
+
+const std::string kModels = R"({"data":[{"id":"m"}]})";
+
+BackendPlan ok(const std::string& body) {
+  return {{"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " + std::to_string(body.size()) +
+           "\r\n\r\n" + body},
+          false,
+          false};
+}
+BackendPlan broken() { return {{}, false, true}; }
+BackendPlan silent() { return {{}, false, false}; }
+
+bool is_check(const rfc9112::Message& message) { return message.method == "GET"; }
+bool is_at(const rfc9112::Message& message, const char* address) { return message.value("Host") == address; }
+
+std::string ask(const std::string& fields = "") {
+  return "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n" + fields +
+         "Content-Length: " + std::to_string(kBody.size()) + "\r\n\r\n";
+}
+
+// The statuses that `client` got, in order.
+std::vector<int> statuses(const Peer& client) {
+  const std::vector<std::string> methods(100, "POST");
+  std::vector<int> all;
+  for (const auto& message : rfc9112::read_responses(client.received, methods, client.ended).messages) {
+    all.push_back(message.status);
+  }
+  return all;
+}
+using Statuses = std::vector<int>;
+
+// The requests that came to `address`, without health checks.
+std::vector<rfc9112::Message> requests_at(const Gateway& gateway, const char* address) {
+  std::vector<rfc9112::Message> found;
+  for (const auto& reading : gateway.backend_saw()) {
+    for (const auto& message : reading.messages) {
+      if (!is_check(message) && is_at(message, address)) found.push_back(message);
+    }
+  }
+  return found;
+}
+
+std::size_t checks_at(const Gateway& gateway, const char* address) {
+  std::size_t count = 0;
+  for (const auto& reading : gateway.backend_saw()) {
+    for (const auto& message : reading.messages) count += is_check(message) && is_at(message, address) ? 1 : 0;
+  }
+  return count;
+}
+
+constexpr const char* kFirst = "10.0.0.1:8001";
+constexpr const char* kSecond_ = "10.0.0.2:8001";
+constexpr const char* kThird = "10.0.0.3:8001";
+
+void at(Settings& settings, std::size_t backend, const char* host) { settings.backends[backend].address.host = host; }
+
+}  // namespace
+
+TEST_CASE("a backend that comes up while a body uploads serves that request") {
+  Gateway gateway({.edit = [](Settings& s) {
+    s.health.enabled = true;
+    s.health.interval_ns = kSecond;
+    s.health.recoveries = 1;
+  }});
+  bool up = false;
+  gateway.answer = [&](const rfc9112::Message& message) {
+    if (!up) return BackendPlan{{"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"}, false, false};
+    return ok(is_check(message) ? kModels : kGoodBody);
+  };
+  gateway.pass(2 * kSecond);
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  REQUIRE(statuses(client) == Statuses{503});
+  gateway.send(client, ask() + kBody.substr(0, 5));
+  up = true;
+  gateway.pass(2 * kSecond);
+  gateway.send(client, kBody.substr(5));
+  CHECK(statuses(client) == Statuses{503, 200});
+}
+
+TEST_CASE("a key that Nexus checked is never passed on, even if a reload drops the keys before the request is sent") {
+  Gateway gateway({.keys = true});
+  Peer& client = gateway.connect();
+  gateway.send(client, ask("Authorization: Bearer secret\r\n") + kBody.substr(0, 5));
+  gateway.reload({.keys = false});
+  gateway.send(client, kBody.substr(5));
+  REQUIRE(statuses(client) == Statuses{200});
+  CHECK_FALSE(requests_at(gateway, kFirst).at(0).has("Authorization"));
+  gateway.send(client, ask("Authorization: Bearer of-the-backend\r\n") + kBody);
+  CHECK(requests_at(gateway, kFirst).at(1).value("Authorization") == "Bearer of-the-backend");
+}
+
+TEST_CASE("a key that came before a reload asked for keys is not passed on after it") {
+  Gateway gateway({.keys = false});
+  Peer& client = gateway.connect();
+  gateway.send(client, ask("Authorization: Bearer secret\r\n") + kBody.substr(0, 5));
+  gateway.reload({.keys = true});
+  gateway.send(client, kBody.substr(5));
+  REQUIRE(statuses(client) == Statuses{200});
+  CHECK_FALSE(requests_at(gateway, kFirst).at(0).has("Authorization"));
+}
+
+TEST_CASE("a backend whose url is corrected is not ejected for the failures of its old server, nor for later ones") {
+  const auto with_host = [](const char* host) {
+    return GatewayOptions{.edit = [host](Settings& s) {
+      s.health.eject_after = 1;
+      s.health.eject_time_ns = 3600 * kSecond;
+      s.routing.strategy = nexus::Strategy::priority;
+      at(s, 0, host);
+      s.backends.push_back(s.backends[0]);  // another choice, or an ejected backend is the last resort
+      s.backends[1].name = "other";
+      s.backends[1].priority = 100;
+      at(s, 1, "10.0.0.3");
+    }};
+  };
+  Gateway gateway(with_host("10.0.0.1"));
+  bool holds = true;
+  gateway.answer = [&](const rfc9112::Message& message) {
+    if (is_at(message, kFirst)) return holds ? silent() : broken();
+    return ok(kGoodBody);
+  };
+  Peer& slow = gateway.connect();
+  gateway.send(slow, ask() + kBody);  // waits at the old server, and fails after the reload
+  holds = false;
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  REQUIRE(requests_at(gateway, kFirst).size() == 2);
+  REQUIRE(requests_at(gateway, kThird).size() == 1);
+  gateway.send(client, ask() + kBody);
+  REQUIRE(requests_at(gateway, kThird).size() == 2);  // ejected
+
+  gateway.reload(with_host("10.0.0.2"));
+  gateway.send(client, ask() + kBody);
+  CHECK(requests_at(gateway, kSecond_).size() == 1);
+  gateway.pass(6 * kSecond);  // first_byte_timeout: the old server fails once more, and its request goes to the new one
+  CHECK(statuses(slow) == Statuses{200});
+  CHECK(requests_at(gateway, kSecond_).size() == 2);
+  gateway.send(client, ask() + kBody);
+  CHECK(requests_at(gateway, kSecond_).size() == 3);
+  CHECK(requests_at(gateway, kThird).size() == 2);
+}
+
+TEST_CASE("a shorter eject_time ends an ejection of the old length") {
+  const auto with_time = [](Ns eject_time_ns) {
+    return GatewayOptions{.backends = 2, .edit = [=](Settings& s) {
+                            s.health.eject_after = 1;
+                            s.health.eject_time_ns = eject_time_ns;
+                            s.routing.strategy = nexus::Strategy::priority;
+                            s.backends[1].priority = 100;
+                            at(s, 1, "10.0.0.2");
+                          }};
+  };
+  Gateway gateway(with_time(3600 * kSecond));
+  bool fails = true;
+  gateway.answer = [&](const rfc9112::Message& message) {
+    return is_at(message, kFirst) && fails ? broken() : ok(kGoodBody);
+  };
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody + ask() + kBody);
+  REQUIRE(requests_at(gateway, kFirst).size() == 1);
+  REQUIRE(requests_at(gateway, kSecond_).size() == 2);
+  fails = false;
+  gateway.reload(with_time(kSecond));
+  gateway.send(client, ask() + kBody);
+  CHECK(requests_at(gateway, kFirst).size() == 2);
+}
+
+TEST_CASE("a shorter interval and timeout of the health checks are in force at once") {
+  const auto with = [](Ns interval_ns, Ns timeout_ns) {
+    return GatewayOptions{.edit = [=](Settings& s) {
+      s.health.enabled = true;
+      s.health.interval_ns = interval_ns;
+      s.health.timeout_ns = timeout_ns;
+      s.health.failures = 1;
+    }};
+  };
+  Gateway gateway(with(3600 * kSecond, 3600 * kSecond));
+  bool hangs = false;
+  gateway.answer = [&](const rfc9112::Message& message) {
+    return hangs ? silent() : ok(is_check(message) ? kModels : kGoodBody);
+  };
+  gateway.settle();
+  REQUIRE(checks_at(gateway, kFirst) == 1);
+  gateway.reload(with(200 * kMillisecond, 3600 * kSecond));
+  REQUIRE(checks_at(gateway, kFirst) == 2);
+  gateway.pass(250 * kMillisecond);
+  CHECK(checks_at(gateway, kFirst) == 3);
+
+  hangs = true;
+  gateway.pass(kSecond);
+  REQUIRE(checks_at(gateway, kFirst) == 4);  // it waits for its answer
+  gateway.reload(with(200 * kMillisecond, 100 * kMillisecond));
+  gateway.pass(300 * kMillisecond);
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  CHECK(statuses(client) == Statuses{503});  // found unhealthy
+}
+
+TEST_CASE("a backend's corrected api_key is tried at once, though a check with the wrong one is under way") {
+  const auto with_key = [](const char* key) {
+    return GatewayOptions{.edit = [key](Settings& s) {
+      s.health.enabled = true;
+      s.health.interval_ns = s.health.timeout_ns = 3600 * kSecond;
+      s.backends[0].api_key = key;
+    }};
+  };
+  Gateway gateway(with_key("wrong"));
+  gateway.answer = [&](const rfc9112::Message& message) {
+    if (message.value("Authorization") == "Bearer wrong") return silent();
+    return ok(is_check(message) ? kModels : kGoodBody);
+  };
+  gateway.settle();
+  gateway.reload(with_key("right"));
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  CHECK(statuses(client) == Statuses{200});
+}
+
+TEST_CASE("checks that a reload switches on decide anew") {
+  const auto with_checks = [](bool enabled) {
+    return GatewayOptions{.edit = [enabled](Settings& s) { s.health.enabled = enabled; }};
+  };
+  Gateway gateway(with_checks(false));
+  gateway.answer = [](const rfc9112::Message& message) { return is_check(message) ? broken() : ok(kGoodBody); };
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  gateway.reload(with_checks(true));
+  gateway.send(client, ask() + kBody);
+  CHECK(statuses(client) == Statuses{200, 503});
+}
+
+TEST_CASE("a queued request looks at each new fleet") {
+  const auto fleet = [](bool second, bool with_model) {
+    return GatewayOptions{.edit = [=](Settings& s) {
+      s.queue = {10, 3600 * kSecond};
+      s.backends[0].max_pending = 1;
+      if (second) s.backends.push_back(s.backends[0]);
+      if (second) s.backends[1].name = "second", at(s, 1, "10.0.0.2");
+      if (!with_model) s.backends[0].models = {"another"};
+    }};
+  };
+  Gateway gateway(fleet(false, true));
+  gateway.answer = [](const rfc9112::Message& message) { return is_at(message, kFirst) ? silent() : ok(kGoodBody); };
+  Peer& running = gateway.connect();
+  gateway.send(running, ask() + kBody);
+  Peer& waiting = gateway.connect();
+  gateway.send(waiting, ask() + kBody);
+  REQUIRE(statuses(waiting).empty());
+
+  SUBCASE("and goes to a backend that was added") {
+    gateway.reload(fleet(true, true));
+    CHECK(statuses(waiting) == Statuses{200});
+    CHECK(requests_at(gateway, kSecond_).size() == 1);
+  }
+  SUBCASE("and is refused at once if nobody has its model any more") {
+    gateway.reload(fleet(false, false));
+    CHECK(statuses(waiting) == Statuses{404});
+  }
+  SUBCASE("and keeps its place if it has no other choice") {
+    gateway.reload(fleet(false, true));
+    CHECK(statuses(waiting).empty());
+    gateway.net.break_off(gateway.net.peers[1]);
+    gateway.settle();
+    CHECK(requests_at(gateway, kFirst).size() == 2);
+  }
+}
+
+TEST_CASE("a retry goes to the fleet of that moment") {
+  const auto at_host = [](const char* host) { return GatewayOptions{.edit = [host](Settings& s) { at(s, 0, host); }}; };
+  Gateway gateway(at_host("10.0.0.1"));
+  gateway.answer = [](const rfc9112::Message& message) { return is_at(message, kFirst) ? silent() : ok(kGoodBody); };
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  gateway.reload(at_host("10.0.0.2"));
+  gateway.pass(6 * kSecond);
+  CHECK(statuses(client) == Statuses{200});
+  CHECK(requests_at(gateway, kSecond_).size() == 1);
+}
+
+TEST_CASE("a retry respects capabilities that a reload stated meanwhile") {
+  const auto with_vision = [](bool stated) {
+    return GatewayOptions{.backends = 2, .edit = [stated](Settings& s) {
+                            s.routing.strategy = nexus::Strategy::priority;
+                            s.backends[1].priority = 100;
+                            at(s, 1, "10.0.0.2");
+                            if (stated) s.backends[1].vision = {true, {}};
+                          }};
+  };
+  Gateway gateway(with_vision(false));
+  gateway.answer = [](const rfc9112::Message& message) { return is_at(message, kFirst) ? silent() : ok(kGoodBody); };
+  const std::string body = R"({"model":"m","messages":[{"content":[{"type":"image_url","image_url":{"url":"u"}}]}]})";
+  Peer& client = gateway.connect();
+  gateway.send(client, "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: " +
+                           std::to_string(body.size()) + "\r\n\r\n" + body);
+  gateway.reload(with_vision(true));
+  gateway.pass(6 * kSecond);
+  CHECK(statuses(client) == Statuses{504});
+  CHECK(requests_at(gateway, kSecond_).empty());
+}
+
+TEST_CASE("a page that comes too late is not the answer to the next question") {
+  Gateway gateway;
+  Peer& client = gateway.connect();
+  gateway.control_sleeps = true;
+  gateway.send(client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+  gateway.pass(31 * kSecond);
+  REQUIRE(statuses(client) == Statuses{503});
+  gateway.send(client, "GET /v1/stats HTTP/1.1\r\nHost: a\r\n\r\n");
+  gateway.control_sleeps = false;
+  gateway.settle();
+  const auto read = rfc9112::read_responses(client.received, {"GET", "GET"}, false);
+  REQUIRE(read.messages.size() == 2);
+  CHECK(read.messages[1].value("Content-Type") == "application/json");
+  CHECK(read.messages[1].body.find("uptime_seconds") != std::string::npos);
+}
