@@ -128,6 +128,14 @@ class Daemon {
     setrlimit(RLIMIT_NOFILE, &limit);  // if this fails, the old limit stays
   }
 
+  void warn_of_few_descriptors() {
+    rlimit limit{};
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur > settings_->server.max_connections) return;
+    log_.event(LogLevel::warning, "max_connections exceeds the limit on file descriptors",
+               {{"max_connections", Digits(settings_->server.max_connections).view()},
+                {"descriptors", Digits(limit.rlim_cur).view()}});
+  }
+
   Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
 
   // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
@@ -231,6 +239,7 @@ class Daemon {
     if (const std::string why = enter_sandbox(); !why.empty()) {
       log_.event(LogLevel::warning, "seccomp sandbox not active", {{"why", why}});
     }
+    warn_of_few_descriptors();
     for (const std::string& address : addresses_) log_.event(LogLevel::info, "listening", {{"address", address}});
     return {};
   }
