@@ -44,12 +44,14 @@ TEST_CASE("once a response streams, no other backend can be tried") {
   }
 }
 
-TEST_CASE("only a backend's own failures are retried, and each can be told to the client") {
+TEST_CASE("only a backend's failure, and a lack that another backend may not meet, is retried; each can be told") {
   for (const EndingRow& row : kEndings) {
-    CHECK(row.retry == (row.fault == Fault::backend));
-    CHECK((row.fault != Fault::backend || row.error.has_value()));
+    const bool memory = row.limit == Limit::memory;
+    CHECK(row.retry == (row.fault == Fault::backend || (row.fault == Fault::host && !memory)));
+    CHECK((!row.retry || row.error.has_value()));
     CHECK((row.outcome == AttemptOutcome::cancelled) == (row.fault != Fault::backend));
     CHECK(row.error_type != ErrorType::none);
+    if (row.error) CHECK(row_of(*row.error).label == row.error_type);
   }
 }
 

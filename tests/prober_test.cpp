@@ -97,7 +97,7 @@ TEST_CASE("a probe says why it failed, and passes without its models where the s
     CHECK(result.status == row.status);
     CHECK(result.reason == row.reason);
     CHECK(result.connected);
-    CHECK_FALSE(result.out_of_memory);
+    CHECK(result.lack.empty());
   }
 }
 

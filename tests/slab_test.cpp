@@ -345,7 +345,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(values_of(slab.thread().queue_wait).sum == 3);
     CHECK(slab.thread().queue_rejections[1].read() == 1);
     CHECK(slab.thread().http_rejections[2].read() == 1);
-    CHECK(slab.thread().limits[15].read() == 1);
+    CHECK(slab.thread().limits[static_cast<std::size_t>(Limit::log_volume)].read() == 1);
     CHECK(slab.thread().log_lines_dropped.read() == 11);
     CHECK(values_of(slab.thread().loop_stall).sum == 20);
   }
@@ -358,7 +358,8 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     };
     const auto at = [](const auto& names, auto value) { return names[static_cast<std::size_t>(value)]; };
     CHECK(joined(kErrorTypeNames) ==
-          "none timeout backend_error no_backend no_healthy_backend parse_error client_closed other ");
+          "none timeout backend_error no_backend no_healthy_backend parse_error client_closed bad_request overloaded "
+          "drain other ");
     CHECK(joined(kAttemptOutcomeNames) ==
           "ok connect_error timeout bad_response truncated status_429 status_5xx cancelled ");
     CHECK(joined(kDisconnectPhaseNames) == "none request waiting streaming ");

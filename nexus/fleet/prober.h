@@ -36,8 +36,8 @@ struct ProbeResult {
   std::uint16_t status = 0;  // of the last response; 0: none
   Ns round_trip_ns = 0;
   bool models_read = false;
-  bool models_cut = false;     // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
-  bool out_of_memory = false;  // then nothing but passed == true has a meaning
+  bool models_cut = false;  // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
+  std::string_view lack;    // of this host, a constant text: then nothing but passed == true has a meaning
   std::vector<std::string> models;
   std::string page;
 };
@@ -167,9 +167,12 @@ class Prober {
   }
 
   // If the health request passed, `passed` stays true.
-  static void note_no_memory(ProbeResult& result) {
-    result.out_of_memory = true;
+  static void note_lack(ProbeResult& result, SocketOutcome outcome) {
+    result.lack = lack_of(outcome);
     result.models_read = result.models_cut = false;
+  }
+  static void note_no_memory(ProbeResult& result) {
+    note_lack(result, SocketOutcome::no_memory);
     result.reason = "out of memory";  // short enough to be stored without an allocation
   }
 
@@ -181,9 +184,10 @@ class Prober {
   // False if the probe is over.
   bool connect(Probe& probe) {
     const SocketOutcome outcome = probe.connection.connect(net_, probe.order.address, probe.token);
-    if (outcome == SocketOutcome::no_descriptor) return !end(probe, "no file descriptor is free");
-    if (outcome == SocketOutcome::no_memory) throw std::bad_alloc();
-    if (outcome != SocketOutcome::ok) return !end(probe, "the connection was refused at once");
+    if (outcome != SocketOutcome::ok) {
+      note_lack(probe.result, outcome);
+      return !end(probe, outcome == SocketOutcome::failed ? "the connection was refused at once" : lack_of(outcome));
+    }
     probe.asked = probe.head_done = false;
     probe.input.clear();
     probe.reader.start(&probe.fields);

@@ -32,10 +32,14 @@ enum class ErrorType : std::uint8_t {
   no_healthy_backend,
   parse_error,
   client_closed,
+  bad_request,  // the client's mistake, as Nexus or the backend says
+  overloaded,   // a limit of Nexus or a lack on this host
+  drain,        // refused or cut because this process ends
   other
 };
-inline constexpr std::array<std::string_view, 8> kErrorTypeNames{
-    "none", "timeout", "backend_error", "no_backend", "no_healthy_backend", "parse_error", "client_closed", "other"};
+inline constexpr std::array<std::string_view, 11> kErrorTypeNames{
+    "none",        "timeout",    "backend_error", "no_backend", "no_healthy_backend", "parse_error", "client_closed",
+    "bad_request", "overloaded", "drain",         "other"};
 
 enum class AttemptOutcome : std::uint8_t {
   ok,
@@ -69,24 +73,38 @@ enum class Limit : std::uint8_t {
   body_timeout,
   idle_timeout,
   write_timeout,
+  connect_timeout,
+  first_byte_timeout,
+  stall_timeout,
+  request_timeout,
   queue_size,
   queue_timeout,
   json_depth,
   models,
   descriptors,
+  ports,
   memory,
   log_volume
 };
-inline constexpr std::array<std::string_view, 16> kLimitNames{
-    "max_connections", "max_header",   "max_body",      "body_memory", "max_pending",   "header_timeout",
-    "body_timeout",    "idle_timeout", "write_timeout", "queue_size",  "queue_timeout", "json_depth",
-    "models",          "descriptors",  "memory",        "log_volume"};
+inline constexpr std::array<std::string_view, 21> kLimitNames{
+    "max_connections",    "max_header",    "max_body",        "body_memory",   "max_pending",
+    "header_timeout",     "body_timeout",  "idle_timeout",    "write_timeout", "connect_timeout",
+    "first_byte_timeout", "stall_timeout", "request_timeout", "queue_size",    "queue_timeout",
+    "json_depth",         "models",        "descriptors",     "ports",         "memory",
+    "log_volume"};
 
 constexpr std::string_view name_of(ErrorType x) { return kErrorTypeNames[static_cast<std::size_t>(x)]; }
 constexpr std::string_view name_of(AttemptOutcome x) { return kAttemptOutcomeNames[static_cast<std::size_t>(x)]; }
 
 static_assert(name_of(ErrorType::other) == "other" && name_of(AttemptOutcome::cancelled) == "cancelled");
 static_assert(static_cast<std::size_t>(Limit::log_volume) + 1 == kLimitNames.size());
+
+// The error type of a backend's answer, by its status.
+constexpr ErrorType error_of_status(std::uint16_t status) {
+  if (status / 100 == 2) return ErrorType::none;
+  if (status >= 500 || status == 408 || status == 429) return ErrorType::backend_error;
+  return status / 100 == 4 ? ErrorType::bad_request : ErrorType::other;
+}
 
 // One exchange, recorded when it has ended.
 struct RequestRecord {

@@ -94,8 +94,39 @@ struct Event {
   bool hangup = false;  // the peer sent its FIN, or the connection broke
 };
 
-// Result of listen(), accept() and connect().
-enum class SocketOutcome : std::uint8_t { ok, again, no_descriptor, no_memory, failed };
+// Result of listen(), accept() and connect(). The no_… are lacks on this host: they say nothing about the peer.
+enum class SocketOutcome : std::uint8_t { ok, again, no_descriptor, no_memory, no_port, no_route, failed };
+
+constexpr SocketOutcome outcome_of(int error) {
+  switch (error) {
+    case EAGAIN:
+    case EINTR:
+    case ECONNABORTED:
+    case EPROTO: return SocketOutcome::again;
+    case EMFILE:
+    case ENFILE: return SocketOutcome::no_descriptor;
+    case ENOMEM:
+    case ENOBUFS: return SocketOutcome::no_memory;
+    case EADDRNOTAVAIL: return SocketOutcome::no_port;
+    case ENETUNREACH:
+    case EAFNOSUPPORT: return SocketOutcome::no_route;
+    default: return SocketOutcome::failed;
+  }
+}
+
+// The lack that kept connect() from reaching the peer; empty if the peer was reached, or refused the connection.
+constexpr std::string_view lack_of(SocketOutcome outcome) {
+  switch (outcome) {
+    case SocketOutcome::no_descriptor: return "no file descriptor is free";
+    case SocketOutcome::no_memory: return "out of memory";
+    case SocketOutcome::again:  // connect(2): too few entries in the routing cache
+    case SocketOutcome::no_port: return "no local port is free";
+    case SocketOutcome::no_route: return "this host has no route to the backend's network";
+    case SocketOutcome::ok:
+    case SocketOutcome::failed: break;
+  }
+  return {};
+}
 
 class Resolver;
 
@@ -322,15 +353,7 @@ class EpollNet {
     if (opened.socket.open()) ::close(opened.socket.fd);
     opened.socket.fd = -1;
     opened.error = error;
-    if (error == EAGAIN || error == EWOULDBLOCK || error == EINTR || error == ECONNABORTED || error == EPROTO) {
-      opened.outcome = SocketOutcome::again;
-    } else if (error == EMFILE || error == ENFILE) {
-      opened.outcome = SocketOutcome::no_descriptor;
-    } else if (error == ENOMEM || error == ENOBUFS) {
-      opened.outcome = SocketOutcome::no_memory;
-    } else {
-      opened.outcome = SocketOutcome::failed;
-    }
+    opened.outcome = outcome_of(error);
     return opened;
   }
 

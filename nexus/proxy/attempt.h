@@ -22,8 +22,6 @@
 
 namespace nexus {
 
-// A reused connection that closes within this time after the request had already been closed by the backend.
-
 template <class Net>
 class Attempt {
  public:
@@ -67,11 +65,8 @@ class Attempt {
     return upstream_ != nullptr;
   }
 
-  // Starts a new connection. False if that is not possible.
-  [[gnu::cold]] bool connect() {
-    upstream_ = pool_.connect(backend_->id, *backend_->address, owner_);
-    return upstream_ != nullptr;
-  }
+  // Starts a new connection.
+  [[gnu::cold]] SocketOutcome connect() { return pool_.connect(backend_->id, *backend_->address, owner_, upstream_); }
 
   // The connection is established: the response may come at any time, also before the request is sent whole.
   void begin_sending() { sent_ns_ = context_.now; }

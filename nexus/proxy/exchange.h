@@ -100,14 +100,6 @@ class Exchange {
     drive();
   }
 
-  // The process ends: the last chance to be counted.
-  void count_now() {
-    if (state_ != State::counting) return;
-    deadlines_.expire_state();
-    count();
-    if (state_ != State::over) go(State::over);
-  }
-
   // An event of the backend connection in use.
   void on_upstream(const Event& event) {
     assert(attempt_.upstream() != nullptr);
@@ -121,22 +113,10 @@ class Exchange {
     drive();
   }
 
-  [[gnu::cold]] void on_deadline() {
-    switch (state_) {
-      case State::queued: on_queue_deadline(); break;
-      case State::connecting:
-      case State::sending:
-      case State::awaiting: end(Ending::backend_silent); break;
-      case State::streaming: end(client_.waits() ? Ending::client_stalled : Ending::backend_silent); break;
-      case State::finishing: end(Ending::client_stalled); break;
-      case State::counting: break;
-      case State::idle:
-      case State::reading:
-      case State::choosing:
-      case State::over: assert(false);
-    }
-    drive();
-  }
+  [[gnu::cold]] void on_deadline();
+
+  // The process ends: the client is told what it can still be told, and the exchange is counted.
+  [[gnu::cold]] void give_up();
 
   // While this request waited, a place was granted to it, or the fleet has changed.
   [[gnu::cold]] void on_grant() {
@@ -341,57 +321,22 @@ class Exchange {
   void end_response();
   [[gnu::cold]] Step on_upstream_end(bool broken);
 
-  // ---- ends ----
+  // ---- ends: those that are failures are in exchange_ends.h ----
 
   // Ends the attempt in hand, and the exchange if nothing else can be tried. The state is another one afterwards.
-  [[gnu::cold]] void end(Ending ending) {
-    const EndingRow& row = row_of(ending);
-    if (row.limit) context_.slab.limit_hit(*row.limit);
-    if (ending == Ending::client_left) summary_.record.disconnect = disconnect_phase();
-    if (row.fault == Fault::backend) note_backend_failure(std::nullopt);
-    if (state_ == State::streaming && row.fault != Fault::nexus) relay_.note_usage();
-    attempt_.end(row.outcome);
-    close_upstream();
-    if (client_.has_begun() || !row.error) return cut_response(row);
-    leave_backend();
-    if (row.retry && !deadlines_.request_expired() && another()) {
-      return try_elsewhere(row.outcome, *row.error);
-    }
-    client_.forget_unsent();
-    refuse(*row.error, state_ != State::reading);
-  }
+  [[gnu::cold]] void end(Ending ending);
 
-  DisconnectPhase disconnect_phase() const {
-    const bool first_choice = state_ == State::choosing && picker_.tries() == 0;
-    if (state_ == State::reading || first_choice) return DisconnectPhase::request;
-    const bool answering = state_ == State::streaming || state_ == State::finishing;
-    return answering ? DisconnectPhase::streaming : DisconnectPhase::waiting;
-  }
+  [[gnu::cold]] DisconnectPhase disconnect_phase() const;
 
   void note_backend_failure(std::optional<Ns> retry_after) {
     picker_.permit().failed(context_.now, context_.settings().health, retry_after);
   }
 
   // Nothing went to the client: the next candidate gets the request.
-  void try_elsewhere(AttemptOutcome outcome, ApiError error) {
-    last_failure_ = error;
-    retry_reason_ = name_of(outcome);
-    go(State::choosing);
-  }
+  [[gnu::cold]] void try_elsewhere(AttemptOutcome outcome, ApiError error);
 
   // The response will not become whole, and a client that has got a part of it must be able to tell.
-  void cut_response(const EndingRow& row) {
-    if (!client_.has_begun()) summary_.record.status = 499;
-    summary_.record.error = row.error_type;
-    summary_.cut_short = true;
-    client_.end_connection();
-    // The FIN would be the proper end of a body that lasts until the connection's end.
-    if (row.cut == Cut::by_reset || relay_.response().lasts_until_close()) client_.cut_connection();
-    const bool told = row.cut == Cut::by_error_event && !client_.cut() &&
-                      (!relay_.tells_error_event() || client_.send_error_event(row_of(*row.error)));
-    if (!told) return commit();
-    go(State::finishing);
-  }
+  [[gnu::cold]] void cut_response(const EndingRow& row);
 
   Ending client_ending() const { return client_.out_of_memory() ? Ending::client_unwritable : Ending::client_left; }
 
@@ -452,13 +397,7 @@ class Exchange {
     context_.log.access(entry);
   }
 
-  [[gnu::cold]] void log_bad_response(std::string_view why) {
-    context_.log.event(LogLevel::warning, "bad response from a backend",
-                       {{"backend", attempt_.backend()->name},
-                        {"why", why},
-                        {"state", to_string(state_)},
-                        {"request_id", summary_.request_id}});
-  }
+  [[gnu::cold]] void log_bad_response(std::string_view why);
 
   Handle owner_;
   Context& context_;

@@ -28,7 +28,9 @@ class ExchangeDeadlines {
 
   Ns next() const { return std::min(state_, request_); }
   bool request_expired() const { return context_.now >= request_; }
-  bool queue_expired() const { return context_.now >= std::min(queue_, request_); }
+  // True if request_timeout is the limit that passed, and not one of the state, which passed before it.
+  bool request_passed_first() const { return request_expired() && request_ <= state_; }
+  bool queue_expired() const { return context_.now >= queue_; }
   bool state_pending() const { return state_ != kNever && context_.now < state_; }
 
   // The [upstream] request_timeout starts, if there is one.

@@ -1,6 +1,5 @@
 // exchange_state.h
-// Owns:     the state machine of an exchange as data: its states, their legal transitions, and every way that an
-// attempt
+// Owns:     the state machine of an exchange as data: its states, their legal transitions, and the ways that an attempt
 //           or a whole exchange can end badly.
 // Promises: each ending is one row: what is counted, what the client is told, whose fault it was, whether another
 //           backend may be tried, whether the client's connection is cut.
@@ -16,6 +15,7 @@
 
 #include "nexus/api/errors.h"
 #include "nexus/metrics/slab.h"
+#include "nexus/net/epoll.h"
 
 namespace nexus {
 
@@ -71,17 +71,29 @@ constexpr bool may_follow(ExchangeState from, ExchangeState to) {
 
 // How an attempt fails, or an exchange ends before its response is whole.
 enum class Ending : std::uint8_t {
-  not_connected,      // no connection to the backend
-  backend_silent,     // the backend passed one of the [upstream] timeouts
+  not_connected,      // the backend refused the connection
+  no_descriptor,      // for a connection to the backend: on this host, as the next two
+  no_port,            // of this host
+  no_route,           // from this host to the backend's network
+  connect_silent,     // no connection within connect_timeout
+  first_byte_silent,  // no byte of the response within first_byte_timeout
+  stalled,            // no further byte of the response within stall_timeout
+  request_timed_out,  // all of the request together took longer than request_timeout
   backend_closed,     // its connection ended before the response was whole
   backend_garbled,    // its response is not well-formed HTTP
   client_left,        // the client closed its connection, or writing to it failed
   client_stalled,     // the client took no byte for write_timeout
   client_unwritable,  // no memory for what the client's kernel buffer did not take
   out_of_memory,      // no memory for another step
+  drained,            // the process ends
 };
 
-enum class Fault : std::uint8_t { client, backend, nexus };
+enum class Fault : std::uint8_t {
+  client,
+  backend,
+  host,   // lacks descriptors, ports, a route or memory
+  nexus,  // a limit of the whole request, or the end of the process
+};
 
 // The sign for a client that the response it has begun to get is not whole.
 enum class Cut : std::uint8_t {
@@ -100,43 +112,48 @@ struct EndingRow {
   Cut cut;
 };
 
-inline constexpr std::array<EndingRow, 8> kEndings{{
-    {AttemptOutcome::connect_error,
-     ErrorType::backend_error,
-     ApiError::connect_failed,
-     {},
-     Fault::backend,
-     true,
-     Cut::by_error_event},
-    {AttemptOutcome::timeout,
-     ErrorType::timeout,
-     ApiError::backend_timeout,
-     {},
-     Fault::backend,
-     true,
-     Cut::by_error_event},
-    {AttemptOutcome::truncated,
-     ErrorType::backend_error,
-     ApiError::backend_broke,
-     {},
-     Fault::backend,
-     true,
-     Cut::by_error_event},
-    {AttemptOutcome::bad_response,
-     ErrorType::parse_error,
-     ApiError::backend_not_http,
-     {},
-     Fault::backend,
-     true,
-     Cut::by_error_event},
-    {AttemptOutcome::cancelled, ErrorType::client_closed, {}, {}, Fault::client, false, Cut::by_framing},
-    {AttemptOutcome::cancelled, ErrorType::other, {}, Limit::write_timeout, Fault::client, false, Cut::by_reset},
-    {AttemptOutcome::cancelled, ErrorType::other, {}, Limit::memory, Fault::nexus, false, Cut::by_reset},
-    {AttemptOutcome::cancelled, ErrorType::other, ApiError::out_of_memory, Limit::memory, Fault::nexus, false,
-     Cut::by_reset},
-}};
+inline constexpr auto kEndings = [] {
+  using enum AttemptOutcome;
+  using E = ErrorType;
+  using A = ApiError;
+  using L = Limit;
+  using F = Fault;
+  constexpr Cut event = Cut::by_error_event, reset = Cut::by_reset;
+  return std::to_array<EndingRow>({
+      {connect_error, E::backend_error, A::connect_failed, {}, F::backend, true, event},          // not_connected
+      {cancelled, E::overloaded, A::no_descriptor, L::descriptors, F::host, true, event},         // no_descriptor
+      {cancelled, E::overloaded, A::no_port, L::ports, F::host, true, event},                     // no_port
+      {cancelled, E::overloaded, A::no_route, {}, F::host, true, event},                          // no_route
+      {timeout, E::timeout, A::backend_timeout, L::connect_timeout, F::backend, true, event},     // connect_silent
+      {timeout, E::timeout, A::backend_timeout, L::first_byte_timeout, F::backend, true, event},  // first_byte_silent
+      {timeout, E::timeout, A::backend_timeout, L::stall_timeout, F::backend, true, event},       // stalled
+      {cancelled, E::timeout, A::request_timeout, L::request_timeout, F::nexus, false, event},    // request_timed_out
+      {truncated, E::backend_error, A::backend_broke, {}, F::backend, true, event},               // backend_closed
+      {bad_response, E::parse_error, A::backend_not_http, {}, F::backend, true, event},           // backend_garbled
+      {cancelled, E::client_closed, {}, {}, F::client, false, Cut::by_framing},                   // client_left
+      {cancelled, E::other, {}, L::write_timeout, F::client, false, reset},                       // client_stalled
+      {cancelled, E::overloaded, {}, L::memory, F::host, false, reset},                           // client_unwritable
+      {cancelled, E::overloaded, A::out_of_memory, L::memory, F::host, false, reset},             // out_of_memory
+      {cancelled, E::drain, A::draining, {}, F::nexus, false, event},                             // drained
+  });
+}();
+static_assert(kEndings.size() == static_cast<std::size_t>(Ending::drained) + 1);
 
 constexpr const EndingRow& row_of(Ending ending) { return kEndings[static_cast<std::size_t>(ending)]; }
+
+// The ending of an attempt for which connect() could not start.
+constexpr Ending ending_of(SocketOutcome outcome) {
+  switch (outcome) {
+    case SocketOutcome::no_descriptor: return Ending::no_descriptor;
+    case SocketOutcome::no_memory: return Ending::out_of_memory;
+    case SocketOutcome::again:
+    case SocketOutcome::no_port: return Ending::no_port;
+    case SocketOutcome::no_route: return Ending::no_route;
+    case SocketOutcome::ok:
+    case SocketOutcome::failed: break;
+  }
+  return Ending::not_connected;
+}
 
 // The result of a step of an exchange: says if the next step can be taken now.
 enum class Step : std::uint8_t {

@@ -8,6 +8,7 @@
 
 #include "nexus/base/limits.h"
 #include "nexus/proxy/exchange.h"
+#include "nexus/proxy/exchange_ends.h"
 
 namespace nexus {
 
@@ -33,8 +34,10 @@ Step Exchange<Net>::begin_attempt() {
 
 template <class Net>
 Step Exchange<Net>::connect() {
-  if (attempt_.connect()) return go(State::connecting);
-  end(Ending::not_connected);
+  const SocketOutcome outcome = attempt_.connect();
+  if (outcome == SocketOutcome::ok) return go(State::connecting);
+  context_.log_lack(outcome);
+  end(ending_of(outcome));
   return Step::again;
 }
 

@@ -68,7 +68,7 @@ class ResponseRelay {
     response_.begin(endpoint, head, view, client_.http_1_0(), remove_usage_event);
     RequestRecord& record = summary_.record;
     record.status = head.status;
-    record.error = response_.is_success() ? ErrorType::none : ErrorType::backend_error;
+    record.error = error_of_status(head.status);
     record.stream = response_.is_success() && response_.is_event_stream();
     if (response_.lasts_until_close()) client_.end_connection();
     ClientHead to;

@@ -61,21 +61,19 @@ class UpstreamPool {
     return nullptr;
   }
 
-  // Starts a new connection. Null if that is not possible.
-  Upstream<Net>* connect(BackendId backend, const Address& address, Handle owner) {
-    Upstream<Net>* upstream = upstreams_.make(backend, address);
-    const SocketOutcome outcome = upstream == nullptr
-                                      ? SocketOutcome::no_memory
-                                      : upstream->connection.connect(context_.net, address, upstream->handle);
-    if (outcome == SocketOutcome::no_descriptor) context_.slab.limit_hit(Limit::descriptors);
-    if (outcome == SocketOutcome::no_memory) context_.slab.limit_hit(Limit::memory);
-    if (outcome == SocketOutcome::ok) {
-      upstream->owner = owner;
-      context_.slab.add_backend_connections(backend, 1);
-      return upstream;
+  // Starts a new connection: sets `upstream` if the outcome is `ok`.
+  SocketOutcome connect(BackendId backend, const Address& address, Handle owner, Upstream<Net>*& upstream) {
+    Upstream<Net>* const made = upstreams_.make(backend, address);
+    if (made == nullptr) return SocketOutcome::no_memory;
+    const SocketOutcome outcome = made->connection.connect(context_.net, address, made->handle);
+    if (outcome != SocketOutcome::ok) {
+      upstreams_.destroy(made->handle);
+      return outcome;
     }
-    if (upstream != nullptr) upstreams_.destroy(upstream->handle);
-    return nullptr;
+    made->owner = owner;
+    context_.slab.add_backend_connections(backend, 1);
+    upstream = made;
+    return outcome;
   }
 
   // Keeps a connection after an exchange that left it usable.

@@ -29,6 +29,7 @@
 #include "nexus/http/head_parser.h"
 #include "nexus/http/header_fields.h"
 #include "nexus/metrics/slab.h"
+#include "nexus/net/epoll.h"
 #include "nexus/net/timer_wheel.h"
 #include "nexus/os/log.h"
 
@@ -186,6 +187,13 @@ struct WorkerContext {
     }
   }
 
+  // Logs that this host lacks what a connection to a backend needs; at most one line in kLackLogInterval.
+  [[gnu::cold]] void log_lack(SocketOutcome outcome) {
+    if (lack_of(outcome).empty() || now < next_lack_log_ns) return;
+    next_lack_log_ns = now + kLackLogInterval;
+    log.event(LogLevel::warning, "cannot connect to backends", {{"why", lack_of(outcome)}});
+  }
+
   Net& net;
   Shared& shared;
   Slab& slab;
@@ -203,6 +211,7 @@ struct WorkerContext {
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
   bool draining = false;
+  Ns next_lack_log_ns = 0;
   struct Latency {
     std::uint64_t server = 0;
     Ns smoothed_ns = 0;

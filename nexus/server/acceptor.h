@@ -130,6 +130,8 @@ class Acceptor {
       switch (opened.outcome) {
         case SocketOutcome::ok: take(opened.socket, opened.peer, listener.metrics_only); break;
         case SocketOutcome::again: return;
+        case SocketOutcome::no_port:  // not of accept()
+        case SocketOutcome::no_route:
         case SocketOutcome::failed: continue;  // the connection broke before it was accepted
         case SocketOutcome::no_descriptor:
         case SocketOutcome::no_memory:

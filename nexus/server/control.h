@@ -317,8 +317,8 @@ class Control {
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
     backend->checking = false;
-    if (result.out_of_memory) slab_.limit_hit(Limit::memory);
-    if (result.out_of_memory && !result.passed) return;  // it says nothing of the backend
+    if (!result.lack.empty()) note_lack(result);
+    if (!result.lack.empty() && !result.passed) return;  // it says nothing about the backend
     if (result.passed) slab_.health_check(backend->id, result.round_trip_ns);
     if (result.models_cut) slab_.limit_hit(Limit::models);
     if (registry_.settings().health.enabled) note_health(*backend, result);
@@ -330,6 +330,15 @@ class Control {
     } else if (result.passed && !result.reason.empty()) {
       log_.event(LogLevel::warning, "model list refresh failed", {{"backend", name}, {"why", result.reason}});
     }
+  }
+
+  void note_lack(const ProbeResult& result) {
+    if (result.lack == lack_of(SocketOutcome::no_memory)) slab_.limit_hit(Limit::memory);
+    if (result.lack == lack_of(SocketOutcome::no_descriptor)) slab_.limit_hit(Limit::descriptors);
+    if (result.lack == lack_of(SocketOutcome::no_port)) slab_.limit_hit(Limit::ports);
+    if (now_ < next_lack_log_ns_) return;
+    next_lack_log_ns_ = now_ + kLackLogInterval;
+    log_.event(LogLevel::warning, "cannot check backends", {{"why", result.lack}});
   }
 
   void note_health(Registry::Backend& backend, const ProbeResult& result) {
@@ -366,6 +375,7 @@ class Control {
   bool unpublished_ = false;  // the registry has changes that the workers' snapshot lacks
   Ns hold_until_ns_ = 0;      // until when publish() may wait for first checks
   bool stopped_ = false;
+  Ns next_lack_log_ns_ = 0;
   Ns retry_at_ns_ = kNever;
   std::shared_ptr<const Settings> reloading_;  // null, or settings for which there was no memory yet
 };

@@ -147,7 +147,7 @@ class SessionDriver {
 
   [[gnu::cold]] void close_all() {
     sessions_.each([this](SessionT& session) {
-      session.exchange.count_now();
+      session.exchange.give_up();
       client_gone(session);
     });
   }

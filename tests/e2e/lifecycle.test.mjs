@@ -192,7 +192,7 @@ group('drain', () => {
   });
 
   test('drain_timeout ends what does not end', async (t) => {
-    const { nexus, backend } = await pair(t, {}, { server: { drain_timeout: '500ms' } });
+    const { nexus, backend } = await pair(t, {}, { server: { drain_timeout: '500ms' }, log: { access: 'stderr' } });
     const stream = await open_stream(t, nexus, backend);
     const started = performance.now();
     nexus.child.kill('SIGTERM');
@@ -201,8 +201,11 @@ group('drain', () => {
     assert.ok(performance.now() - started > 400);
     nexus.check_report();
     assert.match(nexus.log(), /drain_timeout reached, closing remaining connections/);
-    while ((await stream.client.piece()) !== null);
+    let rest = '';
+    for (let piece; (piece = await stream.client.piece()) !== null;) rest += piece.toString();
     assert.equal(stream.client.body.done, false, 'the cut is visible');
+    assert.match(rest, /data: {"error":{.*"shutting_down"/, 'the client is told why');
+    assert.match(nexus.log(), /error_type=drain/);
   });
 
   test('a second signal ends it at once', async (t) => {

@@ -125,7 +125,7 @@ group('limits', () => {
   });
 
   test('without a free descriptor who is in is served on, who waits is served later, and nothing spins', { limit_ms: 30_000, serial: true }, async (t) => {
-    const { nexus } = await pair(t);
+    const { nexus } = await pair(t, {}, { health: { interval: '200ms', failures: 1 } });
     const kept = await RawClient.connect(nexus.port);
     const ask = async () => {
       kept.send('POST', completions, { 'Content-Type': 'application/json' }, chat());
@@ -148,6 +148,8 @@ group('limits', () => {
     const wall = performance.now() - began.at;
     const cpu = cpu_ms(nexus.pid) - began.cpu;
     assert.ok(cpu < wall * 0.2, `${cpu} ms of CPU time in ${wall} ms: it spins`);
+    assert.equal((await scrape()).value('nexus_backends_healthy'), 1, 'checks that could not be made say nothing');
+    assert.equal(nexus.log().match(/cannot check backends/g).length, 1, 'one line');
     const counted = await hits(scrape, 'descriptors');
     assert.ok(counted < 200, `${counted} counted in ${wall} ms: it tries without a pause`);
 
@@ -159,7 +161,7 @@ group('limits', () => {
       return answer;
     }));
     assert.ok(answers.some((a) => a.status === 200));
-    for (const answer of answers) if (answer.status !== 200) assert_error(answer, 502);
+    for (const answer of answers) if (answer.status !== 200) assert_error(answer, 503, 'no_descriptor');
     kept.close();
     await until(async () => (await post(nexus.port, completions, chat())).status === 200, 'a new client to be served');
   });

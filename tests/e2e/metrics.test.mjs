@@ -156,10 +156,10 @@ group('US1 basic request tracking', () => {
   // what, what to do with (nexus, backend), then: status, error type, model and backend labels.
   const errors = [
     ['an unknown model', (n) => post(n.port, path, chat('nobody-has-this')), 404, 'no_backend', 'unknown', 'none'],
-    ['bad JSON', (n) => post(n.port, path, '{"model'), 400, 'other', 'unknown', 'none'],
-    ['a body without model', (n) => post(n.port, path, '{}'), 400, 'other', 'unknown', 'none'],
-    ['a body over max_body', (n) => post(n.port, path, chat('m1', { pad: 'x'.repeat(5000) })), 413, 'other', 'unknown', 'none'],
-    ['a 400 of the backend', (n, b) => { b.answer = (_, r) => r.json({ error: {} }, 400); return post(n.port, path, chat()); }, 400, 'backend_error', 'm1', 'b1'],
+    ['bad JSON', (n) => post(n.port, path, '{"model'), 400, 'bad_request', 'unknown', 'none'],
+    ['a body without model', (n) => post(n.port, path, '{}'), 400, 'bad_request', 'unknown', 'none'],
+    ['a body over max_body', (n) => post(n.port, path, chat('m1', { pad: 'x'.repeat(5000) })), 413, 'bad_request', 'unknown', 'none'],
+    ['a 400 of the backend', (n, b) => { b.answer = (_, r) => r.json({ error: {} }, 400); return post(n.port, path, chat()); }, 400, 'bad_request', 'm1', 'b1'],
     ['a 500 of the backend', (n, b) => { b.answer = (_, r) => r.json({ error: {} }, 500); return post(n.port, path, chat()); }, 500, 'backend_error', 'm1', 'b1'],
     ['a 429 of the backend', (n, b) => { b.answer = (_, r) => r.json({ error: {} }, 429); return post(n.port, path, chat()); }, 429, 'backend_error', 'm1', 'b1'],
     ['a backend that refuses', async (n, b) => { await b.stop(); return post(n.port, path, chat()); }, 502, 'backend_error', 'm1', 'b1'],
@@ -206,7 +206,7 @@ group('US1 basic request tracking', () => {
       return page.sum('nexus_requests_total') === 1;
     }, 'one request counted');
     assert.equal(page.value('nexus_requests_total', { model: 'unknown', backend: 'none', status: 401 }), 1);
-    assert.equal(page.value('nexus_errors_total', { error_type: 'other', model: 'unknown' }), 1);
+    assert.equal(page.value('nexus_errors_total', { error_type: 'bad_request', model: 'unknown' }), 1);
   });
 
   test('what ends before its head could be read is no request, and counted as a rejection alone', async (t) => {

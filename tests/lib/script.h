@@ -33,7 +33,8 @@ class Script {
   Script(const Script&) = delete;
   Script& operator=(const Script&) = delete;
 
-  Wire wire{1, [](const Address&) { return ConnectFate{ConnectFate::Kind::accepted, 0, shape()}; }};
+  ConnectFate::Kind fate = ConnectFate::Kind::accepted;  // of the next connections to backends
+  Wire wire{1, [this](const Address& to) { return ConnectFate{fate, static_cast<std::uint32_t>(to.port), shape()}; }};
   std::deque<Peer> peers;                 // in the order in which their connections were made
   std::function<void(Peer&)> on_connect;  // Nexus connected to a backend
 

@@ -128,6 +128,7 @@ class SimNet {
     const Runs simulation(false);
     Opened opened;
     if (const int error = call_fails(Call::connect)) return fail(opened, error, outcome_of(error));
+    if (wire_.connect_error != 0) return fail(opened, wire_.connect_error, outcome_of(wire_.connect_error));
     if (out_of_descriptors() || fails(wire_.weather.connect_fails)) return fail_somehow(opened);
     const ConnectFate fate = wire_.fate_of(address);
     if (fate.kind == ConnectFate::Kind::refused_at_once) return fail(opened, ECONNREFUSED, SocketOutcome::failed);
@@ -261,10 +262,6 @@ class SimNet {
 
   bool fails(Rate rate) { return wire_.dice().chance(rate); }
   bool out_of_descriptors() const { return wire_.descriptors() >= wire_.most_descriptors; }
-  static SocketOutcome outcome_of(int error) {
-    if (error == EMFILE) return SocketOutcome::no_descriptor;
-    return error == ENOMEM ? SocketOutcome::no_memory : SocketOutcome::failed;
-  }
   // Fails the call. The connection is unusable from now on, but its peer does not know.
   IoResult break_link(LinkId id, int error) {
     if (wire_.on_broken) wire_.on_broken(id);

@@ -65,6 +65,7 @@ class Wire {
   Link& at(LinkId id) { return *links_[id]; }
   std::size_t descriptors() const { return descriptors_; }
   std::size_t most_descriptors = SIZE_MAX;
+  int connect_error = 0;  // if set, every connect() of Nexus fails with it
   std::size_t links() const { return links_.size() - free_.size(); }
   std::size_t all_links() const { return links_.size(); }  // including closed ones
 

@@ -249,8 +249,8 @@ class Audit {
     if (request.behind_close) return;
     if (!request.whole) return ledger_.wrong("r%u: not answered whole, though nothing fails", n);
     const auto& error = request.line_error;
-    if (request.lines == 1 && error != "-" && error != "other" && error != "no_backend" &&
-        error != "no_healthy_backend") {
+    if (request.lines == 1 && error != "-" && error != "bad_request" && error != "overloaded" &&
+        error != "no_backend" && error != "no_healthy_backend") {
       ledger_.wrong("r%u: %s (%u), though nothing fails", n, error.c_str(), request.line_status);
     }
     if (request.status == 408) ledger_.wrong("r%u: 408, though nothing fails", n);

@@ -133,7 +133,7 @@ struct Happened {
     left += request.line_error == "client_closed" ? 1 : 0;
     parse_errors += request.line_error == "parse_error" ? 1 : 0;
     backend_errors += request.line_error == "backend_error" ? 1 : 0;
-    refused += request.line_error == "other" || request.line_error.starts_with("no_") ? 1 : 0;
+    refused += request.line_error == "overloaded" || request.line_error.starts_with("no_") ? 1 : 0;
   }
   void add(const Happened& more) {
     retried += more.retried, fell_back += more.fell_back, failed_over += more.failed_over, cut += more.cut;
