@@ -31,7 +31,9 @@ UNIT ?=# arguments for the unit tests, for instance UNIT='-tc=*deadline*'
 
 DEPS := build/deps
 SIMDJSON := $(DEPS)/simdjson
-LLHTTP := /usr/share/llhttp
+# Debian 13 and later have llhttp as a library; Debian 12 has its C sources, in a package of Node's.
+LLHTTP := $(if $(wildcard /usr/include/llhttp.h),,/usr/share/llhttp)
+LLHTTP_SOURCES := $(if $(LLHTTP),$(addprefix $(LLHTTP)/,api.c http.c llhttp.c))
 
 ifneq ($(DEV),)
   B := build/dev
@@ -57,12 +59,13 @@ endif
 WARNINGS := -Wall -Wextra -Wconversion -Werror
 # What a sanitiser adds makes gcc 12 see members of a moved variant as unset (its manual says so of -Wmaybe-uninitialized).
 WARNINGS += $(if $(SAN),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized))
-INCLUDES := -I. -isystem $(SIMDJSON) -isystem /usr/share/include -isystem /usr/share/include/llhttp
+LLHTTP_INCLUDES := $(if $(LLHTTP),-isystem /usr/share/include -isystem /usr/share/include/llhttp)
+INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES)
 # simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
 CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(LDFLAGS)
-LDLIBS := -lcares
+LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares
 
 # ---- Debian packages -------------------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ lacks_command = $(if $(shell command -v $(1)),,$(2))
 NPM_PACKAGES := $(call lacks_command,npm,npm) $(call lacks,/etc/ssl/certs/ca-certificates.crt,ca-certificates)
 BUILD_PACKAGES := $(strip \
   $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++)) \
-  $(call lacks,$(LLHTTP)/llhttp.c,node-llhttp) \
+  $(if $(LLHTTP),$(call lacks,$(LLHTTP)/llhttp.c,libllhttp-dev|node-llhttp)) \
   $(call lacks,/usr/include/ares.h,libc-ares-dev) \
   $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
 TEST_PACKAGES := $(strip \
@@ -91,7 +94,17 @@ TEST_DEPS := $(if $(BUILD_PACKAGES)$(TEST_PACKAGES),deps)
 
 .PHONY: deps deps-peers
 deps:
-	@tools/packages.sh $(sort $(BUILD_PACKAGES) $(TEST_PACKAGES))
+	@tools/packages.sh $(patsubst %,'%',$(sort $(BUILD_PACKAGES) $(TEST_PACKAGES)))
+
+# The llhttp that is installed decides the rules below: make reads them again once there is one.
+ifneq ($(if $(MAKE_RESTARTS),,$(filter-out clean deps deps-% format help lint size,$(or $(MAKECMDGOALS),all))),)
+ifneq ($(findstring llhttp,$(BUILD_PACKAGES)),)
+include $(DEPS)/installed.mk
+$(DEPS)/installed.mk: deps
+	@mkdir -p $(@D)
+	@touch $@
+endif
+endif
 
 deps-peers: | $(TEST_DEPS)
 	@tools/packages.sh --optional $(PEER_PACKAGES)
@@ -122,14 +135,13 @@ $(B)/flags: $(if $(subst x$(FLAGS_BEFORE),,x$(FLAGS)),FORCE)
 	@printf '%s\n' '$(FLAGS)' >$@
 FORCE:
 
-LIBS := $(B)/deps/api.o $(B)/deps/http.o $(B)/deps/llhttp.o $(B)/deps/simdjson.o
+LIBS := $(patsubst $(LLHTTP)/%.c,$(B)/deps/%.o,$(LLHTTP_SOURCES)) $(B)/deps/simdjson.o
 
 $(B)/deps/%.o: $(LLHTTP)/%.c $(B)/flags | $(READY)
 	@mkdir -p $(@D)
-	$(CC) $(THIRD_PARTY) $(CFLAGS) -I/usr/share/include -I/usr/share/include/llhttp -c $< -o $@
+	$(CC) $(THIRD_PARTY) $(CFLAGS) $(LLHTTP_INCLUDES) -c $< -o $@
 
 # The sources of llhttp come with a package, maybe while make runs. Named one by one: make removes what a pattern made.
-LLHTTP_SOURCES := $(addprefix $(LLHTTP)/,api.c http.c llhttp.c)
 $(LLHTTP_SOURCES): | $(BUILD_DEPS) ;
 
 $(B)/deps/simdjson.o: $(SIMDJSON)/simdjson.cpp $(B)/flags | $(READY)
@@ -178,8 +190,8 @@ endif
 # The daemon as one source file, with this command in its first lines. (g++ forgets "-x c" after each file.)
 SINGLE := build/nexus.single
 SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w -static -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
-  -I$(SIMDJSON) -I/usr/share/include -I/usr/share/include/llhttp $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
-  $(addprefix -x c ,$(LLHTTP_SOURCES)) -x none $(LDLIBS) -o $(SINGLE)
+  -I$(SIMDJSON) $(LLHTTP_INCLUDES:-isystem=-I) $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
+  $(if $(LLHTTP),$(addprefix -x c ,$(LLHTTP_SOURCES)) -x none) $(LDLIBS) -o $(SINGLE)
 single: $(READY)
 	@tools/single.sh nexus.cpp '$(strip $(SINGLE_COMMAND))' >$(SINGLE).cpp
 

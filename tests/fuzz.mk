@@ -15,7 +15,7 @@ fuzz_name = $(word 1,$(subst :, ,$(1)))
 fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
 fuzz_more = $(if $(filter %:exchange,$(1)),tests/hostile/gateway.cpp)
 FUZZ_PROGRAMS := $(foreach t,$(FUZZ_TARGETS),$(FUZZ)/$(call fuzz_name,$(t)))
-FUZZ_OBJECTS := $(FUZZ)/obj/api.o $(FUZZ)/obj/http.o $(FUZZ)/obj/llhttp.o $(FUZZ)/obj/simdjson.o
+FUZZ_OBJECTS := $(LIBS:$(B)/deps/%=$(FUZZ)/obj/%)
 
 $(FUZZ)/obj/%.o: $(LLHTTP)/%.c | $(READY)
 	@mkdir -p $(@D)
@@ -29,7 +29,7 @@ define fuzz_program
 $(FUZZ)/$(call fuzz_name,$(1)): tests/fuzz/fuzzer.cpp $(call fuzz_header,$(1)) $(FUZZ_OBJECTS) \
   $(wildcard nexus/*.h nexus/*/*.h tests/*.h tests/*/*.h tests/hostile/*.cpp)
 	$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer -include $(call fuzz_header,$(1)) \
-	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(call fuzz_more,$(1)) $(FUZZ_OBJECTS) -o $$@
+	  -DFUZZ_TARGET=$(call fuzz_name,$(1)) tests/fuzz/fuzzer.cpp $(call fuzz_more,$(1)) $(FUZZ_OBJECTS) $(LDLIBS) -o $$@
 endef
 $(foreach t,$(FUZZ_TARGETS),$(eval $(call fuzz_program,$(t))))
 

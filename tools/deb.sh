@@ -21,7 +21,7 @@ gzip -9n "$root"/usr/share/man/man*/*
 
 # The binary holds these libraries, so their terms travel with it.
 {
-  for package in node-llhttp libc-ares-dev; do
+  for package in libllhttp-dev node-llhttp libc-ares-dev; do
     [ ! -r "/usr/share/doc/$package/copyright" ] || { echo "==== $package"; cat "/usr/share/doc/$package/copyright"; echo; }
   done
   echo "==== simdjson" && cat build/deps/simdjson/LICENSE

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that it is given, after it has printed which and how much that is. Where it may not install,
-# it prints the command to run and fails. With --optional it goes on without a package that can't be installed.
+# it prints the command to run and fails. With --optional it goes on without a package that can't be installed. Of a|b it
+# takes the first that this release has.
 set -eu
 optional=no
 [ "${1:-}" != --optional ] || { optional=yes && shift; }
@@ -15,7 +16,7 @@ else
 fi
 if [ "$as_root" = none ] || ! command -v apt-get >/dev/null; then
   echo "Packages are missing. Run this, then make again:" >&2
-  echo "    sudo apt-get install --no-install-recommends $*" >&2
+  echo "    sudo apt-get install --no-install-recommends $*" | sed 's/[^ ]*|/# or: /g' >&2
   exit 1
 fi
 
@@ -27,6 +28,11 @@ apt() {
 
 echo "installing: $*"
 apt update || cat "$log" >&2 # the lists that are here may do
+for package; do
+  shift
+  while [ "$package" != "${package#*|}" ] && ! apt-cache show "${package%%|*}" >/dev/null 2>&1; do package=${package#*|}; done
+  set -- "$@" "${package%%|*}"
+done
 apt install --assume-no "$@" || true # it only says what it would do
 grep -E 'newly installed|^Need to get|^After this operation' "$log" || true
 apt install -y "$@" && exit 0
