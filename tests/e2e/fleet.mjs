@@ -47,6 +47,8 @@ export function count_running(backend) {
   const answer = backend.answer;
   Object.assign(backend, { running: 0, most: 0 });
   backend.answer = async (request, reply, self) => {
+    // A connection that was reset before this request came is told of in the same turn of this process, or its end.
+    for (let turn = 0; turn < 2; turn++) await new Promise(setImmediate);
     backend.most = Math.max(backend.most, ++backend.running);
     try {
       await Promise.race([answer(request, reply, self), request.connection.ended]);   // a client that hangs up needs no response
