@@ -22,8 +22,11 @@ namespace nexus {
 
 enum class ApiError : std::uint8_t {
   malformed,
+  bad_version,
+  target_too_long,
   header_too_large,
   header_timeout,
+  unknown_method,
   unknown_coding,
   bad_expectation,
   not_found,
@@ -77,10 +80,16 @@ constexpr std::string_view kServerError = "server_error";
 constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kApiErrors{{
     {ApiError::malformed, 400, kBadRequest, "malformed_request", ErrorType::bad_request, 0,
      "The request is not valid HTTP/1.1. Check the client, or the proxy in front of Nexus."},
+    {ApiError::bad_version, 505, kBadRequest, "http_version", ErrorType::bad_request, 0,
+     "Nexus speaks HTTP/1.1 and HTTP/1.0. Send the request in one of these versions."},
+    {ApiError::target_too_long, 414, kBadRequest, "target_too_long", ErrorType::bad_request, 0,
+     "The path of the request, with its query, is longer than max_header. Send data in the body."},
     {ApiError::header_too_large, 431, kBadRequest, "header_too_large", ErrorType::bad_request, 0,
      "The request header is larger than max_header. Send fewer or shorter header fields."},
     {ApiError::header_timeout, 408, kBadRequest, "header_timeout", ErrorType::bad_request, 0,
      "The request header did not arrive within header_timeout. Send the request again."},
+    {ApiError::unknown_method, 501, kBadRequest, "unknown_method", ErrorType::bad_request, 0,
+     "Nexus does not know this method. It serves GET, HEAD, POST and OPTIONS."},
     {ApiError::unknown_coding, 501, kBadRequest, "unknown_transfer_coding", ErrorType::bad_request, 0,
      "The only supported transfer coding is chunked. Send the body with Content-Length or chunked."},
     {ApiError::bad_expectation, 417, kBadRequest, "expectation_failed", ErrorType::bad_request, 0,

@@ -1,5 +1,5 @@
 // text.h
-// Owns:      small text functions: case, lists, decimal and hex numbers, UTF-8, host:port, JSON strings.
+// Owns:      small text functions: case, lists, likeness, decimal and hex numbers, UTF-8, host:port, JSON strings.
 // Promises:  pure functions with ASCII rules, whatever the locale; they throw only std::bad_alloc.
 // Leaves:    searching long text to simd.h, reading JSON to json_reader.h, label rules to labels.h.
 // Threads:   any.
@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace nexus {
 
@@ -63,6 +64,22 @@ constexpr std::optional<std::uint64_t> parse_decimal(std::string_view text) {
   }
   if (number > INT64_MAX) return std::nullopt;
   return number;
+}
+
+// How many insertions, removals and replacements make `a` into `b`; 99 if either has more than 64 bytes.
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  constexpr std::size_t longest = 64;
+  if (a.size() > longest || b.size() > longest) return 99;
+  std::array<std::size_t, longest + 1> row{};
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
+    }
+  }
+  return row[b.size()];
 }
 
 inline constexpr std::string_view kHexDigits = "0123456789abcdef";

@@ -48,22 +48,6 @@ constexpr std::size_t find_equals(std::string_view line, bool free_key) {
   return first;
 }
 
-// How many insertions, removals and replacements make `a` into `b`; 99 if either is too long to be a key.
-inline std::size_t edit_distance(std::string_view a, std::string_view b) {
-  constexpr std::size_t longest = 64;
-  if (a.size() > longest || b.size() > longest) return 99;
-  std::array<std::size_t, longest + 1> row{};
-  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = std::exchange(row[0], i);
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
-    }
-  }
-  return row[b.size()];
-}
-
 using Words = std::vector<std::string_view>;
 
 // `a, b, c`, each between `open` and `close`.

@@ -1,8 +1,9 @@
 // chunked.h
 // Owns:     the chunked transfer coding (RFC 9112 7.1), decoded in place.
-// Promises: exactly the RFC's grammar, without its bad white space: CRLF line ends, 1 to 16 hex digits, extensions that
-//           are a name or a name and a value; each line and the trailer section are bounded; extensions and trailers
-//           are checked and dropped; it may be fed byte by byte; bytes after the end are not touched.
+// Promises: exactly the RFC's grammar: CRLF line ends, 1 to 16 hex digits, extensions that are a name or a name and a
+//           value, with blanks around `;` and `=` (its "bad white space"); each line and the trailer section are
+//           bounded; extensions and trailers are checked and dropped; it may be fed byte by byte; bytes after the end
+//           are not touched.
 // Leaves:   what a failure means to its caller. (llhttp reads heads only, so one strict decoder decides on framing.)
 // Threads:  a decoder belongs to its connection.
 // Tested by: tests/chunked_test.cpp, tests/fuzz/chunked.h (against tests/lib/rfc9112.h)
@@ -52,13 +53,16 @@ class ChunkedDecoder {
   enum class State : std::uint8_t {
     size_first,  // the first digit of a chunk size
     size,        // the other digits
-    extension,   // after `;`
+    size_blank,  // blanks after the size; a `;` must follow
+    extension,   // after `;`, and blanks after it
     extension_name,
-    extension_equals,  // after `=`
+    extension_name_blank,  // blanks after the name; a `;` or `=` must follow
+    extension_equals,      // after `=`, and blanks after it
     extension_value,
     extension_quoted,
     extension_escape,     // after a backslash in a quoted value
     extension_quote_end,  // after the closing quote
+    extension_end_blank,  // blanks after the value; a `;` must follow
     size_lf,              // the LF of the size line
     data,                 // remaining_ bytes of payload
     data_cr,              // the CRLF after the payload
@@ -78,17 +82,22 @@ class ChunkedDecoder {
     return is_digit(c) || (lower >= 'a' && lower <= 'z') || kTokenMarks.find(c) != std::string_view::npos;
   }
 
+  static bool is_blank(char c) { return c == ' ' || c == '\t'; }
+
   void step(char c) {
     switch (state_) {
       case State::size_first:
       case State::size: return on_size(c);
+      case State::size_blank:
       case State::extension:
       case State::extension_name:
+      case State::extension_name_blank:
       case State::extension_equals:
       case State::extension_value:
       case State::extension_quoted:
       case State::extension_escape:
-      case State::extension_quote_end: return on_extension(c);
+      case State::extension_quote_end:
+      case State::extension_end_blank: return on_extension(c);
       case State::size_lf: return go(c == '\n', remaining_ == 0 ? State::trailer_start : State::data);
       case State::data_cr: return go(c == '\r', State::data_lf);
       case State::data_lf: return go(c == '\n', State::size_first);
@@ -112,6 +121,7 @@ class ChunkedDecoder {
     if (++line_bytes_ > kMaxChunkLineBytes) return fail();
     if (!first && c == '\r') return go(true, State::size_lf);
     if (!first && c == ';') return go(true, State::extension);
+    if (!first && is_blank(c)) return go(true, State::size_blank);
     const int value = hex_value(c);
     // At most 16 digits, and below 2^63 after this one: a size can't wrap.
     if (value < 0 || line_bytes_ > 16 || remaining_ >= std::uint64_t{1} << 59) return fail();
@@ -121,9 +131,11 @@ class ChunkedDecoder {
 
   void on_extension(char c) {
     if (++line_bytes_ > kMaxChunkLineBytes || ++extension_bytes_ > kMaxChunkExtensionBytes) return fail();
+    const bool blank = is_blank(c);
     switch (state_) {
-      case State::extension: return go(is_token(c), State::extension_name);
+      case State::extension: return go(blank || is_token(c), blank ? state_ : State::extension_name);
       case State::extension_equals:
+        if (blank) return;
         return go(c == '"' || is_token(c), c == '"' ? State::extension_quoted : State::extension_value);
       case State::extension_quoted:
         if (c == '"') return go(true, State::extension_quote_end);
@@ -131,10 +143,15 @@ class ChunkedDecoder {
       case State::extension_escape: return go(is_field_text(c), State::extension_quoted);
       default: break;
     }
-    if (c == '\r') return go(true, State::size_lf);
+    // After a size, a name or a value: the line's end, the next extension, or blanks before that.
     if (c == ';') return go(true, State::extension);
-    if (c == '=') return go(state_ == State::extension_name, State::extension_equals);
-    go(state_ != State::extension_quote_end && is_token(c), state_);
+    const bool in_name = state_ == State::extension_name || state_ == State::extension_name_blank;
+    if (c == '=') return go(in_name, State::extension_equals);
+    const bool in_blanks = state_ == State::size_blank || state_ == State::extension_name_blank ||
+                           state_ == State::extension_end_blank;
+    if (blank) return in_blanks ? void() : go(true, in_name ? State::extension_name_blank : State::extension_end_blank);
+    if (c == '\r') return go(!in_blanks, State::size_lf);
+    go(!in_blanks && state_ != State::extension_quote_end && is_token(c), state_);
   }
 
   void on_trailer(char c) {

@@ -3,7 +3,8 @@
 // Promises: a head is accepted only if llhttp (strict) and our own check of its lines find the same fields; positions
 //           are offsets from the head's first byte, so the buffer may move between calls; feeding byte by byte gives
 //           the same result; a body's length is decided here, once (RFC 9112 6.3).
-// Leaves:   reading bodies to chunked.h and exchange.h; the size limit to the caller, who stops feeding.
+// Leaves:   the first line to start_line.h, bodies to chunked.h and exchange.h; the size limit to the caller, who stops
+//           feeding.
 // Threads:  a reader belongs to its connection.
 // Tested by: tests/head_parser_test.cpp, tests/hostile_requests_test.cpp, tests/hostile_answers_test.cpp,
 //           tests/fuzz/heads.h (against tests/lib/rfc9112.h)
@@ -23,17 +24,9 @@
 #include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/http/header_fields.h"
+#include "nexus/http/start_line.h"
 
 namespace nexus {
-
-// Why a head was refused. HeadResult::why is more precise, for the log.
-enum class HeadError : std::uint8_t {
-  none,
-  malformed,        // 400
-  too_many_fields,  // 431
-  unknown_coding,   // 501: a transfer coding other than `chunked`
-  bad_expectation,  // 417
-};
 
 struct HeadResult {
   enum class Status : std::uint8_t { need_more, done, failed };
@@ -49,26 +42,17 @@ struct Framing {
   std::uint64_t length = 0;  // if kind is length
 };
 
-struct RequestHead {
+struct RequestHead : RequestLine {
   static constexpr llhttp_type_t kType = HTTP_REQUEST;
-  std::uint8_t method = 0;  // llhttp_method_t
-  bool http_1_0 = false;
   bool keep_alive = true;
   bool expects_continue = false;
-  HeadError refusal = HeadError::none;  // unknown_coding or bad_expectation: well-formed, but to be refused
-  std::uint32_t target_at = 0;
-  std::uint32_t target_bytes = 0;
   std::uint32_t head_bytes = 0;
   Framing framing;
 };
 
-struct ResponseHead {
+struct ResponseHead : StatusLine {
   static constexpr llhttp_type_t kType = HTTP_RESPONSE;
-  std::uint16_t status = 0;
-  bool http_1_0 = false;
   bool keep_alive = true;
-  std::uint32_t reason_at = 0;
-  std::uint32_t reason_bytes = 0;
   std::uint32_t head_bytes = 0;
   Framing framing;
 };
@@ -86,32 +70,32 @@ inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
 
 namespace detail {
 
-// Runs llhttp over a head and records what its callbacks report.
+// Runs llhttp over the field lines of a head and records what its callbacks report.
 class HeadScan {
  public:
-  void start(llhttp_type_t type, FieldTable* table) {
-    llhttp_init(&parser, type, &settings());
-    parser.data = this;
+  // The first field line will begin at offset `fields_at`.
+  void start(llhttp_type_t type, FieldTable* table, std::size_t fields_at) {
+    parser_ = type == HTTP_REQUEST ? behind_line<HTTP_REQUEST>() : behind_line<HTTP_RESPONSE>();
+    parser_.data = this;
     fields = table;
     fields->count = fields->seen = 0;
     fields->connection_names = false;
-    target_at = target_bytes = 0;
-    fed_ = 0;
+    fed_ = fields_at;
     overflow_ = false;
   }
 
   // Feeds llhttp those bytes of [base, base + bytes) that are new since the last call.
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
-    const llhttp_errno_t error = llhttp_execute(&parser, base + fed_, bytes - fed_);
+    const llhttp_errno_t error = llhttp_execute(&parser_, base + fed_, bytes - fed_);
     fed_ = bytes;
     if (error == HPE_OK) return {};
     if (error == HPE_PAUSED) {
       if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
-      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser) - base);
+      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
       return {HeadResult::Status::done, HeadError::none, {}, head_bytes};
     }
-    const char* reason = llhttp_get_error_reason(&parser);
+    const char* reason = llhttp_get_error_reason(&parser_);
     return refuse(HeadError::malformed, reason == nullptr ? "not HTTP/1.1" : reason);
   }
 
@@ -142,21 +126,26 @@ class HeadScan {
     return nullptr;
   }
 
-  llhttp_t parser;
   FieldTable* fields = nullptr;
-  std::uint32_t target_at = 0;  // of a request
-  std::uint32_t target_bytes = 0;
 
  private:
+  // A parser that has read a first line. start_line.h reads the real one, because the versions of llhttp differ there.
+  template <llhttp_type_t kType>
+  static const llhttp_t& behind_line() {
+    static const llhttp_t made = [] {
+      constexpr std::string_view kLine = kType == HTTP_REQUEST ? "GET / HTTP/1.1\r\n" : "HTTP/1.1 200 OK\r\n";
+      llhttp_t parser;
+      llhttp_init(&parser, kType, &settings());
+      [[maybe_unused]] const llhttp_errno_t error = llhttp_execute(&parser, kLine.data(), kLine.size());
+      assert(error == HPE_OK);
+      return parser;
+    }();
+    return made;
+  }
+
   static HeadScan& self(llhttp_t* parser) { return *static_cast<HeadScan*>(parser->data); }
   std::uint32_t offset(const char* at) const { return static_cast<std::uint32_t>(at - base_); }
 
-  static int on_target(llhttp_t* parser, const char* at, std::size_t bytes) {
-    HeadScan& scan = self(parser);
-    if (scan.target_bytes == 0) scan.target_at = scan.offset(at);
-    scan.target_bytes += static_cast<std::uint32_t>(bytes);
-    return 0;
-  }
   // A name may come in pieces. Values are left to check_lines(), which must look at them anyway. Too many fields are
   // reported at the end of the head, because a piece of a name looks like the beginning of another.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
@@ -179,7 +168,6 @@ class HeadScan {
     static const llhttp_settings_t made = [] {
       llhttp_settings_t s;
       llhttp_settings_init(&s);
-      s.on_url = on_target;
       s.on_header_field = on_name;
       s.on_headers_complete = on_head_complete;
       return s;
@@ -187,6 +175,7 @@ class HeadScan {
     return made;
   }
 
+  llhttp_t parser_;
   const char* base_ = nullptr;
   std::size_t fed_ = 0;
   bool overflow_ = false;
@@ -260,99 +249,11 @@ inline bool read_connection(const char* base, FieldTable& fields, bool http_1_0)
   return !close && (!http_1_0 || keep);
 }
 
-// The places in which a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986
-// excludes.
-constexpr std::uint8_t kInTarget = 1;
-constexpr std::uint8_t kInHostName = 2;
-constexpr std::uint8_t kInIpv6 = 4;
-inline constexpr auto kBytePlaces = [] {
-  std::array<std::uint8_t, 256> places{};
-  for (std::size_t at = 0x21; at < 0x7f; ++at) {
-    const char c = static_cast<char>(at);
-    const char lower = to_lower(c);
-    const auto is_in = [c](std::string_view set) { return set.find(c) != std::string_view::npos; };
-    const bool target = !is_in("#\\\"<>^`{|}");
-    const bool host_name = is_digit(c) || (lower >= 'a' && lower <= 'z') || is_in("-._~");
-    const bool ipv6 = is_digit(c) || (lower >= 'a' && lower <= 'f') || is_in(":.");
-    places[at] = static_cast<std::uint8_t>(target * kInTarget + host_name * kInHostName + ipv6 * kInIpv6);
-  }
-  return places;
-}();
-
-inline bool all_may_be(std::uint8_t place, std::string_view text) {
-  return std::all_of(text.begin(), text.end(),
-                     [place](char c) { return (kBytePlaces[static_cast<unsigned char>(c)] & place) != 0; });
-}
-
-// RFC 9110 7.2: host [":" port], with no user, path, list or space in it.
-inline const char* check_host(std::string_view host) {
-  if (host.empty() || host[0] == ':') return "Host is empty";
-  const bool v6 = host[0] == '[';
-  const std::size_t end = v6 ? host.find(']') : std::min(host.find(':'), host.size());
-  if (end == std::string_view::npos || (v6 && end < 3)) return "Host is not a host";
-  const std::string_view name = v6 ? host.substr(1, end - 1) : host.substr(0, end);
-  if (!all_may_be(v6 ? kInIpv6 : kInHostName, name)) return "Host is not a host";
-  const std::string_view port = host.substr(v6 ? end + 1 : end);  // with its colon
-  if (port.empty()) return nullptr;
-  const bool valid = port[0] == ':' && port.size() <= 6 && std::all_of(port.begin() + 1, port.end(), is_digit);
-  return valid ? nullptr : "Host is not a host";
-}
-
-// Origin form (RFC 9112 3.2.1), and nothing that another parser could read differently.
-inline const char* check_target(std::string_view target) {
-  if (target.empty() || target[0] != '/') return "the target is not an absolute path";
-  if (!all_may_be(kInTarget, target)) return "a byte in the target that must be escaped";
-  for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
-    const std::string_view hex = target.substr(i + 1, 2);
-    if (hex.size() != 2 || hex_value(hex[0]) < 0 || hex_value(hex[1]) < 0) return "a broken escape in the target";
-    if (hex[0] < '2' || hex == "7f" || hex == "7F") return "a control character in the target";
-  }
-  return nullptr;
-}
-
-// Sets what the request line says, and `fields_at` to the offset behind it. Returns what is wrong, or nullptr.
-inline const char* read_start_line(const char* base, const HeadScan& scan, RequestHead& head, std::size_t& fields_at) {
-  head.method = scan.parser.method;
-  const std::string_view method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
-  head.target_at = scan.target_at;
-  head.target_bytes = scan.target_bytes;
-  const std::size_t version_at = head.target_at + head.target_bytes + 1;
-  if (std::string_view(base, method.size()) != method || base[method.size()] != ' ' ||
-      head.target_at != method.size() + 1 || base[version_at - 1] != ' ') {
-    return "white space in the request line";
-  }
-  const std::string_view line_end(base + version_at, 10);
-  if (line_end != "HTTP/1.1\r\n" && line_end != "HTTP/1.0\r\n") return "the version is not HTTP/1.1 or HTTP/1.0";
-  fields_at = version_at + 10;
-  return nullptr;
-}
-
-inline const char* read_start_line(const char* base, const HeadScan& scan, ResponseHead& head, std::size_t& fields_at) {
-  head.status = scan.parser.status_code;
-  // "HTTP/1.x NNN" and then " reason" or the line end: 13 bytes, which any complete head has.
-  const std::string_view line(base, 13);
-  if ((line.substr(0, 9) != "HTTP/1.1 " && line.substr(0, 9) != "HTTP/1.0 ") || head.status < 100 ||
-      head.status > 599 || (line[12] != ' ' && line[12] != '\r')) {
-    return "not a status line";
-  }
-  const char* line_end = static_cast<const char*>(std::memchr(base, '\r', head.head_bytes));
-  if (line_end == nullptr || line_end[1] != '\n') return "a line end that is not CRLF";
-  const auto line_bytes = static_cast<std::uint32_t>(line_end - base);
-  // RFC 9112 4: the reason is tabs, spaces and visible text.
-  if (find_control(base, 12, line_bytes) != line_bytes) return "a control character in the status line";
-  head.reason_at = std::min(line_bytes, 13u);
-  head.reason_bytes = line_bytes - head.reason_at;
-  fields_at = line_bytes + 2;
-  return nullptr;
-}
-
 // Sets what the fields say. Returns what is wrong, or nullptr.
 inline const char* read_fields(const char* base, FieldTable& fields, RequestHead& head) {
-  if (head.method == HTTP_CONNECT) return "CONNECT asks for a tunnel";
-  if (const char* why = check_target({base + head.target_at, head.target_bytes})) return why;
   const LengthFields lengths = read_length_fields(base, fields, head.http_1_0);
   if (lengths.malformed != nullptr) return lengths.malformed;
-  if (lengths.unknown_coding) head.refusal = HeadError::unknown_coding;
+  if (lengths.unknown_coding && head.refusal == HeadError::none) head.refusal = HeadError::unknown_coding;
   std::uint32_t hosts = 0;
   for (const FieldRow& row : fields) {
     if (row.field == Field::host) {
@@ -399,24 +300,52 @@ inline const char* read_fields(const char* base, FieldTable& fields, ResponseHea
 template <class Head>
 class HeadReader {
  public:
-  void start(FieldTable* fields) { scan_.start(Head::kType, fields); }
+  void start(FieldTable* fields) {
+    fields_ = fields;
+    line_seen_ = fields_at_ = 0;
+  }
+
+  // The bytes of the first line with its CRLF; 0: its end has not come yet.
+  std::size_t line_bytes() const { return fields_at_; }
 
   // `base` is the message's first byte (the caller skips empty lines before it); `bytes` counts all received since.
   HeadResult feed(const char* base, std::size_t bytes, Head& head) {
+    if (fields_at_ == 0) {
+      const HeadResult line = read_line(base, bytes);
+      if (line.status != HeadResult::Status::done) return line;
+      fields_at_ = line.head_bytes;
+      scan_.start(Head::kType, fields_, fields_at_);
+    }
     const HeadResult result = scan_.run(base, bytes);
     if (result.status != HeadResult::Status::done) return result;
-    head = Head{};
-    head.http_1_0 = scan_.parser.http_minor == 0;
+    head = head_;
     head.head_bytes = static_cast<std::uint32_t>(result.head_bytes);
-    std::size_t fields_at = 0;
-    const char* why = detail::read_start_line(base, scan_, head, fields_at);
-    if (why == nullptr) why = scan_.check_lines(base, fields_at, result.head_bytes);
-    if (why == nullptr) why = detail::read_fields(base, *scan_.fields, head);
+    const char* why = scan_.check_lines(base, fields_at_, result.head_bytes);
+    if (why == nullptr) why = detail::read_fields(base, *fields_, head);
     return why == nullptr ? result : scan_.refuse(HeadError::malformed, why);
   }
 
  private:
+  // Reads the first line into head_ once its end has come; `head_bytes` of the result is the offset behind it.
+  HeadResult read_line(const char* base, std::size_t bytes) {
+    const std::size_t end = find_control(base, line_seen_, bytes);
+    line_seen_ = end;
+    const std::string_view line(base, end);
+    if (!may_begin(line, head_)) return scan_.refuse(HeadError::malformed, "it does not begin as HTTP/1.1 does");
+    if (end < bytes && base[end] != '\r') return scan_.refuse(HeadError::malformed, "a line end that is not CRLF");
+    if (end + 1 >= bytes) return {};
+    if (base[end + 1] != '\n') return scan_.refuse(HeadError::malformed, "a line end that is not CRLF");
+    head_ = Head{};
+    const LineResult result = read_start_line(line, head_);
+    if (result.why != nullptr) return scan_.refuse(result.error, result.why);
+    return {HeadResult::Status::done, HeadError::none, {}, end + 2};
+  }
+
   detail::HeadScan scan_;
+  FieldTable* fields_ = nullptr;
+  Head head_;                  // of the first line alone
+  std::size_t line_seen_ = 0;  // bytes of the first line that were looked at
+  std::size_t fields_at_ = 0;  // 0: the first line is not complete
 };
 
 using RequestReader = HeadReader<RequestHead>;

@@ -170,12 +170,14 @@ inline void append_response_head(std::string& out, const HeadView& response, con
 constexpr std::string_view reason_phrase(std::uint16_t status) {
   switch (status) {
     case 200: return "OK";
+    case 204: return "No Content";
     case 400: return "Bad Request";
     case 401: return "Unauthorized";
     case 404: return "Not Found";
     case 405: return "Method Not Allowed";
     case 408: return "Request Timeout";
     case 413: return "Content Too Large";
+    case 414: return "URI Too Long";
     case 417: return "Expectation Failed";
     case 429: return "Too Many Requests";
     case 431: return "Request Header Fields Too Large";
@@ -183,6 +185,7 @@ constexpr std::string_view reason_phrase(std::uint16_t status) {
     case 502: return "Bad Gateway";
     case 503: return "Service Unavailable";
     case 504: return "Gateway Timeout";
+    case 505: return "HTTP Version Not Supported";
     case 508: return "Loop Detected";
     default: assert(false); return "";
   }
@@ -204,7 +207,8 @@ inline void append_own_head(std::string& out, const OwnResponse& own, std::size_
   detail::Cursor cursor(out, reason.size() + own.content_type.size() + own.extra_fields.size() + own.request_id.size() +
                                  detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(own.status).add(" ").add(reason).add("\r\n");
-  cursor.field("Content-Type: ", own.content_type).field("Content-Length: ", body_bytes).add(own.extra_fields);
+  if (own.status != 204) cursor.field("Content-Type: ", own.content_type).field("Content-Length: ", body_bytes);
+  cursor.add(own.extra_fields);
   if (own.status == 401) cursor.add("WWW-Authenticate: Bearer\r\n");  // required by RFC 9110 15.5.2
   if (own.retry_after_s > 0) cursor.field("Retry-After: ", own.retry_after_s);
   if (!own.request_id.empty()) cursor.field("X-Request-Id: ", own.request_id);

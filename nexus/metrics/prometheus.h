@@ -306,7 +306,7 @@ class PrometheusPage {
             &ThreadCounters::queue_rejections);
     by_name("nexus_limit_rejections_total", "Requests and connections rejected or cut by a limit.", "limit",
             kLimitNames, &ThreadCounters::limits);
-    by_name("nexus_http_rejections_total", "Connections that ended before a request head was read.", "reason",
+    by_name("nexus_http_rejections_total", "Requests refused for their head, path or method.", "reason",
             kHttpRejectionNames, &ThreadCounters::http_rejections);
 
     single("nexus_client_connections", kGauge, "Open client connections.",

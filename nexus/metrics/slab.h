@@ -57,8 +57,10 @@ inline constexpr std::array<std::string_view, 8> kAttemptOutcomeNames{
 enum class DisconnectPhase : std::uint8_t { none, request, waiting, streaming };
 inline constexpr std::array<std::string_view, 4> kDisconnectPhaseNames{"none", "request", "waiting", "streaming"};
 
-enum class HttpRejection : std::uint8_t { malformed, header_timeout, header_too_large };
-inline constexpr std::array<std::string_view, 3> kHttpRejectionNames{"malformed", "header_timeout", "header_too_large"};
+// The first three: of a head that could not be read.
+enum class HttpRejection : std::uint8_t { malformed, header_timeout, header_too_large, unknown_path, method };
+inline constexpr std::array<std::string_view, 5> kHttpRejectionNames{"malformed", "header_timeout", "header_too_large",
+                                                                     "unknown_path", "method"};
 
 enum class QueueRejection : std::uint8_t { full, timeout };
 inline constexpr std::array<std::string_view, 2> kQueueRejectionNames{"full", "timeout"};

@@ -1,12 +1,13 @@
 // head_input.h
 // Owns:     how far the head of a session's next request has been read.
 // Promises: each byte is parsed once, however the head is cut; one empty line before the request line is skipped
-//           (RFC 9112 2.2); a head is at most `most_bytes` long.
+//           (RFC 9112 2.2); no byte behind the first `most_bytes` of a head is looked at.
 // Leaves:   the grammar to http/head_parser.h, time limits and errors to session_driver.h.
 // Threads:  a part of one session.
 // Tested by: tests/hostile_requests_test.cpp, tests/sim
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 
@@ -18,7 +19,7 @@ namespace nexus {
 
 class HeadInput {
  public:
-  enum class Status : std::uint8_t { need_more, done, malformed, too_large, out_of_memory };
+  enum class Status : std::uint8_t { need_more, done, malformed, bad_version, target_too_long, too_large, out_of_memory };
 
   bool started() const { return started_; }      // a first byte of the request line was seen
   std::string_view why() const { return why_; }  // after `malformed`: a constant text
@@ -35,13 +36,14 @@ class HeadInput {
       reader_.start(fields.get());
     }
     parsed_ = input.size();
-    const HeadResult result = reader_.feed(input.data(), parsed_, head);
-    switch (result.status) {
-      case HeadResult::Status::need_more: return parsed_ >= most_bytes ? Status::too_large : Status::need_more;
-      case HeadResult::Status::done: return result.head_bytes > most_bytes ? Status::too_large : Status::done;
-      case HeadResult::Status::failed: break;
+    const HeadResult result = reader_.feed(input.data(), std::min(parsed_, most_bytes), head);
+    if (result.status == HeadResult::Status::done) return Status::done;
+    if (result.status == HeadResult::Status::need_more) {
+      if (parsed_ < most_bytes) return Status::need_more;
+      return reader_.line_bytes() == 0 ? Status::target_too_long : Status::too_large;
     }
     why_ = result.why;
+    if (result.error == HeadError::bad_version) return Status::bad_version;
     return result.error == HeadError::too_many_fields ? Status::too_large : Status::malformed;
   }
 

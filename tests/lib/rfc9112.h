@@ -158,10 +158,10 @@ inline Got take_fields(std::string_view& text, Fields& fields, std::string& why)
 
 // ---- 3, 4: start lines ----
 
+// RFC 9110 2.5: a later minor version is read as the latest that the reader knows.
 inline std::optional<int> minor_version(std::string_view text) {
-  if (text == "HTTP/1.1") return 1;
-  if (text == "HTTP/1.0") return 0;
-  return std::nullopt;
+  if (text.size() != 8 || text.substr(0, 7) != "HTTP/1." || text[7] < '0' || text[7] > '9') return std::nullopt;
+  return text[7] == '0' ? 0 : 1;
 }
 
 inline bool read_request_line(Message& message) {
