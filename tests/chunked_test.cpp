@@ -83,6 +83,7 @@ TEST_CASE("a chunked body is decoded whole, and the bytes after it are unchanged
       {"many zeros at the end", "1\r\nx\r\n0000000000000000\r\n\r\n", "x"},
       {"line ends in the payload", "6\r\n\r\n0\r\n\r\r\n" + kEnd, "\r\n0\r\n\r"},
       {"extensions", "2;a=b;c\r\nhi\r\n0;last=\"x y\"\r\n\r\n", "hi"},
+      {"blanks around extensions", "2 ; a = b;c\t;d=\t\"x\" ; e\r\nhi\r\n0\t;f\r\n\r\n", "hi"},
       {"trailers", "1\r\nx\r\n0\r\nX-A: 1\r\nContent-Length: 5\r\nb:\r\n\r\n", "x"},
   };
   for (const Row& row : rows) {
@@ -115,6 +116,12 @@ TEST_CASE("anything but the chunked coding is refused") {
       {"a space before the size", " 5\r\nhello\r\n"},
       {"a space behind the size", "5 \r\nhello\r\n"},
       {"a tab behind the size", "5\t\r\nhello\r\n"},
+      {"a space behind an extension", "5;a \r\nhello\r\n"},
+      {"a space behind a value", "5;a=b \r\nhello\r\n"},
+      {"a space in a name", "5;a b\r\nhello\r\n"},
+      {"a space in a value", "5;a=b c\r\nhello\r\n"},
+      {"a digit behind a space", "5 5\r\nhello\r\n"},
+      {"a value without a name", "5 = b\r\nhello\r\n"},
       {"an underscore", "0_2e\r\n"},
       {"17 digits", "00000000000000005\r\nhello\r\n"},
       {"2^63", "8000000000000000\r\n"},

@@ -363,7 +363,7 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(joined(kAttemptOutcomeNames) ==
           "ok connect_error timeout bad_response truncated status_429 status_5xx cancelled ");
     CHECK(joined(kDisconnectPhaseNames) == "none request waiting streaming ");
-    CHECK(joined(kHttpRejectionNames) == "malformed header_timeout header_too_large ");
+    CHECK(joined(kHttpRejectionNames) == "malformed header_timeout header_too_large unknown_path method ");
     CHECK(joined(kQueueRejectionNames) == "full timeout ");
     CHECK(name_of(ErrorType::client_closed) == "client_closed");
     CHECK(name_of(AttemptOutcome::status_429) == "status_429");

@@ -147,8 +147,8 @@ class ChunkedDecoder {
     if (c == ';') return go(true, State::extension);
     const bool in_name = state_ == State::extension_name || state_ == State::extension_name_blank;
     if (c == '=') return go(in_name, State::extension_equals);
-    const bool in_blanks = state_ == State::size_blank || state_ == State::extension_name_blank ||
-                           state_ == State::extension_end_blank;
+    const bool in_blanks =
+        state_ == State::size_blank || state_ == State::extension_name_blank || state_ == State::extension_end_blank;
     if (blank) return in_blanks ? void() : go(true, in_name ? State::extension_name_blank : State::extension_end_blank);
     if (c == '\r') return go(!in_blanks, State::size_lf);
     go(!in_blanks && state_ != State::extension_quote_end && is_token(c), state_);

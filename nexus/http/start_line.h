@@ -54,16 +54,15 @@ struct LineResult {
 namespace detail {
 
 // RFC 9110 9.3 and RFC 5789. A method is compared in its own case.
-inline constexpr auto kMethods = std::to_array<std::pair<std::string_view, llhttp_method>>(
-    {{"POST", HTTP_POST},
-     {"GET", HTTP_GET},
-     {"HEAD", HTTP_HEAD},
-     {"OPTIONS", HTTP_OPTIONS},
-     {"PUT", HTTP_PUT},
-     {"DELETE", HTTP_DELETE},
-     {"CONNECT", HTTP_CONNECT},
-     {"TRACE", HTTP_TRACE},
-     {"PATCH", HTTP_PATCH}});
+inline constexpr auto kMethods = std::to_array<std::pair<std::string_view, llhttp_method>>({{"POST", HTTP_POST},
+                                                                                            {"GET", HTTP_GET},
+                                                                                            {"HEAD", HTTP_HEAD},
+                                                                                            {"OPTIONS", HTTP_OPTIONS},
+                                                                                            {"PUT", HTTP_PUT},
+                                                                                            {"DELETE", HTTP_DELETE},
+                                                                                            {"CONNECT", HTTP_CONNECT},
+                                                                                            {"TRACE", HTTP_TRACE},
+                                                                                            {"PATCH", HTTP_PATCH}});
 
 // The places in which a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986
 // excludes.
@@ -130,7 +129,8 @@ inline const char* check_path(std::string_view target) {
   if (const char* why = check_host(target.substr(from, end - from))) return why;
   const bool has_path = end < target.size() && target[end] == '/';
   if (!has_path && end < target.size() && !all_may_be(kInTarget, target.substr(end))) return "a query that is none";
-  target = has_path ? target.substr(end) : target.substr(from - 1, 1);  // no path means `/`, which stands before the host
+  target =
+      has_path ? target.substr(end) : target.substr(from - 1, 1);  // no path means `/`, which stands before the host
   return nullptr;
 }
 

@@ -68,6 +68,7 @@ struct Shared {
   std::atomic<std::uint32_t>& in_flight;
   std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
+  std::atomic<Ns> next_stray_log_ns{0};  // relaxed: only the number is shared
 };
 
 // A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one of its
@@ -192,6 +193,15 @@ struct WorkerContext {
     if (lack_of(outcome).empty() || now < next_lack_log_ns) return;
     next_lack_log_ns = now + kLackLogInterval;
     log.event(LogLevel::warning, "cannot connect to backends", {{"why", lack_of(outcome)}});
+  }
+
+  // Logs a request for something that Nexus does not serve; at most one line in kStrayLogInterval, over all workers.
+  [[gnu::cold]] void log_stray(std::string_view message, std::string_view client, std::string_view method,
+                               std::string_view path) {
+    Ns next_ns = shared.next_stray_log_ns.load(std::memory_order_relaxed);
+    if (now < next_ns) return;
+    if (!shared.next_stray_log_ns.compare_exchange_strong(next_ns, now + kStrayLogInterval)) return;
+    log.event(LogLevel::info, message, {{"client", client}, {"method", method}, {"path", path}});
   }
 
   Net& net;

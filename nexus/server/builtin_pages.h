@@ -29,38 +29,10 @@
 #include "nexus/http/head_writer.h"
 #include "nexus/proxy/request_needs.h"
 #include "nexus/server/client_keys.h"
+#include "nexus/server/paths.h"
 #include "nexus/server/session.h"
 
 namespace nexus {
-enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status };
-
-constexpr std::string_view kModelPrefix = "/v1/models/";
-
-struct PageRow {
-  std::string_view path;
-  PageKind kind;
-  bool for_operators;  // served on metrics_listen alone, if that is set
-};
-
-inline constexpr std::array<PageRow, 5> kPages{{
-    {"/health", PageKind::health, true},
-    {"/metrics", PageKind::metrics, true},
-    {"/v1/stats", PageKind::stats, true},
-    {"/", PageKind::status, true},
-    {"/v1/models", PageKind::models, false},
-}};
-
-inline PageKind page_of(std::string_view path, const ServerSettings& server, bool metrics_only) {
-  for (const PageRow& row : kPages) {
-    if (row.path != path) continue;
-    const bool served = row.for_operators ? metrics_only || server.metrics_listen.empty() : !metrics_only;
-    return served ? row.kind : PageKind::none;
-  }
-  const bool is_model = path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size();
-  return is_model && !metrics_only ? PageKind::model : PageKind::none;
-}
-
-constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
 
 namespace detail {
 
@@ -160,12 +132,17 @@ class BuiltinPages {
   std::optional<PageKind> answer(SessionT& session, const char* base, std::string_view path) {
     const RequestHead& head = session.head;
     context_.take_request_id(base, session.fields.get(), session.request_id);
-    const PageKind kind = page_of(path, context_.settings().server, session.metrics_only);
+    const Listens on = use_of_listener(session.metrics_only, context_.settings().server);
+    const PageKind kind = page_of(path, on);
     if (const auto refusal = refusal_of(session, base, kind)) {
-      answer_error(session, *refusal, *refusal == ApiError::method_not_allowed ? "Allow: GET, HEAD\r\n" : "");
+      refuse(session, *refusal, path, on);
       return std::nullopt;
     }
     session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !context_.draining;
+    if (head.method == HTTP_OPTIONS) {
+      answer_options(session, kind);
+      return std::nullopt;
+    }
     switch (kind) {
       case PageKind::health: answer_health(session); break;
       case PageKind::models: answer_json(session, 200, context_.snapshot->models_page); break;
@@ -176,7 +153,9 @@ class BuiltinPages {
         session.state = State::waiting_page;
         arm(session, context_.now + kPageTime);
         return kind;
-      case PageKind::none: assert(false);
+      case PageKind::none:
+      case PageKind::endpoint:
+      case PageKind::server: assert(false);
     }
     return std::nullopt;
   }
@@ -275,8 +254,13 @@ class BuiltinPages {
   std::optional<ApiError> refusal_of(const SessionT& session, const char* base, PageKind kind) const {
     const RequestHead& head = session.head;
     const Settings& settings = context_.settings();
+    if (head.refusal == HeadError::unknown_method) return ApiError::unknown_method;
+    if (head.method == HTTP_CONNECT) return ApiError::method_not_allowed;
+    const bool asks = head.method == HTTP_OPTIONS;
+    if (kind == PageKind::endpoint && !asks) return ApiError::method_not_allowed;
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (kind == PageKind::none) return ApiError::not_found;
+    if (asks) return std::nullopt;
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
     if (needs_key(kind) && !session.metrics_only &&
         !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes})) {
@@ -285,6 +269,41 @@ class BuiltinPages {
     const bool shows_metrics = kind == PageKind::metrics || kind == PageKind::stats || kind == PageKind::status;
     if (shows_metrics && !settings.metrics.enabled) return ApiError::metrics_unavailable;
     return std::nullopt;
+  }
+
+  // Refuses a request whose head could be read. One that no path or method of Nexus's fits is counted and logged.
+  [[gnu::cold]] void refuse(SessionT& session, ApiError error, std::string_view path, Listens on) {
+    std::string message, fields;
+    if (error == ApiError::not_found) {
+      note_stray(session, HttpRejection::unknown_path, path);
+      const std::string_view nearest = nearest_path(path, on);
+      if (!nearest.empty()) message = "Unknown path. The nearest known path is " + std::string(nearest) + ".";
+    } else if (error == ApiError::method_not_allowed || error == ApiError::unknown_method) {
+      note_stray(session, HttpRejection::method, path);
+      const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);
+      if (error == ApiError::method_not_allowed) fields = allow_line(kind);
+    }
+    answer_error(session, error, fields, message);
+  }
+
+  void note_stray(const SessionT& session, HttpRejection reason, std::string_view path) {
+    context_.slab.http_rejected(reason);
+    const std::string_view head = session.input.view();
+    context_.log_stray(reason == HttpRejection::method ? "method not served" : "unknown path", session.client_name,
+                       head.substr(0, head.find(' ')), path);
+  }
+
+  static std::string allow_line(PageKind kind) {
+    return std::string("Allow: ").append(methods_of(kind)).append("\r\n");
+  }
+
+  [[gnu::cold]] void answer_options(SessionT& session, PageKind kind) {
+    const std::string fields = allow_line(kind);
+    OwnResponse answer = own_response(session, 204);
+    answer.extra_fields = fields;
+    context_.text.clear();
+    append_own_head(context_.text, answer, 0);
+    write(session, context_.text);
   }
 
   void answer_health(SessionT& session) {

@@ -19,7 +19,15 @@ namespace nexus {
 
 class HeadInput {
  public:
-  enum class Status : std::uint8_t { need_more, done, malformed, bad_version, target_too_long, too_large, out_of_memory };
+  enum class Status : std::uint8_t {
+    need_more,
+    done,
+    malformed,
+    bad_version,
+    target_too_long,
+    too_large,
+    out_of_memory
+  };
 
   bool started() const { return started_; }      // a first byte of the request line was seen
   std::string_view why() const { return why_; }  // after `malformed`: a constant text

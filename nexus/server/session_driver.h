@@ -261,10 +261,12 @@ class SessionDriver {
 
   // True if the state has changed; false if more bytes are needed. The same for parse_body().
   bool parse_head(SessionT& session) {
+    const ServerSettings& server = context_.settings().server;
     const bool was_started = session.head_input.started();
-    const HeadInput::Status status = session.head_input.read(session.input, context_.tables, session.fields,
-                                                             session.head, context_.settings().server.max_header_bytes);
-    if (!was_started && session.head_input.started()) arm_head_deadline(session);
+    const HeadInput::Status status =
+        session.head_input.read(session.input, context_.tables, session.fields, session.head, server.max_header_bytes);
+    // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
+    if (!was_started && session.head_input.started() && session.asked) arm(session, server.header_timeout_ns);
     switch (status) {
       case HeadInput::Status::need_more: return false;
       case HeadInput::Status::done: on_head(session); break;
@@ -272,25 +274,23 @@ class SessionDriver {
         context_.slab.limit_hit(Limit::memory);
         pages_.refuse_head(session, ApiError::out_of_memory);
         break;
+      case HeadInput::Status::target_too_long:
       case HeadInput::Status::too_large:
         context_.slab.http_rejected(HttpRejection::header_too_large);
         context_.slab.limit_hit(Limit::max_header);
-        pages_.refuse_head(session, ApiError::header_too_large);
+        pages_.refuse_head(
+            session, status == HeadInput::Status::too_large ? ApiError::header_too_large : ApiError::target_too_long);
         break;
+      case HeadInput::Status::bad_version:
       case HeadInput::Status::malformed:
         context_.slab.http_rejected(HttpRejection::malformed);
         context_.log.event(LogLevel::debug, "malformed request",
                            {{"client", session.client_name}, {"why", session.head_input.why()}});
-        pages_.refuse_head(session, ApiError::malformed);
+        pages_.refuse_head(session,
+                           status == HeadInput::Status::malformed ? ApiError::malformed : ApiError::bad_version);
         break;
     }
     return true;
-  }
-
-  // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
-  void arm_head_deadline(SessionT& session) {
-    const Ns deadline = deadline_after(context_.now, context_.settings().server.header_timeout_ns);
-    if (!session.timer.armed() || deadline < session.timer.deadline()) arm_at(session, deadline);
   }
 
   void on_head(SessionT& session) {
@@ -298,11 +298,9 @@ class SessionDriver {
     const char* base = session.input.data();
     std::string_view path(base + session.head.target_at, session.head.target_bytes);
     path = path.substr(0, path.find('?'));
-    if (!session.metrics_only) {
-      for (const Endpoint& endpoint : kEndpoints) {
-        if (path == endpoint.path) return on_endpoint(session, endpoint, base);
-      }
-    }
+    const Listens on = use_of_listener(session.metrics_only, context_.settings().server);
+    const Endpoint* endpoint = find_endpoint(path, on);
+    if (endpoint != nullptr && session.head.method == endpoint->method) return on_endpoint(session, *endpoint, base);
     const auto page = pages_.answer(session, base, path);
     if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *page)) return;
     context_.slab.limit_hit(Limit::memory);
@@ -313,10 +311,6 @@ class SessionDriver {
 
   void on_endpoint(SessionT& session, const Endpoint& endpoint, const char* base) {
     const RequestHead& head = session.head;
-    if (head.method != HTTP_POST) {
-      context_.take_request_id(base, session.fields.get(), session.request_id);
-      return pages_.answer_error(session, ApiError::method_not_allowed, "Allow: POST\r\n");
-    }
     in_flight_ += 1;
     session.state = State::exchanging;
     session.exchange.open(endpoint, head, base, *session.fields, session.client_name);

@@ -1,5 +1,5 @@
 // Nexus's own pages: shapes, methods, order, states.
-import { RawClient, assert, assert_error, free_port, get, group, pair, post, request, run_nexus, start_backend, start_nexus, test, until } from './harness.mjs';
+import { RawClient, assert, assert_error, free_port, get, group, pair, parse_metrics, post, request, run_nexus, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const proxied = ['/v1/chat/completions', '/v1/completions', '/v1/embeddings'];
 const own = ['/v1/models', '/v1/models/m1', '/health'];
@@ -84,8 +84,8 @@ group('endpoints', () => {
     const { nexus, backend } = await pair(t);
     const client = await RawClient.connect(nexus.port);
     t.after(() => client.close());
-    const rows = [...proxied.flatMap((p) => ['GET', 'PUT', 'DELETE', 'PATCH'].map((m) => [m, p, ['POST']])),
-                  ...own.flatMap((p) => ['POST', 'PUT', 'DELETE'].map((m) => [m, p, ['GET', 'HEAD']]))];
+    const rows = [...proxied.flatMap((p) => ['GET', 'PUT', 'DELETE', 'PATCH'].map((m) => [m, p, ['OPTIONS', 'POST']])),
+                  ...own.flatMap((p) => ['POST', 'PUT', 'DELETE'].map((m) => [m, p, ['GET', 'HEAD', 'OPTIONS']]))];
     for (const [method, path, allowed] of rows) {
       client.send(method, path);
       const r = await client.response();
@@ -103,6 +103,45 @@ group('endpoints', () => {
       assert.notEqual(error.code, 'model_not_found', path);
     }
     assert.equal(backend.requests.length, 0);
+  });
+
+  test('a request for an unknown path is counted, logged at most once a second, and told the nearest known path', async (t) => {
+    const { nexus } = await pair(t);
+    const nearest = { '/chat/completions': '/v1/chat/completions', '//v1/chat/completions': '/v1/chat/completions', '/v1/v1/chat/completions': '/v1/chat/completions', '/models': '/v1/models' };
+    for (const [path, known] of Object.entries(nearest)) {
+      const error = assert_error(await request(nexus.port, 'POST', path), 404, 'not_found');
+      assert.ok(error.message.includes(` ${known}.`), error.message);
+    }
+    const nothing = assert_error(await get(nexus.port, '/favicon.ico'), 404, 'not_found');
+    assert.ok(!nothing.message.includes('nearest'), nothing.message);
+    await nexus.logged(/ info "?unknown path"? client=\S+ method=POST path=\/chat\/completions$/m);
+    for (const method of ['PUT', 'BREW', 'QUERY']) await request(nexus.port, method, proxied[0]);
+    const page = parse_metrics((await get(nexus.port, '/metrics')).text);
+    assert.equal(page.value('nexus_http_rejections_total', { reason: 'unknown_path' }), 5);
+    assert.equal(page.value('nexus_http_rejections_total', { reason: 'method' }), 3);
+    assert.equal(page.sum('nexus_requests_total'), 0);
+  });
+
+  test('a method that Nexus does not know is 501, another version 505, a target over the limit 414, and OPTIONS 204', async (t) => {
+    const { nexus } = await pair(t);
+    const answer = async (bytes) => {
+      const client = await RawClient.connect(nexus.port);
+      t.after(() => client.close());
+      client.write(bytes);
+      return client.response();
+    };
+    const host = 'Host: x\r\n\r\n';
+    assert_error(await answer(`QUERY ${proxied[0]} HTTP/1.1\r\n${host}`), 501, 'unknown_method');
+    assert_error(await answer(`CONNECT a:443 HTTP/1.1\r\n${host}`), 405, 'method_not_allowed');
+    assert_error(await answer(`GET /health HTTP/2.0\r\n${host}`), 505, 'http_version');
+    assert_error(await answer(`GET /${'x'.repeat(20_000)} HTTP/1.1\r\n${host}`), 414, 'target_too_long');
+    assert.equal((await answer(`GET http://other/v1/models HTTP/1.2\r\n${host}`)).status, 200);
+    for (const target of ['*', proxied[0], '/v1/models']) {
+      const r = await answer(`OPTIONS ${target} HTTP/1.1\r\n${host}`);
+      assert.equal(r.status, 204);
+      assert.ok(r.headers.get('allow').includes('OPTIONS'));
+      assert.ok(!r.headers.get('content-length'), 'RFC 9110 8.6');
+    }
   });
 
   test('a query string does not change which page is meant', async (t) => {

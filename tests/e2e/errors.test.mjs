@@ -49,7 +49,7 @@ group('bad requests', () => {
 
   test('bytes that are no HTTP are 400 and the connection closes', async (t) => {
     const { nexus, backend } = await pair(t);
-    for (const bytes of ['NONSENSE\r\n\r\n', 'GET / HTTP/2.0\r\nHost: x\r\n\r\n', 'POST /v1/chat/completions HTTP/1.1\r\n\r\n', 'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n',
+    for (const bytes of ['NONSENSE\r\n\r\n', 'GET / HTTP/x.0\r\nHost: x\r\n\r\n', 'POST /v1/chat/completions HTTP/1.1\r\n\r\n', 'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n',
                          'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 'GET /health HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n']) {
       const client = await RawClient.connect(nexus.port);
       t.after(() => client.close());

@@ -87,7 +87,7 @@ group('US1 basic request tracking', () => {
       assert.equal(page.value('nexus_backend_attempts_total', { backend: 'b1', outcome }), 0, outcome);
     }
     for (const phase of ['request', 'waiting', 'streaming']) assert.equal(page.value('nexus_client_disconnects_total', { phase }), 0, phase);
-    for (const reason of ['malformed', 'header_timeout', 'header_too_large']) assert.equal(page.value('nexus_http_rejections_total', { reason }), 0, reason);
+    for (const reason of ['malformed', 'header_timeout', 'header_too_large', 'unknown_path', 'method']) assert.equal(page.value('nexus_http_rejections_total', { reason }), 0, reason);
     assert.ok(page.select('nexus_backend_latency_seconds_count', { backend: 'b1' }).length === 1);
     assert.equal(page.sum('nexus_requests_total'), 0);
   });
@@ -104,7 +104,7 @@ group('US1 basic request tracking', () => {
       client.send('POST', p, {}, '');
       const wrong = await client.response();
       assert_error(wrong, 405);
-      assert.deepEqual(wrong.headers.get('allow').split(/, */).sort(), ['GET', 'HEAD']);
+      assert.deepEqual(wrong.headers.get('allow').split(/, */).sort(), ['GET', 'HEAD', 'OPTIONS']);
     }
   });
 

@@ -53,7 +53,7 @@ inline void add_status_line_rows(AnswerRows& rows) {
        {"HTTP/1.1 2000 OK", "HTTP/1.1 99 OK",      "HTTP/1.1 099 OK",     "HTTP/1.1 600 OK",  "HTTP/1.1 999 OK",
         "HTTP/1.1 20 OK",   "HTTP/1.1 2x0 OK",     "HTTP/1.1 -20 OK",     "HTTP/1.1 +20 OK",  "HTTP/1.1 200OK",
         "HTTP/1.1  200 OK", " HTTP/1.1 200 OK",    "HTTP/1.1\t200 OK",    "HTTP/1.1 200\tOK", "HTTP/1.1 OK",
-        "HTTP/1.1",         "HTTP/1.1 ",           "HTTP/2.0 200 OK",     "HTTP/2 200",       "HTTP/1.2 200 OK",
+        "HTTP/1.1",         "HTTP/1.1 ",           "HTTP/2.0 200 OK",     "HTTP/2 200",       "HTTP/3.0 200 OK",
         "HTTP/1.10 200 OK", "HTTP/0.9 200 OK",     "HTTP/01.1 200 OK",    "http/1.1 200 OK",  "HTTPS/1.1 200 OK",
         "HTTP 200 OK",      "ICY 200 OK",          "RTSP/1.0 200 OK",     "200 OK",           "POST / HTTP/1.1",
         "<html>",           "HTTP/1.1 200 O\x07K", "HTTP/1.1 200 O\x7fK", "HTTP/1.1 200 O\rK"}) {
@@ -65,6 +65,7 @@ inline void add_status_line_rows(AnswerRows& rows) {
   rows.push_back(broken("status line: an empty line before", "9112 2.2", "\r\nHTTP/1.1 200 OK" + rest));
   rows.push_back(broken("status line: LF before", "9112 2.2", "\nHTTP/1.1 200 OK" + rest));
   rows.push_back(broken("status line: a byte order mark before", "9112 4", "\xef\xbb\xbfHTTP/1.1 200 OK" + rest));
+  rows.push_back(passed("status line: HTTP/1.2", "9110 2.5", "HTTP/1.2 200 OK" + rest));
   rows.push_back(passed("status line: no reason", "9112 4", "HTTP/1.1 200 " + rest));
   rows.push_back(passed("status line: no blank and no reason", "9112 4", "HTTP/1.1 200" + rest));
   rows.push_back(passed("status line: a reason above ASCII", "9112 4", "HTTP/1.1 200 \xc3\xa4\t!" + rest));
@@ -194,26 +195,8 @@ inline void add_answer_chunk_rows(AnswerRows& rows) {
   const auto row = [&](const std::string& name, const std::string& body) {
     rows.push_back(cut_off("chunk: " + name, "9112 7.1", answer_of(te, good + body)));
   };
-  for (const char* size : {"0x2",
-                           "+2",
-                           "-2",
-                           " 2",
-                           "2 ",
-                           "2\t",
-                           "0_2",
-                           "2.0",
-                           "g",
-                           "",
-                           "ffffffffffffffff",
-                           "8000000000000000",
-                           "00000000000000002",
-                           "2;",
-                           "2;=a",
-                           "2; a",
-                           "2;a=\"b",
-                           ";a",
-                           "2\x0b",
-                           "2\x80"}) {
+  for (const char* size : {"0x2", "+2", "-2", " 2", "2 ", "2\t", "0_2", "2.0", "g", "", "ffffffffffffffff",
+                           "8000000000000000", "00000000000000002", "2;", "2;=a", "2;a=\"b", ";a", "2\x0b", "2\x80"}) {
     row("a size line of " + text_of(size), size + ("\r\nhi\r\n" + end));
   }
   row("LF behind the size", "2\nhi\r\n" + end);
@@ -240,6 +223,7 @@ inline void add_answer_chunk_rows(AnswerRows& rows) {
   rows.push_back(cut_off("chunk: an event stream that stalls", "9112 8", answer_of(events, "9\r\ndata: x\n\n\r\n")));
   rows.push_back(passed("chunk: trailers that look like framing", "9112 7.1.2",
                         answer_of(te, good + "0\r\nContent-Length: 9\r\nX-Nexus-Backend: evil\r\n\r\n")));
+  rows.push_back(passed("chunk: an extension with blanks", "9112 7.1.1", answer_of(te, "2 ; a = b\r\nhi\r\n" + end)));
   rows.push_back(passed("chunk: an extension", "9112 7.1.1", answer_of(te, "2;a=\"b\"\r\nhi\r\n" + end)));
 }
 

@@ -31,6 +31,8 @@ inline void add_chunk_rows(RequestRows& rows) {
   taken("a size in capitals", "D" + d);
   taken("a name as extension", "d;a" + d);
   taken("a name and a value", "d;a=b;c=\"x y\"" + d);
+  taken("blanks around an extension", "d \t;\t a" + d);
+  taken("blanks around a value", "d; a = b ; c\t=\t\"x y\" ;e" + d);
   taken("an escape in an extension", "d;a=\"\\\"\"" + d);
   taken("an end of many zeros", "d\r\n" + kBody + "\r\n0000\r\n\r\n");
   taken("trailers that look like framing",
@@ -42,7 +44,6 @@ inline void add_chunk_rows(RequestRows& rows) {
                            "-d",
                            " d",
                            "\td",
-                           "d ",
                            "d\t",
                            "0_d",
                            "d_",
@@ -55,13 +56,15 @@ inline void add_chunk_rows(RequestRows& rows) {
                            "10000000000000000d",
                            "d;",
                            "d;;a",
-                           "d; a",
-                           "d ;a",
                            "d;a ",
                            "d;=b",
                            "d;a=",
                            "d;a=b=c",
                            "d;a b",
+                           "d;a=b c",
+                           "d ",
+                           "d ; ",
+                           "d ;a = ",
                            "d;a=\"b",
                            "d;a=\"b\"c",
                            "d;(a)",

@@ -244,8 +244,10 @@ inline void add_line_rows(RequestRows& rows) {
   std::string many;
   for (int i = 0; i < 128; ++i) many += "a:b\r\n";
   rows.push_back({"129 fields", "9110 5.4", post(many), "431", false, 0, false});
-  rows.push_back({"an endless request line", "9112 3", "GET /" + std::string(20000, 'x'), "431", false, 0, false});
-  rows.push_back({"empty lines for ever", "9112 2.2", std::string(20000, '\n'), "431", false, 0, false});
+  rows.push_back({"an endless request line", "9112 3", "GET /" + std::string(20000, 'x'), "414", false, 0, false});
+  rows.push_back(
+      {"a request line of 20 k", "9110 15.5.15", get("", "/" + std::string(20000, 'x')), "414", false, 0, false});
+  rows.push_back({"empty lines for ever", "9112 2.2", std::string(20000, '\n'), "400", false, 0, false});
   rows.push_back(
       {"a head that stops", "9110 15.5.9", "GET /v1/models HTTP/1.1\r\nHost: a\r\n", "408", false, 0, false});
   rows.push_back({"a request line that stops", "9110 15.5.9", "GE", "408", false, 0, false});
@@ -265,26 +267,45 @@ inline void add_start_line_rows(RequestRows& rows) {
   line("no version", "9112 3", "GET /v1/models");
   line("a version in small letters", "9112 2.3", "GET /v1/models http/1.1");
   line("HTTP/1.10", "9112 2.3", "GET /v1/models HTTP/1.10");
-  line("HTTP/2.0", "9112 2.3", "GET /v1/models HTTP/2.0");
   line("HTTP/01.1", "9112 2.3", "GET /v1/models HTTP/01.1");
-  line("HTTP/1.2", "9112 2.3", "GET /v1/models HTTP/1.2");
-  line("HTTP/0.9", "9112 2.3", "GET /v1/models HTTP/0.9");
   line("HTTP/1,1", "9112 2.3", "GET /v1/models HTTP/1,1");
   line("HTTP/1", "9112 2.3", "GET /v1/models HTTP/1");
   line("another protocol", "9112 2.3", "GET /v1/models RTSP/1.0");
   line("ICE", "9112 2.3", "SOURCE /v1/models ICE/1.0");
-  line("the preface of HTTP/2", "9112 2.3", "PRI * HTTP/2.0\r\n\r\nSM\r\n");
-  line("a method in small letters", "9110 9.1", "get /v1/models" + ok);
-  line("an unknown method", "9110 9.1", "BREW /v1/models" + ok);
   line("no method", "9112 3", "/v1/models" + ok);
   line("a method with a colon", "9110 9.1", "GET: /v1/models" + ok);
   line("a method with NUL", "9110 9.1", bytes_of({"GE\0T /v1/models HTTP/1.1", 24}));
-  line("CONNECT", "9110 9.3.6", "CONNECT backend:8001" + ok);
   line("CONNECT to a path", "9110 9.3.6", "CONNECT /v1/models" + ok);
-  line("the absolute form", "9112 3.2.2", "GET http://a/v1/models" + ok);
-  line("the absolute form of another host", "9112 3.2.2", "GET http://b/v1/models" + ok);
   line("the authority form", "9112 3.2.3", "GET a:80" + ok);
-  line("the asterisk form", "9112 3.2.4", "OPTIONS *" + ok);
+  const auto well_formed = [&](const char* name, const char* section, const std::string& text, const char* statuses,
+                               bool kept = true, std::size_t reached = 0) {
+    rows.push_back({name, section, text + "\r\nHost: a\r\n\r\n", statuses, kept, reached, false});
+  };
+  well_formed("HTTP/2.0", "9110 15.6.6", "GET /v1/models HTTP/2.0", "505", false);
+  well_formed("HTTP/0.9", "9110 15.6.6", "GET /v1/models HTTP/0.9", "505", false);
+  well_formed("the preface of HTTP/2", "9113 3.4", "PRI * HTTP/2.0\r\n\r\nSM\r\n", "505", false);
+  well_formed("HTTP/1.2", "9110 2.5", "GET /v1/models HTTP/1.2", "200");
+  well_formed("HTTP/1.9", "9110 2.5", "GET /v1/models HTTP/1.9", "200");
+  well_formed("a method in small letters", "9110 9.1", "get /v1/models" + ok, "501");
+  well_formed("an unknown method", "9110 15.6.2", "BREW /v1/models" + ok, "501");
+  well_formed("QUERY", "9110 15.6.2", "QUERY /v1/chat/completions" + ok, "501");
+  well_formed("a method longer than any", "9110 15.6.2", std::string(200, 'M') + " /v1/models" + ok, "501");
+  well_formed("CONNECT", "9110 15.5.6", "CONNECT backend:8001" + ok, "405");
+  well_formed("the absolute form", "9112 3.2.2", "GET http://a/v1/models" + ok, "200");
+  well_formed("the absolute form of https", "9112 3.2.2", "GET HTTPS://a:443/v1/models?x" + ok, "200");
+  well_formed("the absolute form of another host", "9112 3.2.2", "GET http://b/v1/models" + ok, "200");
+  well_formed("the absolute form without a path", "9112 3.2.2", "DELETE http://b" + ok, "405");
+  well_formed("the absolute form without a path, but a query", "9112 3.2.2", "DELETE http://b?x" + ok, "405");
+  well_formed("the asterisk form", "9112 3.2.4", "OPTIONS *" + ok, "204");
+  well_formed("OPTIONS of an endpoint", "9110 9.3.7", "OPTIONS /v1/chat/completions" + ok, "204");
+  well_formed("OPTIONS of nothing", "9110 9.3.7", "OPTIONS /v1" + ok, "404");
+  rows.push_back({"the absolute form of an endpoint", "9112 3.2.2",
+                  "POST http://a/v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n" + kBody, "200",
+                  true, 1, false});
+  line("the absolute form of ftp", "9112 3.2.2", "GET ftp://a/v1/models" + ok);
+  line("the absolute form without a host", "9112 3.2.2", "GET http:///v1/models" + ok);
+  line("the absolute form with a user", "9110 4.2.4", "GET http://u@a/v1/models" + ok);
+  line("the absolute form with a fragment", "9112 3.2.2", "GET http://a?x#y" + ok);
   line("an asterisk for GET", "9112 3.2.4", "GET *" + ok);
   line("a fragment", "9110 4.2.5", "GET /v1/models#x" + ok);
   line("a backslash", "9110 4.1", "GET /v1\\models" + ok);

@@ -23,7 +23,8 @@ inline std::string joined(const Problems& problems) {
 }
 
 inline bool is_endpoint_post(const rfc9112::Message& message) {
-  const std::string path = message.target.substr(0, message.target.find('?'));
+  std::string path = rfc9112::path_of(message.target);
+  path = path.substr(0, path.find('?'));
   return message.method == "POST" &&
          (path == "/v1/chat/completions" || path == "/v1/completions" || path == "/v1/embeddings");
 }
@@ -54,9 +55,9 @@ inline void check_origin(const rfc9112::Reading& client, const std::vector<rfc91
                          Problems& problems) {
   std::size_t next = 0;
   for (const rfc9112::Message& seen : forwarded) {
-    while (next < client.messages.size() &&
-           !(client.messages[next].method == seen.method && client.messages[next].target == seen.target &&
-             client.messages[next].body == seen.body)) {
+    while (next < client.messages.size() && !(client.messages[next].method == seen.method &&
+                                              rfc9112::path_of(client.messages[next].target) == seen.target &&
+                                              client.messages[next].body == seen.body)) {
       ++next;
     }
     if (next++ >= client.messages.size()) return problems.push_back("a request that nobody sent: " + seen.start_line);
@@ -110,7 +111,11 @@ inline Story read_story(const Gateway& gateway, std::string_view sent, const Pee
   for (const rfc9112::Message& message : begun) methods.push_back(message.method);
   methods.push_back("POST");  // for a response to bytes that are not a request
 
-  const std::uint64_t rejected = sum_of(gateway.slab().thread().http_rejections);
+  std::uint64_t rejected = 0;  // heads; requests for an unknown path or method have one
+  for (const auto reason : {nexus::HttpRejection::malformed, nexus::HttpRejection::header_timeout,
+                            nexus::HttpRejection::header_too_large}) {
+    rejected += gateway.slab().thread().http_rejections[static_cast<std::size_t>(reason)].read();
+  }
   const rfc9112::Reading read = rfc9112::read_responses(client.received, methods, client.ended && !client.cut);
   if (!read.problem.empty()) wrong("to the client: " + read.problem);
   story.answers = read.messages;

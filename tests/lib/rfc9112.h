@@ -180,6 +180,16 @@ inline bool read_request_line(Message& message) {
   return true;
 }
 
+// 3.2.2: the path and query of a target in the absolute form; any other target as it is.
+inline std::string path_of(const std::string& target) {
+  const std::string small = lower(target);
+  const std::size_t scheme = small.find("://");
+  if (scheme == std::string::npos || (small.substr(0, scheme) != "http" && small.substr(0, scheme) != "https"))
+    return target;
+  const std::size_t end = target.find_first_of("/?", scheme + 3);
+  return end == std::string::npos || target[end] == '?' ? "/" : target.substr(end);
+}
+
 // A sender must write the blank behind the code, but many leave it out before an empty reason.
 inline bool read_status_line(Message& message) {
   const std::string& line = message.start_line;

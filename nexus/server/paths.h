@@ -1,0 +1,106 @@
+// paths.h
+// Owns:     the paths that Nexus serves: pages of its own, and the proxied endpoints; the nearest one to any other
+// path. Promises: a path is compared byte by byte: no escape is decoded and no slash dropped, so that nothing behind
+// Nexus can
+//           read another path than Nexus did.
+// Leaves:   the endpoints to api/endpoints.h; answering to builtin_pages.h and session_driver.h.
+// Threads:  any; constants and pure functions.
+// Tested by: tests/paths_test.cpp, tests/e2e/endpoints.test.mjs
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "nexus/api/endpoints.h"
+#include "nexus/base/limits.h"
+#include "nexus/base/text.h"
+#include "nexus/config/settings.h"
+
+namespace nexus {
+
+enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status, endpoint, server };
+
+constexpr std::string_view kModelPrefix = "/v1/models/";
+
+struct PageRow {
+  std::string_view path;
+  PageKind kind;
+  bool for_operators;  // served on metrics_listen alone, if that is set
+};
+
+inline constexpr std::array<PageRow, 5> kPages{{
+    {"/health", PageKind::health, true},
+    {"/metrics", PageKind::metrics, true},
+    {"/v1/stats", PageKind::stats, true},
+    {"/", PageKind::status, true},
+    {"/v1/models", PageKind::models, false},
+}};
+
+// The use of the listener on which a request came.
+enum class Listens : std::uint8_t { for_all, for_clients, for_operators };  // for_all: there is no metrics_listen
+
+inline Listens use_of_listener(bool metrics_only, const ServerSettings& server) {
+  if (metrics_only) return Listens::for_operators;
+  return server.metrics_listen.empty() ? Listens::for_all : Listens::for_clients;
+}
+
+constexpr bool is_served(const PageRow& row, Listens on) {
+  return on == Listens::for_all || row.for_operators == (on == Listens::for_operators);
+}
+
+inline const Endpoint* find_endpoint(std::string_view path, Listens on) {
+  if (on == Listens::for_operators) return nullptr;
+  for (const Endpoint& endpoint : kEndpoints) {
+    if (path == endpoint.path) return &endpoint;
+  }
+  return nullptr;
+}
+
+inline PageKind page_of(std::string_view path, Listens on) {
+  for (const PageRow& row : kPages) {
+    if (row.path == path) return is_served(row, on) ? row.kind : PageKind::none;
+  }
+  if (path == "*") return PageKind::server;  // the head parser lets it through for OPTIONS alone (RFC 9112 3.2.4)
+  if (find_endpoint(path, on) != nullptr) return PageKind::endpoint;
+  const bool is_model = path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size();
+  return is_model && on != Listens::for_operators ? PageKind::model : PageKind::none;
+}
+
+constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
+
+constexpr std::string_view methods_of(PageKind kind) {
+  switch (kind) {
+    case PageKind::endpoint: return "POST, OPTIONS";
+    case PageKind::server: return "GET, HEAD, POST, OPTIONS";
+    default: return "GET, HEAD, OPTIONS";
+  }
+}
+
+// The served path that is probably meant by `path`, which is none; empty if none is like it. A part of a path is most
+// like it (`/chat`, `/openai/v1/models/`); else at most a third of its bytes may differ (`/v1/embedding`).
+inline std::string_view nearest_path(std::string_view path, Listens on) {
+  const std::string_view asked = path.substr(0, path.find_last_not_of('/') + 1);
+  std::string_view nearest;
+  std::size_t least = SIZE_MAX;
+  const auto consider = [&](std::string_view known) {
+    constexpr std::size_t kNoPart = 1u << 20;  // more than any distance between parts
+    const bool is_part = asked.size() > 1 && known.size() > 1 &&
+                         (known.find(asked) != std::string_view::npos || asked.find(known) != std::string_view::npos);
+    const std::size_t typos = is_part ? 0 : edit_distance(asked, known);
+    const std::size_t distance =
+        is_part ? std::max(asked.size(), known.size()) - std::min(asked.size(), known.size()) : kNoPart + typos;
+    if (typos > known.size() / 3 || distance >= least) return;
+    least = distance;
+    nearest = known;
+  };
+  for (const PageRow& row : kPages) {
+    if (is_served(row, on)) consider(row.path);
+  }
+  if (on == Listens::for_operators) return nearest;
+  for (const Endpoint& endpoint : kEndpoints) consider(endpoint.path);
+  return nearest;
+}
+
+}  // namespace nexus
