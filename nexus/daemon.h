@@ -77,7 +77,7 @@ class Daemon {
     notifier_.ready(status_);
     for (;;) {
       const int signal = wait_signal(kNever);
-      if (signal == SIGHUP) reload(read_config());
+      if (signal == SIGHUP) reload(read_config);
       if (signal == SIGTERM || signal == SIGINT) return drain();
     }
   }
@@ -251,15 +251,18 @@ class Daemon {
     while (loop.post(Message{parts...}) == Loop::Posted::no_memory) nanosleep(&kPause, nullptr);
   }
 
-  // Starts a built-in backend and returns its address on loopback, or nullopt. Settings that changed make a new one.
+  // Starts a built-in backend, or gives the running one its new settings; returns its address on loopback, or nullopt.
   std::optional<Address> echo_address(const BackendSettings& backend) {
     EchoOptions options{.token_delay_ns = backend.token_delay_ns};
     if (!backend.models.empty()) options.models = backend.models;
     auto& echo = echoes_[backend.name];
-    echo = std::make_unique<EchoServer>(options);
-    if (echo->start() == 0) return echo->address();
-    echo.reset();
-    return std::nullopt;
+    if (echo) {
+      echo->configure(std::move(options));
+    } else {
+      echo = std::make_unique<EchoServer>(std::move(options));
+      if (echo->start() != 0) echo.reset();
+    }
+    return echo ? std::optional(echo->address()) : std::nullopt;
   }
 
   // ---- signals ----
@@ -289,27 +292,38 @@ class Daemon {
     if (well) notifier_.alive();
   }
 
-  void reload(ConfigResult next) {
+  void reload(const std::function<ConfigResult()>& read_config) {
     notifier_.reloading(monotonic_now());
-    for (const ConfigError& error : next.errors) {
-      log_.event(LogLevel::error, "reload failed, keeping the old configuration", {{"error", error.to_string()}});
-    }
-    if (next.ok()) take_settings(std::move(next.settings));
-    deliver<Control<EpollNet>::Reload>(*control_, next.ok() ? settings_ : nullptr);
-    notifier_.ready(status_);
+    // First, and whatever the configuration says: the file may have been rotated.
+    open_access_log(settings_->log.access);
+    ConfigResult next = read_config();
+    const bool ok = next.ok();
+    const std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
+    deliver<Control<EpollNet>::Reload>(*control_, ok ? settings_ : nullptr);
+    notifier_.ready(note.empty() ? status_ : status_ + "; " + note);
   }
 
-  void take_settings(Settings next) {
-    // Opens the access log again even if its path is the same: the file may have been rotated.
-    if (const int error = log_writer_.reconfigure(next.log.access)) {
+  void open_access_log(const std::string& path) {
+    if (const int error = log_writer_.reconfigure(path)) {
       log_.event(LogLevel::error, "cannot open the access log, keeping the old one",
-                 {{"path", next.log.access}, {"why", strerror(error)}});
+                 {{"path", path}, {"why", strerror(error)}});
     }
+  }
+
+  // Both return what `systemctl status` should show of this reload.
+  std::string refuse_settings(const std::vector<ConfigError>& errors) {
+    constexpr std::string_view kFailed = "reload failed, keeping the old configuration";
+    for (const ConfigError& error : errors) log_.event(LogLevel::error, kFailed, {{"error", error.to_string()}});
+    return std::string(kFailed) + ": " + errors.front().to_string();
+  }
+  std::string take_settings(Settings next) {
+    if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
-    if (kept.empty()) return log_.event(LogLevel::info, "reloaded");
-    log_.event(LogLevel::warning, "reloaded, except: " + kept);
+    const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
+    log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note);
+    return note;
   }
 
   // Puts back the settings that only a restart can change, so that all threads see the values in use, and lists them.

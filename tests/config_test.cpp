@@ -30,7 +30,13 @@ ConfigEnvironment fake_environment(Texts variables = {}, Texts files = {}) {
   return {look_up(std::move(variables)), look_up(std::move(files))};
 }
 
-ConfigResult parse(std::string_view text) { return parse_config(text, "n", fake_environment()); }
+ConfigResult parse_as_it_is(std::string_view text) { return parse_config(text, "n", fake_environment()); }
+
+// Adds a backend to a text that has none, because one is needed.
+ConfigResult parse(std::string_view text) {
+  const bool has_backend = text.find("[backend") != std::string_view::npos;
+  return parse_as_it_is(has_backend ? std::string(text) : std::string(text) + "\n[backend any]\ntype = echo\n");
+}
 
 std::string all_messages(const ConfigResult& result) {
   std::string text;
@@ -81,12 +87,21 @@ const std::string kListen = "expected a numeric address:port, [v6]:port, *:port 
 
 }  // namespace
 
-TEST_CASE("an empty configuration is the default one") {
+TEST_CASE("a configuration without a backend is refused, at its last line") {
+  const std::string why = ": no [backend NAME] section; at least one is needed\n";
+  for (std::string_view text : {"", "\n", "\xEF\xBB\xBF", "# all comment"}) {
+    CHECK_EQ(all_messages(parse_as_it_is(text)), "n:1" + why);
+  }
+  CHECK_EQ(all_messages(parse_as_it_is("[server]\nthreads = 2\n")), "n:2" + why);
+  CHECK_EQ(all_messages(parse_as_it_is("[server]\nthreads = two\n")),
+           "n:2: threads: expected a number, 0 to 256, not 'two'\n");
+}
+
+TEST_CASE("a configuration of only a backend has the default settings") {
   for (std::string_view text :
        {"", "\n", "\xEF\xBB\xBF", "\xEF\xBB\xBF\n", "# all comment", "  \t \r\n\r\n", "[server]", "\n[log]"}) {
     const Settings settings = accepted(text);
     CHECK(settings.server.listen == std::vector<HostPort>{{"127.0.0.1", 8000}});
-    CHECK(settings.backends.empty());
     CHECK_EQ(settings.routing.weight_load, 30);
   }
 }
@@ -931,7 +946,8 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
 
 TEST_CASE("api_keys_file is read line by line, and its errors carry its own name and lines") {
   const auto parse_keys = [](const std::string& text) {
-    return parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", text}}));
+    return parse_config("[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",
+                        fake_environment({}, {{"/k", text}}));
   };
   const ConfigResult good =
       parse_keys("\xEF\xBB\xBF# keys\r\n\r\nalice\t sk-alice1 # hers\r\nbob@ # no key\nbob sk-bob#23");
@@ -970,7 +986,8 @@ TEST_CASE("there may be 10,000 client keys, and no more") {
   std::string text;
   for (int i = 0; i < 10'000; ++i) text += "n" + std::to_string(i) + " key-number-" + std::to_string(i) + "\n";
   const auto parse_keys = [](const std::string& keys) {
-    return parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", keys}}));
+    return parse_config("[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",
+                        fake_environment({}, {{"/k", keys}}));
   };
   CHECK_EQ(parse_keys(text).settings.server.api_keys.size(), 10'000);
   CHECK_EQ(all_messages(parse_keys(text + "x key-more-1\ny key-more-2")), "/k:10001: expected at most 10000 keys\n");
@@ -998,8 +1015,8 @@ TEST_CASE("no message holds a key, wherever it was put") {
     CHECK_EQ(messages.find("Sup3r"), std::string::npos);
   }
   for (const std::string& text : {key, key + " name", "a b " + key, "a " + key + "\nb " + key, key + "\x01 " + key}) {
-    const std::string messages =
-        all_messages(parse_config("[server]\napi_keys_file = /k", "n", fake_environment({}, {{"/k", text}})));
+    const std::string messages = all_messages(parse_config("[server]\napi_keys_file = /k\n[backend b]\ntype = echo",
+                                                           "n", fake_environment({}, {{"/k", text}})));
     CAPTURE(messages);
     CHECK_NE(messages, "");
     CHECK_EQ(messages.find("Sup3r"), std::string::npos);

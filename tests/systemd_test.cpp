@@ -142,6 +142,8 @@ std::string write_config(const std::string& folder, const std::string& text) {
   return path;
 }
 
+const std::string kBackend = "[backend b]\nurl = http://127.0.0.1:1\n";
+
 // The status line of GET /health there, or an empty text.
 std::string ask_health(const Address& address) {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -300,7 +302,18 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
   // Goal: the whole course of a service. Method: this test is systemd: it holds the listening socket, starts the daemon
   // twice with it, and hears what it says. A connection made between the two is answered by the second.
   const std::string folder = scratch_directory();
-  const std::string config = write_config(folder, "[server]\nlisten = 127.0.0.1:1\nthreads = 2\n");
+  const std::string text = "[server]\nlisten = 127.0.0.1:1\nthreads = 2\n" + kBackend;
+  const std::string config = write_config(folder, text);
+  // Each text with what the status says of it; the last one is right again.
+  const std::string failed = "; reload failed, keeping the old configuration: " + config;
+  const std::string other = "[server]\nlisten = 127.0.0.1:2\nmetrics_listen = 127.0.0.1:3\nthreads = 3\n" + kBackend;
+  const std::vector<std::pair<std::string, std::string>> reloads{
+      {other,
+       "; reloaded, except: listen (needs a restart; still 127.0.0.1:1), metrics_listen (needs a restart; still none), "
+       "threads (needs a restart; still 2)"},
+      {"", failed + ":1: no [backend NAME] section; at least one is needed"},
+      {"[server]\nthreads = two\n" + kBackend, failed + ":2: threads: expected a number, 0 to 256, not 'two'"},
+      {text, ""}};
   Manager manager(folder + "/notify");
   EpollNet::Opened listening = listen_anywhere();
   const std::vector<std::string> environment{"NOTIFY_SOCKET=" + folder + "/notify", "LISTEN_FDS=1",
@@ -311,12 +324,17 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
     Child daemon(binary, config, environment, listening.socket.fd);
     const std::string ready = manager.hear_of("READY=1");
     CHECK(ready.find("STATUS=serving on " + to_string(listening.peer)) != std::string::npos);
-    CHECK(ask_health(listening.peer).find("HTTP/1.1 503") == 0);  // no backend is configured
+    CHECK(ask_health(listening.peer).find("HTTP/1.1 503") == 0);  // its backend is down
     CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
     CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
     daemon.signal(SIGHUP);
     CHECK(manager.hear_of("RELOADING=1\nMONOTONIC_USEC=") != "");
-    CHECK(manager.hear_of("READY=1") != "");
+    CHECK(manager.hear_of("READY=1") == ready);
+    for (const auto& [text, note] : reloads) {
+      write_config(folder, text);
+      daemon.signal(SIGHUP);
+      CHECK(manager.hear_of("READY=1") == ready + note);
+    }
     if (second) {
       between.join();
       CHECK(health_between.find("HTTP/1.1 503") == 0);

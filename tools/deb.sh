@@ -17,6 +17,7 @@ ${MAKE:-make} --no-print-directory -s install DESTDIR="$PWD/$root" PREFIX=/usr
 mkdir -p "$root/lib" "$root/etc/nexus" "$root/DEBIAN"
 mv "$root/usr/lib/systemd" "$root/lib/systemd" && rmdir "$root/usr/lib"
 install -m 644 nexus.conf.example "$root/etc/nexus/nexus.conf"
+install -D -m 644 contrib/logrotate/nexus "$root/etc/logrotate.d/nexus"
 gzip -9n "$root"/usr/share/man/man*/*
 
 # The binary holds these libraries, so their terms travel with it.
@@ -28,7 +29,7 @@ gzip -9n "$root"/usr/share/man/man*/*
 } >"$root/usr/share/doc/nexus/copyright"
 chmod 644 "$root/usr/share/doc/nexus/copyright"
 
-echo /etc/nexus/nexus.conf >"$root/DEBIAN/conffiles"
+printf '%s\n' /etc/nexus/nexus.conf /etc/logrotate.d/nexus >"$root/DEBIAN/conffiles"
 sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" \
   -e "s/@SIZE@/$(du -k -s --exclude=DEBIAN "$root" | cut -f1)/" contrib/debian/control >"$root/DEBIAN/control"
 install -m 755 contrib/debian/postinst contrib/debian/prerm contrib/debian/postrm "$root/DEBIAN/"

@@ -11,6 +11,8 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <memory>
+#include <mutex>
 #include <thread>
 
 #include "nexus/apps/echo_model.h"
@@ -39,8 +41,15 @@ constexpr auto kEchoAcceptPause = std::chrono::milliseconds(10);  // after accep
 
 class EchoServer {
  public:
-  explicit EchoServer(EchoOptions options) : options_(std::move(options)) {}
+  explicit EchoServer(EchoOptions options) { configure(std::move(options)); }
   ~EchoServer() { stop(); }
+
+  // Any thread: later requests get answers by these options.
+  void configure(EchoOptions options) {
+    auto made = std::make_shared<const EchoOptions>(std::move(options));
+    const std::lock_guard lock(options_mutex_);
+    options_.swap(made);
+  }
 
   // Listens on a port of 127.0.0.1 that the kernel chooses, and serves. 0, or errno. At most once.
   int start() {
@@ -81,6 +90,7 @@ class EchoServer {
     RequestHead head;  // head_bytes: 0 until it is complete
     EchoQuestion question;
     std::optional<EchoAnswer> answer;  // to `question`: sent when it is due, whole or token by token
+    Ns token_delay_ns = 0;             // of `answer`
     Ns due_ns = 0;                     // when its next token is due
   };
 
@@ -198,16 +208,18 @@ class EchoServer {
     if (endpoint->allow.find(llhttp_method_name(static_cast<llhttp_method_t>(head.method))) == std::string_view::npos) {
       return refuse(session, {ApiError::method_not_allowed}, endpoint->allow);
     }
-    if (endpoint->read == nullptr) return respond(session, echo_model_list(options_.models));
+    const std::shared_ptr<const EchoOptions> options = this->options();
+    if (endpoint->read == nullptr) return respond(session, echo_model_list(options->models));
     EchoQuestion& question = session.question;
     const std::string_view body = request.substr(head.head_bytes, static_cast<std::size_t>(head.framing.length));
-    if (const auto error = read_echo_question(*endpoint, body, options_.models, question)) {
+    if (const auto error = read_echo_question(*endpoint, body, options->models, question)) {
       return refuse(session, *error);
     }
     if (!question.inputs.empty()) return respond(session, echo_embeddings(question));
     question.stream = question.stream && !head.http_1_0;
     session.answer.emplace(question, ++ordinal_);
-    session.due_ns = now_ + options_.token_delay_ns;
+    session.token_delay_ns = options->token_delay_ns;
+    session.due_ns = now_ + session.token_delay_ns;
     if (!question.stream) return Step::again;
     std::string text = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n";
     text.append("Transfer-Encoding: chunked\r\n").append(connection_line(false, head.keep_alive)).append("\r\n");
@@ -228,7 +240,7 @@ class EchoServer {
     EchoAnswer& answer = *session.answer;
     std::string text;
     for (; answer.tokens_left() && session.due_ns <= now_ && text.size() < kEchoTransferBytes;
-         session.due_ns += options_.token_delay_ns) {
+         session.due_ns += session.token_delay_ns) {
       answer.append_token(text);
     }
     const bool last = !answer.tokens_left();
@@ -283,7 +295,13 @@ class EchoServer {
     return Step::again;
   }
 
-  const EchoOptions options_;
+  std::shared_ptr<const EchoOptions> options() {
+    const std::lock_guard lock(options_mutex_);
+    return options_;
+  }
+
+  std::mutex options_mutex_;
+  std::shared_ptr<const EchoOptions> options_;  // guarded by options_mutex_
   EpollNet net_;
   EpollNet::Socket listener_;
   Address address_;

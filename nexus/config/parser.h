@@ -132,6 +132,7 @@ class ConfigReader {
     check_weights();
     check_body_memory();
     check_metrics_listen();
+    check_backends();
     return {std::move(settings_), all_errors()};
   }
 
@@ -275,6 +276,12 @@ class ConfigReader {
       if (std::find(listen.begin(), listen.end(), *address) == listen.end()) continue;
       report_at(given->second.line, "metrics_listen: " + address_text(*address) + " is already in listen");
     }
+  }
+
+  // Nothing is served without a backend: the file is empty, or was read while a program wrote it.
+  void check_backends() {
+    const bool none = backend_lines_.empty() && errors_.empty() && file_errors_.empty();
+    if (none) report_at(std::max(line_, 1), "no [backend NAME] section; at least one is needed");
   }
 
   void finish_backend(const Section& given) {

@@ -204,7 +204,7 @@ class Control {
     registry_.configure(std::move(settings));
     std::vector<Admission::Cap> caps;
     for (Registry::Backend& backend : registry_.backends()) {
-      if (backend.settings.kind == BackendKind::echo && !backend.address && hooks_.echo_address) {
+      if (backend.settings.kind == BackendKind::echo && hooks_.echo_address) {
         backend.address = hooks_.echo_address(backend.settings);
       }
       caps.push_back({backend.id, backend.settings.max_pending});

@@ -84,7 +84,7 @@ group('authorization', () => {
   test('an empty or malformed key file is refused at the start', async (t) => {
     for (const text of ['alice\n', 'alice sk-a b\n']) {
       const keys = t.file('keys', text);
-      const r = await run_nexus(['-t', '-c', t.file('nexus.conf', `[server]\napi_keys_file = ${keys}\n`)]);
+      const r = await run_nexus(['-t', '-c', t.file('nexus.conf', `[server]\napi_keys_file = ${keys}\n[backend b]\nurl = http://127.0.0.1:1\n`)]);
       assert.equal(r.code, 1, JSON.stringify(text));
     }
   });

@@ -181,7 +181,7 @@ type = echo
     await new Promise((done) => holder.listen(0, '127.0.0.1', done));
     t.after(() => holder.close());
     const { port } = holder.address();
-    const r = await run_nexus(['-c', t.file('nexus.conf', `[server]\nlisten = 127.0.0.1:${port}\n`)]);
+    const r = await run_nexus(['-c', t.file('nexus.conf', `[server]\nlisten = 127.0.0.1:${port}\n[backend b]\nurl = http://127.0.0.1:1\n`)]);
     assert.ok(r.code > 0 && r.signal === null, JSON.stringify(r));
     const errors = r.stderr.split('\n').filter((l) => l.includes(`127.0.0.1:${port}`));
     assert.equal(errors.length, 1, r.stderr);
@@ -190,8 +190,8 @@ type = echo
   });
 
   test('a port held by another nexus is refused too', async (t) => {
-    const first = await start_nexus(t, { backends: [] }, { ready: 'up' });
-    const r = await run_nexus(['-c', t.file('second.conf', `[server]\nlisten = 127.0.0.1:${first.port}\n`)]);
+    const first = await start_nexus(t, { backends: [{ name: 'b', url: 'http://127.0.0.1:1' }] }, { ready: 'up' });
+    const r = await run_nexus(['-c', t.file('second.conf', `[server]\nlisten = 127.0.0.1:${first.port}\n[backend b]\nurl = http://127.0.0.1:1\n`)]);
     assert.ok(r.code > 0 && r.signal === null, 'the second nexus must not share the port');
     assert.match(r.stderr, /in use/i);
     assert.equal((await get(first.port, '/health')).status > 0, true);

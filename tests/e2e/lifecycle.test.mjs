@@ -45,11 +45,17 @@ group('reload', () => {
     await until(async () => (await ids(nexus)) === 'mb@d,mc@b', 'the new models');
     assert_error(await post(nexus.port, path, chat('ma')), 404, 'model_not_found');
     assert.equal((await post(nexus.port, path, chat('mc'))).headers.get('x-nexus-backend'), 'b');
+    assert.deepEqual((await get(nexus.port, '/v1/stats')).json.backends.map((b) => [b.id, b.pending]), [['a', 1], ['b', 0], ['d', 0]]);
     stream.reply.piece('data: still\n\n');
     assert.equal((await stream.client.piece()).toString(), 'data: still\n\n');
     await finish_stream(stream);
     kept.send('GET', '/v1/models');
     assert.equal((await kept.response()).status, 200, 'a kept-alive client connection goes on');
+    const stats = async () => (await get(nexus.port, '/v1/stats')).json;
+    await until(async () => (await stats()).backends.map((b) => b.id).join() === 'b,d', 'the removed one gone from the fleet, now that it is idle');
+    assert.deepEqual((await stats()).removed_backends.map((b) => [b.id, b.requests]), [['a', 1]]);
+    assert.doesNotMatch((await get(nexus.port, '/')).text, /<bdi>a<\/bdi>/);
+    assert.match((await get(nexus.port, '/metrics')).text, /^nexus_requests_total\{model="ma",backend="a",status="200"\} 1$/m, 'its counts stay');
     await until(() => a.open === 0, 'idle connections to the removed backend closed');
   });
 
@@ -105,6 +111,28 @@ group('reload', () => {
     nexus.child.kill('SIGHUP');
     await sleep(200);
     assert.equal((await post(nexus.port, path, chat())).status, 200, 'a missing file changes nothing either');
+  });
+
+  test('an empty file is refused: a program may be about to write it', async (t) => {
+    const { nexus } = await pair(t);
+    nexus.reload('');
+    await nexus.logged(/reload failed.*no \[backend NAME\] section/);
+    assert.equal((await post(nexus.port, path, chat())).status, 200);
+  });
+
+  test('a rotated access log is opened again even if the file has an error', async (t) => {
+    const file = t.file('access.log', '');
+    const { nexus } = await pair(t, {}, { log: { access: file } });
+    const ask = () => post(nexus.port, path, chat());
+    const lines = (name) => (fs.existsSync(name) ? fs.readFileSync(name, 'utf8').split('\n').length - 1 : 0);
+    await ask();
+    await until(() => lines(file) === 1, 'the first line');
+    fs.renameSync(file, `${file}.1`);
+    nexus.reload('[server]\nthreads = two\n');
+    await nexus.logged(/reload failed/);
+    await ask();
+    await until(() => lines(file) === 1, 'a line in the new file');
+    assert.equal(lines(`${file}.1`), 1);
   });
 
   test('a setting that needs a restart is named in the log, with the value that stays in use', async (t) => {

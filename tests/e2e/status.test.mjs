@@ -47,9 +47,11 @@ function assert_equals_stats(page, stats) {
   assert.deepEqual(page.backends.map((r) => r.cells.Pending), stats.backends.map((b) => String(b.pending)));
 }
 
+const down = { name: 'down', url: 'http://127.0.0.1:1' };
+
 group('status page', () => {
   test('GET / is one HTML document with a strict policy, under 40 kB', async (t) => {
-    const nexus = await start_nexus(t, { backends: [] }, { ready: 'up' });
+    const nexus = await start_nexus(t, { backends: [down] }, { ready: 'up' });
     const page = await get(nexus.port, '/');
     assert.equal(page.status, 200);
     assert.equal(page.headers.get('content-type'), 'text/html; charset=utf-8');
@@ -67,18 +69,18 @@ group('status page', () => {
 
   test('it is served where /metrics is, and requires a key if that does', async (t) => {
     const metrics_port = await free_port();
-    const apart = await start_nexus(t, { server: { metrics_listen: `127.0.0.1:${metrics_port}` }, backends: [] }, { ready: 'no' });
+    const apart = await start_nexus(t, { server: { metrics_listen: `127.0.0.1:${metrics_port}` }, backends: [down] }, { ready: 'no' });
     await until(async () => (await get(metrics_port, '/health')).status > 0, 'nexus up');
     assert.equal((await get(metrics_port, '/')).status, 200);
     assert.equal((await get(apart.port, '/')).status, 404);
-    const keyed = await start_nexus(t, { server: { api_keys_file: t.file('keys', 'me sk-status-key\n') }, backends: [] }, { ready: 'up' });
+    const keyed = await start_nexus(t, { server: { api_keys_file: t.file('keys', 'me sk-status-key\n') }, backends: [down] }, { ready: 'up' });
     assert.equal((await get(keyed.port, '/')).status, 401);
-    const off = await start_nexus(t, { metrics: { enabled: 'no' }, backends: [] }, { ready: 'up' });
+    const off = await start_nexus(t, { metrics: { enabled: 'no' }, backends: [down] }, { ready: 'up' });
     assert.equal((await get(off.port, '/')).status, 503);
   });
 
   test('reading it counts as no request', async (t) => {
-    const nexus = await start_nexus(t, { backends: [] }, { ready: 'up' });
+    const nexus = await start_nexus(t, { backends: [down] }, { ready: 'up' });
     for (let i = 0; i < 3; i++) await get(nexus.port, '/');
     assert.equal((await get(nexus.port, '/v1/stats')).json.requests.total, 0);
   });

@@ -15,9 +15,11 @@ async function listen(count) {
   return servers;
 }
 
+const backend = '[backend b]\nurl = http://127.0.0.1:1\n';
+
 // Runs `script` in a shell that has the sockets; `start` in it is the daemon with them.
 function manage(t, servers, names, conf, script) {
-  const file = t.file('nexus.conf', conf);
+  const file = t.file('nexus.conf', conf + backend);
   const start = `start() { LISTEN_FDS=${servers.length} LISTEN_FDNAMES=${names} exec sh -c 'LISTEN_PID=$$ exec "$0" -c "$1"' '${settings.nexus}' '${file}'; }`;
   const child = spawn('sh', ['-c', `${start}\n${script}`], { detached: true, stdio: ['pipe', 'pipe', 'pipe', ...servers.map((s) => s._handle.fd)] });
   const ports = servers.map((s) => s.address().port);
@@ -89,7 +91,7 @@ group('socket activation', () => {
 
   test('what is no listening socket is refused in one line', async (t) => {
     const run = manage(t, [], 'nexus', '[server]\nlisten = 127.0.0.1:1\n',
-      `LISTEN_FDS=1 sh -c 'LISTEN_PID=$$ exec "$0" -c "$1"' '${settings.nexus}' /dev/null 3</dev/null`);
+      `LISTEN_FDS=1 sh -c 'LISTEN_PID=$$ exec "$0" -c "$1"' '${settings.nexus}' '${t.file('other.conf', backend)}' 3</dev/null`);
     assert.equal(await within(10_000, run.exited, 'the refusal'), 1);
     assert.match(run.stderr, /^nexus: descriptor 3 was passed.*TCP.*\n$/);
   });
