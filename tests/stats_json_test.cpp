@@ -162,7 +162,7 @@ TEST_SUITE("US2 T033 averages") {
 }
 
 TEST_SUITE("US4 T054 T060 T061 the breakdown") {
-  TEST_CASE("backends are sorted by id: every registered one, also at zero, and every one that ever served") {
+  TEST_CASE("backends are sorted by id: every registered one, also at zero; those that were removed stand apart") {
     World world;
     Slab& slab = world.metrics.add_slab();
     const ModelId model = world.models.intern("m");
@@ -176,10 +176,16 @@ TEST_SUITE("US4 T054 T060 T061 the breakdown") {
     CHECK(world.text().find(
               R"("backends":[{"id":"alpha","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":false,)"
               R"("errors":0,"prompt_tokens":0,"completion_tokens":0},)"
-              R"({"id":"mid","requests":1,"average_latency_ms":1.0,"pending":0,"healthy":false,)"
-              R"("errors":0,"prompt_tokens":0,"completion_tokens":0},)"
               R"({"id":"zeta","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":true,)"
               R"("errors":0,"prompt_tokens":0,"completion_tokens":0}],)") != std::string::npos);
+    CHECK(world.text().find(
+              R"("removed_backends":[{"id":"mid","requests":1,"average_latency_ms":1.0,"pending":0,"healthy":false,)"
+              R"("errors":0,"prompt_tokens":0,"completion_tokens":0}])") != std::string::npos);
+    // One that was removed stands among the others until its last request has ended.
+    slab.add_pending(removed, 1);
+    CHECK(world.text().find(R"({"id":"mid","requests":1,"average_latency_ms":1.0,"pending":1,)") <
+          world.text().find(R"({"id":"zeta")"));
+    CHECK(world.text().find("removed_backends") == std::string::npos);
   }
 
   TEST_CASE("models are sorted by requests, most first, then by name: every one on a healthy backend or ever counted") {

@@ -26,6 +26,7 @@ namespace nexus {
 struct StatsRow {
   std::string_view name;  // as configured or discovered, not sanitised; owned by the name table
   bool listed = false;
+  bool registered = false;   // of a backend
   bool healthy = false;      // of a backend
   std::int64_t pending = 0;  // of a backend
   std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
@@ -60,7 +61,8 @@ struct Stats {
   std::uint64_t models_available = 0;
   std::int64_t client_connections = 0;
   StatsRow all;
-  std::vector<StatsRow> backends;  // by name
+  std::vector<StatsRow> backends;  // by name: those that are registered, or still have requests
+  std::vector<StatsRow> removed;   // by name: others that ever served
   std::vector<StatsRow> models;    // by requests, most first, then by name
 };
 
@@ -86,8 +88,9 @@ inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fle
   stats.registered = fleet.backends.size();
   stats.models_available = fleet.models_available;
   for (const auto& backend : fleet.backends) {
-    stats.backends[index_of(backend.id)].listed = true;
-    stats.backends[index_of(backend.id)].healthy = backend.healthy;
+    StatsRow& row = stats.backends[index_of(backend.id)];
+    row.listed = row.registered = true;
+    row.healthy = backend.healthy;
     stats.healthy += backend.healthy ? 1 : 0;
   }
   for (const ModelId id : fleet.models_on_healthy) stats.models[index_of(id)].listed = true;
@@ -117,8 +120,13 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
       stats.backends[backend].listed |= backend != index_of(BackendId::none);
     });
   }
-  for (auto* rows : {&stats.backends, &stats.models}) std::erase_if(*rows, [](const auto& row) { return !row.listed; });
+  for (auto* rows : {&stats.backends, &stats.models})
+    std::erase_if(*rows, [](const auto& row) { return !row.listed && row.pending <= 0; });
   std::sort(stats.backends.begin(), stats.backends.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+  const auto gone = std::stable_partition(stats.backends.begin(), stats.backends.end(),
+                                          [](const auto& row) { return row.registered || row.pending > 0; });
+  stats.removed.assign(gone, stats.backends.end());
+  stats.backends.erase(gone, stats.backends.end());
   std::sort(stats.models.begin(), stats.models.end(), [](const auto& a, const auto& b) {
     return a.requests != b.requests ? a.requests > b.requests : a.name < b.name;
   });
@@ -147,6 +155,7 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
   json.field("success", stats.all.requests - stats.all.errors).field("errors", stats.all.errors).end_object();
   write_rows("backends", stats.backends, "id", "average_latency_ms", true);
   write_rows("models", stats.models, "name", "average_duration_ms", false);
+  if (!stats.removed.empty()) write_rows("removed_backends", stats.removed, "id", "average_latency_ms", true);
   json.end_object();
   page += '\n';
 }

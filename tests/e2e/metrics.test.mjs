@@ -292,7 +292,9 @@ group('US1 basic request tracking', () => {
     assert.equal(page.value('nexus_request_duration_seconds_count', { model: 'm1', backend: 'b1' }), 5);
     assert.equal(page.value('nexus_backends_total'), 1);
     assert.equal(page.value('nexus_config_last_reload_successful'), 1);
-    assert.deepEqual((await stats(nexus)).backends.map((b) => [b.id, b.requests >= 1]), [['b1', true], ['b2', true]]);
+    const { backends, removed_backends } = await stats(nexus);
+    assert.deepEqual(backends.map((b) => [b.id, b.requests >= 1]), [['b2', true]]);
+    assert.deepEqual(removed_backends.map((b) => [b.id, b.requests]), [['b1', 5]]);
     nexus.reload({ backends: [{ name: 'b1', url: backend.url, type: 'generic' }] });
     await until(async () => (await post(nexus.port, path, chat())).status === 200, 'the old backend again');
     await scrape_when(nexus, (s) => s.value('nexus_requests_total', { model: 'm1', backend: 'b1', status: 200 }) === 6, 'it counts on from where it was');
