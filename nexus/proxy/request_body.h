@@ -39,9 +39,10 @@ class RequestBody {
   std::size_t bytes() const { return bytes_; }                         // decoded so far
   IncrementalJson* incremental() const { return incremental_.get(); }  // of a large body
 
-  // The error that is known from the head alone, if any.
+  // The error that is known from the head alone, if any. `most_bytes` holds for the whole body.
   std::optional<ApiError> begin(const RequestHead& head, std::size_t most_bytes) {
     bytes_ = 0;
+    most_bytes_ = most_bytes;
     decoder_ = ChunkedDecoder();
     if (head.framing.kind != Framing::Kind::length) return std::nullopt;
     if (head.framing.length > most_bytes) return too_large();
@@ -51,18 +52,17 @@ class RequestBody {
 
   // How much room to make: the missing rest of a body of known length, else as much again as is held. A large buffer
   // grows eightfold: memory that is never written costs nothing, and copying would hold up the loop.
-  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes,
-                          std::size_t most_bytes) const {
+  std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes) const {
     const std::size_t held = input.size();
     if (head.framing.kind == Framing::Kind::length) {
       return head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
     }
     if (input.room() >= least_bytes) return input.room();
-    return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes), least_bytes);
+    return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes_), least_bytes);
   }
 
   // Reads the new bytes of `input`, which begins with the head.
-  Step read(const RequestHead& head, Buffer& input, std::size_t most_bytes) {
+  Step read(const RequestHead& head, Buffer& input) {
     switch (head.framing.kind) {
       case Framing::Kind::none: return {Status::whole};
       case Framing::Kind::length: {
@@ -71,7 +71,7 @@ class RequestBody {
         if (length > kIncrementalBytes && !read_new(input.data() + head.head_bytes)) return no_memory();
         return {bytes_ == length ? Status::whole : Status::need_more};
       }
-      case Framing::Kind::chunked: return decode(head.head_bytes, input, most_bytes);
+      case Framing::Kind::chunked: return decode(head.head_bytes, input);
       case Framing::Kind::until_close: break;
     }
     assert(false);
@@ -92,16 +92,16 @@ class RequestBody {
 
  private:
   // Decodes the new bytes in place: the payload follows the head, then come the bytes that the decoder has not seen.
-  Step decode(std::size_t head_bytes, Buffer& input, std::size_t most_bytes) {
+  Step decode(std::size_t head_bytes, Buffer& input) {
     const std::size_t decoded_end = head_bytes + bytes_;
     const std::size_t fresh = input.size() - decoded_end;
     if (fresh == 0) return {Status::need_more};
-    if (!share_.grow_to(context_.budget, std::min(bytes_ + fresh, most_bytes))) return {Status::refused, no_share()};
+    if (!share_.grow_to(context_.budget, std::min(bytes_ + fresh, most_bytes_))) return {Status::refused, no_share()};
     char* data = input.data() + decoded_end;
     const ChunkedDecoder::Result result = decoder_.decode(data, fresh);
     bytes_ += result.decoded;
     if (result.status == ChunkedDecoder::Status::failed) return {Status::refused, ApiError::malformed};
-    if (bytes_ > most_bytes) return {Status::refused, too_large()};
+    if (bytes_ > most_bytes_) return {Status::refused, too_large()};
     const std::size_t behind = fresh - result.consumed;
     std::memmove(data + result.decoded, data + result.consumed, behind);
     input.truncate(decoded_end + result.decoded + behind);
@@ -135,6 +135,7 @@ class RequestBody {
 
   WorkerContext<Net>& context_;
   std::size_t bytes_ = 0;
+  std::size_t most_bytes_ = 0;  // [server] max_body when the head came
   ChunkedDecoder decoder_;
   BodyShare share_;
   typename ObjectPool<IncrementalJson>::Lease incremental_;

@@ -240,9 +240,8 @@ class SessionDriver {
       return Step::wait;
     }
     const bool in_body = session.state == State::reading_body;
-    const std::size_t wanted = in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes,
-                                                                  context_.settings().server.max_body_bytes)
-                                       : kFirstReadBytes;
+    const std::size_t wanted =
+        in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes) : kFirstReadBytes;
     if ((session.input.room() == 0 || in_body) && !session.input.reserve(context_.blocks, wanted)) {
       context_.slab.limit_hit(Limit::memory);
       if (!session.exchange.active()) return close(session);
@@ -339,8 +338,7 @@ class SessionDriver {
   }
 
   bool parse_body(SessionT& session) {
-    const typename RequestBody<Net>::Step body =
-        session.body.read(session.head, session.input, context_.settings().server.max_body_bytes);
+    const typename RequestBody<Net>::Step body = session.body.read(session.head, session.input);
     switch (body.status) {
       case RequestBody<Net>::Status::need_more: return false;
       case RequestBody<Net>::Status::whole: submit(session); break;

@@ -27,6 +27,8 @@ struct Peer {
   bool finished = false;  // this side has sent its FIN or its reset
 };
 
+constexpr const char* kSilentHost = "10.0.0.99";  // connections to it are neither accepted nor refused
+
 class Script {
  public:
   Script() = default;
@@ -34,7 +36,11 @@ class Script {
   Script& operator=(const Script&) = delete;
 
   ConnectFate::Kind fate = ConnectFate::Kind::accepted;  // of the next connections to backends
-  Wire wire{1, [this](const Address& to) { return ConnectFate{fate, static_cast<std::uint32_t>(to.port), shape()}; }};
+  Wire wire{
+      1, [this](const Address& to) {
+        const bool silent = to == *parse_address(kSilentHost, to.port);
+        return ConnectFate{silent ? ConnectFate::Kind::ignored : fate, static_cast<std::uint32_t>(to.port), shape()};
+      }};
   std::deque<Peer> peers;                 // in the order in which their connections were made
   std::function<void(Peer&)> on_connect;  // Nexus connected to a backend
 
