@@ -73,7 +73,7 @@ class Control {
     take_settings(std::move(settings));
     unpublished_ = false;
     pages_.note_reload(true);
-    return make_snapshot();
+    return published_ = make_snapshot();
   }
 
   void set_workers(std::vector<Worker<Net>*> workers) { workers_ = std::move(workers); }
@@ -126,7 +126,9 @@ class Control {
     if (unpublished_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
+  // For the simulator:
   const Registry& registry() const { return registry_; }
+  const SnapshotPtr& published() const { return published_; }
 
  private:
   // Runs `work`. False if memory ran out on the way: the rest of it is left undone, and retry() is scheduled.
@@ -234,6 +236,7 @@ class Control {
         const auto posted = worker->put(typename Worker<Net>::NewSnapshot{std::move(local)});
         if (posted == Worker<Net>::Posted::no_memory) throw std::bad_alloc();
       }
+      published_ = snapshot;
     });
     for (Worker<Net>* worker : workers_) worker->wake();
     unpublished_ = !published;
@@ -372,6 +375,7 @@ class Control {
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
   std::array<Event, Net::kMaxEvents> events_;
+  SnapshotPtr published_;     // that all workers were given last
   bool unpublished_ = false;  // the registry has changes that the workers' snapshot lacks
   Ns hold_until_ns_ = 0;      // until when publish() may wait for first checks
   bool stopped_ = false;

@@ -32,13 +32,14 @@ class Gateway {
  public:
   Gateway(Wire& wire, std::shared_ptr<const Settings> settings, std::uint32_t workers, std::uint64_t seed,
           LogRings* rings = nullptr, Canary canary = Canary::none)
-      : budget_(settings->server.body_memory_bytes),
+      : canary_(canary),
+        budget_(settings->server.body_memory_bytes),
         admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
         shared_{metrics_, admission_, budget_, in_flight_, kInstance} {
     for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             hooks(wire), wire.now());
-    SnapshotPtr snapshot = control_->begin(settings);
+    SnapshotPtr snapshot = first_ = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
     peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
       return control_->post(SimControl::AskPage{worker, session, number, kind}) != SimControl::Posted::no_memory;
@@ -68,6 +69,7 @@ class Gateway {
       workers_[loop]->turn();
     } else {
       control_->turn();
+      if (canary_ == Canary::stale_fleet) go_back();
     }
   }
 
@@ -125,6 +127,14 @@ class Gateway {
     return hooks;
   }
 
+  void go_back() {
+    for (auto& worker : workers_) {
+      worker->put(SimWorker::NewSnapshot{std::make_unique<LocalSnapshot>(LocalSnapshot{first_, 0})});
+    }
+  }
+
+  const Canary canary_;
+  SnapshotPtr first_;
   Metrics metrics_;
   BodyBudget budget_;
   SimWorker::Peers peers_;

@@ -76,6 +76,7 @@ struct Link {
   bool live = false;
   bool to_backend = false;  // else from a client
   std::uint32_t peer = 0;   // number of the client or backend
+  Ns made_at = 0;           // when it was begun
   Shape shape;
   Flow to_nexus, to_peer;
   // Nexus's end.

@@ -30,6 +30,7 @@ enum class Canary : std::uint8_t {
   keep_a_descriptor,  // a close() that does nothing
   resend_to_backend,  // a request is sent twice
   forget_an_edge,
+  stale_fleet,  // a worker goes back to its first snapshot
   count,
 };
 

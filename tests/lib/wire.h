@@ -178,6 +178,7 @@ class Wire {
     Link& link = at(id);
     link.to_backend = true;
     link.peer = fate.backend;
+    link.made_at = now_;
     link.nexus_open = true;
     descriptors_ += 1;
     if (fate.kind == ConnectFate::Kind::ignored) return id;

@@ -221,6 +221,7 @@ class Clients {
           wire_.peer_send(client.link, std::string_view(client.out).substr(client.sent, limit - client.sent));
     }
     while (!client.ends.empty() && client.ends.front() <= client.sent) {
+      ledger_.requests[client.waiting[client.waiting.size() - client.ends.size()]].asked_at = wire_.now();
       client.ends.pop_front();
     }
     if (client.sent >= client.abort_at_sent) return abort(who);

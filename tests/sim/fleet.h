@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -45,6 +46,10 @@ class Fleet {
     return fate;
   }
 
+  // A request with this head and model has come whole, or `first` on its connection.
+  std::function<void(LinkId id, const rfc9112::Message& head, std::string_view model, bool first, Ns sent_at)>
+      on_request;
+
   void on_connected(LinkId id) {
     if (id >= talks_.size()) talks_.resize(id + 1);
     talks_[id] = Talk{};
@@ -58,6 +63,7 @@ class Fleet {
     if (talk.deaf) return;
     const std::string_view view = wire_.peer_view(id);
     if (talk.phase != Phase::reading) return;  // wait until the current response is sent
+    if (talk.input.empty()) talk.begun_at = Wire::written_at(wire_.at(id).to_peer, wire_.at(id).to_peer.read);
     talk.input.append(view);
     wire_.peer_take(id, view.size());
     read(id);
@@ -122,8 +128,8 @@ class Fleet {
     bool deaf = false;       // never reads again
     bool peer_done = false;  // Nexus's FIN has arrived
     std::string input;
-    rfc9112::Message head;    // of the request in `input`; empty until it is complete
-    std::uint64_t taken = 0;  // position of input[0] in the flow
+    rfc9112::Message head;  // of the request in `input`; empty until it is complete
+    Ns begun_at = 0;        // when Nexus wrote input[0]; 0: unknown
     std::uint32_t served = 0;
     std::int64_t number = -1;     // of the request being answered
     bool answered = false;        // the request in `input` has been answered
@@ -261,7 +267,9 @@ class Fleet {
     }
     Attempt attempt;
     attempt.server = talk.server;
-    attempt.sent_at = Wire::written_at(wire_.at(id).to_peer, talk.taken);
+    attempt.sent_at = talk.begun_at;
+    if (!talk.answered_early && talk.begun_at > 0)
+      on_request(id, talk.head, model_of(talk), talk.served == 0, attempt.sent_at);
     talk.number = number;
     answers_.attempt_number_ = request.attempts.size();
     // A backend that did not read the body can't know if usage was requested, and sends none.
@@ -272,15 +280,22 @@ class Fleet {
     wire_.note(8, static_cast<std::uint64_t>(number), talk.answer.bytes.size());
   }
 
+  // The model of the request in `input`, or an empty text.
+  static std::string_view model_of(const Talk& talk) {
+    const std::string_view body(talk.input.data() + talk.head.head_bytes, talk.head.length);
+    constexpr std::string_view kModel = R"("model":")";
+    const std::size_t at = body.find(kModel);
+    if (at == std::string_view::npos) return {};
+    const std::size_t from = at + kModel.size();
+    return body.substr(from, body.find('"', from) - from);
+  }
+
   // True if the body is the client's except for the model and the request for usage; sets `asked` if usage is
   // requested.
   bool check_body(const Request& request, const Talk& talk, bool& asked) const {
     const std::string_view body(talk.input.data() + talk.head.head_bytes, talk.head.length);
-    constexpr std::string_view kModel = R"("model":")";
-    const std::size_t at = body.find(kModel);
-    if (at == std::string_view::npos) return false;
-    const std::size_t from = at + kModel.size();
-    const std::string_view model = body.substr(from, body.find('"', from) - from);
+    const std::string_view model = model_of(talk);
+    if (model.empty()) return false;
     for (const bool asks : {false, true}) {
       if (request.body.render(model, asks) != body) continue;
       asked = asks || asked;
@@ -330,7 +345,7 @@ class Fleet {
     Talk& talk = talks_[id];
     const std::size_t whole = talk.request_bytes();
     talk.input.erase(0, whole);
-    talk.taken += whole;
+    talk.begun_at = 0;
     talk.head = {};
     const bool in_turn =
         !talk.answered_early && !talk.answer.overlong;  // otherwise the next one may have arrived already

@@ -103,6 +103,7 @@ struct Request {
   bool whole = false;
   std::int32_t attempt = -1;  // the attempt whose response it is; -1: Nexus's own
   Ns answered_at = -1;        // when Nexus wrote the first byte
+  Ns asked_at = -1;           // when the client had sent the last byte of the request
   std::string received;       // the body
   std::string backend, fallback_model;
   bool event_stream = false;

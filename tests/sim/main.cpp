@@ -47,6 +47,7 @@ struct Tally {
   std::vector<std::uint64_t> traces;  // seed by seed
   Ns began_cpu_ns = 0;
   Happened happened;
+  ReloadCoverage reloads;
 };
 
 Ns cpu_now() {
@@ -63,6 +64,7 @@ void add(Tally& tally, const Outcome& outcome, std::uint64_t seed) {
   tally.turns += outcome.turns;
   tally.simulated_ns += outcome.simulated_ns;
   tally.happened.add(outcome.happened);
+  tally.reloads.add(outcome.reloads);
   tally.traces.push_back(outcome.trace);
   if (outcome.wrong.empty()) return;
   tally.failed += 1;
@@ -134,7 +136,8 @@ constexpr const char* kCanaryNames[] = {"none",
                                         "a FIN in place of a reset",
                                         "a leaked descriptor",
                                         "a request sent twice",
-                                        "a forgotten edge"};
+                                        "a forgotten edge",
+                                        "a stale fleet"};
 static_assert(std::size(kCanaryNames) == static_cast<std::size_t>(Canary::count));
 
 // True if the checks notice this defect within a few seeds.
@@ -230,6 +233,7 @@ int test(LogRings& rings) {
   print(tally);
   print(tally.happened);
   count(elsewhere.are(tally.traces));
+  if (kFixedSeeds > 1000) count(tally.reloads.print_missing() == 0);
   passed += static_cast<unsigned>(tally.seeds - tally.failed);
   failed += static_cast<unsigned>(tally.failed);
   std::printf("%u passed, %u failed\n", passed, failed);

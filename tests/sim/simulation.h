@@ -14,6 +14,8 @@
 #include "audit.h"
 #include "clients.h"
 #include "fleet.h"
+#include "freshness.h"
+#include "reloads.h"
 #include "swarm.h"
 #include "tests/lib/faults.h"
 #include "tests/lib/gateway.h"
@@ -29,6 +31,7 @@ struct Outcome {
   std::uint64_t turns = 0;
   Ns simulated_ns = 0;
   Happened happened;
+  ReloadCoverage reloads;
   std::uint32_t kinds = 0;  // a bit for each of kKinds that occurred
 };
 
@@ -68,8 +71,13 @@ class Simulation {
         swarm_(make_swarm(scale)),
         settings_maker_(dice_),
         wire_(seed ^ 0x5eed,
-              [this](const Address& address) { return fleet_.fate_of(address, swarm_.draw_shape(dice_)); }),
+              [this](const Address& address) {
+                const ConnectFate fate = fleet_.fate_of(address, swarm_.draw_shape(dice_));
+                freshness_.on_connect(address, fate.backend);
+                return fate;
+              }),
         ledger_(wire_),
+        freshness_(ledger_, wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
         settings_(scale == Scale::whole ? settings_maker_.first(swarm_.gentle) : settings_maker_.small()),
@@ -84,6 +92,12 @@ class Simulation {
       broken_ = link;
       broken_life_ = wire_.at(link).generation;
     };
+    fleet_.on_request = [this](LinkId id, const rfc9112::Message& head, std::string_view model, bool first,
+                               Ns sent_at) {
+      const Link& link = wire_.at(id);
+      freshness_.on_request(link, address_of_server(link.peer), head, model, first, sent_at, slack());
+    };
+    freshness_.note(gateway_.control().published());
     wire_.weather = swarm_.weather;
     wire_.most_descriptors = swarm_.most_descriptors;
     audit_.note_caps(*settings_);
@@ -110,6 +124,7 @@ class Simulation {
     outcome.arrivals = fleet_.arrivals();
     outcome.turns = turns_;
     outcome.happened = audit_.happened;
+    outcome.reloads = reloads_;
     outcome.simulated_ns = wire_.now() - began;
     outcome.kinds = kinds();
     return outcome;
@@ -143,15 +158,27 @@ class Simulation {
 
   void on_script(std::uint32_t step) {
     switch (step) {
-      case kReload: {
-        const auto next = settings_maker_.next();
-        audit_.note_caps(*next);
-        return gateway_.reload(next);
-      }
+      case kReload: reload_in_.push_back(kReloadStates[dice_.index(kReloadStates.size())]); return;
       case kDrain: ledger_.draining = true; return gateway_.drain();
       case kStop: ledger_.stopped = true; return gateway_.stop();
       default: return;
     }
+  }
+
+  // The reloads wait until a request is in the state that was drawn for them.
+  void reload_if_wanted(SimWorker& worker) {
+    std::array<bool, kExchangeStateNames.size()> states{};
+    worker.sessions().each(
+        [&](const auto& session) { states[static_cast<std::size_t>(session.exchange.state())] = true; });
+    if (!states[static_cast<std::size_t>(reload_in_.back())]) return;
+    reload_in_.pop_back();
+    ReloadCoverage::Keys changed;
+    const auto next = settings_maker_.next(changed);
+    for (std::size_t i = 0; i < states.size(); ++i) {
+      if (states[i]) reloads_.note(static_cast<ExchangeState>(i), changed);
+    }
+    audit_.note_caps(*next);
+    gateway_.reload(next);
   }
 
   std::uint32_t kinds() const {
@@ -229,6 +256,7 @@ class Simulation {
     deliver_all();
     clients_.end_all();
     audit_.check_counts();
+    if (ledger_.ok()) freshness_.check_refusals();
     gateway_.end_control();
     if (ledger_.ok()) audit_.check_closed();
   }
@@ -289,8 +317,13 @@ class Simulation {
     {
       faults().memory = swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{};
       faults().dice = &wire_.dice();
-      const Runs nexus(true);
-      gateway_.turn(loop);
+      const bool is_worker = loop < gateway_.workers();
+      if (is_worker) freshness_.begin_turn(loop);
+      {
+        const Runs nexus(true);
+        gateway_.turn(loop);
+      }
+      is_worker ? freshness_.end_turn() : freshness_.note(gateway_.control().published());
     }
     faults().dice = nullptr;
     if (wire_.story != nullptr && loop < gateway_.workers()) tell_states(*gateway_.each_worker()[loop]);
@@ -298,6 +331,7 @@ class Simulation {
     // A turn without work sleeps until its deadline. Other turns may have changed something: check everything.
     if (net.slept()) return;
     if (loop < gateway_.workers()) audit_.take_lines(rings_[loop]);
+    if (loop < gateway_.workers() && !reload_in_.empty() && !calm_) reload_if_wanted(*gateway_.each_worker()[loop]);
     audit_.check_step();
     check_servers();
     not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
@@ -370,11 +404,14 @@ class Simulation {
   SettingsMaker settings_maker_;
   Wire wire_;
   Ledger ledger_;
+  Freshness freshness_;
   Fleet fleet_;
   Clients clients_;
   std::shared_ptr<const Settings> settings_;
   Gateway gateway_;
   Audit audit_;
+  ReloadCoverage reloads_;
+  std::vector<ExchangeState> reload_in_;  // of the reloads that are due
   LogRings& rings_;
   std::vector<Ns> not_before_;  // per loop: no turn before that
   std::uint64_t turns_ = 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nexus/config/settings.h"
+#include "reloads.h"
 #include "tests/lib/wire.h"
 
 namespace nexus::sim {
@@ -296,8 +297,14 @@ class SettingsMaker {
   }
 
   // The settings with a few random changes.
-  std::shared_ptr<const Settings> next() {
-    for (std::uint32_t changes = dice_.number(1, 4); changes > 0; --changes) change();
+  std::shared_ptr<const Settings> next(ReloadCoverage::Keys& changed) {
+    if (dice_.one_in(3)) change_backends();
+    for (std::uint32_t changes = dice_.number(1, 12); changes > 0; --changes) {
+      const std::size_t key = dice_.index(kKeyChanges.size());
+      if (kKeyChanges[key].change == nullptr) continue;
+      kKeyChanges[key].change({settings_, dice_});
+      changed.set(key);
+    }
     return std::make_shared<const Settings>(settings_);
   }
 
@@ -359,21 +366,15 @@ class SettingsMaker {
     return models;
   }
 
-  void change() {
+  void change_backends() {
     auto& backends = settings_.backends;
-    switch (dice_.number(0, 7)) {
+    switch (dice_.number(0, 2)) {
       case 0: return add_backend();
       case 1:
         if (backends.size() > 1)
           backends.erase(backends.begin() + static_cast<std::ptrdiff_t>(dice_.index(backends.size())));
         return;
-      case 2: backends[dice_.index(backends.size())].max_pending = dice_.number(0, 3); return;
-      case 3: return settle(backends[dice_.index(backends.size())]);
-      case 4: return routing();
-      case 5: return server();
-      case 6: return upstream();
-      case 7:
-        backends[dice_.index(backends.size())].models = dice_.one_in(2) ? some_models() : std::vector<std::string>{};
+      case 2: return settle(backends[dice_.index(backends.size())]);
     }
   }
 
