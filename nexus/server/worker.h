@@ -152,19 +152,31 @@ class Worker {
 
   void take_messages() {
     mailbox_.take(messages_);
+    const bool fleet_changed = take_newest_fleet();
     for (Message& message : messages_) {
       std::visit([this](auto& m) { this->on_message(m); }, message);
     }
     messages_.clear();
+    if (fleet_changed) sessions_.look_for_grants();
+  }
+
+  // Before all other messages: none of them may lead to a decision by an older fleet. True if there is a new one.
+  bool take_newest_fleet() {
+    bool changed = false;
+    for (Message& message : messages_) {
+      NewSnapshot* const m = std::get_if<NewSnapshot>(&message);
+      if (m == nullptr) continue;
+      context_.use(std::move(m->snapshot));
+      changed = true;
+    }
+    if (!changed) return false;
+    sessions_.pool().forget_departed(*context_.snapshot);
+    log_.configure(context_.settings().log);
+    return true;
   }
 
   void on_message(Adopt& adopt) { sessions_.add(adopt.socket, adopt.peer, adopt.metrics_only); }
-  void on_message(NewSnapshot& m) {
-    context_.use(std::move(m.snapshot));
-    sessions_.pool().forget_departed(*context_.snapshot);
-    log_.configure(context_.settings().log);
-    sessions_.look_for_grants();
-  }
+  void on_message(NewSnapshot&) {}  // see take_newest_fleet()
   void on_message(Grant& grant) { sessions_.on_grant(grant.session); }
   void on_message(RenderedPage& page) { sessions_.on_page(page.session, page.number, std::move(page.body), page.kind); }
   void on_message(Drain&) {
