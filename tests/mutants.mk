@@ -1,0 +1,22 @@
+# `make mutants`: builds a copy of the project that has every row of tests/mutants/*.txt in it, a small wrong change each,
+# and tells which of them the tests notice. Takes an hour or two; fails if they notice fewer than 95 of 100.
+#   make mutants ONLY=nexus/proxy    the rows whose number, file or reason has this text
+#   make mutants PARTS=sim           one part of the tests alone: unit, sim or e2e; all of them one after the other by default
+
+MUTANTS := build/mutants/copy
+PARTS ?= unit,sim,e2e
+
+.PHONY: mutants mutants-build
+mutants-build: $(READY) $(DEPS)/test-modules
+	@rm -rf $(MUTANTS)/nexus $(MUTANTS)/tests
+	@mkdir -p $(MUTANTS)/build
+	@git ls-files -z --cached --others --exclude-standard | xargs -0 cp -p --parents -t $(MUTANTS)
+	@ln -sfn $(abspath tests/node_modules) $(MUTANTS)/tests/node_modules
+	@rm -rf $(MUTANTS)/build/deps && cp -a $(DEPS) $(MUTANTS)/build/
+	@$(NODE) tests/mutants/mutants.mjs apply $(MUTANTS)
+	@$(MAKE) --no-print-directory -C $(MUTANTS) CXXFLAGS='-include tests/mutants/mutant.h' build/unit_tests build/sim build/nexus
+
+mutants: mutants-build
+	@$(NODE) tests/mutants/mutants.mjs run $(MUTANTS) --only '$(ONLY)' --parts '$(PARTS)' $(MUTANT_ARGS)
+
+HELP_MORE += 'make mutants      which of many small wrong changes the tests notice: ONLY=nexus/proxy, PARTS=sim'
