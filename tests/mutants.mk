@@ -1,10 +1,10 @@
 # `make mutants`: builds a copy of the project that has every row of tests/mutants/*.txt in it, a small wrong change each,
 # and tells which of them the tests notice. Takes an hour or two; fails if they notice fewer than 95 of 100.
 #   make mutants ONLY=nexus/proxy    the rows whose number, file or reason has this text
-#   make mutants PARTS=sim           one part of the tests alone: unit, sim or e2e; all of them one after the other by default
+#   make mutants PARTS=sim           some parts of the tests alone; by default sim, unit and then e2e, each for those that are left
 
 MUTANTS := build/mutants/copy
-PARTS ?= unit,sim,e2e
+PARTS ?= sim,unit,e2e
 
 .PHONY: mutants mutants-build
 mutants-build: $(READY) $(DEPS)/test-modules
