@@ -944,6 +944,33 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
   }
 }
 
+TEST_CASE("cors_origins is * or a list of origins as browsers send them") {
+  const auto origins = [](const std::string& text) {
+    return accepted("[server]\ncors_origins = " + text + "\n[backend b]\ntype = echo").server.cors_origins;
+  };
+  using Origins = std::vector<std::string>;
+  CHECK(origins("*") == Origins{"*"});
+  CHECK(origins("HTTPS://Chat.Example , http://localhost:3000") ==
+        Origins{"https://chat.example", "http://localhost:3000"});
+  CHECK(origins("null, tauri://localhost, chrome-extension://abc, http://[::1]:80").size() == 4);
+  const auto refused = [](const std::string& text, const std::string& problem) {
+    CAPTURE(text);
+    const auto messages = all_messages(parse("[server]\ncors_origins = " + text));
+    CHECK(messages.starts_with("n:2: cors_origins: " + problem));
+  };
+  for (const char* text : {"chat.example", "https://chat.example/", "https://", "://a", "https://a b", "http://u@a",
+                           "**", "https://*.example", "1http://a"}) {
+    refused(text, "expected * or origins like https://app.example:8443 (no path and no slash at the end), not '");
+  }
+  refused("*, https://a", "* must be the only item");
+  refused("https://a, *", "* must be the only item");
+  refused("https://a, https://A", "'https://A' is listed twice");
+  refused("https://a,", "expected a name before and after every comma");
+  std::string many = "http://a0";
+  for (int i = 1; i < 65; ++i) many += ",http://a" + std::to_string(i);
+  refused(many, "expected at most 64 origins");
+}
+
 TEST_CASE("api_keys_file is read line by line, and its errors carry its own name and lines") {
   const auto parse_keys = [](const std::string& text) {
     return parse_config("[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",

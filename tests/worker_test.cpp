@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <utility>
 
 #include "nexus/server/builtin_pages.h"
 #include "tests/hostile/gateway.h"
@@ -54,4 +55,110 @@ TEST_CASE("more than kMaxBackendNames backends over all reloads do not end the p
   Peer& client = gateway.connect();
   for (std::size_t i = 0; i < kBackends; ++i) gateway.send(client, kPost);
   CHECK(client.received.starts_with("HTTP/1.1 200"));
+}
+
+// ---- time ----
+
+TEST_CASE("a head on a kept connection has header_timeout of its own, however little is left of idle_timeout") {
+  Gateway gateway({.edit = [](nexus::Settings& settings) {
+    settings.server.idle_timeout_ns = 10 * nexus::kSecond;
+    settings.server.header_timeout_ns = 5 * nexus::kSecond;
+  }});
+  Peer& client = gateway.connect();
+  gateway.send(client, kPost);
+  const std::size_t answered = client.received.size();
+  gateway.pass(9 * nexus::kSecond);
+  gateway.send(client, kPost.substr(0, 20));
+  gateway.pass(4 * nexus::kSecond);
+  CHECK(client.received.size() == answered);
+  gateway.send(client, kPost.substr(20));
+  CHECK(client.received.substr(answered).starts_with("HTTP/1.1 200"));
+  gateway.send(client, kPost.substr(0, 20));
+  gateway.pass(6 * nexus::kSecond);
+  CHECK(client.received.find("HTTP/1.1 408") != std::string::npos);
+}
+
+TEST_CASE("request_timeout runs from the head on, while the body comes too") {
+  Gateway gateway({.edit = [](nexus::Settings& settings) {
+    settings.upstream.request_timeout_ns = 5 * nexus::kSecond;
+    settings.server.body_timeout_ns = 60 * nexus::kSecond;
+  }});
+  Peer& slow = gateway.connect();
+  gateway.send(slow, kPost.substr(0, kPost.size() - 1));
+  gateway.pass(6 * nexus::kSecond);
+  CHECK(slow.received.starts_with("HTTP/1.1 504"));
+  CHECK(slow.received.find("request_timeout") != std::string::npos);
+  // 4 seconds for the body leave 1 for the backend.
+  gateway.answer = [](const rfc9112::Message&) { return BackendPlan{}; };
+  Peer& client = gateway.connect();
+  gateway.send(client, kPost.substr(0, kPost.size() - 1));
+  gateway.pass(4 * nexus::kSecond);
+  gateway.send(client, kPost.substr(kPost.size() - 1));
+  CHECK(client.received.empty());
+  gateway.pass(2 * nexus::kSecond);
+  CHECK(client.received.starts_with("HTTP/1.1 504"));
+}
+
+// ---- drain ----
+
+TEST_CASE("a drain closes idle connections at once, and those in use after a response that says so") {
+  Gateway gateway;
+  Peer& idle = gateway.connect();
+  gateway.send(idle, kPost);
+  Peer& busy = gateway.connect();
+  gateway.answer = [](const rfc9112::Message&) { return BackendPlan{}; };
+  gateway.send(busy, kPost);
+  Peer& late = gateway.connect();
+  Peer& pipelined = gateway.connect();
+  gateway.send(pipelined, kPost.substr(0, 10));
+  gateway.drain();
+  CHECK(idle.ended);
+  CHECK_FALSE(busy.ended);
+  CHECK_FALSE(late.ended);  // its first request may be on its way
+  gateway.send(late, kPost);
+  gateway.send(pipelined, kPost.substr(10));
+  for (Peer* peer : {&late, &pipelined}) {
+    CHECK(peer->received.starts_with("HTTP/1.1 503"));
+    CHECK(peer->received.find("Connection: close\r\n") != std::string::npos);
+    CHECK(peer->ended);
+  }
+}
+
+TEST_CASE("a response whose head is written during a drain says that the connection closes") {
+  Gateway gateway;
+  Peer& client = gateway.connect();
+  Peer& page = gateway.connect();
+  gateway.control_sleeps = true;
+  gateway.send(page, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n");
+  bool drained = false;
+  gateway.answer = [&](const rfc9112::Message&) {
+    if (!std::exchange(drained, true)) gateway.drain();
+    return BackendPlan{{good_answer()}};
+  };
+  gateway.send(client, kPost);
+  gateway.control_sleeps = false;
+  gateway.settle();
+  for (Peer* peer : {&client, &page}) {
+    CHECK(peer->received.starts_with("HTTP/1.1 200"));
+    CHECK(peer->received.find("Connection: close\r\n") != std::string::npos);
+    CHECK(peer->ended);
+  }
+}
+
+TEST_CASE("a connection is closed after the response that it was getting when the drain began") {
+  Gateway gateway;
+  gateway.answer = [](const rfc9112::Message&) {
+    return BackendPlan{{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nh"}};
+  };
+  Peer& client = gateway.connect();
+  gateway.send(client, kPost);
+  gateway.drain();
+  CHECK(client.received.ends_with("h"));
+  CHECK_FALSE(client.ended);
+  for (Peer& peer : gateway.net.peers) {
+    if (peer.to_backend) gateway.net.send(peer, "i");
+  }
+  gateway.settle();
+  CHECK(client.received.ends_with("hi"));
+  CHECK(client.ended);
 }

@@ -24,6 +24,7 @@ constexpr std::size_t kMaxModelsPerList = 10'000;  // also aliases, and models w
 constexpr std::size_t kMaxModelNameBytes = 256;
 constexpr std::uint32_t kMaxAliasHops = 3;  // aliases that a name may lead through
 constexpr std::size_t kMaxListens = 64;     // a key; each address costs a descriptor per worker
+constexpr std::size_t kMaxOrigins = 64;     // of cors_origins
 constexpr std::size_t kMaxUrlBytes = 2048;
 constexpr std::size_t kMaxHostBytes = 253;   // RFC 1035 2.3.4, as text
 constexpr std::size_t kMaxLabelBytes = 63;   // RFC 1035 2.3.4
@@ -84,6 +85,7 @@ constexpr std::uint32_t kReadsPerTurn = 16;          // of one response
 constexpr std::size_t kSentPerTurn = 512u << 10;     // of one request
 constexpr std::size_t kPageShareBytes = 128u << 10;  // of one rendered page: about 50 µs
 constexpr std::uint32_t kAcceptsPerTurn = 64;        // per listener
+constexpr std::uint32_t kAcceptsAtDrain = 8192;      // per listener: more than a backlog holds
 constexpr std::size_t kMaxLingerBytes = 64u << 20;   // of a refused body that is dropped, over all turns
 
 // ---- log ----
@@ -110,7 +112,8 @@ constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits
 constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection
 constexpr Ns kFirstRequestTime = kSecond;           // of a drain: a first request may be on its way
 constexpr Ns kFarewellTime = kSecond;               // of a drain: kept connections get to see our FIN
-constexpr Ns kLastAccepts = 50 * kMillisecond;      // of a drain: connections wait in the backlog
+constexpr Ns kAcceptRest = 50 * kMillisecond;       // of a drain: the backlog is accepted once more
+constexpr Ns kLastAccepts = 60 * kMillisecond;      // of a drain: then connections are refused
 
 // ---- relations ----
 
@@ -119,7 +122,7 @@ static_assert(kMaxModelNames >= kMaxModelsPerBackend && kMaxBackendNames >= kMax
 static_assert(kMostReadBytes >= kFirstReadBytes && kIncrementalBytes <= kMostReadBytes);
 static_assert(kRoomyBlock >= kFirstReadBytes && kRoomyBlock <= kKeptBytes && kSmallestBlock <= kRoomyBlock);
 static_assert(kTextBytes >= kListedModelBytes + kMaxRequestIdBytes + kMaxModelBytes, "an error needs no memory");
-static_assert(kHandOverTime <= kFirstRequestTime && kLastAccepts < kHandOverTime);
+static_assert(kHandOverTime <= kFirstRequestTime && kAcceptRest < kLastAccepts && kLastAccepts < kHandOverTime);
 static_assert(kMaxLogValueBytes >= kMaxRequestIdBytes && kMaxLogValueBytes >= kMaxBackendNameBytes);
 
 }  // namespace nexus

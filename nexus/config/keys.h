@@ -131,6 +131,8 @@ struct Value {
     if (problem.empty()) read_client_keys(lines, std::string(text), file_errors, keys);
   }
 
+  void to_origins(std::vector<std::string>& origins) { problem = read_origins(text, origins); }
+
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
   void to(std::vector<std::string>& models) { problem = read_models(text, models); }
   void to(Capability& capability) { problem = read_capability(text, capability); }
@@ -168,6 +170,8 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.s.server.drain_timeout_ns); }},
     {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.metrics_listen); }},
     {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.s.server.api_keys); }},
+    {"server", "cors_origins", kText, "", "* or a comma-separated list of origins like https://app.example",
+     [](V& v) { v.to_origins(v.s.server.cors_origins); }},
 
     {"upstream", "connect_timeout", kDuration, "2s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.connect_timeout_ns); }},
     {"upstream", "first_byte_timeout", kDuration, "300s", "1ms to 24h",

@@ -58,8 +58,9 @@ struct ServerSettings {
   Ns idle_timeout_ns = 75 * kSecond;
   Ns write_timeout_ns = 60 * kSecond;  // until the client accepts a byte; then it is disconnected
   Ns drain_timeout_ns = 600 * kSecond;
-  std::vector<HostPort> metrics_listen;  // empty: the built-in pages are on `listen`
-  std::vector<ApiKey> api_keys;          // of api_keys_file; empty: no key is required
+  std::vector<HostPort> metrics_listen;   // empty: the built-in pages are on `listen`
+  std::vector<ApiKey> api_keys;           // of api_keys_file; empty: no key is required
+  std::vector<std::string> cors_origins;  // of browser pages that may use this gateway; `*` alone: any; empty: none
 };
 
 struct UpstreamSettings {

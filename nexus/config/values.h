@@ -325,6 +325,32 @@ inline std::string parse_url(std::string_view text, BackendSettings& backend) {
   return {};
 }
 
+// An origin as a browser sends it (RFC 6454 6.1): `scheme://host[:port]` in small letters, or `null`, which a page from
+// a file has.
+inline bool is_origin(std::string_view text) {
+  const std::size_t colon = text.find("://");
+  if (colon == std::string_view::npos || colon == 0) return text == "null";
+  const std::string_view host = text.substr(colon + 3);
+  return is_alpha(text.front()) && consists_of(text.substr(0, colon), "+-.") && !host.empty() &&
+         consists_of(host, "-._~:[]");
+}
+
+// Reads `*` alone, or different origins.
+inline std::string read_origins(std::string_view text, std::vector<std::string>& origins) {
+  std::unordered_set<std::string> seen;
+  return read_list(text, [&](std::string_view item) -> std::string {
+    std::string& origin = origins.emplace_back(item);
+    std::transform(origin.begin(), origin.end(), origin.begin(), to_lower);
+    if (origins.size() > kMaxOrigins) return at_most(kMaxOrigins, "origins");
+    if (origin != "*" && !is_origin(origin)) {
+      return "expected * or origins like https://app.example:8443 (no path and no slash at the end), not " +
+             in_quotes(item);
+    }
+    if (!seen.insert(origin).second) return in_quotes(item) + " is listed twice";
+    return seen.contains("*") && seen.size() > 1 ? "* must be the only item" : "";
+  });
+}
+
 // ---- files and lines
 
 // read_file with its failure in words.

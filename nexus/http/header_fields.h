@@ -29,6 +29,7 @@ enum class Field : std::uint8_t {
   expect,
   host,
   keep_alive,
+  origin,
   proxy_authenticate,
   proxy_authorization,
   proxy_connection,
@@ -40,14 +41,31 @@ enum class Field : std::uint8_t {
   via,
   x_request_id,
   x_nexus,          // x-nexus-…: only Nexus sets these
+  access_control,   // access-control-…: of a response (cors.h)
   underscore_twin,  // one of the above, spelled with an underscore
 };
 
 // The names of the fields from accept_encoding to x_request_id, in the order of the enum.
-inline constexpr auto kFieldNames = std::to_array<std::string_view>(
-    {"accept-encoding", "authorization", "connection", "content-encoding", "content-length", "content-type", "expect",
-     "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "retry-after", "te",
-     "trailer", "transfer-encoding", "upgrade", "via", "x-request-id"});
+inline constexpr auto kFieldNames = std::to_array<std::string_view>({"accept-encoding",
+                                                                     "authorization",
+                                                                     "connection",
+                                                                     "content-encoding",
+                                                                     "content-length",
+                                                                     "content-type",
+                                                                     "expect",
+                                                                     "host",
+                                                                     "keep-alive",
+                                                                     "origin",
+                                                                     "proxy-authenticate",
+                                                                     "proxy-authorization",
+                                                                     "proxy-connection",
+                                                                     "retry-after",
+                                                                     "te",
+                                                                     "trailer",
+                                                                     "transfer-encoding",
+                                                                     "upgrade",
+                                                                     "via",
+                                                                     "x-request-id"});
 static_assert(kFieldNames[static_cast<std::size_t>(Field::retry_after) - 1] == "retry-after" &&
               kFieldNames.size() == static_cast<std::size_t>(Field::x_request_id));
 
@@ -66,6 +84,7 @@ constexpr std::uint32_t kHopByHop =
 namespace detail {
 
 constexpr std::string_view kNexusPrefix = "x-nexus-";
+constexpr std::string_view kAccessControlPrefix = "access-control-";
 
 constexpr std::size_t kMaxNameBytes = 20;  // longer than any of kFieldNames
 
@@ -132,6 +151,7 @@ inline Field classify_dashed(std::string_view name) {
   if (letter == 'x' - 'a' && name.size() >= 8 && (word_at<std::uint64_t>(name.data()) | kLowerCase) == kNexusWord) {
     return Field::x_nexus;
   }
+  if (letter == 0 && starts_with_ignoring_case(name, kAccessControlPrefix)) return Field::access_control;
   if (name.size() >= kMaxNameBytes) return Field::other;
   const Field field = kFieldByLength[name.size()][letter];
   if (field == Field::other || words_of(name) != kFieldWords[static_cast<std::size_t>(field)]) return Field::other;

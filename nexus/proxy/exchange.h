@@ -53,16 +53,18 @@ class Exchange {
   bool cut() const { return client_.cut(); }  // the connection must be reset, so that what was sent does not look whole
   Ns deadline() const { return deadlines_.next(); }
 
-  // The request's head is complete. `client_name` is the client's address, for the log.
-  void open(const Endpoint& endpoint, const RequestHead& head, const char* base, const FieldTable& fields,
-            std::string_view client_name) {
+  // The request's head is complete. `client_name` is the client's address, for the log; `cors_lines` stay in place
+  // until the response has begun.
+  void open(const Endpoint& endpoint, const RequestHead& head, const HeadView& view, std::string_view client_name,
+            std::string_view cors_lines) {
     go(State::reading);
     endpoint_ = &endpoint;
     summary_.path = endpoint.path;
     summary_.client_name = client_name;
     summary_.started_ns = context_.now;
-    client_.open(head.http_1_0, head.keep_alive && !context_.draining);
-    context_.take_request_id(base, &fields, summary_.request_id);
+    deadlines_.arm_request();
+    client_.open(head.http_1_0, head.keep_alive, cors_lines);
+    context_.take_request_id(view.base, view.fields, summary_.request_id);
   }
 
   // Refuses the request before its body was read whole: the connection ends with it.
@@ -189,7 +191,6 @@ class Exchange {
     if (entry_ == nullptr) return refuse_unknown_model();
     summary_.record.model = entry_->id;
     const Settings& settings = context_.settings();
-    deadlines_.arm_request();
     if (settings.server.max_pending > 0) {
       overall_place_ = take_overall_place(context_.shared.in_flight, settings.server.max_pending);
       if (!overall_place_) {
@@ -247,7 +248,7 @@ class Exchange {
     close_upstream();
     leave_backend();
     const ApiErrorRow& row = row_of(error);
-    if (!keep_alive) client_.end_connection();
+    if (!keep_alive || context_.draining) client_.end_connection();
     summary_.record.status = row.status;
     summary_.record.error = row.label;
     if (!client_.send_error(error, message, param, summary_.request_id)) return end(client_ending());

@@ -255,13 +255,16 @@ class ClientResponse {
   ClientResponse& operator=(const ClientResponse&) = delete;
 
   // Starts a response to a new request.
-  void open(bool http_1_0, bool keep_alive) {
+  // `cors_lines`: of the response's head; they stay in place until it was written.
+  void open(bool http_1_0, bool keep_alive, std::string_view cors_lines) {
+    cors_lines_ = cors_lines;
     http_1_0_ = http_1_0;
     keep_alive_ = keep_alive;
   }
 
   bool http_1_0() const { return http_1_0_; }
   bool keep_alive() const { return keep_alive_; }
+  std::string_view cors_lines() const { return cors_lines_; }
   bool cut() const { return cut_; }
   bool has_begun() const { return begun_; }  // a first byte was written
   bool waits() const { return connection_.pending() > 0; }
@@ -286,6 +289,7 @@ class ClientResponse {
   bool send_error(ApiError refusal, std::string_view message, std::string_view param, std::string_view request_id) {
     OwnResponse answer;
     answer.request_id = request_id;
+    answer.cors_lines = cors_lines_;
     answer.http_1_0 = http_1_0_;
     answer.keep_alive = keep_alive_;
     context_.text.clear();
@@ -330,6 +334,7 @@ class ClientResponse {
 
   WorkerContext<Net>& context_;
   Connection<Net>& connection_;
+  std::string_view cors_lines_;
   bool http_1_0_ = false;
   bool keep_alive_ = true;
   bool cut_ = false;

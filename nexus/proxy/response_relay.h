@@ -70,12 +70,13 @@ class ResponseRelay {
     record.status = head.status;
     record.error = error_of_status(head.status);
     record.stream = response_.is_success() && response_.is_event_stream();
-    if (response_.lasts_until_close()) client_.end_connection();
+    if (response_.lasts_until_close() || context_.draining) client_.end_connection();
     ClientHead to;
     to.backend_line = route.backend_line;
     to.request_id = route.request_id;
     to.route_reason = route.reason;
     to.fallback_model = route.fallback_model;
+    to.cors_lines = client_.cors_lines();
     to.framing = response_.framing();
     to.http_1_0 = client_.http_1_0();
     to.keep_alive = client_.keep_alive();

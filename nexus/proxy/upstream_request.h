@@ -30,6 +30,7 @@ struct RequestView {
   char* body = nullptr;
   std::size_t body_bytes = 0;
   bool pass_authorization = true;
+  bool pass_origin = true;
 };
 
 // A request as a list of pieces of two texts: `own` (the head, then the values inserted into the body) and the client's
@@ -127,6 +128,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;
   head.pass_authorization = request.pass_authorization && !backend.has_key;
+  head.pass_origin = request.pass_origin;
   head.request_id = request_id;
   head.via_line = via_line;
   head.content_length = request.body_bytes;

@@ -82,18 +82,16 @@ class Acceptor {
   // An event of a listener: accepts its backlog; calls `take(socket, peer, metrics_only)` for each connection.
   template <class Take>
   void on_event(Handle token, Take&& take) {
-    accept_from(listeners_[token.slot()], take);
+    accept_from(listeners_[token.slot()], kAcceptsPerTurn, take);
   }
 
-  // Accepts what the kernel has accepted so far, then nothing any more.
+  // Accepts all that the kernel has accepted so far. Later connections are accepted only if this is called again.
   template <class Take>
   void stop(Take&& take) {
-    if (open_) {
-      for (Listener& listener : listeners_) accept_from(listener, take);
-    }
-    unwatch_all();
+    if (open_) unwatch_all();
     context_.wheel.cancel(timer_);
     stopped_ = true;
+    for (Listener& listener : listeners_) accept_from(listener, kAcceptsAtDrain, take);
   }
 
   // Resumes accepting after a pause, because a descriptor may be free again. Also called when the pause timer fires.
@@ -124,8 +122,8 @@ class Acceptor {
   }
 
   template <class Take>
-  void accept_from(const Listener& listener, Take&& take) {
-    for (std::uint32_t i = 0; i < kAcceptsPerTurn; ++i) {
+  void accept_from(const Listener& listener, std::uint32_t most, Take&& take) {
+    for (std::uint32_t i = 0; i < most; ++i) {
       typename Net::Opened opened = context_.net.accept(listener.socket);
       switch (opened.outcome) {
         case SocketOutcome::ok: take(opened.socket, opened.peer, listener.metrics_only); break;

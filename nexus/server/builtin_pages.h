@@ -138,7 +138,7 @@ class BuiltinPages {
       refuse(session, *refusal, path, on);
       return std::nullopt;
     }
-    session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none && !context_.draining;
+    session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none;
     if (head.method == HTTP_OPTIONS) {
       answer_options(session, kind);
       return std::nullopt;
@@ -162,8 +162,7 @@ class BuiltinPages {
 
   [[gnu::cold]] void answer_error(SessionT& session, ApiError refusal, std::string_view extra_fields = {},
                                   std::string_view message = {}) {
-    session.keep_alive =
-        session.head.keep_alive && session.head.framing.kind == Framing::Kind::none && !context_.draining;
+    session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none;
     OwnResponse answer = own_response(session, row_of(refusal).status);
     answer.extra_fields = extra_fields;
     context_.text.clear();
@@ -176,12 +175,14 @@ class BuiltinPages {
     session.keep_alive = false;
     context_.text.clear();
     try {
+      write_cors_lines(session.cors_lines, context_.settings().server, {});
       context_.take_request_id(nullptr, nullptr, session.request_id);
     } catch (const std::bad_alloc&) {
       // the response has no id
     }
     OwnResponse answer;
     answer.request_id = session.request_id;
+    answer.cors_lines = session.cors_lines;
     answer.keep_alive = false;
     const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
     append_own_error(context_.text, refusal, {}, answer, !to_head);
@@ -193,6 +194,7 @@ class BuiltinPages {
     context_.text.clear();
     OwnResponse response;
     response.keep_alive = false;
+    if (allows_any_origin(context_.settings().server)) response.cors_lines = kAnyOriginLines;
     append_own_error(context_.text, ApiError::too_many_connections, {}, response, true);
     Connection<Net> connection;
     connection.attach(socket);
@@ -298,7 +300,8 @@ class BuiltinPages {
   }
 
   [[gnu::cold]] void answer_options(SessionT& session, PageKind kind) {
-    const std::string fields = allow_line(kind);
+    std::string fields = allow_line(kind);
+    if (!session.cors_lines.empty()) fields += kPreflightLines;
     OwnResponse answer = own_response(session, 204);
     answer.extra_fields = fields;
     context_.text.clear();
@@ -323,8 +326,10 @@ class BuiltinPages {
     answer_json(session, 200, body);
   }
 
-  OwnResponse own_response(const SessionT& session, std::uint16_t status) const {
+  OwnResponse own_response(SessionT& session, std::uint16_t status) const {
+    session.keep_alive &= !context_.draining;
     OwnResponse answer;
+    answer.cors_lines = session.cors_lines;
     answer.status = status;
     answer.request_id = session.request_id;
     answer.http_1_0 = session.head.http_1_0;

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "nexus/base/text_buffer.h"
+#include "nexus/http/cors.h"
 #include "nexus/proxy/exchange_steps.h"
 #include "nexus/proxy/request_body.h"
 #include "nexus/server/head_input.h"
@@ -67,6 +68,7 @@ struct Session {
     view.body = input.data() + head.head_bytes;
     view.body_bytes = body.bytes();
     view.pass_authorization = !key_checked;
+    view.pass_origin = !allows_origin(cors_lines);
     return view;
   }
 
@@ -105,6 +107,7 @@ struct Session {
   RequestHead head;
   bool key_checked = false;  // its Authorization field holds a key of Nexus's own
 
+  std::string cors_lines;  // of the response
   RequestBody<Net> body;
   bool request_released = false;  // head and body are gone from `input`: the response is on its way
 

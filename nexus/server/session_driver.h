@@ -1,7 +1,6 @@
 // session_driver.h
-// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, the
-// end. Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a
-// connection's
+// Owns:     the client connections of one worker, and the course of each: heads, bodies, responses, idle times, ends.
+// Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a connection's
 //           memory is bounded; if memory runs out only the connection in hand ends, with an error response if it can.
 // Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of
 //           our own to builtin_pages.h.
@@ -25,9 +24,6 @@
 #include "nexus/server/session.h"
 
 namespace nexus {
-
-// Before other sessions get their turn. A session may have a turn by an event and one by reschedule(): a quarter of a
-// megabyte in all, for which the most awkward JSON takes about 3 ms on a slow machine.
 
 template <class Net>
 class SessionDriver {
@@ -115,6 +111,7 @@ class SessionDriver {
   }
 
   // The page with this number that a session asked for.
+  // The page that a session waits for.
   void on_page(Handle handle, std::uint32_t number, std::shared_ptr<const TextBuffer> body, PageKind kind) {
     with_session(handle, [&](SessionT& session) {
       if (session.state != State::waiting_page || session.page_number != number) return;
@@ -137,12 +134,17 @@ class SessionDriver {
     return !owed;
   }
 
-  // Sends the FIN on every connection; what clients send within `span` is dropped unanswered, and they can tell. A
-  // reset could destroy the response before.
-  void say_farewell(Ns span) {
-    sessions_.each([&](SessionT& session) {
-      if (begin_linger(session) != Step::over) arm(session, span);
+  // Ends the connections between two requests; one that has just come is read first.
+  [[gnu::cold]] void begin_drain() {
+    sessions_.each([this](SessionT& session) {
+      if (session.state != State::reading_head) return;
+      on_event({.token = session.handle, .readable = true});
     });
+  }
+
+  // Sends the FIN on every connection, because a reset could destroy the response before.
+  void say_farewell() {
+    sessions_.each([this](SessionT& session) { begin_linger(session); });
   }
 
   [[gnu::cold]] void close_all() {
@@ -215,7 +217,7 @@ class SessionDriver {
 
   Step step(SessionT& session, std::uint32_t& reads) {
     switch (session.state) {
-      case State::reading_head: return parse_head(session) ? Step::again : read_more(session, reads);
+      case State::reading_head: return parse_head(session) ? Step::again : wait_for_head(session, reads);
       case State::reading_body: return parse_body(session) ? Step::again : read_more(session, reads);
       case State::exchanging: return follow_exchange(session);
       case State::waiting_page: return Step::wait;
@@ -258,6 +260,13 @@ class SessionDriver {
 
   // ---- the head ----
 
+  // A drain does not wait for another request on a kept connection.
+  Step wait_for_head(SessionT& session, std::uint32_t& reads) {
+    const Step read = read_more(session, reads);
+    const bool idle = read == Step::wait && session.asked && session.input.empty() && !session.connection.may_read();
+    return idle && context_.draining ? begin_linger(session) : read;
+  }
+
   // True if the state has changed; false if more bytes are needed. The same for parse_body().
   bool parse_head(SessionT& session) {
     const ServerSettings& server = context_.settings().server;
@@ -297,7 +306,9 @@ class SessionDriver {
     const char* base = session.input.data();
     std::string_view path(base + session.head.target_at, session.head.target_bytes);
     path = path.substr(0, path.find('?'));
-    const Listens on = use_of_listener(session.metrics_only, context_.settings().server);
+    const ServerSettings& server = context_.settings().server;
+    write_cors_lines(session.cors_lines, server, {base, session.fields.get(), session.head.head_bytes});
+    const Listens on = use_of_listener(session.metrics_only, server);
     const Endpoint* endpoint = find_endpoint(path, on);
     if (endpoint != nullptr && session.head.method == endpoint->method) return on_endpoint(session, *endpoint, base);
     const auto page = pages_.answer(session, base, path);
@@ -312,10 +323,12 @@ class SessionDriver {
     const RequestHead& head = session.head;
     in_flight_ += 1;
     session.state = State::exchanging;
-    session.exchange.open(endpoint, head, base, *session.fields, session.client_name);
+    session.exchange.open(endpoint, head, {base, session.fields.get(), head.head_bytes}, session.client_name,
+                          session.cors_lines);
     if (const auto error = error_of_head(session, base)) return session.exchange.refuse_unread(*error);
     session.state = State::reading_body;
-    arm(session, context_.settings().server.body_timeout_ns);
+    const Ns body_deadline = deadline_after(context_.now, context_.settings().server.body_timeout_ns);
+    arm_at(session, std::min(body_deadline, session.exchange.deadline()));
     const bool body_here = session.input.size() > head.head_bytes;
     if (!head.expects_continue || body_here) return;
     if (session.connection.write(context_.net, context_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
@@ -387,7 +400,6 @@ class SessionDriver {
 
   // ---- between requests, and the end ----
 
-  // Drops the current request (`bytes` of the input) and prepares for the next.
   Step next_request(SessionT& session, std::size_t bytes) {
     session.next_request(bytes);
     arm(session, context_.settings().server.idle_timeout_ns);
@@ -403,7 +415,7 @@ class SessionDriver {
     if (session.connection.failed() || session.connection.hangup()) return close(session);
     session.connection.finish(context_.net);
     session.state = State::lingering;
-    arm(session, kLingerTime);
+    arm(session, context_.draining ? kFarewellTime : kLingerTime);
     return Step::again;
   }
 
@@ -456,16 +468,17 @@ class SessionDriver {
         pages_.refuse_head(session, ApiError::header_timeout);
         break;
       case State::reading_body:
-        context_.slab.limit_hit(Limit::body_timeout);
-        refuse_body(session, ApiError::body_timeout);
-        break;
+        if (context_.now < session.exchange.deadline()) {
+          context_.slab.limit_hit(Limit::body_timeout);
+          refuse_body(session, ApiError::body_timeout);
+          break;
+        }
+        session.state = State::exchanging;  // request_timeout has passed
+        [[fallthrough]];
       case State::exchanging: session.exchange.on_deadline(); break;
       case State::waiting_page: pages_.answer_error(session, ApiError::metrics_unavailable); break;
       case State::sending_page:
-      case State::answering:
-        context_.slab.limit_hit(Limit::write_timeout);
-        close(session);
-        return;
+      case State::answering: context_.slab.limit_hit(Limit::write_timeout); [[fallthrough]];
       case State::lingering: close(session); return;
     }
     drive(session);

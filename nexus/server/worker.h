@@ -180,10 +180,11 @@ class Worker {
   void on_message(Grant& grant) { sessions_.on_grant(grant.session); }
   void on_message(RenderedPage& page) { sessions_.on_page(page.session, page.number, std::move(page.body), page.kind); }
   void on_message(Drain&) {
-    acceptor_.stop(placer());  // connections that the kernel accepted before are served
     context_.draining = true;
     drain_began_ns_ = context_.now;
-    context_.wheel.arm(drain_timer_, context_.now + kHandOverTime);
+    acceptor_.stop(placer());  // connections that the kernel accepted before are served
+    sessions_.begin_drain();
+    context_.wheel.arm(drain_timer_, context_.now + kAcceptRest);
   }
   void on_message(Stop&) { stopped_ = true; }
   void on_message(Heartbeat& heartbeat) { heartbeat.answer(); }
@@ -213,10 +214,13 @@ class Worker {
 
   // ---- the end ----
 
-  // Wakes the loop, so that is_drained() is asked again.
+  // Wakes the loop, so that is_drained() is asked again. The first time, the connections are accepted that came after
+  // the drain began: soon they will be refused (kLastAccepts).
   [[gnu::cold]] void on_drain_deadline() {
-    const Ns last_ns = drain_began_ns_ + kFirstRequestTime;
-    if (context_.now < last_ns) context_.wheel.arm(drain_timer_, last_ns);
+    const Ns drained_for = context_.now - drain_began_ns_;
+    if (drained_for < kHandOverTime) acceptor_.stop(placer());
+    const Ns next = drained_for < kHandOverTime ? kHandOverTime : kFirstRequestTime;
+    if (drained_for < next) context_.wheel.arm(drain_timer_, drain_began_ns_ + next);
   }
 
   bool is_drained() {
@@ -226,7 +230,7 @@ class Worker {
 
   // Only connections between two requests are left.
   void end_drain() {
-    sessions_.say_farewell(kFarewellTime);
+    sessions_.say_farewell();
     if (sessions_.live() == 0) stopped_ = mailbox_.close_if_empty();
   }
 

@@ -219,6 +219,39 @@ group('drain', () => {
     assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
   });
 
+  test('an idle connection is closed at once, and a response that begins later says that its connection closes', async (t) => {
+    const { nexus, backend } = await pair(t, {}, { server: { threads: 1 } });
+    const begun = new Promise((done) => { backend.answer = (_, reply) => done(reply); });
+    const idle = await RawClient.connect(nexus.port);
+    const busy = await RawClient.connect(nexus.port);
+    t.after(() => [idle, busy].forEach((client) => client.close()));
+    idle.send('GET', '/health');
+    await idle.response();
+    busy.send('POST', path, {}, chat());
+    const reply = await begun;
+    nexus.child.kill('SIGTERM');
+    await idle.ended(900);
+    assert.equal(nexus.exit, null, 'it stays for the other one');
+    reply.json({ late: true });
+    const r = await busy.response();
+    assert.equal(r.status, 200);
+    assert.equal(r.headers.get('connection'), 'close');
+    assert.deepEqual(await nexus.exits(3_000), { code: 0, signal: null });
+  });
+
+  test('every connection that the kernel had accepted before SIGTERM is answered', async (t) => {
+    const { nexus } = await pair(t, {}, { server: { threads: 2 } });
+    nexus.child.kill('SIGSTOP');
+    const clients = await Promise.all(Array.from({ length: 400 }, () => RawClient.connect(nexus.port)));
+    t.after(() => clients.forEach((client) => client.close()));
+    for (const client of clients) client.send('POST', path, {}, chat());
+    nexus.child.kill('SIGTERM');
+    nexus.child.kill('SIGCONT');
+    const statuses = await Promise.all(clients.map((client) => client.response().then((r) => r.status, (error) => error.message)));
+    assert.deepEqual([...new Set(statuses)], [503]);
+    assert.deepEqual(await nexus.exits(5_000), { code: 0, signal: null });
+  });
+
   test('drain_timeout ends what does not end', async (t) => {
     const { nexus, backend } = await pair(t, {}, { server: { drain_timeout: '500ms' }, log: { access: 'stderr' } });
     const stream = await open_stream(t, nexus, backend);

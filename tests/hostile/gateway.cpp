@@ -91,6 +91,11 @@ void Gateway::reload(const GatewayOptions& options) {
   settle();
 }
 
+void Gateway::drain() {
+  nexus_->gateway.drain();
+  settle();
+}
+
 void Gateway::reload_unnoticed(const GatewayOptions& options) {
   nexus_->gateway.reload_unnoticed(0, settings_of(options));
 }

@@ -59,6 +59,7 @@ class Gateway {
   void turn();         // one turn of each loop that has something to do
   void settle();       // turns until nothing more happens; the backends answer the requests that are complete
   void pass(Ns span);  // lets time pass
+  void drain();        // as on SIGTERM
   void reload(const GatewayOptions& options);
   void reload_unnoticed(const GatewayOptions& options);  // the worker gets new settings, but is not woken
 

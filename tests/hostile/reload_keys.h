@@ -283,6 +283,11 @@ inline void add_server_rows(ReloadRows& rows) {
                    }}});
   rows.push_back(
       {"server", "api_keys_file", When::new_requests, "", "api_keys_file = /keys", "200", "401", post_model()});
+  rows.push_back({"server", "cors_origins", When::new_requests, "", "cors_origins = http://page", "<absent>",
+                  "http://page", late_post(with_body(body_for("m"), "Origin: http://page\r\n"), [](Scene& s) {
+                    s.result();
+                    return s.answer.value("Access-Control-Allow-Origin");
+                  })});
 }
 
 inline void add_upstream_rows(ReloadRows& rows) {

@@ -68,6 +68,11 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
      [](const Drawn& d) {
        d.s.server.api_keys = d.dice.one_in(2) ? std::vector<ApiKey>{} : std::vector<ApiKey>{{"sim", "sk-sim"}};
      }},
+    {"server", "cors_origins",
+     [](const Drawn& d) {
+       const std::vector<std::string> some{d.dice.one_in(2) ? "*" : "https://page"};
+       d.s.server.cors_origins = d.dice.one_in(2) ? std::vector<std::string>{} : some;
+     }},
     {"upstream", "connect_timeout", [](const Drawn& d) { d.s.upstream.connect_timeout_ns = d.span(20 * kMs, kSecond); }},
     {"upstream", "first_byte_timeout",
      [](const Drawn& d) { d.s.upstream.first_byte_timeout_ns = d.span(50 * kMs, 2 * kSecond); }},
