@@ -363,6 +363,7 @@ class Daemon {
           if (!listening.passed) EpollNet::refuse_connections(listening.socket);
         }
       }
+      if (signal == SIGHUP) open_access_log(settings_->log.access);
       if (signal == 0 && monotonic_now() < deadline) continue;
       if (signal == SIGTERM || signal == SIGINT || signal == 0) {
         log_.event(LogLevel::warning, signal == 0 ? "drain_timeout reached, closing remaining connections"

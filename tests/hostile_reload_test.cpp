@@ -294,6 +294,34 @@ TEST_CASE("a retry goes to the fleet of that moment") {
   CHECK(requests_at(gateway, kSecond_).size() == 1);
 }
 
+TEST_CASE("a request that a retry brings back from a fallback to its own model counts as no fallback") {
+  const auto fleet = [](bool third) {
+    return GatewayOptions{.edit = [third](Settings& s) {
+      s.fallbacks = {{"m", {"other"}}};
+      s.backends.resize(1);
+      s.backends.push_back(s.backends[0]);
+      s.backends[1].name = "second", s.backends[1].models = {"other"}, at(s, 1, "10.0.0.2");
+      if (!third) return;
+      s.backends.push_back(s.backends[0]);
+      s.backends[2].name = "third", at(s, 2, "10.0.0.3");
+    }};
+  };
+  Gateway gateway(fleet(false));
+  gateway.answer = [](const rfc9112::Message& message) {
+    return is_at(message, kFirst) ? broken() : is_at(message, kSecond_) ? silent() : ok(kGoodBody);
+  };
+  Peer& client = gateway.connect();
+  gateway.send(client, ask() + kBody);
+  REQUIRE(requests_at(gateway, kSecond_).size() == 1);
+  gateway.reload(fleet(true));
+  gateway.pass(6 * kSecond);
+  REQUIRE(statuses(client) == Statuses{200});
+  REQUIRE(requests_at(gateway, kThird).size() == 1);
+  gateway.send(client, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n");
+  CHECK(client.received.find("nexus_requests_total{") != std::string::npos);
+  CHECK(client.received.find("nexus_fallbacks_total{") == std::string::npos);
+}
+
 TEST_CASE("a retry respects capabilities that a reload stated meanwhile") {
   const auto with_vision = [](bool stated) {
     return GatewayOptions{.backends = 2, .edit = [stated](Settings& s) {

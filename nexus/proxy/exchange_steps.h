@@ -20,8 +20,8 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
+  summary_.record.fell_back = choice.fallback;  // the fleet may have a backend of the model again
   if (choice.fallback) {
-    summary_.record.fell_back = true;
     summary_.record.fallback_from = entry_->target_id;
     summary_.record.fallback_to = choice.model;
   }

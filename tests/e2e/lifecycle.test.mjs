@@ -1,6 +1,6 @@
 // Reload and drain: nothing that runs is lost.
 import fs from 'node:fs';
-import { RawClient, assert, assert_error, chat, get, group, pair, pending_is, post, settings, sleep, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { RawClient, assert, assert_error, chat, get, group, pair, pending_is, post, run_nexus, settings, sleep, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const ids = async (nexus) => (await get(nexus.port, '/v1/models')).json.data.map((m) => `${m.id}@${m.owned_by}`).join();
@@ -55,6 +55,7 @@ group('reload', () => {
     await until(async () => (await stats()).backends.map((b) => b.id).join() === 'b,d', 'the removed one gone from the fleet, now that it is idle');
     assert.deepEqual((await stats()).removed_backends.map((b) => [b.id, b.requests]), [['a', 1]]);
     assert.doesNotMatch((await get(nexus.port, '/')).text, /<bdi>a<\/bdi>/);
+    assert.deepEqual((await run_nexus(['top', `http://127.0.0.1:${nexus.port}`])).stdout.match(/^[abd] /gm), ['b ', 'd ']);
     assert.match((await get(nexus.port, '/metrics')).text, /^nexus_requests_total\{model="ma",backend="a",status="200"\} 1$/m, 'its counts stay');
     await until(() => a.open === 0, 'idle connections to the removed backend closed');
   });
@@ -206,6 +207,21 @@ group('drain', () => {
     await finish_stream(stream);
     assert.deepEqual(await nexus.exits(2_000), { code: 0, signal: null });
     nexus.check_report();
+  });
+
+  test('SIGHUP opens the access log again while it drains', async (t) => {
+    const file = t.file('access.log', '');
+    const { nexus, backend } = await pair(t, {}, { log: { access: file } });
+    const stream = await open_stream(t, nexus, backend);
+    nexus.child.kill('SIGTERM');
+    await nexus.logged(/ draining$/m);
+    fs.renameSync(file, `${file}.1`);
+    nexus.child.kill('SIGHUP');
+    await until(() => fs.existsSync(file), 'the file opened again');
+    await finish_stream(stream);
+    assert.deepEqual(await nexus.exits(5_000), { code: 0, signal: null });
+    assert.match(fs.readFileSync(file, 'utf8'), /model=m1/);
+    assert.equal(fs.readFileSync(`${file}.1`, 'utf8'), '');
   });
 
   test('a request that waits for its first byte is finished too', async (t) => {
