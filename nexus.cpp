@@ -13,9 +13,11 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "nexus/apps/check.h"
 #include "nexus/apps/top.h"
+#include "nexus/config/environment_file.h"
 #include "nexus/config/parser.h"
 #include "nexus/daemon.h"
 
@@ -26,12 +28,13 @@ constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
 
 constexpr std::string_view kHelp =
     R"(usage: nexus [-c FILE]        run the gateway (default FILE: /etc/nexus/nexus.conf)
-       nexus -t [-c FILE]     check the configuration and exit
-       nexus check [-c FILE]  probe each backend of FILE once and print the results
+       nexus -t [FILE]        check the configuration and exit
+       nexus check [FILE]     probe each backend of FILE once and print the results
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
        nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
        nexus --version
        nexus --help
+--env-file ENV reads variables for api_key_env, as the systemd service does.
 Signals: TERM and INT drain and stop (a second one stops at once), HUP reloads FILE.
 See nexus(8) and nexus.conf(5).
 )";
@@ -45,13 +48,33 @@ token_delay = 20ms
 struct Options {
   int (*run)(const Options&);
   std::string config = kDefaultConfig;
+  std::string env_file{};                     // empty: the process's own environment alone
   std::string url = "http://127.0.0.1:8000";  // for top
 };
 
+ConfigResult read_config(const Options& options) {
+  ConfigEnvironment environment = system_environment();
+  if (!options.env_file.empty()) {
+    std::string text;
+    if (std::string problem = config::read_text(environment, options.env_file, text); !problem.empty()) {
+      return {{}, {{options.env_file, 0, problem}}};
+    }
+    environment = config::with_variables(std::move(environment), config::read_environment_file(text));
+  }
+  return load_config(options.config, environment);
+}
+
 // Nothing if the file has errors, which are printed then.
 std::optional<Settings> read_settings(const Options& options) {
-  ConfigResult result = load_config(options.config, system_environment());
-  for (const ConfigError& error : result.errors) std::fprintf(stderr, "%s\n", error.to_string().c_str());
+  ConfigResult result = read_config(options);
+  bool lacks_variable = false;
+  for (const ConfigError& error : result.errors) {
+    std::fprintf(stderr, "%s\n", error.to_string().c_str());
+    lacks_variable |= error.message.ends_with(config::kNoVariable);
+  }
+  if (lacks_variable && options.env_file.empty()) {
+    std::fprintf(stderr, "nexus: to read the variables of the systemd service: --env-file /etc/nexus/environment\n");
+  }
   if (!result.ok()) return std::nullopt;
   return std::move(result.settings);
 }
@@ -74,18 +97,21 @@ int check_fleet(const Options& options) {
     return 2;
   }
   std::fputs(check_table(*states).c_str(), stdout);
-  return all_good(*states) ? 0 : 1;
+  const std::vector<std::string> dangling = dangling_names(*settings, *states);
+  for (const std::string& remark : dangling) std::printf("%s\n", remark.c_str());
+  return all_good(*states) && dangling.empty() ? 0 : 1;
 }
 
 int watch(const Options& options) {
+  const std::string url = options.url.find("://") == std::string::npos ? "http://" + options.url : options.url;
   BackendSettings watched;
-  if (const std::string problem = config::parse_url(options.url, watched); !problem.empty()) {
+  if (const std::string problem = config::parse_url(url, watched); !problem.empty()) {
     std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), problem.c_str());
     return 2;
   }
   signal(SIGPIPE, SIG_IGN);
   watched.api_key = system_environment().get_env("NEXUS_API_KEY").value_or("");
-  return Top(watched, options.url).run();
+  return Top(watched, url).run();
 }
 
 void print_demo(const std::string& address) {
@@ -118,7 +144,7 @@ int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_
 }
 
 int serve_file(const Options& options) {
-  const auto read = [&] { return load_config(options.config, system_environment()); };
+  const auto read = [&] { return read_config(options); };
   std::optional<Settings> settings = read_settings(options);
   if (settings) return serve(std::move(*settings), read, false);
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
@@ -161,10 +187,13 @@ int run(int argc, char** argv) {
         std::find_if(std::begin(kFlags), std::end(kFlags), [&](const auto& each) { return each.first == argument; });
     if (flag != std::end(kFlags)) {
       options.run = flag->second;
-    } else if (argument == "-c" && i + 1 < argc) {
-      options.config = argv[++i];
+    } else if ((argument == "-c" || argument == "--env-file") && i + 1 < argc) {
+      (argument == "-c" ? options.config : options.env_file) = argv[++i];
+    } else if (!argument.starts_with('-') && (options.run == test_config || options.run == check_fleet)) {
+      options.config = argument;
     } else {
-      const std::string wrong = argument == "-c" ? "-c needs a file" : "unknown argument: " + argument;
+      const bool is_file = argument == "-c" || argument == "--env-file";
+      const std::string wrong = is_file ? argument + " needs a file" : "unknown argument: " + argument;
       std::fprintf(stderr, "nexus: %s\n%s", wrong.c_str(), std::string(kHelp).c_str());
       return 2;
     }

@@ -173,3 +173,32 @@ TEST_CASE("no backend is no trouble") {
 }
 
 }  // namespace
+
+TEST_CASE("a url that ends in an endpoint's path is named, because Nexus adds the path itself") {
+  for (const char* url : {"http://h/v1/chat/completions", "http://h/v1/completions/", "http://h/x/v1/models"}) {
+    CAPTURE(url);
+    BackendSettings settings;
+    REQUIRE(config::parse_url(url, settings).empty());
+    for (const Server* server : {&kNothing, &kVllm}) {
+      const CheckLine line = judge(ask_all(*server, BackendKind::vllm, settings));
+      CHECK_FALSE(line.good);
+      CHECK(std::any_of(line.remarks.begin(), line.remarks.end(),
+                        [](const std::string& remark) { return remark.starts_with("its url ends in /"); }));
+    }
+  }
+  BackendSettings settings;
+  REQUIRE(config::parse_url("http://h/models/v1", settings).empty());
+  CHECK(judge(ask_all(kVllm, BackendKind::vllm, {})).good);
+}
+
+TEST_CASE("an alias or a fallback that leads to a model which no backend has gets a line") {
+  Settings settings;
+  settings.aliases = {{"gpt-4", "qwen2"}, {"gpt-5", "gpt-4"}, {"small", "llama3"}, {"big", "llama3:70b"}};
+  settings.fallbacks = {{"qwen2", {"llama3:latest", "fixed", "gone"}}, {"unheard-of", {"big"}}};
+  BackendSettings fixed;
+  fixed.models = {"fixed"};
+  const std::vector<CheckState> states{ask_all(kVllm, BackendKind::vllm), ask_all(kOllama, BackendKind::ollama),
+                                       ask_all(kDown, BackendKind::vllm, fixed)};
+  CHECK(dangling_names(settings, states) ==
+        std::vector<std::string>{"alias big: no backend lists llama3:70b", "fallback of qwen2: no backend lists gone"});
+}

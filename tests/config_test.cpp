@@ -2,6 +2,7 @@
 // Owns:     tests of every accepted and every refused form of nexus.conf; each refusal with its exact line and words.
 // Leaves:   the manual and the example, which must agree with the table, to docs_test.cpp.
 
+#include "nexus/config/environment_file.h"
 #include "nexus/config/parser.h"
 
 #include <doctest/doctest.h>
@@ -480,7 +481,8 @@ TEST_CASE("every word of a choice is its value of the enum") {
   check_rows({
       {"[routing]\nstrategy = fast",
        "n:2: strategy: expected one of smart, round_robin, priority, random, least_pending, not 'fast'\n"},
-      {"[log]\nlevel = Info", "n:2: level: expected one of error, warning, info, debug, not 'Info'\n"},
+      {"[log]\nlevel = Info",
+       "n:2: level: expected one of error, warning, info, debug, not 'Info'; did you mean info?\n"},
       {"[log]\nformat = text, json", "n:2: format: expected one of text, json, not 'text, json'\n"},
       {"[health]\nenabled = maybe", "n:2: enabled: expected yes or no, not 'maybe'\n"},
   });
@@ -614,8 +616,9 @@ TEST_CASE("listen takes numeric addresses, and each only once") {
                            "127.0.0.1:80:80"}) {
     CAPTURE(text);
     CHECK_FALSE(config::parse_listen(text));
+    const std::string hint = text == ":80" || text == "80" ? "; for every IPv4 address: *:80" : "";
     if (!text.empty())
-      check_rows({{kServer + "listen = " + text, "n:2: listen: " + kListen + ", not '" + text + "'\n"}});
+      check_rows({{kServer + "listen = " + text, "n:2: listen: " + kListen + ", not '" + text + "'" + hint + "\n"}});
   }
   CHECK_FALSE(config::parse_listen(std::string("127.0.0.1\0x:80", 14)));
   check_rows({
@@ -766,7 +769,9 @@ TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
       {"[backend b]\nurl = ", "n:2: url: expected http://host[:port][/prefix]\n"},
       {with_url("token_delay = 5ms"), "n:3: token_delay: allowed with type = echo only\n"},
       {"[backend b]\ntype = ech",
-       "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo, not 'ech'\n"},
+       "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo, not 'ech'; did you "
+       "mean "
+       "echo?\n"},
   });
 }
 
@@ -944,6 +949,47 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
   }
 }
 
+TEST_CASE("a mistake of another program's habits is answered with the way to write it here") {
+  const auto problem = [](const std::string& text) {
+    const std::string messages = all_messages(parse(text));
+    return messages.substr(0, messages.find('\n'));
+  };
+  const std::string kinds = std::string(kBackendKindNames);
+  const auto choice = [&](const std::string& typed, const std::string& meant) {
+    CHECK_EQ(problem("[backend b]\nurl = http://h\ntype = " + typed),
+             "n:3: type: expected one of " + kinds + ", not '" + typed + "'" +
+                 (meant.empty() ? "" : "; did you mean " + meant + "?"));
+  };
+  choice("vLLM", "vllm");
+  choice("Ollama", "ollama");
+  choice("llama.cpp", "llamacpp");
+  choice("abacus", "");
+  const std::string listen = "n:2: listen: expected a numeric address:port, [v6]:port, *:port or localhost:port, not ";
+  CHECK_EQ(problem("[server]\nlisten = :8000"), listen + "':8000'; for every IPv4 address: *:8000");
+  CHECK_EQ(problem("[server]\nlisten = 8000"), listen + "'8000'; for every IPv4 address: *:8000");
+  CHECK_EQ(problem("[server]\nlisten = host:8000"), listen + "'host:8000'");
+  CHECK_EQ(problem("; a comment\n[server]"), "n:1: expected `#` before a comment");
+  CHECK_EQ(problem("[server]\n// listen = 1"), "n:2: expected `#` before a comment");
+  const std::string quotes = ": expected the value without quotes";
+  CHECK_EQ(problem("[backend b]\nurl = \"http://h\""), "n:2: url" + quotes);
+  CHECK_EQ(problem("[backend b]\nurl = http://h\nmodels = \"llama3:70b\""), "n:3: models" + quotes);
+  CHECK_EQ(problem("[server]\nthreads = '2'"), "n:2: threads" + quotes);
+  CHECK_EQ(problem("[backend b]\nurl = http://h\nmodels = a, \"b\", c"),
+           "n:3: models: expected a model name without quotes, not '\"b\"'");
+  CHECK_EQ(problem("[aliases]\n\"a\" = b"), "n:2: expected a model name without quotes, not '\"a\"'");
+}
+
+TEST_CASE("the environment file of a service gives variables as systemd reads them, before the environment's own") {
+  const auto variables = config::read_environment_file(
+      "# a comment\n; another\n\n  A = 1 \r\nB=\"two words\"\nC='3'\nD=\nnothing\nE=a=b#c\nA=last\nF=\"half\n");
+  CHECK(variables ==
+        config::Variables{{"A", "last"}, {"B", "two words"}, {"C", "3"}, {"D", ""}, {"E", "a=b#c"}, {"F", "\"half"}});
+  const ConfigEnvironment env = config::with_variables(fake_environment({{"A", "own"}, {"G", "own"}}), variables);
+  CHECK(env.get_env("A") == "last");
+  CHECK(env.get_env("G") == "own");
+  CHECK_FALSE(env.get_env("H").has_value());
+}
+
 TEST_CASE("cors_origins is * or a list of origins as browsers send them") {
   const auto origins = [](const std::string& text) {
     return accepted("[server]\ncors_origins = " + text + "\n[backend b]\ntype = echo").server.cors_origins;
@@ -987,8 +1033,8 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   const std::string bad_name = "/k:1: expected a name of 1 to 64 letters, digits and . _ : - before the key\n";
   const std::string shape = "/k:1: expected `name key`\n";
   const std::vector<NamePair> rows{
-      {"", "/k:0: expected at least one line `name key`\n"},
-      {"# none\n", "/k:0: expected at least one line `name key`\n"},
+      {"", "/k: expected at least one line `name key`\n"},
+      {"# none\n", "/k: expected at least one line `name key`\n"},
       {"a 1234567", bad_key},
       {"a " + std::string(513, 'k'), bad_key},
       {"a 1234567\xC3\xA9", bad_key},
@@ -1068,17 +1114,17 @@ TEST_CASE("a file is read whole up to 1 MB, and what can't be read says why") {
   write_file(largest);
   CHECK_EQ(load_config(name, env).settings.server.threads, 4);
   write_file(largest + "\n");
-  CHECK_EQ(all_messages(load_config(name, env)), name + ":0: cannot read this file: File too large\n");
+  CHECK_EQ(all_messages(load_config(name, env)), name + ": cannot read this file: File too large\n");
   close(fd);
   unlink(path);
-  CHECK_EQ(all_messages(load_config(name, env)), name + ":0: cannot read this file: No such file or directory\n");
-  CHECK_EQ(all_messages(load_config("/tmp", env)), "/tmp:0: cannot read this file: Is a directory\n");
+  CHECK_EQ(all_messages(load_config(name, env)), name + ": cannot read this file: No such file or directory\n");
+  CHECK_EQ(all_messages(load_config("/tmp", env)), "/tmp: cannot read this file: Is a directory\n");
   const std::string long_path = "/" + std::string(4096, 'x');
-  CHECK_EQ(all_messages(load_config(long_path, env)), long_path + ":0: cannot read this file: File name too long\n");
+  CHECK_EQ(all_messages(load_config(long_path, env)), long_path + ": cannot read this file: File name too long\n");
   CHECK_EQ(all_messages(parse_config("[server]\napi_keys_file = " + long_path, "n", env)),
            "n:2: api_keys_file: cannot read this file: File name too long\n");
   CHECK_FALSE(env.get_env("NEXUS_CONFIG_TEST_UNSET"));
-  CHECK_EQ(all_messages(load_config("/c", {})), "/c:0: cannot read this file: No such file or directory\n");
+  CHECK_EQ(all_messages(load_config("/c", {})), "/c: cannot read this file: No such file or directory\n");
 }
 
 TEST_CASE("any bytes are read to an end: cut, flipped and repeated pieces of a good file") {

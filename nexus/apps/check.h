@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -98,6 +99,16 @@ inline void remark_on_models(const CheckState& state, CheckLine& line) {
   if (state.settings.models.empty() && line.models.empty()) line.remarks.push_back("it lists no model");
 }
 
+// Users often copy the address of an endpoint.
+inline void remark_on_url(const CheckState& state, CheckLine& line) {
+  for (const std::string_view path : {"/chat/completions", "/completions", "/embeddings", "/models"}) {
+    if (!state.settings.base_path.ends_with(path)) continue;
+    line.good = false;
+    line.remarks.push_back("its url ends in " + std::string(path) + ", which Nexus adds itself: remove that");
+    return;
+  }
+}
+
 }  // namespace detail
 
 // The verdict on the probes.
@@ -129,6 +140,7 @@ inline CheckLine judge(const CheckState& state) {
     line.good = line.good && own.models_read;
     line.remarks.push_back(escape_for_terminal(own.reason, 120));
   }
+  detail::remark_on_url(state, line);
   if (own.models_read) detail::remark_on_models(state, line);
   detail::remark_on_kind(state, line);
   return line;
@@ -169,6 +181,29 @@ inline std::string check_table(const std::vector<CheckState>& states) {
   }
   return in_columns(rows, "llllrll") + std::to_string(good) + " of " + std::to_string(states.size()) +
          " backends are good\n";
+}
+
+// A line for each alias and fallback that leads to a model which no backend has.
+inline std::vector<std::string> dangling_names(const Settings& settings, const std::vector<CheckState>& states) {
+  std::set<std::string> known;
+  for (const CheckState& state : states) {
+    for (const std::string& model : judge(state).models) {
+      known.insert(model);
+      if (model.ends_with(":latest")) known.insert(model.substr(0, model.rfind(':')));  // Ollama's default tag
+    }
+    known.insert(state.settings.models.begin(), state.settings.models.end());
+  }
+  for (const auto& [name, model] : settings.aliases) known.insert(name);  // a wrong one has a line of its own
+  std::vector<std::string> lines;
+  const auto look_at = [&](std::string_view what, const std::string& name, const std::string& model) {
+    if (known.contains(model)) return;
+    lines.push_back(std::string(what) + escape_for_terminal(name) + ": no backend lists " + escape_for_terminal(model));
+  };
+  for (const auto& [name, model] : settings.aliases) look_at("alias ", name, model);
+  for (const auto& [name, models] : settings.fallbacks) {
+    for (const std::string& model : models) look_at("fallback of ", name, model);
+  }
+  return lines;
 }
 
 inline bool all_good(const std::vector<CheckState>& states) {

@@ -20,6 +20,7 @@
 
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
+#include "nexus/config/suggest.h"
 #include "nexus/config/values.h"
 
 namespace nexus::config {
@@ -89,7 +90,14 @@ struct Value {
 
   BackendSettings& backend() { return s.backends.back(); }  // of the open section
 
-  void refuse() { problem = row.expectation() + (text.empty() ? "" : ", not " + in_quotes(text)); }
+  void refuse() {
+    problem = row.expectation() + (text.empty() ? "" : ", not " + in_quotes(text));
+    if (row.kind.parse != parse_choice) return;
+    Words words;
+    for (std::string_view rest = row.range; !rest.empty();) words.push_back(next_list_element(rest));
+    const std::string_view meant = nearest_word(text, words);
+    if (!meant.empty()) problem.append("; did you mean ").append(meant).append("?");
+  }
 
   template <class T>
   requires std::is_arithmetic_v<T> || std::is_enum_v<T>
@@ -102,7 +110,13 @@ struct Value {
   // The first address replaces the default, the others join it.
   void to(std::vector<HostPort>& field) {
     auto address = parse_listen(text);
-    if (!address) return refuse();
+    if (!address) {
+      refuse();
+      // `:8000` and `8000`, as other programs take them.
+      const std::string_view port = text.substr(text.starts_with(':') ? 1 : 0);
+      if (parse_number(port)) problem.append("; for every IPv4 address: *:").append(port);
+      return;
+    }
     if (!repeated) field.clear();
     if (address->port != 0 && std::find(field.begin(), field.end(), *address) != field.end()) {
       problem = address_text(*address) + " is listed twice";

@@ -25,6 +25,7 @@
 #include "nexus/base/text.h"
 #include "nexus/config/keys.h"
 #include "nexus/config/settings.h"
+#include "nexus/config/suggest.h"
 #include "nexus/config/values.h"
 
 namespace nexus {
@@ -46,33 +47,6 @@ constexpr std::size_t find_equals(std::string_view line, bool free_key) {
     if (i > 0 && is_blank(line[i - 1]) && blank_after) return i;
   }
   return first;
-}
-
-using Words = std::vector<std::string_view>;
-
-// `a, b, c`, each between `open` and `close`.
-inline std::string joined(const Words& words, std::string_view open, std::string_view close,
-                          std::string_view between = ", ") {
-  std::string result;
-  for (std::string_view word : words) {
-    if (!result.empty()) result += between;
-    result.append(open).append(word).append(close);
-  }
-  return result;
-}
-
-// For a word that is none of `words`: the one that was probably meant, or all of them, between `open` and `close`.
-inline std::string suggestion(std::string_view typed, const Words& words, std::string_view open,
-                              std::string_view close) {
-  Words meant;
-  std::size_t least = std::min<std::size_t>(3, (typed.size() + 1) / 2 + 1);  // short words are all near one another
-  for (std::string_view word : words) {
-    const std::size_t distance = edit_distance(typed, word);
-    if (distance < least) meant = {word};
-    least = std::min(least, distance);
-  }
-  if (meant.empty()) return "expected one of " + joined(words, open, close);
-  return "did you mean " + joined(meant, open, close) + "?";
 }
 
 inline std::string unknown_section_message(std::string_view word) {
@@ -151,6 +125,7 @@ class ConfigReader {
     if (is_header) leave_section();
     if (!is_plain_text(line)) return report("expected valid UTF-8 text without control characters");
     if (is_header) return read_header(line);
+    if (line.front() == ';' || line.starts_with("//")) return report("expected `#` before a comment");
     const ConfigKey* row = section_ ? find_key(section_->name, {}) : nullptr;  // a free key matches any name
     const std::size_t equals = find_equals(line, row != nullptr);
     // The line is not quoted: without a `=` it may be a key that was pasted alone.
@@ -213,7 +188,11 @@ class ConfigReader {
     const GivenKey* earlier = section_->find(key);
     if (earlier && !row->kind.repeats) return report_repeated(in_quotes(key), earlier->line);
     Value value{settings_, *row, key, text, earlier != nullptr, env_, file_errors_};
-    text.empty() ? value.refuse() : row->store(value);
+    if (is_quoted(text)) {
+      value.problem = "expected the value without quotes";  // and without the value: it may be a key
+    } else {
+      text.empty() ? value.refuse() : row->store(value);
+    }
     section_->keys.emplace(key, GivenKey{line_, text, value.problem.empty()});
     if (!value.problem.empty()) report((is_free ? in_quotes(key) : std::string(key)) + ": " + value.problem);
     if (is_free && section_->keys.size() == kMaxModelsPerList + 1) {

@@ -37,7 +37,9 @@ struct ConfigError {
   std::string file;
   int line = 0;  // from 1; 0: the file as a whole
   std::string message;
-  std::string to_string() const { return file + ":" + std::to_string(line) + ": " + message; }
+  std::string to_string() const {
+    return file + (line > 0 ? ":" + std::to_string(line) : std::string()) + ": " + message;
+  }
 };
 
 // Access to the system. A read_file that returns nothing leaves the reason in errno.
@@ -62,6 +64,10 @@ constexpr bool is_alpha(char c) { return to_lower(c) >= 'a' && to_lower(c) <= 'z
 constexpr bool consists_of(std::string_view text, std::string_view marks) {
   return std::all_of(text.begin(), text.end(),
                      [marks](char c) { return is_alpha(c) || is_digit(c) || marks.find(c) != std::string_view::npos; });
+}
+
+constexpr bool is_quoted(std::string_view text) {
+  return text.size() >= 2 && text.front() == text.back() && (text.front() == '"' || text.front() == '\'');
 }
 
 constexpr bool is_visible_ascii(std::string_view text) {
@@ -151,11 +157,12 @@ constexpr bool is_backend_name(std::string_view name) {
 
 // Without commas, because lists of names are separated by them; `*` means every model.
 inline bool is_model_name(std::string_view name) {
-  return !name.empty() && name.size() <= kMaxModelNameBytes && name != "*" && is_plain_text(name) &&
+  return !name.empty() && name.size() <= kMaxModelNameBytes && name != "*" && is_plain_text(name) && !is_quoted(name) &&
          name.find_first_of(",\t") == std::string_view::npos;
 }
 
 inline std::string expected_model_name(std::string_view name) {
+  if (is_quoted(name)) return "expected a model name without quotes, not " + in_quotes(name);
   return "expected a model name (1 to " + std::to_string(kMaxModelNameBytes) +
          " bytes, without commas and not `*`), not " + in_quotes(name);
 }
@@ -400,10 +407,12 @@ inline std::string check_backend_key(std::string_view key) {
   return fits ? "" : "the key in it must be 1 to 4096 visible ASCII characters";
 }
 
+constexpr std::string_view kNoVariable = "this variable is not set, or empty";
+
 // Reads a backend's key, as it goes after `Authorization: Bearer `, from an environment variable.
 inline std::string read_key_variable(const ConfigEnvironment& env, std::string_view name, std::string& key) {
   key = env.get_env ? env.get_env(std::string(name)).value_or("") : "";
-  return key.empty() ? "this variable is not set, or empty" : check_backend_key(key);
+  return key.empty() ? std::string(kNoVariable) : check_backend_key(key);
 }
 
 // The same from the first line of a file.

@@ -24,6 +24,16 @@ group('nexus check', () => {
     assert.match(r.stdout, /\n3 of 3 backends are good\n$/);
   });
 
+  test('an alias to a model that nobody has, and a url that ends in an endpoint’s path, are named', async (t) => {
+    const vllm = await start_backend(t, { kind: 'vllm', models: ['qwen2'] });
+    const r = await check(t, { aliases: { 'gpt-4': 'llama3:70b', good: 'qwen2' }, backends: [{ name: 'a', mock: vllm }] });
+    assert.equal(r.code, 1);
+    assert.match(r.stdout, /\n1 of 1 backends are good\nalias gpt-4: no backend lists llama3:70b\n$/);
+    const wrong = await check(t, { backends: [{ name: 'a', url: `${vllm.url}/v1/chat/completions`, type: 'vllm' }] });
+    assert.equal(wrong.code, 1);
+    assert.match(wrong.stdout, /its url ends in \/chat\/completions, which Nexus adds itself: remove that/);
+  });
+
   test('each kind of trouble has its remark, and the exit code is 1', async (t) => {
     const keyed = await start_backend(t, { probe: (_, reply) => reply.json({ error: { message: 'no' } }, 401) });
     const ollama = await start_backend(t, { kind: 'ollama', models: ['llama3:latest'] });

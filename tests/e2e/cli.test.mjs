@@ -65,9 +65,33 @@ group('command line', () => {
     for (const more of [[], ['-t']]) {
       const r = await run_nexus([...more, '-c', '/nonexistent/nexus.conf']);
       assert.ok(r.code > 0);
-      assert.match(r.stderr, /\/nonexistent\/nexus\.conf/);
+      assert.match(r.stderr, /^\/nonexistent\/nexus\.conf: cannot read/);
       assert.equal(r.stderr.trim().split('\n').length, 1, r.stderr);
     }
+  });
+
+  test('-t and check take the file as a bare argument too', async (t) => {
+    const file = t.file('nexus.conf', '[backend e]\ntype = echo\n');
+    assert.deepEqual(await run_nexus(['-t', file]), await run_nexus(['-t', '-c', file]));
+    const checked = await run_nexus(['check', file]);
+    assert.equal(checked.code, 0, checked.stderr);
+    assert.match((await run_nexus(['-t', '/nonexistent'])).stderr, /^\/nonexistent: cannot read/);
+    assert.match((await run_nexus([file])).stderr, /unknown argument/);
+  });
+
+  test('-t without a variable of the service names the remedy, and with its environment file it succeeds', async (t) => {
+    const file = t.file('nexus.conf', '[backend b]\nurl = http://127.0.0.1:1\ntype = vllm\napi_key_env = E2E_KEY_OF_NOBODY\n');
+    const bare = await run_nexus(['-t', file]);
+    assert.equal(bare.code, 1);
+    assert.match(bare.stderr, /nexus\.conf:4: api_key_env: this variable is not set/);
+    assert.match(bare.stderr, /--env-file \/etc\/nexus\/environment/);
+    const variables = t.file('environment', '# keys\nE2E_KEY_OF_NOBODY="sk-of-nobody"\n');
+    assert.equal((await run_nexus(['-t', '--env-file', variables, file])).code, 0);
+    const without = await run_nexus(['-t', '--env-file', t.file('empty', ''), file]);
+    assert.equal(without.code, 1);
+    assert.doesNotMatch(without.stderr, /etc/);
+    assert.match((await run_nexus(['-t', '--env-file', '/nonexistent/env', file])).stderr, /^\/nonexistent\/env: cannot read/);
+    assert.match((await run_nexus(['-t', '--env-file'])).stderr, /--env-file needs a file/);
   });
 
   test('-t accepts a configuration with every section and exits 0', async (t) => {

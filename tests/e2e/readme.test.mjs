@@ -161,7 +161,7 @@ group('README', () => {
         unable = 'systemd-analyze is not installed';
         continue;
       }
-      const here = body.replaceAll(example_address, `127.0.0.1:${demo_port}`).replaceAll('/etc/nexus/nexus.conf', service.conf_path)
+      const here = body.replaceAll(example_address, `127.0.0.1:${demo_port}`).replaceAll('/etc/nexus/nexus.conf', service.conf_path).replaceAll('/etc/nexus/environment', t.file('environment', '# none\n'))
                        .replaceAll(' contrib/', ` ${repository}/contrib/`);
       const output = await run_block(t, here, env);
       assert.doesNotMatch(output, /"error":/, body);

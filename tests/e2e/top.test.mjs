@@ -39,6 +39,7 @@ group('nexus top', () => {
     const nexus = await start_nexus(t, { server: { api_keys_file: t.file('keys', 'me sk-top-secret\n') }, backends: [{ name: 'b1', mock: backend }] });
     const url = `http://127.0.0.1:${nexus.port}`;
     assert.equal((await run_nexus(['top', url], { env: { NEXUS_API_KEY: 'sk-top-secret' } })).code, 0);
+    assert.equal((await run_nexus(['top', url.slice('http://'.length)], { env: { NEXUS_API_KEY: 'sk-top-secret' } })).code, 0);
     const without = await run_nexus(['top', url]);
     assert.equal(without.code, 1);
     assert.match(without.stderr, /NEXUS_API_KEY/);
@@ -48,7 +49,7 @@ group('nexus top', () => {
     const r = await run_nexus(['top', `http://127.0.0.1:${await free_port()}`]);
     assert.equal(r.code, 1);
     assert.match(r.stderr, /refused/i);
-    const bad = await run_nexus(['top', 'localhost:8000']);
+    const bad = await run_nexus(['top', 'ftp://localhost:8000']);
     assert.equal(bad.code, 2);
     assert.match(bad.stderr, /http:\/\//);
   });
