@@ -2,6 +2,7 @@
 // Goal:   a rebuilt head has exactly the fields that may be forwarded and Nexus's own, and fits the room measured for
 // it. Method: parsed heads as rows, against the expected bytes; then the longest values of everything that is variable.
 #include "nexus/http/head_writer.h"
+#include "nexus/http/date_line.h"
 
 #include <doctest/doctest.h>
 
@@ -142,6 +143,52 @@ TEST_CASE("Nexus's own response head has what its status asks for") {
         "Retry-After: 2\r\n\r\n");
 }
 
+TEST_CASE("a response has one Date, a backend's own if it gave one") {
+  ClientHead to;
+  to.date_line = "Date: now\r\n";
+  to.framing = {Framing::Kind::length, 0};
+  const auto written = [&](const char* lines) {
+    const Parsed<ResponseHead> response(std::string("HTTP/1.1 200 OK\r\n") + lines + "Content-Length: 0\r\n\r\n");
+    std::string out;
+    append_response_head(out, response.view(), response.head, to);
+    return out;
+  };
+  CHECK(written("X: y\r\n").starts_with("HTTP/1.1 200 OK\r\nX: y\r\nDate: now\r\n"));
+  CHECK(written("DATE: then\r\n").find("now") == std::string::npos);
+  CHECK(written("DATE: then\r\n").find("DATE: then\r\n") != std::string::npos);
+}
+
+TEST_CASE(
+    "a backend's access-control fields stand only where Nexus has none, and a page's origin goes where it is told") {
+  ClientHead to;
+  const Parsed<ResponseHead> response(
+      "HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: theirs\r\naccess-control-x: y\r\nVary: A\r\n\r\n");
+  std::string out;
+  append_response_head(out, response.view(), response.head, to);
+  CHECK(out.find("Access-Control-Allow-Origin: theirs\r\naccess-control-x: y\r\nVary: A\r\n") != std::string::npos);
+  to.cors_lines = "Access-Control-Allow-Origin: ours\r\n";
+  out.clear();
+  append_response_head(out, response.view(), response.head, to);
+  CHECK(out.starts_with("HTTP/1.1 200 OK\r\nVary: A\r\nAccess-Control-Allow-Origin: ours\r\n"));
+  const Parsed<RequestHead> request("POST / HTTP/1.1\r\nHost: h\r\nOrigin: page\r\n\r\n");
+  for (const bool pass : {true, false}) {
+    UpstreamHead upstream;
+    upstream.pass_origin = pass;
+    out.clear();
+    append_request_head(out, request.view(), upstream);
+    CHECK((out.find("Origin: page\r\n") != std::string::npos) == pass);
+  }
+}
+
+TEST_CASE("a date line is written as RFC 9110 5.6.7 wants it, and again in each second") {
+  DateLine date;
+  CHECK(date.is_due(0));
+  date.write(100, 784111777 * kSecond + kSecond / 4);
+  CHECK(date.view() == "Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n");
+  CHECK_FALSE(date.is_due(99 + 3 * kSecond / 4));
+  CHECK(date.is_due(100 + 3 * kSecond / 4));
+}
+
 // Each head is written into a string without spare capacity, so that the sanitizer reports a byte too many.
 TEST_CASE("the longest values fit the measured room") {
   const std::string large(20'000, 'x');
@@ -159,6 +206,7 @@ TEST_CASE("the longest values fit the measured room") {
   const Parsed<ResponseHead> response("HTTP/1.1 200 " + large + "\r\nA: " + large + "\r\n\r\n");
   ClientHead client;
   client.backend_line = client.request_id = client.route_reason = client.fallback_model = large;
+  client.date_line = client.cors_lines = large;
   client.framing = {Framing::Kind::length, UINT64_MAX};
   client.http_1_0 = true;
   out = std::string();
@@ -166,7 +214,7 @@ TEST_CASE("the longest values fit the measured room") {
   CHECK(out.substr(out.size() - 40) == "Content-Length: 18446744073709551615\r\n\r\n");
 
   OwnResponse own;
-  own.content_type = own.extra_fields = own.request_id = large;
+  own.content_type = own.extra_fields = own.request_id = own.date_line = own.cors_lines = large;
   own.retry_after_s = 255;
   own.http_1_0 = true;
   for (const int status : {401, 431}) {  // the most fields, and the longest reason

@@ -140,6 +140,7 @@ struct ClientHead {
   std::string_view request_id;
   std::string_view route_reason;
   std::string_view fallback_model;  // empty: no fallback
+  std::string_view date_line;       // used if the backend gave no Date
   std::string_view cors_lines;      // whole lines, instead of the backend's; empty: the backend's are passed on
   Framing framing;                  // towards the client
   bool http_1_0 = false;
@@ -154,12 +155,13 @@ inline std::string_view connection_line(bool http_1_0, bool keep_alive) {
 inline void append_response_head(std::string& out, const HeadView& response, const ResponseHead& head,
                                  const ClientHead& to) {
   detail::Cursor cursor(out, response.head_bytes + to.backend_line.size() + to.request_id.size() +
-                                 to.route_reason.size() + to.fallback_model.size() + to.cors_lines.size() +
-                                 detail::kOwnLinesBytes);
+                                 to.route_reason.size() + to.fallback_model.size() + to.date_line.size() +
+                                 to.cors_lines.size() + detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(head.status).add(" ");
   cursor.add(std::string_view(response.base + head.reason_at, head.reason_bytes)).add("\r\n");
   const std::uint32_t removed = to.cors_lines.empty() ? 0 : bit_of(Field::access_control);
   detail::add_fields(cursor, response, detail::kNeverForwarded | removed);
+  if (!response.fields->has(Field::date)) cursor.add(to.date_line);
   cursor.add(to.cors_lines).add(to.backend_line).field("X-Nexus-Route-Reason: ", to.route_reason);
   if (!to.fallback_model.empty()) cursor.field("X-Nexus-Fallback-Model: ", to.fallback_model);
   cursor.field("X-Request-Id: ", to.request_id).add(connection_line(to.http_1_0, to.keep_alive));
@@ -201,7 +203,8 @@ struct OwnResponse {
   std::uint16_t status = 200;
   std::string_view content_type = "application/json";
   std::string_view extra_fields;  // whole lines
-  std::string_view cors_lines;    // whole lines
+  std::string_view date_line;
+  std::string_view cors_lines;  // whole lines
   std::string_view request_id;
   std::uint8_t retry_after_s = 0;
   bool http_1_0 = false;
@@ -210,11 +213,11 @@ struct OwnResponse {
 
 inline void append_own_head(std::string& out, const OwnResponse& own, std::size_t body_bytes) {
   const std::string_view reason = reason_phrase(own.status);
-  detail::Cursor cursor(out, reason.size() + own.content_type.size() + own.extra_fields.size() + own.cors_lines.size() +
-                                 own.request_id.size() + detail::kOwnLinesBytes);
+  detail::Cursor cursor(out, reason.size() + own.content_type.size() + own.extra_fields.size() + own.date_line.size() +
+                                 own.cors_lines.size() + own.request_id.size() + detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(own.status).add(" ").add(reason).add("\r\n");
   if (own.status != 204) cursor.field("Content-Type: ", own.content_type).field("Content-Length: ", body_bytes);
-  cursor.add(own.extra_fields).add(own.cors_lines);
+  cursor.add(own.extra_fields).add(own.date_line).add(own.cors_lines);
   if (own.status == 401) cursor.add("WWW-Authenticate: Bearer\r\n");  // required by RFC 9110 15.5.2
   if (own.retry_after_s > 0) cursor.field("Retry-After: ", own.retry_after_s);
   if (!own.request_id.empty()) cursor.field("X-Request-Id: ", own.request_id);

@@ -164,6 +164,7 @@ class EpollNet {
   }
 
   Ns now() const { return monotonic_now(); }
+  Ns wall_now() const { return nexus::wall_now(); }
 
   // Waits for events until `deadline` at most; fills `out` and returns their number. A wake() ends the wait and sets
   // `woken`.

@@ -289,6 +289,7 @@ class ClientResponse {
   bool send_error(ApiError refusal, std::string_view message, std::string_view param, std::string_view request_id) {
     OwnResponse answer;
     answer.request_id = request_id;
+    answer.date_line = context_.date_line();
     answer.cors_lines = cors_lines_;
     answer.http_1_0 = http_1_0_;
     answer.keep_alive = keep_alive_;

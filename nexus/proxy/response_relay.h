@@ -76,6 +76,7 @@ class ResponseRelay {
     to.request_id = route.request_id;
     to.route_reason = route.reason;
     to.fallback_model = route.fallback_model;
+    to.date_line = context_.date_line();
     to.cors_lines = client_.cors_lines();
     to.framing = response_.framing();
     to.http_1_0 = client_.http_1_0();

@@ -26,6 +26,7 @@
 #include "nexus/fleet/admission.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
+#include "nexus/http/date_line.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/http/header_fields.h"
 #include "nexus/metrics/slab.h"
@@ -172,6 +173,12 @@ struct WorkerContext {
     latency = {backend.circuit->server(), before_ns == 0 ? seen_ns : before_ns + (seen_ns - before_ns) / 8, now};
   }
 
+  // The Date line for a response that begins now.
+  std::string_view date_line() {
+    if (date.is_due(now)) date.write(now, net.wall_now());
+    return date.view();
+  }
+
   // Sets `id` to the client's own X-Request-Id if it is usable, else to a new one.
   void take_request_id(const char* base, const FieldTable* fields, std::string& id) {
     const FieldRow* row = fields == nullptr ? nullptr : find_field(*fields, Field::x_request_id);
@@ -221,6 +228,7 @@ struct WorkerContext {
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
   bool draining = false;
+  DateLine date;
   Ns next_lack_log_ns = 0;
   struct Latency {
     std::uint64_t server = 0;

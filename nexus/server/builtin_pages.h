@@ -182,6 +182,7 @@ class BuiltinPages {
     }
     OwnResponse answer;
     answer.request_id = session.request_id;
+    answer.date_line = context_.date_line();
     answer.cors_lines = session.cors_lines;
     answer.keep_alive = false;
     const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
@@ -194,6 +195,7 @@ class BuiltinPages {
     context_.text.clear();
     OwnResponse response;
     response.keep_alive = false;
+    response.date_line = context_.date_line();
     if (allows_any_origin(context_.settings().server)) response.cors_lines = kAnyOriginLines;
     append_own_error(context_.text, ApiError::too_many_connections, {}, response, true);
     Connection<Net> connection;
@@ -329,6 +331,7 @@ class BuiltinPages {
   OwnResponse own_response(SessionT& session, std::uint16_t status) const {
     session.keep_alive &= !context_.draining;
     OwnResponse answer;
+    answer.date_line = context_.date_line();
     answer.cors_lines = session.cors_lines;
     answer.status = status;
     answer.request_id = session.request_id;

@@ -122,6 +122,19 @@ group('endpoints', () => {
     assert.equal(page.sum('nexus_requests_total'), 0);
   });
 
+  test('every response has one Date; a backend’s own is kept', async (t) => {
+    const { nexus, backend } = await pair(t);
+    for (const reply of [await get(nexus.port, '/health'), await get(nexus.port, '/nowhere'), await get(nexus.port, '/metrics'), await post(nexus.port, proxied[0], { model: 'm1' }),
+                         await post(nexus.port, proxied[0], { model: 'none' }), await request(nexus.port, 'OPTIONS', '/health')]) {
+      const dates = reply.headers.all('date');
+      assert.equal(dates.length, 1);
+      assert.match(dates[0], /^(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z][a-z] \d{4} \d\d:\d\d:\d\d GMT$/);
+      assert.ok(Math.abs(Date.parse(dates[0]) - Date.now()) < 60_000, dates[0]);
+    }
+    backend.answer = (_, reply) => reply.json({}, 200, { date: 'Sun, 06 Nov 1994 08:49:37 GMT' });
+    assert.deepEqual((await post(nexus.port, proxied[0], { model: 'm1' })).headers.all('date'), ['Sun, 06 Nov 1994 08:49:37 GMT']);
+  });
+
   test('a method that Nexus does not know is 501, another version 505, a target over the limit 414, and OPTIONS 204', async (t) => {
     const { nexus } = await pair(t);
     const answer = async (bytes) => {

@@ -65,6 +65,7 @@ class SimNet {
   SimNet& operator=(const SimNet&) = delete;
 
   Ns now() const { return wire_.now(); }
+  Ns wall_now() const { return wire_.now(); }
 
   // Never blocks: the scheduler checks waiting() and the deadline first.
   std::size_t wait(std::span<Event> out, Ns deadline, bool& woken) {
