@@ -264,7 +264,8 @@ group('drain', () => {
     nexus.child.kill('SIGTERM');
     nexus.child.kill('SIGCONT');
     const statuses = await Promise.all(clients.map((client) => client.response().then((r) => r.status, (error) => error.message)));
-    assert.deepEqual([...new Set(statuses)], [503]);
+    // (200: its worker read the request before it heard of the drain.)
+    assert.ok(statuses.every((status) => status === 503 || status === 200), [...new Set(statuses)].join());
     assert.deepEqual(await nexus.exits(5_000), { code: 0, signal: null });
   });
 
