@@ -300,7 +300,23 @@ class Daemon {
     const bool ok = next.ok();
     const std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
     deliver<Control<EpollNet>::Reload>(*control_, ok ? settings_ : nullptr);
+    wait_until_in_force();
     notifier_.ready(note.empty() ? status_ : status_ + "; " + note);
+  }
+
+  // Workers get the new settings once the first checks of new backends are done. `systemctl reload` returns after that.
+  void wait_until_in_force() {
+    constexpr timespec kPause{0, 2 * kMillisecond};
+    const Ns deadline = monotonic_now() + kReloadWait;
+    while (control_->in_force() != settings_.get() && monotonic_now() < deadline && !is_to_stop()) {
+      beat();
+      nanosleep(&kPause, nullptr);
+    }
+  }
+
+  static bool is_to_stop() {
+    sigset_t pending;
+    return sigpending(&pending) == 0 && (sigismember(&pending, SIGTERM) == 1 || sigismember(&pending, SIGINT) == 1);
   }
 
   void open_access_log(const std::string& path) {

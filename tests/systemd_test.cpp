@@ -144,8 +144,8 @@ std::string write_config(const std::string& folder, const std::string& text) {
 
 const std::string kBackend = "[backend b]\nurl = http://127.0.0.1:1\n";
 
-// The status line of GET /health there, or an empty text.
-std::string ask_health(const Address& address) {
+// The status line of GET `path` there, or an empty text.
+std::string ask(const Address& address, const std::string& path) {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in at{};
   at.sin_family = AF_INET;
@@ -155,8 +155,8 @@ std::string ask_health(const Address& address) {
   if (::connect(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0) {
     const timeval limit{20, 0};
     ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    constexpr std::string_view kAsk = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    if (::send(fd, kAsk.data(), kAsk.size(), MSG_NOSIGNAL) > 0) {
+    const std::string request = "GET " + path + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    if (::send(fd, request.data(), request.size(), MSG_NOSIGNAL) > 0) {
       std::array<char, 2048> piece;
       for (ssize_t n; (n = ::recv(fd, piece.data(), piece.size(), 0)) > 0;) {
         text.append(piece.data(), static_cast<std::size_t>(n));
@@ -324,7 +324,7 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
     Child daemon(binary, config, environment, listening.socket.fd);
     const std::string ready = manager.hear_of("READY=1");
     CHECK(ready.find("STATUS=serving on " + to_string(listening.peer)) != std::string::npos);
-    CHECK(ask_health(listening.peer).find("HTTP/1.1 503") == 0);  // its backend is down
+    CHECK(ask(listening.peer, "/health").find("HTTP/1.1 503") == 0);  // its backend is down
     CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
     CHECK(manager.hear_of("WATCHDOG=1") == "WATCHDOG=1");
     daemon.signal(SIGHUP);
@@ -342,9 +342,36 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
     daemon.signal(SIGTERM);
     CHECK(manager.hear_of("STOPPING=1") != "");
     CHECK(daemon.exit_code() == 0);
-    if (!second) between = std::thread([&] { health_between = ask_health(listening.peer); });
+    if (!second) between = std::thread([&] { health_between = ask(listening.peer, "/health"); });
   }
   EpollNet().close(listening.socket);
+  ::unlink(config.c_str());
+  ::unlink((folder + "/notify").c_str());
+  ::rmdir(folder.c_str());
+}
+
+TEST_CASE("the daemon says ready after a reload when its new settings are in force, not before") {
+  const std::string binary = daemon_binary();
+  if (binary.empty()) {
+    MESSAGE("skipped: no nexus stands beside this program");
+    return;
+  }
+  // Method: a backend that accepts and never answers keeps the workers on the old settings for kMaxReloadHold.
+  const std::string folder = scratch_directory();
+  EpollNet::Opened silent = listen_anywhere(), listening = listen_anywhere();
+  const std::string head = "[server]\nlisten = 127.0.0.1:1\nthreads = 2\n" + kBackend;
+  const std::string config = write_config(folder, head);
+  Manager manager(folder + "/notify");
+  Child daemon(binary, config, {"NOTIFY_SOCKET=" + folder + "/notify", "LISTEN_FDS=1"}, listening.socket.fd);
+  REQUIRE(manager.hear_of("READY=1") != "");
+  CHECK(ask(listening.peer, "/metrics") == "HTTP/1.1 200 OK");
+  write_config(folder, head + "[backend c]\nurl = http://" + to_string(silent.peer) + "\n[metrics]\nenabled = no\n");
+  daemon.signal(SIGHUP);
+  REQUIRE(manager.hear_of("READY=1") != "");
+  CHECK(ask(listening.peer, "/metrics") == "HTTP/1.1 503 Service Unavailable");
+  daemon.signal(SIGTERM);
+  CHECK(daemon.exit_code() == 0);
+  for (EpollNet::Opened* opened : {&silent, &listening}) EpollNet().close(opened->socket);
   ::unlink(config.c_str());
   ::unlink((folder + "/notify").c_str());
   ::rmdir(folder.c_str());

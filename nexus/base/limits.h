@@ -109,6 +109,7 @@ constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
 constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name
 constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks
+constexpr Ns kReloadWait = 2 * kMaxReloadHold;      // for a reload to be in force, before the service manager is told
 constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection
 constexpr Ns kFirstRequestTime = kSecond;           // of a drain: a first request may be on its way
 constexpr Ns kFarewellTime = kSecond;               // of a drain: kept connections get to see our FIN

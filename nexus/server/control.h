@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -73,7 +74,8 @@ class Control {
     take_settings(std::move(settings));
     unpublished_ = false;
     pages_.note_reload(true);
-    return published_ = make_snapshot();
+    note_published(make_snapshot());
+    return published_;
   }
 
   void set_workers(std::vector<Worker<Net>*> workers) { workers_ = std::move(workers); }
@@ -125,6 +127,9 @@ class Control {
     if (now_ >= retry_at_ns_) retry();
     if (unpublished_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
+
+  // Any thread: the settings that all workers were given last. Relaxed: the address is only compared.
+  const Settings* in_force() const { return in_force_.load(std::memory_order_relaxed); }
 
   // For the simulator:
   const Registry& registry() const { return registry_; }
@@ -227,6 +232,11 @@ class Control {
                        [](const Registry::Backend& backend) { return backend.health == Health::unknown; });
   }
 
+  void note_published(SnapshotPtr snapshot) {
+    published_ = std::move(snapshot);
+    in_force_.store(published_->settings.get(), std::memory_order_relaxed);
+  }
+
   // Posts to all workers before it wakes any: a woken worker may preempt this thread.
   void publish() {
     const bool published = guarded([&] {
@@ -236,7 +246,7 @@ class Control {
         const auto posted = worker->put(typename Worker<Net>::NewSnapshot{std::move(local)});
         if (posted == Worker<Net>::Posted::no_memory) throw std::bad_alloc();
       }
-      published_ = snapshot;
+      note_published(snapshot);
     });
     for (Worker<Net>* worker : workers_) worker->wake();
     unpublished_ = !published;
@@ -375,7 +385,8 @@ class Control {
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
   std::array<Event, Net::kMaxEvents> events_;
-  SnapshotPtr published_;     // that all workers were given last
+  SnapshotPtr published_;  // that all workers were given last
+  std::atomic<const Settings*> in_force_{nullptr};
   bool unpublished_ = false;  // the registry has changes that the workers' snapshot lacks
   Ns hold_until_ns_ = 0;      // until when publish() may wait for first checks
   bool stopped_ = false;
