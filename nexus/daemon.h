@@ -335,8 +335,10 @@ class Daemon {
   std::string take_settings(Settings next) {
     if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
+    const bool more_connections = next.server.max_connections > settings_->server.max_connections;
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
+    if (more_connections) warn_of_few_descriptors();
     const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
     log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note);
     return note;
