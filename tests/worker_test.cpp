@@ -99,6 +99,23 @@ TEST_CASE("request_timeout runs from the head on, while the body comes too") {
   CHECK(client.received.starts_with("HTTP/1.1 504"));
 }
 
+TEST_CASE("a head that is longer than a max_header which a reload has just set is refused, wherever it was cut") {
+  const auto with = [](std::size_t bytes) {
+    return GatewayOptions{.edit = [bytes](nexus::Settings& settings) { settings.server.max_header_bytes = bytes; }};
+  };
+  const std::string path = "GET /" + std::string(2000, 'x');
+  const std::string field = "GET /health HTTP/1.1\r\nHost: a\r\nX: " + std::string(2000, 'x');
+  for (const auto& [begun, status] : {std::pair(path, "414"), std::pair(field, "431")}) {
+    Gateway gateway(with(16u << 10));
+    Peer& client = gateway.connect();
+    gateway.send(client, begun);
+    gateway.reload(with(1u << 10));
+    gateway.send(client, "y");
+    CHECK(client.received.starts_with(std::string("HTTP/1.1 ") + status));
+    CHECK(client.ended);
+  }
+}
+
 // ---- drain ----
 
 TEST_CASE("a drain closes idle connections at once, and those in use after a response that says so") {

@@ -43,8 +43,9 @@ class HeadInput {
       started_ = true;
       reader_.start(fields.get());
     }
+    const bool over = parsed_ > most_bytes;  // a reload has lowered the limit meanwhile
     parsed_ = input.size();
-    const HeadResult result = reader_.feed(input.data(), std::min(parsed_, most_bytes), head);
+    const HeadResult result = over ? HeadResult{} : reader_.feed(input.data(), std::min(parsed_, most_bytes), head);
     if (result.status == HeadResult::Status::done) return Status::done;
     if (result.status == HeadResult::Status::need_more) {
       if (parsed_ < most_bytes) return Status::need_more;
