@@ -1,5 +1,5 @@
 # `make mutants`: builds a copy of the project that has every row of tests/mutants/*.txt in it, a small wrong change each,
-# and tells which of them the tests notice. Takes an hour or two; fails if they notice fewer than 95 of 100.
+# and tells which of them the tests notice. Takes hours; fails if they notice fewer than 95 of 100.
 #   make mutants ONLY=nexus/proxy    the rows whose number, file or reason has this text
 #   make mutants PARTS=sim           some parts of the tests alone; by default sim, unit and then e2e, each for those that are left
 
