@@ -31,15 +31,16 @@ TEST_CASE("a pending count is given back once, however it ends") {
 TEST_CASE("a queued request is pending and in the queue, and its wait is recorded when it leaves") {
   Slab slab;
   Ns now = 10 * kSecond;
-  QueuedCount queued = count_queued(slab, kBackend, now);
+  QueuedCount queued = count_queued(slab, kBackend, ModelId{7}, now);
   CHECK(slab.pending(kBackend) == 1);
   CHECK(slab.backend(kBackend)->queue_depth.read_signed() == 1);
+  CHECK(slab.backend(kBackend)->in_flight.read_signed() == 0);
   now += 2 * kSecond;
   queued.reset();
   CHECK(slab.pending(kBackend) == 0);
   CHECK(slab.backend(kBackend)->queue_depth.read_signed() == 0);
   HistogramValues<kDurationBounds> waits;
-  slab.thread().queue_wait.add_to(waits);
+  slab.model(ModelId{7})->queue_wait.add_to(waits);
   CHECK(waits.count() == 1);
   CHECK(waits.sum == static_cast<std::uint64_t>(2 * kSecond));
 }

@@ -79,15 +79,21 @@ TEST_SUITE("US1 T016 the page at /metrics") {
     CHECK(heads ==
           "nexus_requests_total counter\n"
           "nexus_errors_total counter\n"
+          "nexus_queue_wait_seconds histogram\n"
           "nexus_fallbacks_total counter\n"
           "nexus_request_duration_seconds histogram\n"
           "nexus_time_to_first_token_seconds histogram\n"
           "nexus_time_per_output_token_seconds histogram\n"
           "nexus_tokens_total histogram\n"
+          "nexus_prompt_tokens_cached_total counter\n"
+          "nexus_endpoint_requests_total counter\n"
           "nexus_backends_total gauge\n"
           "nexus_backends_healthy gauge\n"
           "nexus_models_available gauge\n"
+          "nexus_queue_capacity gauge\n"
           "nexus_pending_requests gauge\n"
+          "nexus_backend_in_flight gauge\n"
+          "nexus_backend_max_pending gauge\n"
           "nexus_queue_depth gauge\n"
           "nexus_backend_connections gauge\n"
           "nexus_backend_up gauge\n"
@@ -95,7 +101,6 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_responses_without_usage_total counter\n"
           "nexus_backend_attempts_total counter\n"
           "nexus_overhead_seconds histogram\n"
-          "nexus_queue_wait_seconds histogram\n"
           "nexus_loop_stall_seconds histogram\n"
           "nexus_client_disconnects_total counter\n"
           "nexus_queue_rejected_total counter\n"
@@ -185,6 +190,7 @@ nexus_tokens_total_count{model="llama3_70b",backend="ollama_local_11434",type="p
     r.stream = true;
     r.prompt_tokens = r.completion_tokens = r.first_byte_ns = r.per_token_ns = 1;
     slab.record(r);
+    slab.queue_waits(r.model).observe(1);
     const Reader page = world.read();
     const auto bounds = [&page](std::string_view name) {
       std::string all;
@@ -258,13 +264,12 @@ TEST_SUITE("US1 names") {
     const BackendId up = world.register_backend("host:1", true), down = world.register_backend("host.1", false);
     RequestRecord r = whole(dash, up, 500);
     r.fell_back = true;
-    r.fallback_from = r.model;
     r.fallback_to = underscore;
     a.record(r);
     b.record(r);
     b.record(whole(underscore, down, 500));
-    a.add_pending(up, 2);
-    b.add_pending(down, 3);
+    a.add_in_flight(up, 2);
+    b.add_in_flight(down, 3);
     a.attempt(up, AttemptOutcome::ok);
     a.attempt(down, AttemptOutcome::ok);
     a.health_check(up, kSecond);
@@ -329,13 +334,12 @@ TEST_SUITE("US1 names") {
           r.first_byte_ns = static_cast<Ns>(random() % kSecond);
           r.per_token_ns = r.first_byte_ns / 10;
           r.fell_back = random() % 4 == 0;
-          r.fallback_from = r.model;
           r.fallback_to = models[random() % models.size()];
           r.without_usage = random() % 4 == 0;
           slab.record(r);
           slab.attempt(backend, static_cast<AttemptOutcome>(random() % kAttemptOutcomeNames.size()));
           slab.health_check(backend, static_cast<Ns>(random() % kSecond));
-          slab.add_pending(backend, 1);
+          slab.add_in_flight(backend, 1);
         }
         const Reader page = world.read();
         CHECK(page.sum("nexus_requests_total") == 60 * (pass + 1));
@@ -407,8 +411,84 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
     for (const std::string_view limit : kLimitNames) {
       CHECK(page.text("nexus_limit_rejections_total", {{"limit", std::string(limit)}}) == "0");
     }
-    CHECK(page.text("nexus_queue_wait_seconds_count") == "0");
+    CHECK(page.text("nexus_backend_in_flight", {{"backend", "b"}}) == "0");
+    CHECK(page.text("nexus_queue_capacity") == "0");
+    CHECK(page.text("nexus_queue_rejected_total", {{"reason", "full"}}) == "0");
     CHECK(page.text("nexus_client_connections") == "0");
+  }
+
+  TEST_CASE("caps and the queue's size are those of the configuration, and a backend without a cap has no series") {
+    World world;
+    world.register_backend("capped");
+    world.register_backend("open");
+    world.register_backend("two.names");
+    world.register_backend("two-names");
+    world.fleet.backends[0].max_pending = 4;
+    world.fleet.backends[2].max_pending = 5;
+    world.fleet.backends[3].max_pending = 6;
+    world.fleet.queue_size = 100;
+    Reader page = world.read();
+    CHECK(page.text("nexus_queue_capacity") == "100");
+    CHECK(page.text("nexus_backend_max_pending", {{"backend", "capped"}}) == "4");
+    CHECK(page.text("nexus_backend_max_pending", {{"backend", "open"}}) == "absent");
+    CHECK(page.text("nexus_backend_max_pending", {{"backend", "two_names"}}) == "11");
+
+    world.fleet.backends[3].max_pending = 0;  // with one that has none, there is none on both
+    page = world.read();
+    CHECK(page.text("nexus_backend_max_pending", {{"backend", "two_names"}}) == "absent");
+  }
+
+  TEST_CASE("what is pending is in flight or queued, and the wait is told by model") {
+    World world;
+    Slab& slab = world.metrics.add_slab();
+    const BackendId backend = world.register_backend("b");
+    slab.add_in_flight(backend, 3);
+    slab.add_queued(backend, 2);
+    slab.queue_waits(world.models.intern("llama3:70b")).observe(2 * kSecond);
+    const Reader page = world.read();
+    CHECK(page.text("nexus_pending_requests", {{"backend", "b"}}) == "5");
+    CHECK(page.text("nexus_backend_in_flight", {{"backend", "b"}}) == "3");
+    CHECK(page.text("nexus_queue_depth", {{"backend", "b"}}) == "2");
+    CHECK(page.text("nexus_queue_wait_seconds_sum", {{"model", "llama3_70b"}}) == "2");
+    CHECK(page.text("nexus_queue_wait_seconds_count", {{"model", "llama3_70b"}}) == "1");
+  }
+
+  TEST_CASE("the requests of the endpoints are those of the models, by status") {
+    World world;
+    Slab* slabs[] = {&world.metrics.add_slab(), &world.metrics.add_slab()};
+    const std::string_view paths[] = {"/v1/chat/completions", "/v1/embeddings"};
+    world.fleet.endpoints = paths;
+    RequestRecord r = whole(world.models.intern("m"), world.register_backend("b"));
+    for (int i = 0; i < 60; ++i) {
+      r.endpoint = static_cast<std::uint8_t>(i % 3 == 0);
+      r.status = static_cast<std::uint16_t>(400 + i % 10);  // more than are kept without an allocation
+      r.error = i % 2 == 0 ? ErrorType::none : ErrorType::backend_error;
+      slabs[i % 2]->record(r);
+    }
+    const Reader page = world.read();
+    CHECK(page.sum("nexus_endpoint_requests_total") == page.sum("nexus_requests_total"));
+    CHECK(page.sum("nexus_requests_total") == 60);
+    CHECK(page.text("nexus_endpoint_requests_total", {{"endpoint", "_v1_embeddings"}, {"status", "403"}}) == "2");
+    CHECK(page.text("nexus_endpoint_requests_total", {{"endpoint", "_v1_chat_completions"}, {"status", "403"}}) == "4");
+    world.mode = LabelMode::raw;
+    CHECK(world.read().text("nexus_endpoint_requests_total", {{"endpoint", "/v1/embeddings"}, {"status", "403"}}) ==
+          "2");
+  }
+
+  TEST_CASE("cached prompt tokens add up, from 0 on once a prompt was counted") {
+    World world;
+    Slab& slab = world.metrics.add_slab();
+    RequestRecord r = whole(world.models.intern("m"), world.register_backend("b"));
+    const Labels pair{{"model", "m"}, {"backend", "b"}};
+    slab.record(r);
+    CHECK(world.read().text("nexus_prompt_tokens_cached_total", pair) == "absent");
+    r.prompt_tokens = 100;
+    slab.record(r);
+    CHECK(world.read().text("nexus_prompt_tokens_cached_total", pair) == "0");
+    r.cached_tokens = 64;
+    slab.record(r);
+    slab.record(r);
+    CHECK(world.read().text("nexus_prompt_tokens_cached_total", pair) == "128");
   }
 
   TEST_CASE("a backend that is removed keeps its counts, and its gauges only while they say something") {
@@ -418,7 +498,7 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
     slab.record(whole(world.models.intern("m"), backend));
     slab.attempt(backend, AttemptOutcome::ok);
     slab.health_check(backend, kMillisecond);
-    slab.add_pending(backend, 1);
+    slab.add_in_flight(backend, 1);
     world.fleet.backends.clear();
 
     Reader page = world.read();
@@ -429,7 +509,7 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
     CHECK(page.text("nexus_backend_up", labels) == "absent");
     CHECK(page.text("nexus_pending_requests", labels) == "1");  // its last request is still in flight
 
-    slab.add_pending(backend, -1);
+    slab.add_in_flight(backend, -1);
     page = world.read();
     CHECK(page.text("nexus_pending_requests", labels) == "absent");
     CHECK(page.text("nexus_requests_total", {{"model", "m"}, {"backend", "b"}, {"status", "200"}}) == "1");
@@ -540,12 +620,11 @@ TEST_SUITE("US1 T074 scrapes while recording") {
           r.completion_tokens = 1;
           r.first_byte_ns = r.per_token_ns = r.overhead_ns = static_cast<Ns>(random());
           r.fell_back = i == 1;
-          r.fallback_from = r.model;
           r.fallback_to = ModelId{1};
-          slabs[writer]->add_pending(r.backend, 1);
+          slabs[writer]->add_in_flight(r.backend, 1);
           slabs[writer]->attempt(r.backend, AttemptOutcome::ok);
           slabs[writer]->record(r);
-          slabs[writer]->add_pending(r.backend, -1);
+          slabs[writer]->add_in_flight(r.backend, -1);
         }
         ++tens[writer];
       }

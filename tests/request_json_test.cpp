@@ -411,6 +411,32 @@ TEST_CASE("an answer tells the usage of its outermost object, wherever that stan
   }
 }
 
+TEST_CASE("cached prompt tokens are read where the prompt's details tell them") {
+  struct Row {
+    std::string_view text;
+    std::int64_t prompt, completion, cached;
+  };
+  const Row rows[] = {
+      {R"({"prompt_tokens":7,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":3}})", 7, 9, 3},
+      {R"({"prompt_tokens_details":{"audio_tokens":0,"cached_tokens":0},"prompt_tokens":7,"completion_tokens":9})", 7,
+       9, 0},
+      {R"({"prompt_tokens":7,"prompt_tokens_details":{"deep":{"cached_tokens":5}},"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"completion_tokens_details":{"cached_tokens":3},"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"cached_tokens":3,"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"prompt_tokens_details":null,"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":null},"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"prompt_tokens_details":{"cached_tokens":-3},"completion_tokens":9})", 7, 9, -1},
+      {R"({"prompt_tokens":7,"prompt_tokens_details":[],"completion_tokens":9})", 7, 9, -1},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const Usage usage = read_usage(row.text);
+    CHECK(usage.prompt_tokens == row.prompt);
+    CHECK(usage.completion_tokens == row.completion);
+    CHECK(usage.cached_tokens == row.cached);
+  }
+}
+
 TEST_CASE("a list of models names them, in either form") {
   using Names = std::vector<std::string>;
   CHECK(read_models(R"({"object":"list","data":[{"id":"a","object":"model"},{"object":"model","id":"b:7b"}]})").names ==

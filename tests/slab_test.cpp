@@ -197,14 +197,13 @@ TEST_SUITE("US1 cells") {
       r.stream = true;
       r.prompt_tokens = r.completion_tokens = r.first_byte_ns = r.per_token_ns = r.overhead_ns = 5;
       r.fell_back = true;
-      r.fallback_from = r.model;
       r.fallback_to = kModel;
       slab.record(r);
       r.status = 503;
       slab.record(r);
       slab.attempt(kBackend, AttemptOutcome::ok);
-      slab.add_pending(kBackend, 1);
-      slab.add_pending(kBackend, -1);
+      slab.add_in_flight(kBackend, 1);
+      slab.add_in_flight(kBackend, -1);
     };
     std::size_t before = allocated_bytes();
     use(kModel);
@@ -301,7 +300,6 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
   TEST_CASE("T045 a fallback is counted from the requested model to the one that was used") {
     Slab slab;
     RequestRecord r = plain(200);
-    r.fallback_from = r.model;
     r.fallback_to = ModelId{9};
     slab.record(r);
     r.fell_back = true;
@@ -329,8 +327,9 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     slab.add_backend_connections(kBackend, 2);
     slab.add_backend_connections(kBackend, -1);
     slab.add_client_connections(5);
-    slab.queue_depth(kBackend, 4);
-    slab.queue_wait(3);
+    slab.add_in_flight(kBackend, 5);
+    slab.add_queued(kBackend, 4);
+    slab.queue_waits(kModel).observe(3);
     slab.queue_rejected(QueueRejection::timeout);
     slab.http_rejected(HttpRejection::header_too_large);
     slab.limit_hit(Limit::log_volume);
@@ -341,8 +340,10 @@ TEST_SUITE("US1 T026 T028 T029 a record") {
     CHECK(values_of(backend.health_latency).sum == 2'000'000'000u);
     CHECK(backend.connections.read() == 1);
     CHECK(backend.queue_depth.read() == 4);
+    CHECK(backend.in_flight.read() == 5);
+    CHECK(backend.pending.read() == 9);
     CHECK(slab.thread().client_connections.read() == 5);
-    CHECK(values_of(slab.thread().queue_wait).sum == 3);
+    CHECK(values_of(slab.model(kModel)->queue_wait).sum == 3);
     CHECK(slab.thread().queue_rejections[1].read() == 1);
     CHECK(slab.thread().http_rejections[2].read() == 1);
     CHECK(slab.thread().limits[static_cast<std::size_t>(Limit::log_volume)].read() == 1);
@@ -385,13 +386,13 @@ TEST_SUITE("US3 T043 pending requests") {
     Slab& a = metrics.add_slab();
     Slab& b = metrics.add_slab();
     CHECK(metrics.pending(kBackend) == 0);
-    a.add_pending(kBackend, 1);
-    b.add_pending(kBackend, 1);
-    b.add_pending(BackendId{1000}, 1);
+    a.add_in_flight(kBackend, 1);
+    b.add_in_flight(kBackend, 1);
+    b.add_in_flight(BackendId{1000}, 1);
     CHECK(metrics.pending(kBackend) == 2);
     CHECK(metrics.pending(BackendId{1000}) == 1);
-    b.add_pending(kBackend, -1);
-    b.add_pending(kBackend, -1);  // subtracted by another thread than the one that added it
+    b.add_in_flight(kBackend, -1);
+    b.add_in_flight(kBackend, -1);  // subtracted by another thread than the one that added it
     CHECK(metrics.pending(kBackend) == 0);
     CHECK(b.pending(kBackend) == -1);
   }
@@ -411,10 +412,10 @@ TEST_SUITE("US3 T043 pending requests") {
       threads.emplace_back([slab, &writers] {
         for (int i = 0; i < kRounds; ++i) {
           const BackendId id{static_cast<std::uint32_t>(i) * 7 % kBackends};
-          slab->add_pending(id, 1);
-          slab->add_pending(id, 1);
-          slab->add_pending(id, -1);
-          if (i % 100 != 0) slab->add_pending(id, -1);
+          slab->add_in_flight(id, 1);
+          slab->add_in_flight(id, 1);
+          slab->add_in_flight(id, -1);
+          if (i % 100 != 0) slab->add_in_flight(id, -1);
         }
         --writers;
       });

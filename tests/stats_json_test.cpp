@@ -69,7 +69,7 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     a.record(r);
     b.record(served(model, backend, 1'000'300 * kMicrosecond));
     b.record({.status = 404, .error = ErrorType::no_backend});
-    b.add_pending(backend, 2);
+    b.add_in_flight(backend, 2);
     CHECK(world.text() ==
           R"({"uptime_seconds":0,"requests":{"total":3,"success":2,"errors":1},)"
           R"("backends":[{"id":"ollama-local:11434","requests":2,"average_latency_ms":1250.2,"pending":2,)"

@@ -83,7 +83,7 @@ TEST_CASE("what Nexus writes is what is read") {
   BackendNames backends("none", 10);
   const ModelId model = models.intern("<img src=x onerror=alert(1)>");
   const BackendId backend = backends.intern("b:1");
-  slab.add_pending(backend, 3);
+  slab.add_in_flight(backend, 3);
   FleetView fleet;
   fleet.backends.push_back({backend, true});
   fleet.models_on_healthy.push_back(model);

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 
 namespace nexus {
@@ -82,8 +83,11 @@ enum class ErrorShape : std::uint8_t { openai };
 struct UsageNames {
   std::string_view prompt;
   std::string_view completion;
+  std::string_view prompt_details = {};  // the object that holds the next one
+  std::string_view cached = {};          // of the prompt's tokens
 };
-inline constexpr UsageNames kOpenAiUsage{"prompt_tokens", "completion_tokens"};
+inline constexpr UsageNames kOpenAiUsage{"prompt_tokens", "completion_tokens", "prompt_tokens_details",
+                                         "cached_tokens"};
 
 struct Endpoint {
   std::string_view path;
@@ -104,6 +108,10 @@ inline constexpr std::array kEndpoints{
     Endpoint{"/v1/embeddings", HTTP_POST, BodyFormat::json, BodyKey::model, StreamFraming::none, &kOpenAiUsage, "",
              ErrorShape::openai},
 };
+
+static_assert(kEndpoints.size() <= kMaxEndpoints);
+
+constexpr std::uint8_t index_of(const Endpoint& row) { return static_cast<std::uint8_t>(&row - kEndpoints.data()); }
 
 static_assert(
     [] {

@@ -24,18 +24,30 @@ namespace nexus {
 struct Usage {
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
+  std::int64_t cached_tokens = -1;  // of prompt_tokens
   bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
 };
 
 namespace detail {
 
+inline void read_count(JsonReader::Value& value, std::int64_t& count) {
+  std::int64_t read = -1;
+  if (!value.get_int64().get(read) && read >= 0) count = read;
+}
+
 inline void read_counts(JsonReader& json, const UsageNames& names, JsonReader::Object& object, Usage& usage) {
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
-    const bool is_prompt = key == names.prompt;
-    if (!is_prompt && key != names.completion) return true;
-    std::int64_t count = -1;
-    if (!value.get_int64().get(count) && count >= 0)
-      (is_prompt ? usage.prompt_tokens : usage.completion_tokens) = count;
+    JsonReader::Object details;
+    if (key == names.prompt) {
+      read_count(value, usage.prompt_tokens);
+    } else if (key == names.completion) {
+      read_count(value, usage.completion_tokens);
+    } else if (key == names.prompt_details && !value.get_object().get(details)) {
+      json.each_member(details, [&](std::string_view detail, JsonReader::Value cached) {
+        if (detail == names.cached) read_count(cached, usage.cached_tokens);
+        return true;
+      });
+    }
     return true;
   });
 }

@@ -40,6 +40,7 @@ constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claim
 constexpr std::size_t kMaxModelNames = 20'000;        // models beyond it are counted as `unknown`
 constexpr std::size_t kMaxBackendNames = 4'096;       // over all reloads
 constexpr std::size_t kMaxModelsPerBackend = 10'000;  // the rest of a longer list is ignored
+constexpr std::size_t kMaxEndpoints = 16;             // rows of the table of endpoints, each counted by status
 
 // ---- heads ----
 

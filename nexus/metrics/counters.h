@@ -182,14 +182,26 @@ class StatusCounters {
 
   ~StatusCounters() { delete more_.load(std::memory_order_relaxed); }
 
-  [[gnu::always_inline]] void add(std::uint32_t status, bool failed) {
+  // One cell, found. Finding may throw std::bad_alloc, counting in it does not.
+  class Cell {
+   public:
+    [[gnu::always_inline]] void add() { cell_->set((cell_->read() | key_ << kCountBits) + 1); }
+
+   private:
+    friend class StatusCounters;
+    Cell(Counter& cell, std::uint64_t key) : cell_(&cell), key_(key) {}
+    Counter* cell_;  // free, or the key's
+    std::uint64_t key_;
+  };
+
+  [[gnu::always_inline]] Cell find(std::uint32_t status, bool failed) {
     assert(status >= 100 && status <= 999);
     const std::uint64_t key = status | std::uint64_t{failed} << kStatusBits;
-    const std::uint64_t held = cells_[0].read();
-    if (held >> kCountBits == key) [[likely]]
-      return cells_[0].set(held + 1);
-    add_to_another(key);
+    if (cells_[0].read() >> kCountBits == key) [[likely]]
+      return {cells_[0], key};
+    return {find_another(key), key};
   }
+  void add(std::uint32_t status, bool failed) { find(status, failed).add(); }
 
   template <class Visit>  // visit(Count), each key once
   void for_each(Visit&& visit) const {
@@ -209,12 +221,12 @@ class StatusCounters {
   static constexpr std::uint64_t kStatusMask = (1u << kStatusBits) - 1;
   static constexpr std::uint64_t kCountMask = (std::uint64_t{1} << kCountBits) - 1;
 
-  [[gnu::noinline]] void add_to_another(std::uint64_t key) {
+  // The key's cell, or the first free one.
+  [[gnu::noinline]] Counter& find_another(std::uint64_t key) {
     for (StatusCounters* here = this;; here = here->next()) {
       for (Counter& cell : here->cells_) {
         const std::uint64_t held = cell.read();
-        if (held >> kCountBits == key) return cell.set(held + 1);
-        if (held == 0) return cell.set((key << kCountBits) + 1);
+        if (held >> kCountBits == key || held == 0) return cell;
       }
     }
   }

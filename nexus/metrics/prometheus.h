@@ -40,10 +40,13 @@ struct FleetView {
   struct Backend {
     BackendId id;
     bool healthy;
+    std::uint32_t max_pending = 0;  // 0: no cap
   };
   std::vector<Backend> backends;           // registered now, in the order of the configuration
   std::vector<ModelId> models_on_healthy;  // distinct
   std::uint64_t models_available = 0;
+  std::uint32_t queue_size = 0;
+  std::span<const std::string_view> endpoints;  // their paths, by RequestRecord::endpoint
   Ns uptime_ns = 0;
   bool last_reload_ok = true;
   double last_reload_success_timestamp = 0;  // seconds since 1970; 0: unknown
@@ -68,6 +71,7 @@ class PrometheusPage {
 
     out_.clear();
     write_requests();
+    write_endpoints(fleet, mode);
     write_fleet(fleet);
     write_backends();
     write_threads();
@@ -102,7 +106,8 @@ class PrometheusPage {
 
   struct BackendState {  // of one label value
     bool registered = false;
-    bool up = false;  // any of the backends that share the label
+    bool up = false;                // any of the backends that share the label
+    std::uint64_t max_pending = 0;  // of all of them; 0: one has no cap
   };
 
   // ---- adding up
@@ -138,8 +143,12 @@ class PrometheusPage {
     backend_states_.assign(backend_labels_.groups(), BackendState{});
     for (const auto& backend : fleet.backends) {
       const std::uint32_t group = backend_labels_.group_of(backend.id);
-      backend_states_[group].registered = true;
-      backend_states_[group].up |= backend.healthy;
+      BackendState& state = backend_states_[group];
+      state.max_pending = backend.max_pending == 0 || (state.registered && state.max_pending == 0)
+                              ? 0
+                              : state.max_pending + backend.max_pending;
+      state.registered = true;
+      state.up |= backend.healthy;
       backends_.push_back({group, &kZeros});
     }
     std::sort(backends_.begin(), backends_.end());
@@ -188,7 +197,16 @@ class PrometheusPage {
       }
     });
 
-    out_.family("nexus_fallbacks_total", kCounter, "Requests served by a fallback model.");
+    out_.family("nexus_queue_wait_seconds", kHistogram, "Time requests waited in the queue.");
+    for_each_series(models_, [this](auto, auto model, auto series) {
+      const auto values = sum_of(series, &ModelCounters::queue_wait);
+      if (values.count() == 0) return;
+      out_.labels({{"model", model_labels_.text(model)}});
+      out_.histogram(values);
+    });
+
+    out_.family("nexus_fallbacks_total", kCounter,
+                "Requests served by a fallback model, by the model in the request and the model that served it.");
     for_each_series(fallbacks_, [this](auto from, auto to, auto series) {
       const auto sum = sum_of(series, std::identity());
       if (sum != 0) sample({{"from_model", model_labels_.text(from)}, {"to_model", model_labels_.text(to)}}, sum);
@@ -208,14 +226,41 @@ class PrometheusPage {
       pair_histogram(model, backend, series, &PairCounters::completion_tokens, &PairCounters::completion_sum,
                      {"type", "completion"});
     });
+    // Shown from the first prompt that was counted: what was cached is a part of it.
+    out_.family("nexus_prompt_tokens_cached_total", kCounter, "Prompt tokens that the backend had in its cache.");
+    for_each_series(pairs_, [this](auto model, auto backend, auto series) {
+      if (sum_of(series, &PairCounters::prompt_sum) == 0) return;
+      pair_labels(model, backend, {});
+      out_.sample(sum_of(series, &PairCounters::cached_sum));
+    });
+  }
+
+  void write_endpoints(const FleetView& fleet, LabelMode mode) {
+    out_.family("nexus_endpoint_requests_total", kCounter, "Finished requests, by endpoint and status.");
+    for (std::size_t i = 0; i < fleet.endpoints.size(); ++i) {
+      const std::string endpoint = label_of(fleet.endpoints[i], mode);
+      const auto counts = by_status(
+          Series<ThreadCounters>(threads_), [i](const ThreadCounters& cells) -> auto& { return cells.endpoints[i]; });
+      for (const auto& [status, count] : counts) {
+        sample({{"endpoint", endpoint}, {"status", Digits(status).view()}}, count);
+      }
+    }
+  }
+
+  // The counts that `pick` finds in the cells, whole and failed ones together.
+  template <class Cells, class Pick>
+  static std::map<std::uint32_t, std::uint64_t> by_status(Series<Cells> series, Pick&& pick) {
+    std::map<std::uint32_t, std::uint64_t> counts;
+    for (const auto& source : series) {
+      std::invoke(pick, *source.cells).for_each([&](const StatusCounters::Count& count) {
+        counts[count.status] += count.count;
+      });
+    }
+    return counts;
   }
 
   void write_statuses(std::uint32_t model, std::uint32_t backend, Series<PairCounters> series) {
-    std::map<std::uint32_t, std::uint64_t> counts;
-    for (const auto& source : series) {
-      source.cells->statuses.for_each([&](const StatusCounters::Count& count) { counts[count.status] += count.count; });
-    }
-    for (const auto& [status, count] : counts) {
+    for (const auto& [status, count] : by_status(series, &PairCounters::statuses)) {
       pair_labels(model, backend, {"status", Digits(status).view()});
       out_.sample(count);
     }
@@ -251,11 +296,21 @@ class PrometheusPage {
     single("nexus_backends_total", kGauge, "Registered backends.", fleet.backends.size());
     single("nexus_backends_healthy", kGauge, "Registered backends that are healthy.", healthy);
     single("nexus_models_available", kGauge, "Distinct models on healthy backends.", fleet.models_available);
+    single("nexus_queue_capacity", kGauge, "Requests that may wait in the queue, for all backends together.",
+           fleet.queue_size);
   }
 
   void write_backends() {
-    backend_family("nexus_pending_requests", kGauge, "Requests in flight or queued.", &BackendCounters::pending);
-    backend_family("nexus_queue_depth", kGauge, "Requests waiting in the queue.", &BackendCounters::queue_depth);
+    backend_family("nexus_pending_requests", kGauge, "Requests in flight on a backend, or queued for it.",
+                   &BackendCounters::pending);
+    backend_family("nexus_backend_in_flight", kGauge, "Requests in flight on a backend.", &BackendCounters::in_flight);
+    out_.family("nexus_backend_max_pending", kGauge, "Most requests in flight on a backend, where it has a cap.");
+    for_each_series(backends_, [this](auto, auto group, auto) {
+      const std::uint64_t cap = backend_states_[group].max_pending;
+      if (cap > 0) sample({{"backend", backend_labels_.text(group)}}, cap);
+    });
+    backend_family("nexus_queue_depth", kGauge, "Requests waiting in the queue, each under one of its backends.",
+                   &BackendCounters::queue_depth);
     backend_family("nexus_backend_connections", kGauge, "Open connections to the backend.",
                    &BackendCounters::connections);
     out_.family("nexus_backend_up", kGauge, "1 if the backend is healthy.");
@@ -295,15 +350,16 @@ class PrometheusPage {
   }
 
   void write_threads() {
-    thread_family("nexus_overhead_seconds", "Time Nexus added to a request.", &ThreadCounters::overhead);
-    thread_family("nexus_queue_wait_seconds", "Time requests waited in the queue.", &ThreadCounters::queue_wait);
+    thread_family("nexus_overhead_seconds",
+                  "Time Nexus added to a request, without its waits for the queue and for a connection.",
+                  &ThreadCounters::overhead);
     thread_family("nexus_loop_stall_seconds", "Duration of one iteration of an event loop, between two waits.",
                   &ThreadCounters::loop_stall);
 
     by_name("nexus_client_disconnects_total", "Clients that disconnected before the end of their response.", "phase",
             kDisconnectPhaseNames, &ThreadCounters::disconnects, 1);  // without `none`
-    by_name("nexus_queue_rejected_total", "Requests rejected by the queue.", "reason", kQueueRejectionNames,
-            &ThreadCounters::queue_rejections);
+    by_name("nexus_queue_rejected_total", "Requests that the queue had no room or no time for.", "reason",
+            kQueueRejectionNames, &ThreadCounters::queue_rejections);
     by_name("nexus_limit_rejections_total", "Requests and connections rejected or cut by a limit.", "limit",
             kLimitNames, &ThreadCounters::limits);
     by_name("nexus_http_rejections_total", "Requests refused for their head, path or method.", "reason",

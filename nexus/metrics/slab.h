@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/limits.h"
 #include "nexus/metrics/counters.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
@@ -71,6 +72,7 @@ enum class Limit : std::uint8_t {
   max_body,
   body_memory,
   max_pending,
+  backend_max_pending,  // of a [backend], where nothing may wait because there is no queue
   header_timeout,
   body_timeout,
   idle_timeout,
@@ -88,12 +90,11 @@ enum class Limit : std::uint8_t {
   memory,
   log_volume
 };
-inline constexpr std::array<std::string_view, 21> kLimitNames{
-    "max_connections",    "max_header",    "max_body",        "body_memory",   "max_pending",
-    "header_timeout",     "body_timeout",  "idle_timeout",    "write_timeout", "connect_timeout",
-    "first_byte_timeout", "stall_timeout", "request_timeout", "queue_size",    "queue_timeout",
-    "json_depth",         "models",        "descriptors",     "ports",         "memory",
-    "log_volume"};
+inline constexpr std::array<std::string_view, 22> kLimitNames{
+    "max_connections", "max_header",      "max_body",     "body_memory",   "max_pending",     "backend_max_pending",
+    "header_timeout",  "body_timeout",    "idle_timeout", "write_timeout", "connect_timeout", "first_byte_timeout",
+    "stall_timeout",   "request_timeout", "queue_size",   "queue_timeout", "json_depth",      "models",
+    "descriptors",     "ports",           "memory",       "log_volume"};
 
 constexpr std::string_view name_of(ErrorType x) { return kErrorTypeNames[static_cast<std::size_t>(x)]; }
 constexpr std::string_view name_of(AttemptOutcome x) { return kAttemptOutcomeNames[static_cast<std::size_t>(x)]; }
@@ -110,12 +111,11 @@ constexpr ErrorType error_of_status(std::uint16_t status) {
 
 // One exchange, recorded when it has ended.
 struct RequestRecord {
-  ModelId model = ModelId::unknown;          // as requested, before alias and fallback
-  BackendId backend = BackendId::none;       // the last one tried
-  ModelId fallback_from = ModelId::unknown;  // after aliases; read only if fell_back, as is the next
-  ModelId fallback_to = ModelId::unknown;
-  bool fell_back = false;
-  std::uint16_t status = 0;  // as sent to the client; 499 if the client left before
+  ModelId model = ModelId::unknown;        // as requested, before alias and fallback
+  BackendId backend = BackendId::none;     // the last one tried
+  ModelId fallback_to = ModelId::unknown;  // read only if fell_back
+  bool fell_back = false;                  // served by a backend under another model than `model` stands for
+  std::uint16_t status = 0;                // as sent to the client; 499 if the client left before
   ErrorType error = ErrorType::none;
   bool reached_backend = false;
   bool stream = false;
@@ -127,6 +127,8 @@ struct RequestRecord {
   Ns first_byte_ns = -1;  // time to first token; recorded for streams only
   Ns per_token_ns = -1;   // recorded for streams only
   Ns overhead_ns = -1;
+  std::int64_t cached_tokens = -1;  // of prompt_tokens; negative: unknown
+  std::uint8_t endpoint = 0;        // row of the table of endpoints
 };
 
 // The error type that a request is counted under: the recorded one, else client_closed if the client left, else other
@@ -147,10 +149,12 @@ struct PairCounters {
   Buckets<kTokenBounds> completion_tokens;
   Buckets<kFirstTokenBounds> first_token;
   Buckets<kPerTokenBounds> per_token;
+  Counter cached_sum;
 };
 
 struct alignas(kCacheAlign) BackendCounters {
-  Counter pending, connections, queue_depth;  // gauges; a request writes only to the first cache line
+  // Gauges; a request writes only to the first cache line. `pending` is in_flight and queue_depth together.
+  Counter pending, in_flight, connections, queue_depth;
   Counter without_usage;
   std::array<Counter, kAttemptOutcomeNames.size()> attempts;
   Histogram<kDurationBounds> health_latency;
@@ -158,12 +162,13 @@ struct alignas(kCacheAlign) BackendCounters {
 
 struct alignas(kCacheAlign) ModelCounters {
   std::array<Counter, kErrorTypeNames.size()> errors;
+  Histogram<kDurationBounds> queue_wait;
 };
 
 struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or backend label
   Histogram<kOverheadBounds> overhead;
   Histogram<kLoopStallBounds> loop_stall;
-  Histogram<kDurationBounds> queue_wait;
+  std::array<StatusCounters, kMaxEndpoints> endpoints;
   Counter client_connections;
   Counter log_lines_dropped;
   std::array<Counter, kDisconnectPhaseNames.size()> disconnects;
@@ -188,12 +193,21 @@ class alignas(kCacheAlign) Slab {
     backends_.at(index_of(id)).health_latency.observe(round_trip_ns);
   }
 
-  void add_pending(BackendId id, int delta) { backends_.at(index_of(id)).pending.add_signed(delta); }
   void add_backend_connections(BackendId id, int delta) { backends_.at(index_of(id)).connections.add_signed(delta); }
   void add_client_connections(int delta) { thread_.client_connections.add_signed(delta); }
-  void queue_depth(BackendId id, int delta) { backends_.at(index_of(id)).queue_depth.add_signed(delta); }
+  void add_in_flight(BackendId id, int delta) {
+    BackendCounters& cells = backends_.at(index_of(id));
+    cells.pending.add_signed(delta);
+    cells.in_flight.add_signed(delta);
+  }
+  void add_queued(BackendId id, int delta) {
+    BackendCounters& cells = backends_.at(index_of(id));
+    cells.pending.add_signed(delta);
+    cells.queue_depth.add_signed(delta);
+  }
 
-  void queue_wait(Ns waited_ns) { thread_.queue_wait.observe(waited_ns); }
+  // The cells of the waits for a model; they never move.
+  Histogram<kDurationBounds>& queue_waits(ModelId id) { return models_.at(index_of(id)).queue_wait; }
   void queue_rejected(QueueRejection reason) { count(thread_.queue_rejections, reason); }
   void http_rejected(HttpRejection reason) { count(thread_.http_rejections, reason); }
   void limit_hit(Limit limit) { count(thread_.limits, limit); }
@@ -222,10 +236,13 @@ class alignas(kCacheAlign) Slab {
 
   [[gnu::always_inline]] void record_pair(const RequestRecord& r, bool failed) {
     PairCounters& pair = pairs_.at(index_of(r.model), index_of(r.backend));
-    pair.statuses.add(r.status, failed);
+    StatusCounters::Cell status = pair.statuses.find(r.status, failed);
+    thread_.endpoints[r.endpoint].find(r.status, false).add();
+    status.add();  // after all that may throw
     if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
     if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
     if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens, pair.completion_sum);
+    if (r.cached_tokens > 0) pair.cached_sum.add_signed(r.cached_tokens);
     if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
     if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
@@ -237,8 +254,7 @@ class alignas(kCacheAlign) Slab {
     const ErrorType error = error_of(r);
     ModelCounters& model = models_.at(index_of(r.model));
     BackendCounters& backend = backends_.at(index_of(r.backend));
-    Counter* const fallback =
-        r.fell_back ? &fallbacks_.at(index_of(r.fallback_from), index_of(r.fallback_to)) : nullptr;
+    Counter* const fallback = r.fell_back ? &fallbacks_.at(index_of(r.model), index_of(r.fallback_to)) : nullptr;
     record_pair(r, error != ErrorType::none);
     if (error != ErrorType::none) count(model.errors, error);
     if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);

@@ -28,6 +28,7 @@ class CandidatePicker {
   enum class Next : std::uint8_t {
     chosen,        // see backend() and choice()
     all_full,      // every candidate is at its cap: call wait_in_queue()
+    no_queue,      // and none may wait
     queue_full,    // and so is the queue
     nothing_left,  // all have been tried
     unknown_model,
@@ -82,18 +83,18 @@ class CandidatePicker {
   }
 
   // After all_full: queues for the first free place on any of the full candidates. Returns all_full once queued,
-  // queue_full if the queue is, and otherwise as next(): a place has become free meanwhile.
+  // no_queue or queue_full if that is not possible, and otherwise as next(): a place has become free meanwhile.
   Next wait_in_queue(Handle owner) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
       switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place)) {
-        case Admission::Outcome::full: return Next::queue_full;
+        case Admission::Outcome::full: return snapshot_->settings->queue.size == 0 ? Next::no_queue : Next::queue_full;
         case Admission::Outcome::queued: queued = true; break;
         case Admission::Outcome::entered:
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;
       }
     }
-    queued_ = count_queued(context_.slab, full_.front(), context_.now);
+    queued_ = count_queued(context_.slab, full_.front(), entry_->id, context_.now);
     return Next::all_full;
   }
 

@@ -60,6 +60,7 @@ class Exchange {
     go(State::reading);
     endpoint_ = &endpoint;
     summary_.path = endpoint.path;
+    summary_.record.endpoint = index_of(endpoint);
     summary_.client_name = client_name;
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
@@ -173,6 +174,7 @@ class Exchange {
   // The only place where the state changes.
   Step go(State next) {
     assert(may_follow(state_, next));
+    if (state_ == State::queued || state_ == State::connecting) summary_.end_wait(context_.now);
     state_ = next;
     deadlines_.enter(next);
     return Step::again;
@@ -262,6 +264,10 @@ class Exchange {
     switch (next) {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return begin_waiting();
+      case Next::no_queue:
+        context_.slab.limit_hit(Limit::backend_max_pending);
+        refuse(ApiError::backends_full, true);
+        break;
       case Next::queue_full:
         context_.slab.queue_rejected(QueueRejection::full);
         context_.slab.limit_hit(Limit::queue_size);
@@ -277,6 +283,7 @@ class Exchange {
 
   [[gnu::cold]] Step begin_waiting() {
     go(State::queued);
+    summary_.begin_wait(context_.now);
     deadlines_.arm_queue(picker_.passed_over_ejected());
     return Step::wait;
   }

@@ -20,11 +20,6 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
-  summary_.record.fell_back = choice.fallback;  // the fleet may have a backend of the model again
-  if (choice.fallback) {
-    summary_.record.fallback_from = entry_->target_id;
-    summary_.record.fallback_to = choice.model;
-  }
   adds_usage_event_ = asks_for_usage(backend, facts_, summary_.record.stream);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
@@ -35,7 +30,10 @@ Step Exchange<Net>::begin_attempt() {
 template <class Net>
 Step Exchange<Net>::connect() {
   const SocketOutcome outcome = attempt_.connect();
-  if (outcome == SocketOutcome::ok) return go(State::connecting);
+  if (outcome == SocketOutcome::ok) {
+    summary_.begin_wait(context_.now);
+    return go(State::connecting);
+  }
   context_.log_lack(outcome);
   end(ending_of(outcome));
   return Step::again;
@@ -148,6 +146,8 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
     picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
   }
   // The client gets this response: from here on nothing is retried.
+  summary_.record.fell_back = picker_.choice().fallback;
+  summary_.record.fallback_to = picker_.choice().model;
   relay_.begin(*endpoint_, result, route(), adds_usage_event_);
   go(State::streaming);
   on_relayed(relay_.pass_first(result));

@@ -1,6 +1,7 @@
 // exchange_summary.h
 // Owns:     the facts about a request that are known when it is over: its metrics record, its times, its log entry.
-// Promises: the overhead is taken once, of the response's first bytes; the duration ends when the kernel took the last.
+// Promises: the overhead is taken once, of the response's first bytes, without the waits for the queue and for a
+//           connection; the duration ends when the kernel took the last.
 // Leaves:   when to count it, and the names in its log entry, to exchange.h.
 // Threads:  a part of one exchange.
 // Tested by: tests/sim, tests/hostile
@@ -26,6 +27,8 @@ struct ExchangeSummary {
   Ns started_ns = 0;
   Ns complete_ns = 0;  // when the request's body was complete
   Ns ended_ns = -1;    // when the kernel took the last byte
+  Ns wait_began_ns = 0;
+  Ns waited_ns = 0;  // for others: a place, a connection
   bool overhead_noted = false;
   bool cut_short = false;
 
@@ -34,13 +37,17 @@ struct ExchangeSummary {
     request_id.clear();
     model.clear();
     record = RequestRecord{};
-    started_ns = complete_ns = 0;
+    started_ns = complete_ns = waited_ns = 0;
     ended_ns = -1;
     overhead_noted = cut_short = false;
   }
 
   // The request was sent whole to the first backend.
-  void note_request_sent(Ns sent_ns) { record.overhead_ns = sent_ns - complete_ns; }
+  void note_request_sent(Ns sent_ns) { record.overhead_ns = sent_ns - complete_ns - waited_ns; }
+
+  // What lies between the two is no time of Nexus's own.
+  void begin_wait(Ns now) { wait_began_ns = now; }
+  void end_wait(Ns now) { waited_ns += now - wait_began_ns; }
 
   // Bytes of the response that were received at `received_ns` were sent on at `sent_ns`; the first call counts.
   void note_response_sent(Ns received_ns, Ns sent_ns) {

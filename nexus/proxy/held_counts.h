@@ -18,17 +18,17 @@ namespace detail {
 
 struct GivePendingBack {
   BackendId backend{};
-  void operator()(Slab* slab) const { slab->add_pending(backend, -1); }
+  void operator()(Slab* slab) const { slab->add_in_flight(backend, -1); }
 };
 
 struct LeaveQueue {
   BackendId backend{};
+  Histogram<kDurationBounds>* waits = nullptr;  // of the model
   Ns since_ns = 0;
   const Ns* now = nullptr;
   void operator()(Slab* slab) const {
-    slab->add_pending(backend, -1);
-    slab->queue_depth(backend, -1);
-    slab->queue_wait(*now - since_ns);
+    slab->add_queued(backend, -1);
+    waits->observe(*now - since_ns);
   }
 };
 
@@ -38,22 +38,22 @@ struct GivePlaceBack {
 
 }  // namespace detail
 
-// One unit of nexus_pending_requests of a backend.
+// One unit of nexus_backend_in_flight.
 using PendingCount = std::unique_ptr<Slab, detail::GivePendingBack>;
 
 inline PendingCount count_pending(Slab& slab, BackendId backend) {
-  slab.add_pending(backend, 1);
+  slab.add_in_flight(backend, 1);
   return {&slab, {backend}};
 }
 
-// One queued request, counted as pending and in nexus_queue_depth of `backend`; when it is given back, the wait since
-// `now` is recorded. `now` is the worker's clock and outlives the count.
+// One queued request, in nexus_queue_depth of `backend`; when it is given back, the wait for `model` since `now` is
+// recorded. `now` is the worker's clock and outlives the count. The cells are found first: giving back must not throw.
 using QueuedCount = std::unique_ptr<Slab, detail::LeaveQueue>;
 
-inline QueuedCount count_queued(Slab& slab, BackendId backend, const Ns& now) {
-  slab.add_pending(backend, 1);
-  slab.queue_depth(backend, 1);
-  return {&slab, {backend, now, &now}};
+inline QueuedCount count_queued(Slab& slab, BackendId backend, ModelId model, const Ns& now) {
+  Histogram<kDurationBounds>& waits = slab.queue_waits(model);
+  slab.add_queued(backend, 1);
+  return {&slab, {backend, &waits, now, &now}};
 }
 
 // One of the [server] max_pending places.

@@ -95,6 +95,7 @@ class Response {
     const Usage& told = scan_.usage();
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
+    if (told.cached_tokens <= told.prompt_tokens) record.cached_tokens = told.cached_tokens;
     if (!record.stream || first_body_ns_ < 0) return;
     record.first_byte_ns = first_body_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);

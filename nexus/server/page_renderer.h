@@ -10,8 +10,11 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <string_view>
 #include <utility>
+#include <vector>
 
+#include "nexus/api/endpoints.h"
 #include "nexus/apps/status_page.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
@@ -77,7 +80,7 @@ class PageRenderer {
     FleetView fleet;
     for (const Registry::Backend& backend : registry_.backends()) {
       const bool healthy = backend.health == Health::healthy && backend.address.has_value();
-      fleet.backends.push_back({backend.id, healthy});
+      fleet.backends.push_back({backend.id, healthy, backend.settings.max_pending});
       if (!healthy) continue;
       for (const std::string& model : backend.models()) {
         fleet.models_on_healthy.push_back(registry_.model_names().find(model));
@@ -87,6 +90,8 @@ class PageRenderer {
     std::sort(models.begin(), models.end());
     models.erase(std::unique(models.begin(), models.end()), models.end());
     fleet.models_available = models.size();
+    fleet.queue_size = registry_.settings().queue.size;
+    fleet.endpoints = endpoint_paths_;
     fleet.uptime_ns = now - process_started_ns_;
     fleet.last_reload_ok = last_reload_ok_;
     fleet.last_reload_success_timestamp = static_cast<double>(last_reload_wall_ns_) / static_cast<double>(kSecond);
@@ -94,11 +99,18 @@ class PageRenderer {
     return fleet;
   }
 
+  static std::vector<std::string_view> endpoint_paths() {
+    std::vector<std::string_view> paths;
+    for (const Endpoint& row : kEndpoints) paths.push_back(row.path);
+    return paths;
+  }
+
   const Metrics& metrics_;
   Slab& slab_;
   const Registry& registry_;
   const Sources sources_;
   const Ns process_started_ns_;
+  const std::vector<std::string_view> endpoint_paths_ = endpoint_paths();
   bool last_reload_ok_ = true;
   Ns last_reload_wall_ns_ = 0;
   std::uint64_t lines_dropped_ = 0;

@@ -188,9 +188,12 @@ group('queue', () => {
       const began = performance.now();
       const answer = await fleet.ask('m1', { stream });
       assert.ok(performance.now() - began < 500 * settings.slow, 'at once');
-      assert_error(answer, 429, 'queue_full');
+      assert_error(answer, 429, 'backends_full');
+      assert.match(answer.json.error.message, /no queue/);
       retry_after(answer);
     }
+    await fleet.reaches('nexus_limit_rejections_total', 2, { limit: 'backend_max_pending' });
+    assert.equal(await fleet.gauge('nexus_queue_rejected_total'), 0, 'no queue has refused them');
     open_all(fleet);
     await finish(held);
     assert.equal((await fleet.ask()).status, 200);

@@ -213,7 +213,9 @@ class Simulation {
     }
     for (const auto& slab : gateway_.metrics().slabs()) {
       HistogramValues<kDurationBounds> waits;
-      slab->thread().queue_wait.add_to(waits);
+      for (std::uint32_t i = 0; i < gateway_.control().registry().model_names().size(); ++i) {
+        if (const ModelCounters* model = slab->model(ModelId{i})) model->queue_wait.add_to(waits);
+      }
       if (waits.count() > 0) seen |= kWaitInQueue;
       if (slab->thread().disconnects[static_cast<std::size_t>(DisconnectPhase::request)].read() > 0) {
         seen |= kLeavesWithinBody;
