@@ -14,11 +14,12 @@ using namespace nexus;
 namespace {
 
 constexpr HealthSettings kSettings{};  // three in a row, 5 s
+constexpr AttemptOutcome kWhy = AttemptOutcome::connect_error;
 
 // Sends `times` requests that fail at once. Returns the length of the last ejection.
 Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_after = {}) {
   Ns ejected = 0;
-  for (int i = 0; i < times; ++i) ejected = breaker.enter(now).failed(now, kSettings, retry_after);
+  for (int i = 0; i < times; ++i) ejected = breaker.enter(now).failed(now, kSettings, kWhy, retry_after);
   return ejected;
 }
 void succeed(CircuitBreaker& breaker, Ns now) { breaker.enter(now).succeeded(); }
@@ -40,8 +41,8 @@ TEST_CASE("eject_after is obeyed at its least and at its most") {
     CircuitBreaker breaker;
     HealthSettings settings;
     settings.eject_after = eject_after;
-    for (std::uint32_t i = 1; i < eject_after; ++i) CHECK(breaker.enter(0).failed(0, settings) == 0);
-    CHECK(breaker.enter(0).failed(0, settings) == 5 * kSecond);
+    for (std::uint32_t i = 1; i < eject_after; ++i) CHECK(breaker.enter(0).failed(0, settings, kWhy) == 0);
+    CHECK(breaker.enter(0).failed(0, settings, kWhy) == 5 * kSecond);
   }
 }
 
@@ -86,7 +87,7 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
     CHECK(fail(breaker, due) == 5 * kSecond);  // the doubling starts again too
   }
   SUBCASE("its failure ejects at once, for twice the time") {
-    CHECK(probe.failed(due, kSettings) == 10 * kSecond);
+    CHECK(probe.failed(due, kSettings, kWhy) == 10 * kSecond);
     CHECK_FALSE(breaker.usable(due + 10 * kSecond - 1));
     CHECK(breaker.usable(due + 10 * kSecond));
   }
@@ -103,7 +104,7 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   }
   SUBCASE("of two results only the first counts") {
     probe.succeeded();
-    CHECK(probe.failed(due, kSettings) == 0);
+    CHECK(probe.failed(due, kSettings, kWhy) == 0);
     CHECK(breaker.usable(due));
   }
 }
@@ -128,14 +129,14 @@ TEST_CASE("each failed probe doubles the time, up to a minute or eject_time if t
     settings.eject_after = 1;
     Ns now = kSecond;
     for (const Ns span : row.spans) {
-      CHECK(breaker.enter(now).failed(now, settings) == span);
+      CHECK(breaker.enter(now).failed(now, settings, kWhy) == span);
       CHECK_FALSE(breaker.usable(now + span - 1));
       now += span;
       CHECK(breaker.usable(now));
     }
     for (int i = 0; i < 100; ++i) {  // it stays at the limit
       now += 86'400 * kSecond;
-      REQUIRE(breaker.enter(now).failed(now, settings) <= std::max(60 * kSecond, row.eject_time));
+      REQUIRE(breaker.enter(now).failed(now, settings, kWhy) <= std::max(60 * kSecond, row.eject_time));
     }
   }
 }
@@ -147,14 +148,14 @@ TEST_CASE("while a backend is ejected only the probe changes its state") {
   fail(breaker, 0, 3);
   slow.succeeded();  // sent before the ejection
   CHECK_FALSE(breaker.usable(kSecond));
-  CHECK(slower.failed(4 * kSecond, kSettings) == 0);
+  CHECK(slower.failed(4 * kSecond, kSettings, kWhy) == 0);
   CHECK(breaker.usable(5 * kSecond));  // not prolonged
 
   CircuitBreaker::Permit probe = breaker.enter(5 * kSecond);
   CircuitBreaker::Permit last_resort = breaker.enter(5 * kSecond);
   REQUIRE(probe.is_probe());
   REQUIRE(last_resort.circuit_open());
-  CHECK(last_resort.failed(5 * kSecond, kSettings, 100 * kSecond) == 0);
+  CHECK(last_resort.failed(5 * kSecond, kSettings, kWhy, 100 * kSecond) == 0);
   probe.succeeded();
   CHECK(breaker.usable(5 * kSecond));
 }
@@ -189,22 +190,50 @@ TEST_CASE("Retry-After ejects from the first failure on, within bounds") {
     CircuitBreaker other;
     fail(other, 0, 2);
     CHECK(fail(other, 0, 1, 7 * kSecond) == 7 * kSecond);
-    CHECK(other.enter(7 * kSecond).failed(7 * kSecond, kSettings) == 10 * kSecond);
+    CHECK(other.enter(7 * kSecond).failed(7 * kSecond, kSettings, kWhy) == 10 * kSecond);
   }
   SUBCASE("Retry-After alone does not double the time") {
     CircuitBreaker breaker;
     fail(breaker, 0, 1, kSecond);
-    CHECK(breaker.enter(kSecond).failed(kSecond, kSettings) == 5 * kSecond);
+    CHECK(breaker.enter(kSecond).failed(kSecond, kSettings, kWhy) == 5 * kSecond);
   }
   SUBCASE("an ejected backend can extend its ejection, never shorten it") {
     CircuitBreaker breaker;
     CircuitBreaker::Permit one = breaker.enter(0), other = breaker.enter(0);
     fail(breaker, 0, 3);
-    CHECK(one.failed(0, kSettings, 20 * kSecond) == 20 * kSecond);
-    CHECK(other.failed(0, kSettings, 6 * kSecond) == 0);
+    CHECK(one.failed(0, kSettings, kWhy, 20 * kSecond) == 0);  // it is not ejected anew
+    CHECK(other.failed(0, kSettings, kWhy, 6 * kSecond) == 0);
     CHECK_FALSE(breaker.usable(20 * kSecond - 1));
     CHECK(breaker.usable(20 * kSecond));
   }
+}
+
+TEST_CASE("an ejection tells its reason and the time that is left, and its end is told once") {
+  CircuitBreaker breaker;
+  CHECK_FALSE(breaker.ejection(0).has_value());
+  for (const auto why : {AttemptOutcome::timeout, AttemptOutcome::truncated, AttemptOutcome::status_5xx}) {
+    breaker.enter(0).failed(0, kSettings, why);
+  }
+  REQUIRE(breaker.ejection(kSecond).has_value());
+  CHECK(breaker.ejection(kSecond)->left_ns == 4 * kSecond);
+  CHECK(breaker.ejection(kSecond)->why == AttemptOutcome::status_5xx);
+  // Over, but nobody has tried it: it may get requests.
+  CHECK_FALSE(breaker.ejection(5 * kSecond).has_value());
+  {
+    CircuitBreaker::Permit probe = breaker.enter(6 * kSecond);
+    REQUIRE(breaker.ejection(6 * kSecond).has_value());
+    CHECK(breaker.ejection(6 * kSecond)->left_ns == 0);
+    CHECK(probe.failed(6 * kSecond, kSettings, AttemptOutcome::connect_error) == 10 * kSecond);
+  }
+  CHECK(breaker.ejection(7 * kSecond)->left_ns == 9 * kSecond);
+  CHECK(breaker.ejection(7 * kSecond)->why == AttemptOutcome::connect_error);
+  CircuitBreaker::Permit late = breaker.enter(7 * kSecond);
+  CHECK_FALSE(late.succeeded());
+  CircuitBreaker::Permit probe = breaker.enter(16 * kSecond);
+  CHECK(probe.succeeded());
+  CHECK_FALSE(probe.succeeded());
+  CHECK_FALSE(breaker.enter(16 * kSecond).succeeded());
+  CHECK_FALSE(breaker.ejection(16 * kSecond).has_value());
 }
 
 TEST_CASE("an end between two milliseconds is rounded up, never down") {
@@ -224,7 +253,7 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
   Ns now = kSecond;
   std::atomic<int> probes{0}, admitted{0};
   int wrong = 0;
-  REQUIRE(breaker.enter(now).failed(now, settings) > 0);
+  REQUIRE(breaker.enter(now).failed(now, settings, kWhy) > 0);
   // One round: all threads enter at once. Between rounds one thread checks the counts and moves the clock. In turn the
   // probe is dropped, fails, and succeeds (then the backend is ejected again for the next round).
   std::vector<CircuitBreaker::Permit> held(kThreads);
@@ -232,11 +261,11 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
   auto between = [&]() noexcept {
     if (probes.exchange(0) != 1 || admitted.exchange(0) != 0) ++wrong;
     for (CircuitBreaker::Permit& permit : held) {
-      if (permit.is_probe() && round % 3 == 1) permit.failed(now, settings);
+      if (permit.is_probe() && round % 3 == 1) permit.failed(now, settings, kWhy);
       if (permit.is_probe() && round % 3 == 2) permit.succeeded();
       permit = CircuitBreaker::Permit();
     }
-    if (round % 3 == 2) breaker.enter(now).failed(now, settings);
+    if (round % 3 == 2) breaker.enter(now).failed(now, settings, kWhy);
     now += 3600 * kSecond;
     ++round;
   };
@@ -265,7 +294,7 @@ TEST_CASE("simultaneous failures on many threads eject once") {
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
-      for (int i = 0; i < 1000; ++i) ejections += breaker.enter(kSecond).failed(kSecond, kSettings) > 0;
+      for (int i = 0; i < 1000; ++i) ejections += breaker.enter(kSecond).failed(kSecond, kSettings, kWhy) > 0;
     });
   }
   for (std::thread& thread : threads) thread.join();

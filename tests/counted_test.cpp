@@ -10,6 +10,7 @@
 #include <string_view>
 #include <utility>
 
+#include "nexus/proxy/attempt_log.h"
 #include "nexus/proxy/exchange_summary.h"
 #include "tests/hostile/gateway.h"
 #include "tests/hostile/requests.h"
@@ -37,6 +38,12 @@ std::function<void(Settings&)> capped(std::uint32_t queue_size) {
     settings.backends[0].max_pending = 1;
     settings.queue.size = queue_size;
   };
+}
+
+std::string taken_from(LogRing& ring) {
+  std::string lines;
+  ring.events.take(lines);
+  return lines;
 }
 
 std::string post_for(std::string_view model) {
@@ -167,4 +174,27 @@ TEST_CASE("each request counts under its endpoint, also one that Nexus refuses")
   gateway.slab().thread().endpoints[0].for_each(
       [&](const StatusCounters::Count& count) { by_status[count.status] += count.count; });
   CHECK(by_status == std::map<std::uint32_t, std::uint64_t>{{200, 1}, {404, 1}});
+}
+
+TEST_CASE("failed requests have one log line a second for each backend, which counts those left out") {
+  LogRing ring;
+  Log log(&ring, LogSettings{});
+  AttemptLog attempts;
+  BackendView a, b;
+  a.id = BackendId{1};
+  a.name = "a";
+  b.id = BackendId{40};
+  b.name = "b";
+  const auto fail = [&](const BackendView& backend, Ns now) {
+    attempts.failed(log, now, backend, AttemptOutcome::truncated, "", "awaiting", "r1");
+  };
+  for (int i = 0; i < 5; ++i) fail(a, kSecond);
+  fail(b, kSecond);
+  fail(a, 2 * kSecond - 1);
+  fail(a, 2 * kSecond);
+  const std::string text = taken_from(ring);
+  CHECK(std::count(text.begin(), text.end(), '\n') == 3);
+  CHECK(text.find("backend=a why=truncated detail=- state=awaiting request_id=r1 left_out=0\n") != std::string::npos);
+  CHECK(text.find("backend=b why=truncated detail=- state=awaiting request_id=r1 left_out=0\n") != std::string::npos);
+  CHECK(text.find("backend=a why=truncated detail=- state=awaiting request_id=r1 left_out=5\n") != std::string::npos);
 }

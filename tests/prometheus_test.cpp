@@ -97,6 +97,7 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_queue_depth gauge\n"
           "nexus_backend_connections gauge\n"
           "nexus_backend_up gauge\n"
+          "nexus_backend_ejected gauge\n"
           "nexus_backend_latency_seconds histogram\n"
           "nexus_responses_without_usage_total counter\n"
           "nexus_backend_attempts_total counter\n"
@@ -436,6 +437,18 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
     world.fleet.backends[3].max_pending = 0;  // with one that has none, there is none on both
     page = world.read();
     CHECK(page.text("nexus_backend_max_pending", {{"backend", "two_names"}}) == "absent");
+  }
+
+  TEST_CASE("a backend is ejected while time is left or its trial request runs") {
+    World world;
+    world.register_backend("a");
+    world.register_backend("b.c");
+    world.register_backend("b-c");
+    world.fleet.backends[1].ejected_ns = 0;
+    const Reader page = world.read();
+    CHECK(page.text("nexus_backend_ejected", {{"backend", "a"}}) == "0");
+    CHECK(page.text("nexus_backend_ejected", {{"backend", "b_c"}}) == "1");
+    CHECK(page.text("nexus_backend_up", {{"backend", "b_c"}}) == "1");
   }
 
   TEST_CASE("what is pending is in flight or queued, and the wait is told by model") {

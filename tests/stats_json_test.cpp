@@ -73,12 +73,25 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     CHECK(world.text() ==
           R"({"uptime_seconds":0,"requests":{"total":3,"success":2,"errors":1},)"
           R"("backends":[{"id":"ollama-local:11434","requests":2,"average_latency_ms":1250.2,"pending":2,)"
-          R"("healthy":true,"errors":0,"prompt_tokens":10,"completion_tokens":20}],)"
+          R"("healthy":true,"ejected":null,"errors":0,"prompt_tokens":10,"completion_tokens":20}],)"
           R"("models":[{"name":"llama3:70b","requests":2,"average_duration_ms":1250.2,)"
           R"("errors":0,"prompt_tokens":10,"completion_tokens":20},)"
           R"({"name":"unknown","requests":1,"average_duration_ms":0.0,)"
           R"("errors":1,"prompt_tokens":0,"completion_tokens":0}]})"
           "\n");
+  }
+
+  TEST_CASE("an ejected backend says why, and for how many seconds more, rounded up") {
+    World world;
+    world.register_backend("a");
+    world.register_backend("b");
+    world.fleet.backends[0].ejected_ns = 4 * kSecond + 1;
+    world.fleet.backends[0].ejected_why = AttemptOutcome::connect_error;
+    world.fleet.backends[1].ejected_ns = 0;  // its trial request is running
+    world.fleet.backends[1].ejected_why = AttemptOutcome::timeout;
+    const std::string page = world.text();
+    CHECK(page.find(R"("ejected":{"why":"connect_error","seconds_left":5})") != std::string::npos);
+    CHECK(page.find(R"("ejected":{"why":"timeout","seconds_left":0})") != std::string::npos);
   }
 
   TEST_CASE("T021 a stream that broke after its 200 is an error, a whole 2xx a success") {

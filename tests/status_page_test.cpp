@@ -170,6 +170,13 @@ TEST_CASE("without a script the page shows the totals of /v1/stats") {
   CHECK(page.find("{{") == page.find("}}"));  // neither is left
   stats.healthy = 1;
   CHECK(status_page(stats).find("class=\"state up\">1 of 1") != std::string::npos);
+  stats.ejected = 1;
+  stats.backends[0].healthy = true;
+  stats.backends[0].ejected_ns = 3 * kSecond;
+  stats.backends[0].ejected_why = AttemptOutcome::timeout;
+  const std::string with_ejected = status_page(stats);
+  CHECK(with_ejected.find("class=\"state some\">1 of 1 backends healthy, 1 ejected<") != std::string::npos);
+  CHECK(with_ejected.find("<span class=\"state some\">ejected 3s: timeout</span>") != std::string::npos);
 }
 
 }  // namespace

@@ -86,6 +86,8 @@ TEST_CASE("what Nexus writes is what is read") {
   slab.add_in_flight(backend, 3);
   FleetView fleet;
   fleet.backends.push_back({backend, true});
+  fleet.backends[0].ejected_ns = 7 * kSecond;
+  fleet.backends[0].ejected_why = AttemptOutcome::status_5xx;
   fleet.models_on_healthy.push_back(model);
   fleet.models_available = 1;
   fleet.uptime_ns = 5 * kSecond;
@@ -100,6 +102,9 @@ TEST_CASE("what Nexus writes is what is read") {
     REQUIRE(sample.by_backend.size() == 1);
     CHECK(sample.by_backend[0].name == "b:1");
     CHECK(sample.by_backend[0].pending == 3);
+    CHECK(sample.by_backend[0].ejected_why == "status_5xx");
+    CHECK(sample.by_backend[0].ejected_seconds == 7);
+    CHECK(sample.fleet.backends_ejected == 1);
     REQUIRE(sample.by_model.size() == 1);
     CHECK(sample.by_model[0].name == "<img src=x onerror=alert(1)>");
   }
@@ -180,6 +185,26 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
   for (std::size_t at = 0; at < small.size(); at = small.find('\n', at) + 1) {
     CHECK(width_of(std::string_view(small).substr(at, small.find('\n', at) - at)) <= 20);
   }
+}
+
+TEST_CASE("an ejected backend is shown with the time that is left and the reason") {
+  Rates rates;
+  rates.fleet.backends = rates.fleet.backends_healthy = 3;
+  rates.fleet.backends_ejected = 2;
+  for (const char* why : {"", "connect_error", "\x1b[0m"}) {
+    RateRow row;
+    row.now.name = "b";
+    row.now.ejected_why = why;
+    row.now.ejected_seconds = 65;
+    rates.by_backend.push_back(row);
+  }
+  const std::string page = top_page(rates, "http://x:1", 0, 0);
+  CHECK(page.find("backends 3 of 3 healthy, 2 ejected   models") != std::string::npos);
+  CHECK(page.find("b        up  ") != std::string::npos);
+  CHECK(page.find("ejected 1m 5s: connect_error  ") != std::string::npos);
+  CHECK(page.find('\x1b') == std::string::npos);
+  rates.by_backend[1].now.healthy = false;
+  CHECK(top_page(rates, "http://x:1", 0, 0).find("b        DOWN  ") != std::string::npos);
 }
 
 TEST_CASE("a hostile name is shown escaped") {

@@ -52,6 +52,18 @@ inline std::string span_text(std::uint64_t seconds) {
   return std::to_string(seconds) + "s";
 }
 
+// How a backend is: `up`, the word for one whose health checks fail, or for how long it gets no requests and why.
+inline std::string state_text(bool healthy, std::string_view down, std::string_view ejected_why,
+                              std::uint64_t seconds_left) {
+  if (!healthy) return std::string(down);
+  return ejected_why.empty() ? "up" : "ejected " + span_text(seconds_left) + ": " + std::string(ejected_why);
+}
+
+// What follows the number of healthy backends.
+inline std::string ejected_text(std::uint64_t ejected) {
+  return ejected > 0 ? ", " + std::to_string(ejected) + " ejected" : "";
+}
+
 inline std::string percent_text(std::uint64_t part, std::uint64_t whole) {
   if (whole == 0) return "0%";
   return with_decimals(100.0 * static_cast<double>(part) / static_cast<double>(whole), 2) + "%";

@@ -37,14 +37,16 @@ struct ScrapedHistogram {
 // One backend, one model, or all requests.
 struct ScrapedEntry {
   std::string name;
-  bool healthy = true;                        // of a backend
-  std::int64_t pending = 0, queue_depth = 0;  // of a backend
+  bool healthy = true;                // of a backend, as the next three lines
+  std::string ejected_why;            // empty: it is not ejected
+  std::uint64_t ejected_seconds = 0;  // time left
+  std::int64_t pending = 0, queue_depth = 0;
   std::uint64_t requests = 0, errors = 0, completion_tokens = 0;
   ScrapedHistogram duration, first_token;
 };
 
 struct ScrapedFleet {
-  std::uint64_t uptime_s = 0;
+  std::uint64_t uptime_s = 0, backends_ejected = 0;
   std::int64_t backends = 0, backends_healthy = 0, models_available = 0, client_connections = 0;
 };
 
@@ -101,6 +103,11 @@ inline bool read_entries(simdjson::dom::array list, std::string_view key, std::v
     read_field(object, "completion_tokens", entry.completion_tokens);
     read_field(object, "pending", entry.pending);
     read_field(object, "healthy", entry.healthy);
+    simdjson::dom::object ejected;
+    std::string_view why;
+    if (object["ejected"].get_object().get(ejected) || ejected["why"].get_string().get(why)) continue;
+    entry.ejected_why = why;
+    read_field(ejected, "seconds_left", entry.ejected_seconds);
   }
   return true;
 }
@@ -120,6 +127,7 @@ inline bool read_stats(std::string_view text, Scrape& sample) {
   for (const ScrapedEntry& backend : sample.by_backend) {
     sample.all.pending += backend.pending;
     sample.all.completion_tokens += backend.completion_tokens;
+    sample.fleet.backends_ejected += backend.healthy && !backend.ejected_why.empty() ? 1 : 0;
   }
   return true;
 }

@@ -51,9 +51,12 @@ inline std::string status_rows(const std::vector<StatsRow>& rows, bool backends)
   };
   for (std::size_t i = 0; i < std::min(rows.size(), kMaxStatusRows); ++i) {
     const StatsRow& row = rows[i];
-    const std::string_view state = row.healthy ? "up" : "down";
+    const bool ejected = row.healthy && row.ejected_ns >= 0;
+    const std::string_view kind = ejected ? "some" : row.healthy ? "up" : "down";
+    const std::string state =
+        state_text(row.healthy, "down", ejected ? name_of(row.ejected_why) : "", ejected_seconds(row));
     out += "<tr><th scope=\"row\"><bdi>" + html_text(escape_for_terminal(row.name, 1024)) + "</bdi>";
-    if (backends) out.append("<span class=\"state ").append(state).append("\">").append(state).append("</span>");
+    if (backends) out.append("<span class=\"state ").append(kind).append("\">").append(state).append("</span>");
     out += "</th>";
     if (backends) cell("Pending", row.pending);
     cell("Requests", row.requests);
@@ -76,9 +79,10 @@ inline void write_status_page(TextBuffer& page, const Stats& stats, std::string_
   const std::map<std::string_view, std::string> parts{
       {"style", std::string(kStatusStyle)},
       {"script", std::string(kStatusScript)},
-      {"state", stats.healthy == 0                 ? "down"
-                : stats.healthy < stats.registered ? "some"
-                                                   : "up"},
+      {"state", stats.healthy == 0                                      ? "down"
+                : stats.healthy < stats.registered || stats.ejected > 0 ? "some"
+                                                                        : "up"},
+      {"ejected", ejected_text(stats.ejected)},
       {"healthy", std::to_string(stats.healthy)},
       {"registered", std::to_string(stats.registered)},
       {"uptime", span_text(stats.uptime_s)},

@@ -106,6 +106,7 @@ constexpr Ns kMemoryRetry = 100 * kMillisecond;     // after control found no me
 constexpr Ns kAcceptPause = 100 * kMillisecond;     // after no descriptor was free
 constexpr Ns kLackLogInterval = 60 * kSecond;       // between two lines about a lack of descriptors or ports
 constexpr Ns kStrayLogInterval = kSecond;           // between two lines about unknown paths and methods
+constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about failed requests to one backend
 constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
 constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name

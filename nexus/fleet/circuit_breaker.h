@@ -21,6 +21,7 @@
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
+#include "nexus/metrics/slab.h"
 
 namespace nexus {
 
@@ -43,15 +44,18 @@ class alignas(64) CircuitBreaker {
     bool circuit_open() const { return breaker_.get_deleter().entered == CircuitState::open; }
     bool is_probe() const { return breaker_.get_deleter().entered == CircuitState::half_open; }
 
-    void succeeded() {
-      if (CircuitBreaker* breaker = breaker_.release()) breaker->record_success(is_probe());
+    // True if this ends an ejection.
+    bool succeeded() {
+      CircuitBreaker* breaker = breaker_.release();
+      return breaker != nullptr && breaker->record_success(is_probe());
     }
 
-    // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0.
-    Ns failed(Ns now, const HealthSettings& settings, std::optional<Ns> retry_after = {}) {
+    // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0: also
+    // if the backend is ejected already, and only the end of that moves.
+    Ns failed(Ns now, const HealthSettings& settings, AttemptOutcome why, std::optional<Ns> retry_after = {}) {
       CircuitBreaker* breaker = breaker_.release();
       if (breaker == nullptr) return 0;
-      return breaker->record_failure(is_probe(), now, settings, retry_after);
+      return breaker->record_failure(is_probe(), now, settings, why, retry_after);
     }
 
    private:
@@ -78,6 +82,18 @@ class alignas(64) CircuitBreaker {
     return State::unpack(word_.load(std::memory_order_relaxed)).at(now) != CircuitState::open;
   }
 
+  struct Ejection {
+    Ns left_ns;  // 0: its probe is running
+    AttemptOutcome why;
+  };
+
+  // The ejection that keeps requests away now, if there is one.
+  std::optional<Ejection> ejection(Ns now) const {
+    const State state = State::unpack(word_.load(std::memory_order_relaxed));
+    if (state.at(now) != CircuitState::open) return std::nullopt;
+    return Ejection{std::max<Ns>(state.ejected_until_ms * kMillisecond - now, 0), state.why};
+  }
+
   // Call when a request is about to be sent. If several find the circuit half-open, only one becomes the probe.
   Permit enter(Ns now) {
     CircuitState entered = CircuitState::closed;
@@ -95,19 +111,23 @@ class alignas(64) CircuitBreaker {
     std::uint32_t failures = 0;   // consecutive; counted while not ejected
     std::uint32_t ejections = 0;  // consecutive, without a success between: the next lasts eject_time << ejections
     bool probing = false;         // the probe is running
+    AttemptOutcome why{};         // of the last failure, if ejected
     Ns ejected_until_ms = 0;      // of the monotonic clock; 0: not ejected
 
-    static constexpr std::uint32_t kMaxFailures = 0xffff;
+    static constexpr std::uint32_t kMaxFailures = 0x1fff;  // config/keys.h: eject_after is 1000 at most
     static constexpr std::uint32_t kMaxEjections = 31;
+    static constexpr std::uint32_t kMaxOutcomes = 32;
+    static_assert(kAttemptOutcomeNames.size() <= kMaxOutcomes);
     static constexpr Ns kMaxUntilMs = (Ns{1} << 40) - 1;  // 34 years of uptime
 
     static State unpack(std::uint64_t word) {
-      return {static_cast<std::uint32_t>(word & kMaxFailures), static_cast<std::uint32_t>(word >> 16 & kMaxEjections),
-              (word >> 23 & 1) != 0, static_cast<Ns>(word >> 24)};
+      return {static_cast<std::uint32_t>(word & kMaxFailures), static_cast<std::uint32_t>(word >> 13 & kMaxEjections),
+              (word >> 18 & 1) != 0, static_cast<AttemptOutcome>(word >> 19 & (kMaxOutcomes - 1)),
+              static_cast<Ns>(word >> 24)};
     }
     std::uint64_t pack() const {
-      return std::uint64_t{failures} | std::uint64_t{ejections} << 16 | std::uint64_t{probing} << 23 |
-             static_cast<std::uint64_t>(ejected_until_ms) << 24;
+      return std::uint64_t{failures} | std::uint64_t{ejections} << 13 | std::uint64_t{probing} << 18 |
+             static_cast<std::uint64_t>(why) << 19 | static_cast<std::uint64_t>(ejected_until_ms) << 24;
     }
 
     bool ejected() const { return ejected_until_ms != 0; }
@@ -130,21 +150,27 @@ class alignas(64) CircuitBreaker {
 
   // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
   // resort) are ignored.
-  void record_success(bool probe) {
-    if (word_.load(std::memory_order_relaxed) == 0) return;  // nothing to reset
+  bool record_success(bool probe) {
+    if (word_.load(std::memory_order_relaxed) == 0) return false;  // nothing to reset
+    bool was_ejected = false;
     update([&](State& state) {
+      was_ejected = state.ejected() && probe;
       if (state.ejected() && !probe) return false;
       state = State{};
       return true;
     });
+    return was_ejected;
   }
 
-  Ns record_failure(bool probe, Ns now, const HealthSettings& settings, std::optional<Ns> retry_after) {
+  Ns record_failure(bool probe, Ns now, const HealthSettings& settings, AttemptOutcome why,
+                    std::optional<Ns> retry_after) {
     const Ns requested = std::clamp<Ns>(retry_after.value_or(0), 0, kMaxRetryAfter);
     Ns ejected_for = 0;
     update([&](State& state) {
-      ejected_for = state.ejected() && !probe ? prolong(state, now, requested)
-                                              : count_failure(state, probe, now, settings, requested);
+      ejected_for = 0;
+      if (state.ejected() && !probe) return prolong(state, now, requested);
+      ejected_for = count_failure(state, probe, now, settings, requested);
+      if (ejected_for > 0) state.why = why;
       return true;
     });
     return ejected_for;
@@ -163,10 +189,10 @@ class alignas(64) CircuitBreaker {
   }
 
   // An ejected backend can extend its ejection with a longer Retry-After, unless its probe is running.
-  static Ns prolong(State& state, Ns now, Ns requested) {
-    if (requested == 0 || state.probing || end_ms(now, requested) <= state.ejected_until_ms) return 0;
+  static bool prolong(State& state, Ns now, Ns requested) {
+    if (requested == 0 || state.probing || end_ms(now, requested) <= state.ejected_until_ms) return false;
     state.ejected_until_ms = end_ms(now, requested);
-    return requested;
+    return true;
   }
 
   void abandon_probe() {

@@ -41,6 +41,8 @@ struct FleetView {
     BackendId id;
     bool healthy;
     std::uint32_t max_pending = 0;  // 0: no cap
+    Ns ejected_ns = -1;             // time left; 0: its trial request is running; -1: not ejected
+    AttemptOutcome ejected_why{};
   };
   std::vector<Backend> backends;           // registered now, in the order of the configuration
   std::vector<ModelId> models_on_healthy;  // distinct
@@ -107,6 +109,7 @@ class PrometheusPage {
   struct BackendState {  // of one label value
     bool registered = false;
     bool up = false;                // any of the backends that share the label
+    bool ejected = false;           // any of them
     std::uint64_t max_pending = 0;  // of all of them; 0: one has no cap
   };
 
@@ -149,6 +152,7 @@ class PrometheusPage {
                               : state.max_pending + backend.max_pending;
       state.registered = true;
       state.up |= backend.healthy;
+      state.ejected |= backend.ejected_ns >= 0;
       backends_.push_back({group, &kZeros});
     }
     std::sort(backends_.begin(), backends_.end());
@@ -294,7 +298,7 @@ class PrometheusPage {
     const auto healthy = std::count_if(fleet.backends.begin(), fleet.backends.end(),
                                        [](const FleetView::Backend& backend) { return backend.healthy; });
     single("nexus_backends_total", kGauge, "Registered backends.", fleet.backends.size());
-    single("nexus_backends_healthy", kGauge, "Registered backends that are healthy.", healthy);
+    single("nexus_backends_healthy", kGauge, "Registered backends that pass their health checks.", healthy);
     single("nexus_models_available", kGauge, "Distinct models on healthy backends.", fleet.models_available);
     single("nexus_queue_capacity", kGauge, "Requests that may wait in the queue, for all backends together.",
            fleet.queue_size);
@@ -313,8 +317,11 @@ class PrometheusPage {
                    &BackendCounters::queue_depth);
     backend_family("nexus_backend_connections", kGauge, "Open connections to the backend.",
                    &BackendCounters::connections);
-    out_.family("nexus_backend_up", kGauge, "1 if the backend is healthy.");
+    out_.family("nexus_backend_up", kGauge, "1 if the backend passes its health checks.");
     for_each_series(backends_, [this](auto, auto group, auto) { backend_sample(group, backend_states_[group].up); });
+    out_.family("nexus_backend_ejected", kGauge, "1 while the backend gets no requests because some have failed.");
+    for_each_series(backends_,
+                    [this](auto, auto group, auto) { backend_sample(group, backend_states_[group].ejected); });
 
     out_.family("nexus_backend_latency_seconds", kHistogram, "Round-trip time of successful health checks.");
     for_each_series(backends_, [this](auto, auto group, auto series) {

@@ -26,8 +26,10 @@ namespace nexus {
 struct StatsRow {
   std::string_view name;  // as configured or discovered, not sanitised; owned by the name table
   bool listed = false;
-  bool registered = false;   // of a backend
-  bool healthy = false;      // of a backend
+  bool registered = false;  // of a backend
+  bool healthy = false;     // of a backend
+  Ns ejected_ns = -1;       // of a backend: time left; -1: not ejected
+  AttemptOutcome ejected_why{};
   std::int64_t pending = 0;  // of a backend
   std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
   std::uint64_t durations = 0, duration_sum_ns = 0;
@@ -57,7 +59,7 @@ struct StatsRow {
 
 struct Stats {
   std::uint64_t uptime_s = 0;
-  std::uint64_t registered = 0, healthy = 0;  // backends
+  std::uint64_t registered = 0, healthy = 0, ejected = 0;  // backends; the last: of the healthy ones
   std::uint64_t models_available = 0;
   std::int64_t client_connections = 0;
   StatsRow all;
@@ -65,6 +67,11 @@ struct Stats {
   std::vector<StatsRow> removed;   // by name: others that ever served
   std::vector<StatsRow> models;    // by requests, most first, then by name
 };
+
+// The time left of an ejection, rounded up.
+constexpr std::uint64_t ejected_seconds(const StatsRow& row) {
+  return static_cast<std::uint64_t>((row.ejected_ns + kSecond - 1) / kSecond);
+}
 
 namespace detail {
 
@@ -91,7 +98,10 @@ inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fle
     StatsRow& row = stats.backends[index_of(backend.id)];
     row.listed = row.registered = true;
     row.healthy = backend.healthy;
+    row.ejected_ns = backend.ejected_ns;
+    row.ejected_why = backend.ejected_why;
     stats.healthy += backend.healthy ? 1 : 0;
+    stats.ejected += backend.healthy && backend.ejected_ns >= 0 ? 1 : 0;
   }
   for (const ModelId id : fleet.models_on_healthy) stats.models[index_of(id)].listed = true;
   for (std::uint32_t i = 0; i < stats.backends.size(); ++i) stats.backends[i].pending = metrics.pending(BackendId{i});
@@ -144,7 +154,15 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
       const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
       json.key(average).literal(Digits(tenths / 10).view());
       page.add(".").add_number(tenths % 10);
-      if (of_backends) json.field("pending", row.pending).field("healthy", row.healthy);
+      if (of_backends) {
+        json.field("pending", row.pending).field("healthy", row.healthy);
+        if (row.ejected_ns >= 0) {
+          json.key("ejected").begin_object().field("why", name_of(row.ejected_why));
+          json.field("seconds_left", ejected_seconds(row)).end_object();
+        } else {
+          json.key("ejected").literal("null");
+        }
+      }
       json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
       json.field("completion_tokens", row.completion_tokens).end_object();
     }

@@ -140,7 +140,7 @@ class Exchange {
     client_.reset();
     deadlines_.reset();
     last_failure_ = ApiError::no_healthy_backend;
-    retry_reason_ = {};
+    failure_ = retry_reason_ = {};
   }
 
  private:
@@ -336,8 +336,11 @@ class Exchange {
 
   [[gnu::cold]] DisconnectPhase disconnect_phase() const;
 
-  void note_backend_failure(std::optional<Ns> retry_after) {
-    picker_.permit().failed(context_.now, context_.settings().health, retry_after);
+  // `detail` says more than the outcome, for the log.
+  [[gnu::cold]] void note_backend_failure(AttemptOutcome why, std::string_view detail,
+                                          std::optional<Ns> retry_after = {});
+  void note_backend_success() {
+    if (picker_.permit().succeeded()) AttemptLog::returned(context_.log, *attempt_.backend());
   }
 
   // Nothing went to the client: the next candidate gets the request.
@@ -405,8 +408,6 @@ class Exchange {
     context_.log.access(entry);
   }
 
-  [[gnu::cold]] void log_bad_response(std::string_view why);
-
   Handle owner_;
   Context& context_;
   State state_ = State::idle;
@@ -425,6 +426,7 @@ class Exchange {
   Attempt<Net> attempt_;
   bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
   ApiError last_failure_ = ApiError::no_healthy_backend;  // until a backend was tried
+  std::string_view failure_;  // of the attempt that ends next: says more than its ending; a constant text
   std::string_view retry_reason_;
   std::string reason_;  // of the route, for the client
 

@@ -53,7 +53,7 @@ void Exchange<Net>::end(Ending ending) {
   const EndingRow& row = row_of(ending);
   if (row.limit) context_.slab.limit_hit(*row.limit);
   if (ending == Ending::client_left) summary_.record.disconnect = disconnect_phase();
-  if (row.fault == Fault::backend) note_backend_failure(std::nullopt);
+  if (row.fault == Fault::backend) note_backend_failure(row.outcome, std::exchange(failure_, {}));
   if (state_ == State::streaming && row.fault != Fault::host) relay_.note_usage();
   attempt_.end(row.outcome);
   close_upstream();
@@ -97,12 +97,11 @@ DisconnectPhase Exchange<Net>::disconnect_phase() const {
 }
 
 template <class Net>
-void Exchange<Net>::log_bad_response(std::string_view why) {
-  context_.log.event(LogLevel::warning, "bad response from a backend",
-                     {{"backend", attempt_.backend()->name},
-                      {"why", why},
-                      {"state", to_string(state_)},
-                      {"request_id", summary_.request_id}});
+void Exchange<Net>::note_backend_failure(AttemptOutcome why, std::string_view detail, std::optional<Ns> retry_after) {
+  const BackendView& backend = *attempt_.backend();
+  context_.attempt_log.failed(context_.log, context_.now, backend, why, detail, to_string(state_), summary_.request_id);
+  const Ns span = picker_.permit().failed(context_.now, context_.settings().health, why, retry_after);
+  if (span > 0) AttemptLog::ejected(context_.log, backend, why, span);
 }
 
 }  // namespace nexus

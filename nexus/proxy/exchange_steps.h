@@ -6,6 +6,8 @@
 // Tested by: tests/sim, tests/hostile
 #pragma once
 
+#include <cstring>
+
 #include "nexus/base/limits.h"
 #include "nexus/proxy/exchange.h"
 #include "nexus/proxy/exchange_ends.h"
@@ -44,6 +46,7 @@ Step Exchange<Net>::finish_connecting() {
   const IoResult established = attempt_.connection().establish(context_.net);
   if (established.kind == IoResult::Kind::again) return Step::wait;
   if (!established.ok()) {
+    failure_ = strerror(established.error);
     end(Ending::not_connected);
     return Step::again;
   }
@@ -52,7 +55,7 @@ Step Exchange<Net>::finish_connecting() {
   if (attempt_.connection().may_read()) {
     char early = 0;
     const IoResult result = attempt_.connection().read(context_.net, &early, 1);
-    if (result.ok()) log_bad_response("it came before the request");
+    if (result.ok()) failure_ = "a response came before the request";
     if (result.kind != IoResult::Kind::again) {
       end(result.ok() ? Ending::backend_garbled : Ending::backend_closed);
       return Step::again;
@@ -131,7 +134,7 @@ void Exchange<Net>::read_head(char* data, std::size_t bytes) {
     case ResponseHeadReader::Status::need_more: return;
     case ResponseHeadReader::Status::done: return on_head(result);
     case ResponseHeadReader::Status::out_of_memory: return end(Ending::out_of_memory);
-    case ResponseHeadReader::Status::failed: log_bad_response(result.why); return end(Ending::backend_garbled);
+    case ResponseHeadReader::Status::failed: failure_ = result.why; return end(Ending::backend_garbled);
   }
 }
 
@@ -140,10 +143,10 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   const std::uint16_t status = result.head.status;
   context_.note_latency(*attempt_.backend(), context_.now - attempt_.sent_ns());
   if (status == 429 || status >= 500) {
-    note_backend_failure(retry_after_of(relay_.view(result)));
+    note_backend_failure(status_outcome(status), Digits(status).view(), retry_after_of(relay_.view(result)));
     if (another()) return retry_after_status(result);
   } else if (picker_.permit().is_probe()) {
-    picker_.permit().succeeded();  // a stream may last for minutes: others need not wait for its end
+    note_backend_success();  // a stream may last for minutes: others need not wait for its end
   }
   // The client gets this response: from here on nothing is retried.
   summary_.record.fell_back = picker_.choice().fallback;
@@ -188,13 +191,13 @@ void Exchange<Net>::on_relayed(RelayOutcome outcome) {
     case RelayOutcome::whole: return end_response();
     case RelayOutcome::client_failed: return end(client_ending());
     case RelayOutcome::out_of_memory: return end(Ending::out_of_memory);
-    case RelayOutcome::broken: log_bad_response("its chunked coding is broken"); return end(Ending::backend_garbled);
+    case RelayOutcome::broken: failure_ = "its chunked coding is broken"; return end(Ending::backend_garbled);
   }
 }
 
 template <class Net>
 void Exchange<Net>::end_response() {
-  picker_.permit().succeeded();
+  note_backend_success();
   attempt_.end(status_outcome(relay_.response().status()));
   release_upstream(relay_.response().leaves_connection());
   go(State::finishing);
@@ -213,7 +216,7 @@ Step Exchange<Net>::on_upstream_end(bool broken) {
     attempt_.start_over();
     return connect();
   } else {
-    if (attempt_.answered()) log_bad_response("it ended within its head");
+    if (attempt_.answered()) failure_ = "it ended within its head";
     end(Ending::backend_closed);
   }
   return Step::again;

@@ -33,6 +33,7 @@
 #include "nexus/net/epoll.h"
 #include "nexus/net/timer_wheel.h"
 #include "nexus/os/log.h"
+#include "nexus/proxy/attempt_log.h"
 
 namespace nexus {
 
@@ -236,7 +237,8 @@ struct WorkerContext {
     Ns seen_at_ns = 0;
   };
   std::vector<Latency> latencies;  // by BackendId
-  std::vector<Choice> choices;     // of the route being picked
+  AttemptLog attempt_log;
+  std::vector<Choice> choices;  // of the route being picked
   std::vector<Handle> again;
   std::string text;  // heads and errors are written here; reserved, so that an error needs no memory
 };

@@ -80,7 +80,12 @@ class PageRenderer {
     FleetView fleet;
     for (const Registry::Backend& backend : registry_.backends()) {
       const bool healthy = backend.health == Health::healthy && backend.address.has_value();
-      fleet.backends.push_back({backend.id, healthy, backend.settings.max_pending});
+      FleetView::Backend& view = fleet.backends.emplace_back();
+      view = {backend.id, healthy, backend.settings.max_pending};
+      if (const auto ejection = backend.circuit->ejection(now)) {
+        view.ejected_ns = ejection->left_ns;
+        view.ejected_why = ejection->why;
+      }
       if (!healthy) continue;
       for (const std::string& model : backend.models()) {
         fleet.models_on_healthy.push_back(registry_.model_names().find(model));

@@ -1,5 +1,5 @@
 // Finding out what a backend is and has: every kind, every turn its health can take.
-import { answer_probe, assert, chat, get, group, pair, post, settings, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
+import { answer_probe, assert, chat, get, group, pair, parse_metrics, post, run_nexus, settings, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const health = async (nexus) => (await get(nexus.port, '/health')).json;
@@ -54,6 +54,57 @@ group('health', () => {
     assert.equal(turns.length, 3, `one line a turn: ${turns}`);
     assert.match(turns[1], /unhealthy.*500/, 'the log tells the turn and its reason');
     assert.doesNotMatch(turns[2], /unhealthy/);
+  });
+
+  test('a backend whose requests fail is ejected, and the log, /metrics, /v1/stats, the status page and top say so', async (t) => {
+    const dying = await start_backend(t);
+    const other = await start_backend(t);
+    const nexus = await start_nexus(t, {
+      backends: [{ name: 'dying', mock: dying, priority: 1 }, { name: 'other', mock: other, priority: 2 }],
+      routing: { strategy: 'priority' }, health: { interval: '1h', eject_after: 3, eject_time: '60s' },
+    });
+    await until(async () => (await health(nexus)).backends.healthy === 2, 'both healthy');
+    await dying.stop();
+    for (let i = 0; i < 6; i++) assert.equal((await post(nexus.port, path, chat())).status, 200);
+    const page = parse_metrics((await get(nexus.port, '/metrics')).text);
+    assert.equal(page.value('nexus_backend_ejected', { backend: 'dying' }), 1);
+    assert.equal(page.value('nexus_backend_ejected', { backend: 'other' }), 0);
+    assert.equal(page.value('nexus_backend_up', { backend: 'dying' }), 1, 'no health check is due');
+    assert.equal(page.value('nexus_backend_attempts_total', { backend: 'dying', outcome: 'connect_error' }), 3);
+    const [stats_of_dying, stats_of_other] = (await get(nexus.port, '/v1/stats')).json.backends;
+    assert.equal(stats_of_dying.ejected.why, 'connect_error');
+    assert.ok(stats_of_dying.ejected.seconds_left > 0 && stats_of_dying.ejected.seconds_left <= 60, JSON.stringify(stats_of_dying));
+    assert.equal(stats_of_other.ejected, null);
+    assert.match((await get(nexus.port, '/')).text, /2 of 2 backends healthy, 1 ejected.*>ejected \d+s: connect_error</s);
+    const top = await run_nexus(['top', `http://127.0.0.1:${nexus.port}`]);
+    assert.match(top.stdout, /backends 2 of 2 healthy, 1 ejected/);
+    assert.match(top.stdout, /^dying +ejected \d+s: connect_error /m);
+    const lines = await until(() => {
+      const all = nexus.log().split('\n');
+      return all.some((line) => /is ejected/.test(line)) && all;
+    }, 'the ejection in the log');
+    const failed = lines.filter((line) => /request to a backend failed/.test(line));
+    assert.ok(failed.length >= 1 && failed.length <= 2, `rate-limited: ${failed}`);
+    assert.match(failed[0], /warning .* backend=dying why=connect_error detail="Connection refused" state=connecting request_id=\w+/);
+    assert.match(lines.find((line) => /is ejected/.test(line)), /warning .* backend=dying why=connect_error for_ms=60000/);
+  });
+
+  test('a backend that is ejected and works again gets requests again, which the log says', async (t) => {
+    const first = await start_backend(t);
+    const second = await start_backend(t);
+    const nexus = await start_nexus(t, {
+      backends: [{ name: 'first', mock: first, priority: 1 }, { name: 'second', mock: second, priority: 2 }],
+      routing: { strategy: 'priority' }, health: { interval: '1h', eject_after: 1, eject_time: '20ms' },
+    });
+    await until(async () => (await health(nexus)).backends.healthy === 2, 'both healthy');
+    const good = first.answer;
+    first.answer = (_, reply) => reply.json({}, 500);
+    assert.equal((await post(nexus.port, path, chat())).status, 200);
+    first.answer = good;
+    await until(async () => (await post(nexus.port, path, chat())).headers.get('x-nexus-backend') === 'first', 'first is used again');
+    await until(() => /info "?backend gets requests again.*backend=first/.test(nexus.log()), 'its return in the log');
+    assert.match(nexus.log(), /request to a backend failed.*backend=first why=status_5xx detail=500/);
+    assert.equal((await get(nexus.port, '/v1/stats')).json.backends[0].ejected, null);
   });
 
   test('one failed check between good ones changes nothing', async (t) => {

@@ -47,6 +47,7 @@ const families = [
   ['nexus_limit_rejections_total', 'counter', ['limit']],
   ['nexus_http_rejections_total', 'counter', ['reason']],
   ['nexus_backend_up', 'gauge', ['backend']],
+  ['nexus_backend_ejected', 'gauge', ['backend']],
   ['nexus_client_connections', 'gauge', []],
   ['nexus_backend_connections', 'gauge', ['backend']],
   ['nexus_build_info', 'gauge', ['version']],

@@ -8,8 +8,8 @@
 
   // ---- reading the two pages ----
 
-  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, duration: new Map(), first: new Map() });
-  const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true });
+  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, duration: new Map(), first: new Map() });
+  const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true, ejected: s.ejected ?? null });
 
   // The label value of a name, unless labels are raw (see sanitize_label in labels.h).
   const sanitized = (name) => {
@@ -221,11 +221,11 @@
     return row;
   }
 
-  function show_state(row, healthy) {
+  function show_state(row, { healthy, ejected }) {
     const head = row.firstChild;
     const state = head.querySelector('.state') ?? head.appendChild(make('span'));
-    state.textContent = healthy ? 'up' : 'down';
-    state.className = `state ${healthy ? 'up' : 'down'}`;
+    state.textContent = !healthy ? 'down' : ejected ? `ejected ${span_text(ejected.seconds_left)}: ${ejected.why}` : 'up';
+    state.className = `state ${!healthy ? 'down' : ejected ? 'some' : 'up'}`;
   }
 
   // Puts the columns and tiles of this script in the place of the server's tables.
@@ -264,7 +264,7 @@
       if (body.children[i] !== row) body.insertBefore(row, body.children[i] ?? null);
       const numbers = numbers_of(before.get(name) ?? blank(), entry, seconds);
       const history = remember(`${kind} ${name}`, numbers);
-      if (kind === 'backends') show_state(row, entry.healthy);
+      if (kind === 'backends') show_state(row, entry);
       metrics.forEach(([key, , text, has_line], at) => fill(row.children[at + 1], key, numbers[key], text, has_line && history[key]));
     });
     element(`${kind}_more`).textContent = after.size > names.length ? `and ${after.size - names.length} more` : '';
@@ -273,10 +273,12 @@
   function draw(before, after) {
     const seconds = (after.at - before.at) / 1000;
     const healthy = after.backends_healthy ?? 0, total = after.backends_total ?? 0;
+    const ejected = [...after.backends.values()].filter((b) => b.healthy && b.ejected).length;
+    const and_ejected = ejected ? `, ${ejected} ejected` : '';
     const state = element('state');
-    state.textContent = `${healthy} of ${total} backends healthy`;
-    state.className = `state ${healthy === 0 ? 'down' : healthy < total ? 'some' : 'up'}`;
-    document.title = `Nexus: ${healthy} of ${total} healthy`;
+    state.textContent = `${healthy} of ${total} backends healthy${and_ejected}`;
+    state.className = `state ${healthy === 0 ? 'down' : healthy < total || ejected ? 'some' : 'up'}`;
+    document.title = `Nexus: ${healthy} of ${total} healthy${and_ejected}`;
     element('uptime').textContent = span_text(after.stats.uptime_seconds);
     element('model_count').textContent = after.models_available ?? 0;
     element('clients').textContent = after.client_connections ?? 0;
