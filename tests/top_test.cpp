@@ -170,7 +170,7 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
   const std::string page = top_page(rates, "http://x:1", 0, 0);
   CHECK(page ==
         "nexus at http://x:1, up 1m 40s; rates and quantiles of the last 100 s\n"
-        "backends 1 of 2 healthy   models 0   clients 0   requests 30   errors 3 (10.00%)\n"
+        "backends 1 of 2 healthy   models 0   connections 0   requests 30   errors 3 (10.00%)\n"
         "0.30 req/s   0.03 err/s   pending 2   queue 0   p50 1.00 s   p95 >5 min   first token -   4.40 tok/s\n"
         "\n"
         "BACKEND  STATE  PENDING  QUEUE  REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"

@@ -34,9 +34,10 @@ inline std::string rate_text(double value) {
   return with_decimals(value, value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
 }
 
-inline std::string seconds_text(const std::optional<double>& seconds) {
+// `beyond` is shown for what is over the histogram's last bound.
+inline std::string seconds_text(const std::optional<double>& seconds, std::string_view beyond = ">5 min") {
   if (!seconds) return "-";
-  if (std::isinf(*seconds)) return ">5 min";  // beyond the histogram's last bound
+  if (std::isinf(*seconds)) return std::string(beyond);
   if (*seconds < 0.9995) return with_decimals(*seconds * 1000, *seconds < 0.00995 ? 1 : 0) + " ms";
   return with_decimals(*seconds, *seconds < 9.995 ? 2 : 1) + " s";
 }

@@ -35,19 +35,21 @@ constexpr Ns kTopFetchTime = 2 * kSecond;
 
 namespace detail {
 
+inline std::string first_token_text(const std::optional<double>& seconds) { return seconds_text(seconds, ">10 min"); }
+
 inline std::string top_head(const Rates& rates, std::string_view where) {
   const RateRow& all = rates.all;
   std::string out = "nexus at " + escape_for_terminal(where, 128) + ", up " + span_text(rates.fleet.uptime_s) +
                     "; rates and quantiles of the last " + with_decimals(rates.seconds, 0) + " s\n";
   out += "backends " + std::to_string(rates.fleet.backends_healthy) + " of " + std::to_string(rates.fleet.backends) +
          " healthy" + ejected_text(rates.fleet.backends_ejected) + "   models " +
-         std::to_string(rates.fleet.models_available) + "   clients " + std::to_string(rates.fleet.client_connections) +
+         std::to_string(rates.fleet.models_available) + "   connections " + std::to_string(rates.fleet.client_connections) +
          "   requests " + std::to_string(all.now.requests) + "   errors " + std::to_string(all.now.errors) + " (" +
          percent_text(all.now.errors, all.now.requests) + ")\n";
   out += rate_text(all.requests_per_s) + " req/s   " + rate_text(all.errors_per_s) + " err/s   pending " +
          std::to_string(all.now.pending) + "   queue " + std::to_string(all.now.queue_depth) + "   p50 " +
          seconds_text(all.p50_s) + "   p95 " + seconds_text(all.p95_s) + "   first token " +
-         seconds_text(all.first_token_s) + "   " + rate_text(all.tokens_per_s) + " tok/s\n";
+         first_token_text(all.first_token_s) + "   " + rate_text(all.tokens_per_s) + " tok/s\n";
   return out;
 }
 
@@ -59,7 +61,7 @@ inline std::string top_table(const std::vector<RateRow>& rates, bool backends) {
     rows.push_back({escape_for_terminal(row.now.name, 48),
                     state_text(row.now.healthy, "DOWN", why, row.now.ejected_seconds), std::to_string(row.now.pending),
                     std::to_string(row.now.queue_depth), rate_text(row.requests_per_s), rate_text(row.errors_per_s),
-                    seconds_text(row.p50_s), seconds_text(row.p95_s), seconds_text(row.first_token_s),
+                    seconds_text(row.p50_s), seconds_text(row.p95_s), first_token_text(row.first_token_s),
                     rate_text(row.tokens_per_s), std::to_string(row.now.requests), std::to_string(row.now.errors)});
   }
   if (!backends) {  // a model has no state, and no queue of its own

@@ -121,6 +121,7 @@
     if (v === Infinity) return '>5 min';
     return v < 0.9995 ? `${(v * 1000).toFixed(v < 0.00995 ? 1 : 0)} ms` : `${v.toFixed(v < 9.995 ? 2 : 1)} s`;
   };
+  const first_token_text = (v) => (v === Infinity ? '>10 min' : time_text(v));
   const span_text = (s) => {
     const part = (unit, of) => Math.floor(s / unit) % of;
     if (s >= 86400) return `${Math.floor(s / 86400)}d ${part(3600, 24)}h`;
@@ -135,7 +136,7 @@
   const METRICS = [
     ['rate', 'Req/s', rate_text, true, 'Requests/s'], ['errors', 'Err/s', rate_text, true, 'Errors/s'], ['pending', 'Pending', String, true],
     ['queue', 'Queue', String, true], ['p50', 'p50', time_text, true], ['p95', 'p95', time_text, true],
-    ['first', 'First token', time_text, true], ['tokens', 'Tokens/s', rate_text, true],
+    ['first', 'First token', first_token_text, true], ['tokens', 'Tokens/s', rate_text, true],
     ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
   ];
   const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
