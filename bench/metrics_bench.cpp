@@ -106,10 +106,10 @@ std::vector<RequestRecord> make_requests(std::uint32_t models, std::uint32_t bac
 }
 
 [[gnu::noinline]] void request_on(Slab& slab, const RequestRecord& r) {
-  slab.add_pending(r.backend, 1);
+  slab.add_in_flight(r.backend, 1);
   slab.attempt(r.backend, AttemptOutcome::ok);
   slab.record(r);
-  slab.add_pending(r.backend, -1);
+  slab.add_in_flight(r.backend, -1);
 }
 
 // CPU time of one request, in ns: `record` over all requests, as often as makes about `total` of them.

@@ -195,7 +195,7 @@ TEST_SUITE("US4 T054 T060 T061 the breakdown") {
               R"("removed_backends":[{"id":"mid","requests":1,"average_latency_ms":1.0,"pending":0,"healthy":false,)"
               R"("errors":0,"prompt_tokens":0,"completion_tokens":0}])") != std::string::npos);
     // One that was removed stands among the others until its last request has ended.
-    slab.add_pending(removed, 1);
+    slab.add_in_flight(removed, 1);
     CHECK(world.text().find(R"({"id":"mid","requests":1,"average_latency_ms":1.0,"pending":1,)") <
           world.text().find(R"({"id":"zeta")"));
     CHECK(world.text().find("removed_backends") == std::string::npos);

@@ -43,9 +43,9 @@ inline std::string top_head(const Rates& rates, std::string_view where) {
                     "; rates and quantiles of the last " + with_decimals(rates.seconds, 0) + " s\n";
   out += "backends " + std::to_string(rates.fleet.backends_healthy) + " of " + std::to_string(rates.fleet.backends) +
          " healthy" + ejected_text(rates.fleet.backends_ejected) + "   models " +
-         std::to_string(rates.fleet.models_available) + "   connections " + std::to_string(rates.fleet.client_connections) +
-         "   requests " + std::to_string(all.now.requests) + "   errors " + std::to_string(all.now.errors) + " (" +
-         percent_text(all.now.errors, all.now.requests) + ")\n";
+         std::to_string(rates.fleet.models_available) + "   connections " +
+         std::to_string(rates.fleet.client_connections) + "   requests " + std::to_string(all.now.requests) +
+         "   errors " + std::to_string(all.now.errors) + " (" + percent_text(all.now.errors, all.now.requests) + ")\n";
   out += rate_text(all.requests_per_s) + " req/s   " + rate_text(all.errors_per_s) + " err/s   pending " +
          std::to_string(all.now.pending) + "   queue " + std::to_string(all.now.queue_depth) + "   p50 " +
          seconds_text(all.p50_s) + "   p95 " + seconds_text(all.p95_s) + "   first token " +
