@@ -188,12 +188,12 @@ TEST_SUITE("US4 T054 T060 T061 the breakdown") {
     std::erase_if(world.fleet.backends, [&](const auto& b) { return b.id == removed; });
     CHECK(world.text().find(
               R"("backends":[{"id":"alpha","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":false,)"
-              R"("errors":0,"prompt_tokens":0,"completion_tokens":0},)"
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0},)"
               R"({"id":"zeta","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":true,)"
-              R"("errors":0,"prompt_tokens":0,"completion_tokens":0}],)") != std::string::npos);
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0}],)") != std::string::npos);
     CHECK(world.text().find(
               R"("removed_backends":[{"id":"mid","requests":1,"average_latency_ms":1.0,"pending":0,"healthy":false,)"
-              R"("errors":0,"prompt_tokens":0,"completion_tokens":0}])") != std::string::npos);
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0}])") != std::string::npos);
     // One that was removed stands among the others until its last request has ended.
     slab.add_in_flight(removed, 1);
     CHECK(world.text().find(R"({"id":"mid","requests":1,"average_latency_ms":1.0,"pending":1,)") <
