@@ -150,6 +150,7 @@ struct PairCounters {
   Buckets<kFirstTokenBounds> first_token;
   Buckets<kPerTokenBounds> per_token;
   Counter cached_sum;
+  std::array<Counter, 15> unused;  // a node of PairTable has an odd number of cache lines, to use all sets of the cache
 };
 
 struct alignas(kCacheAlign) BackendCounters {

@@ -64,6 +64,8 @@ constexpr std::uint32_t wanted_kinds(Scale scale) {
   return scale == Scale::leavers ? kLeavesWithinBody : kLeavesWithinBody - 1;
 }
 
+constexpr std::uint32_t kMostModels = 64;  // of a run
+
 class Simulation {
  public:
   Simulation(std::uint64_t seed, Canary canary, LogRings& rings, Scale scale = Scale::whole)
@@ -213,7 +215,7 @@ class Simulation {
     }
     for (const auto& slab : gateway_.metrics().slabs()) {
       HistogramValues<kDurationBounds> waits;
-      for (std::uint32_t i = 0; i < gateway_.control().registry().model_names().size(); ++i) {
+      for (std::uint32_t i = 0; i < kMostModels; ++i) {  // control, which knows how many there are, may have ended
         if (const ModelCounters* model = slab->model(ModelId{i})) model->queue_wait.add_to(waits);
       }
       if (waits.count() > 0) seen |= kWaitInQueue;
