@@ -321,6 +321,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"upstream", "connect_timeout", "1ms", "24h", "0", "86400001ms"},
       {"upstream", "first_byte_timeout", "1ms", "24h", "0", "86400001ms"},
       {"upstream", "stall_timeout", "1ms", "24h", "0", "86400001ms"},
+      {"upstream", "head_delay", "0", "24h", "", "86400001ms"},
       {"upstream", "request_timeout", "0", "24h", "", "86400001ms"},
       {"upstream", "idle_connections", "0", "10000", "", "10001"},
       {"upstream", "idle_timeout", "1ms", "24h", "0", "86400001ms"},

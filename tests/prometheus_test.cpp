@@ -100,6 +100,7 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_backend_ejected gauge\n"
           "nexus_backend_latency_seconds histogram\n"
           "nexus_responses_without_usage_total counter\n"
+          "nexus_streams_without_end_total counter\n"
           "nexus_backend_attempts_total counter\n"
           "nexus_overhead_seconds histogram\n"
           "nexus_loop_stall_seconds histogram\n"

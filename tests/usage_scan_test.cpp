@@ -574,3 +574,68 @@ TEST_CASE("arbitrary bytes are read alike however they are cut, and nothing is a
   CHECK(tellings > 500);
   CHECK(pool().taken_bytes() == 0);
 }
+
+TEST_CASE("the events of a stream, its errors and its end mark are the same at every cut and with every line end") {
+  struct Row {
+    const char* name;
+    std::string text;
+    std::uint64_t events;
+    bool error, ended;
+  };
+  const std::string token = R"(data: {"choices":[{"index":0,"delta":{"content":"a text of a usual length"}}]})"
+                            "\n\n";
+  const std::string done = "data: [DONE]\n\n";
+  const Row rows[] = {
+      {"nothing", "", 0, false, false},
+      {"comments", ": ping\n\n:\n\n", 0, false, false},
+      {"fields without data", "event: x\nid: 1\n\nretry: 10\n\n", 0, false, false},
+      {"tokens and the end mark", ": hi\n\n" + token + token + done, 3, false, true},
+      {"no end mark", token, 1, false, false},
+      {"an end mark without a blank", token + "data:[DONE]\n\n", 2, false, true},
+      {"an end mark without a blank line", token + "data: [DONE]", 2, false, true},
+      {"nearly an end mark", "data: [DONE]x\n\ndata: [DON\n\ndata: [DO\ndata: NE]\n\n", 3, false, false},
+      {"an error alone", "data: {\"error\":{\"message\":\"m\",\"code\":500}}\n\n", 1, true, false},
+      {"an error behind tokens", token + "data: {\"error\": {\"message\":\"a long enough text\"}}\n\n", 2, true, false},
+      {"an error that is a text", token + "data: {\"error\":\"a long enough text, as Ollama has it\"}\n\n", 2, true,
+       false},
+      {"an error that is null", "data: {\"choices\":[],\"error\": null,\"x\":\"long enough\"}\n\n", 1, false, false},
+      {"an error within", "data: {\"choices\":[{\"error\":{}}],\"x\":\"long enough\"}\n\n", 1, false, false},
+      {"an error within a text",
+       R"(data: {"x":"{\"error\":{}} and more of it"})"
+       "\n\n",
+       1, false, false},
+      {"an error that is no object as a whole", "data: {\"error\":{\"message\":\"a long enough text\"}\n\n", 1, false,
+       false},
+      {"an error event", "event: error\ndata: {\"message\":\"a long enough text\"}\n\n", 1, true, false},
+      {"an error event without a blank", token + "event:error\ndata: x\n\n", 2, true, false},
+      {"an error event behind its data", "data: {\"message\":\"a long enough text\"}\nevent: error\n\n", 1, true,
+       false},
+      {"nearly an error event", "event: errors\ndata: x\n\nevent: erro\ndata: x\n\nevent:  error\ndata: x\n\n", 3,
+       false, false},
+      {"a field named error", "error: {\"code\":500,\"message\":\"a long enough text\"}\n\n", 1, true, false},
+      {"nearly a field named error", "errors: x\n\nerror\n\nerr: x\n\n", 0, false, false},
+  };
+  for (const Row& row : rows) {
+    for (const std::string_view line_end : {"\n", "\r\n", "\r"}) {
+      CAPTURE(std::string(row.name));
+      const std::string text = with_line_ends(row.text, line_end);
+      bool right = true;
+      for_every_cut(text.size(), [&](const std::vector<std::size_t>& ends) {
+        UsageScan scan;
+        scan.start(Kind::event_stream, &nexus::kOpenAiUsage, false, "[DONE]");
+        UsageScan::Out out;
+        std::size_t from = 0;
+        for (const std::size_t end : ends) {
+          std::string piece = text.substr(from, end - from);
+          piece.resize(piece.size() + nexus::kPaddingBytes, 'e');
+          scan.feed(pool(), reader(), piece.data(), end - from, false, out);
+          from = end;
+        }
+        scan.feed(pool(), reader(), nullptr, 0, true, out);
+        right =
+            right && scan.events() == row.events && scan.told_error() == row.error && scan.ended_well() == row.ended;
+      });
+      CHECK(right);
+    }
+  }
+}

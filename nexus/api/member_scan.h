@@ -1,5 +1,5 @@
 // member_scan.h
-// Owns:      finding `usage` and an empty `choices` among the outermost members of a JSON object that comes in pieces.
+// Owns:      finding `usage`, `error` and an empty `choices` among the outermost members of a JSON object in pieces.
 //            Deeper levels are skipped by their brackets; keys are not unescaped.
 // Promises:  the same result however the text is cut; every byte is read once; nothing is allocated.
 // Leaves:    reading the `usage` to response_json.h.
@@ -60,6 +60,8 @@ class MemberScan {
   bool in_usage() const { return in_usage_; }
   // The text was one whole object.
   bool is_object() const { return in_ == In::closed; }
+  // It was an object with an `error` that holds an object or a text.
+  bool is_error() const { return is_object() && error_found_; }
   // It was an object with a `usage`, and its `choices` is an empty list.
   bool is_usage_event() const { return is_object() && usage_found_ && choices_empty_ && !choices_other_; }
   // True once it can no longer become the usage event.
@@ -110,6 +112,7 @@ class MemberScan {
   bool begin_value(char mark) {
     const std::string_view key(key_, key_bytes_ <= kLongestKey ? key_bytes_ : 0);
     if (key == "choices" && mark != '[') choices_other_ = true;
+    if (key == "error" && (mark == '{' || mark == '"')) error_found_ = true;
     if (key == "choices" && mark == '[') {
       in_ = In::first_choice;
       return false;
@@ -196,6 +199,7 @@ class MemberScan {
   bool escaped_ = false;    // the last byte was a backslash that escapes the next
   bool in_usage_ = false;   // the nested value is a `usage`
   bool usage_found_ = false;
+  bool error_found_ = false;
   bool choices_empty_ = false;
   bool choices_other_ = false;  // a `choices` that is not an empty list
   std::uint8_t key_bytes_ = 0;  // kLongestKey + 1: longer than every key that matters

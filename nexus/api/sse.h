@@ -78,6 +78,7 @@ class SseReader {
           end_line(at);
           break;
         }
+        case In::error_line: read_error_line(at); break;
         case In::blank_line_cr:
           if (*at == '\n') ++at;
           return end_event();
@@ -97,6 +98,8 @@ class SseReader {
   bool event_complete() const { return in_ == In::blank_line_cr; }
   // The open event, or the last one, has a line other than `data`.
   bool other_lines() const { return other_lines_; }
+  // One of them is `event: error`, or a field named `error` (llama.cpp until 2025).
+  bool error_line() const { return error_line_; }
 
   // The stream ended. True if that ends an event.
   bool finish() {
@@ -105,10 +108,13 @@ class SseReader {
   }
 
  private:
-  // mark: before the first line, perhaps in a byte order mark; other: in a line that is not `data`; blank_line_cr:
-  // behind the CR that ends an event, to which a LF would belong.
-  enum class In : std::uint8_t { mark, line_start, name, value_start, value, other, blank_line_cr };
+  // mark: before the first line, perhaps in a byte order mark; other: in a line that is not `data`; error_line: in one
+  // that may be kErrorEvent or kErrorField; blank_line_cr: behind the CR that ends an event, to which a LF would
+  // belong.
+  enum class In : std::uint8_t { mark, line_start, name, value_start, value, other, error_line, blank_line_cr };
   static constexpr std::string_view kData = "data";
+  static constexpr std::string_view kErrorEvent = "event: error";  // the blank is optional
+  static constexpr std::string_view kErrorField = "error:";
   static constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 
   // True if only a part of the byte order mark came: those bytes begin a line with an unknown field.
@@ -145,7 +151,7 @@ class SseReader {
     matched_ = 0;
     if (event_open_) return Step::need_more;
     event_open_ = true;
-    other_lines_ = false;
+    other_lines_ = error_line_ = false;
     return Step::event_begins;
   }
 
@@ -165,7 +171,10 @@ class SseReader {
     // A name without a colon is a field with no text.
     const bool has_colon = *at == ':';
     if (matched_ < kData.size() || !(has_colon || *at == '\r' || *at == '\n')) {
+      const bool may_be_error = matched_ == 0;
       begin_other_line();
+      if (may_be_error) in_ = In::error_line;
+      is_error_field_ = false;
       return false;
     }
     if (has_colon) ++at;
@@ -178,6 +187,24 @@ class SseReader {
     other_lines_ = true;
   }
 
+  // Reads a byte of a line that is kErrorEvent or begins with kErrorField so far. A name `data` was not begun.
+  void read_error_line(const char*& at) {
+    const std::string_view wanted = is_error_field_ ? kErrorField : kErrorEvent;
+    if (matched_ == wanted.size()) {
+      error_line_ |= is_error_field_ || *at == '\r' || *at == '\n';
+      in_ = In::other;
+    } else if (*at == wanted[matched_]) {
+      ++matched_;
+      ++at;
+    } else if (matched_ == 1 && !is_error_field_) {
+      is_error_field_ = true;
+    } else if (wanted[matched_] == ' ') {
+      ++matched_;
+    } else {
+      in_ = In::other;
+    }
+  }
+
   void end_line(const char*& at) {
     after_cr_ = *at++ == '\r';
     in_ = In::line_start;
@@ -185,9 +212,11 @@ class SseReader {
 
   In in_ = In::mark;
   bool after_cr_ = false;     // a line ended with a CR: a LF that follows belongs to it
-  std::uint8_t matched_ = 0;  // bytes of the byte order mark or of the name `data` found so far
+  std::uint8_t matched_ = 0;  // bytes of the byte order mark, of the name `data` or of an error line found so far
   bool event_open_ = false;
   bool other_lines_ = false;
+  bool error_line_ = false;
+  bool is_error_field_ = false;  // what is read may be kErrorField, and not kErrorEvent
 };
 
 }  // namespace nexus

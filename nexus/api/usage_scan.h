@@ -1,6 +1,7 @@
 // usage_scan.h
-// Owns:      the token counts of a response body while it passes; removing the extra usage event that Nexus asked for
-//            from a stream whose client did not ask for it.
+// Owns:      the token counts of a response body while it passes, and the number of its events, its errors and its end
+//            mark if it is a stream; removing the extra usage event that Nexus asked for from a stream whose client did
+//            not ask for it.
 // Promises:  counts and output are the same however the bytes are cut; a plain body is never held or changed; a stream
 //            holds only an event that may be the extra one, up to kHeldEventBytes; memory is allocated only for what is
 //            cut between two pieces.
@@ -9,6 +10,7 @@
 // Tested by: tests/usage_scan_test.cpp, tests/fuzz/usage.h
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
@@ -35,14 +37,16 @@ class UsageScan {
     std::string_view piece;
   };
 
-  // A new body begins; `names` may be null if `kind` is none. Only an event stream may remove_usage_event.
-  void start(Kind kind, const UsageNames* names, bool remove_usage_event) {
+  // A new body begins; `names` may be null if `kind` is none. Only an event stream may remove_usage_event. `end_mark`:
+  // the data of a stream's last event, or empty.
+  void start(Kind kind, const UsageNames* names, bool remove_usage_event, std::string_view end_mark = {}) {
     assert(kind == Kind::event_stream || !remove_usage_event);
     assert(kind == Kind::none || names != nullptr);
     *this = UsageScan();
     kind_ = kind;
     names_ = names;
     removing_ = remove_usage_event;
+    end_mark_ = end_mark;
   }
 
   // Reads a piece of the body, and may compact it in place; behind it kPaddingBytes must be readable. False: bytes are
@@ -63,6 +67,9 @@ class UsageScan {
   }
 
   const Usage& usage() const { return usage_; }
+  std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
+  bool told_error() const { return told_error_; }   // one of them
+  bool ended_well() const { return ended_well_; }   // one of them was the end mark
   std::size_t held_bytes() const { return held_.size(); }
   bool out_of_memory() const { return out_of_memory_; }  // counts may be missing
 
@@ -82,6 +89,7 @@ class UsageScan {
     }
   };
   static constexpr std::size_t kLineBytes = 8;  // at most, of a `data` line in addition to its text
+  static constexpr std::size_t kNoMark = SIZE_MAX;
 
   bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     const char* at = data;
@@ -95,6 +103,7 @@ class UsageScan {
         case SseReader::Step::event_begins: begin_event(pass, at); break;
         case SseReader::Step::data_begins: begin_data_line(pool); break;
         case SseReader::Step::data:
+          match_end_mark(text);
           event_bytes_ += text.size();
           read_text(pool, reader, text.data(), text.data() + text.size());
           break;
@@ -103,28 +112,49 @@ class UsageScan {
     }
   }
 
-  // Skips whole events without usage: nearly all of them.
+  // Skips whole events of one data line without usage and error: nearly all of them.
   const char* skip_other_events(const char* at, const char* end) {
+    const auto shortest =
+        static_cast<std::ptrdiff_t>(kLineBytes + end_mark_.size() + 4);  // a shorter one may be the mark
     while (at < end) {
+      if (*at == '\n' || *at == '\r') {  // of the blank line before
+        ++at;
+        continue;
+      }
       const char* behind = find_event_end(at, end);
-      if (behind == nullptr || may_tell_usage(at, behind)) break;
+      if (behind == nullptr || behind - at <= shortest || std::string_view(at, 5) != "data:" || may_tell(at, behind))
+        break;
       at = behind;
+      events_ += 1;
     }
     return at;
   }
 
-  // True if [at, end) contains `"usage"` that is not followed by `: null`.
-  static bool may_tell_usage(const char* at, const char* end) {
-    static constexpr std::string_view kKey = "\"usage\"";
-    if (end - at < static_cast<std::ptrdiff_t>(kKey.size())) return false;
-    for (const char* last = end - kKey.size(); at <= last; at += kLaneBytes) {
-      const Lane hits = Lane(at).equal('"') & Lane(at + 1).equal('u') & Lane(at + kKey.size() - 1).equal('"');
+  // True if [at, end) contains `"usage"` or `"error"` that is not followed by `: null`, or a line that begins with `e`.
+  static bool may_tell(const char* at, const char* end) {
+    static constexpr std::string_view kUsage = "\"usage\"", kError = "\"error\"";
+    static_assert(kUsage.size() == kError.size());
+    constexpr std::size_t size = kUsage.size();
+    if (end - at < static_cast<std::ptrdiff_t>(size)) return false;
+    for (const char* last = end - size; at <= last; at += kLaneBytes) {
+      const Lane first(at), second(at + 1);
+      const Lane second_e = second.equal('e');
+      const Lane key_like = first.equal('"') & (second.equal('u') | second_e) & Lane(at + size - 1).equal('"');
+      const Lane hits = key_like | (first.equal('\n') & second_e);
       for (unsigned mask = before_end(hits.mask(), at, last + 1); mask != 0; mask &= mask - 1) {
-        const char* key = at + std::countr_zero(mask);
-        if (std::string_view(key, kKey.size()) == kKey && !null_follows(key + kKey.size(), end)) return true;
+        const char* const found = at + std::countr_zero(mask);
+        const std::string_view key(found, size);
+        if (*found == '\n') return true;
+        if ((key == kUsage || key == kError) && !null_follows(found + size, end)) return true;
       }
     }
     return false;
+  }
+
+  // A part of an event's data.
+  void match_end_mark(std::string_view text) {
+    const std::string_view rest = end_mark_.substr(std::min(mark_bytes_, end_mark_.size()));
+    mark_bytes_ = mark_bytes_ <= end_mark_.size() && rest.starts_with(text) ? mark_bytes_ + text.size() : kNoMark;
   }
 
   static bool null_follows(const char* at, const char* end) {
@@ -137,13 +167,14 @@ class UsageScan {
   void begin_event(Pass& pass, const char* at) {
     members_ = MemberScan();
     counts_.reset();
-    event_bytes_ = 0;
+    event_bytes_ = mark_bytes_ = 0;
     undecided_ = removing_;
     pass.event = at;
   }
 
   void begin_data_line(BlockPool& pool) {
     if (event_bytes_ > 0) {
+      mark_bytes_ = kNoMark;
       if (members_.in_usage()) capture(pool, "\n");
       members_.line_break();
     }
@@ -152,6 +183,10 @@ class UsageScan {
 
   void end_event(Pass& pass, const char* behind, Out& out) {
     if (counts_ && members_.is_object()) usage_ = *counts_;  // an event that is no JSON object tells nothing
+    const bool error = members_.is_error() || lines_.error_line();
+    events_ += error || event_bytes_ > 0 ? 1 : 0;
+    told_error_ |= error;
+    ended_well_ |= mark_bytes_ > 0 && mark_bytes_ == end_mark_.size();
     capture_.clear();
     if (!std::exchange(undecided_, false)) return;
     if (!is_extra_event()) return release(out);
@@ -229,6 +264,11 @@ class UsageScan {
   bool undecided_ = false;     // the open event may be the extra one: its bytes are held
   bool capture_lost_ = false;  // the open `usage` is too large, or there was no memory for it
   bool out_of_memory_ = false;
+  bool told_error_ = false;
+  bool ended_well_ = false;
+  std::uint64_t events_ = 0;
+  std::string_view end_mark_;
+  std::size_t mark_bytes_ = 0;   // of the end mark that the open event's data is so far, or kNoMark
   std::size_t event_bytes_ = 0;  // of the open event's `data` lines
   const UsageNames* names_ = nullptr;
   SseReader lines_;

@@ -64,6 +64,7 @@ constexpr std::size_t kListedModelBytes = 1024;       // of model names in an er
 constexpr std::uint32_t kBytesPerToken = 4;           // for the estimate of a prompt's length
 constexpr std::size_t kUsageBytes = 16u << 10;        // a larger `usage` is ignored: real ones have a few hundred bytes
 constexpr std::size_t kHeldEventBytes = 16u << 10;    // a larger event is not the usage event, and is not held
+constexpr std::size_t kHeldAnswerBytes = 64u << 10;   // of a response that another backend may still replace
 constexpr std::size_t kMaxProbeBytes = 16u << 20;     // of a backend's response to a health check
 constexpr std::size_t kMaxTopPageBytes = 64u << 20;   // of a page that `nexus top` reads
 
@@ -104,6 +105,7 @@ constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued reques
 constexpr Ns kCountRetry = 100 * kMillisecond;      // after there was no memory to count a request
 constexpr Ns kMemoryRetry = 100 * kMillisecond;     // after control found no memory for its work
 constexpr Ns kAcceptPause = 100 * kMillisecond;     // after no descriptor was free
+constexpr Ns kKeptAnswerTime = 250 * kMillisecond;  // for the rest of an error response
 constexpr Ns kLackLogInterval = 60 * kSecond;       // between two lines about a lack of descriptors or ports
 constexpr Ns kStrayLogInterval = kSecond;           // between two lines about unknown paths and methods
 constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about failed requests to one backend

@@ -99,6 +99,12 @@ class BodyShare {
   void give_back() {
     if (bytes_ > 0) budget_->give_back(std::exchange(bytes_, 0));
   }
+  // Takes over what `other` has.
+  void take_over(BodyShare& other) {
+    give_back();
+    budget_ = other.budget_;
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
 
  private:
   ThreadBudget* budget_ = nullptr;

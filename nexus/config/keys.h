@@ -191,6 +191,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"upstream", "first_byte_timeout", kDuration, "300s", "1ms to 24h",
      [](V& v) { v.to(v.s.upstream.first_byte_timeout_ns); }},
     {"upstream", "stall_timeout", kDuration, "120s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.stall_timeout_ns); }},
+    {"upstream", "head_delay", kDuration, "10s", "0, or 1ms to 24h", [](V& v) { v.to(v.s.upstream.head_delay_ns); }},
     {"upstream", "request_timeout", kDuration, "0", "0, or 1ms to 24h",
      [](V& v) { v.to(v.s.upstream.request_timeout_ns); }},
     {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.s.upstream.idle_connections); }},

@@ -67,6 +67,7 @@ struct UpstreamSettings {
   Ns connect_timeout_ns = 2 * kSecond;
   Ns first_byte_timeout_ns = 300 * kSecond;
   Ns stall_timeout_ns = 120 * kSecond;
+  Ns head_delay_ns = 10 * kSecond;      // how long a response that says nothing yet is held back; 0 = not at all
   Ns request_timeout_ns = 0;            // 0 = none
   std::uint32_t idle_connections = 64;  // kept per backend and thread
   Ns idle_timeout_ns = 60 * kSecond;

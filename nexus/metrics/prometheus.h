@@ -219,7 +219,7 @@ class PrometheusPage {
     pair_family("nexus_request_duration_seconds", "Time from the complete request head to the last response byte.",
                 &PairCounters::duration, &PairCounters::duration_sum);
     pair_family("nexus_time_to_first_token_seconds",
-                "Streams: time from the complete request to the first body byte from the backend.",
+                "Streams: time from the complete request to the first event from the backend that is no comment.",
                 &PairCounters::first_token, &PairCounters::first_token_sum);
     pair_family("nexus_time_per_output_token_seconds", "Streams with usage: mean time between two output tokens.",
                 &PairCounters::per_token, &PairCounters::per_token_sum);
@@ -333,6 +333,8 @@ class PrometheusPage {
 
     backend_family("nexus_responses_without_usage_total", kCounter, "Successful responses without token counts.",
                    &BackendCounters::without_usage);
+    backend_family("nexus_streams_without_end_total", kCounter, "Successful streams that ended without their end mark.",
+                   &BackendCounters::without_end);
 
     out_.family("nexus_backend_attempts_total", kCounter, "Attempts to serve a request from a backend, by outcome.");
     for_each_series(backends_, [this](auto, auto group, auto series) {

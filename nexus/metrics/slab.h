@@ -121,6 +121,7 @@ struct RequestRecord {
   bool stream = false;
   DisconnectPhase disconnect = DisconnectPhase::none;
   bool without_usage = false;
+  bool without_end = false;         // a stream that succeeded without its end mark
   std::int64_t prompt_tokens = -1;  // here and below: negative = unknown, not recorded
   std::int64_t completion_tokens = -1;
   Ns duration_ns = 0;     // recorded if the request reached a backend
@@ -156,7 +157,7 @@ struct PairCounters {
 struct alignas(kCacheAlign) BackendCounters {
   // Gauges; a request writes only to the first cache line. `pending` is in_flight and queue_depth together.
   Counter pending, in_flight, connections, queue_depth;
-  Counter without_usage;
+  Counter without_usage, without_end;
   std::array<Counter, kAttemptOutcomeNames.size()> attempts;
   Histogram<kDurationBounds> health_latency;
 };
@@ -231,7 +232,8 @@ class alignas(kCacheAlign) Slab {
   // True unless the request simply succeeded. Computed without branches, so that the caller has only one.
   [[gnu::always_inline]] static bool is_rare(const RequestRecord& r) {
     const auto flags = static_cast<unsigned>(r.error) | static_cast<unsigned>(r.disconnect) |
-                       static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.fell_back);
+                       static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.without_end) |
+                       static_cast<unsigned>(r.fell_back);
     return (flags | static_cast<unsigned>(r.status < 200) | static_cast<unsigned>(r.status > 299)) != 0;
   }
 
@@ -260,6 +262,7 @@ class alignas(kCacheAlign) Slab {
     if (error != ErrorType::none) count(model.errors, error);
     if (r.disconnect != DisconnectPhase::none) count(thread_.disconnects, r.disconnect);
     if (r.without_usage) backend.without_usage.add(1);
+    if (r.without_end) backend.without_end.add(1);
     if (fallback != nullptr) fallback->add(1);
   }
 

@@ -141,6 +141,7 @@ class Exchange {
     deadlines_.reset();
     last_failure_ = ApiError::no_healthy_backend;
     failure_ = retry_reason_ = {};
+    answer_failed_ = keeping_ = kept_.given = false;
   }
 
  private:
@@ -160,6 +161,7 @@ class Exchange {
       case State::connecting: return finish_connecting();
       case State::sending: return send_request(reads);
       case State::awaiting:
+      case State::holding:
       case State::streaming: return read_response(reads);
       case State::finishing: return finish();
       case State::counting: return count();
@@ -249,6 +251,7 @@ class Exchange {
     assert(active());
     close_upstream();
     leave_backend();
+    if (client_.keeps()) return give_kept_answer();
     const ApiErrorRow& row = row_of(error);
     if (!keep_alive || context_.draining) client_.end_connection();
     summary_.record.status = row.status;
@@ -319,15 +322,39 @@ class Exchange {
   Step read_response(std::uint32_t& reads);
   void read_head(char* data, std::size_t bytes);
   void on_head(const ResponseHeadReader::Result& result);
-  // Drops the response for another backend's. The connection is kept if the whole response has come.
-  [[gnu::cold]] void retry_after_status(const ResponseHeadReader::Result& result);
-  static AttemptOutcome status_outcome(std::uint16_t status);
+  // Reads a piece of the response, behind `head`, and passes it on.
+  void pass(std::string_view head, char* data, std::size_t bytes);
+  void pass_on(Response::Step step, ClientWrite& write);
+  // The response says something for the first time.
+  void note_first();
+  // True if the response is not sent to the client yet: another backend may have to give one in its place.
+  bool is_held(Response::Step step) const;
+  // The client gets this response: from here on nothing is retried.
+  void begin_streaming();
   // The facts about the route for the client's head.
   RouteInfo route();
   void on_relayed(RelayOutcome outcome);
   // The response is whole, and its end is written: the connection goes back to the pool.
   void end_response();
   [[gnu::cold]] Step on_upstream_end(bool broken);
+
+  // ---- responses that the client has not got yet: exchange_ends.h ----
+
+  // The backend's answer is an error, by its status or in disguise. It is kept if another backend can be tried.
+  [[gnu::cold]] void note_failed_answer(AttemptOutcome outcome);
+  [[gnu::cold]] void note_disguise();
+  [[gnu::cold]] void hold(Response::Step step, ClientWrite& write);
+  [[gnu::cold]] void on_hold_deadline();
+  // `whole`: it becomes the client's answer if no backend gives a better one.
+  [[gnu::cold]] void leave_failed_answer(bool whole);
+  [[gnu::cold]] void drop_answer();
+  [[gnu::cold]] void keep_answer();
+  [[gnu::cold]] void give_kept_answer();
+  void note_fallback(RequestRecord& record) const {
+    record.fell_back = picker_.choice().fallback;
+    record.fallback_to = picker_.choice().model;
+  }
+  bool failed_for_client() const { return answer_failed_ && client_.has_begun(); }
 
   // ---- ends: those that are failures are in exchange_ends.h ----
 
@@ -399,12 +426,16 @@ class Exchange {
   }
 
   void log_access() {
-    AccessEntry entry = summary_.access_entry(relay_.response().first_body_ns(), client_.sent_bytes());
+    AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
     if (attempt_.backend() != nullptr) {
       entry.model_used = *picker_.choice().model_name;
       entry.attempts = picker_.tries();
     }
     if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
+    if (kept_.given) {
+      entry.backend = kept_.backend;
+      entry.model_used = kept_.model_used;
+    }
     context_.log.access(entry);
   }
 
@@ -429,6 +460,18 @@ class Exchange {
   std::string_view failure_;  // of the attempt that ends next: says more than its ending; a constant text
   std::string_view retry_reason_;
   std::string reason_;  // of the route, for the client
+
+  // The answer of an earlier attempt that client_ keeps.
+  struct Kept {
+    RequestRecord record;
+    std::string backend, model_used;
+    bool ends_connection = false;
+    bool given = false;  // to the client
+  };
+  Kept kept_;
+  bool answer_failed_ = false;  // the answer in hand is an error: what became of it is failed_outcome_
+  bool keeping_ = false;        // it is not for the client yet, because another backend can be tried
+  AttemptOutcome failed_outcome_ = AttemptOutcome::ok;
 
   // Of the response on its way to the client.
   ClientResponse<Net> client_;

@@ -24,7 +24,7 @@ class ExchangeDeadlines {
   ExchangeDeadlines(const ExchangeDeadlines&) = delete;
   ExchangeDeadlines& operator=(const ExchangeDeadlines&) = delete;
 
-  void reset() { state_ = request_ = queue_ = write_ = kNever; }
+  void reset() { state_ = request_ = queue_ = write_ = first_byte_ = kNever; }
 
   Ns next() const { return std::min(state_, request_); }
   bool request_expired() const { return context_.now >= request_; }
@@ -45,6 +45,7 @@ class ExchangeDeadlines {
       case ExchangeState::connecting: state_ = after(upstream().connect_timeout_ns); break;
       case ExchangeState::sending:
       case ExchangeState::awaiting: arm_first_byte(); break;
+      case ExchangeState::holding: arm_hold(upstream().head_delay_ns); break;
       case ExchangeState::streaming: arm_stall(); break;
       case ExchangeState::finishing:
         request_ = kNever;  // from here on only the client's own time counts
@@ -61,13 +62,20 @@ class ExchangeDeadlines {
     state_ = recheck_ejected ? std::min(queue_, context_.now + kRecheckEjected) : queue_;
   }
 
-  void arm_first_byte() { state_ = after(upstream().first_byte_timeout_ns); }
+  void arm_first_byte() { state_ = first_byte_ = after(upstream().first_byte_timeout_ns); }
+  // The backend has first_byte_timeout until its response says something; from then on, stall_timeout.
+  bool awaits_first() const { return first_byte_ != kNever; }
+  bool first_byte_expired() const { return context_.now >= first_byte_; }
+  void note_first() { first_byte_ = kNever; }
+
+  // A response is held back for `span`, within the time that the backend has.
+  void arm_hold(Ns span) { state_ = std::min(first_byte_, after(span)); }
 
   // Time runs for the client while bytes wait for it, else for the backend.
   void arm_stall() {
     if (client_.waits()) return arm_write();
     client_.forget_waiting();
-    state_ = after(upstream().stall_timeout_ns);
+    state_ = awaits_first() ? first_byte_ : after(upstream().stall_timeout_ns);
   }
 
   void arm_write() {
@@ -88,6 +96,7 @@ class ExchangeDeadlines {
   Ns request_ = kNever;
   Ns queue_ = kNever;
   Ns write_ = kNever;
+  Ns first_byte_ = kNever;
 };
 
 }  // namespace nexus

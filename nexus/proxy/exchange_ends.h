@@ -1,5 +1,6 @@
 // exchange_ends.h
-// Owns:     the ways of an exchange that fail: passed deadlines, the endings of attempts, cut responses.
+// Owns:     the ways of an exchange that fail: passed deadlines, the endings of attempts, cut responses; and the
+//           responses that are held back or kept, because another backend may give a better one.
 // Promises: another backend is tried only while no byte went to the client; a client that has got a part of a response
 //           can tell that it is not whole.
 // Leaves:   what each ending means to kEndings (exchange_state.h); counting the request to exchange.h.
@@ -22,7 +23,12 @@ void Exchange<Net>::on_deadline() {
     case State::connecting: end(Ending::connect_silent); break;
     case State::sending:
     case State::awaiting: end(Ending::first_byte_silent); break;
-    case State::streaming: end(client_.waits() ? Ending::client_stalled : Ending::stalled); break;
+    case State::holding: on_hold_deadline(); break;
+    case State::streaming:
+      end(client_.waits()             ? Ending::client_stalled
+          : deadlines_.awaits_first() ? Ending::first_byte_silent
+                                      : Ending::stalled);
+      break;
     case State::finishing: end(Ending::client_stalled); break;
     case State::counting: break;
     case State::idle:
@@ -52,13 +58,15 @@ void Exchange<Net>::end(Ending ending) {
   }
   const EndingRow& row = row_of(ending);
   if (row.limit) context_.slab.limit_hit(*row.limit);
-  if (ending == Ending::client_left) summary_.record.disconnect = disconnect_phase();
+  // A client may leave because of the error that it was told: then the backend failed first.
+  if (ending == Ending::client_left && !failed_for_client()) summary_.record.disconnect = disconnect_phase();
   if (row.fault == Fault::backend) note_backend_failure(row.outcome, std::exchange(failure_, {}));
   if (state_ == State::streaming && row.fault != Fault::host) relay_.note_usage();
   attempt_.end(row.outcome);
   close_upstream();
   if (client_.has_begun() || !row.error) return cut_response(row);
   leave_backend();
+  drop_answer();
   if (row.retry && !deadlines_.request_expired() && another()) {
     return try_elsewhere(row.outcome, *row.error);
   }
@@ -76,7 +84,8 @@ void Exchange<Net>::try_elsewhere(AttemptOutcome outcome, ApiError error) {
 template <class Net>
 void Exchange<Net>::cut_response(const EndingRow& row) {
   if (!client_.has_begun()) summary_.record.status = 499;
-  summary_.record.error = row.error_type;
+  summary_.record.error = failed_for_client() ? ErrorType::backend_error : row.error_type;
+  if (!client_.has_begun()) drop_answer();
   summary_.cut_short = true;
   client_.end_connection();
   // The FIN would be the proper end of a body that lasts until the connection's end.
@@ -102,6 +111,89 @@ void Exchange<Net>::note_backend_failure(AttemptOutcome why, std::string_view de
   context_.attempt_log.failed(context_.log, context_.now, backend, why, detail, to_string(state_), summary_.request_id);
   const Ns span = picker_.permit().failed(context_.now, context_.settings().health, why, retry_after);
   if (span > 0) AttemptLog::ejected(context_.log, backend, why, span);
+}
+
+// ---- responses that the client has not got yet ----
+
+template <class Net>
+void Exchange<Net>::note_failed_answer(AttemptOutcome outcome) {
+  answer_failed_ = true;
+  failed_outcome_ = outcome;
+  keeping_ = !client_.has_begun() && !deadlines_.request_expired() && another();
+}
+
+template <class Net>
+void Exchange<Net>::note_disguise() {
+  note_backend_failure(AttemptOutcome::bad_response, "its 2xx is an error");
+  note_failed_answer(AttemptOutcome::bad_response);
+  attempt_.end(failed_outcome_);
+  if (keeping_ && state_ == State::holding) deadlines_.arm_hold(kKeptAnswerTime);
+}
+
+template <class Net>
+void Exchange<Net>::hold(Response::Step step, ClientWrite& write) {
+  if (step == Response::Step::broken) {
+    failure_ = "its chunked coding is broken";
+    return end(Ending::backend_garbled);
+  }
+  const bool fits = client_.hold(write);
+  if (!fits && !keeping_) {
+    begin_streaming();
+    return on_relayed(relay_.send(step, write));
+  }
+  if (!fits || step == Response::Step::whole) return leave_failed_answer(fits);
+  if (state_ == State::holding) return;
+  go(State::holding);
+  if (keeping_) deadlines_.arm_hold(kKeptAnswerTime);
+}
+
+template <class Net>
+void Exchange<Net>::on_hold_deadline() {
+  if (keeping_) return leave_failed_answer(false);
+  if (deadlines_.first_byte_expired()) return end(Ending::first_byte_silent);
+  begin_streaming();  // after head_delay the client sees life
+  ClientWrite nothing;
+  on_relayed(relay_.send(Response::Step::goes_on, nothing));
+}
+
+template <class Net>
+void Exchange<Net>::leave_failed_answer(bool whole) {
+  attempt_.end(failed_outcome_);
+  const bool reusable = whole && relay_.response().leaves_connection();
+  if (whole) keep_answer();
+  drop_answer();
+  release_upstream(reusable);
+  leave_backend();
+  try_elsewhere(failed_outcome_, ApiError::backend_broke);
+}
+
+template <class Net>
+void Exchange<Net>::drop_answer() {
+  client_.drop_held();
+  relay_.reset();
+}
+
+template <class Net>
+void Exchange<Net>::keep_answer() {
+  kept_.backend.assign(attempt_.backend()->name);
+  kept_.model_used.assign(*picker_.choice().model_name);
+  kept_.ends_connection = relay_.says_close();
+  kept_.record = summary_.record;
+  kept_.record.status = relay_.response().status();
+  kept_.record.error = ErrorType::backend_error;
+  kept_.record.stream = relay_.response().is_success() && relay_.response().is_event_stream();
+  note_fallback(kept_.record);
+  relay_.response().note_usage(kept_.record, summary_.complete_ns);
+  client_.keep_held();
+}
+
+template <class Net>
+void Exchange<Net>::give_kept_answer() {
+  kept_.given = true;
+  summary_.record = kept_.record;
+  if (kept_.ends_connection) client_.end_connection();
+  if (!client_.send_kept()) return end(client_ending());
+  go(State::finishing);
 }
 
 }  // namespace nexus

@@ -27,15 +27,16 @@ enum class ExchangeState : std::uint8_t {
   connecting,  // to a backend
   sending,     // the request goes out
   awaiting,    // the request is sent; the response's head is to come
+  holding,     // the head is here, but the response says nothing yet, or is an error: the client has got nothing
   streaming,   // the response's body is passed on
   finishing,   // all is written; the client's kernel buffer has not taken all of it
   counting,    // the exchange has ended; its record is to be counted
   over,        // counted; the session looks at keep_alive()
 };
 
-inline constexpr std::array<std::string_view, 11> kExchangeStateNames{"idle",       "reading",  "choosing", "queued",
-                                                                      "connecting", "sending",  "awaiting", "streaming",
-                                                                      "finishing",  "counting", "over"};
+inline constexpr std::array<std::string_view, 12> kExchangeStateNames{"idle",       "reading",   "choosing", "queued",
+                                                                      "connecting", "sending",   "awaiting", "holding",
+                                                                      "streaming",  "finishing", "counting", "over"};
 
 constexpr std::string_view to_string(ExchangeState state) {
   return kExchangeStateNames[static_cast<std::size_t>(state)];
@@ -49,17 +50,18 @@ constexpr std::uint32_t states(auto... state) { return ((1u << static_cast<unsig
 inline constexpr auto kNextStates = [] {
   using enum ExchangeState;
   return std::array<std::uint32_t, kExchangeStateNames.size()>{
-      states(reading),                                                         // idle
-      states(choosing, finishing, counting),                                   // reading
-      states(choosing, queued, connecting, sending, finishing, counting),      // choosing
-      states(choosing, queued, connecting, sending, finishing, counting),      // queued
-      states(sending, choosing, finishing, counting),                          // connecting
-      states(connecting, awaiting, streaming, choosing, finishing, counting),  // sending
-      states(connecting, streaming, choosing, finishing, counting),            // awaiting
-      states(finishing, counting),                                             // streaming
-      states(counting),                                                        // finishing
-      states(over),                                                            // counting
-      states(idle),                                                            // over
+      states(reading),                                                                  // idle
+      states(choosing, finishing, counting),                                            // reading
+      states(choosing, queued, connecting, sending, finishing, counting),               // choosing
+      states(choosing, queued, connecting, sending, finishing, counting),               // queued
+      states(sending, choosing, finishing, counting),                                   // connecting
+      states(connecting, awaiting, holding, streaming, choosing, finishing, counting),  // sending
+      states(connecting, holding, streaming, choosing, finishing, counting),            // awaiting
+      states(streaming, choosing, finishing, counting),                                 // holding
+      states(finishing, counting),                                                      // streaming
+      states(counting),                                                                 // finishing
+      states(over),                                                                     // counting
+      states(idle),                                                                     // over
   };
 }();
 

@@ -22,6 +22,7 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
+  answer_failed_ = keeping_ = false;
   adds_usage_event_ = asks_for_usage(backend, facts_, summary_.record.stream);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
@@ -119,8 +120,8 @@ Step Exchange<Net>::read_response(std::uint32_t& reads) {
     case IoResult::Kind::ok: break;
   }
   attempt_.note_answer();
-  if (state_ == State::streaming) {
-    on_relayed(relay_.pass(scratch, result.bytes));
+  if (state_ == State::streaming || state_ == State::holding) {
+    pass({}, scratch, result.bytes);
   } else {
     read_head(scratch, result.bytes);
   }
@@ -141,34 +142,61 @@ void Exchange<Net>::read_head(char* data, std::size_t bytes) {
 template <class Net>
 void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   const std::uint16_t status = result.head.status;
-  context_.note_latency(*attempt_.backend(), context_.now - attempt_.sent_ns());
   if (status == 429 || status >= 500) {
-    note_backend_failure(status_outcome(status), Digits(status).view(), retry_after_of(relay_.view(result)));
-    if (another()) return retry_after_status(result);
-  } else if (picker_.permit().is_probe()) {
-    note_backend_success();  // a stream may last for minutes: others need not wait for its end
+    const AttemptOutcome outcome = status == 429 ? AttemptOutcome::status_429 : AttemptOutcome::status_5xx;
+    note_backend_failure(outcome, Digits(status).view(), retry_after_of(relay_.view(result)));
+    note_failed_answer(outcome);
+  } else if (status >= 300 && picker_.permit().is_probe()) {
+    note_backend_success();
   }
-  // The client gets this response: from here on nothing is retried.
-  summary_.record.fell_back = picker_.choice().fallback;
-  summary_.record.fallback_to = picker_.choice().model;
   relay_.begin(*endpoint_, result, route(), adds_usage_event_);
+  const std::size_t head_bytes = result.head.head_bytes;
+  pass(context_.text, result.data + head_bytes, result.bytes - head_bytes);
+  relay_.drop_head();  // not needed any more, and a stream may be long
+}
+
+template <class Net>
+void Exchange<Net>::pass(std::string_view head, char* data, std::size_t bytes) {
+  ClientWrite write;
+  pass_on(relay_.read(head, data, bytes, write), write);
+}
+
+template <class Net>
+void Exchange<Net>::pass_on(Response::Step step, ClientWrite& write) {
+  if (step == Response::Step::out_of_memory) return end(Ending::out_of_memory);
+  const Response& response = relay_.response();
+  if (!answer_failed_ && response.is_error_in_disguise(step == Response::Step::whole)) note_disguise();
+  if (deadlines_.awaits_first() && response.first_ns() >= 0) note_first();
+  if (state_ != State::streaming) {
+    if (is_held(step)) return hold(step, write);
+    begin_streaming();
+  }
+  on_relayed(relay_.send(step, write));
+}
+
+template <class Net>
+void Exchange<Net>::note_first() {
+  deadlines_.note_first();
+  if (answer_failed_ || !relay_.response().is_success()) return;
+  context_.note_latency(*attempt_.backend(), context_.now - attempt_.sent_ns());
+  // A stream may last for minutes: others need not wait for its end.
+  if (picker_.permit().is_probe()) note_backend_success();
+}
+
+template <class Net>
+bool Exchange<Net>::is_held(Response::Step step) const {
+  if (answer_failed_) return keeping_;
+  const Response& response = relay_.response();
+  if (response.first_ns() >= 0 || !response.is_success() || step == Response::Step::whole) return false;
+  return step == Response::Step::broken || context_.settings().upstream.head_delay_ns > 0;
+}
+
+template <class Net>
+void Exchange<Net>::begin_streaming() {
+  relay_.note_begun();
+  note_fallback(summary_.record);
   go(State::streaming);
-  on_relayed(relay_.pass_first(result));
-}
-
-template <class Net>
-void Exchange<Net>::retry_after_status(const ResponseHeadReader::Result& result) {
-  const AttemptOutcome outcome = status_outcome(result.head.status);
-  attempt_.end(outcome);
-  release_upstream(leaves_connection(result));
-  leave_backend();
-  try_elsewhere(outcome, ApiError::backend_broke);
-}
-
-template <class Net>
-AttemptOutcome Exchange<Net>::status_outcome(std::uint16_t status) {
-  if (status == 429) return AttemptOutcome::status_429;
-  return status >= 500 ? AttemptOutcome::status_5xx : AttemptOutcome::ok;
+  if (client_.holds()) client_.send_held();  // the next write to the client reports a failure
 }
 
 template <class Net>
@@ -197,17 +225,23 @@ void Exchange<Net>::on_relayed(RelayOutcome outcome) {
 
 template <class Net>
 void Exchange<Net>::end_response() {
-  note_backend_success();
-  attempt_.end(status_outcome(relay_.response().status()));
+  if (answer_failed_) {
+    summary_.record.error = ErrorType::backend_error;
+  } else {
+    note_backend_success();
+  }
+  attempt_.end(answer_failed_ ? failed_outcome_ : AttemptOutcome::ok);
   release_upstream(relay_.response().leaves_connection());
   go(State::finishing);
 }
 
 template <class Net>
 Step Exchange<Net>::on_upstream_end(bool broken) {
-  if (state_ == State::streaming) {
+  if (state_ == State::streaming || state_ == State::holding) {
     if (relay_.response().ends_with_connection() && !broken && !attempt_.send_failed()) {
-      on_relayed(relay_.end_body());
+      ClientWrite write;
+      relay_.read_end(write);
+      pass_on(Response::Step::whole, write);
     } else {
       end(Ending::backend_closed);
     }

@@ -4,7 +4,7 @@
 //           connection; the duration ends when the kernel took the last.
 // Leaves:   when to count it, and the names in its log entry, to exchange.h.
 // Threads:  a part of one exchange.
-// Tested by: tests/sim, tests/hostile
+// Tested by: tests/sim, tests/hostile, tests/first_event_test.cpp
 #pragma once
 
 #include <cstdint>
@@ -56,8 +56,8 @@ struct ExchangeSummary {
     if (record.overhead_ns >= 0) record.overhead_ns += sent_ns - received_ns;
   }
 
-  // The line of the access log, but for the backend. `first_body_ns` is -1 if no body was received.
-  AccessEntry access_entry(Ns first_body_ns, std::uint64_t sent_bytes) const {
+  // The line of the access log, but for the backend. `first_ns` is -1 if the response said nothing.
+  AccessEntry access_entry(Ns first_ns, std::uint64_t sent_bytes) const {
     AccessEntry entry;
     entry.wall_ns = wall_now();
     entry.request_id = request_id;
@@ -71,7 +71,7 @@ struct ExchangeSummary {
     entry.bytes = sent_bytes;
     entry.prompt_tokens = record.prompt_tokens;
     entry.completion_tokens = record.completion_tokens;
-    entry.first_byte_ns = first_body_ns < 0 ? -1 : first_body_ns - started_ns;
+    entry.first_byte_ns = first_ns < 0 ? -1 : first_ns - started_ns;
     entry.duration_ns = record.duration_ns;
     entry.cut = cut_short;
     return entry;

@@ -39,7 +39,7 @@ class Response {
 
   void reset() {
     framing_ = Framing{};
-    first_body_ns_ = -1;
+    first_ns_ = last_ns_ = -1;
   }
 
   // Starts a response. `remove_usage_event`: Nexus asked for the token counts, the client did not.
@@ -50,10 +50,12 @@ class Response {
     keep_alive_ = head.keep_alive;
     excess_ = false;
     event_stream_ = is_event_stream(view);
+    first_ns_ = last_ns_ = -1;
     body_.start(head.framing);
     scan_kind_ = scan_kind(head, view);
     remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
-    scan_.start(scan_kind_, usage_names_, remove_usage_event);
+    has_end_mark_ = !endpoint.end_mark.empty() && scan_kind_ == UsageScan::Kind::event_stream;
+    scan_.start(scan_kind_, usage_names_, remove_usage_event, endpoint.end_mark);
     framing_ = client_framing(head, to_http_1_0, remove_usage_event);
   }
 
@@ -62,7 +64,7 @@ class Response {
             ClientWrite& write) {
     const BodyDecoder::Piece piece = body_.feed(data, bytes);
     excess_ = piece.excess;
-    if (piece.bytes > 0 && first_body_ns_ < 0) first_body_ns_ = now;
+    const std::uint64_t events_before = scan_.events();
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
       // The usual case: the body came in one piece.
@@ -70,6 +72,7 @@ class Response {
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, piece.done && !piece.failed, out)) {
       return Step::out_of_memory;
     }
+    note_time(now, piece.bytes, events_before);
     write.add(head);
     write.add_payload(is_chunked(), out.held, out.piece);
     if (piece.failed) return Step::broken;
@@ -79,9 +82,11 @@ class Response {
   }
 
   // The end of the connection ended the body. Bytes that were held are sent, or are the usage event and dropped.
-  void end(BlockPool& blocks, JsonReader& json, ClientWrite& write) {
+  void end(BlockPool& blocks, JsonReader& json, Ns now, ClientWrite& write) {
+    const std::uint64_t events_before = scan_.events();
     UsageScan::Out rest;
     scan_.feed(blocks, json, nullptr, 0, true, rest);
+    note_time(now, 0, events_before);
     write.add_payload(is_chunked(), rest.held, {});
     write.add_end(is_chunked());
   }
@@ -90,16 +95,24 @@ class Response {
   bool ends_with_connection() const { return body_.ends_with_connection(); }
 
   // Copies token counts and times into the record, at the end; `asked_ns`: when the request was complete.
-  void note_usage(RequestRecord& record, Ns asked_ns, Ns now) const {
+  void note_usage(RequestRecord& record, Ns asked_ns) const {
     if (!is_success()) return;
     const Usage& told = scan_.usage();
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
     if (told.cached_tokens <= told.prompt_tokens) record.cached_tokens = told.cached_tokens;
-    if (!record.stream || first_body_ns_ < 0) return;
-    record.first_byte_ns = first_body_ns_ - asked_ns;
-    if (told.completion_tokens > 1) record.per_token_ns = (now - first_body_ns_) / (told.completion_tokens - 1);
+    if (!record.stream || first_ns_ < 0) return;
+    record.first_byte_ns = first_ns_ - asked_ns;
+    if (told.completion_tokens > 1) record.per_token_ns = (last_ns_ - first_ns_) / (told.completion_tokens - 1);
   }
+  // A 2xx that is an error nonetheless: a stream that tells one, or an answer that ended (`whole`) without an event or
+  // any byte.
+  bool is_error_in_disguise(bool whole) const {
+    if (scan_.told_error()) return true;
+    return whole && first_ns_ < 0 && (status_ == 200 || (is_success() && event_stream_));
+  }
+  // After the end of a stream: true if it had an end mark to send, and did not.
+  bool lacks_end_mark() const { return has_end_mark_ && !scan_.ended_well(); }
   bool lacks_usage() const { return is_success() && !scan_.usage().told() && !usage_lost(); }
   // True if the usage could not be read for want of memory.
   bool usage_lost() const { return is_success() && !scan_.usage().told() && scan_.out_of_memory(); }
@@ -110,11 +123,19 @@ class Response {
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
   bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }
-  Ns first_body_ns() const { return first_body_ns_; }  // -1: no body byte yet
+  // When the answer began to say something: with the first event of a stream that is no comment, else with the first
+  // byte of the body. -1: not yet.
+  Ns first_ns() const { return first_ns_; }
   // True if the backend's connection can carry another request after this whole response.
   bool leaves_connection() const { return keep_alive_ && !excess_ && !ends_with_connection(); }
 
  private:
+  void note_time(Ns now, std::size_t bytes, std::uint64_t events_before) {
+    if (scan_kind_ == UsageScan::Kind::event_stream ? scan_.events() == events_before : bytes == 0) return;
+    if (first_ns_ < 0) first_ns_ = now;
+    last_ns_ = now;
+  }
+
   static bool is_event_stream(const HeadView& head) {
     const FieldRow* row = find_field(*head.fields, Field::content_type);
     return row != nullptr && starts_with_ignoring_case(value_of(head.base, *row), "text/event-stream");
@@ -150,7 +171,9 @@ class Response {
   bool keep_alive_ = false;
   bool excess_ = false;  // bytes follow the body's end
   bool event_stream_ = false;
-  Ns first_body_ns_ = -1;
+  bool has_end_mark_ = false;
+  Ns first_ns_ = -1;
+  Ns last_ns_ = -1;  // of the last event or byte
 };
 
 class ResponseHeadReader {
@@ -272,6 +295,52 @@ class ClientResponse {
   bool out_of_memory() const { return connection_.out_of_memory(); }  // the reason of a failed send
   std::uint64_t sent_bytes() const { return sent_bytes_; }
 
+  // Keeps `write` in place of sending it. False if the budget, memory or kHeldAnswerBytes has no room for it; then only
+  // what was held before is held.
+  [[gnu::cold]] bool hold(ClientWrite& write) {
+    const std::span<iovec> parts = write.parts();
+    std::size_t bytes = held_.size();
+    for (const iovec& part : parts) bytes += part.iov_len;
+    if (bytes > kHeldAnswerBytes || !held_share_.grow_to(context_.budget, bytes)) return false;
+    if (!held_.reserve(context_.blocks, bytes - held_.size())) return false;
+    for (const iovec& part : parts) held_.append(context_.blocks, {static_cast<char*>(part.iov_base), part.iov_len});
+    held_payload_bytes_ += write.payload_bytes();
+    return true;
+  }
+  bool holds() const { return !held_.empty(); }
+
+  // Sends what is held.
+  [[gnu::cold]] bool send_held() {
+    sent_bytes_ += held_payload_bytes_;
+    const bool sent = note(connection_.write(context_.net, context_.blocks, held_.view()));
+    drop_held();
+    return sent;
+  }
+  void drop_held() {
+    held_.clear();
+    held_share_.give_back();
+    held_payload_bytes_ = 0;
+  }
+
+  // Puts what is held aside as the answer for a client that gets no better one; an earlier one is dropped.
+  [[gnu::cold]] void keep_held() {
+    kept_ = std::move(held_);
+    kept_payload_bytes_ = held_payload_bytes_;
+    kept_share_.take_over(held_share_);
+    drop_held();
+  }
+  bool keeps() const { return !kept_.empty(); }
+  [[gnu::cold]] bool send_kept() {
+    sent_bytes_ = kept_payload_bytes_;
+    const bool sent = note(connection_.write(context_.net, context_.blocks, kept_.view()));
+    drop_kept();
+    return sent;
+  }
+  void drop_kept() {
+    kept_.clear();
+    kept_share_.give_back();
+  }
+
   // Closes the connection after this response.
   void end_connection() { keep_alive_ = false; }
   // Resets the connection: a FIN would make the part that was sent look whole.
@@ -323,6 +392,8 @@ class ClientResponse {
 
   // Prepares for the next request.
   void reset() {
+    drop_held();
+    drop_kept();
     cut_ = begun_ = false;
     waiting_bytes_ = 0;
     sent_bytes_ = 0;
@@ -343,6 +414,11 @@ class ClientResponse {
   bool begun_ = false;
   std::size_t waiting_bytes_ = 0;  // when the client's deadline was set
   std::uint64_t sent_bytes_ = 0;
+  Buffer held_;  // of an answer that has not begun for the client
+  Buffer kept_;  // a whole answer that is sent if no backend gives a better one
+  BodyShare held_share_, kept_share_;
+  std::size_t held_payload_bytes_ = 0;
+  std::size_t kept_payload_bytes_ = 0;
 };
 
 }  // namespace nexus

@@ -43,7 +43,7 @@ constexpr bool may_wait(SessionState session, ExchangeState exchange) {
     case SessionState::reading_body: return exchange == reading;
     case SessionState::exchanging:
       return exchange == queued || exchange == connecting || exchange == sending || exchange == awaiting ||
-             exchange == streaming || exchange == finishing || exchange == counting;
+             exchange == holding || exchange == streaming || exchange == finishing || exchange == counting;
     default: return exchange == idle;
   }
 }

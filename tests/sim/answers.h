@@ -47,11 +47,17 @@ class AnswerMaker {
       attempt.payload = R"({"error":{"message":")" + std::string(id) + R"(","code":"backend"}})";
     }
     write(answer, id, events, attempt);
+    const bool says_nothing =
+        events ? ("\n" + attempt.payload).find("\ndata:") == std::string::npos : attempt.payload.empty();
+    attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && ends_with_error(attempt.payload)));
     return answer;
   }
 
  private:
   enum class Framing : std::uint8_t { length, chunked, until_close };
+
+  static constexpr std::string_view kErrorEvent = R"(data: {"error":{"message":"simulated","code":500}})";
+  static bool ends_with_error(const std::string& payload) { return payload.find(kErrorEvent) != std::string::npos; }
 
   std::uint16_t draw_status() {
     if (!dice_.chance(manners_.error_status)) return dice_.one_in(50) ? 204 : 200;
@@ -72,7 +78,7 @@ class AnswerMaker {
   }
 
   void json_payload(std::string_view id, Attempt& attempt) {
-    if (dice_.one_in(20)) return;  // an empty body
+    if (dice_.chance(manners_.hollow)) return;  // an empty body
     const std::string content(pattern_of(number_ * 64 + attempt.server, draw_bytes()));
     attempt.payload = R"({"id":")" + std::string(id) + R"(","choices":[{"message":{"content":")" + content + R"("}}])";
     if (!dice_.one_in(4)) {
@@ -84,7 +90,7 @@ class AnswerMaker {
 
   void event_payload(std::string_view id, bool asked, bool by_client, Attempt& attempt) {
     const std::string_view end = dice_.one_in(4) ? "\r\n\r\n" : "\n\n";
-    const std::uint32_t events = dice_.skewed(0, 30);
+    const std::uint32_t events = dice_.skewed(dice_.chance(manners_.hollow) ? 0 : 1, 30);
     const std::size_t each = draw_bytes() / (events + 1) + 1;
     std::string& out = attempt.payload;
     const std::string_view content = pattern_of(number_ * 64 + attempt.server, each * events);
@@ -104,6 +110,7 @@ class AnswerMaker {
           .append(end);
       if (!by_client) attempt.extra_bytes = out.size() - attempt.extra_at;
     }
+    if (dice_.chance(manners_.error_event)) out.append(kErrorEvent).append(end);
     if (!dice_.one_in(20)) out.append("data: [DONE]").append(end);
   }
 

@@ -296,7 +296,8 @@ class Audit {
     }
     if (succeeded && request.status / 100 != 2) ledger_.wrong("r%u: %u counted as a success", n, request.status);
     if (request.whole) {
-      if (request.status / 100 == 2 && !succeeded && !request.client_left) {
+      const bool good = request.attempt < 0 || !request.attempts[static_cast<std::size_t>(request.attempt)].in_disguise;
+      if (request.status / 100 == 2 && succeeded != good && !request.client_left) {
         ledger_.wrong("r%u: a whole 2xx counted as %s", n, request.line_error.c_str());
       }
       if (request.line_cut && !request.client_left) ledger_.wrong("r%u: whole for its client, cut for the log", n);

@@ -29,6 +29,7 @@ struct Attempt {
   std::size_t extra_at = 0;  // position of the usage event that the client did not request
   std::size_t extra_bytes = 0;
   bool may_be_whole = false;  // a reader may take the response for complete
+  bool in_disguise = false;   // if complete, it is an error nonetheless: nothing was said, or an error event
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
 

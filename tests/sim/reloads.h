@@ -77,6 +77,8 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"upstream", "first_byte_timeout",
      [](const Drawn& d) { d.s.upstream.first_byte_timeout_ns = d.span(50 * kMs, 2 * kSecond); }},
     {"upstream", "stall_timeout", [](const Drawn& d) { d.s.upstream.stall_timeout_ns = d.span(50 * kMs, 2 * kSecond); }},
+    {"upstream", "head_delay",
+     [](const Drawn& d) { d.s.upstream.head_delay_ns = d.dice.one_in(4) ? 0 : d.span(kMs, 2 * kSecond); }},
     {"upstream", "request_timeout",
      [](const Drawn& d) { d.s.upstream.request_timeout_ns = d.dice.one_in(4) ? d.span(20 * kMs, 2 * kSecond) : 0; }},
     {"upstream", "idle_connections",

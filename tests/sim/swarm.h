@@ -24,6 +24,8 @@ struct Manners {
   Rate refuse, refuse_at_once, ignore;  // a new connection
   Rate die_and_return;                  // on each request: all connections reset, then refused for a time
   Rate error_status;                    // 4xx and 5xx
+  Rate hollow;                          // a 200 without an event or a body
+  Rate error_event;                     // as the last or only event of a stream
   Rate malformed_head, malformed_body, overlong;
   Rate truncated, reset, stall;
   Rate interim;              // sends 1xx before the response
@@ -198,6 +200,8 @@ class SwarmMaker {
     m.ignore = often(60);
     m.die_and_return = often(20);
     m.error_status = often(300);
+    m.hollow = often(300);
+    m.error_event = often(300);
     m.malformed_head = often(100);
     m.malformed_body = often(100);
     m.overlong = often(100);
@@ -327,6 +331,7 @@ class SettingsMaker {
     upstream.connect_timeout_ns = dice_.span(20 * kMillisecond, kSecond);
     upstream.first_byte_timeout_ns = dice_.span(50 * kMillisecond, 2 * kSecond);
     upstream.stall_timeout_ns = dice_.span(50 * kMillisecond, 2 * kSecond);
+    upstream.head_delay_ns = dice_.one_in(4) ? 0 : dice_.span(kMillisecond, 2 * kSecond);
     upstream.request_timeout_ns = dice_.one_in(4) ? dice_.span(20 * kMillisecond, 2 * kSecond) : 0;
     upstream.idle_connections = dice_.one_in(4) ? dice_.number(0, 2) : 64;
     upstream.idle_timeout_ns = dice_.span(20 * kMillisecond, 3 * kSecond);
