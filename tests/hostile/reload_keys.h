@@ -328,6 +328,23 @@ inline void add_upstream_rows(ReloadRows& rows) {
                      return std::string(s.client->ended ? "cut" : "open");
                    }}});
   rows.push_back({"upstream",
+                  "head_delay",
+                  When::at_once,
+                  "head_delay = 1h",
+                  "head_delay = 1s",
+                  "nothing",
+                  "a head",
+                  {[](Scene& s) {
+                     s.serve = [](const auto&) {
+                       return BackendPlan{{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n"}, false, false};
+                     };
+                   },
+                   [](Scene& s) {
+                     s.send(with_body(body_for("m")));
+                     s.pass(5 * kSecond);
+                     return std::string(s.client->received.empty() ? "nothing" : "a head");
+                   }}});
+  rows.push_back({"upstream",
                   "request_timeout",
                   When::new_requests,
                   "request_timeout = 0",
