@@ -17,7 +17,7 @@ ProbeResult answered(std::uint16_t status, std::vector<std::string> models = {})
   result.passed = status / 100 == 2;
   result.round_trip_ns = 12'340 * kMicrosecond;
   result.models_read = result.passed && !models.empty();
-  result.models = std::move(models);
+  for (const std::string& model : models) result.models.emplace_back().name = model;
   if (!result.passed) result.reason = "it answered " + std::to_string(status);
   return result;
 }
@@ -52,7 +52,7 @@ CheckState ask_all(const Server& server, BackendKind kind, BackendSettings setti
   state.settings = std::move(settings);
   state.settings.kind = kind;
   state.settings.name = "b";
-  state.address.emplace();
+  state.addresses.emplace_back();
   for (int probes = 0; probes < 4; ++probes) {
     const auto next = next_probe(state);
     if (!next) return state;

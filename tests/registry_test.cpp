@@ -30,6 +30,12 @@ void configure(Registry& registry, Settings settings) {
   registry.configure(std::make_shared<const Settings>(std::move(settings)));
 }
 
+ListedModels list_of(const std::vector<std::string>& names) {
+  ListedModels models;
+  for (const std::string& name : names) models.emplace_back().name = name;
+  return models;
+}
+
 // `+` is a check that passed, `-` one that failed.
 void check(Registry& registry, std::size_t at, const std::string& results) {
   for (const char result : results) registry.note_check(registry.backends()[at], result == '+');
@@ -54,7 +60,7 @@ Capabilities capabilities(const Snapshot& snapshot, const std::string& model) {
 
 }  // namespace
 
-TEST_CASE("the first check sets the health, then it takes consecutive failures or recoveries") {
+TEST_CASE("the first check sets the health, and so does the first good one; then it takes several in a row") {
   struct Row {
     const char* checks;
     Health health;
@@ -62,7 +68,7 @@ TEST_CASE("the first check sets the health, then it takes consecutive failures o
   const std::vector<Row> rows = {
       {"", Health::unknown},        {"+", Health::healthy},        {"-", Health::unhealthy},
       {"+--", Health::healthy},     {"+---", Health::unhealthy},   {"+--+--", Health::healthy},
-      {"-+", Health::unhealthy},    {"-++", Health::healthy},      {"-+-+", Health::unhealthy},
+      {"-+", Health::healthy},      {"-++", Health::healthy},      {"-+-+", Health::healthy},
       {"+---+", Health::unhealthy}, {"+---++--", Health::healthy}, {"+---++---", Health::unhealthy},
   };
   for (const Row& row : rows) {
@@ -122,6 +128,7 @@ TEST_CASE("the Host field is the configured host, with its port unless it is 80"
   };
   const std::vector<Row> rows = {{"127.0.0.1", 11434, "127.0.0.1:11434"},
                                  {"gpu.lan", 80, "gpu.lan"},
+                                 {"gpu.lan.", 81, "gpu.lan:81"},
                                  {"::1", 8000, "[::1]:8000"},
                                  {"::1", 80, "[::1]"}};
   for (const Row& row : rows) {
@@ -134,9 +141,9 @@ TEST_CASE("the Host field is the configured host, with its port unless it is 80"
 TEST_CASE("models are the configured ones, else the discovered ones; unhealthy backends are offered too") {
   Registry registry;
   configure(registry, with({backend("a", {"fixed"}), backend("b"), backend("c")}));
-  CHECK(registry.set_models(registry.backends()[0], {"seen"}));
-  CHECK(registry.set_models(registry.backends()[1], {"z", "fixed", "y", "z"}));
-  CHECK_FALSE(registry.set_models(registry.backends()[1], {"y", "z", "fixed"}));
+  CHECK(registry.set_models(registry.backends()[0], list_of({"seen"})));
+  CHECK(registry.set_models(registry.backends()[1], list_of({"z", "fixed", "y", "z"})));
+  CHECK_FALSE(registry.set_models(registry.backends()[1], list_of({"y", "z", "fixed"})));
   check(registry, 1, "+");
   const auto snapshot = registry.snapshot();
   CHECK(offers(*snapshot, "fixed") == "(a) b");
@@ -144,7 +151,7 @@ TEST_CASE("models are the configured ones, else the discovered ones; unhealthy b
   CHECK(offers(*snapshot, "seen") == "no such name");
   CHECK(snapshot->find("unheard of") == nullptr);
 
-  CHECK(registry.set_models(registry.backends()[1], {"y"}));
+  CHECK(registry.set_models(registry.backends()[1], list_of({"y"})));
   CHECK(offers(*registry.snapshot(), "fixed") == "(a)");
   CHECK(offers(*snapshot, "fixed") == "(a) b");  // an old snapshot does not change
 }
@@ -263,7 +270,7 @@ TEST_CASE("a reload keeps the state of an unchanged backend, and resets it if th
     CAPTURE(row.name);
     Registry registry;
     configure(registry, with({backend("other", {}, "127.0.0.9"), backend("a")}));
-    registry.set_models(registry.backends()[1], {"m"});
+    registry.set_models(registry.backends()[1], list_of({"m"}));
     check(registry, 1, "+");
     const std::uint64_t epoch = registry.backends()[1].epoch;
     const BackendId id = registry.backends()[1].id;
@@ -320,7 +327,7 @@ TEST_CASE("a fleet with too many model names runs out of ids, and is still serve
     for (std::size_t i = 0; i < kMaxModelsPerBackend; ++i) {
       names.push_back("m" + std::to_string(batch) + "-" + std::to_string(i));
     }
-    registry.set_models(registry.backends()[0], names);
+    registry.set_models(registry.backends()[0], list_of(names));
     registry.snapshot();
   }
   CHECK(registry.model_names().full());
@@ -392,4 +399,100 @@ TEST_CASE("a backend is unknown again if a reload switches checks on, or wants i
   CHECK(registry.backends()[0].health == Health::healthy);
   configure(registry, with({backend("a")}));
   CHECK(registry.backends()[0].health == Health::unknown);
+}
+
+TEST_CASE("for Ollama a name without a tag is the latest, and the reverse; the list has only what the backend lists") {
+  BackendSettings ollama = backend("o");
+  ollama.kind = BackendKind::ollama;
+  ollama.vision = {true, {"llama3"}};
+  Registry registry;
+  configure(registry, with({ollama, backend("v", {"llama3"}, "127.0.0.1", 8081)}));
+  registry.set_models(registry.backends()[0], list_of({"llama3:latest", "phi3:mini", "host:5000/x"}));
+  check(registry, 0, "+");
+  check(registry, 1, "+");
+  const auto snapshot = registry.snapshot();
+  CHECK(offers(*snapshot, "llama3:latest") == "o");
+  CHECK(offers(*snapshot, "llama3") == "o v");
+  CHECK(offers(*snapshot, "phi3") == "no such name");
+  CHECK(offers(*snapshot, "host:5000/x:latest") == "o");
+  CHECK(capabilities(*snapshot, "llama3:latest").vision);
+  CHECK_FALSE(capabilities(*snapshot, "phi3:mini").vision);
+  CHECK(snapshot->backends[snapshot->preferred_offer(*snapshot->find("llama3"))->backend].name == "v");
+  CHECK(snapshot->preferred_offer(*snapshot->find("host:5000/x:latest"))->implied);
+}
+
+TEST_CASE("a model's preferred offer is of the healthy backend of the lowest priority number") {
+  std::vector<BackendSettings> backends = {backend("a", {"m"}), backend("b", {"m"}), backend("c", {"m"})};
+  backends[0].priority = 10;
+  backends[1].priority = 30;
+  backends[2].priority = 20;
+  Registry registry;
+  configure(registry, with(backends));
+  const auto preferred = [&] {
+    const auto snapshot = registry.snapshot();
+    const Offer* offer = snapshot->preferred_offer(*snapshot->find("m"));
+    return offer == nullptr ? std::string("none") : snapshot->backends[offer->backend].name;
+  };
+  CHECK(preferred() == "none");
+  check(registry, 1, "+");
+  CHECK(preferred() == "b");
+  check(registry, 2, "+");
+  CHECK(preferred() == "c");
+  check(registry, 0, "+");
+  CHECK(preferred() == "a");
+}
+
+TEST_CASE("an unknown model may still appear while a backend's list was never read, unless its name has no address") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"}), backend("b", {}, "gpu.lan")}));
+  Registry::Backend& b = registry.backends()[1];
+  CHECK(registry.snapshot()->discovering);
+  check(registry, 1, "-");
+  CHECK(registry.snapshot()->discovering);
+  b.lookup_failed = true;
+  CHECK_FALSE(registry.snapshot()->discovering);
+  b.lookup_failed = false;
+  registry.set_models(b, {});
+  CHECK_FALSE(registry.snapshot()->discovering);
+}
+
+TEST_CASE("a backend that is not up is checked again after a second, doubled up to the interval") {
+  Settings settings = with({backend("a", {"m"})});
+  settings.health.interval_ns = 10 * kSecond;
+  Registry registry;
+  configure(registry, settings);
+  Registry::Backend& a = registry.backends()[0];
+  const auto next = [&](bool passed) {
+    registry.note_check(a, passed);
+    return registry.next_check_in(a, passed) / kSecond;
+  };
+  for (const Ns expected : {1, 2, 4, 8, 10, 10}) CHECK(next(false) == expected);
+  CHECK(next(true) == 10);
+  for (const Ns expected : {1, 2, 4}) CHECK(next(false) == expected);  // the third makes it unhealthy
+  CHECK(next(true) == 1);                                              // one of two recoveries
+  CHECK(next(true) == 10);
+  for (int i = 0; i < 1000; ++i) next(false);
+  CHECK(next(false) == 10);
+}
+
+TEST_CASE("each check after a failure begins with another address of the backend") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"}, "gpu.lan")}));
+  Registry::Backend& a = registry.backends()[0];
+  for (std::uint16_t port = 1; port <= 3; ++port) a.addresses.push_back(*parse_address("10.0.0.1", port));
+  registry.set_address(a, a.addresses[1]);
+  const auto order = [&] {
+    std::string ports;
+    for (const Address& address : a.to_try()) ports += std::to_string(address.port);
+    return ports;
+  };
+  CHECK(order() == "231");
+  registry.next_check_in(a, false);
+  CHECK(order() == "231");
+  registry.next_check_in(a, false);
+  CHECK(order() == "312");
+  registry.next_check_in(a, false);
+  CHECK(order() == "123");
+  registry.next_check_in(a, true);
+  CHECK(order() == "231");
 }

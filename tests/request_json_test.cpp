@@ -60,18 +60,6 @@ Usage read_usage(std::string_view text) {
   return nexus::read_usage(reader(), nexus::kOpenAiUsage, padded.view());
 }
 
-struct Models {
-  bool list;
-  std::vector<std::string> names;
-  bool more;
-};
-Models read_models(std::string_view text, std::size_t most = 100) {
-  const Padded padded(text);
-  Models models;
-  models.list = nexus::read_models(reader(), padded.view(), most, models.names, models.more) == ModelList::read;
-  return models;
-}
-
 }  // namespace
 
 TEST_CASE("a body says which model it wants, and where that stands") {
@@ -435,31 +423,4 @@ TEST_CASE("cached prompt tokens are read where the prompt's details tell them") 
     CHECK(usage.completion_tokens == row.completion);
     CHECK(usage.cached_tokens == row.cached);
   }
-}
-
-TEST_CASE("a list of models names them, in either form") {
-  using Names = std::vector<std::string>;
-  CHECK(read_models(R"({"object":"list","data":[{"id":"a","object":"model"},{"object":"model","id":"b:7b"}]})").names ==
-        Names{"a", "b:7b"});
-  CHECK(read_models(R"({"models":[{"name":"x","model":"y"},{"name":"z\u00e9"}]})").names == Names{"x", "z\xc3\xa9"});
-  CHECK(read_models(R"({"data":[]})").list);
-  CHECK(read_models(R"({"data":[{"id":""},{"id":"a"}]})").names == Names{"a"});
-  CHECK(read_models(R"({"data":[{"id":")" + std::string(256, 'n') + R"("}]})").names.size() == 1);
-  CHECK(read_models(R"({"data":[{"id":")" + std::string(257, 'n') + R"("}]})").names.empty());
-  for (const char* text : {"", "[]", "{}", R"({"data":null})", R"({"data":{}})", R"({"data":["a"]})",
-                           R"({"data":[{}]})", R"({"data":[{"id":7}]})", R"({"data":[{"id":"a"})", "<html>"}) {
-    CAPTURE(text);
-    CHECK_FALSE(read_models(text).list);
-  }
-}
-
-TEST_CASE("a list of models ends where its bound is") {
-  const std::string_view text = R"({"data":[{"id":"a"},{"id":"b"},{"id":"c"}]})";
-  const Models two = read_models(text, 2);
-  CHECK(two.list);
-  CHECK(two.names == std::vector<std::string>{"a", "b"});
-  CHECK(two.more);
-  const Models three = read_models(text, 3);
-  CHECK(three.names.size() == 3);
-  CHECK_FALSE(three.more);
 }

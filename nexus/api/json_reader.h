@@ -1,7 +1,7 @@
 // json_reader.h
 // Owns:      simdjson: a parser for small texts, one for large texts, and room for unescaped strings.
 // Promises:  reads the bytes where they lie; a text up to kSmallText needs no allocation, and the index of a large text
-//            is freed again; nothing throws except the constructor.
+//            is freed again; only the constructor and is_valid() throw.
 // Leaves:    requests to request_json.h, responses to response_json.h.
 // Threads:   a reader belongs to one thread; a view that it returned lasts until the next call.
 // Tested by: tests/request_json_test.cpp
@@ -64,6 +64,16 @@ class JsonReader {
   // True if the whole text was read and was one object. A broken value that was skipped shows only here.
   bool at_end() { return document_.is_alive() && document_.at_end(); }
 
+  // True if a part of an opened text is one whole JSON value of its own. Throws std::bad_alloc.
+  bool is_valid(std::string_view part) {
+    const simdjson::error_code error = validator_.parse(part.data(), part.size(), false).error();
+    if (error == simdjson::MEMALLOC) {
+      validator_ = simdjson::dom::parser();  // one that was allocated in part would crash in its next use
+      throw std::bad_alloc();
+    }
+    return error == simdjson::SUCCESS;
+  }
+
   // Calls visit(key, value), the key unescaped, for each member until it returns false. False if it did, or if the
   // object is broken.
   template <class Visit>
@@ -119,6 +129,7 @@ class JsonReader {
   simdjson::ondemand::parser small_;
   simdjson::ondemand::parser large_;
   simdjson::ondemand::document document_;
+  simdjson::dom::parser validator_;  // takes memory with its first use
   bool out_of_memory_ = false;
   std::array<std::uint8_t, kReadKeyBytes + simdjson::SIMDJSON_PADDING> key_text_;
   std::array<std::uint8_t, kCutNameBytes> value_text_;

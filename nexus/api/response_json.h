@@ -1,19 +1,15 @@
 // response_json.h
-// Owns:      reading what backends answer: token counts and model lists.
-// Promises:  a count that is missing, negative or no integer reads as -1; nothing throws except a list of names that
-//            finds no memory.
-// Leaves:    finding a `usage` in a stream to usage_scan.h; asking for a model list to prober.h.
+// Owns:      reading the token counts that backends answer.
+// Promises:  a count that is missing, negative or no integer reads as -1; nothing throws.
+// Leaves:    finding a `usage` in a stream to usage_scan.h; lists of models to model_list.h.
 // Threads:   as its JsonReader.
 // Tested by: tests/request_json_test.cpp, tests/fuzz/body.h
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <string_view>
-#include <vector>
 
 #include "nexus/api/endpoints.h"
 #include "nexus/api/json_reader.h"
@@ -112,51 +108,6 @@ inline Usage read_answer(JsonReader& json, const UsageNames& names, std::string_
     return true;
   });
   return usage;
-}
-
-enum class ModelList : std::uint8_t { read, none, out_of_memory };
-
-// The shapes of a list: the member that holds it, and the member of each element that names a model.
-struct ModelListShape {
-  std::string_view list;
-  std::string_view name;
-};
-inline constexpr std::array<ModelListShape, 2> kModelListShapes{{{"data", "id"},        // OpenAI
-                                                                 {"models", "name"}}};  // Ollama
-
-// Reads the names of a list in either shape, at most `most` of them; `more`: there are others. Each backend may use
-// either shape, whatever its type: llama.cpp sends both.
-inline ModelList read_models(JsonReader& json, std::string_view text, std::size_t most, std::vector<std::string>& names,
-                             bool& more) {
-  constexpr std::size_t kMaxNameBytes = 256;
-  names.clear();
-  more = false;
-  JsonReader::Object object;
-  if (!json.open(text, object)) return json.out_of_memory() ? ModelList::out_of_memory : ModelList::none;
-  ModelList result = ModelList::none;
-  const auto read_list = [&](simdjson::ondemand::array list, std::string_view key) {
-    for (auto element : list) {
-      JsonReader::Object model;
-      JsonReader::Value found;
-      std::string_view name;
-      if (element.get_object().get(model) || model.find_field_unordered(key).get(found)) return ModelList::none;
-      if (!json.read_name(found, name)) return ModelList::none;
-      if (name.empty() || name.size() > kMaxNameBytes) continue;
-      more = names.size() == most;
-      if (more) break;
-      names.emplace_back(name);
-    }
-    return ModelList::read;
-  };
-  json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
-    const auto* const shape = std::find_if(kModelListShapes.begin(), kModelListShapes.end(),
-                                           [key](const ModelListShape& row) { return row.list == key; });
-    if (shape == kModelListShapes.end()) return true;
-    simdjson::ondemand::array list;
-    if (!value.get_array().get(list)) result = read_list(list, shape->name);
-    return false;
-  });
-  return result;
 }
 
 }  // namespace nexus

@@ -25,7 +25,7 @@ namespace nexus {
 // One backend and its probes so far.
 struct CheckState {
   BackendSettings settings;
-  std::optional<Address> address;
+  std::vector<Address> addresses;
   std::string resolve_error;
   std::array<std::optional<ProbeResult>, kBackendKinds.size()> results;  // by the kind that it was probed as
 
@@ -38,7 +38,7 @@ struct CheckState {
 // answers that too, but has /health.
 inline std::optional<BackendKind> next_probe(const CheckState& state) {
   const BackendKind kind = state.settings.kind;
-  if (!state.address) return std::nullopt;  // the built-in backend, or a host that is not resolved
+  if (state.addresses.empty()) return std::nullopt;  // the built-in backend, or a host that is not resolved
   if (!state.own()) return kind;
   const ProbeResult& own = *state.own();
   const bool not_found = own.status == 404 || own.status == 405 || own.status == 501;
@@ -129,15 +129,17 @@ inline CheckLine judge(const CheckState& state) {
   line.reachable = own.connected;
   line.healthy = line.good = own.passed;
   if (own.passed) line.round_trip_ns = own.round_trip_ns;
-  line.models = own.models;
+  for (const ListedModel& model : own.models) line.models.push_back(model.name);
+  const bool needs_no_list = !state.settings.models.empty();
   if (own.status == 401 || own.status == 403) {
-    line.good = false;
+    const bool has_key = !state.settings.api_key.empty();
+    line.good = line.good && needs_no_list && !has_key;
     const std::string status = " (" + std::to_string(own.status) + ")";
-    line.remarks.push_back(state.settings.api_key.empty()
-                               ? "it requires an API key" + status + ": set api_key_env or api_key_file"
-                               : "it rejects the API key" + status);
+    line.remarks.push_back(has_key     ? "it rejects the API key" + status
+                           : line.good ? "it requires an API key" + status + ": clients must send theirs"
+                                       : "it requires an API key" + status + ": set api_key_env or api_key_file");
   } else if (!own.reason.empty()) {
-    line.good = line.good && own.models_read;
+    line.good = line.good && (own.models_read || needs_no_list);
     line.remarks.push_back(escape_for_terminal(own.reason, 120));
   }
   detail::remark_on_url(state, line);
@@ -217,7 +219,7 @@ class FleetCheck {
       : timeout_ns_(settings.health.timeout_ns),
         loop_(
             [this](std::uint64_t i, const std::vector<Address>& addresses, std::string error) {
-              if (!addresses.empty()) states_[i].address = addresses.front();
+              states_[i].addresses = addresses;
               states_[i].resolve_error = std::move(error);
               probe(i);
             },
@@ -250,7 +252,7 @@ class FleetCheck {
       return;
     }
     const std::uint64_t epoch = std::uint64_t{i} << 8 | static_cast<std::uint64_t>(*kind);
-    ProbeOrder order = order_of(state.settings, *state.address, epoch, timeout_ns_);
+    ProbeOrder order = order_of(state.settings, state.addresses, epoch, timeout_ns_);
     order.kind = *kind;
     loop_.start(order);
   }

@@ -46,7 +46,7 @@ class ProbeLoop {
       }
     }
     resolver_.step();
-    wheel_.fire(net_.now(), [this](Handle token) { prober_.on_deadline(token, done_); });
+    wheel_.fire(net_.now(), [this](Handle token) { prober_.on_deadline(token, net_.now(), done_); });
   }
 
  private:

@@ -177,7 +177,7 @@ class Top {
         url_(std::move(url)),
         loop_(
             [this](std::uint64_t, const std::vector<Address>& addresses, std::string error) {
-              if (!addresses.empty()) address_ = addresses.front();
+              addresses_ = addresses;
               resolve_error_ = std::move(error);
             },
             [this](ProbeResult&& result) { result_ = std::move(result); }) {}
@@ -225,12 +225,12 @@ class Top {
     if (const int error = loop_.open()) return std::string("epoll: ") + strerror(error);
     loop_.lookup(server_.address, 0);
     while (!resolve_error_) loop_.turn();
-    return address_ ? "" : "DNS lookup failed for " + server_.address.host + ": " + *resolve_error_;
+    return !addresses_.empty() ? "" : "DNS lookup failed for " + server_.address.host + ": " + *resolve_error_;
   }
 
   // Fetches a page. Returns the reason of a failure, or an empty text.
   std::string fetch(const std::string& path, std::string& page) {
-    ProbeOrder order = order_of(server_, *address_, 0, kTopFetchTime);
+    ProbeOrder order = order_of(server_, addresses_, 0, kTopFetchTime);
     order.page = path;
     order.wants_models = false;
     order.max_bytes = kMaxTopPageBytes;
@@ -265,8 +265,8 @@ class Top {
   const BackendSettings server_;
   const std::string url_;
   ProbeLoop loop_;
-  std::optional<Address> address_;
-  std::optional<std::string> resolve_error_;  // of resolve(); empty if address_ was found
+  std::vector<Address> addresses_;
+  std::optional<std::string> resolve_error_;  // of resolve(); empty if there are addresses
   std::optional<ProbeResult> result_;         // of fetch()
   std::deque<Scrape> samples_;                // of the last kTopWindow, oldest first
 };

@@ -41,6 +41,8 @@ constexpr std::size_t kMaxModelNames = 20'000;        // models beyond it are co
 constexpr std::size_t kMaxBackendNames = 4'096;       // over all reloads
 constexpr std::size_t kMaxModelsPerBackend = 10'000;  // the rest of a longer list is ignored
 constexpr std::size_t kMaxEndpoints = 16;             // rows of the table of endpoints, each counted by status
+constexpr std::size_t kMaxModelEntryBytes = 8u << 10;    // of a model's own entry; a larger one is not passed on
+constexpr std::size_t kMaxModelEntriesBytes = 1u << 20;  // of all entries of one backend, likewise
 
 // ---- heads ----
 
@@ -112,6 +114,7 @@ constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about f
 constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
 constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name
+constexpr Ns kFirstRecheck = kSecond;               // of a backend that is not up; doubled up to the interval
 constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks
 constexpr Ns kReloadWait = 2 * kMaxReloadHold;      // for a reload to be in force, before the service manager is told
 constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection

@@ -267,8 +267,9 @@ inline std::optional<HostPort> parse_listen(std::string_view text) {
 // `host:port` or `[v6]:port`, as parse_listen reads it.
 inline std::string address_text(const HostPort& address) { return host_port(address.host, address.port); }
 
-// A name for DNS. One that ends in a number is a mistyped address (`10.0.0.256`, `1.2.3`).
+// A name for DNS, maybe with a final dot. One that ends in a number is a mistyped address (`10.0.0.256`, `1.2.3`).
 constexpr bool is_host_name(std::string_view host) {
+  if (host.ends_with('.')) host.remove_suffix(1);
   if (host.size() > kMaxHostBytes) return false;
   for (;;) {
     const std::size_t dot = host.find('.');

@@ -1,10 +1,10 @@
 // prober.h
-// Owns:      probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two;
-//            and fetching one page.
-// Promises:  every probe ends within its timeout with exactly one result, unless it is cancelled; its memory is
-//            bounded.
-// Leaves:    when to probe, and the consequences, to control.h; the state of a backend to registry.h.
-// Threads:   the control thread; the main thread of `nexus check`.
+// Owns:     probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two;
+//           and fetching one page.
+// Promises: every probe ends within its timeout with exactly one result, unless it is cancelled; its memory is bounded;
+//           the addresses of a backend are tried in turn until the probe passes at one.
+// Leaves:   when to probe, and the consequences, to control.h; the state of a backend to registry.h.
+// Threads:  the control thread; the main thread of `nexus check`.
 // Tested by: tests/prober_test.cpp
 #pragma once
 
@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-#include "nexus/api/response_json.h"
+#include "nexus/api/model_list.h"
 #include "nexus/base/limits.h"
 #include "nexus/base/object_pool.h"
 #include "nexus/fleet/registry.h"
@@ -31,39 +31,43 @@ constexpr std::size_t kProbeReadBytes = 32u << 10;
 struct ProbeResult {
   std::uint64_t epoch = 0;  // of the probed backend
   bool passed = false;
-  std::string reason;  // why it failed; if it passed, why its models could not be read
+  Address address;     // where it passed
+  std::string reason;  // why it failed; if it passed, why its models could not be read, or not all of them
   bool connected = false;
   std::uint16_t status = 0;  // of the last response; 0: none
   Ns round_trip_ns = 0;
   bool models_read = false;
   bool models_cut = false;  // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
   std::string_view lack;    // of this host, a constant text: then nothing but passed == true has a meaning
-  std::vector<std::string> models;
+  ListedModels models;
   std::string page;
 };
 
 struct ProbeOrder {
   std::uint64_t epoch = 0;
   BackendKind kind = BackendKind::generic;
-  Address address;
+  std::vector<Address> addresses;  // the first is tried first
   std::string host;
   std::string base_path;
   std::string authorization;
   bool wants_models = true;
-  std::string page;  // a path that is requested instead: the result is its content
+  bool any_answer = false;  // any but a 5xx proves that the backend lives: its models are known without it
+  std::string page;         // a path that is requested instead: the result is its content
   std::size_t max_bytes = kMaxProbeBytes;
   Ns timeout_ns = 0;
 };
 
 // A probe of a backend as it is configured, models included.
-inline ProbeOrder order_of(const BackendSettings& backend, const Address& address, std::uint64_t epoch, Ns timeout_ns) {
+inline ProbeOrder order_of(const BackendSettings& backend, std::vector<Address> addresses, std::uint64_t epoch,
+                           Ns timeout_ns) {
   ProbeOrder order;
   order.epoch = epoch;
   order.kind = backend.kind;
-  order.address = address;
+  order.addresses = std::move(addresses);
   order.host = host_of(backend);
   order.base_path = backend.base_path;
   if (!backend.api_key.empty()) order.authorization = "Bearer " + backend.api_key;
+  order.any_answer = !backend.models.empty();
   order.timeout_ns = timeout_ns;
   return order;
 }
@@ -87,11 +91,7 @@ class Prober {
       note_no_memory(result);
       return done(std::move(result));
     }
-    step(probe->token, done, [&](Probe&) {
-      if (!connect(*probe)) return true;
-      wheel_.arm(probe->timer, deadline_after(now, order.timeout_ns));
-      return false;
-    });
+    step(probe->token, now, done, [this](Probe& begun) { return !connect_next(begun); });
   }
 
   // Ends the probes of `epoch` without a result.
@@ -103,7 +103,7 @@ class Prober {
 
   template <class Done>
   void on_event(const Event& event, Ns now, Done&& done) {
-    step(event.token, done, [&](Probe& probe) {
+    step(event.token, now, done, [&](Probe& probe) {
       probe.connection.note(event);
       if (!probe.asked) {
         const IoResult established = probe.connection.establish(net_);
@@ -112,20 +112,26 @@ class Prober {
         ask(probe);
       }
       if (event.writable) probe.connection.flush(net_);
-      return read(probe, now);
+      return read(probe);
     });
   }
 
   template <class Done>
-  void on_deadline(Handle token, Done&& done) {
-    step(token, done,
+  void on_deadline(Handle token, Ns now, Done&& done) {
+    step(token, now, done,
          [&](Probe& probe) { return end(probe, probe.asked ? "no answer in time" : "no connection in time"); });
   }
 
  private:
   struct Probe {
     Probe(Handle token_in, const ProbeOrder& order_in, Ns now)
-        : token(token_in), order(order_in), row(row_of(order_in.kind)), timer(token_in), started_ns(now) {
+        : token(token_in),
+          order(order_in),
+          row(row_of(order_in.kind)),
+          timer(token_in),
+          now_ns(now),
+          started_ns(now),
+          deadline_ns(deadline_after(now, order_in.timeout_ns)) {
       result.epoch = order.epoch;
     }
     Handle token;
@@ -133,10 +139,14 @@ class Prober {
     const BackendKindRow& row;
     Connection<Net> connection;
     Timer timer;
+    Ns now_ns;  // of the present step
     Ns started_ns;
+    Ns deadline_ns;         // of the probe
+    std::size_t tried = 0;  // addresses; the last of them is in use
     bool asked = false;
     bool second = false;  // the health request passed, and the models are requested now
     bool head_done = false;
+    std::uint32_t interim_heads = 0;
     Buffer input;
     FieldTable fields;
     ResponseReader reader;
@@ -147,51 +157,73 @@ class Prober {
 
     // True if the current request is for the models.
     bool asks_for_models() const { return order.wants_models && (second || row.models_path == row.health_path); }
+    bool connected() const { return asked || second; }
+    std::uint16_t status() const { return head_done ? head.status : std::uint16_t{0}; }
   };
 
   // Runs `work`, which returns true if the probe is over, and then reports the result.
   template <class Done, class Work>
-  void step(Handle token, Done&& done, Work&& work) {
+  void step(Handle token, Ns now, Done&& done, Work&& work) {
     Probe* probe = probes_.get(token);
     if (probe == nullptr) return;
+    probe->now_ns = now;
     try {
       if (!work(*probe)) return;
     } catch (const std::bad_alloc&) {
       note_no_memory(probe->result);
     }
     ProbeResult result = std::move(probe->result);
-    result.connected = probe->asked || probe->second;
-    result.status = probe->head_done ? probe->head.status : std::uint16_t{0};
+    if (result.passed) {
+      result.connected = true;
+      result.status = probe->status();
+    }
     drop(*probe);
     done(std::move(result));
   }
 
   // If the health request passed, `passed` stays true.
-  static void note_lack(ProbeResult& result, SocketOutcome outcome) {
-    result.lack = lack_of(outcome);
-    result.models_read = result.models_cut = false;
-  }
   static void note_no_memory(ProbeResult& result) {
-    note_lack(result, SocketOutcome::no_memory);
+    result.lack = lack_of(SocketOutcome::no_memory);
+    result.models_read = result.models_cut = false;
     result.reason = "out of memory";  // short enough to be stored without an allocation
   }
 
-  static bool end(Probe& probe, std::string_view reason) {
-    probe.result.reason = reason;
-    return true;
+  // The probe failed at this address, for want of what `lack` names if that is not empty. True if it is over, false if
+  // another address is tried. The result is of the address that got furthest; a backend's failure precedes a lack.
+  bool end(Probe& probe, std::string_view reason, std::string_view lack = {}) {
+    ProbeResult& result = probe.result;
+    const bool first = result.reason.empty(), further = probe.connected() && !result.connected;
+    if (first || further || (lack.empty() && !result.lack.empty())) {
+      result.reason = reason;
+      result.lack = lack;
+      result.connected = probe.connected();
+      result.status = probe.status();
+    }
+    if (result.passed || probe.now_ns >= probe.deadline_ns) return true;
+    return !connect_next(probe);
+  }
+
+  // False if there is no other address. Each gets an equal share of the time that is left for connecting.
+  bool connect_next(Probe& probe) {
+    if (probe.tried == probe.order.addresses.size()) return false;
+    const auto left = static_cast<Ns>(probe.order.addresses.size() - probe.tried);
+    probe.tried += 1;
+    wheel_.arm(probe.timer, probe.now_ns + (probe.deadline_ns - probe.now_ns) / left);
+    return connect(probe);
   }
 
   // False if the probe is over.
   bool connect(Probe& probe) {
-    const SocketOutcome outcome = probe.connection.connect(net_, probe.order.address, probe.token);
-    if (outcome != SocketOutcome::ok) {
-      note_lack(probe.result, outcome);
-      return !end(probe, outcome == SocketOutcome::failed ? "the connection was refused at once" : lack_of(outcome));
-    }
+    if (probe.connection.is_open()) probe.connection.close(net_);
     probe.asked = probe.head_done = false;
+    probe.interim_heads = 0;
     probe.input.clear();
     probe.reader.start(&probe.fields);
-    return true;
+    const Address& address = probe.order.addresses[probe.tried - 1];
+    const SocketOutcome outcome = probe.connection.connect(net_, address, probe.token);
+    if (outcome == SocketOutcome::ok) return true;
+    const std::string_view lack = lack_of(outcome);
+    return !end(probe, lack.empty() ? "the connection was refused at once" : lack, lack);
   }
 
   void ask(Probe& probe) {
@@ -204,11 +236,12 @@ class Prober {
     if (!probe.order.authorization.empty()) detail::append_field(head, "Authorization", probe.order.authorization);
     head += "Connection: close\r\n\r\n";
     probe.asked = true;
+    wheel_.arm(probe.timer, probe.deadline_ns);
     probe.connection.write(net_, blocks_, head);  // reading the response reports a failure
   }
 
   // True if the probe is over.
-  bool read(Probe& probe, Ns now) {
+  bool read(Probe& probe) {
     while (probe.connection.may_read()) {
       if (probe.input.size() > probe.order.max_bytes) {
         probe.result.models_cut = probe.asks_for_models();
@@ -220,21 +253,20 @@ class Prober {
       if (result.kind == IoResult::Kind::failed) return end(probe, std::string("read: ") + strerror(result.error));
       const bool ended = result.kind == IoResult::Kind::eof;
       if (!ended) probe.input.commit(result.bytes);
-      if (const std::optional<bool> over = parse(probe, ended, now)) return *over;
+      if (const std::optional<bool> over = parse(probe, ended)) return *over;
     }
     return false;
   }
 
   // True if the probe is over; nothing if more of the response must be read.
-  std::optional<bool> parse(Probe& probe, bool ended, Ns now) {
+  std::optional<bool> parse(Probe& probe, bool ended) {
     constexpr std::string_view invalid = "its answer is not valid HTTP", cut = "its answer was cut short";
-    if (!probe.head_done) {
+    while (!probe.head_done) {
       const HeadResult result = probe.reader.feed(probe.input.data(), probe.input.size(), probe.head);
-      const bool whole = result.status == HeadResult::Status::done;
-      if (result.status == HeadResult::Status::failed || (whole && probe.head.status < 200)) return end(probe, invalid);
-      if (!whole && ended) return end(probe, cut);
-      if (!whole) return std::nullopt;
-      probe.head_done = true;
+      if (result.status == HeadResult::Status::failed) return end(probe, invalid);
+      if (result.status == HeadResult::Status::need_more) return ended ? std::optional(end(probe, cut)) : std::nullopt;
+      probe.head_done = probe.head.status >= 200;
+      if (!probe.head_done && !skip_interim(probe)) return end(probe, invalid);
       probe.body.start(probe.head.framing);
       probe.body_bytes = 0;
     }
@@ -244,29 +276,46 @@ class Prober {
     probe.body_bytes += piece.bytes;
     probe.input.truncate(decoded_end + piece.bytes);
     if (piece.failed) return end(probe, invalid);
-    if (piece.done || (ended && probe.body.ends_with_connection())) return on_answer(probe, now);
+    if (piece.done || (ended && probe.body.ends_with_connection())) return on_answer(probe);
     if (ended) return end(probe, cut);
     return std::nullopt;
   }
 
+  // RFC 9110 15.2: drops a head that comes before the final one. False if it can't be one.
+  static bool skip_interim(Probe& probe) {
+    if (probe.head.status == 101 || ++probe.interim_heads > kMaxInterimHeads) return false;
+    probe.input.consume(probe.head.head_bytes);
+    probe.reader.start(&probe.fields);
+    return true;
+  }
+
   // True if the probe is over.
-  bool on_answer(Probe& probe, Ns now) {
-    const bool good = probe.head.status / 100 == 2;
-    const std::string status = std::to_string(probe.head.status);
-    if (!good) return end(probe, (probe.second ? "its list of models answered " : "it answered ") + status);
+  bool on_answer(Probe& probe) {
+    const std::uint16_t status = probe.head.status;
+    const bool good = status / 100 == 2;
+    const bool lives = good || (probe.order.any_answer && !probe.second && status < 500);
+    const std::string refusal =
+        good ? "" : (probe.second ? "its list of models answered " : "it answered ") + std::to_string(status);
+    if (!lives) return end(probe, refusal);
+    if (!probe.second) note_passed(probe);
     if (!probe.order.page.empty()) probe.result.page.assign(body_of(probe));
-    if (!probe.second) {
-      probe.result.passed = true;
-      probe.result.round_trip_ns = now - probe.started_ns;
-    }
-    if (probe.asks_for_models()) {
-      read_models(probe);
-    } else if (probe.order.wants_models) {
-      probe.connection.close(net_);
+    if (!probe.order.wants_models) return true;
+    if (!good) return end(probe, refusal);
+    if (!probe.asks_for_models()) {
       probe.second = true;
       return !connect(probe);
     }
+    read_models(probe);
     return true;
+  }
+
+  static void note_passed(Probe& probe) {
+    ProbeResult& result = probe.result;
+    result.passed = true;
+    result.reason.clear();
+    result.lack = {};
+    result.address = probe.order.addresses[probe.tried - 1];
+    result.round_trip_ns = probe.now_ns - probe.started_ns;
   }
 
   static std::string_view body_of(const Probe& probe) {
@@ -275,12 +324,20 @@ class Prober {
 
   void read_models(Probe& probe) {
     ProbeResult& result = probe.result;
-    const ModelList list =
-        nexus::read_models(json_, body_of(probe), kMaxModelsPerBackend, result.models, result.models_cut);
-    if (list == ModelList::out_of_memory) throw std::bad_alloc();
-    result.models_read = list == ModelList::read;
-    if (!result.models_read) result.reason = "its list of models could not be read";
-    if (result.models_cut) result.reason = "it lists too many models: the rest is left out";
+    ModelList list = nexus::read_models(json_, body_of(probe), kMaxModelsPerBackend);
+    if (list.status == ModelList::Status::out_of_memory) throw std::bad_alloc();
+    result.models_read = list.status == ModelList::Status::read;
+    result.models_cut = list.more;
+    result.models = std::move(list.models);
+    if (!result.models_read) {
+      result.reason = "its list of models could not be read";
+    } else if (list.more) {
+      result.reason = "it lists too many models: the rest is left out";
+    } else if (list.unreadable > 0) {
+      result.reason = std::to_string(list.unreadable) + " entries of its list of models have no readable name";
+    } else if (list.shortened) {
+      result.reason = "entries of its list of models are too large, or no valid JSON: plain ones replace them";
+    }
   }
 
   void drop(Probe& probe) {

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/api/model_list.h"
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
@@ -52,12 +53,15 @@ struct BackendView {
   std::uint32_t max_pending = 0;
   bool ask_usage = false;
   bool healthy = false;
+  std::shared_ptr<const ListedModels> listed;  // what the offers point to
 };
 
 // A model that a backend offers.
 struct Offer {
   std::uint32_t backend = 0;  // index into Snapshot::backends
   Capabilities capabilities;
+  const ListedModel* listed = nullptr;  // as the backend lists it; null: the configuration does
+  bool implied = false;                 // it takes this name for another one, which it lists
 };
 
 // A model name that a client may use.
@@ -81,6 +85,17 @@ struct Snapshot {
   bool discovering = false;        // some backend's model list was not read yet: an unknown model may still appear
   std::string models_page;         // the response body of GET /v1/models
 
+  // The healthy backend's offer that speaks for a model: a listed one before an implied one, then by priority. Null if
+  // there is none.
+  const Offer* preferred_offer(const ModelEntry& entry) const {
+    const Offer* best = nullptr;
+    const auto rank = [this](const Offer& offer) { return std::pair(offer.implied, backends[offer.backend].priority); };
+    for (const Offer& offer : entry.offers) {
+      if (backends[offer.backend].healthy && (best == nullptr || rank(offer) < rank(*best))) best = &offer;
+    }
+    return best;
+  }
+
   const ModelEntry* find(std::string_view model) const {
     auto found = models.find(model);
     return found == models.end() ? nullptr : &found->second;
@@ -91,9 +106,19 @@ using SnapshotPtr = std::shared_ptr<const Snapshot>;
 
 // The Host field for a backend: host[:port], with an IPv6 address in brackets.
 inline std::string host_of(const BackendSettings& backend) {
-  const auto& [host, port] = backend.address;
+  const auto& [name, port] = backend.address;
+  const std::string host = name.ends_with('.') ? name.substr(0, name.size() - 1) : name;  // the dot is for DNS alone
   if (host.empty()) return "localhost";
   return port == 80 ? url_host(host) : host_port(host, port);
+}
+
+// Ollama takes a name without a tag for `latest`. Returns the other name of the same model, or nothing.
+inline std::string other_name(BackendKind kind, std::string_view model) {
+  constexpr std::string_view kLatest = ":latest";
+  if (kind != BackendKind::ollama) return {};
+  if (model.ends_with(kLatest)) return std::string(model.substr(0, model.size() - kLatest.size()));
+  const bool has_tag = model.substr(model.rfind('/') + 1).find(':') != std::string_view::npos;
+  return has_tag ? std::string() : std::string(model).append(kLatest);
 }
 
 class Registry {
@@ -102,9 +127,15 @@ class Registry {
     BackendSettings settings;
     BackendId id{};
     Health health = Health::unknown;
-    std::uint32_t streak = 0;             // consecutive checks that contradict `health`
-    std::vector<std::string> discovered;  // models; used if the configuration lists none
-    std::optional<Address> address;
+    std::uint32_t streak = 0;                        // consecutive checks that contradict `health`
+    bool was_up = false;                             // a check at its address has passed
+    std::uint32_t failed_checks = 0;                 // since the last one that passed
+    std::shared_ptr<const ListedModels> discovered;  // used if the configuration lists no models; null: not read yet
+    std::string list_remark;                         // the last problem with its list that was logged
+    std::optional<Address> address;                  // in use
+    std::vector<Address> addresses;                  // of its host name
+    bool looking_up = false;
+    bool lookup_failed = false;               // the last one
     std::shared_ptr<CircuitBreaker> circuit;  // changes with the address
     std::uint64_t epoch = 0;  // changes with url or type, so that results of earlier checks can be ignored
     // control.h's schedule.
@@ -112,7 +143,26 @@ class Registry {
     Ns next_lookup_ns = kNever;
     bool checking = false;
 
-    const std::vector<std::string>& models() const { return settings.models.empty() ? discovered : settings.models; }
+    bool has_models() const { return !settings.models.empty() || discovered != nullptr; }
+    bool is_unresolved() const { return lookup_failed && !address; }
+
+    // Calls visit(name, ListedModel*) for each of its models; the pointer is null if the configuration lists them.
+    template <class Visit>
+    void each_model(Visit&& visit) const {
+      for (const std::string& model : settings.models) visit(model, static_cast<const ListedModel*>(nullptr));
+      if (!settings.models.empty() || discovered == nullptr) return;
+      for (const ListedModel& model : *discovered) visit(model.name, &model);
+    }
+
+    // The addresses for the next check: the one in use first, or another one in each check if that failed.
+    std::vector<Address> to_try() const {
+      if (addresses.empty()) return {*address};
+      std::vector<Address> out = addresses;
+      const auto in_use = std::find(out.begin(), out.end(), *address);
+      const auto after_failures = out.begin() + static_cast<std::ptrdiff_t>(failed_checks % out.size());
+      std::rotate(out.begin(), failed_checks == 0 ? in_use : after_failures, out.end());
+      return out;
+    }
   };
 
   struct Transition {
@@ -147,13 +197,14 @@ class Registry {
       backend.address = parse_address(wanted.address.host, wanted.address.port);
     }
     for (std::size_t i = 0; i < next.size(); ++i) {
+      const bool had_list = known[i] != nullptr && !known[i]->settings.models.empty();
       if (known[i] != nullptr) {
         std::swap(next[i].settings, known[i]->settings);
         std::swap(next[i].circuit, known[i]->circuit);
         next[i] = std::move(*known[i]);
       }
       // A backend that was not checked while checks were off, or whose list of models is wanted now, is not known yet.
-      if (!before.enabled || next[i].models().empty()) next[i].health = Health::unknown;
+      if (!before.enabled || (had_list && !next[i].has_models())) next[i].health = Health::unknown;
       if (!after.enabled) next[i].health = Health::healthy;
     }
     backends_ = std::move(next);
@@ -171,24 +222,39 @@ class Registry {
     return find_if([&](const Backend& backend) { return backend.epoch == epoch; });
   }
 
-  // Records a check's result. The first result sets the health; later ones change it after `failures` or `recoveries`
-  // consecutive results.
+  // Records a check's result. The first result sets the health, and so does the first good one; others change it after
+  // `failures` or `recoveries` consecutive results.
   Transition note_check(Backend& backend, bool passed) {
     const Health seen = passed ? Health::healthy : Health::unhealthy;
     const HealthSettings& health = settings_->health;
-    const std::uint32_t needed = backend.health == Health::unknown ? 1 : passed ? health.recoveries : health.failures;
+    const bool first = backend.health == Health::unknown || (passed && !backend.was_up);
+    const std::uint32_t needed = first ? 1 : passed ? health.recoveries : health.failures;
+    backend.was_up |= passed;
     if (backend.health == seen) backend.streak = 0;
     if (backend.health == seen || ++backend.streak < needed) return {false, backend.health, backend.health};
     backend.streak = 0;
     return {true, std::exchange(backend.health, seen), seen};
   }
 
+  // Counts a check's result, or a lookup without an address, for the schedule. Returns the time until the next check: a
+  // backend that is not up is checked after kFirstRecheck, doubled with each failure, at most after the interval.
+  Ns next_check_in(Backend& backend, bool passed) const {
+    constexpr std::uint32_t kDoublings = 20;
+    const std::uint32_t failures =
+        std::exchange(backend.failed_checks, passed ? 0 : std::min(backend.failed_checks + 1, kDoublings));
+    const Ns interval = settings_->health.interval_ns;
+    const bool up = passed && backend.health == Health::healthy && backend.has_models();
+    return up ? interval : std::min(interval, kFirstRecheck << (passed ? 0 : failures));
+  }
+
   // Replaces the discovered models and drops duplicates. True if that changed anything.
-  bool set_models(Backend& backend, std::vector<std::string> names) {
-    std::sort(names.begin(), names.end());
-    names.erase(std::unique(names.begin(), names.end()), names.end());
-    if (names == backend.discovered) return false;
-    backend.discovered = std::move(names);
+  bool set_models(Backend& backend, ListedModels models) {
+    const auto by_name = [](const ListedModel& a, const ListedModel& b) { return a.name < b.name; };
+    const auto same_name = [](const ListedModel& a, const ListedModel& b) { return a.name == b.name; };
+    std::stable_sort(models.begin(), models.end(), by_name);
+    models.erase(std::unique(models.begin(), models.end(), same_name), models.end());
+    if (backend.discovered != nullptr && models == *backend.discovered) return false;
+    backend.discovered = std::make_shared<const ListedModels>(std::move(models));
     return true;
   }
 
@@ -198,6 +264,7 @@ class Registry {
     backend.circuit = std::make_shared<CircuitBreaker>(++servers_);
     backend.address = address;
     backend.streak = 0;
+    backend.was_up = false;
     if (backend.health == Health::unhealthy) backend.health = Health::unknown;
   }
 
@@ -209,12 +276,17 @@ class Registry {
     for (const Backend& backend : backends_) {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
-      made->discovering |= backend.health == Health::unknown && backend.models().empty();
+      made->discovering |= !backend.has_models() && !backend.is_unresolved();
     }
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {
-      for (const std::string& model : backends_[i].models()) {
-        entry(*made, model).offers.push_back(Offer{i, capabilities_of(backends_[i].settings, model)});
-      }
+      const BackendSettings& from = backends_[i].settings;
+      backends_[i].each_model([&](const std::string& model, const ListedModel* listed) {
+        const Offer offer{i, capabilities_of(from, model), listed};
+        entry(*made, model).offers.push_back(offer);
+        if (const std::string other = other_name(from.kind, model); !other.empty()) {
+          entry(*made, other).offers.push_back({i, offer.capabilities, listed, true});
+        }
+      });
     }
     for (const auto& [model, others] : settings_->fallbacks) {
       for (const std::string& other : others) entry(*made, other);
@@ -285,22 +357,25 @@ class Registry {
     view.ask_usage = from.stream_usage == StreamUsage::ask ||
                      (from.stream_usage == StreamUsage::by_kind && row_of(from.kind).takes_stream_options);
     view.healthy = backend.health == Health::healthy && backend.address.has_value();
+    view.listed = backend.discovered;
     return view;
   }
 
-  static bool has(const Capability& capability, std::string_view model) {
+  static bool has(const Capability& capability, std::string_view model, std::string_view other) {
     if (!capability.stated) return true;
     return std::any_of(capability.models.begin(), capability.models.end(),
-                       [&](const std::string& listed) { return listed == "*" || listed == model; });
+                       [&](const std::string& listed) { return listed == "*" || listed == model || listed == other; });
   }
 
   static Capabilities capabilities_of(const BackendSettings& backend, std::string_view model) {
     Capabilities out;
-    out.vision = has(backend.vision, model);
-    out.tools = has(backend.tools, model);
-    out.json_mode = has(backend.json_mode, model);
+    const std::string other = other_name(backend.kind, model);
+    out.vision = has(backend.vision, model, other);
+    out.tools = has(backend.tools, model, other);
+    out.json_mode = has(backend.json_mode, model, other);
     for (const ContextLength& row : backend.context_length) {
-      if (row.model == model || (row.model == "*" && out.context_tokens == 0)) out.context_tokens = row.tokens;
+      if (row.model == model || row.model == other || (row.model == "*" && out.context_tokens == 0))
+        out.context_tokens = row.tokens;
     }
     return out;
   }

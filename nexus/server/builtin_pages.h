@@ -34,35 +34,25 @@
 
 namespace nexus {
 
-namespace detail {
-
-inline void write_model(JsonWriter<std::string>& json, std::string_view model, std::string_view backend) {
-  json.begin_object().field("id", model).field("object", "model").field("created", 0).field("owned_by", backend);
-  json.end_object();
+// The offer that shows a model in the list; null if the list does not have it.
+inline const Offer* listed_offer(const Snapshot& snapshot, const ModelEntry& entry) {
+  const Offer* offer = snapshot.preferred_offer(entry);
+  return offer != nullptr && offer->implied && !entry.is_alias() ? nullptr : offer;
 }
 
-inline bool is_healthy(const Snapshot& snapshot, const Offer& offer) {
-  return snapshot.backends[offer.backend].healthy;
-}
-
-}  // namespace detail
-
-// GET /v1/models: every model of every healthy backend, by id, then backend.
+// GET /v1/models: each model and alias that a healthy backend serves, by id, once.
 inline std::string render_models(const Snapshot& snapshot) {
-  std::vector<std::pair<std::string_view, std::string_view>> rows;
+  std::vector<std::pair<std::string_view, const Offer*>> rows;
   for (const auto& [name, entry] : snapshot.models) {
-    if (entry.is_alias()) continue;
-    for (const Offer& offer : entry.offers) {
-      if (detail::is_healthy(snapshot, offer)) rows.emplace_back(name, snapshot.backends[offer.backend].name);
-    }
+    if (const Offer* offer = listed_offer(snapshot, entry)) rows.emplace_back(name, offer);
   }
   std::sort(rows.begin(), rows.end());
-  std::string out;
-  JsonWriter json(out);
-  json.begin_object().field("object", "list").key("data").begin_array();
-  for (const auto& [model, backend] : rows) detail::write_model(json, model, backend);
-  json.end_array().end_object();
-  return out;
+  std::string out = R"({"object":"list","data":[)";
+  for (const auto& [model, offer] : rows) {
+    if (model != rows.front().first) out += ',';
+    append_model(out, model, offer->listed, snapshot.backends[offer->backend].name);
+  }
+  return out += "]}";
 }
 
 // Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
@@ -79,19 +69,15 @@ inline std::string unescape_path(std::string_view text) {
   return out;
 }
 
-// GET /v1/models/{id}: the model on the first healthy backend that has it; an alias keeps its own name. False if there
-// is none.
+// GET /v1/models/{id}: the model's entry in the list, also under a name that the list does not have. False if there is
+// none.
 inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path) {
   const std::string id = unescape_path(path.substr(kModelPrefix.size()));
   const ModelEntry* entry = snapshot.find(id);
-  if (entry == nullptr) return false;
-  for (const Offer& offer : entry->offers) {
-    if (!detail::is_healthy(snapshot, offer)) continue;
-    JsonWriter json(out);
-    detail::write_model(json, id, snapshot.backends[offer.backend].name);
-    return true;
-  }
-  return false;
+  const Offer* offer = entry == nullptr ? nullptr : snapshot.preferred_offer(*entry);
+  if (offer == nullptr) return false;
+  append_model(out, id, offer->listed, snapshot.backends[offer->backend].name);
+  return true;
 }
 
 // GET /health. Returns the status.
@@ -100,10 +86,7 @@ inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, b
   const auto healthy = static_cast<std::size_t>(std::count_if(
       snapshot.backends.begin(), snapshot.backends.end(), [](const BackendView& backend) { return backend.healthy; }));
   const auto models = std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
-    const auto& offers = named.second.offers;
-    return !named.second.is_alias() && std::any_of(offers.begin(), offers.end(), [&](const Offer& offer) {
-      return detail::is_healthy(snapshot, offer);
-    });
+    return !named.second.is_alias() && listed_offer(snapshot, named.second) != nullptr;
   });
   const std::string_view status = draining           ? "draining"
                                   : healthy == 0     ? "unhealthy"

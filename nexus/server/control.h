@@ -119,7 +119,7 @@ class Control {
     now_ = net_.now();
     for (std::size_t i = 0; i < count; ++i) guarded([&] { on_event(events_[i]); });
     guarded([&] { resolver_.step(); });
-    wheel_.fire(now_, [this](Handle token) { guarded([&] { prober_.on_deadline(token, probe_done()); }); });
+    wheel_.fire(now_, [this](Handle token) { guarded([&] { prober_.on_deadline(token, now_, probe_done()); }); });
     for (auto& backend : registry_.backends()) {
       if (now_ >= due_ns(backend)) guarded([&] { check_and_look_up(backend); });
     }
@@ -201,6 +201,7 @@ class Control {
     // The API key, the source of the model list, the interval or the timeout may have changed.
     for (Registry::Backend& backend : registry_.backends()) {
       backend.next_check_ns = std::min(backend.next_check_ns, now_ + registry_.settings().health.interval_ns);
+      if (backend.lookup_failed) backend.next_lookup_ns = now_;
       guarded([&] { check_anew(backend); });
     }
   }
@@ -273,26 +274,47 @@ class Control {
     }
     if (now_ < backend.next_lookup_ns) return;
     backend.next_lookup_ns = now_ + kResolveInterval;
-    if (resolver_.lookup(where.host, where.port, backend.epoch)) return;
+    if (backend.looking_up) return;
+    backend.looking_up = resolver_.lookup(where.host, where.port, backend.epoch);
+    if (backend.looking_up) return;
     on_resolved(backend.epoch, {}, "too many lookups are waiting");
   }
 
+  // With an error beside addresses, some are missing: then the one in use stays.
   void on_resolved(std::uint64_t epoch, const std::vector<Address>& addresses, const std::string& error) {
     Registry::Backend* backend = registry_.find_epoch(epoch);
     if (backend == nullptr) return;
+    backend->looking_up = false;
+    const bool had_failed = std::exchange(backend->lookup_failed, addresses.empty());
     if (addresses.empty()) {
-      log_.event(LogLevel::warning, "DNS lookup failed",
+      log_.event(had_failed ? LogLevel::debug : LogLevel::warning, "DNS lookup failed",
                  {{"backend", backend->settings.name}, {"host", backend->settings.address.host}, {"why", error}});
+      if (!backend->address) note_unresolved(*backend, error);
       return;
     }
-    // If the address in use is still among them it stays, and so do the connections to it.
-    const bool first = !backend->address.has_value();
-    if (!first && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end()) return;
-    registry_.set_address(*backend, addresses.front());
-    unpublished_ = true;
+    const bool in_use =
+        backend->address && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end();
+    if (backend->address && !in_use && !error.empty()) return;
+    backend->addresses = addresses;
+    if (in_use) return;  // it stays, and so do the connections to it
+    use_address(*backend, addresses.front());
     check_anew(*backend);
+  }
+
+  void use_address(Registry::Backend& backend, const Address& address) {
+    registry_.set_address(backend, address);
+    unpublished_ = true;
     log_.event(LogLevel::info, "backend address resolved",
-               {{"backend", backend->settings.name}, {"address", to_string(addresses.front())}});
+               {{"backend", backend.settings.name}, {"address", to_string(address)}});
+  }
+
+  // The backend is unhealthy; its name is looked up again when a check would be due.
+  void note_unresolved(Registry::Backend& backend, const std::string& error) {
+    unpublished_ |= !backend.has_models();
+    ProbeResult result;
+    result.reason = "host name not resolved: " + error;
+    if (registry_.settings().health.enabled) note_health(backend, result);
+    backend.next_lookup_ns = now_ + registry_.next_check_in(backend, false);
   }
 
   // ---- checks ----
@@ -304,16 +326,9 @@ class Control {
   void check(Registry::Backend& backend) {
     const bool wanted = registry_.settings().health.enabled || backend.settings.models.empty();
     if (backend.checking || !wanted) return;
-    if (!backend.address) {
-      ProbeResult result;
-      result.epoch = backend.epoch;
-      result.reason = "host name not resolved";
-      // The first lookup has just been started: its answer leads to the first check.
-      if (backend.health != Health::unknown) on_result(std::move(result));
-      return;
-    }
+    if (!backend.address) return;  // its lookup is due, or on its way, and leads to the first check
     const Ns timeout_ns = registry_.settings().health.timeout_ns;
-    ProbeOrder order = order_of(backend.settings, *backend.address, backend.epoch, timeout_ns);
+    ProbeOrder order = order_of(backend.settings, backend.to_try(), backend.epoch, timeout_ns);
     order.wants_models = backend.settings.models.empty();
     backend.checking = true;
     if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;
@@ -331,18 +346,37 @@ class Control {
     if (backend == nullptr) return;
     backend->checking = false;
     if (!result.lack.empty()) note_lack(result);
-    if (!result.lack.empty() && !result.passed) return;  // it says nothing about the backend
-    if (result.passed) slab_.health_check(backend->id, result.round_trip_ns);
-    if (result.models_cut) slab_.limit_hit(Limit::models);
+    if (!result.lack.empty() && !result.passed) return check_again_in(*backend, kFirstRecheck);  // it says nothing
+    if (result.passed) note_passed(*backend, result);
     if (registry_.settings().health.enabled) note_health(*backend, result);
-    const std::string_view name = backend->settings.name;
-    if (result.models_read && registry_.set_models(*backend, std::move(result.models))) {
+    if (result.passed) note_models(*backend, result);
+    check_again_in(*backend, registry_.next_check_in(*backend, result.passed));
+  }
+
+  // A name whose server is not up may have another address by then.
+  void check_again_in(Registry::Backend& backend, Ns span) {
+    backend.next_check_ns = std::min(backend.next_check_ns, now_ + span);
+    if (backend.failed_checks > 0) backend.next_lookup_ns = std::min(backend.next_lookup_ns, backend.next_check_ns);
+  }
+
+  void note_passed(Registry::Backend& backend, const ProbeResult& result) {
+    slab_.health_check(backend.id, result.round_trip_ns);
+    if (backend.address != result.address) use_address(backend, result.address);
+  }
+
+  void note_models(Registry::Backend& backend, ProbeResult& result) {
+    const std::string_view name = backend.settings.name;
+    if (result.models_cut) slab_.limit_hit(Limit::models);
+    if (result.models_read && registry_.set_models(backend, std::move(result.models))) {
       unpublished_ = true;
       log_.event(LogLevel::info, "backend models changed",
-                 {{"backend", name}, {"models", Digits(backend->discovered.size()).view()}});
-    } else if (result.passed && !result.reason.empty()) {
-      log_.event(LogLevel::warning, "model list refresh failed", {{"backend", name}, {"why", result.reason}});
+                 {{"backend", name}, {"models", Digits(backend.discovered->size()).view()}});
     }
+    if (result.reason == backend.list_remark) return;
+    backend.list_remark = result.reason;
+    if (result.reason.empty()) return;
+    log_.event(LogLevel::warning, result.models_read ? "model list incomplete" : "model list refresh failed",
+               {{"backend", name}, {"why", result.reason}});
   }
 
   void note_lack(const ProbeResult& result) {

@@ -87,9 +87,9 @@ class PageRenderer {
         view.ejected_why = ejection->why;
       }
       if (!healthy) continue;
-      for (const std::string& model : backend.models()) {
+      backend.each_model([&](const std::string& model, const ListedModel*) {
         fleet.models_on_healthy.push_back(registry_.model_names().find(model));
-      }
+      });
     }
     auto& models = fleet.models_on_healthy;
     std::sort(models.begin(), models.end());

@@ -247,7 +247,7 @@ export function answer_plainly(request, reply) {
 export function answer_probe(request, reply, backend) {
   const path = request.path.replace(/^.*(\/api\/tags|\/v1\/models|\/health)$/, '$1');
   if (path === '/api/tags' && backend.kind === 'ollama') return reply.json({ models: backend.models.map((name) => ({ name, model: name, size: 1 })) });
-  if (path === '/v1/models') return reply.json({ object: 'list', data: backend.models.map((id) => ({ id, object: 'model', created: 1700000000, owned_by: 'someone' })) });
+  if (path === '/v1/models') return reply.json({ object: 'list', data: backend.models.map((id) => ({ id, object: 'model', created: 1700000000 })) });
   if (path === '/health' && backend.kind === 'llamacpp') return reply.json({ status: 'ok' });
   reply.json({ error: { message: 'no such page' } }, 404);
 }

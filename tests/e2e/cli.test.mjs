@@ -281,7 +281,7 @@ group('echo backend', () => {
     const { data } = (await get(nexus.port, '/v1/models')).json;
     assert.ok(data.length >= 1);
     const model = data[0].id;
-    assert.equal(data[0].owned_by, 'demo');
+    assert.equal(data[0].owned_by, 'nexus');
     const plain = (await post(nexus.port, '/v1/chat/completions', chat(model))).json;
     assert.equal(plain.object, 'chat.completion');
     assert.ok(plain.choices[0].message.content.length > 0);

@@ -31,22 +31,37 @@ group('endpoints', () => {
     assert.equal((await get(nexus.port, '/health')).json.models, 0);
   });
 
-  test('GET /v1/models lists every model of every healthy backend by id, then backend', async (t) => {
+  test('GET /v1/models lists each model of the healthy backends once, by id, and each alias', async (t) => {
     const a = await start_backend(t, { models: ['zeta', 'm/with/slash', 'alpha'] });
     const b = await start_backend(t, { kind: 'ollama', models: ['llama3:70b', 'alpha', 'Ünïcode'] });
     const down = await start_backend(t, { models: ['never'] });
     await down.stop();
-    const nexus = await start_nexus(t, { backends: [{ name: 'two', mock: b }, { name: 'one', mock: a }, { name: 'zero', mock: down }] }, { ready: 'up' });
+    const nexus = await start_nexus(t, { backends: [{ name: 'two', mock: b }, { name: 'one', mock: a }, { name: 'zero', mock: down }], aliases: { short: 'zeta', lost: 'never' } }, { ready: 'up' });
     await until(async () => (await get(nexus.port, '/health')).json.backends.healthy === 2, 'two healthy backends');
     const r = await get(nexus.port, '/v1/models');
     assert.equal(r.status, 200);
     assert.equal(r.json.object, 'list');
     const list = r.json.data.map((m) => [m.id, m.owned_by]);
-    assert.deepEqual(list, [['alpha', 'one'], ['alpha', 'two'], ['llama3:70b', 'two'], ['m/with/slash', 'one'], ['zeta', 'one'], ['Ünïcode', 'two']]);
+    assert.deepEqual(list, [['alpha', 'two'], ['llama3:70b', 'two'], ['m/with/slash', 'one'], ['short', 'one'], ['zeta', 'one'], ['Ünïcode', 'two']]);
     for (const m of r.json.data) {
       assert.equal(m.object, 'model');
       assert.ok(Number.isInteger(m.created));
     }
+  });
+
+  test("a model's entry is the preferred backend's own, byte for byte; an alias has the entry of its model", async (t) => {
+    const own = '{ "id":"m", "created":17.0, "owned_by":"vllm", "max_model_len":32768, "meta":{"n_ctx":[1, 2]} }';
+    const listing = (text) => (_, reply) => reply.body(200, `{"data":[null,${text}]}`, { 'Content-Type': 'application/json' });
+    const a = await start_backend(t, { probe: listing('{"id":"m","max_model_len":1}') });
+    const b = await start_backend(t, { probe: listing(own) });
+    const nexus = await start_nexus(t, { backends: [{ name: 'a', mock: a, priority: 60 }, { name: 'b', mock: b, priority: 40 }], aliases: { gpt: 'm' }, health: { interval: '200ms', failures: 1 } });
+    const renamed = own.replace('"m"', '"gpt"');
+    assert.equal((await get(nexus.port, '/v1/models')).text, `{"object":"list","data":[${renamed},${own}]}`);
+    assert.equal((await get(nexus.port, '/v1/models/m')).text, own);
+    assert.equal((await get(nexus.port, '/v1/models/gpt')).text, renamed);
+    await nexus.logged(/model list incomplete backend=a why=.*1 entries/);
+    await b.stop();
+    await until(async () => (await get(nexus.port, '/v1/models/m')).text === '{"owned_by":"a","id":"m","max_model_len":1}', "the other backend's entry", 15_000);
   });
 
   test('GET /v1/models/{id} finds ids with slashes and colons, plain or encoded', async (t) => {

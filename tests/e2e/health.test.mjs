@@ -167,6 +167,20 @@ group('health', () => {
     assert.equal((await post(nexus.port, path, chat('listed'))).status, 404);
   });
 
+  for (const [what, probe] of [['wants keys of its clients', (_, reply) => reply.json({ error: 'no key' }, 401)], ['has no list', (_, reply) => reply.json({}, 404)], ['sends an interim answer first', (request, reply, backend) => { reply.raw('HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n'); answer_probe(request, reply, backend); }]]) {
+    test(`a backend with a fixed list is healthy though it ${what}`, async (t) => {
+      const { nexus } = await pair(t, { kind: 'vllm', probe }, { backend: { models: 'm1' } });
+      assert.equal((await post(nexus.port, path, chat('m1'))).status, 200);
+    });
+  }
+
+  test('Ollama serves a model of the tag latest without its tag', async (t) => {
+    const { nexus } = await pair(t, { kind: 'ollama', models: ['llama3:latest'] });
+    assert.equal((await post(nexus.port, path, chat('llama3'))).status, 200);
+    assert.equal((await get(nexus.port, '/v1/models/llama3')).json.id, 'llama3');
+    assert.deepEqual(await models(nexus), ['llama3:latest']);
+  });
+
   test('a long list of models in many pieces is read whole', async (t) => {
     const names = Array.from({ length: 3000 }, (_, i) => `org-${i}/model-with-a-long-name-${i}`);
     const { nexus } = await pair(t, { models: names });

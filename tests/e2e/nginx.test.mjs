@@ -59,7 +59,7 @@ group('nginx as a backend', () => {
   test('its model is found and its fixed completion comes back byte for byte, 60 times over connections that it closes after 3', async (t) => {
     const ports = await start_nginx(t);
     const nexus = await start_nexus(t, { server: { threads: 1 }, backends: [{ name: 'ngx', url: `http://127.0.0.1:${ports.files}`, type: 'openai' }] });
-    assert.equal((await get(nexus.port, '/v1/models/file-model')).json.owned_by, 'ngx');
+    assert.equal((await get(nexus.port, '/v1/models/file-model')).json.owned_by, 'nginx');
     const client = await RawClient.connect(nexus.port);
     t.after(() => client.close());
     for (let i = 0; i < 60; i++) {

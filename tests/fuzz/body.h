@@ -7,6 +7,7 @@
 // Threads:  one.
 #pragma once
 
+#include "nexus/api/model_list.h"
 #include "nexus/api/request_json.h"
 #include "nexus/api/response_json.h"
 #include "tests/fuzz/fuzz.h"
@@ -109,46 +110,65 @@ inline void request_body(std::string_view input) {
   }
 }
 
-inline void model_list(std::string_view input) {
-  Guarded copy(input, nexus::kPaddingBytes);
+// One list, read as nexus::read_models() should: the names, and if they are a list of models.
+struct PlainList {
   std::vector<std::string> names;
+  std::size_t unreadable = 0;
   bool more = false;
-  constexpr std::size_t kMost = 5;
-  const nexus::ModelList found = nexus::read_models(json_reader(), copy.view(), kMost, names, more);
-  const bool read = found == nexus::ModelList::read;
-  check(names.size() <= kMost, "more names than asked for");
-  for (const std::string& name : names) check(!name.empty() && name.size() <= 256, "a name out of its bounds");
-  const auto body = plain_json::read(input);
-  if (!body || body->kind != Kind::object || plain_json::Reader(input).deepest() > 500) return;
-  // The first member that is a list of models counts.
-  const plain_json::Value* list = nullptr;
-  std::string key;
-  for (const auto& [name, value] : body->members) {
-    if (list != nullptr || (name != "data" && name != "models")) continue;
-    list = &value;
-    key = name == "data" ? "id" : "name";
-  }
-  if (list == nullptr || list->kind != Kind::list) return check(!read, "names out of no list");
-  std::vector<std::string> wanted;
-  bool good = true, wanted_more = false;
-  for (const plain_json::Value& item : list->items) {
+  bool read() const { return !names.empty() || unreadable == 0; }
+};
+
+inline PlainList plain_model_list(const plain_json::Value& list, const std::string& key, std::size_t most) {
+  PlainList plain;
+  for (const plain_json::Value& item : list.items) {
+    plain.more = plain.names.size() == most;
+    if (plain.more) break;
     const plain_json::Value* name = nullptr;
     for (const auto& [member, value] : item.members) {
       if (member == key && name == nullptr) name = &value;
     }
-    if (name == nullptr || name->kind != Kind::text) {
-      good = false;
-      break;
+    if (name == nullptr || name->kind != Kind::text || name->text.empty() || name->text.size() > 256) {
+      plain.unreadable += 1;
+    } else {
+      plain.names.push_back(name->text);
     }
-    if (name->text.empty() || name->text.size() > 256) continue;
-    if (wanted.size() == kMost) {
-      wanted_more = true;
-      break;
-    }
-    wanted.push_back(name->text);
   }
-  check(read == good, "only one reader takes it for a list of models");
-  if (read) check(names == wanted && more == wanted_more, "the names differ");
+  return plain;
+}
+
+inline void model_list(std::string_view input) {
+  Guarded copy(input, nexus::kPaddingBytes);
+  constexpr std::size_t kMost = 5;
+  const nexus::ModelList found = nexus::read_models(json_reader(), copy.view(), kMost);
+  const bool read = found.status == nexus::ModelList::Status::read;
+  check(found.models.size() <= kMost, "more names than asked for");
+  std::vector<std::string> names;
+  for (const nexus::ListedModel& model : found.models) {
+    names.push_back(model.name);
+    check(!model.name.empty() && model.name.size() <= 256, "a name out of its bounds");
+    for (const std::string_view name : {std::string_view(model.name), std::string_view("other")}) {
+      std::string entry;
+      nexus::append_model(entry, name, &model, "b");
+      const auto shown = plain_json::read(entry);
+      check(shown && shown->kind == Kind::object, "an entry that is no JSON object");
+      bool named = false;
+      for (const auto& [member, value] : shown->members) named |= member == "id" && value.text == name;
+      check(named, "an entry without its name");
+    }
+  }
+  const auto body = plain_json::read(input);
+  if (!body || body->kind != Kind::object || plain_json::Reader(input).deepest() > 500) return;
+  PlainList wanted;
+  bool is_list = false, by_id = false;
+  for (const auto& [name, value] : body->members) {
+    if ((name != "data" && name != "models") || value.kind != Kind::list || by_id) continue;
+    if (is_list && name == "models") continue;  // the first of them, until there is one of OpenAI's shape
+    by_id = name == "data";
+    wanted = plain_model_list(value, by_id ? "id" : "name", kMost);
+    is_list = wanted.read();
+  }
+  check(read == is_list, "only one reader takes it for a list of models");
+  if (read) check(names == wanted.names && found.more == wanted.more, "the names differ");
 }
 
 }  // namespace fuzz

@@ -35,12 +35,13 @@ class Script {
   Script(const Script&) = delete;
   Script& operator=(const Script&) = delete;
 
-  ConnectFate::Kind fate = ConnectFate::Kind::accepted;  // of the next connections to backends
-  Wire wire{
-      1, [this](const Address& to) {
-        const bool silent = to == *parse_address(kSilentHost, to.port);
-        return ConnectFate{silent ? ConnectFate::Kind::ignored : fate, static_cast<std::uint32_t>(to.port), shape()};
-      }};
+  ConnectFate::Kind fate = ConnectFate::Kind::accepted;      // of the next connections to backends
+  std::function<ConnectFate::Kind(const Address&)> fate_of;  // if set, in place of `fate`
+  Wire wire{1, [this](const Address& to) {
+              const bool silent = to == *parse_address(kSilentHost, to.port);
+              const ConnectFate::Kind kind = silent ? ConnectFate::Kind::ignored : fate_of ? fate_of(to) : fate;
+              return ConnectFate{kind, static_cast<std::uint32_t>(to.port), shape()};
+            }};
   std::deque<Peer> peers;                 // in the order in which their connections were made
   std::function<void(Peer&)> on_connect;  // Nexus connected to a backend
 
