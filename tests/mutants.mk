@@ -14,7 +14,7 @@ mutants-build: $(READY) $(DEPS)/test-modules
 	@ln -sfn $(abspath tests/node_modules) $(MUTANTS)/tests/node_modules
 	@rm -rf $(MUTANTS)/build/deps && cp -a $(DEPS) $(MUTANTS)/build/
 	@$(NODE) tests/mutants/mutants.mjs apply $(MUTANTS)
-	@$(MAKE) --no-print-directory -C $(MUTANTS) CXXFLAGS='-include tests/mutants/mutant.h' build/unit_tests build/sim build/nexus
+	@[ ! -f $(MUTANTS)/Makefile ] || $(MAKE) --no-print-directory -C $(MUTANTS) CXXFLAGS='-include tests/mutants/mutant.h' build/unit_tests build/sim build/nexus
 
 mutants: mutants-build
 	@$(NODE) tests/mutants/mutants.mjs run $(MUTANTS) --only '$(ONLY)' --parts '$(PARTS)' $(MUTANT_ARGS)
