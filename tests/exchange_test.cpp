@@ -1,12 +1,15 @@
 // exchange_test.cpp
 // Goal:   what the simulator hardly ever meets: a client gone at one certain write, a backend that answers while the
-//         request is blocked.
+//         request is blocked, or before it was asked.
 // Method: one worker on the simulated network, far ends that do what a test says, one call made to fail.
 #include <doctest/doctest.h>
 
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "tests/lib/gateway.h"
 #include "tests/lib/script.h"
@@ -111,4 +114,84 @@ TEST_CASE("a response that begins before the request is sent whole is read in sh
   sim::faults() = {};
   const auto reads = std::count(calls.begin(), calls.end(), sim::Call::read);
   CHECK(reads <= 3 * kReadsPerTurn);  // by the event, after the request was sent, and by reschedule()
+}
+
+namespace {
+
+// One gateway, one backend, and turns for both.
+struct Scene {
+  sim::Script net;
+  sim::Gateway gateway;
+  std::vector<sim::Peer*> backends;  // connections to the backend, in order
+
+  explicit Scene(std::shared_ptr<const Settings> with) : gateway(net.wire, std::move(with), 1, 7) {
+    net.wire.on_ready = [this](std::uint32_t loop, sim::LinkId link) { gateway.net(loop).make_ready(link); };
+    net.on_connect = [this](sim::Peer& peer) { backends.push_back(&peer); };
+  }
+  void turns() {
+    for (int i = 0; i < 20; ++i) {
+      net.deliver();
+      for (std::uint32_t loop = 0; loop < gateway.loops(); ++loop) {
+        if (gateway.due_at(loop) <= net.wire.now()) gateway.turn(loop);
+      }
+    }
+  }
+  // Sends bytes to one side, then to the other: both are there at Nexus's next turn.
+  void both_then_turns(sim::Peer& one, std::string_view first, sim::Peer& other, std::string_view second) {
+    net.send(one, first);
+    net.deliver();
+    net.send(other, second);
+    turns();
+  }
+};
+
+std::string answer(std::string_view body, std::string_view fields = {}) {
+  std::string text = "HTTP/1.1 200 OK\r\n";
+  text.append(fields).append("Content-Length: ").append(std::to_string(body.size())).append("\r\n\r\n").append(body);
+  return text;
+}
+
+}  // namespace
+
+TEST_CASE("bytes that a backend sent before the request went out are no answer to it") {
+  Scene scene(settings(false));
+  sim::Peer& client = scene.net.connect_client();
+  scene.turns();
+  scene.net.send(client, kPost);
+  scene.turns();
+  REQUIRE(scene.backends.size() == 1);
+  scene.net.send(*scene.backends[0], answer("first"));
+  scene.turns();
+  REQUIRE(client.received.find("first") != std::string::npos);
+  // The client's request is there before the bytes of the idle connection, in the same turn.
+  scene.both_then_turns(client, kPost, *scene.backends[0], answer("not asked for"));
+  REQUIRE(scene.backends.size() == 2);
+  CHECK(scene.net.closed(*scene.backends[0]));
+  CHECK(scene.backends[0]->received.find(kBody) == scene.backends[0]->received.rfind(kBody));
+  scene.net.send(*scene.backends[1], answer("second"));
+  scene.turns();
+  CHECK(client.received.find("not asked for") == std::string::npos);
+  CHECK(client.received.find("second") != std::string::npos);
+}
+
+TEST_CASE("a request on a reused connection that closed is sent twice, unless resend is never") {
+  for (const Resend resend : {Resend::stale, Resend::never}) {
+    auto with = std::make_shared<Settings>(*settings(false));
+    with->upstream.resend = resend;
+    Scene scene(with);
+    sim::Peer& client = scene.net.connect_client();
+    scene.turns();
+    scene.net.send(client, kPost);
+    scene.turns();
+    REQUIRE(scene.backends.size() == 1);
+    scene.net.send(*scene.backends[0], answer("first"));
+    scene.turns();
+    scene.net.send(client, kPost);
+    scene.turns();
+    REQUIRE(scene.backends[0]->received.find(kBody) != scene.backends[0]->received.rfind(kBody));
+    scene.net.finish(*scene.backends[0]);  // without an answer to the second
+    scene.turns();
+    CHECK(scene.backends.size() == (resend == Resend::stale ? 2 : 1));
+    CHECK((client.received.find("HTTP/1.1 502") != std::string::npos) == (resend == Resend::never));
+  }
 }

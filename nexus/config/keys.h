@@ -196,6 +196,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
      [](V& v) { v.to(v.s.upstream.request_timeout_ns); }},
     {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.s.upstream.idle_connections); }},
     {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.idle_timeout_ns); }},
+    {"upstream", "resend", kChoice, "stale", "stale, never", [](V& v) { v.to(v.s.upstream.resend); }},
 
     {"health", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.health.enabled); }},
     {"health", "interval", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.health.interval_ns); }},

@@ -37,6 +37,7 @@ enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least
 enum class LabelMode : std::uint8_t { sanitize, raw };
 enum class LogLevel : std::uint8_t { error, warning, info, debug };
 enum class LogFormat : std::uint8_t { text, json };
+enum class Resend : std::uint8_t { stale, never };
 enum class StreamUsage : std::uint8_t { by_kind, ask, as_is };  // by_kind: ask, but as_is for `generic`
 
 struct ApiKey {
@@ -71,6 +72,7 @@ struct UpstreamSettings {
   Ns request_timeout_ns = 0;            // 0 = none
   std::uint32_t idle_connections = 64;  // kept per backend and thread
   Ns idle_timeout_ns = 60 * kSecond;
+  Resend resend = Resend::stale;  // stale: once more, if a reused connection closed without a byte
 };
 
 struct HealthSettings {

@@ -81,9 +81,10 @@ struct Snapshot {
   std::shared_ptr<const Settings> settings;
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
-  bool any_vision_stated = false;  // some backend has a `vision` list
-  bool discovering = false;        // some backend's model list was not read yet: an unknown model may still appear
-  std::string models_page;         // the response body of GET /v1/models
+  bool any_vision_stated = false;   // some backend has a `vision` list
+  bool any_context_stated = false;  // some backend has a `context_length`
+  bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
+  std::string models_page;          // the response body of GET /v1/models
 
   // The healthy backend's offer that speaks for a model: a listed one before an implied one, then by priority. Null if
   // there is none.
@@ -276,6 +277,7 @@ class Registry {
     for (const Backend& backend : backends_) {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
+      made->any_context_stated |= !backend.settings.context_length.empty();
       made->discovering |= !backend.has_models() && !backend.is_unresolved();
     }
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {

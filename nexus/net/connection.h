@@ -95,6 +95,13 @@ class Connection {
     return result;
   }
 
+  // True if the peer has sent nothing: no byte and no end. Asks the kernel, because an event may not be fetched yet.
+  // If false, the connection is of no use any more.
+  bool is_quiet(Net& net) {
+    char early = 0;
+    return !hangup_ && read(net, &early, 1).kind == IoResult::Kind::again;
+  }
+
   // Sends what the kernel takes now and keeps nothing. After a failure the peer's last bytes can still be read.
   IoResult write_some(Net& net, std::span<const iovec> parts) {
     assert(out_.empty());

@@ -101,7 +101,8 @@ class Attempt {
   // been closed because of this very request, which should then go to another backend.
   bool found_closed(bool still_sending) const {
     const bool at_once = still_sending || context_.now - sent_ns_ < kStaleWindow;
-    return upstream_->reused && !answered_ && !stale_seen_ && at_once;
+    const bool resend = context_.settings().upstream.resend == Resend::stale;
+    return resend && upstream_->reused && !answered_ && !stale_seen_ && at_once;
   }
 
   // After found_closed(): the request is sent again from its start; connect() follows.

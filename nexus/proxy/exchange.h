@@ -224,8 +224,8 @@ class Exchange {
 
   void prepare_choice() {
     // A key that may be one of Nexus's own is not passed on.
-    request_.pass_authorization &= snapshot_->settings->server.api_keys.empty();
-    picker_.look_at(*snapshot_, entry_, needs_of(request_, facts_));
+    request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
+    picker_.look_at(*snapshot_, entry_, needs_of(request_, facts_, snapshot_->any_context_stated));
   }
 
   // True if another candidate may be tried.

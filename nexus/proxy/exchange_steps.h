@@ -52,17 +52,13 @@ Step Exchange<Net>::finish_connecting() {
     return Step::again;
   }
   // Bytes received before we sent anything are not a response. Check now: edge-triggered epoll reports them only
-  // once.
-  if (attempt_.connection().may_read()) {
-    char early = 0;
-    const IoResult result = attempt_.connection().read(context_.net, &early, 1);
-    if (result.ok()) failure_ = "a response came before the request";
-    if (result.kind != IoResult::Kind::again) {
-      end(result.ok() ? Ending::backend_garbled : Ending::backend_closed);
-      return Step::again;
-    }
-  }
-  return begin_sending();
+  // once, and may not have yet.
+  char early = 0;
+  const IoResult result = attempt_.connection().read(context_.net, &early, 1);
+  if (result.kind == IoResult::Kind::again) return begin_sending();
+  if (result.ok()) failure_ = "a response came before the request";
+  end(result.ok() ? Ending::backend_garbled : Ending::backend_closed);
+  return Step::again;
 }
 
 template <class Net>

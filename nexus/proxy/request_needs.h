@@ -3,7 +3,7 @@
 // Promises: pure functions over the body's facts and a snapshot.
 // Leaves:   reading the body to api/request_json.h, choosing to candidate_picker.h, sending errors to exchange.h.
 // Threads:  any.
-// Tested by: tests/hostile, tests/e2e/routing.test.mjs
+// Tested by: tests/request_needs_test.cpp, tests/hostile, tests/e2e/routing.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -30,11 +30,34 @@ inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpo
   return incremental->read(json, endpoint, body, facts, find_messages);
 }
 
-inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts) {
+// The bytes of base64 in a body: images and files as data URLs, sound as `"data":"…"`. They are no text.
+inline std::size_t base64_bytes(std::string_view body) {
+  constexpr std::string_view kUrl = ";base64,", kKey = R"("data")";
+  std::size_t total = 0;
+  std::size_t url = body.find(kUrl), key = body.find(kKey);
+  while (url != std::string_view::npos || key != std::string_view::npos) {
+    std::size_t from = url + kUrl.size();
+    if (key < url) {
+      from = std::min(body.find_first_not_of(" \t\r\n:", key + kKey.size()), body.size());
+      from += body.substr(from, 1) == "\"" ? 1 : 0;
+    }
+    const std::size_t to = std::min(body.find('"', from), body.size());
+    total += to - from;
+    if (url < to) url = body.find(kUrl, to);
+    if (key < to) key = body.find(kKey, to);
+  }
+  return total;
+}
+
+// `count_text`: a backend's context_length matters.
+inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts, bool count_text) {
   RouteNeeds needs;
   needs.tools = facts.has_tools;
   needs.json_mode = facts.json_mode;
-  needs.context_tokens = request.body_bytes / kBytesPerToken;
+  if (count_text) {
+    const std::string_view body(request.body, request.body_bytes);
+    needs.context_tokens = (body.size() - base64_bytes(body)) / kBytesPerToken;
+  }
   needs.vision = facts.has_images;
   return needs;
 }

@@ -1,6 +1,7 @@
 // upstream_pool.h
 // Owns:     the worker's connections to backends: each in use by one exchange, or idle and kept for the next.
-// Promises: an idle connection that reports anything (bytes, FIN, reset) is closed; the most recently used one is taken
+// Promises: an idle connection on which anything comes (bytes, FIN, reset) is closed, if not before, then when it is to
+//           be taken: bytes before the request are no answer to it (RFC 9112 9.2); the most recently used one is taken
 //           first, so that the others can time out; the counts per backend are exact.
 // Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
@@ -51,12 +52,12 @@ class UpstreamPool {
     if (index_of(backend) >= lines_.size()) return nullptr;
     while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
       unlink(*upstream);
-      if (upstream->address == address) {
+      if (upstream->address == address && upstream->connection.is_quiet(context_.net)) {
         context_.wheel.cancel(upstream->timer);
         upstream->owner = owner;
         return upstream;
       }
-      drop(*upstream);  // the backend has another address now
+      drop(*upstream);
     }
     return nullptr;
   }
