@@ -29,14 +29,14 @@ struct Parsed {
 };
 
 // The head that a backend gets for a request with these lines after its Host.
-std::string forwarded(const std::string& lines, bool pass_authorization = true) {
+std::string forwarded(const std::string& lines, bool pass_credentials = true) {
   const Parsed<RequestHead> request("POST /v1/x HTTP/1.1\r\nHost: nexus\r\n" + lines + "\r\n");
   UpstreamHead to;
   to.method = "POST";
   to.target = "/v1/x";
   to.base_path = "/base";
   to.backend_lines = "Host: b\r\n";
-  to.pass_authorization = pass_authorization;
+  to.pass_credentials = pass_credentials;
   to.request_id = "id";
   to.via_line = "Via: 1.1 nexus\r\n";
   to.content_length = 3;
@@ -46,10 +46,10 @@ std::string forwarded(const std::string& lines, bool pass_authorization = true) 
 }
 
 // The same with what is always there taken away: the lines that were forwarded.
-std::string forwarded_lines(const std::string& lines, bool pass_authorization = true) {
+std::string forwarded_lines(const std::string& lines, bool pass_credentials = true) {
   const std::string begin = "before POST /base/v1/x HTTP/1.1\r\nHost: b\r\n";
   const std::string end = "X-Request-Id: id\r\nVia: 1.1 nexus\r\nContent-Length: 3\r\n\r\n";
-  const std::string out = forwarded(lines, pass_authorization);
+  const std::string out = forwarded(lines, pass_credentials);
   REQUIRE(out.size() >= begin.size() + end.size());
   CHECK(out.substr(0, begin.size()) == begin);
   CHECK(out.substr(out.size() - end.size()) == end);
@@ -89,6 +89,9 @@ TEST_CASE("end-to-end fields are forwarded to the backend, all others are remove
 TEST_CASE("the client's authorization is forwarded only if the backend has no key") {
   CHECK(forwarded_lines("A: 1\r\nAuthorization: k\r\n", true) == "A: 1\r\nAuthorization: k\r\n");
   CHECK(forwarded_lines("A: 1\r\nAuthorization: k\r\n", false) == "A: 1\r\n");
+  const std::string keys = "X-API-Key: k\r\nAuthorization: k\r\nx_api_key: k\r\napi-key: k\r\nApi_Key: k\r\n";
+  CHECK(forwarded_lines("A: 1\r\n" + keys + "X-API-Keys: 1\r\n", true) == "A: 1\r\n" + keys + "X-API-Keys: 1\r\n");
+  CHECK(forwarded_lines("A: 1\r\n" + keys + "X-API-Keys: 1\r\n", false) == "A: 1\r\nX-API-Keys: 1\r\n");
 }
 
 TEST_CASE("a response head has the backend's status and fields, and Nexus's own") {

@@ -100,7 +100,7 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
     {ApiError::method_not_allowed, 405, kBadRequest, "method_not_allowed", ErrorType::bad_request, 0,
      "This path does not support this method. The Allow field lists the methods that it supports."},
     {ApiError::unauthorized, 401, kBadRequest, "invalid_api_key", ErrorType::bad_request, 0,
-     "The API key is missing or unknown. Send it as Authorization: Bearer KEY."},
+     "The API key is missing or unknown. Send it as Authorization: Bearer KEY or x-api-key: KEY."},
     {ApiError::body_too_large, 413, kBadRequest, "body_too_large", ErrorType::bad_request, 0,
      "The request body is larger than max_body. Send a shorter prompt or smaller images."},
     {ApiError::body_timeout, 408, kBadRequest, "body_timeout", ErrorType::bad_request, 0,

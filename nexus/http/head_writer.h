@@ -115,7 +115,7 @@ struct UpstreamHead {
   std::string_view target;
   std::string_view base_path;
   std::string_view backend_lines;  // Host, and Authorization if the backend has a key: whole lines
-  bool pass_authorization = true;  // forward the client's own
+  bool pass_credentials = true;    // forward the client's own
   bool pass_origin = true;
   std::string_view request_id;
   std::string_view via_line;
@@ -125,7 +125,7 @@ struct UpstreamHead {
 inline void append_request_head(std::string& out, const HeadView& client, const UpstreamHead& to) {
   // Without Accept-Encoding, because the usage in a compressed response could not be read.
   std::uint32_t removed = detail::kNeverForwarded | set_of(Field::host, Field::expect, Field::accept_encoding);
-  if (!to.pass_authorization) removed |= bit_of(Field::authorization);
+  if (!to.pass_credentials) removed |= kCredentials;
   if (!to.pass_origin) removed |= bit_of(Field::origin);
   detail::Cursor cursor(out, client.head_bytes + to.base_path.size() + to.backend_lines.size() + to.request_id.size() +
                                  to.via_line.size() + detail::kOwnLinesBytes);

@@ -1,6 +1,7 @@
 // header_fields.h
 // Owns:     the header fields that Nexus knows, and the table of one head's fields.
-// Promises: names are recognised in any case; a name with underscores for dashes is reported as such (underscore_twin).
+// Promises: names are recognised in any case; a name with underscores for dashes is reported as such (underscore_twin),
+//           except that of a key.
 // Leaves:   reading heads to head_parser.h; which fields are forwarded to head_writer.h.
 // Threads:  plain values.
 // Tested by: tests/head_parser_test.cpp
@@ -21,6 +22,7 @@ namespace nexus {
 enum class Field : std::uint8_t {
   other,
   accept_encoding,
+  api_key,
   authorization,
   connection,
   content_encoding,
@@ -40,14 +42,16 @@ enum class Field : std::uint8_t {
   transfer_encoding,
   upgrade,
   via,
+  x_api_key,
   x_request_id,
   x_nexus,          // x-nexus-…: only Nexus sets these
   access_control,   // access-control-…: of a response (cors.h)
-  underscore_twin,  // one of the above, spelled with an underscore
+  underscore_twin,  // one of the above but a key, spelled with an underscore
 };
 
 // The names of the fields from accept_encoding to x_request_id, in the order of the enum.
 inline constexpr auto kFieldNames = std::to_array<std::string_view>({"accept-encoding",
+                                                                     "api-key",
                                                                      "authorization",
                                                                      "connection",
                                                                      "content-encoding",
@@ -67,6 +71,7 @@ inline constexpr auto kFieldNames = std::to_array<std::string_view>({"accept-enc
                                                                      "transfer-encoding",
                                                                      "upgrade",
                                                                      "via",
+                                                                     "x-api-key",
                                                                      "x-request-id"});
 static_assert(kFieldNames[static_cast<std::size_t>(Field::retry_after) - 1] == "retry-after" &&
               kFieldNames.size() == static_cast<std::size_t>(Field::x_request_id));
@@ -82,6 +87,9 @@ constexpr std::uint32_t set_of(Fields... fields) {
 constexpr std::uint32_t kHopByHop =
     set_of(Field::connection, Field::keep_alive, Field::proxy_authenticate, Field::proxy_authorization,
            Field::proxy_connection, Field::te, Field::trailer, Field::transfer_encoding, Field::upgrade);
+
+// Each may hold a client's key.
+constexpr std::uint32_t kCredentials = set_of(Field::authorization, Field::api_key, Field::x_api_key);
 
 namespace detail {
 
@@ -160,13 +168,14 @@ inline Field classify_dashed(std::string_view name) {
   return field;
 }
 
-// True if `name` is a known name with dashes for its underscores.
-inline bool is_underscore_twin(std::string_view name) {
+// A known name with underscores for dashes is its twin, but a key is a key in either spelling.
+inline Field classify_underscored(std::string_view name) {
   std::array<char, kMaxNameBytes> dashed{};
   const std::size_t bytes = std::min(name.size(), dashed.size());
   for (std::size_t i = 0; i < bytes; ++i) dashed[i] = name[i] == '_' ? '-' : name[i];
   // Of a longer name only the prefix x-nexus- matters.
-  return classify_dashed({dashed.data(), bytes}) != Field::other;
+  const Field field = classify_dashed({dashed.data(), bytes});
+  return field == Field::other || (bit_of(field) & kCredentials) != 0 ? field : Field::underscore_twin;
 }
 
 }  // namespace detail
@@ -174,8 +183,7 @@ inline bool is_underscore_twin(std::string_view name) {
 inline Field classify_field(std::string_view name) {
   if (name.empty()) return Field::other;
   const bool underscore = std::memchr(name.data(), '_', name.size()) != nullptr;
-  if (!underscore) return detail::classify_dashed(name);
-  return detail::is_underscore_twin(name) ? Field::underscore_twin : Field::other;
+  return underscore ? detail::classify_underscored(name) : detail::classify_dashed(name);
 }
 
 // The position of a field's name and value, as offsets from the head's first byte: the buffer may move.

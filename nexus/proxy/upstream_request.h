@@ -29,7 +29,7 @@ struct RequestView {
   const FieldTable* fields = nullptr;
   char* body = nullptr;
   std::size_t body_bytes = 0;
-  bool pass_authorization = true;
+  bool pass_credentials = true;
   bool pass_origin = true;
 };
 
@@ -127,7 +127,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;
-  head.pass_authorization = request.pass_authorization && !backend.has_key;
+  head.pass_credentials = request.pass_credentials && !backend.has_key;
   head.pass_origin = request.pass_origin;
   head.request_id = request_id;
   head.via_line = via_line;

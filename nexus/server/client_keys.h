@@ -26,16 +26,20 @@ inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
 
 }  // namespace detail
 
-// True if the request has one of the configured keys (RFC 6750 2.1), or if none are configured.
+// True if the request has one of the configured keys, as a bearer token (RFC 6750 2.1) or as the value of x-api-key or
+// api-key, or if none are configured.
 inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
   if (server.api_keys.empty()) return true;
-  const FieldRow* row = find_field(*head.fields, Field::authorization);
-  if (row == nullptr) return false;
-  const std::string_view value = value_of(head.base, *row);
-  if (!starts_with_ignoring_case(value, "bearer ")) return false;
-  const std::string_view key = trim_blanks(value.substr(7));
   bool known = false;
-  for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
+  for (const FieldRow& row : *head.fields) {
+    if ((bit_of(row.field) & kCredentials) == 0) continue;
+    std::string_view key = value_of(head.base, row);
+    if (row.field == Field::authorization) {
+      if (!starts_with_ignoring_case(key, "bearer ")) continue;
+      key = trim_blanks(key.substr(7));
+    }
+    for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
+  }
   return known;
 }
 

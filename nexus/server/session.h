@@ -67,7 +67,7 @@ struct Session {
     view.fields = fields.get();
     view.body = input.data() + head.head_bytes;
     view.body_bytes = body.bytes();
-    view.pass_authorization = !key_checked;
+    view.pass_credentials = !key_checked;
     view.pass_origin = !allows_origin(cors_lines);
     return view;
   }

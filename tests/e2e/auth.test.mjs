@@ -50,6 +50,21 @@ group('authorization', () => {
     assert.equal((await post(nexus.port, path, chat(), { headers: { authorization: 'bearer sk-bob-0123456789' } })).status, 200, 'the scheme has no case');
   });
 
+  test('x-api-key and api-key are the bearer’s equals, and none of the three reaches a backend', async (t) => {
+    const key = 'sk-alice-0123456789';
+    const { nexus, backend } = await pair(t, {}, { server: { api_keys_file: t.file('keys', `alice ${key}\n`) } });
+    const all = [{ 'x-api-key': key }, { 'API-Key': key }, { 'x-api-key': key, Authorization: 'Bearer other' }, { 'X_Api_Key': 'x', 'api-key': 'y', Authorization: `Bearer ${key}` }];
+    for (const headers of all) {
+      assert.equal((await post(nexus.port, path, chat(), { headers })).status, 200, JSON.stringify(headers));
+      assert.ok(!/sk-alice|other|api.key/i.test(backend.requests.at(-1).raw), backend.requests.at(-1).raw);
+    }
+    for (const headers of [{ 'x-api-key': `Bearer ${key}` }, { 'x-api-key': 'wrong' }, { 'api-key': '' }]) assert_error(await post(nexus.port, path, chat(), { headers }), 401, 'invalid_api_key');
+    const open = await pair(t);
+    await post(open.nexus.port, path, chat(), { headers: { 'x-api-key': 'theirs', 'api-key': 'own' } });
+    assert.deepEqual(open.backend.requests[0].headers.all('x-api-key'), ['theirs'], 'where no keys are checked it is the backend’s');
+    assert.deepEqual(open.backend.requests[0].headers.all('api-key'), ['own']);
+  });
+
   test('with api_keys_file a client’s key never reaches a backend, with and without a key of its own', async (t) => {
     const file = t.file('keys', 'alice sk-alice-0123456789\n');
     const own = await start_backend(t, { models: ['own'] });

@@ -366,6 +366,24 @@ inline void add_upstream_rows(ReloadRows& rows) {
                   "closed", kept(0)});
   rows.push_back({"upstream", "idle_timeout", When::at_once, "idle_timeout = 1h", "idle_timeout = 1s", "kept", "closed",
                   kept(5 * kSecond)});
+  rows.push_back({"upstream",
+                  "resend",
+                  When::at_once,
+                  "resend = stale",
+                  "resend = never",
+                  "200",
+                  "502",
+                  {[](Scene& s) {
+                     s.send(with_body(body_for("m")));
+                     s.result();
+                   },
+                   [](Scene& s) {
+                     s.count = 0;
+                     s.serve = [&s](const auto&) { return s.count++ == 0 ? reset_answer() : json_answer(kGoodBody); };
+                     s.send(with_body(body_for("m")));
+                     return s.result();
+                   }},
+                  {{"routing", "retries = 0"}}});
 }
 
 // The rows of health checks: from `begin` on checks fail, or hang.
