@@ -84,7 +84,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"upstream", "idle_connections",
      [](const Drawn& d) { d.s.upstream.idle_connections = d.dice.one_in(4) ? d.number(0, 2) : 64; }},
     {"upstream", "idle_timeout", [](const Drawn& d) { d.s.upstream.idle_timeout_ns = d.span(20 * kMs, 3 * kSecond); }},
-    {"upstream", "resend", nullptr},  // the ledger expects each request once at a server that said nothing
+    {"upstream", "resend", nullptr},  // the ledger expects that requests are sent again
     {"health", "enabled", [](const Drawn& d) { d.s.health.enabled = !d.dice.one_in(3); }},
     {"health", "interval", [](const Drawn& d) { d.s.health.interval_ns = d.span(200 * kMs, 5 * kSecond); }},
     {"health", "timeout", [](const Drawn& d) { d.s.health.timeout_ns = d.span(100 * kMs, kSecond); }},
