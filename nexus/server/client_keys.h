@@ -27,14 +27,15 @@ inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
 }  // namespace detail
 
 // True if the request has one of the configured keys, as a bearer token (RFC 6750 2.1) or as the value of x-api-key or
-// api-key, or if none are configured.
+// api-key, or if none are configured. Of a field that comes twice the first counts, as for whoever reads it so.
 inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
   if (server.api_keys.empty()) return true;
   bool known = false;
-  for (const FieldRow& row : *head.fields) {
-    if ((bit_of(row.field) & kCredentials) == 0) continue;
-    std::string_view key = value_of(head.base, row);
-    if (row.field == Field::authorization) {
+  for (const Field field : {Field::authorization, Field::x_api_key, Field::api_key}) {
+    const FieldRow* row = find_field(*head.fields, field);
+    if (row == nullptr) continue;
+    std::string_view key = value_of(head.base, *row);
+    if (field == Field::authorization) {
       if (!starts_with_ignoring_case(key, "bearer ")) continue;
       key = trim_blanks(key.substr(7));
     }
