@@ -547,8 +547,8 @@ group('US3 routing intelligence', () => {
 
   test('answers that tell no usage, or nonsense, are counted as such and record no tokens', async (t) => {
     const { nexus, backend } = await pair(t);
-    const bodies = ['{}', '{"usage":null}', '{"usage":{}}', '{"usage":{"prompt_tokens":-5,"completion_tokens":"7"}}', 'no json at all', ''];
-    for (const body of bodies) {
+    const bodies = ['{}', '{"usage":null}', '{"usage":{}}', '{"usage":{"prompt_tokens":-5,"completion_tokens":"7"}}', 'no json at all'];
+    for (const body of [...bodies, '']) {   // an empty one is an error in disguise
       backend.answer = (_, reply) => reply.body(200, body);
       assert.equal((await post(nexus.port, path, chat())).text, body);
     }
@@ -556,8 +556,9 @@ group('US3 routing intelligence', () => {
     await post(nexus.port, path, chat('m1', { stream: true }));
     backend.answer = (_, reply) => reply.json({}, 404);
     await post(nexus.port, path, chat());
-    const page = await requests_are(nexus, bodies.length + 2);
+    const page = await requests_are(nexus, bodies.length + 3);
     assert.equal(page.value('nexus_responses_without_usage_total', { backend: 'b1' }), bodies.length + 1);
+    assert.equal(page.sum('nexus_errors_total', { error_type: 'backend_error' }), 1);
     assert.equal(page.sum('nexus_tokens_total_count'), 0);
   });
 

@@ -190,7 +190,7 @@ group('README', () => {
   test('the configuration serves: each backend’s models, the alias, the fallback', async (t) => {
     const port = await free_port();
     const nexus = await start_nexus(t, (await real_conf(t, '@PORT@')).replaceAll(`listen = 127.0.0.1:${port}`, 'listen = 127.0.0.1:@PORT@'), { env: { GPU_BOX_KEY: 'sk-of-the-box' } });
-    assert.deepEqual((await get(nexus.port, '/v1/models')).json.data.map((m) => m.id).sort(), ['gemma', 'llama3:70b', 'qwen2:72b']);
+    assert.deepEqual((await get(nexus.port, '/v1/models')).json.data.map((m) => m.id).sort(), ['gemma', 'gpt-4', 'llama3:70b', 'qwen2:72b']);
     for (const [model, backend] of [['gemma', 'cellar'], ['gpt-4', 'ollama'], ['qwen2:72b', 'gpu-box']]) {
       const answer = await post(nexus.port, '/v1/chat/completions', chat(model));
       assert.equal(answer.status, 200);

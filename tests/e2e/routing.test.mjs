@@ -180,12 +180,24 @@ group('routing', () => {
 
   test('where the last one tried gave no answer it is a 502, or a 504 after silence', async (t) => {
     const upstream = { first_byte_timeout: `${200 * settings.slow}ms` };
-    for (const [failures, status, name] of [[['refuses', 'refuses'], 502, 'bad_gateway'], [[fails_with(500), resets], 502, 'bad_gateway'], [[resets, () => {}], 504, 'gateway_timeout'],
+    for (const [failures, status, name] of [[['refuses', 'refuses'], 502, 'bad_gateway'], [[resets, () => {}], 504, 'gateway_timeout'],
                                             [['refuses', (request, reply) => reply.raw('???\r\n\r\n')], 502, 'bad_gateway']]) {
       const fleet = await failing_chain(t, failures, { upstream });
       fleet.moved = true;
       assert_error(await fleet.ask(), status, name);
       assert.equal((await fleet.ask('m1', { stream: true })).status, status);
+    }
+  });
+
+  test('where the last one tried gave no answer, the client gets the last answer that a backend gave', async (t) => {
+    for (const last of ['refuses', resets]) {
+      const fleet = await failing_chain(t, [fails_with(500), last]);
+      fleet.moved = true;
+      for (const more of [{}, { stream: true }]) {
+        const answer = await fleet.ask('m1', more);
+        assert.equal(answer.status, 500);
+        assert.equal(backend_message(answer), 'made up 500');
+      }
     }
   });
 
