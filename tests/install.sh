@@ -62,7 +62,7 @@ if command -v dpkg-deb >/dev/null; then
   check "make deb makes a package" "${MAKE:-make}" -s deb
   package=$(find build -maxdepth 1 -name 'nexus_*.deb' -newer "$scratch" | head -1)
   check "the package unpacks" dpkg-deb -x "$package" "$scratch/deb"
-  check "the package puts each file in its place" is_list "$scratch/deb" ./etc/nexus/nexus.conf \
+  check "the package puts each file in its place" is_list "$scratch/deb" ./etc/logrotate.d/nexus ./etc/nexus/nexus.conf \
     ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./usr/bin/nexus ./usr/share/doc/nexus/copyright \
     ./usr/share/doc/nexus/nexus.conf.example ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
   check "the packaged unit starts the packaged binary" \

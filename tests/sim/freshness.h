@@ -131,7 +131,12 @@ class Freshness {
       if (!was_current(i, from, to)) continue;
       const Snapshot& snapshot = *published_[i].snapshot;
       const ModelEntry* entry = snapshot.find(model);
-      const auto serves = [&](const Offer& offer) { return snapshot.backends[offer.backend].healthy; };
+      // A backend that cannot serve this request may be the healthy one: count those that can serve any.
+      const auto serves = [&](const Offer& offer) {
+        const Capabilities& can = offer.capabilities;
+        return snapshot.backends[offer.backend].healthy && can.vision && can.tools && can.json_mode &&
+               can.context_tokens == 0;
+      };
       if (entry == nullptr || std::none_of(entry->offers.begin(), entry->offers.end(), serves)) return false;
     }
     return true;
