@@ -1,17 +1,24 @@
 // simd.h
 // Owns:      every vector instruction of Nexus: bytes compared 16 (Lane) or 64 (ByteBlock) at a time, one bit for each.
-// Promises:  class Lane and skip_text() are all that another processor needs; the rest is written in terms of them.
-//            Only find_control() stays inside its text: the others may read a whole lane or block past the end.
+// Promises:  the same results with SSE2, AVX2, NEON and plain C++. Lanes are the compilers' vector types, so a
+// processor
+//            needs no more than a highest_bits() of its own. Only find_control() stays inside its text: the others may
+//            read a whole lane or block past the end.
 // Leaves:    the meaning of the bits to sse.h, member_scan.h and the JSON readers.
 // Threads:   any.
-// Tested by: tests/text_test.cpp, tests/incremental_json_test.cpp, tests/usage_scan_test.cpp
+// Tested by: tests/simd_test.cpp, tests/text_test.cpp, tests/incremental_json_test.cpp, tests/usage_scan_test.cpp
 #pragma once
 
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "nexus/base/text.h"
 
@@ -19,26 +26,54 @@ namespace nexus {
 
 constexpr std::size_t kLaneBytes = 16;
 constexpr std::size_t kBlockBytes = 64;
+static_assert(std::endian::native == std::endian::little, "the first byte of a word is its lowest");
+
+using LaneBytes [[gnu::vector_size(kLaneBytes)]] = unsigned char;
+
+// The highest bit of each byte; that of the first byte is the lowest bit. In plain C++: the multiplication moves the
+// lowest bits of eight bytes into the highest byte, without a carry.
+inline unsigned plain_highest_bits(LaneBytes bytes) {
+  std::uint64_t words[2];
+  std::memcpy(words, &bytes, sizeof words);
+  const auto gather = [](std::uint64_t word) {
+    return static_cast<unsigned>(((word >> 7 & 0x0101010101010101) * 0x0102040810204080) >> 56);
+  };
+  return gather(words[0]) | gather(words[1]) << 8;
+}
+
+inline unsigned highest_bits(LaneBytes bytes) {
+#if defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_epi8(reinterpret_cast<__m128i>(bytes)));
+#elif defined(__aarch64__)
+  constexpr uint8x16_t kWeights{1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const uint8x16_t bits = vandq_u8(vcltzq_s8(reinterpret_cast<int8x16_t>(bytes)), kWeights);
+  return vaddv_u8(vget_low_u8(bits)) | static_cast<unsigned>(vaddv_u8(vget_high_u8(bits))) << 8;
+#else
+  return plain_highest_bits(bytes);
+#endif
+}
 
 // Sixteen bytes. A comparison yields a lane in which each byte is 0xff (true) or 0 (false).
 class Lane {
  public:
-  explicit Lane(const char* at) : bytes_(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))) {}
+  explicit Lane(const char* at) { std::memcpy(&bytes_, at, sizeof bytes_); }
 
-  Lane equal(char c) const { return Lane(_mm_cmpeq_epi8(bytes_, _mm_set1_epi8(c))); }
-  Lane equal(Lane other) const { return Lane(_mm_cmpeq_epi8(bytes_, other.bytes_)); }
-  Lane control() const { return Lane(_mm_max_epu8(bytes_, _mm_set1_epi8(0x1f))).equal(0x1f); }
+  Lane equal(char c) const { return Lane(bytes_ == every(c)); }
+  Lane equal(Lane other) const { return Lane(bytes_ == other.bytes_); }
+  Lane control() const { return Lane(bytes_ <= every(0x1f)); }
   // `[` and `{`, or `]` and `}`: they differ in one bit.
-  Lane bracket(char square) const { return Lane(_mm_and_si128(bytes_, _mm_set1_epi8(char(0xdf)))).equal(square); }
-  Lane operator|(Lane other) const { return Lane(_mm_or_si128(bytes_, other.bytes_)); }
-  Lane operator&(Lane other) const { return Lane(_mm_and_si128(bytes_, other.bytes_)); }
-  Lane without(Lane other) const { return Lane(_mm_andnot_si128(other.bytes_, bytes_)); }
-  // The highest bit of each byte; the first byte is the lowest bit.
-  unsigned mask() const { return static_cast<unsigned>(_mm_movemask_epi8(bytes_)); }
+  Lane bracket(char square) const { return Lane((bytes_ & every(char(0xdf))) == every(square)); }
+  Lane operator|(Lane other) const { return Lane(bytes_ | other.bytes_); }
+  Lane operator&(Lane other) const { return Lane(bytes_ & other.bytes_); }
+  Lane without(Lane other) const { return Lane(bytes_ & ~other.bytes_); }
+  unsigned mask() const { return highest_bits(bytes_); }
 
  private:
-  explicit Lane(__m128i bytes) : bytes_(bytes) {}
-  __m128i bytes_;
+  template <class Bytes>
+  explicit Lane(Bytes bytes) : bytes_(reinterpret_cast<LaneBytes>(bytes)) {}
+  static LaneBytes every(char c) { return LaneBytes{} + static_cast<unsigned char>(c); }
+
+  LaneBytes bytes_;
 };
 
 class ByteBlock {
@@ -156,6 +191,7 @@ inline TextRun skip_text_by_16(const char* text, std::size_t at, std::size_t end
   return run;
 }
 
+#if defined(__x86_64__)
 // The same with AVX2.
 [[gnu::target("avx2")]] inline std::uint64_t bits_of(__m256i low, __m256i high) {
   return static_cast<std::uint32_t>(_mm256_movemask_epi8(low)) |
@@ -186,5 +222,10 @@ inline const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
 inline TextRun skip_text(const char* text, std::size_t at, std::size_t end, bool escaped) {
   return kHasAvx2 ? skip_text_by_32(text, at, end, escaped) : skip_text_by_16(text, at, end, escaped);
 }
+#else
+inline TextRun skip_text(const char* text, std::size_t at, std::size_t end, bool escaped) {
+  return skip_text_by_16(text, at, end, escaped);
+}
+#endif
 
 }  // namespace nexus
