@@ -27,13 +27,7 @@ constexpr std::size_t kCacheAlign = 128;
 class Counter {
  public:
   [[gnu::always_inline]] void add(std::uint64_t n) {
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
-    // The same load, add and store as below in one instruction, which compilers do not emit for atomics. An aligned
-    // store of eight bytes is atomic on x86, and only the owner writes, so no lock prefix is needed.
-    asm("addq %1, %0" : "+m"(value_) : "er"(n) : "cc");
-#else
     value_.store(value_.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
-#endif
   }
   [[gnu::always_inline]] void add_signed(std::int64_t n) { add(static_cast<std::uint64_t>(n)); }
   [[gnu::always_inline]] void set(std::uint64_t v) { value_.store(v, std::memory_order_relaxed); }
