@@ -39,16 +39,15 @@ inline constexpr bool kSanitised =
 
 using Filter = std::vector<sock_filter>;
 
-#if defined(__x86_64__)
+// Calls that every architecture has.
 inline constexpr std::array kAllowed{
     // sockets and events
-    SYS_accept4, SYS_bind, SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait,
-    SYS_epoll_pwait2, SYS_eventfd2, SYS_getpeername, SYS_getsockname, SYS_getsockopt, SYS_listen, SYS_poll, SYS_ppoll,
-    SYS_recvfrom, SYS_recvmsg, SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_socket,
-    SYS_select, SYS_pselect6,
+    SYS_accept4, SYS_bind, SYS_connect, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_pwait2,
+    SYS_eventfd2, SYS_getpeername, SYS_getsockname, SYS_getsockopt, SYS_listen, SYS_ppoll, SYS_recvfrom, SYS_recvmsg,
+    SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_socket, SYS_pselect6,
     // files
-    SYS_access, SYS_close, SYS_fcntl, SYS_fstat, SYS_getdents64, SYS_lseek, SYS_lstat, SYS_newfstatat, SYS_open,
-    SYS_openat, SYS_pread64, SYS_read, SYS_readlink, SYS_readv, SYS_stat, SYS_statx, SYS_write, SYS_writev,
+    SYS_close, SYS_faccessat, SYS_fcntl, SYS_fstat, SYS_getdents64, SYS_lseek, SYS_newfstatat, SYS_openat, SYS_pread64,
+    SYS_read, SYS_readlinkat, SYS_readv, SYS_statx, SYS_write, SYS_writev,
     // c-ares and the C library: the state of a socket or terminal, the host's name
     SYS_ioctl, SYS_uname,
     // memory
@@ -61,21 +60,33 @@ inline constexpr std::array kAllowed{
     SYS_rt_sigtimedwait, SYS_sigaltstack, SYS_tgkill,
     // time, random numbers, facts about the process
     SYS_clock_getres, SYS_clock_gettime, SYS_clock_nanosleep, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getpid,
-    SYS_getrandom, SYS_getrlimit, SYS_getrusage, SYS_gettimeofday, SYS_getuid, SYS_nanosleep, SYS_time};
+    SYS_getrandom, SYS_getrlimit, SYS_getrusage, SYS_gettimeofday, SYS_getuid, SYS_nanosleep};
 
-inline constexpr std::array kDeadly{
-    // other programs and processes
-    SYS_execve, SYS_execveat, SYS_fork, SYS_vfork, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev,
-    // the kernel
-    SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_bpf, SYS_perf_event_open, SYS_userfaultfd,
-    SYS_io_uring_setup,
-    // file systems and namespaces
-    SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chroot, SYS_unshare, SYS_setns,
-    // users and keys
-    SYS_setuid, SYS_setgid, SYS_setresuid, SYS_setresgid, SYS_keyctl};
+inline constexpr std::array kDeadly{// other programs and processes
+                                    SYS_execve, SYS_execveat, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev,
+                                    // the kernel
+                                    SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_bpf,
+                                    SYS_perf_event_open, SYS_userfaultfd, SYS_io_uring_setup,
+                                    // file systems and namespaces
+                                    SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chroot, SYS_unshare, SYS_setns,
+                                    // users and keys
+                                    SYS_setuid, SYS_setgid, SYS_setresuid, SYS_setresgid, SYS_keyctl};
 
+// Older architectures have more calls for the same.
+#if defined(__x86_64__)
 inline constexpr std::uint32_t kMachine = AUDIT_ARCH_X86_64;
-inline constexpr std::uint32_t kFirstX32Call = 0x40000000;  // the x32 ABI's numbers: none is allowed
+inline constexpr std::array kAllowedHere{SYS_access,   SYS_epoll_wait, SYS_lstat, SYS_open, SYS_poll,
+                                         SYS_readlink, SYS_select,     SYS_stat,  SYS_time};
+inline constexpr std::array kDeadlyHere{SYS_fork, SYS_vfork};
+#elif defined(__aarch64__)
+inline constexpr std::uint32_t kMachine = AUDIT_ARCH_AARCH64;
+inline constexpr std::array<long, 0> kAllowedHere{}, kDeadlyHere{};
+#else
+inline constexpr std::uint32_t kMachine = 0;
+inline constexpr std::array<long, 0> kAllowedHere{}, kDeadlyHere{};
+#endif
+
+inline constexpr std::uint32_t kFirstX32Call = 0x40000000;  // the x32 ABI's numbers; no architecture has calls there
 
 // Appends: return `verdict` for the call `number`, go on for any other.
 inline void rule(Filter& filter, long number, std::uint32_t verdict) {
@@ -93,7 +104,9 @@ inline void rule_if(Filter& filter, long number, std::uint32_t argument, std::ui
                  BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM)});
 }
 
+// Empty if there is no list of calls for this architecture.
 inline Filter make_filter() {
+  if (kMachine == 0) return {};
   Filter filter{
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, arch)),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kMachine, 1, 0),
@@ -103,16 +116,14 @@ inline Filter make_filter() {
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
   };
   for (const long number : kAllowed) rule(filter, number, SECCOMP_RET_ALLOW);
+  for (const long number : kAllowedHere) rule(filter, number, SECCOMP_RET_ALLOW);
   for (const long number : kDeadly) rule(filter, number, SECCOMP_RET_KILL_PROCESS);
+  for (const long number : kDeadlyHere) rule(filter, number, SECCOMP_RET_KILL_PROCESS);
   rule_if(filter, SYS_prlimit64, 2, 0);  // without a new limit: it only reads
   rule_if(filter, SYS_prctl, 0, PR_SET_NAME);
   filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM));
   return filter;
 }
-
-#else
-inline Filter make_filter() { return {}; }  // no list for this architecture
-#endif
 
 }  // namespace sandbox
 
