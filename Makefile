@@ -12,9 +12,10 @@ MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),-j$(shell nproc)) --no-builtin-rules
 # ---- what a user may set ---------------------------------------------------------------------------------------------
 
 DEV ?=
+CROSS ?=# aarch64-linux-gnu builds for ARM64 in build/aarch64-linux-gnu; its tests run under qemu-user-static
 # clang++ needs half of g++'s time to compile the daemon at -O0.
 ifeq ($(origin CXX),default)
-CXX := $(if $(DEV),$(if $(shell command -v clang++),clang++,g++),g++)
+CXX := $(if $(CROSS),$(CROSS)-g++,$(if $(DEV),$(if $(shell command -v clang++),clang++,g++),g++))
 endif
 ifeq ($(origin CC),default)
 CC := $(if $(findstring clang,$(CXX)),$(subst clang++,clang,$(CXX)),$(subst g++,gcc,$(CXX)))
@@ -31,6 +32,8 @@ UNIT ?=# arguments for the unit tests, for instance UNIT='-tc=*deadline*'
 
 DEPS := build/deps
 SIMDJSON := $(DEPS)/simdjson
+# The libraries of another architecture, and nothing here that the machine's own compiler does not find by itself.
+FOREIGN := $(if $(CROSS),$(DEPS)/$(CROSS)/usr)
 # Debian 13 and later have llhttp as a library; Debian 12 has its C sources, in a package of Node's.
 LLHTTP := $(if $(wildcard /usr/include/llhttp.h),,/usr/share/llhttp)
 LLHTTP_SOURCES := $(if $(LLHTTP),$(addprefix $(LLHTTP)/,api.c http.c llhttp.c))
@@ -40,7 +43,7 @@ ifneq ($(DEV),)
   OPTIMISE := -O0 -g1
   LINK_MODE := -static
 else ifeq ($(SAN),)
-  B := build
+  B := build$(CROSS:%=/%)
   OPTIMISE := -O2
   LINK_MODE := -static
 # Without vptr: its check opens a pipe, so it cries wolf in the test that leaves no descriptor. Nothing here is virtual.
@@ -60,11 +63,11 @@ WARNINGS := -Wall -Wextra -Wconversion -Werror
 # What a sanitiser adds makes gcc 12 see members of a moved variant as unset (its manual says so of -Wmaybe-uninitialized).
 WARNINGS += $(if $(SAN),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized))
 LLHTTP_INCLUDES := $(if $(LLHTTP),-isystem /usr/share/include -isystem /usr/share/include/llhttp)
-INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES)
+INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(FOREIGN:%=-isystem %/include)
 # simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
 CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
-LDFLAGS_ALL := $(LINK_MODE) -pthread $(LDFLAGS)
+LDFLAGS_ALL := $(LINK_MODE) -pthread $(FOREIGN:%=-L%/lib/$(CROSS)) $(LDFLAGS)
 LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares
 
 # ---- Debian packages -------------------------------------------------------------------------------------------------
@@ -73,14 +76,16 @@ LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares
 lacks = $(if $(wildcard $(1)),,$(2))
 lacks_command = $(if $(shell command -v $(1)),,$(2))
 
+EMULATOR := $(if $(CROSS),qemu-$(firstword $(subst -, ,$(CROSS)))-static)
 NPM_PACKAGES := $(call lacks_command,npm,npm) $(call lacks,/etc/ssl/certs/ca-certificates.crt,ca-certificates)
 BUILD_PACKAGES := $(strip \
-  $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++)) \
+  $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++$(CROSS:%=-%))) \
   $(if $(LLHTTP),$(call lacks,$(LLHTTP)/llhttp.c,libllhttp-dev|node-llhttp)) \
   $(call lacks,/usr/include/ares.h,libc-ares-dev) \
   $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
+  $(if $(CROSS),$(call lacks_command,$(EMULATOR),qemu-user-static)) \
   $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(NPM_PACKAGES))
 # Programs that some tests run beside Nexus: such a test is skipped, with a line, where its program is missing.
 PEER_PACKAGES = $(strip \
@@ -123,7 +128,10 @@ $(STATUS_FILES): tools/embed.sh $(STATUS_PAGE).html $(STATUS_PAGE).css $(STATUS_
 	@mkdir -p $(@D)
 	@tools/embed.sh kStatusPage=$(STATUS_PAGE).html kStatusStyle=$(STATUS_PAGE).css kStatusScript=$(STATUS_PAGE).js >$@
 
-READY := $(BUILD_DEPS) $(SIMDJSON)/simdjson.h $(STATUS_FILES)
+READY := $(BUILD_DEPS) $(SIMDJSON)/simdjson.h $(STATUS_FILES) $(FOREIGN)
+
+$(FOREIGN): | $(BUILD_DEPS)
+	@tools/fetch-cross.sh $(CROSS) $(@D)
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ $(DEPS)/test-modules: tests/package.json tests/package-lock.json | $(TEST_DEPS)
 	@touch $@
 
 test: $(B)/nexus $(B)/unit_tests $(B)/sim $(DEPS)/test-modules
-	@NODE='$(NODE)' SAN='$(SAN)' tests/run.sh $(B) $(UNIT) -- $(E2E)
+	@NODE='$(NODE)' SAN='$(SAN)' EMULATOR='$(EMULATOR)' tests/run.sh $(B) $(UNIT) -- $(E2E)
 
 # ---- looking after the source ----------------------------------------------------------------------------------------
 
