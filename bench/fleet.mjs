@@ -4,7 +4,7 @@
 // Leaves:   loads and figures to proxy_cases.mjs.
 import fs from 'node:fs';
 import path from 'node:path';
-import { configure, free_port, start, stop } from './rig.mjs';
+import { configure, free_port, healthy, start, stop } from './rig.mjs';
 
 export const kNames = ['floor', 'nexus', 'nginx', 'haproxy'];
 
@@ -50,7 +50,9 @@ export async function start_proxy(name, { bin, nexus, backends, cores = '0', thr
   }
   const stream = name === 'nexus' ? small : await free_port(); // Nexus tells them apart by the model asked for
   const values = { ...backends, small, stream, threads };
-  return new Proxy(name, small, stream, [await start(command_of(name, bin, nexus, values), small, { cores })]);
+  const child = await start(command_of(name, bin, nexus, values), small, { cores });
+  if (name === 'nexus') await healthy(small);
+  return new Proxy(name, small, stream, [child]);
 }
 
 // For start_time: a command that is not started here.
@@ -80,6 +82,7 @@ export async function start_wide_nexus({ nexus, backends, backends_count, models
     `[backend wide-${i}]\nurl = http://127.0.0.1:${backends.backend}\ntype = generic\nmodels = ${models(i).join(', ')}\n`).join('\n')}\n`);
   fs.writeFileSync(file, text);
   const proxy = new Proxy('nexus', small, small, [await start([nexus, '-c', file], small, { cores })]);
+  await healthy(small);
   proxy.models = Array.from({ length: backends_count }, (_, i) => models(i)).flat();
   return proxy;
 }

@@ -4,7 +4,7 @@
 // start, the connections and the stop cancel out. The sources' names need a binary with line numbers (-g1), not stripped.
 import fs from 'node:fs';
 import path from 'node:path';
-import { configure, dir, free_port, start, stop, wrk } from './rig.mjs';
+import { configure, dir, free_port, healthy, start, stop, wrk } from './rig.mjs';
 
 const options = { nexus: 'build/bench/nexus', bin: 'build/bench', seconds: '12' };
 const args = process.argv.slice(2);
@@ -65,6 +65,7 @@ async function run(name, seconds, backend) {
   const conf = configure('nexus.conf', { small: port, threads: 1, backend, stream_backend: backend });
   const valgrind = ['valgrind', '-q', '--tool=callgrind', `--callgrind-out-file=${profile}`];
   const nexus = await start([...valgrind, path.resolve(options.nexus), '-c', conf], port, { cores: '0' });
+  await healthy(port);
   const load = await wrk(port, { connections: 64, seconds });
   await stop(nexus);
   return { requests: load.requests, modules: read_profile(profile) };

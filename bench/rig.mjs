@@ -75,6 +75,16 @@ export async function start(command, port, { cores = '1' } = {}) {
   throw new Error(`${command.join(' ')} did not come up: ${said}`);
 }
 
+// Waits until this Nexus has found its backends healthy: before, requests are refused.
+export async function healthy(port) {
+  for (let i = 0; i < 400; ++i) {
+    const answer = await fetch(`http://127.0.0.1:${port}/health`, { headers: { Connection: 'close' } });
+    if ((await answer.json()).status === 'healthy') return;
+    await sleep(25);
+  }
+  throw new Error(`the backends of port ${port} did not become healthy`);
+}
+
 function connects(port) {
   return new Promise((done) => {
     const socket = net.connect(port, '127.0.0.1', () => { socket.destroy(); done(true); });
