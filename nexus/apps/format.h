@@ -60,7 +60,7 @@ inline std::string state_text(bool healthy, std::string_view down, std::string_v
   return ejected_why.empty() ? "up" : "ejected " + span_text(seconds_left) + ": " + std::string(ejected_why);
 }
 
-// What follows the number of healthy backends.
+// Text for behind the number of healthy backends: empty if none is ejected.
 inline std::string ejected_text(std::uint64_t ejected) {
   return ejected > 0 ? ", " + std::to_string(ejected) + " ejected" : "";
 }

@@ -45,7 +45,7 @@ struct ExchangeSummary {
   // The request was sent whole to the first backend.
   void note_request_sent(Ns sent_ns) { record.overhead_ns = sent_ns - complete_ns - waited_ns; }
 
-  // What lies between the two is no time of Nexus's own.
+  // The time between the two is a wait, not a part of the overhead.
   void begin_wait(Ns now) { wait_began_ns = now; }
   void end_wait(Ns now) { waited_ns += now - wait_began_ns; }
 
