@@ -1,9 +1,8 @@
 // simd.h
 // Owns:      every vector instruction of Nexus: bytes compared 16 (Lane) or 64 (ByteBlock) at a time, one bit for each.
 // Promises:  the same results with SSE2, AVX2, NEON and plain C++. Lanes are the compilers' vector types, so a
-// processor
-//            needs no more than a highest_bits() of its own. Only find_control() stays inside its text: the others may
-//            read a whole lane or block past the end.
+//            processor needs no more than a highest_bits() of its own. Only find_control() stays inside its text: the
+//            others may read a whole lane or block past the end.
 // Leaves:    the meaning of the bits to sse.h, member_scan.h and the JSON readers.
 // Threads:   any.
 // Tested by: tests/simd_test.cpp, tests/text_test.cpp, tests/incremental_json_test.cpp, tests/usage_scan_test.cpp

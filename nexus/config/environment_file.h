@@ -1,7 +1,6 @@
 // environment_file.h
 // Owns:     reading the environment file of a systemd service (systemd.exec(5), EnvironmentFile=), so that a command
-// finds
-//           the variables that the service has.
+//           finds the variables that the service has.
 // Promises: a variable is read as systemd reads it, but without its escapes and continued lines.
 // Leaves:   which variables are needed to values.h.
 // Threads:  any.

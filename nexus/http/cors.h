@@ -1,8 +1,7 @@
 // cors.h
 // Owns:     cross-origin access for browsers (the Fetch standard, "CORS protocol"): the fields that a response gets.
-// Promises: without `cors_origins` there are none, and a backend's own are passed on; with it, they are Nexus's alone,
-// on
-//           every response, so that a browser never sees two.
+// Promises: without `cors_origins` there are none, and a backend's own are passed on; with it, they are Nexus's
+//           alone, on every response, so that a browser never sees two.
 // Leaves:   answering a preflight request to server/builtin_pages.h; the syntax of origins to config/values.h.
 // Threads:  pure functions.
 // Tested by: tests/cors_test.cpp, tests/e2e/cors.test.mjs

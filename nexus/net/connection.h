@@ -1,7 +1,6 @@
 // connection.h
 // Owns:     one TCP connection: its socket, its readiness under edge-triggered epoll, and the bytes that the kernel
-// would
-//           not take yet.
+//           would not take yet.
 // Promises: bytes leave in the order in which they were written; no call blocks; a failure sticks. may_read() and
 //           may_write() are true until a call has seen the socket drained or full, so no edge is lost.
 // Leaves:   how much may wait to be sent to the caller, who stops writing while pending() is not 0. Nothing above this

@@ -1,7 +1,6 @@
 // log_thread.h
 // Owns:     the log lines' way to their files: a ring for each logging thread, and the writer, a thread that empties
-// the
-//           rings into standard error and the access log.
+//           the rings into standard error and the access log.
 // Promises: put() never blocks or allocates, and makes a system call only if the writer sleeps or the ring fills up. A
 //           line is written complete and in order, or it is counted as dropped. The writer sleeps while there are no
 //           lines, and gathers the lines of 20 ms into one write. A write that fails delays nobody, and the next lines

@@ -1,10 +1,8 @@
 // candidate_picker.h
 // Owns:     the choice of the backend that a request is tried on next: the candidates tried so far, the place held at
-// the
-//           backend in use, the place in the queue.
+//           the backend in use, the place in the queue.
 // Promises: no backend is tried twice with one model; an ejected one only as the last resort; a place, a queue place
-// and
-//           a half-open probe are given back when the request moves on or ends.
+//           and a half-open probe are given back when the request moves on or ends.
 // Leaves:   the order of candidates to fleet/router.h, caps and queues to fleet/admission.h, ejection to
 //           fleet/circuit_breaker.h, sending to exchange.h.
 // Threads:  its worker's.

@@ -1,8 +1,7 @@
 // paths.h
-// Owns:     the paths that Nexus serves: pages of its own, and the proxied endpoints; the nearest one to any other
-// path. Promises: a path is compared byte by byte: no escape is decoded and no slash dropped, so that nothing behind
-// Nexus can
-//           read another path than Nexus did.
+// Owns:     the paths that Nexus serves (its own pages and the proxied endpoints), and the nearest one to any other.
+// Promises: a path is compared byte by byte: no escape is decoded and no slash dropped, so that nothing behind Nexus
+//           can read another path than Nexus did.
 // Leaves:   the endpoints to api/endpoints.h; answering to builtin_pages.h and session_driver.h.
 // Threads:  any; constants and pure functions.
 // Tested by: tests/paths_test.cpp, tests/e2e/endpoints.test.mjs

@@ -1,8 +1,7 @@
 // body.h
 // Owns:     the fuzz targets of reading JSON: a request's body, and a list of models.
 // Promises: in a body that is JSON, every fact equals what plain_json.h reads, and each span holds its value; a body
-// that
-//           is refused is not JSON or has the reported fault.
+//           that is refused is not JSON or has the reported fault.
 // Leaves:   the edits made with the spans to exchange.h.
 // Threads:  one.
 #pragma once

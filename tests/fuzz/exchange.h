@@ -1,8 +1,7 @@
 // exchange.h
 // Owns:     the fuzz targets of whole exchanges: a client's bytes, and a backend's, through a gateway in memory.
 // Promises: any cut gives the same story; Nexus forwards and counts exactly the messages that the RFC reads in the
-// input;
-//           an edited body is the JSON that was wanted; no truncated response looks complete.
+//           input; an edited body is the JSON that was wanted; no truncated response looks complete.
 // Leaves:   faults of the network to the simulator.
 // Threads:  one.
 #pragma once

@@ -3,7 +3,8 @@
 //           that ends the run.
 // Promises: a target depends on its input alone, so a file of the corpus always gives the same run.
 // Leaves:   the properties to prove to the targets, one header each; running them to fuzzer.cpp and
-// fuzz_corpus_test.cpp. Threads:  one.
+//           fuzz_corpus_test.cpp.
+// Threads:  one.
 #pragma once
 
 #include <sys/mman.h>

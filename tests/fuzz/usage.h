@@ -1,8 +1,7 @@
 // usage.h
 // Owns:     the fuzz target of the usage scan over event streams and plain bodies.
 // Promises: any cut gives the same bytes and counts; a plain body passes unchanged; only events that have a usage and
-// an
-//           empty list of choices are removed from a stream; the counts equal those that plain_json.h reads.
+//           an empty list of choices are removed from a stream; the counts equal those that plain_json.h reads.
 // Leaves:   the limits on held bytes to usage_scan_test.cpp.
 // Threads:  one.
 #pragma once

@@ -1,8 +1,7 @@
 // plain_json.h
 // Owns:     the tests' own reader of JSON, written from RFC 8259 alone: recursive and slow.
 // Promises: it shares no code with nexus/ and simdjson. It reads a complete text or fails; every value has its
-// position;
-//           members keep their order, and duplicates stay separate.
+//           position; members keep their order, and duplicates stay separate.
 // Leaves:   converting numbers to the tests: a number is its digits.
 // Threads:  any.
 // Tested by: tests/hostile_readers_test.cpp

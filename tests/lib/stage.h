@@ -1,7 +1,6 @@
 // stage.h
 // Owns:     one worker of Nexus with up to three backends on a scripted network, for tests of an exchange's course:
-// what
-//           was counted for each backend, and if it is ejected.
+//           what was counted for each backend, and if it is ejected.
 // Promises: a backend is ejected by its first failure, and stays so for the whole test. Each backend has its own port.
 // Leaves:   what the far ends do to the tests.
 // Threads:  one.

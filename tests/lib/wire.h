@@ -1,8 +1,9 @@
 // wire.h
 // Owns:     the simulated network: its clock, the queue of events to come, and every connection with its bytes in
-// transit. Promises: TCP as Linux shows it: bytes arrive in order with a FIN behind them; a reset is reported once and
-// then reads
-//           as an end of file; bytes for a closed socket are answered with a reset. Events happen in order of time.
+//           transit.
+// Promises: TCP as Linux shows it: bytes arrive in order with a FIN behind them; a reset is
+//           reported once and then reads as an end of file; bytes for a closed socket are answered with a reset.
+//           Events happen in order of time.
 // Leaves:   Nexus's socket calls to sim_net.h; what the peers do to sim/clients.h, sim/fleet.h and script.h.
 // Threads:  one.
 // Tested by: tests/sim/main.cpp

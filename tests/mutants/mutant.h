@@ -1,6 +1,6 @@
 // The switch of `make mutants`: included before each source of the mutated copy, and by nothing else.
 // Promises: NEXUS_MUTANT=17 in the environment turns mutant 17 on, and only that one; without it, the code is
-// unchanged.
+//           unchanged.
 #pragma once
 
 #include <cstdlib>

@@ -1,7 +1,6 @@
 // simulation.h
 // Owns:     one run: the order of the loops' turns and the network's events, the schedule of reloads and drains, and
-// the
-//           phases: a storm with faults, a calm in which everything must come to rest, the end.
+//           the phases: a storm with faults, a calm in which everything must come to rest, the end.
 // Promises: a seed always gives the same run; time advances only when nothing is left to do.
 // Leaves:   the checks to audit.h and ledger.h.
 // Threads:  one.
