@@ -132,17 +132,18 @@ class Admission {
     made->wakeup = {worker, waiter};
     made->candidates.assign(candidates.begin(), candidates.end());
     Nodes nodes = make_nodes(*made, candidates.size());
+    std::optional<BackendId> entered;  // not the waiter's member: once it waits, another thread may write that
     {
       const std::lock_guard lock(mutex_);
-      made->granted = take_room(candidates);
-      if (!made->granted) {
+      entered = take_room(candidates);
+      if (!entered) {
         if (waiting_ >= queue_size_) return Outcome::full;
         made->arrival = ++arrivals_;
         join_queues(*made, nodes);
       }
     }
-    if (made->granted) {
-      place = Place(this, *made->granted);
+    if (entered) {
+      place = Place(this, *entered);
       return Outcome::entered;
     }
     ticket = Ticket(this, std::move(made));
