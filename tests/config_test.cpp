@@ -107,6 +107,16 @@ TEST_CASE("a configuration of only a backend has the default settings") {
   }
 }
 
+TEST_CASE("idle_connections is automatic unless a number is given") {
+  CHECK(accepted("").upstream.idle_connections == nexus::kAutomatic);
+  CHECK(accepted("[upstream]\nidle_connections = auto\n").upstream.idle_connections == nexus::kAutomatic);
+  CHECK(accepted("[upstream]\nidle_connections = 0\n").upstream.idle_connections == 0);
+  CHECK(accepted("[upstream]\nidle_connections = 10000\n").upstream.idle_connections == 10'000);
+  for (const char* text : {"automatic", "-1", "4294967295", "10001", ""}) {
+    CHECK_FALSE(parse_as_it_is(std::string("[upstream]\nidle_connections = ") + text + "\n").ok());
+  }
+}
+
 TEST_CASE("every key of a whole configuration arrives in its field") {
   const Settings s = accepted(R"(# a comment
 [server]
@@ -117,6 +127,7 @@ max_connections = 5
 max_body = 2M
 body_memory = 4M
 max_header = 8k
+max_fields = 99
 max_pending = 7
 header_timeout = 1s
 body_timeout = 2s
@@ -178,6 +189,7 @@ context_length = a 8k, b 100
   CHECK_EQ(s.server.max_body_bytes, 2u << 20);
   CHECK_EQ(s.server.body_memory_bytes, 4u << 20);
   CHECK_EQ(s.server.max_header_bytes, 8192);
+  CHECK_EQ(s.server.max_fields, 99);
   CHECK_EQ(s.server.max_pending, 7);
   CHECK_EQ(s.server.header_timeout_ns, 1 * kSecond);
   CHECK_EQ(s.server.body_timeout_ns, 2 * kSecond);
@@ -245,6 +257,7 @@ TEST_CASE("a configuration that spells out every default of the table equals the
   CHECK_EQ(got.server.max_body_bytes, want.server.max_body_bytes);
   CHECK_EQ(got.server.body_memory_bytes, want.server.body_memory_bytes);
   CHECK_EQ(got.server.max_header_bytes, want.server.max_header_bytes);
+  CHECK_EQ(got.server.max_fields, want.server.max_fields);
   CHECK_EQ(got.server.max_pending, want.server.max_pending);
   CHECK_EQ(got.server.header_timeout_ns, want.server.header_timeout_ns);
   CHECK_EQ(got.server.body_timeout_ns, want.server.body_timeout_ns);
@@ -312,6 +325,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"server", "max_body", "1024", "256M", "1023", ""},
       {"server", "body_memory", "67108864", "1024G", "1023", "1099511627777"},
       {"server", "max_header", "1k", "65536", "1023", "65537"},
+      {"server", "max_fields", "16", "256", "15", "257"},
       {"server", "max_pending", "0", "1000000", "", "1000001"},
       {"server", "header_timeout", "1ms", "24h", "0", "86400001ms"},
       {"server", "body_timeout", "1ms", "1440m", "0ms", "86401s"},
@@ -323,7 +337,6 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"upstream", "stall_timeout", "1ms", "24h", "0", "86400001ms"},
       {"upstream", "head_delay", "0", "24h", "", "86400001ms"},
       {"upstream", "request_timeout", "0", "24h", "", "86400001ms"},
-      {"upstream", "idle_connections", "0", "10000", "", "10001"},
       {"upstream", "idle_timeout", "1ms", "24h", "0", "86400001ms"},
       {"health", "interval", "1ms", "24h", "0", "86400001ms"},
       {"health", "timeout", "1ms", "24h", "0", "86400001ms"},

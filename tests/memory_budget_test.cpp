@@ -104,11 +104,73 @@ TEST_CASE("near the limit a thread reserves only what it needs") {
   CHECK(second.take(10));
   CHECK_FALSE(second.take(1));
   CHECK(budget.used() == kStep + 10);
-  second.give_back(10);  // it stays reserved for the second thread
-  CHECK_FALSE(first.take(1));
+  second.give_back(10);
   CHECK(second.take(10));
   second.give_back(10);
   first.give_back(kStep);
+}
+
+TEST_CASE("a reserve of another thread is no reason for a refusal") {
+  BodyBudget budget(4 * kStep);
+  std::vector<std::unique_ptr<ThreadBudget>> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.push_back(std::make_unique<ThreadBudget>(budget));
+    REQUIRE(threads.back()->take(100));
+    threads.back()->give_back(100);
+  }
+  CHECK(budget.used() == 4 * kStep);  // all of it is reserved
+  CHECK(budget.held() == 0);
+  CHECK(threads[0]->has_room(4 * kStep));
+  CHECK_FALSE(threads[0]->has_room(4 * kStep + 1));
+  CHECK(threads[0]->take(4 * kStep));
+  CHECK(budget.held() == 4 * kStep);
+  CHECK_FALSE(threads[1]->take(1));
+  threads[0]->give_back(4 * kStep);
+  CHECK(threads[1]->take(4 * kStep));
+  threads[1]->give_back(4 * kStep);
+  threads.clear();
+  CHECK(budget.used() == 0);
+}
+
+TEST_CASE("while memory is short, one client address gets a small part of what is left") {
+  constexpr std::size_t kLimit = 64 * kStep, kPart = kLimit / ThreadBudget::kFairPart;
+  constexpr std::size_t kGreedy = 1, kModest = 2;
+  BodyBudget budget(kLimit);
+  ThreadBudget thread(budget);
+  std::vector<BodyShare> greedy(100);
+  std::size_t taken = 0;
+  while (taken < greedy.size() && greedy[taken].grow_to(thread, kStep, kGreedy)) ++taken;
+  CHECK(taken == 48);  // three quarters
+  BodyShare modest;
+  CHECK(modest.grow_to(thread, kPart, kModest));
+  CHECK(modest.grow_to(thread, 2 * kPart, kModest));  // its only body
+  BodyShare second;
+  CHECK_FALSE(second.grow_to(thread, kPart, kModest));
+  CHECK(thread.held_by(kModest) == 2 * kPart);  // a refusal takes nothing
+  CHECK_FALSE(greedy.back().grow_to(thread, kStep, kGreedy));
+}
+
+TEST_CASE("one body that nobody shares the memory with may use all of it") {
+  BodyBudget budget(4 * kStep);
+  ThreadBudget thread(budget);
+  BodyShare share;
+  for (std::size_t bytes = kStep / 2; bytes <= 4 * kStep; bytes += kStep / 2) CHECK(share.grow_to(thread, bytes, 7));
+  CHECK_FALSE(share.grow_to(thread, 4 * kStep + 1, 7));
+  CHECK(budget.held() == 4 * kStep);
+}
+
+TEST_CASE("the limit of a reload holds for the next body") {
+  BodyBudget budget(100 * kStep);
+  ThreadBudget thread(budget);
+  BodyShare share;
+  REQUIRE(share.grow_to(thread, 10 * kStep));
+  budget.set_limit(5 * kStep);
+  CHECK_FALSE(thread.has_room(1));
+  CHECK_FALSE(share.grow_to(thread, 12 * kStep));
+  share.give_back();
+  CHECK(thread.has_room(5 * kStep));
+  CHECK_FALSE(thread.has_room(5 * kStep + 1));
+  CHECK(share.grow_to(thread, 5 * kStep));
 }
 
 TEST_CASE("what is refused changes nothing") {
@@ -117,8 +179,12 @@ TEST_CASE("what is refused changes nothing") {
   REQUIRE(thread.take(60));
   CHECK_FALSE(thread.take(41));
   CHECK(budget.used() == 60);
-  CHECK(thread.take(40));
-  thread.give_back(100);
+  CHECK(thread.held_by(0) == 60);
+  CHECK(thread.take(40, 1, 0) == false);  // the last part is for clients that hold little
+  CHECK(thread.take(6, 1, 0));
+  CHECK(budget.used() == 66);
+  thread.give_back(6, 1);
+  thread.give_back(60);
 }
 
 TEST_CASE("a share grows, never shrinks, and is given back once") {

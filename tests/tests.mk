@@ -22,7 +22,7 @@ $(B)/unit_tests: $(UNIT_OBJECTS) $(LIBS) $(B)/flags
 $(B)/alone/%: $(B)/obj/tests/%_test.o $(B)/obj/tests/main_test.o $(LIBS)
 	@mkdir -p $(@D)
 	$(link)
-$(addprefix $(B)/alone/,fuzz_corpus hostile_answers hostile_reload hostile_reload_keys hostile_requests worker): $(B)/obj/tests/hostile/gateway.o
+$(addprefix $(B)/alone/,bounds fuzz_corpus hostile_answers hostile_reload hostile_reload_keys hostile_requests worker): $(B)/obj/tests/hostile/gateway.o
 
 $(B)/obj/tests/%_test.o $(B)/obj/tests/joined/%.o: LEVEL := -O0
 $(B)/obj/tests/main_test.o $(B)/obj/tests/joined/much.o $(UNIT_MUCH:%.cpp=$(B)/obj/%.o): LEVEL := -O1

@@ -48,15 +48,6 @@ TEST_CASE("a large page is sent in shares, and other clients are served between 
   CHECK(read.messages.at(0).body.size() > 4 * nexus::kPageShareBytes);
 }
 
-// Such a backend has the id `none`, which several share: its requests are counted there.
-TEST_CASE("more than kMaxBackendNames backends over all reloads do not end the process") {
-  constexpr std::size_t kBackends = nexus::kMaxBackendNames + 100;
-  Gateway gateway({.backends = kBackends});
-  Peer& client = gateway.connect();
-  for (std::size_t i = 0; i < kBackends; ++i) gateway.send(client, kPost);
-  CHECK(client.received.starts_with("HTTP/1.1 200"));
-}
-
 // ---- time ----
 
 TEST_CASE("a head on a kept connection has header_timeout of its own, however little is left of idle_timeout") {

@@ -66,6 +66,13 @@ class UsageScan {
     out_of_memory_ = reader.out_of_memory();
   }
 
+  // The body has ended, and what feed() told was sent: no memory is held.
+  void drop_memory() {
+    held_.clear();
+    released_.clear();
+    capture_.clear();
+  }
+
   const Usage& usage() const { return usage_; }
   std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
   bool told_error() const { return told_error_; }   // one of them

@@ -38,7 +38,7 @@ constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claim
 // ---- names, for the life of the process ----
 
 constexpr std::size_t kMaxModelNames = 20'000;           // models beyond it are counted as `unknown`
-constexpr std::size_t kMaxBackendNames = 4'096;          // over all reloads
+constexpr std::size_t kMaxBackendNames = 4'096;          // over all reloads; a reload with more is refused
 constexpr std::size_t kMaxModelsPerBackend = 10'000;     // the rest of a longer list is ignored
 constexpr std::size_t kMaxEndpoints = 16;                // rows of the table of endpoints, each counted by status
 constexpr std::size_t kMaxModelEntryBytes = 8u << 10;    // of a model's own entry; a larger one is not passed on
@@ -46,9 +46,8 @@ constexpr std::size_t kMaxModelEntriesBytes = 1u << 20;  // of all entries of on
 
 // ---- heads ----
 
-constexpr std::size_t kMaxFields = 128;                      // per head; more is 431
+constexpr std::size_t kMaxFields = 256;                      // per head: the most that max_fields can allow
 constexpr std::size_t kMaxRequestIdBytes = 128;              // a longer one from a client is replaced
-constexpr std::size_t kMaxResponseHeadBytes = 64u << 10;     // of a backend's response
 constexpr std::uint32_t kMaxInterimHeads = 16;               // 1xx heads before the final one
 constexpr std::size_t kTextBytes = 16u << 10;                // reserved for heads and errors of our own
 constexpr std::uint32_t kMaxChunkLineBytes = 256;            // a size line with its extensions
@@ -57,26 +56,31 @@ constexpr std::uint32_t kMaxChunkExtensionBytes = 16 << 10;  // all extensions o
 
 // ---- bodies ----
 
-constexpr std::size_t kMaxJsonDepth = 512;            // levels of a request's body
-constexpr std::size_t kIncrementalBytes = 64u << 10;  // a larger request body is read while it comes
-constexpr std::size_t kCopiedInputBytes = 1u << 20;   // up to this size the buffer of a chunked body doubles
-constexpr std::size_t kCopiedBodyBytes = 4096;        // a smaller body is copied behind its head
-constexpr std::size_t kMaxModelBytes = 256;           // of a requested name, as kept for the log
-constexpr std::size_t kListedModelBytes = 1024;       // of model names in an error message
-constexpr std::uint32_t kBytesPerToken = 4;           // for the estimate of a prompt's length
-constexpr std::size_t kUsageBytes = 16u << 10;        // a larger `usage` is ignored: real ones have a few hundred bytes
-constexpr std::size_t kHeldEventBytes = 16u << 10;    // a larger event is not the usage event, and is not held
-constexpr std::size_t kHeldAnswerBytes = 64u << 10;   // of a response that another backend may still replace
-constexpr std::size_t kMaxProbeBytes = 16u << 20;     // of a backend's response to a health check
-constexpr std::size_t kMaxTopPageBytes = 64u << 20;   // of a page that `nexus top` reads
+constexpr std::size_t kMaxJsonDepth = 512;                      // levels of a request's body
+constexpr std::size_t kIncrementalBytes = 64u << 10;            // a larger request body is read while it comes
+constexpr std::size_t kCopiedInputBytes = 1u << 20;             // up to this size the buffer of a chunked body doubles
+constexpr std::size_t kLeastBodyBytes = 10u << 10;              // that must come in each kBodyLook: 1 KiB/s
+constexpr std::size_t kCopiedBodyBytes = 4096;                  // a smaller body is copied behind its head
+constexpr std::size_t kMaxModelBytes = 256;                     // of a requested name, as kept for the log
+constexpr std::size_t kListedModelBytes = 1024;                 // of model names in an error message
+constexpr std::uint32_t kBytesPerToken = 4;                     // for the estimate of a prompt's length
+constexpr std::int64_t kMaxTokenCount = std::int64_t{1} << 40;  // of one response; a larger one is not believed
+constexpr std::size_t kUsageBytes = 16u << 10;       // a larger `usage` is ignored: real ones have a few hundred bytes
+constexpr std::size_t kHeldEventBytes = 16u << 10;   // a larger event is not the usage event, and is not held
+constexpr std::size_t kHeldAnswerBytes = 64u << 10;  // of a response that another backend may still replace
+constexpr std::size_t kMaxProbeBytes = 16u << 20;    // of a backend's response to a health check
+constexpr std::size_t kMaxTopPageBytes = 64u << 20;  // of a page that `nexus top` reads
 
 // ---- memory ----
 
-constexpr std::size_t kPaddingBytes = 64;       // readable behind a block: simdjson::SIMDJSON_PADDING
-constexpr std::size_t kSmallestBlock = 4096;    // the capacity of a block of class 0
-constexpr std::size_t kBlockClasses = 20;       // 4 KiB … 2 GiB
-constexpr std::size_t kKeptBytes = 32u << 20;   // the most that a worker's pool keeps in its free lists
-constexpr std::size_t kRoomyBlock = 64u << 10;  // for reading a response: most fit in one read
+constexpr std::size_t kPaddingBytes = 64;        // readable behind a block: simdjson::SIMDJSON_PADDING
+constexpr std::size_t kSmallestBlock = 4096;     // the capacity of a block of class 0
+constexpr std::size_t kBlockClasses = 20;        // 4 KiB … 2 GiB
+constexpr std::size_t kKeptBytes = 32u << 20;    // the most that a worker's pool keeps in its free lists
+constexpr std::size_t kPageMemory = 64u << 20;   // of rendered pages that clients still read; then no more are rendered
+constexpr std::size_t kKeptTextBytes = 2048;     // of a connection's text buffer between two requests
+constexpr std::size_t kIdleSessionBytes = 4096;  // of a connection's texts together, between two requests
+constexpr std::size_t kRoomyBlock = 64u << 10;   // for reading a response: most fit in one read
 
 // ---- one turn of a loop: what one session may do before the others get their turn ----
 
@@ -88,8 +92,10 @@ constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's
 constexpr std::uint32_t kReadsPerTurn = 16;          // of one response
 constexpr std::size_t kSentPerTurn = 512u << 10;     // of one request
 constexpr std::size_t kPageShareBytes = 128u << 10;  // of one rendered page: about 50 µs
+constexpr std::uint32_t kShedAtOnce = 16;            // idle connections to backends, when descriptors are short
 constexpr std::uint32_t kAcceptsPerTurn = 64;        // per listener
 constexpr std::uint32_t kAcceptsAtDrain = 8192;      // per listener: more than a backlog holds
+constexpr std::uint32_t kRequestsPerTurn = 8;        // pipelined ones that need no backend
 constexpr std::size_t kMaxLingerBytes = 64u << 20;   // of a refused body that is dropped, over all turns
 
 // ---- log ----
@@ -113,6 +119,7 @@ constexpr Ns kStrayLogInterval = kSecond;           // between two lines about u
 constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about failed requests to one backend
 constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
+constexpr Ns kBodyLook = 10 * kSecond;              // how often a body that has begun must have made progress
 constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name
 constexpr Ns kFirstRecheck = kSecond;               // of a backend that is not up; doubled up to the interval
 constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks

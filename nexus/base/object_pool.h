@@ -30,17 +30,26 @@ class ObjectPool {
 
   // An idle object or a new one; empty if there is no memory.
   Lease take() {
-    if (idle_.empty()) return Lease(new (std::nothrow) T, GiveBack{this});
-    T* const object = idle_.back().release();
-    idle_.pop_back();
+    T* object = nullptr;
+    if (idle_.empty()) {
+      object = new (std::nothrow) T;
+    } else {
+      object = idle_.back().release();
+      idle_.pop_back();
+    }
+    taken_ += object != nullptr;
     return Lease(object, GiveBack{this});
   }
 
+  std::size_t taken() const { return taken_; }  // and not given back
+
  private:
   void keep(std::unique_ptr<T> object) {
+    taken_ -= 1;
     if (idle_.size() < idle_.capacity()) idle_.push_back(std::move(object));
   }
 
+  std::size_t taken_ = 0;
   std::vector<std::unique_ptr<T>> idle_;  // its capacity is the limit
 };
 

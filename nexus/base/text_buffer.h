@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cassert>
 #include <charconv>
@@ -66,6 +67,7 @@ class TextBuffer {
   std::string_view text() const { return {memory_.get(), size_}; }
   const char* data() const { return memory_.get(); }  // kSlack bytes after the text may be read
   std::size_t size() const { return size_; }
+  std::size_t capacity() const { return capacity_; }
 
   // Returns room for `bytes`; kSlack bytes after them may be overwritten. finish() sets the end.
   char* room(std::size_t bytes) {
@@ -107,9 +109,22 @@ class BufferRecycler {
  public:
   // Hands over the text and leaves `page` without memory. Throws std::bad_alloc; the text is lost then.
   std::shared_ptr<const TextBuffer> lend(TextBuffer& page) {
-    lent_ = std::make_shared<TextBuffer>();
+    const std::size_t bytes = page.capacity();
+    auto text = std::make_unique<TextBuffer>();
+    lent_bytes_->fetch_add(bytes, std::memory_order_relaxed);
+    lent_ = std::shared_ptr<TextBuffer>(text.release(), [count = lent_bytes_, bytes](TextBuffer* read) {
+      count->fetch_sub(bytes, std::memory_order_relaxed);
+      delete read;
+    });
+    newest_bytes_ = bytes;
     lent_->swap(page);
     return lent_;
+  }
+
+  // The memory of all pages that have readers.
+  std::size_t lent_bytes() const {
+    const std::size_t unread = lent_.use_count() == 1 ? newest_bytes_ : 0;
+    return lent_bytes_->load(std::memory_order_relaxed) - unread;
   }
 
   // Clears `page`, and gives it the memory of the last lent one if no reader has that any more.
@@ -123,7 +138,10 @@ class BufferRecycler {
   }
 
  private:
-  std::shared_ptr<TextBuffer> lent_;
+  std::shared_ptr<TextBuffer> lent_;  // the newest page
+  std::size_t newest_bytes_ = 0;
+  // Relaxed: the number alone is shared. A reader may outlive the recycler.
+  std::shared_ptr<std::atomic<std::size_t>> lent_bytes_ = std::make_shared<std::atomic<std::size_t>>(0);
 };
 
 }  // namespace nexus

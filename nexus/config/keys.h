@@ -54,6 +54,11 @@ struct ValueKind {
 };
 
 constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>};
+constexpr ValueKind kNumberOrAuto{"", [](std::string_view text, std::string_view range) {
+                                    constexpr std::string_view automatic = "auto, or ";
+                                    if (text == "auto") return std::optional<std::uint64_t>(kAutomatic);
+                                    return parse_ranged<parse_number>(text, range.substr(automatic.size()));
+                                  }};
 constexpr ValueKind kSize{"a size (bytes, or with k, M, G), ", parse_ranged<parse_size>};
 constexpr ValueKind kDuration{"a duration (with ms, s, m, h), ", parse_ranged<parse_duration>};
 constexpr ValueKind kYesNo{"", [](std::string_view text, std::string_view) { return parse_yes_no(text); }};
@@ -176,6 +181,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"server", "max_body", kSize, "64M", "1k to 1G", [](V& v) { v.to(v.s.server.max_body_bytes); }},
     {"server", "body_memory", kSize, "256M", "1k to 1024G", [](V& v) { v.to(v.s.server.body_memory_bytes); }},
     {"server", "max_header", kSize, "16k", "1k to 64k", [](V& v) { v.to(v.s.server.max_header_bytes); }},
+    {"server", "max_fields", kNumber, "128", "16 to 256", [](V& v) { v.to(v.s.server.max_fields); }},
     {"server", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.server.max_pending); }},
     {"server", "header_timeout", kDuration, "10s", "1ms to 24h", [](V& v) { v.to(v.s.server.header_timeout_ns); }},
     {"server", "body_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.body_timeout_ns); }},
@@ -194,7 +200,8 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"upstream", "head_delay", kDuration, "10s", "0, or 1ms to 24h", [](V& v) { v.to(v.s.upstream.head_delay_ns); }},
     {"upstream", "request_timeout", kDuration, "0", "0, or 1ms to 24h",
      [](V& v) { v.to(v.s.upstream.request_timeout_ns); }},
-    {"upstream", "idle_connections", kNumber, "64", "0 to 10000", [](V& v) { v.to(v.s.upstream.idle_connections); }},
+    {"upstream", "idle_connections", kNumberOrAuto, "auto", "auto, or 0 to 10000",
+     [](V& v) { v.to(v.s.upstream.idle_connections); }},
     {"upstream", "idle_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.upstream.idle_timeout_ns); }},
     {"upstream", "resend", kChoice, "stale", "stale, never", [](V& v) { v.to(v.s.upstream.resend); }},
 

@@ -52,8 +52,9 @@ struct ServerSettings {
   std::uint32_t max_connections = 10'000;
   std::size_t max_body_bytes = 64u << 20;
   std::size_t body_memory_bytes = 256u << 20;  // all buffered bodies together
-  std::size_t max_header_bytes = 16u << 10;
-  std::uint32_t max_pending = 0;  // requests in flight over all backends and threads; 0 = no limit
+  std::size_t max_header_bytes = 16u << 10;    // of a request, and of a backend's response
+  std::uint32_t max_fields = 128;              // of the same
+  std::uint32_t max_pending = 0;               // requests in flight over all backends and threads; 0 = no limit
   Ns header_timeout_ns = 10 * kSecond;
   Ns body_timeout_ns = 60 * kSecond;
   Ns idle_timeout_ns = 75 * kSecond;
@@ -64,13 +65,15 @@ struct ServerSettings {
   std::vector<std::string> cors_origins;  // of browser pages that may use this gateway; `*` alone: any; empty: none
 };
 
+constexpr std::uint32_t kAutomatic = UINT32_MAX;
+
 struct UpstreamSettings {
   Ns connect_timeout_ns = 2 * kSecond;
   Ns first_byte_timeout_ns = 300 * kSecond;
   Ns stall_timeout_ns = 120 * kSecond;
-  Ns head_delay_ns = 10 * kSecond;      // how long a response that says nothing yet is held back; 0 = not at all
-  Ns request_timeout_ns = 0;            // 0 = none
-  std::uint32_t idle_connections = 64;  // kept per backend and thread
+  Ns head_delay_ns = 10 * kSecond;  // how long a response that says nothing yet is held back; 0 = not at all
+  Ns request_timeout_ns = 0;        // 0 = none
+  std::uint32_t idle_connections = kAutomatic;  // kept per backend and thread; automatic: each, for idle_timeout
   Ns idle_timeout_ns = 60 * kSecond;
   Resend resend = Resend::stale;  // stale: once more, if a reused connection closed without a byte
 };

@@ -76,6 +76,7 @@ class alignas(64) CircuitBreaker {
 
   // The number of the server, which no other one ever gets: a backend name and an address belong to it.
   std::uint64_t server() const { return server_; }
+  bool probing() const { return State::unpack(word_.load(std::memory_order_relaxed)).probing; }
 
   // True if the server may get a request that is not a last resort.
   bool usable(Ns now) const {

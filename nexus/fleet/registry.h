@@ -20,6 +20,7 @@
 
 #include "nexus/api/model_list.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
 #include "nexus/metrics/ids.h"
@@ -84,7 +85,10 @@ struct Snapshot {
   bool any_vision_stated = false;   // some backend has a `vision` list
   bool any_context_stated = false;  // some backend has a `context_length`
   bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
-  std::string models_page;          // the response body of GET /v1/models
+  // Made once per snapshot, because a fleet may have thousands of models; see complete() in builtin_pages.h.
+  std::shared_ptr<const TextBuffer> models_page;  // the response body of GET /v1/models
+  std::size_t models_available = 0;               // on healthy backends; aliases do not count
+  std::string available_names;                    // for the message of a 404
 
   // The healthy backend's offer that speaks for a model: a listed one before an implied one, then by priority. Null if
   // there is none.
@@ -212,6 +216,15 @@ class Registry {
     settings_ = std::move(settings);
   }
 
+  // False if the backends of `settings` have too many names that no configuration had before: the ids of names last as
+  // long as their counts, which is for the life of the process.
+  bool has_names_for(const Settings& settings) const {
+    const auto added = std::count_if(
+        settings.backends.begin(), settings.backends.end(),
+        [this](const BackendSettings& backend) { return backend_names_.find(backend.name) == BackendId::none; });
+    return backend_names_.size() + static_cast<std::size_t>(added) <= kMaxBackendNames;
+  }
+
   const Settings& settings() const { return *settings_; }
   std::vector<Backend>& backends() { return backends_; }
   const std::vector<Backend>& backends() const { return backends_; }
@@ -269,7 +282,7 @@ class Registry {
     if (backend.health == Health::unhealthy) backend.health = Health::unknown;
   }
 
-  // A snapshot of the current state. The caller adds models_page and publishes it.
+  // A snapshot of the current state. The caller completes and publishes it.
   std::shared_ptr<Snapshot> snapshot() {
     auto made = std::make_shared<Snapshot>();
     made->version = ++version_;

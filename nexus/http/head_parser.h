@@ -74,10 +74,12 @@ namespace detail {
 class HeadScan {
  public:
   // The first field line will begin at offset `fields_at`.
-  void start(llhttp_type_t type, FieldTable* table, std::size_t fields_at) {
+  void start(llhttp_type_t type, FieldTable* table, std::size_t fields_at, std::size_t most_fields) {
+    assert(most_fields <= kMaxFields);
     parser_ = type == HTTP_REQUEST ? behind_line<HTTP_REQUEST>() : behind_line<HTTP_RESPONSE>();
     parser_.data = this;
     fields = table;
+    most_fields_ = most_fields;
     fields->count = fields->seen = 0;
     fields->connection_names = false;
     fed_ = fields_at;
@@ -155,7 +157,7 @@ class HeadScan {
     FieldRow* const last = fields.count > 0 ? &fields.rows[fields.count - 1] : nullptr;
     if (last != nullptr && last->name_at + last->name_bytes == from) {
       last->name_bytes += static_cast<std::uint32_t>(bytes);
-    } else if (fields.count == kMaxFields) {
+    } else if (fields.count == scan.most_fields_) {
       scan.overflow_ = true;
     } else {
       fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
@@ -178,6 +180,7 @@ class HeadScan {
   llhttp_t parser_;
   const char* base_ = nullptr;
   std::size_t fed_ = 0;
+  std::size_t most_fields_ = kMaxFields;
   bool overflow_ = false;
 };
 
@@ -300,8 +303,10 @@ inline const char* read_fields(const char* base, FieldTable& fields, ResponseHea
 template <class Head>
 class HeadReader {
  public:
-  void start(FieldTable* fields) {
+  // More than `most_fields` (at most kMaxFields) fields: the error is too_many_fields.
+  void start(FieldTable* fields, std::size_t most_fields = kMaxFields) {
     fields_ = fields;
+    most_fields_ = most_fields;
     line_seen_ = fields_at_ = 0;
   }
 
@@ -314,7 +319,7 @@ class HeadReader {
       const HeadResult line = read_line(base, bytes);
       if (line.status != HeadResult::Status::done) return line;
       fields_at_ = line.head_bytes;
-      scan_.start(Head::kType, fields_, fields_at_);
+      scan_.start(Head::kType, fields_, fields_at_, most_fields_);
     }
     const HeadResult result = scan_.run(base, bytes);
     if (result.status != HeadResult::Status::done) return result;
@@ -343,6 +348,7 @@ class HeadReader {
 
   detail::HeadScan scan_;
   FieldTable* fields_ = nullptr;
+  std::size_t most_fields_ = kMaxFields;
   Head head_;                  // of the first line alone
   std::size_t line_seen_ = 0;  // bytes of the first line that were looked at
   std::size_t fields_at_ = 0;  // 0: the first line is not complete

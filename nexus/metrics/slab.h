@@ -69,6 +69,7 @@ inline constexpr std::array<std::string_view, 2> kQueueRejectionNames{"full", "t
 enum class Limit : std::uint8_t {
   max_connections,
   max_header,
+  max_fields,
   max_body,
   body_memory,
   max_pending,
@@ -85,16 +86,38 @@ enum class Limit : std::uint8_t {
   queue_timeout,
   json_depth,
   models,
+  backend_names,
+  page_memory,
   descriptors,
   ports,
   memory,
   log_volume
 };
-inline constexpr std::array<std::string_view, 22> kLimitNames{
-    "max_connections", "max_header",      "max_body",     "body_memory",   "max_pending",     "backend_max_pending",
-    "header_timeout",  "body_timeout",    "idle_timeout", "write_timeout", "connect_timeout", "first_byte_timeout",
-    "stall_timeout",   "request_timeout", "queue_size",   "queue_timeout", "json_depth",      "models",
-    "descriptors",     "ports",           "memory",       "log_volume"};
+inline constexpr std::array<std::string_view, 25> kLimitNames{"max_connections",
+                                                              "max_header",
+                                                              "max_fields",
+                                                              "max_body",
+                                                              "body_memory",
+                                                              "max_pending",
+                                                              "backend_max_pending",
+                                                              "header_timeout",
+                                                              "body_timeout",
+                                                              "idle_timeout",
+                                                              "write_timeout",
+                                                              "connect_timeout",
+                                                              "first_byte_timeout",
+                                                              "stall_timeout",
+                                                              "request_timeout",
+                                                              "queue_size",
+                                                              "queue_timeout",
+                                                              "json_depth",
+                                                              "models",
+                                                              "backend_names",
+                                                              "page_memory",
+                                                              "descriptors",
+                                                              "ports",
+                                                              "memory",
+                                                              "log_volume"};
 
 constexpr std::string_view name_of(ErrorType x) { return kErrorTypeNames[static_cast<std::size_t>(x)]; }
 constexpr std::string_view name_of(AttemptOutcome x) { return kAttemptOutcomeNames[static_cast<std::size_t>(x)]; }

@@ -135,7 +135,10 @@ class Attempt {
     backend_ = nullptr;
     snapshot_ = SnapshotUse();
     stale_seen_ = false;
+    if (own_.capacity() > kKeptTextBytes) std::string().swap(own_);  // an assignment would keep the memory
   }
+
+  std::size_t kept_bytes() const { return own_.capacity(); }
 
  private:
   Handle owner_;

@@ -53,6 +53,12 @@ class Exchange {
   bool cut() const { return client_.cut(); }  // the connection must be reset, so that what was sent does not look whole
   Ns deadline() const { return deadlines_.next(); }
 
+  // Of text buffers, between two requests.
+  std::size_t kept_bytes() const {
+    return attempt_.kept_bytes() + summary_.request_id.capacity() + summary_.model.capacity() + reason_.capacity() +
+           kept_.backend.capacity() + kept_.model_used.capacity();
+  }
+
   // The request's head is complete. `client_name` is the client's address, for the log; `cors_lines` stay in place
   // until the response has begun.
   void open(const Endpoint& endpoint, const RequestHead& head, const HeadView& view, std::string_view client_name,

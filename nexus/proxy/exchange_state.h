@@ -73,21 +73,22 @@ constexpr bool may_follow(ExchangeState from, ExchangeState to) {
 
 // How an attempt fails, or an exchange ends before its response is whole.
 enum class Ending : std::uint8_t {
-  not_connected,      // the backend refused the connection
-  no_descriptor,      // for a connection to the backend: on this host, as the next two
-  no_port,            // of this host
-  no_route,           // from this host to the backend's network
-  connect_silent,     // no connection within connect_timeout
-  first_byte_silent,  // no byte of the response within first_byte_timeout
-  stalled,            // no further byte of the response within stall_timeout
-  request_timed_out,  // all of the request together took longer than request_timeout
-  backend_closed,     // its connection ended before the response was whole
-  backend_garbled,    // its response is not well-formed HTTP
-  client_left,        // the client closed its connection, or writing to it failed
-  client_stalled,     // the client took no byte for write_timeout
-  client_unwritable,  // no memory for what the client's kernel buffer did not take
-  out_of_memory,      // no memory for another step
-  drained,            // the process ends
+  not_connected,       // the backend refused the connection
+  no_descriptor,       // for a connection to the backend: on this host, as the next two
+  no_port,             // of this host
+  no_route,            // from this host to the backend's network
+  connect_silent,      // no connection within connect_timeout
+  first_byte_silent,   // no byte of the response within first_byte_timeout
+  stalled,             // no further byte of the response within stall_timeout
+  request_timed_out,   // all of the request together took longer than request_timeout
+  backend_closed,      // its connection ended before the response was whole
+  backend_garbled,     // its response is not well-formed HTTP
+  backend_head_large,  // the head of its response exceeds max_header or max_fields
+  client_left,         // the client closed its connection, or writing to it failed
+  client_stalled,      // the client took no byte for write_timeout
+  client_unwritable,   // no memory for what the client's kernel buffer did not take
+  out_of_memory,       // no memory for another step
+  drained,             // the process ends
 };
 
 enum class Fault : std::uint8_t {
@@ -132,6 +133,7 @@ inline constexpr auto kEndings = [] {
       {cancelled, E::timeout, A::request_timeout, L::request_timeout, F::nexus, false, event},    // request_timed_out
       {truncated, E::backend_error, A::backend_broke, {}, F::backend, true, event},               // backend_closed
       {bad_response, E::parse_error, A::backend_not_http, {}, F::backend, true, event},           // backend_garbled
+      {bad_response, E::parse_error, A::backend_head_too_large, {}, F::backend, true, event},     // backend_head_large
       {cancelled, E::client_closed, {}, {}, F::client, false, Cut::by_framing},                   // client_left
       {cancelled, E::other, {}, L::write_timeout, F::client, false, reset},                       // client_stalled
       {cancelled, E::overloaded, {}, L::memory, F::host, false, reset},                           // client_unwritable

@@ -131,6 +131,13 @@ void Exchange<Net>::read_head(char* data, std::size_t bytes) {
     case ResponseHeadReader::Status::need_more: return;
     case ResponseHeadReader::Status::done: return on_head(result);
     case ResponseHeadReader::Status::out_of_memory: return end(Ending::out_of_memory);
+    case ResponseHeadReader::Status::too_large:
+    case ResponseHeadReader::Status::too_many_fields: {
+      const bool too_large = result.status == ResponseHeadReader::Status::too_large;
+      context_.slab.limit_hit(too_large ? Limit::max_header : Limit::max_fields);
+      failure_ = result.why;
+      return end(Ending::backend_head_large);
+    }
     case ResponseHeadReader::Status::failed: failure_ = result.why; return end(Ending::backend_garbled);
   }
 }

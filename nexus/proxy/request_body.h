@@ -1,7 +1,8 @@
 // request_body.h
 // Owns:     a client's request body while it is received: how much has come, its share of the memory, its limits.
-// Promises: memory is taken from the budget before it is filled; a chunked body is decoded in place, behind the head;
-//           no byte behind the body's end is touched; a large body is read while it comes.
+// Promises: the budget is charged for the bytes that have come, not for those that were announced; memory grows with
+//           them; a chunked body is decoded in place, behind the head; no byte behind the body's end is touched; a
+//           large body is read while it comes; a body that has begun must go on (kLeastBodyBytes).
 // Leaves:   reading the socket to server/session_driver.h, the meaning to api/request_json.h, api/incremental_json.h.
 // Threads:  one worker's.
 // Tested by: tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
@@ -32,7 +33,8 @@ class RequestBody {
     ApiError refusal{};  // if refused
   };
 
-  explicit RequestBody(WorkerContext<Net>& core) : context_(core) {}
+  // `client`: a hash of the client's address.
+  RequestBody(WorkerContext<Net>& core, std::size_t client) : context_(core), client_(client) {}
   RequestBody(const RequestBody&) = delete;
   RequestBody& operator=(const RequestBody&) = delete;
 
@@ -41,24 +43,44 @@ class RequestBody {
 
   // The error that is known from the head alone, if any. `most_bytes` holds for the whole body.
   std::optional<ApiError> begin(const RequestHead& head, std::size_t most_bytes) {
-    bytes_ = 0;
+    bytes_ = looked_at_bytes_ = 0;
     most_bytes_ = most_bytes;
+    until_ns_ = deadline_after(context_.now, context_.settings().server.body_timeout_ns);
+    next_look_ns_ = kNever;
     decoder_ = ChunkedDecoder();
     if (head.framing.kind != Framing::Kind::length) return std::nullopt;
     if (head.framing.length > most_bytes) return too_large();
-    if (!share_.grow_to(context_.budget, static_cast<std::size_t>(head.framing.length))) return no_share();
+    const std::size_t length = static_cast<std::size_t>(head.framing.length);
+    if (length > kIncrementalBytes && !context_.budget.has_room(length)) return no_share();
     return std::nullopt;
   }
 
-  // How much room to make: the missing rest of a body of known length, else as much again as is held. A large buffer
-  // grows eightfold: memory that is never written costs nothing, and copying would hold up the loop.
+  // How much room to make: the missing rest of a body of known length, else as much again as is held. Up to
+  // kCopiedInputBytes the memory is not much more than what has come: a client may announce much and send nothing. A
+  // larger buffer grows eightfold: memory that is never written costs nothing, and copying would hold up the loop.
   std::size_t room_wanted(const RequestHead& head, const Buffer& input, std::size_t least_bytes) const {
     const std::size_t held = input.size();
+    const bool small = held < kCopiedInputBytes;
     if (head.framing.kind == Framing::Kind::length) {
-      return head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
+      const std::size_t rest = head.head_bytes + static_cast<std::size_t>(head.framing.length) - held;
+      if (input.room() >= std::min(rest, least_bytes)) return input.room();
+      return small ? std::min(rest, kCopiedInputBytes) : rest;
     }
     if (input.room() >= least_bytes) return input.room();
-    return std::max(held < kCopiedInputBytes ? held : std::min(7 * held, most_bytes_), least_bytes);
+    return std::max(small ? held : std::min(7 * held, most_bytes_), least_bytes);
+  }
+
+  // When to call has_time(): at once if the first byte has just come.
+  Ns deadline() {
+    if (bytes_ > 0 && next_look_ns_ == kNever) next_look_ns_ = deadline_after(context_.now, kBodyLook);
+    return std::min(until_ns_, next_look_ns_);
+  }
+  // Called at the deadline. False if the client was too slow: body_timeout has passed, or too little has come.
+  bool has_time() {
+    if (context_.now >= until_ns_ || bytes_ - looked_at_bytes_ < kLeastBodyBytes) return false;
+    looked_at_bytes_ = bytes_;
+    next_look_ns_ = deadline_after(context_.now, kBodyLook);
+    return true;
   }
 
   // Reads the new bytes of `input`, which begins with the head.
@@ -68,6 +90,7 @@ class RequestBody {
       case Framing::Kind::length: {
         const std::size_t length = static_cast<std::size_t>(head.framing.length);
         bytes_ = std::min(length, input.size() - head.head_bytes);
+        if (!share_.grow_to(context_.budget, bytes_, client_)) return {Status::refused, no_share()};
         if (length > kIncrementalBytes && !read_new(input.data() + head.head_bytes)) return no_memory();
         return {bytes_ == length ? Status::whole : Status::need_more};
       }
@@ -96,7 +119,9 @@ class RequestBody {
     const std::size_t decoded_end = head_bytes + bytes_;
     const std::size_t fresh = input.size() - decoded_end;
     if (fresh == 0) return {Status::need_more};
-    if (!share_.grow_to(context_.budget, std::min(bytes_ + fresh, most_bytes_))) return {Status::refused, no_share()};
+    if (!share_.grow_to(context_.budget, std::min(bytes_ + fresh, most_bytes_), client_)) {
+      return {Status::refused, no_share()};
+    }
     char* data = input.data() + decoded_end;
     const ChunkedDecoder::Result result = decoder_.decode(data, fresh);
     bytes_ += result.decoded;
@@ -134,8 +159,12 @@ class RequestBody {
   }
 
   WorkerContext<Net>& context_;
+  const std::size_t client_;
   std::size_t bytes_ = 0;
   std::size_t most_bytes_ = 0;  // [server] max_body when the head came
+  Ns until_ns_ = kNever;        // for the whole body
+  Ns next_look_ns_ = kNever;    // for the next kLeastBodyBytes
+  std::size_t looked_at_bytes_ = 0;
   ChunkedDecoder decoder_;
   BodyShare share_;
   typename ObjectPool<IncrementalJson>::Lease incremental_;

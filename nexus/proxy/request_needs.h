@@ -67,27 +67,29 @@ inline bool is_available(const Snapshot& snapshot, const ModelEntry& entry) {
                      [&](const Offer& offer) { return snapshot.backends[offer.backend].healthy; });
 }
 
-// The message of a 404: lists the available models, as far as they fit.
-inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked) {
+// The names of the available models, as far as they fit into a message.
+inline std::string list_available(const Snapshot& snapshot) {
   std::vector<std::string_view> names;
   for (const auto& [name, entry] : snapshot.models) {
     if (is_available(snapshot, entry)) names.push_back(name);
   }
   std::sort(names.begin(), names.end());
+  std::string list;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (list.size() + names[i].size() > kListedModelBytes) return list + ", … (GET /v1/models lists all)";
+    if (i > 0) list += ", ";
+    list += names[i];
+  }
+  return list;
+}
+
+// The message of a 404.
+inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked) {
+  const std::string& names = snapshot.available_names;
   std::string message = "The model '";
   message.append(asked).append("' is not available here. ");
-  message += names.empty() ? "No model is available now: see /health." : "Available: ";
-  const std::size_t start = message.size();
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    if (message.size() - start + names[i].size() > kListedModelBytes) {
-      message += ", … (GET /v1/models lists all)";
-      break;
-    }
-    if (i > 0) message += ", ";
-    message += names[i];
-  }
-  if (!names.empty()) message += ".";
-  return message;
+  if (names.empty()) return message + "No model is available now: see /health.";
+  return message.append("Available: ").append(names).append(".");
 }
 
 }  // namespace nexus

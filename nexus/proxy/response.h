@@ -39,6 +39,7 @@ class Response {
 
   void reset() {
     framing_ = Framing{};
+    scan_.drop_memory();
     first_ns_ = last_ns_ = -1;
   }
 
@@ -178,7 +179,7 @@ class Response {
 
 class ResponseHeadReader {
  public:
-  enum class Status : std::uint8_t { need_more, done, failed, out_of_memory };
+  enum class Status : std::uint8_t { need_more, done, failed, too_large, too_many_fields, out_of_memory };
 
   struct Result {
     Status status = Status::need_more;
@@ -189,11 +190,12 @@ class ResponseHeadReader {
   };
 
   // Reads received bytes; once done, the fields are valid until clear().
-  Result feed(ObjectPool<FieldTable>& tables, BlockPool& blocks, char* data, std::size_t bytes) {
+  Result feed(ObjectPool<FieldTable>& tables, BlockPool& blocks, const ServerSettings& limits, char* data,
+              std::size_t bytes) {
     if (!fields_) {
       fields_ = tables.take();
       if (!fields_) return failed(Status::out_of_memory);
-      reader_.start(fields_.get());
+      reader_.start(fields_.get(), limits.max_fields);
     }
     if (!partial_.empty()) {
       if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
@@ -203,11 +205,10 @@ class ResponseHeadReader {
     for (;;) {
       Result told;
       const HeadResult result = reader_.feed(data, bytes, told.head);
-      if (result.status == HeadResult::Status::failed ||
-          (result.status == HeadResult::Status::need_more && bytes > kMaxResponseHeadBytes) ||
-          result.head_bytes > kMaxResponseHeadBytes) {
-        return failed(Status::failed, result.why.empty() ? "its head is too large" : result.why);
-      }
+      if (result.error == HeadError::too_many_fields) return failed(Status::too_many_fields, result.why);
+      if (result.status == HeadResult::Status::failed) return failed(Status::failed, result.why);
+      const std::size_t head_bytes = result.status == HeadResult::Status::need_more ? bytes : result.head_bytes;
+      if (head_bytes > limits.max_header_bytes) return failed(Status::too_large, "its head is larger than max_header");
       if (result.status == HeadResult::Status::need_more) return keep_partial(blocks, data, bytes);
       if (told.head.status >= 200) {
         told.status = Status::done;
@@ -221,7 +222,7 @@ class ResponseHeadReader {
       }
       data += result.head_bytes;
       bytes -= result.head_bytes;
-      reader_.start(fields_.get());
+      reader_.start(fields_.get(), limits.max_fields);
       if (bytes == 0) {
         partial_.clear();
         return {};

@@ -2,12 +2,15 @@
 // Owns:     the worker's connections to backends: each in use by one exchange, or idle and kept for the next.
 // Promises: an idle connection on which anything comes (bytes, FIN, reset) is closed, if not before, then when it is to
 //           be taken: bytes before the request are no answer to it (RFC 9112 9.2); the most recently used one is taken
-//           first, so that the others can time out; the counts per backend are exact.
+//           first, so that the others can time out; the counts per backend are exact. Unless idle_connections sets a
+//           bound, a connection is kept for idle_timeout: so many are open as were in use at once within that time,
+//           and when there is no descriptor for a new one, idle ones are closed.
 // Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
 // Tested by: tests/sim, tests/e2e/proxy.test.mjs
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <vector>
 
@@ -66,7 +69,10 @@ class UpstreamPool {
   SocketOutcome connect(BackendId backend, const Address& address, Handle owner, Upstream<Net>*& upstream) {
     Upstream<Net>* const made = upstreams_.make(backend, address);
     if (made == nullptr) return SocketOutcome::no_memory;
-    const SocketOutcome outcome = made->connection.connect(context_.net, address, made->handle);
+    SocketOutcome outcome = made->connection.connect(context_.net, address, made->handle);
+    if (outcome == SocketOutcome::no_descriptor && shed()) {
+      outcome = made->connection.connect(context_.net, address, made->handle);
+    }
     if (outcome != SocketOutcome::ok) {
       upstreams_.destroy(made->handle);
       return outcome;
@@ -87,10 +93,9 @@ class UpstreamPool {
       if (!belongs(upstream, *context_.snapshot)) return drop(upstream);
       upstream.snapshot_version = context_.snapshot->version;
     }
+    const bool full = line.idle >= settings.idle_connections;  // never if it is kAutomatic
     const bool quiet = !upstream.connection.hangup() && !upstream.connection.may_read();
-    if (context_.draining || !quiet || line.idle >= settings.idle_connections) {
-      return drop(upstream);
-    }
+    if (context_.draining || !quiet || full) return drop(upstream);
     upstream.reused = true;
     upstream.newer = nullptr;
     upstream.older = line.newest;
@@ -134,6 +139,20 @@ class UpstreamPool {
         upstream = older;
       }
     }
+  }
+
+  // Closes up to kShedAtOnce idle connections, because descriptors are short. False if there is none. Not
+  // for newcomers that wait to be accepted: requests of those who are in need the idle ones.
+  [[gnu::cold]] bool shed() {
+    const auto fullest =
+        std::max_element(lines_.begin(), lines_.end(), [](const Line& a, const Line& b) { return a.idle < b.idle; });
+    if (fullest == lines_.end() || fullest->idle == 0) return false;
+    for (std::uint32_t i = 0; i < kShedAtOnce && fullest->newest != nullptr; ++i) {
+      Upstream<Net>& upstream = *fullest->newest;
+      unlink(upstream);
+      drop(upstream);
+    }
+    return true;
   }
 
   std::size_t open() const { return upstreams_.live(); }

@@ -152,9 +152,30 @@ struct WorkerContext {
 
   // Schedules `session` for another turn after the current events. Idempotent: a session that is already scheduled is
   // not added again.
-  void reschedule(Handle session) {
-    const auto is_it = [&](const Handle& other) { return other.value == session.value; };
-    if (std::none_of(again.begin(), again.end(), is_it)) again.push_back(session);
+  // REQUIRES: make_turn().
+  void reschedule(Handle session) noexcept {
+    Handle& next = next_turns[session.slot()];
+    if (next.value == 0) again.push_back(session.slot());
+    next = session;  // one that was there before has ended
+  }
+  // Makes room for a new session's turns, so that scheduling them needs no memory. False if there is none.
+  bool make_turn(Handle session) {
+    if (!make_room(next_turns, session.slot())) return false;
+    try {
+      for (auto* list : {&again, &running}) {
+        if (list->capacity() < next_turns.size()) list->reserve(2 * next_turns.size());
+      }
+      return true;
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+  }
+  // Calls `resume(session)` for each scheduled session; it may schedule them again.
+  template <class Resume>
+  void run_rescheduled(Resume&& resume) {
+    running.swap(again);
+    for (const std::uint32_t slot : running) resume(std::exchange(next_turns[slot], Handle{}));
+    running.clear();
   }
 
   // The time to first byte of the server at a backend's address, as this thread measured it, smoothed with weight 1/8.
@@ -238,9 +259,11 @@ struct WorkerContext {
   };
   std::vector<Latency> latencies;  // by BackendId
   AttemptLog attempt_log;
-  std::vector<Choice> choices;  // of the route being picked
-  std::vector<Handle> again;
-  std::string text;  // heads and errors are written here; reserved, so that an error needs no memory
+  std::vector<Choice> choices;       // of the route being picked
+  std::vector<std::uint32_t> again;  // slots of the sessions that are scheduled for another turn
+  std::vector<std::uint32_t> running;
+  std::vector<Handle> next_turns;  // by slot; none if it is not scheduled
+  std::string text;                // heads and errors are written here; reserved, so that an error needs no memory
 };
 
 }  // namespace nexus

@@ -55,6 +55,18 @@ inline std::string render_models(const Snapshot& snapshot) {
   return out += "]}";
 }
 
+// Adds to a new snapshot what is made of all its models.
+inline void complete(Snapshot& snapshot) {
+  auto page = std::make_shared<TextBuffer>();
+  page->add(render_models(snapshot));
+  snapshot.models_page = std::move(page);
+  snapshot.available_names = list_available(snapshot);
+  snapshot.models_available =
+      static_cast<std::size_t>(std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
+        return !named.second.is_alias() && listed_offer(snapshot, named.second) != nullptr;
+      }));
+}
+
 // Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
 inline std::string unescape_path(std::string_view text) {
   std::string out;
@@ -85,9 +97,6 @@ inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, b
   const auto total = snapshot.backends.size();
   const auto healthy = static_cast<std::size_t>(std::count_if(
       snapshot.backends.begin(), snapshot.backends.end(), [](const BackendView& backend) { return backend.healthy; }));
-  const auto models = std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
-    return !named.second.is_alias() && listed_offer(snapshot, named.second) != nullptr;
-  });
   const std::string_view status = draining           ? "draining"
                                   : healthy == 0     ? "unhealthy"
                                   : healthy == total ? "healthy"
@@ -95,7 +104,7 @@ inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, b
   JsonWriter json(out);
   json.begin_object().field("status", status).field("version", kVersion).field("uptime_seconds", uptime_ns / kSecond);
   json.key("backends").begin_object().field("total", total).field("healthy", healthy);
-  json.field("unhealthy", total - healthy).end_object().field("models", models).end_object();
+  json.field("unhealthy", total - healthy).end_object().field("models", snapshot.models_available).end_object();
   return draining || healthy == 0 ? 503 : 200;
 }
 
@@ -128,7 +137,7 @@ class BuiltinPages {
     }
     switch (kind) {
       case PageKind::health: answer_health(session); break;
-      case PageKind::models: answer_json(session, 200, context_.snapshot->models_page); break;
+      case PageKind::models: begin_page(session, context_.snapshot->models_page, kind); break;
       case PageKind::model: answer_model(session, path); break;
       case PageKind::metrics:
       case PageKind::stats:

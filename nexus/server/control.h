@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -134,6 +135,7 @@ class Control {
   // For the simulator:
   const Registry& registry() const { return registry_; }
   const SnapshotPtr& published() const { return published_; }
+  std::size_t unsent_page_bytes() const { return pages_.unsent_bytes(); }
 
  private:
   // Runs `work`. False if memory ran out on the way: the rest of it is left undone, and retry() is scheduled.
@@ -168,6 +170,19 @@ class Control {
       guarded([&] { std::visit([this](auto& m) { this->on_message(m); }, message); });
     }
     messages_.clear();
+    turns_pages_ = {};
+  }
+
+  // All that ask in the same turn get the same page. Null if it can't be rendered.
+  std::shared_ptr<const TextBuffer> page_of(PageKind kind) {
+    std::shared_ptr<const TextBuffer>& page = turns_pages_[static_cast<std::size_t>(kind)];
+    if (page != nullptr) return page;
+    if (pages_.unsent_bytes() > kPageMemory) {
+      slab_.limit_hit(Limit::page_memory);
+    } else {
+      guarded([&] { page = pages_.render(kind, now_); });
+    }
+    return page;
   }
 
   void on_message(AskPage& ask) {
@@ -175,7 +190,7 @@ class Control {
     page.session = ask.session;
     page.number = ask.number;
     page.kind = ask.kind;
-    guarded([&] { page.body = pages_.render(ask.kind, now_); });  // without memory the session gets no body
+    page.body = page_of(ask.kind);
     const auto posted = workers_[ask.worker]->post(std::move(page));
     if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
@@ -192,6 +207,7 @@ class Control {
   // ---- configuration ----
 
   void reload() {
+    if (!registry_.has_names_for(*reloading_)) return refuse_names();
     if (!guarded([&] { take_settings(reloading_); })) return;
     reloading_.reset();
     pages_.note_reload(true);
@@ -204,6 +220,14 @@ class Control {
       if (backend.lookup_failed) backend.next_lookup_ns = now_;
       guarded([&] { check_anew(backend); });
     }
+  }
+
+  [[gnu::cold]] void refuse_names() {
+    reloading_.reset();
+    slab_.limit_hit(Limit::backend_names);
+    pages_.note_reload(false);
+    log_.event(LogLevel::error, "configuration not applied: too many names of backends since the start, restart Nexus",
+               {{"limit", Digits(kMaxBackendNames - 1).view()}});
   }
 
   void take_settings(std::shared_ptr<const Settings> settings) {
@@ -223,7 +247,7 @@ class Control {
 
   SnapshotPtr make_snapshot() {
     std::shared_ptr<Snapshot> made = registry_.snapshot();
-    made->models_page = render_models(*made);
+    complete(*made);
     if (registry_.model_names().full()) slab_.limit_hit(Limit::models);
     return made;
   }
@@ -418,6 +442,7 @@ class Control {
   std::vector<Worker<Net>*> workers_;
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
+  std::array<std::shared_ptr<const TextBuffer>, kPageKinds> turns_pages_;
   std::array<Event, Net::kMaxEvents> events_;
   SnapshotPtr published_;  // that all workers were given last
   std::atomic<const Settings*> in_force_{nullptr};

@@ -49,6 +49,9 @@ class PageRenderer {
     if (succeeded) last_reload_wall_ns_ = sources_.wall_time();
   }
 
+  // Of the pages that somebody may still read. Any thread may end its reading meanwhile.
+  std::size_t unsent_bytes() const { return metrics_memory_.lent_bytes() + stats_memory_.lent_bytes(); }
+
   // Throws std::bad_alloc; the next page is complete again.
   std::shared_ptr<const TextBuffer> render(PageKind kind, Ns now) {
     const FleetView fleet = fleet_view(now);

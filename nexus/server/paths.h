@@ -20,6 +20,7 @@
 namespace nexus {
 
 enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status, endpoint, server };
+constexpr std::size_t kPageKinds = static_cast<std::size_t>(PageKind::server) + 1;
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
 

@@ -1,16 +1,18 @@
 // session.h
 // Owns:     the state of one client connection: its input, the head of its request, its exchange or page.
-// Promises: plain data; an idle session holds no block of memory.
+// Promises: plain data; an idle session holds no block of memory, and at most kIdleSessionBytes in its texts.
 // Leaves:   driving it to session_driver.h.
 // Threads:  its worker's.
 // Tested by: tests/worker_test.cpp, tests/sim, tests/hostile
 #pragma once
 
 #include <array>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
 
+#include "nexus/base/hash.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/http/cors.h"
 #include "nexus/proxy/exchange_steps.h"
@@ -48,6 +50,19 @@ constexpr bool may_wait(SessionState session, ExchangeState exchange) {
   }
 }
 
+// What a session has done in a turn of the loop, for its share of it.
+struct TurnShare {
+  std::uint32_t reads = 0;
+  std::uint32_t requests = 0;
+};
+
+// A number for the client's host, or for its IPv6 network of 64 bits: who has one such network has all its addresses.
+inline std::size_t host_number(const Address& peer) {
+  std::uint64_t network = 0;
+  std::memcpy(&network, peer.ip.data(), sizeof network);
+  return static_cast<std::size_t>(mix(network));
+}
+
 template <class Net>
 struct Session {
   Session(Handle handle_in, WorkerContext<Net>& context, UpstreamPool<Net>& pool, const Address& peer,
@@ -56,7 +71,7 @@ struct Session {
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
         timer(handle_in),
-        body(context),
+        body(context, host_number(peer)),
         exchange(handle_in, context, pool, connection) {}
 
   // The request in `input`, for the exchange.
@@ -80,6 +95,12 @@ struct Session {
     input.consume(head.head_bytes + body.bytes());
     fields.reset();
     body.give_back();
+  }
+
+  // The memory of a session between two requests, besides its own fixed size; at most kIdleSessionBytes.
+  std::size_t kept_bytes() const {
+    return client_name.capacity() + cors_lines.capacity() + request_id.capacity() + page_head.capacity() +
+           exchange.kept_bytes();
   }
 
   // Drops the current request (`bytes` of the input) and prepares for the next.

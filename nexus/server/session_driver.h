@@ -59,8 +59,9 @@ class SessionDriver {
   // Takes over a connection that placement_ has counted for this worker.
   [[gnu::cold]] void add(typename Net::Socket socket, const Address& peer, bool metrics_only) {
     SessionT* session = sessions_.make(context_, pool_, peer, metrics_only);
-    if (session == nullptr) {
+    if (session == nullptr || !context_.make_turn(session->handle)) {
       context_.net.close(socket);
+      if (session != nullptr) sessions_.destroy(session->handle);
     } else if (session->connection.adopt(context_.net, socket, session->handle) != SocketOutcome::ok) {
       sessions_.destroy(session->handle);
     } else {
@@ -209,16 +210,20 @@ class SessionDriver {
 
   // Runs steps until the session waits, or is over: then it is gone.
   void drive(SessionT& session) {
-    std::uint32_t reads = 0;
+    TurnShare share;
     Step next = Step::again;
-    while (next == Step::again) next = step(session, reads);
+    while (next == Step::again) next = step(session, share);
     assert(next == Step::over || may_wait(session.state, session.exchange.state()));
   }
 
-  Step step(SessionT& session, std::uint32_t& reads) {
+  Step step(SessionT& session, TurnShare& share) {
     switch (session.state) {
-      case State::reading_head: return parse_head(session) ? Step::again : wait_for_head(session, reads);
-      case State::reading_body: return parse_body(session) ? Step::again : read_more(session, reads);
+      case State::reading_head:
+        if (share.requests == kRequestsPerTurn && !session.input.empty()) return next_turn(session);
+        if (!parse_head(session)) return wait_for_head(session, share);
+        share.requests += 1;
+        return Step::again;
+      case State::reading_body: return parse_body(session) ? Step::again : read_more(session, share);
       case State::exchanging: return follow_exchange(session);
       case State::waiting_page: return Step::wait;
       case State::sending_page: {
@@ -226,7 +231,7 @@ class SessionDriver {
         return sent == Step::over ? close(session) : sent;
       }
       case State::answering: return session.connection.pending() > 0 ? Step::wait : end_answer(session);
-      case State::lingering: return linger(session);
+      case State::lingering: return linger(session, share);
     }
     return Step::over;
   }
@@ -234,13 +239,16 @@ class SessionDriver {
   void arm(SessionT& session, Ns span) { arm_at(session, deadline_after(context_.now, span)); }
   void arm_at(SessionT& session, Ns deadline) { context_.wheel.arm(session.timer, deadline); }
 
+  // The session has used its share of this turn.
+  Step next_turn(SessionT& session) {
+    context_.reschedule(session.handle);
+    return Step::wait;
+  }
+
   // Reads once into the session's input.
-  Step read_more(SessionT& session, std::uint32_t& reads) {
+  Step read_more(SessionT& session, TurnShare& share) {
     if (!session.connection.may_read()) return Step::wait;
-    if (++reads > kClientReadsPerTurn) {
-      context_.reschedule(session.handle);
-      return Step::wait;
-    }
+    if (++share.reads > kClientReadsPerTurn) return next_turn(session);
     const bool in_body = session.state == State::reading_body;
     const std::size_t wanted =
         in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes) : kFirstReadBytes;
@@ -261,8 +269,8 @@ class SessionDriver {
   // ---- the head ----
 
   // A drain does not wait for another request on a kept connection.
-  Step wait_for_head(SessionT& session, std::uint32_t& reads) {
-    const Step read = read_more(session, reads);
+  Step wait_for_head(SessionT& session, TurnShare& share) {
+    const Step read = read_more(session, share);
     const bool idle = read == Step::wait && session.asked && session.input.empty() && !session.connection.may_read();
     return idle && context_.draining ? begin_linger(session) : read;
   }
@@ -271,34 +279,23 @@ class SessionDriver {
   bool parse_head(SessionT& session) {
     const ServerSettings& server = context_.settings().server;
     const bool was_started = session.head_input.started();
-    const HeadInput::Status status =
-        session.head_input.read(session.input, context_.tables, session.fields, session.head, server.max_header_bytes);
+    const HeadInput::Status status = session.head_input.read(session.input, context_.tables, session.fields,
+                                                             session.head, server.max_header_bytes, server.max_fields);
     // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
     if (!was_started && session.head_input.started() && session.asked) arm(session, server.header_timeout_ns);
-    switch (status) {
-      case HeadInput::Status::need_more: return false;
-      case HeadInput::Status::done: on_head(session); break;
-      case HeadInput::Status::out_of_memory:
-        context_.slab.limit_hit(Limit::memory);
-        pages_.refuse_head(session, ApiError::out_of_memory);
-        break;
-      case HeadInput::Status::target_too_long:
-      case HeadInput::Status::too_large:
-        context_.slab.http_rejected(HttpRejection::header_too_large);
-        context_.slab.limit_hit(Limit::max_header);
-        pages_.refuse_head(
-            session, status == HeadInput::Status::too_large ? ApiError::header_too_large : ApiError::target_too_long);
-        break;
-      case HeadInput::Status::bad_version:
-      case HeadInput::Status::malformed:
-        context_.slab.http_rejected(HttpRejection::malformed);
-        context_.log.event(LogLevel::debug, "malformed request",
-                           {{"client", session.client_name}, {"why", session.head_input.why()}});
-        pages_.refuse_head(session,
-                           status == HeadInput::Status::malformed ? ApiError::malformed : ApiError::bad_version);
-        break;
-    }
+    if (status == HeadInput::Status::need_more) return false;
+    status == HeadInput::Status::done ? on_head(session) : refuse_head(session, refusal_of(status));
     return true;
+  }
+
+  [[gnu::cold]] void refuse_head(SessionT& session, const HeadRefusal& refusal) {
+    if (refusal.counted) context_.slab.http_rejected(*refusal.counted);
+    if (refusal.limit) context_.slab.limit_hit(*refusal.limit);
+    if (refusal.counted == HttpRejection::malformed) {
+      context_.log.event(LogLevel::debug, "malformed request",
+                         {{"client", session.client_name}, {"why", session.head_input.why()}});
+    }
+    pages_.refuse_head(session, refusal.error);
   }
 
   void on_head(SessionT& session) {
@@ -327,8 +324,7 @@ class SessionDriver {
                           session.cors_lines);
     if (const auto error = error_of_head(session, base)) return session.exchange.refuse_unread(*error);
     session.state = State::reading_body;
-    const Ns body_deadline = deadline_after(context_.now, context_.settings().server.body_timeout_ns);
-    arm_at(session, std::min(body_deadline, session.exchange.deadline()));
+    arm_body_deadline(session);
     const bool body_here = session.input.size() > head.head_bytes;
     if (!head.expects_continue || body_here) return;
     if (session.connection.write(context_.net, context_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
@@ -353,11 +349,15 @@ class SessionDriver {
   bool parse_body(SessionT& session) {
     const typename RequestBody<Net>::Step body = session.body.read(session.head, session.input);
     switch (body.status) {
-      case RequestBody<Net>::Status::need_more: return false;
+      case RequestBody<Net>::Status::need_more: arm_body_deadline(session); return false;
       case RequestBody<Net>::Status::whole: submit(session); break;
       case RequestBody<Net>::Status::refused: refuse_body(session, body.refusal); break;
     }
     return true;
+  }
+
+  void arm_body_deadline(SessionT& session) {
+    arm_at(session, std::min(session.body.deadline(), session.exchange.deadline()));
   }
 
   [[gnu::cold]] void refuse_body(SessionT& session, ApiError error) {
@@ -419,9 +419,10 @@ class SessionDriver {
     return Step::again;
   }
 
-  [[gnu::cold]] Step linger(SessionT& session) {
+  [[gnu::cold]] Step linger(SessionT& session, TurnShare& share) {
     char* scratch = context_.scratch();
     while (scratch != nullptr && session.connection.may_read()) {
+      if (++share.reads > kClientReadsPerTurn) return next_turn(session);
       const IoResult result = session.connection.read(context_.net, scratch, context_.scratch_bytes());
       if (result.kind == IoResult::Kind::again) break;
       session.lingered_bytes += result.bytes;
@@ -469,6 +470,7 @@ class SessionDriver {
         break;
       case State::reading_body:
         if (context_.now < session.exchange.deadline()) {
+          if (session.body.has_time()) return arm_body_deadline(session);
           context_.slab.limit_hit(Limit::body_timeout);
           refuse_body(session, ApiError::body_timeout);
           break;

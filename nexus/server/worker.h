@@ -110,7 +110,7 @@ class Worker {
     // worker must not see it unhealthy on another.
     if (mailbox_.has_any()) take_messages();
     for (std::size_t i = 0; i < count; ++i) dispatch(events_[i]);
-    run_rescheduled();
+    context_.run_rescheduled([this](Handle session) { sessions_.resume(session); });
     context_.wheel.fire(context_.now, [this](Handle handle) { on_deadline(handle); });
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) sessions_.look_for_grants();
     if (context_.draining && is_drained()) end_drain();
@@ -122,6 +122,7 @@ class Worker {
   std::size_t armed_timers() const { return context_.wheel.armed(); }
   SessionDriver<Net>& sessions() { return sessions_; }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
+  std::size_t taken_objects() const { return context_.tables.taken() + context_.incremental_readers.taken(); }
 
  private:
   void dispatch(const Event& event) {
@@ -141,13 +142,6 @@ class Worker {
       case kSessionKind: return sessions_.on_deadline(handle);
       default: assert(false);
     }
-  }
-
-  // The sessions that stopped at their budget.
-  void run_rescheduled() {
-    again_.swap(context_.again);
-    for (const Handle handle : again_) sessions_.resume(handle);
-    again_.clear();
   }
 
   void take_messages() {
@@ -254,7 +248,6 @@ class Worker {
   Peers& peers_;
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
-  std::vector<Handle> again_;
   std::array<Event, Net::kMaxEvents> events_;
   Acceptor<Net> acceptor_;
   SessionDriver<Net> sessions_;

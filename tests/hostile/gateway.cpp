@@ -1,8 +1,12 @@
 #include "tests/hostile/gateway.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
 #include <stdexcept>
 
+#include "tests/lib/at_rest.h"
 #include "tests/lib/gateway.h"
 
 namespace hostile {
@@ -46,7 +50,12 @@ Gateway::Gateway(const GatewayOptions& options)
       }),
       nexus_(std::make_unique<Nexus>(net.wire, options)) {}
 
-Gateway::~Gateway() = default;
+Gateway::~Gateway() {
+  const std::string left = left_over();
+  if (left.empty() || std::uncaught_exceptions() > 0) return;
+  std::fprintf(stderr, "hostile gateway: %s\n", left.c_str());
+  std::abort();
+}
 
 Peer& Gateway::connect() {
   Peer& peer = net.connect_client();
@@ -113,6 +122,10 @@ std::size_t Gateway::backend_links() const {
       std::count_if(net.peers.begin(), net.peers.end(), [](const Peer& peer) { return peer.to_backend; }));
 }
 
+std::size_t Gateway::open_backend_links() const { return nexus_->gateway.each_worker()[0]->sessions().pool().open(); }
+
+std::size_t Gateway::unsent_page_bytes() const { return nexus_->gateway.control().unsent_page_bytes(); }
+
 std::uint64_t Gateway::counted_attempts() const {
   std::uint64_t sum = 0;
   if (const nexus::BackendCounters* cells = slab().backend(nexus_->gateway.control().registry().backends()[0].id)) {
@@ -123,6 +136,18 @@ std::uint64_t Gateway::counted_attempts() const {
 
 const nexus::Slab& Gateway::slab() const { return *nexus_->gateway.metrics().slabs().back(); }
 std::size_t Gateway::client_sessions() const { return nexus_->gateway.each_worker()[0]->sessions().live(); }
+
+std::uint64_t Gateway::limit_hits(nexus::Limit limit) const {
+  std::uint64_t sum = 0;
+  for (const auto& slab : nexus_->gateway.metrics().slabs()) {
+    sum += slab->thread().limits[static_cast<std::size_t>(limit)].read();
+  }
+  return sum;
+}
+
+std::string Gateway::left_over() const {
+  return nexus::sim::is_at_rest(nexus_->gateway) ? nexus::sim::left_over(nexus_->gateway) : std::string();
+}
 
 // The worker's loop is 0, control's is 1.
 bool Gateway::is_due(std::uint32_t loop) const {

@@ -64,11 +64,17 @@ class Gateway {
   void reload_unnoticed(const GatewayOptions& options);  // the worker gets new settings, but is not woken
 
   std::vector<rfc9112::Reading> backend_saw() const;  // what was written to the backends, one reading per connection
-  std::size_t backend_links() const;
+  std::size_t backend_links() const;                  // ever made
+  std::size_t open_backend_links() const;             // that Nexus has not closed
 
   std::uint64_t counted_attempts() const;  // over all outcomes
   const nexus::Slab& slab() const;         // the worker's
   std::size_t client_sessions() const;
+  std::size_t unsent_page_bytes() const;
+  std::uint64_t limit_hits(nexus::Limit limit) const;  // of all threads
+  // What is not given back though no request is under way; empty while one is. The destructor ends the process if there
+  // is anything.
+  std::string left_over() const;
 
   nexus::sim::Script net;
   std::function<BackendPlan(const rfc9112::Message&)> answer;

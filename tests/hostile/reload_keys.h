@@ -235,6 +235,20 @@ inline void add_server_rows(ReloadRows& rows) {
                      s.send(std::string(900, 'x') + "\r\n\r\n");
                      return s.result();
                    }}});
+  rows.push_back({"server",
+                  "max_fields",
+                  When::new_requests,
+                  "max_fields = 100",
+                  "max_fields = 16",
+                  "200",
+                  "431",
+                  {[](Scene& s) { s.send("GET /health HTTP/1.1\r\nHost: a\r\n"); },
+                   [](Scene& s) {
+                     std::string lines;
+                     for (int i = 0; i < 20; ++i) lines += "X-" + std::to_string(i) + ": y\r\n";
+                     s.send(lines + "\r\n");
+                     return s.result();
+                   }}});
   rows.push_back({"server", "max_pending", When::at_once, "max_pending = 0", "max_pending = 1", "200", "503",
                   late_post(with_body(body_for("m")))});
   const auto end = rows.back().seen.end;
@@ -362,8 +376,8 @@ inline void add_upstream_rows(ReloadRows& rows) {
       return std::string(s.backend().ended ? "closed" : "kept");
     });
   };
-  rows.push_back({"upstream", "idle_connections", When::at_once, "idle_connections = 8", "idle_connections = 0", "kept",
-                  "closed", kept(0)});
+  rows.push_back({"upstream", "idle_connections", When::at_once, "idle_connections = auto", "idle_connections = 0",
+                  "kept", "closed", kept(0)});
   rows.push_back({"upstream", "idle_timeout", When::at_once, "idle_timeout = 1h", "idle_timeout = 1s", "kept", "closed",
                   kept(5 * kSecond)});
   rows.push_back({"upstream",

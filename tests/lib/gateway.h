@@ -110,6 +110,7 @@ class Gateway {
   const Metrics& metrics() const { return metrics_; }
   const Admission& admission() const { return admission_; }
   const BodyBudget& budget() const { return budget_; }
+  std::uint32_t in_flight() const { return in_flight_.load(std::memory_order_relaxed); }
   // Client connections as the placement counts them. Its total and the sum over its workers must agree.
   std::int64_t placed() const {
     std::int64_t held = 0;

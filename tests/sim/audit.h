@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "ledger.h"
+#include "tests/lib/at_rest.h"
 #include "tests/lib/gateway.h"
 
 namespace nexus::sim {
@@ -100,6 +101,7 @@ class Audit {
   // ---- at rest: all limits have passed since the last fault ----
 
   void check_rest() {
+    if (const std::string left = left_over(gateway_); !left.empty()) ledger_.wrong("%s", left.c_str());
     const auto& names = gateway_.control().registry().backend_names();
     for (std::uint32_t i = 1; i < names.size(); ++i) {
       const BackendId id{i};

@@ -57,6 +57,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
      [](const Drawn& d) { d.s.server.body_memory_bytes = d.dice.one_in(6) ? d.number(1000, 100'000) : 64u << 20; }},
     {"server", "max_header",
      [](const Drawn& d) { d.s.server.max_header_bytes = d.dice.one_in(6) ? d.number(300, 1000) : 16u << 10; }},
+    {"server", "max_fields", [](const Drawn& d) { d.s.server.max_fields = d.dice.one_in(6) ? d.number(16, 30) : 128; }},
     {"server", "max_pending", [](const Drawn& d) { d.s.server.max_pending = d.dice.one_in(3) ? d.number(1, 9) : 0; }},
     {"server", "header_timeout", [](const Drawn& d) { d.s.server.header_timeout_ns = d.span(200 * kMs, 3 * kSecond); }},
     {"server", "body_timeout", [](const Drawn& d) { d.s.server.body_timeout_ns = d.span(200 * kMs, 3 * kSecond); }},
@@ -82,7 +83,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"upstream", "request_timeout",
      [](const Drawn& d) { d.s.upstream.request_timeout_ns = d.dice.one_in(4) ? d.span(20 * kMs, 2 * kSecond) : 0; }},
     {"upstream", "idle_connections",
-     [](const Drawn& d) { d.s.upstream.idle_connections = d.dice.one_in(4) ? d.number(0, 2) : 64; }},
+     [](const Drawn& d) { d.s.upstream.idle_connections = d.dice.one_in(4) ? d.number(0, 2) : kAutomatic; }},
     {"upstream", "idle_timeout", [](const Drawn& d) { d.s.upstream.idle_timeout_ns = d.span(20 * kMs, 3 * kSecond); }},
     {"upstream", "resend", nullptr},  // the ledger expects that requests are sent again
     {"health", "enabled", [](const Drawn& d) { d.s.health.enabled = !d.dice.one_in(3); }},

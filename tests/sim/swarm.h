@@ -333,7 +333,7 @@ class SettingsMaker {
     upstream.stall_timeout_ns = dice_.span(50 * kMillisecond, 2 * kSecond);
     upstream.head_delay_ns = dice_.one_in(4) ? 0 : dice_.span(kMillisecond, 2 * kSecond);
     upstream.request_timeout_ns = dice_.one_in(4) ? dice_.span(20 * kMillisecond, 2 * kSecond) : 0;
-    upstream.idle_connections = dice_.one_in(4) ? dice_.number(0, 2) : 64;
+    upstream.idle_connections = dice_.one_in(4) ? dice_.number(0, 2) : kAutomatic;
     upstream.idle_timeout_ns = dice_.span(20 * kMillisecond, 3 * kSecond);
   }
   void routing() {
