@@ -13,6 +13,7 @@
 
 #include "nexus/api/endpoints.h"
 #include "nexus/api/json_reader.h"
+#include "nexus/base/limits.h"
 
 namespace nexus {
 
@@ -28,7 +29,7 @@ namespace detail {
 
 inline void read_count(JsonReader::Value& value, std::int64_t& count) {
   std::int64_t read = -1;
-  if (!value.get_int64().get(read) && read >= 0) count = read;
+  if (!value.get_int64().get(read) && read >= 0 && read <= kMaxTokenCount) count = read;
 }
 
 inline void read_counts(JsonReader& json, const UsageNames& names, JsonReader::Object& object, Usage& usage) {
