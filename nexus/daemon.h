@@ -204,6 +204,7 @@ class Daemon {
       return control_->post(Control<EpollNet>::AskPage{worker, session, number, kind}) !=
              Control<EpollNet>::Posted::no_memory;
     };
+    shared_.ask_check = [this](BackendId backend) { control_->post(Control<EpollNet>::CheckSoon{backend}); };
     for (std::uint32_t i = 0; i < count; ++i) {
       EpollNet& net = nets_.emplace_back();
       if (const int error = net.open()) return std::string("epoll: ") + strerror(error);

@@ -126,7 +126,7 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
     {ApiError::not_capable, 400, kBadRequest, "model_not_capable", ErrorType::bad_request, 0,
      "No backend's copy of this model supports what the request needs (images, tools, JSON mode or its length). Use "
      "another model, or correct vision, tools, json_mode and context_length in nexus.conf."},
-    {ApiError::no_healthy_backend, 503, kUnavailable, "no_healthy_backend", ErrorType::no_healthy_backend, 5,
+    {ApiError::no_healthy_backend, 503, kUnavailable, "no_healthy_backend", ErrorType::no_healthy_backend, 1,
      "No backend of this model is healthy now. Try again shortly."},
     {ApiError::overload, 503, kUnavailable, "overloaded", ErrorType::overloaded, 1,
      "Nexus has max_pending requests in flight already. Try again shortly."},

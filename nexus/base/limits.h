@@ -122,6 +122,7 @@ constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the cl
 constexpr Ns kBodyLook = 10 * kSecond;              // how often a body that has begun must have made progress
 constexpr Ns kResolveInterval = 30 * kSecond;       // between two lookups of a backend's host name
 constexpr Ns kFirstRecheck = kSecond;               // of a backend that is not up; doubled up to the interval
+constexpr Ns kCheckPause = 100 * kMillisecond;      // between two wishes of a worker for an early check
 constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks
 constexpr Ns kReloadWait = 2 * kMaxReloadHold;      // for a reload to be in force, before the service manager is told
 constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection

@@ -85,6 +85,7 @@ struct Snapshot {
   bool any_vision_stated = false;   // some backend has a `vision` list
   bool any_context_stated = false;  // some backend has a `context_length`
   bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
+  bool unchecked = false;           // some backend was never checked
   // Made once per snapshot, because a fleet may have thousands of models; see complete() in builtin_pages.h.
   std::shared_ptr<const TextBuffer> models_page;  // the response body of GET /v1/models
   std::size_t models_available = 0;               // on healthy backends; aliases do not count
@@ -146,6 +147,7 @@ class Registry {
     // control.h's schedule.
     Ns next_check_ns = kNever;  // kNever: the first check was not scheduled yet
     Ns next_lookup_ns = kNever;
+    Ns checked_ns = 0;  // when the last check or lookup began
     bool checking = false;
 
     bool has_models() const { return !settings.models.empty() || discovered != nullptr; }
@@ -291,6 +293,7 @@ class Registry {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
       made->any_context_stated |= !backend.settings.context_length.empty();
+      made->unchecked |= backend.health == Health::unknown;
       made->discovering |= !backend.has_models() && !backend.is_unresolved();
     }
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {

@@ -129,6 +129,8 @@ class Exchange {
 
   // While this request waited, a place was granted to it, or the fleet has changed.
   [[gnu::cold]] void on_grant() {
+    if (state_ == State::expecting && snapshot_ != context_.snapshot) go(State::choosing);
+    if (state_ == State::choosing) return drive();
     if (state_ != State::queued) return;
     follow_or_wait(look_at_fleet() ? picker_.look_again() : picker_.take_grant());
     drive();
@@ -172,6 +174,7 @@ class Exchange {
       case State::finishing: return finish();
       case State::counting: return count();
       case State::reading:
+      case State::expecting:
       case State::queued: return Step::wait;
       case State::idle:
       case State::over: return Step::over;
@@ -198,8 +201,8 @@ class Exchange {
     summary_.model.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
     summary_.record.stream = facts_.stream;
-    if (entry_ == nullptr) return refuse_unknown_model();
-    summary_.record.model = entry_->id;
+    if (entry_ == nullptr && !snapshot_->discovering) return refuse_unknown_model();
+    if (entry_ != nullptr) summary_.record.model = entry_->id;
     const Settings& settings = context_.settings();
     if (settings.server.max_pending > 0) {
       overall_place_ = take_overall_place(context_.shared.in_flight, settings.server.max_pending);
@@ -220,6 +223,7 @@ class Exchange {
     const bool looked_for_images = snapshot_->any_vision_stated;
     snapshot_ = context_.snapshot.again();
     entry_ = snapshot_->find(summary_.model);
+    if (entry_ != nullptr) summary_.record.model = entry_->id;
     if (snapshot_->any_vision_stated && !looked_for_images) {
       const std::string_view body(request_.body, request_.body_bytes);
       facts_.has_images = body.find(kImageKey) != std::string_view::npos;
@@ -283,10 +287,22 @@ class Exchange {
         refuse(ApiError::queue_full, true);
         break;
       case Next::nothing_left: refuse(last_failure_, true); break;
-      case Next::unknown_model: refuse_unknown_model(); break;
-      case Next::none_healthy: refuse(ApiError::no_healthy_backend, true); break;
+      case Next::unknown_model:
+      case Next::none_healthy: return expect_or_refuse(next);
       case Next::not_capable: refuse(ApiError::not_capable, true); break;
     }
+    return Step::again;
+  }
+
+  // A backend that was never checked may serve the request soon.
+  [[gnu::cold]] Step expect_or_refuse(Next next) {
+    if (snapshot_->unchecked && !deadlines_.expecting_expired()) {
+      go(State::expecting);
+      deadlines_.arm_expecting();
+      return Step::wait;
+    }
+    context_.want_check(BackendId::none);
+    next == Next::unknown_model ? refuse_unknown_model() : refuse(ApiError::no_healthy_backend, true);
     return Step::again;
   }
 

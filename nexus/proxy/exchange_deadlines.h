@@ -24,7 +24,7 @@ class ExchangeDeadlines {
   ExchangeDeadlines(const ExchangeDeadlines&) = delete;
   ExchangeDeadlines& operator=(const ExchangeDeadlines&) = delete;
 
-  void reset() { state_ = request_ = queue_ = write_ = first_byte_ = kNever; }
+  void reset() { state_ = request_ = expecting_ = queue_ = write_ = first_byte_ = kNever; }
 
   Ns next() const { return std::min(state_, request_); }
   bool request_expired() const { return context_.now >= request_; }
@@ -54,6 +54,13 @@ class ExchangeDeadlines {
       case ExchangeState::counting: request_ = kNever; break;
       default: break;
     }
+  }
+
+  // However often a request waits for a backend's first check, it waits no longer than for a connection.
+  bool expecting_expired() const { return context_.now >= expecting_; }
+  void arm_expecting() {
+    if (expecting_ == kNever) expecting_ = after(upstream().connect_timeout_ns);
+    state_ = expecting_;
   }
 
   // However often a request is queued, it has one queue timeout, which starts with the first wait.
@@ -94,6 +101,7 @@ class ExchangeDeadlines {
   ClientResponse<Net>& client_;
   Ns state_ = kNever;
   Ns request_ = kNever;
+  Ns expecting_ = kNever;
   Ns queue_ = kNever;
   Ns write_ = kNever;
   Ns first_byte_ = kNever;

@@ -19,6 +19,7 @@ void Exchange<Net>::on_deadline() {
     return drive();
   }
   switch (state_) {
+    case State::expecting: go(State::choosing); break;
     case State::queued: on_queue_deadline(); break;
     case State::connecting: end(Ending::connect_silent); break;
     case State::sending:
@@ -111,6 +112,7 @@ void Exchange<Net>::note_backend_failure(AttemptOutcome why, std::string_view de
   context_.attempt_log.failed(context_.log, context_.now, backend, why, detail, to_string(state_), summary_.request_id);
   const Ns span = picker_.permit().failed(context_.now, context_.settings().health, why, retry_after);
   if (span > 0) AttemptLog::ejected(context_.log, backend, why, span);
+  context_.want_check(backend.id);
 }
 
 // ---- responses that the client has not got yet ----

@@ -23,6 +23,7 @@ enum class ExchangeState : std::uint8_t {
   idle,        // no request
   reading,     // the head is complete; the session reads the body
   choosing,    // picks the next backend
+  expecting,   // no backend can serve the request yet, but one was never checked
   queued,      // every candidate is at its cap
   connecting,  // to a backend
   sending,     // the request goes out
@@ -34,9 +35,9 @@ enum class ExchangeState : std::uint8_t {
   over,        // counted; the session looks at keep_alive()
 };
 
-inline constexpr std::array<std::string_view, 12> kExchangeStateNames{"idle",       "reading",   "choosing", "queued",
-                                                                      "connecting", "sending",   "awaiting", "holding",
-                                                                      "streaming",  "finishing", "counting", "over"};
+inline constexpr std::array<std::string_view, 13> kExchangeStateNames{
+    "idle",     "reading", "choosing",  "expecting", "queued",   "connecting", "sending",
+    "awaiting", "holding", "streaming", "finishing", "counting", "over"};
 
 constexpr std::string_view to_string(ExchangeState state) {
   return kExchangeStateNames[static_cast<std::size_t>(state)];
@@ -52,8 +53,9 @@ inline constexpr auto kNextStates = [] {
   return std::array<std::uint32_t, kExchangeStateNames.size()>{
       states(reading),                                                                  // idle
       states(choosing, finishing, counting),                                            // reading
-      states(choosing, queued, connecting, sending, finishing, counting),               // choosing
-      states(choosing, queued, connecting, sending, finishing, counting),               // queued
+      states(choosing, expecting, queued, connecting, sending, finishing, counting),    // choosing
+      states(choosing, finishing, counting),                                            // expecting
+      states(choosing, expecting, queued, connecting, sending, finishing, counting),    // queued
       states(sending, choosing, finishing, counting),                                   // connecting
       states(connecting, awaiting, holding, streaming, choosing, finishing, counting),  // sending
       states(connecting, holding, streaming, choosing, finishing, counting),            // awaiting

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cassert>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 #include <string>
@@ -70,7 +71,8 @@ struct Shared {
   std::atomic<std::uint32_t>& in_flight;
   std::string instance;  // this process in a Via field: `nexus-` and eight hex digits
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
-  std::atomic<Ns> next_stray_log_ns{0};  // relaxed: only the number is shared
+  std::function<void(BackendId)> ask_check = [](BackendId) {};  // of a backend; `none`: of all that are not up
+  std::atomic<Ns> next_stray_log_ns{0};                         // relaxed: only the number is shared
 };
 
 // A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one of its
@@ -178,6 +180,13 @@ struct WorkerContext {
     running.clear();
   }
 
+  // Asks for an early check, because requests fail. A message that is left out follows with a later request.
+  [[gnu::cold]] void want_check(BackendId backend) {
+    if (now < next_check_wanted_ns) return;
+    next_check_wanted_ns = now + kCheckPause;
+    shared.ask_check(backend);
+  }
+
   // The time to first byte of the server at a backend's address, as this thread measured it, smoothed with weight 1/8.
   // 0 if nothing was measured within kLatencyLife: one slow response, for instance a model's cold load, must not keep
   // requests away for good.
@@ -257,6 +266,7 @@ struct WorkerContext {
     Ns smoothed_ns = 0;
     Ns seen_at_ns = 0;
   };
+  Ns next_check_wanted_ns = 0;
   std::vector<Latency> latencies;  // by BackendId
   AttemptLog attempt_log;
   std::vector<Choice> choices;       // of the route being picked

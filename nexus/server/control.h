@@ -45,8 +45,12 @@ class Control {
   struct Reload {
     std::shared_ptr<const Settings> settings;  // null: the new configuration was refused
   };
+  // Requests fail on this backend; `none`: no backend can serve them, so that each that is not up is meant.
+  struct CheckSoon {
+    BackendId backend = BackendId::none;
+  };
   struct Stop {};
-  using Message = std::variant<AskPage, Reload, Stop, Heartbeat>;
+  using Message = std::variant<AskPage, Reload, CheckSoon, Stop, Heartbeat>;
 
   struct Hooks {
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;  // may throw std::bad_alloc
@@ -201,6 +205,16 @@ class Control {
     reload();
   }
 
+  void on_message(CheckSoon& wanted) {
+    for (Registry::Backend& backend : registry_.backends()) {
+      const bool is_down = backend.health != Health::healthy || !backend.has_models();
+      if (wanted.backend == BackendId::none ? !is_down : backend.id != wanted.backend) continue;
+      const Ns at_ns = std::max(now_, backend.checked_ns + kFirstRecheck);
+      backend.next_check_ns = std::min(backend.next_check_ns, at_ns);
+      if (is_down) backend.next_lookup_ns = std::min(backend.next_lookup_ns, at_ns);
+    }
+  }
+
   void on_message(Stop&) { stopped_ = true; }
   void on_message(Heartbeat& heartbeat) { heartbeat.answer(); }
 
@@ -299,6 +313,7 @@ class Control {
     if (now_ < backend.next_lookup_ns) return;
     backend.next_lookup_ns = now_ + kResolveInterval;
     if (backend.looking_up) return;
+    backend.checked_ns = now_;
     backend.looking_up = resolver_.lookup(where.host, where.port, backend.epoch);
     if (backend.looking_up) return;
     on_resolved(backend.epoch, {}, "too many lookups are waiting");
@@ -355,6 +370,7 @@ class Control {
     ProbeOrder order = order_of(backend.settings, backend.to_try(), backend.epoch, timeout_ns);
     order.wants_models = backend.settings.models.empty();
     backend.checking = true;
+    backend.checked_ns = now_;
     if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;
   }
 

@@ -44,8 +44,9 @@ constexpr bool may_wait(SessionState session, ExchangeState exchange) {
   switch (session) {
     case SessionState::reading_body: return exchange == reading;
     case SessionState::exchanging:
-      return exchange == queued || exchange == connecting || exchange == sending || exchange == awaiting ||
-             exchange == holding || exchange == streaming || exchange == finishing || exchange == counting;
+      return exchange == expecting || exchange == queued || exchange == connecting || exchange == sending ||
+             exchange == awaiting || exchange == holding || exchange == streaming || exchange == finishing ||
+             exchange == counting;
     default: return exchange == idle;
   }
 }

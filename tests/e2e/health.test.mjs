@@ -181,6 +181,77 @@ group('health', () => {
     assert.deepEqual(await models(nexus), ['llama3:latest']);
   });
 
+  const boots = { health: { interval: '30s' } };
+
+  test('the first request waits for the first check of the only backend', async (t) => {
+    const probe = (request, reply, backend) => setTimeout(() => answer_probe(request, reply, backend), 400);
+    const backend = await start_backend(t, { probe });
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], ...boots }, { ready: 'up' });
+    assert.equal((await post(nexus.port, path, chat())).status, 200);
+    assert.match((await get(nexus.port, '/metrics')).text, /nexus_requests_total\{model="m1",backend="b1",status="200"\} 1/);
+  });
+
+  test('a request waits no longer than connect_timeout for a first check', async (t) => {
+    const backend = await start_backend(t, { probe: () => {} });
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], upstream: { connect_timeout: '300ms' }, ...boots }, { ready: 'up' });
+    const started = performance.now();
+    const r = await post(nexus.port, path, chat());
+    assert.equal(r.status, 503);
+    assert.equal(r.headers.get('retry-after'), '1');
+    assert.ok(performance.now() - started >= 290);
+  });
+
+  test('before its server runs a client gets 503 and Retry-After, never 404, and an answer within 1.5 s of the start', async (t) => {
+    const backend = await start_backend(t);
+    await backend.stop();
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], ...boots }, { ready: 'up' });
+    await nexus.logged(/backend is unhealthy backend=b1/);
+    const stopped_until = performance.now() + 4_000;
+    while (performance.now() < stopped_until) {
+      const r = await post(nexus.port, path, chat());
+      assert.equal(r.status, 503);
+      assert.equal(r.headers.get('retry-after'), '1');
+      await sleep(50);
+    }
+    await backend.start();
+    const started = performance.now();
+    await until(async () => (await post(nexus.port, path, chat())).status === 200, 'an answer');
+    assert.ok(performance.now() - started < 1_500 * settings.slow, `${Math.round(performance.now() - started)} ms`);
+  });
+
+  test('OpenAI clients that begin before their server get their answer by their own retries', async (t) => {
+    const { default: OpenAI } = await import('openai');
+    const backend = await start_backend(t);
+    await backend.stop();
+    const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], ...boots }, { ready: 'up' });
+    const client = new OpenAI({ baseURL: `http://127.0.0.1:${nexus.port}/v1`, apiKey: 'k', maxRetries: 2 });
+    const answer = client.chat.completions.create({ model: 'm1', messages: [{ role: 'user', content: 'hi' }] });
+    await nexus.logged(/backend is unhealthy backend=b1/);
+    await backend.start();
+    assert.equal((await answer).choices[0].message.role, 'assistant');
+  });
+
+  test('failed requests lead to early checks: a backend that was killed is unhealthy long before the interval', async (t) => {
+    const { nexus, backend } = await pair(t, {}, boots);
+    await backend.stop();
+    await until(async () => {
+      await post(nexus.port, path, chat());
+      return (await health(nexus)).status === 'unhealthy';
+    }, 'unhealthy', 10_000 * settings.slow);
+    await nexus.logged(/backend is unhealthy backend=b1/);
+    await backend.start();
+    await until(async () => (await post(nexus.port, path, chat())).status === 200, 'healthy again', 10_000 * settings.slow);
+  });
+
+  test('a name without an address makes its backend unhealthy: an unknown model is 404, and no reload waits', async (t) => {
+    const backend = await start_backend(t);
+    const config = { backends: [{ name: 'b1', mock: backend }, { name: 'lost', url: 'http://no-such-host.invalid:1', type: 'vllm' }], ...boots };
+    const nexus = await start_nexus(t, config, { ready: 'up' });
+    await nexus.logged(/backend is unhealthy backend=lost/, 15_000);
+    assert.equal((await post(nexus.port, path, chat('unheard'))).status, 404);
+    assert.equal((await post(nexus.port, path, chat())).status, 200);
+  });
+
   test('a long list of models in many pieces is read whole', async (t) => {
     const names = Array.from({ length: 3000 }, (_, i) => `org-${i}/model-with-a-long-name-${i}`);
     const { nexus } = await pair(t, { models: names });

@@ -44,6 +44,9 @@ class Gateway {
     peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
       return control_->post(SimControl::AskPage{worker, session, number, kind}) != SimControl::Posted::no_memory;
     };
+    shared_.ask_check = [this](BackendId backend) {
+      if (control_ != nullptr) control_->post(SimControl::CheckSoon{backend});
+    };
     for (std::uint32_t i = 0; i < workers; ++i) {
       Log log = rings == nullptr ? Log() : Log(&(*rings)[i], settings->log);
       workers_.push_back(std::make_unique<SimWorker>(nets_[i], shared_, metrics_.add_slab(), std::move(log), i,
