@@ -185,7 +185,9 @@ class Exchange {
   // The only place where the state changes.
   Step go(State next) {
     assert(may_follow(state_, next));
-    if (state_ == State::queued || state_ == State::connecting) summary_.end_wait(context_.now);
+    if (state_ == State::expecting || state_ == State::queued || state_ == State::connecting) {
+      summary_.end_wait(context_.now);
+    }
     state_ = next;
     deadlines_.enter(next);
     return Step::again;
@@ -295,16 +297,7 @@ class Exchange {
   }
 
   // A backend that was never checked may serve the request soon.
-  [[gnu::cold]] Step expect_or_refuse(Next next) {
-    if (snapshot_->unchecked && !deadlines_.expecting_expired()) {
-      go(State::expecting);
-      deadlines_.arm_expecting();
-      return Step::wait;
-    }
-    context_.want_check(BackendId::none);
-    next == Next::unknown_model ? refuse_unknown_model() : refuse(ApiError::no_healthy_backend, true);
-    return Step::again;
-  }
+  [[gnu::cold]] Step expect_or_refuse(Next next);
 
   [[gnu::cold]] Step begin_waiting() {
     go(State::queued);
@@ -322,15 +315,7 @@ class Exchange {
     }
   }
 
-  [[gnu::cold]] void on_queue_deadline() {
-    look_at_fleet();
-    follow_or_wait(picker_.take_grant());  // one may have been given just now
-    if (state_ != State::queued) return;
-    if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
-    context_.slab.queue_rejected(QueueRejection::timeout);
-    context_.slab.limit_hit(Limit::queue_timeout);
-    refuse(ApiError::queue_timeout, true);
-  }
+  [[gnu::cold]] void on_queue_deadline();
 
   // ---- an attempt and its response: exchange_steps.h ----
 

@@ -1,5 +1,6 @@
 // exchange_steps.h
-// Owns:     the steps of an exchange with a backend: connect, send the request, read the response, pass it on.
+// Owns:     the steps of an exchange with a backend: wait for it, connect, send the request, read the response, pass it
+//           on.
 // Promises: a step does not block and calls no other step; it leaves the state with go() or end().
 // Leaves:   the order of the steps, choosing a backend, and the ends to exchange.h. Users of Exchange include this.
 // Threads:  its worker's.
@@ -13,6 +14,32 @@
 #include "nexus/proxy/exchange_ends.h"
 
 namespace nexus {
+
+// ---- waiting for a backend ----
+
+template <class Net>
+Step Exchange<Net>::expect_or_refuse(Next next) {
+  if (snapshot_->unchecked && !deadlines_.expecting_expired()) {
+    go(State::expecting);
+    summary_.begin_wait(context_.now);
+    deadlines_.arm_expecting();
+    return Step::wait;
+  }
+  context_.want_check(BackendId::none);
+  next == Next::unknown_model ? refuse_unknown_model() : refuse(ApiError::no_healthy_backend, true);
+  return Step::again;
+}
+
+template <class Net>
+void Exchange<Net>::on_queue_deadline() {
+  look_at_fleet();
+  follow_or_wait(picker_.take_grant());  // one may have been given just now
+  if (state_ != State::queued) return;
+  if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
+  context_.slab.queue_rejected(QueueRejection::timeout);
+  context_.slab.limit_hit(Limit::queue_timeout);
+  refuse(ApiError::queue_timeout, true);
+}
 
 // ---- an attempt ----
 

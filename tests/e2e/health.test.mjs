@@ -188,7 +188,10 @@ group('health', () => {
     const backend = await start_backend(t, { probe });
     const nexus = await start_nexus(t, { backends: [{ name: 'b1', mock: backend }], ...boots }, { ready: 'up' });
     assert.equal((await post(nexus.port, path, chat())).status, 200);
-    assert.match((await get(nexus.port, '/metrics')).text, /nexus_requests_total\{model="m1",backend="b1",status="200"\} 1/);
+    const metrics = (await get(nexus.port, '/metrics')).text;
+    assert.match(metrics, /nexus_requests_total\{model="m1",backend="b1",status="200"\} 1/);
+    const [, overhead] = /^nexus_overhead_seconds_sum (\S+)$/m.exec(metrics);
+    assert.ok(Number(overhead) < 0.2, `the wait is not Nexus's own work, of which there were ${overhead} s`);
   });
 
   test('a request waits no longer than connect_timeout for a first check', async (t) => {
