@@ -153,9 +153,15 @@ static_assert(kKeyChanges.size() == config::kConfigKeys.size() &&
               "a key without a row, or in another order");
 
 // The states in which a request can wait while a reload comes.
-inline constexpr std::array kReloadStates{ExchangeState::reading,  ExchangeState::queued,   ExchangeState::connecting,
-                                          ExchangeState::sending,  ExchangeState::awaiting, ExchangeState::streaming,
-                                          ExchangeState::finishing};
+inline constexpr std::array kReloadStates{ExchangeState::reading,    ExchangeState::expecting, ExchangeState::queued,
+                                          ExchangeState::connecting, ExchangeState::sending,   ExchangeState::awaiting,
+                                          ExchangeState::streaming,  ExchangeState::finishing};
+
+// The state in which a reload comes: often one that few runs have.
+inline ExchangeState draw_state(Dice& dice) {
+  if (dice.one_in(3)) return dice.one_in(2) ? ExchangeState::queued : ExchangeState::expecting;
+  return kReloadStates[dice.index(kReloadStates.size())];
+}
 
 // Which keys were changed while a request was in which state.
 class ReloadCoverage {

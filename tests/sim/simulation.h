@@ -159,7 +159,7 @@ class Simulation {
 
   void on_script(std::uint32_t step) {
     switch (step) {
-      case kReload: reload_in_.push_back(kReloadStates[dice_.index(kReloadStates.size())]); return;
+      case kReload: reload_in_.push_back(draw_state(dice_)); return;
       case kDrain: ledger_.draining = true; return gateway_.drain();
       case kStop: ledger_.stopped = true; return gateway_.stop();
       default: return;
