@@ -219,6 +219,23 @@ TEST_CASE("a body says whether it streams, and with which options") {
   }
 }
 
+TEST_CASE("continuous_usage_stats is found where it is true") {
+  const std::pair<const char*, bool> rows[] = {
+      {R"({"model":"m","stream_options":{"continuous_usage_stats":true}})", true},
+      {R"({"model":"m","stream_options":{"x":"","continuous_usage\u005fstats" : true ,"include_usage":false}})", true},
+      {R"({"model":"m","stream_options":{"continuous_usage_stats":false}})", false},
+      {R"({"model":"m","stream_options":{"continuous_usage_stats":"true"}})", false},
+      {R"({"model":"m","continuous_usage_stats":true,"stream_options":{"a":{"continuous_usage_stats":true}}})", false},
+      {R"({"model":"m","stream_options":{"continuous_usage_statss":true,"continuous_usage_stat":true}})", false},
+  };
+  for (const auto& [body, found] : rows) {
+    CAPTURE(body);
+    const Read read = read_body(body);
+    REQUIRE(read.error == std::nullopt);
+    CHECK(read.part(read.facts.continuous_usage_value) == (found ? "true" : ""));
+  }
+}
+
 TEST_CASE("an endpoint without streams has none, whatever its body says") {
   for (const nexus::Endpoint& endpoint : nexus::kEndpoints) {
     CAPTURE(endpoint.path);
@@ -320,6 +337,9 @@ TEST_CASE("a usage tells its counts, as far as they are counts") {
       {R"({"prompt_tokens_details":{"prompt_tokens":9},"prompt_tokens":5})", 5, -1},
       {R"({"prompt_tokens":-1,"completion_tokens":2})", -1, 2},
       {R"({"prompt_tokens":1.5,"completion_tokens":2})", -1, 2},
+      {R"({"prompt_tokens":11.0,"completion_tokens":1.2e1})", 11, 12},
+      {R"({"prompt_tokens":-1.0,"completion_tokens":1e300})", -1, -1},
+      {R"({"prompt_tokens":1099511627776.0,"completion_tokens":1099511627777.0})", std::int64_t{1} << 40, -1},
       {R"({"prompt_tokens":"7","completion_tokens":2})", -1, 2},
       {R"({"prompt_tokens":null,"completion_tokens":2})", -1, 2},
       {R"({"prompt_tokens":[1],"completion_tokens":2})", -1, 2},

@@ -290,11 +290,20 @@ TEST_CASE("which event is the extra one") {
       {"a choice that is a list", "data: {" + usage + R"(,"choices":[[]]})" + "\n\n", false, 3},
       {"a choice that is a string", "data: {" + usage + R"(,"choices":["]"]})" + "\n\n", false, 3},
       {"a choice that is a number", "data: {" + usage + R"(,"choices":[0]})" + "\n\n", false, 3},
-      {"choices that are null", "data: {" + usage + R"(,"choices":null})" + "\n\n", false, 3},
-      {"no choices", "data: {" + usage + "}\n\n", false, 3},
+      {"choices that are null", "data: {" + usage + R"(,"choices":null})" + "\n\n", true, 3},
+      {"no choices", "data: {" + usage + "}\n\n", true, 3},
+      {"OpenRouter's",
+       R"(data: {"id":"gen-1","provider":"X","model":"m","object":"chat.completion.chunk","created":1,)" + usage +
+           "}\n\n",
+       true, 3},
+      {"all that OpenAI sends",
+       R"(data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","service_tier":"default",)"
+       R"("system_fingerprint":"fp","choices":[],)" +
+           usage + R"(,"obfuscation":"vL"})" + "\n\n",
+       true, 3},
+      {"an unknown member that is null", "data: {" + usage + R"(,"timings":null,"choices":[]})" + "\n\n", true, 3},
       {"choices twice, once full", "data: {" + usage + R"(,"choices":[1],"choices":[]})" + "\n\n", false, 3},
-      {"deeper choices", "data: {" + usage + R"(,"x":{"choices":[]}})" + "\n\n", false, 3},
-      {"deeper full choices", "data: {" + usage + R"(,"x":{"choices":[1]},"choices":[]})" + "\n\n", true, 3},
+      {"deeper full choices", "data: {" + usage + R"(,"provider":{"choices":[1]},"choices":[]})" + "\n\n", true, 3},
       {"deeper usage",
        R"(data: {"x":{"usage":{"prompt_tokens":3}},"choices":[]})"
        "\n\n",
@@ -319,10 +328,10 @@ TEST_CASE("which event is the extra one") {
       {"a key cut by a line end", "data: {\"usa\ndata: ge\":{\"prompt_tokens\":3},\"choices\":[]}\n\n", false, -1},
       {"a number cut by a line end", "data: {\"usage\":{},\"a\":1\ndata: 2,\"choices\":[]}\n\n", false, -1},
       {"a count cut by a line end", "data: {\"usage\":{\"prompt_tokens\":3\ndata: 4},\"choices\":[]}\n\n", true, 3},
-      {"another field before it", "id: 1\ndata: {" + usage + R"(,"choices":[]})" + "\n\n", false, 3},
-      {"another field behind it", "data: {" + usage + R"(,"choices":[]})" + "\nevent: usage\n\n", false, 3},
-      {"a comment inside it", "data: {" + usage + "\n: comment\ndata: " + R"(,"choices":[]})" + "\n\n", false, 3},
-      {"the beginning of a name behind it", "data: {" + usage + R"(,"choices":[]})" + "\ndat\n\n", false, 3},
+      {"another field before it", "id: 1\ndata: {" + usage + R"(,"choices":[]})" + "\n\n", true, 3},
+      {"another field behind it", "data: {" + usage + R"(,"choices":[]})" + "\nevent: usage\n\n", true, 3},
+      {"a comment inside it", "data: {" + usage + "\n: comment\ndata: " + R"(,"choices":[]})" + "\n\n", true, 3},
+      {"the beginning of a name behind it", "data: {" + usage + R"(,"choices":[]})" + "\ndat\n\n", true, 3},
       {"a longer name", "datax: {" + usage + R"(,"choices":[]})" + "\n\n", false, -1},
       {"a space before the colon", "data : {" + usage + R"(,"choices":[]})" + "\n\n", false, -1},
       {"only another field", "event: {" + usage + R"(,"choices":[]})" + "\n\n", false, -1},
@@ -338,6 +347,95 @@ TEST_CASE("which event is the extra one") {
       check_stream(stream, row.extra, counts(row.prompt, -1));
     }
   }
+}
+
+TEST_CASE("a usage event that holds more loses its usage and nothing else, however it is cut") {
+  struct Row {
+    const char* name;
+    std::string text, kept;
+  };
+  const std::string usage = R"("usage":{"prompt_tokens":3,"details":{"a":[1,"}"]}})";
+  const std::string timings = R"("timings":{"cache_n":0,"predicted_ms":12.5})";
+  const Row rows[] = {
+      {"llama.cpp's", R"(data: {"choices":[],"created":1,"id":"c",)" + usage + "," + timings + "}\n\n",
+       R"(data: {"choices":[],"created":1,"id":"c",)" + timings + "}\n\n"},
+      {"usage last", R"(data: {"choices":[],)" + timings + " , " + usage + " }\n\n",
+       R"(data: {"choices":[],)" + timings + " }\n\n"},
+      {"usage first", "data: { " + usage + " ," + timings + "}\n\n", "data: {" + timings + "}\n\n"},
+      {"no choices", "data: {" + timings + "," + usage + "}\n\n", "data: {" + timings + "}\n\n"},
+      {"other fields and comments", "id: 7\ndata: {" + usage + "," + timings + "}\n: c\nevent: e\n\n",
+       "id: 7\ndata: {" + timings + "}\n: c\nevent: e\n\n"},
+      {"over several lines", "data: {" + timings + ",\ndata: " + usage + ",\ndata: \"x\":1}\n\n",
+       "data: {" + timings + ",\ndata: \"x\":1}\n\n"},
+      {"over several lines, usage last", "data: {" + timings + "\ndata: ,\ndata: " + usage + "\ndata: }\n\n",
+       "data: {" + timings + "\ndata: }\n\n"},
+      {"a usage that is null before it", R"(data: {"usage":null,"x":1,)" + usage + "}\n\n",
+       "data: {\"usage\":null,\"x\":1}\n\n"},
+      {"deeper choices", "data: {" + usage + R"(,"x":{"choices":[]}})" + "\n\n", "data: {\"x\":{\"choices\":[]}}\n\n"},
+      {"an error", R"(data: {"error":{"message":"m"},)" + usage + "}\n\n", "data: {\"error\":{\"message\":\"m\"}}\n\n"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.name);
+    for (const char* line_end : {"\n", "\r\n", "\r"}) {
+      Stream stream;
+      stream.add(kDelta, line_end);
+      const std::string text = with_line_ends(row.text, line_end), kept = with_line_ends(row.kept, line_end);
+      stream.text += text;
+      stream.kept += kept;
+      stream.add(kDone, line_end);
+      check_stream(stream, true, counts(3, -1));
+    }
+  }
+}
+
+TEST_CASE("random members of a usage event: one that holds only what such events have goes, others lose the usage") {
+  std::mt19937 random(5);
+  const auto draw = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
+  const std::string usage = R"("usage" : {"prompt_tokens":7,"x":{"y":"\"}"}})";
+  const char* known[] = {R"("id":"a,\"}{")",     R"("object":"o")",   R"("created":17)",   R"("model":"m")",
+                         R"("choices": [ ])",    R"("choices":null)", R"("provider":"p")", R"("service_tier":null)",
+                         R"("obfuscation":"x")", R"("timings":null)"};
+  const char* unknown[] = {R"("timings":{"a":[1,{}],"usage":{"prompt_tokens":9}})",
+                           R"("x":true)",
+                           R"("idx":"n")",
+                           R"("x_groq":[])",
+                           R"("system_fingerprints":0)",
+                           R"("":"")"};
+  int cut = 0, removed = 0;
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<std::string> members;
+    for (std::size_t n = draw(5); n > 0; --n) members.push_back(known[draw(std::size(known))]);
+    const std::size_t more = draw(3);
+    for (std::size_t n = more; n > 0; --n) {
+      members.insert(members.begin() + static_cast<std::ptrdiff_t>(draw(members.size() + 1)),
+                     unknown[draw(std::size(unknown))]);
+    }
+    const std::size_t place = draw(members.size() + 1);
+    const auto object = [&](bool with_usage) {
+      std::string text;
+      for (std::size_t i = 0; i <= members.size(); ++i) {
+        if (with_usage && i == place) text.append(text.empty() ? "" : ",").append(usage);
+        if (i < members.size()) text.append(text.empty() ? "" : ",").append(members[i]);
+      }
+      return "{" + text + "}";
+    };
+    const std::string line_end = draw(2) == 0 ? "\n" : "\r\n";
+    const auto event = [&](bool with_usage) { return "data: " + object(with_usage) + line_end + line_end; };
+    const std::string text = kDelta.text + event(true) + kDone.text;
+    const std::string kept = kDelta.text + (more > 0 ? event(false) : "") + kDone.text;
+    std::vector<std::size_t> ends;
+    for (std::size_t at = 0; at < text.size();) ends.push_back(at = std::min(text.size(), at + 1 + draw(90)));
+    CAPTURE(text);
+    const Result result = scan(text, Kind::event_stream, true, ends);
+    REQUIRE(result.fed);
+    REQUIRE(result.out == kept);
+    REQUIRE(result.usage.prompt_tokens == 7);
+    REQUIRE(scan(text, Kind::event_stream, false, ends).out == text);
+    (more > 0 ? cut : removed) += 1;
+  }
+  CHECK(cut > 500);
+  CHECK(removed > 500);
+  CHECK(pool().taken_bytes() == 0);
 }
 
 TEST_CASE("an event is judged alike where the stream ends within it") {
@@ -405,9 +503,8 @@ TEST_CASE("an event is held no longer than it may be the extra one") {
   const Row rows[] = {
       {"a choice", R"(data: {"id":1,"choices":[{"index":0}]})", std::string(R"(data: {"id":1,"choices":[{)").size()},
       {"no object", "data: [DONE]", 7},
-      {"another field", "event: x", 1},
       {"a comment", ": ping", 0},
-      {"no list of choices", R"(data: {"choices":null)", std::string(R"(data: {"choices":n)").size()},
+      {"no list of choices", R"(data: {"choices":0)", std::string(R"(data: {"choices":0)").size()},
       {"an object without usage",
        R"(data: {"error":{}})"
        "\n",
@@ -425,7 +522,7 @@ TEST_CASE("an event is held no longer than it may be the extra one") {
 }
 
 TEST_CASE("an event of kHeldEventBytes may be the extra one, a larger one goes on") {
-  const std::string head = R"(data: {"pad":")", tail = R"(","choices":[],"usage":{"prompt_tokens":2}})";
+  const std::string head = R"(data: {"id":")", tail = R"(","choices":[],"usage":{"prompt_tokens":2}})";
   for (const std::size_t more : {std::size_t{0}, std::size_t{1}}) {
     const std::size_t line = nexus::kHeldEventBytes - 8 + more;  // the text, without what makes it a line
     const std::string pad(line - (head.size() - 6) - tail.size(), 'p');

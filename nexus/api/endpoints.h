@@ -29,6 +29,7 @@ enum class BodyKey : std::uint8_t {
   stream_options,
   response_format,
   include_usage,
+  continuous_usage_stats,
   type,
   other,  // any other member
   none,   // not a member: the body itself
@@ -40,7 +41,7 @@ struct BodyKeyRow {
   BodyKey within;  // the member whose value holds it; none: it stands in the body itself
 };
 
-inline constexpr std::array<BodyKeyRow, 8> kBodyKeys{{
+inline constexpr std::array<BodyKeyRow, 9> kBodyKeys{{
     {"model", BodyKey::model, BodyKey::none},
     {"tools", BodyKey::tools, BodyKey::none},
     {"stream", BodyKey::stream, BodyKey::none},
@@ -48,10 +49,19 @@ inline constexpr std::array<BodyKeyRow, 8> kBodyKeys{{
     {"stream_options", BodyKey::stream_options, BodyKey::none},
     {"response_format", BodyKey::response_format, BodyKey::none},
     {"include_usage", BodyKey::include_usage, BodyKey::stream_options},
+    {"continuous_usage_stats", BodyKey::continuous_usage_stats, BodyKey::stream_options},
     {"type", BodyKey::type, BodyKey::response_format},
 }};
 
 constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
+
+// As find_body_key(), for names that do not fit in a lane.
+[[gnu::cold]] inline BodyKey find_long_body_key(std::string_view name, BodyKey within) {
+  for (const BodyKeyRow& row : kBodyKeys) {
+    if (row.name == name && row.within == within) return row.key;
+  }
+  return BodyKey::other;
+}
 
 // The key of a member called `name` in the value of `within`. Behind the name kLaneBytes must be readable: it is
 // compared as one lane.
@@ -62,11 +72,13 @@ inline BodyKey find_body_key(std::string_view name, BodyKey within) {
     return names;
   }();
   static constexpr auto kRowsOfLength = [] {
-    std::array<std::uint8_t, kLaneBytes> rows{};  // a bit for each row
-    for (const BodyKeyRow& row : kBodyKeys) rows[row.name.size()] |= static_cast<std::uint8_t>(1u << index_of(row.key));
+    std::array<std::uint16_t, kLaneBytes> rows{};  // a bit for each row
+    for (const BodyKeyRow& row : kBodyKeys) {
+      if (row.name.size() < kLaneBytes) rows[row.name.size()] |= static_cast<std::uint16_t>(1u << index_of(row.key));
+    }
     return rows;
   }();
-  if (name.size() >= kLaneBytes) return BodyKey::other;
+  if (name.size() >= kLaneBytes) return find_long_body_key(name, within);
   for (unsigned rows = kRowsOfLength[name.size()]; rows != 0; rows &= rows - 1) {
     const auto i = static_cast<std::size_t>(std::countr_zero(rows));
     const unsigned differs = ~Lane(name.data()).equal(Lane(kNames[i].data())).mask() & ((1u << name.size()) - 1);
@@ -116,7 +128,7 @@ constexpr std::uint8_t index_of(const Endpoint& row) { return static_cast<std::u
 static_assert(
     [] {
       for (std::size_t i = 0; i < kBodyKeys.size(); ++i) {
-        if (index_of(kBodyKeys[i].key) != i || kBodyKeys[i].name.size() >= kLaneBytes) return false;
+        if (index_of(kBodyKeys[i].key) != i) return false;
       }
       return std::all_of(kEndpoints.begin(), kEndpoints.end(),
                          [](const Endpoint& row) { return index_of(row.model) < kBodyKeys.size(); });

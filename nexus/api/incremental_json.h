@@ -70,6 +70,7 @@ class IncrementalJson {
     facts.model_value = span_of(endpoint.model);
     facts.stream_options_value = span_of(BodyKey::stream_options);
     facts.include_usage_value = span_of(BodyKey::include_usage);
+    if (facts.continuous_usage_value.at > 0) facts.continuous_usage_value = span_of(BodyKey::continuous_usage_stats);
     if (find_messages) facts.messages = span_of(BodyKey::messages);
     facts.has_images = find_messages && has_images_;
     // A name without escapes must lie in the body, which outlives the skeleton; one with escapes lies in the reader.

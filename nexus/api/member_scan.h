@@ -1,6 +1,6 @@
 // member_scan.h
-// Owns:      finding `usage`, `error` and an empty `choices` among the outermost members of a JSON object in pieces.
-//            Deeper levels are skipped by their brackets; keys are not unescaped.
+// Owns:      finding `usage`, `error`, `choices` and members that are not of a usage event among the outermost members
+//            of a JSON object in pieces. Deeper levels are skipped by their brackets; keys are not unescaped.
 // Promises:  the same result however the text is cut; every byte is read once; nothing is allocated.
 // Leaves:    reading the `usage` to response_json.h.
 // Threads:   a scan belongs to one thread.
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -22,8 +23,9 @@ class MemberScan {
  public:
   enum class Step : std::uint8_t {
     need_more,
-    usage_begins,  // `at` is behind its `{`
-    usage_ends,    // `at` is behind its `}`
+    usage_begins,     // `at` is behind its `{`
+    usage_ends,       // `at` is behind its `}`
+    between_members,  // `at` is behind the `{`, `,` or `}` of the outermost object
   };
 
   // A lane behind `end` must be readable.
@@ -44,7 +46,9 @@ class MemberScan {
         case In::broken: at = end; break;
         default: {
           const char mark = *at++;
-          if (mark != ' ' && mark != '\n' && mark != '\r' && mark != '\t' && read_mark(mark)) return Step::usage_begins;
+          if (mark == ' ' || mark == '\n' || mark == '\r' || mark == '\t') break;
+          const Step step = read_mark(mark);
+          if (step != Step::need_more) return step;
         }
       }
     }
@@ -62,10 +66,12 @@ class MemberScan {
   bool is_object() const { return in_ == In::closed; }
   // It was an object with an `error` that holds an object or a text.
   bool is_error() const { return is_object() && error_found_; }
-  // It was an object with a `usage`, and its `choices` is an empty list.
-  bool is_usage_event() const { return is_object() && usage_found_ && choices_empty_ && !choices_other_; }
+  // It was an object with a `usage` and without a choice.
+  bool is_usage_event() const { return is_object() && usage_found_ && !choices_found_; }
   // True once it can no longer become the usage event.
-  bool is_other_event() const { return in_ == In::broken || choices_other_ || (is_object() && !is_usage_event()); }
+  bool is_other_event() const { return in_ == In::broken || choices_found_ || (is_object() && !usage_found_); }
+  // There is a member that usage events do not have, and it is not null.
+  bool holds_more() const { return holds_more_; }
 
  private:
   enum class In : std::uint8_t {
@@ -81,37 +87,51 @@ class MemberScan {
     closed,        // behind the `}`
     broken,        // this is not a JSON object
   };
-  static constexpr std::size_t kLongestKey = 7;
+  static constexpr std::size_t kLongestKey = 18;
+  // The members of a usage event, as OpenAI and OpenRouter send it.
+  static constexpr auto kUsageEventKeys =
+      std::to_array<std::string_view>({"choices", "created", "id", "model", "object", "obfuscation", "provider",
+                                       "service_tier", "system_fingerprint", "usage"});
 
-  // Reads a byte between two tokens. True if a `usage` object begins.
-  bool read_mark(char mark) {
+  // Reads a byte between two tokens.
+  Step read_mark(char mark) {
     switch (in_) {
-      case In::opening: in_ = mark == '{' ? In::member : In::broken; break;
+      case In::opening: return go_on(mark == '{' ? In::member : In::broken);
       case In::member:
         key_bytes_ = 0;
-        in_ = mark == '"' ? In::key : mark == '}' ? In::closed : In::broken;
+        if (mark == '}') return go_on(In::closed);
+        in_ = mark == '"' ? In::key : In::broken;
         break;
       case In::colon: in_ = mark == ':' ? In::value : In::broken; break;
-      case In::value: return begin_value(mark);
+      case In::value: return begin_value(mark) ? Step::usage_begins : Step::need_more;
       case In::first_choice:
-        choices_empty_ = true;
         if (mark == ']') {
           in_ = In::after_value;
           break;
         }
-        choices_other_ = true;
+        choices_found_ = true;
         begin_nested(mark == '{' || mark == '[' ? 2 : 1, mark == '"');
         if (mark == '}') in_ = In::broken;
         break;
-      case In::after_value: in_ = mark == ',' ? In::member : mark == '}' ? In::closed : In::broken; break;
+      case In::after_value: return go_on(mark == ',' ? In::member : mark == '}' ? In::closed : In::broken);
       default: in_ = In::broken; break;
     }
-    return false;
+    return Step::need_more;
   }
 
+  Step go_on(In next) {
+    in_ = next;
+    return Step::between_members;
+  }
+
+  // True if a `usage` object begins.
   bool begin_value(char mark) {
     const std::string_view key(key_, key_bytes_ <= kLongestKey ? key_bytes_ : 0);
-    if (key == "choices" && mark != '[') choices_other_ = true;
+    if (mark != 'n') {  // null
+      holds_more_ =
+          holds_more_ || std::find(kUsageEventKeys.begin(), kUsageEventKeys.end(), key) == kUsageEventKeys.end();
+      if (key == "choices" && mark != '[') choices_found_ = true;
+    }
     if (key == "error" && (mark == '{' || mark == '"')) error_found_ = true;
     if (key == "choices" && mark == '[') {
       in_ = In::first_choice;
@@ -200,8 +220,8 @@ class MemberScan {
   bool in_usage_ = false;   // the nested value is a `usage`
   bool usage_found_ = false;
   bool error_found_ = false;
-  bool choices_empty_ = false;
-  bool choices_other_ = false;  // a `choices` that is not an empty list
+  bool choices_found_ = false;  // a `choices` that is neither an empty list nor null
+  bool holds_more_ = false;
   std::uint8_t key_bytes_ = 0;  // kLongestKey + 1: longer than every key that matters
   char key_[kLongestKey] = {};
 };

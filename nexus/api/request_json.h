@@ -44,6 +44,7 @@ struct BodyFacts {
   bool stream_options_empty = true;  // an object without members
   Flag include_usage = Flag::absent;
   BodySpan include_usage_value;
+  BodySpan continuous_usage_value;  // its `true`: vLLM then adds usage to each chunk, if include_usage is true too
   bool has_tools = false;
   bool json_mode = false;
   BodySpan messages;        // the value of `messages`, if any
@@ -126,6 +127,12 @@ class BodyPass {
       case BodyKey::include_usage:
         facts_.include_usage_value = span_of(value.raw_json_token());
         return read_flag(value, facts_.include_usage);
+      case BodyKey::continuous_usage_stats: {
+        const BodySpan span = span_of(value.raw_json_token());
+        bool yes = false;
+        if (!value.get_bool().get(yes) && yes) facts_.continuous_usage_value = span;
+        return true;
+      }
       case BodyKey::tools: return read_tools(value);
       case BodyKey::messages: return !find_messages_ || read_messages(value);
       case BodyKey::stream_options: return read_stream_options(value);

@@ -1,6 +1,6 @@
 // response_json.h
 // Owns:      reading the token counts that backends answer.
-// Promises:  a count that is missing, negative or no integer reads as -1; nothing throws.
+// Promises:  a count that is missing, negative, too large or no whole number reads as -1; nothing throws.
 // Leaves:    finding a `usage` in a stream to usage_scan.h; lists of models to model_list.h.
 // Threads:   as its JsonReader.
 // Tested by: tests/request_json_test.cpp, tests/fuzz/body.h
@@ -27,9 +27,16 @@ struct Usage {
 
 namespace detail {
 
+// An integer, also one that is written as a fraction (11.0), up to kMaxTokenCount.
 inline void read_count(JsonReader::Value& value, std::int64_t& count) {
   std::int64_t read = -1;
-  if (!value.get_int64().get(read) && read >= 0 && read <= kMaxTokenCount) count = read;
+  double number = -1;
+  if (value.get_int64().get(read) && !value.get_double().get(number) && number >= 0 &&
+      number <= static_cast<double>(kMaxTokenCount)) {
+    read = static_cast<std::int64_t>(number);
+    if (static_cast<double>(read) != number) return;
+  }
+  if (read >= 0 && read <= kMaxTokenCount) count = read;
 }
 
 inline void read_counts(JsonReader& json, const UsageNames& names, JsonReader::Object& object, Usage& usage) {

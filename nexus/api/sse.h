@@ -96,16 +96,11 @@ class SseReader {
 
   // The open event is complete, but for a LF that may belong to it.
   bool event_complete() const { return in_ == In::blank_line_cr; }
-  // The open event, or the last one, has a line other than `data`.
-  bool other_lines() const { return other_lines_; }
-  // One of them is `event: error`, or a field named `error` (llama.cpp until 2025).
+  // The open event, or the last one, has `event: error`, or a field named `error` (llama.cpp until 2025).
   bool error_line() const { return error_line_; }
 
   // The stream ended. True if that ends an event.
-  bool finish() {
-    if (in_ == In::name && matched_ < kData.size()) other_lines_ = true;
-    return std::exchange(event_open_, false);
-  }
+  bool finish() { return std::exchange(event_open_, false); }
 
  private:
   // mark: before the first line, perhaps in a byte order mark; other: in a line that is not `data`; error_line: in one
@@ -127,7 +122,7 @@ class SseReader {
     in_ = In::line_start;
     if (matched_ == 0) return false;
     event_open_ = true;
-    begin_other_line();
+    in_ = In::other;
     return true;
   }
 
@@ -151,7 +146,7 @@ class SseReader {
     matched_ = 0;
     if (event_open_) return Step::need_more;
     event_open_ = true;
-    other_lines_ = error_line_ = false;
+    error_line_ = false;
     return Step::event_begins;
   }
 
@@ -171,20 +166,13 @@ class SseReader {
     // A name without a colon is a field with no text.
     const bool has_colon = *at == ':';
     if (matched_ < kData.size() || !(has_colon || *at == '\r' || *at == '\n')) {
-      const bool may_be_error = matched_ == 0;
-      begin_other_line();
-      if (may_be_error) in_ = In::error_line;
+      in_ = matched_ == 0 ? In::error_line : In::other;
       is_error_field_ = false;
       return false;
     }
     if (has_colon) ++at;
     in_ = has_colon ? In::value_start : In::value;
     return true;
-  }
-
-  void begin_other_line() {
-    in_ = In::other;
-    other_lines_ = true;
   }
 
   // Reads a byte of a line that is kErrorEvent or begins with kErrorField so far. A name `data` was not begun.
@@ -214,7 +202,6 @@ class SseReader {
   bool after_cr_ = false;     // a line ended with a CR: a LF that follows belongs to it
   std::uint8_t matched_ = 0;  // bytes of the byte order mark, of the name `data` or of an error line found so far
   bool event_open_ = false;
-  bool other_lines_ = false;
   bool error_line_ = false;
   bool is_error_field_ = false;  // what is read may be kErrorField, and not kErrorEvent
 };

@@ -1,7 +1,7 @@
 // usage_scan.h
 // Owns:      the token counts of a response body while it passes, and the number of its events, its errors and its end
 //            mark if it is a stream; removing the extra usage event that Nexus asked for from a stream whose client did
-//            not ask for it.
+//            not ask for it. An event that holds more than such an event does loses only its `usage`.
 // Promises:  counts and output are the same however the bytes are cut; a plain body is never held or changed; a stream
 //            holds only an event that may be the extra one, up to kHeldEventBytes; memory is allocated only for what is
 //            cut between two pieces.
@@ -95,6 +95,21 @@ class UsageScan {
       run = to;
     }
   };
+  // The part of an event that is its `usage` and one comma, as offsets from the event's first byte.
+  struct UsageMember {
+    std::size_t last_mark = 0;  // behind the last `{` or comma between members
+    std::size_t from = 0;
+    std::size_t to = 0;  // 0: not known yet
+    // `mark` ends at `end`: the first one behind `usage` ends the part. If that is the `}`, the comma before goes.
+    void mark(std::size_t end, char mark) {
+      if (to == 0) {
+        const std::size_t back = mark == '}' ? 1 : 0;
+        from -= std::min(back, from);
+        to = end - back;
+      }
+      last_mark = end;
+    }
+  };
   static constexpr std::size_t kLineBytes = 8;  // at most, of a `data` line in addition to its text
   static constexpr std::size_t kNoMark = SIZE_MAX;
 
@@ -112,7 +127,7 @@ class UsageScan {
         case SseReader::Step::data:
           match_end_mark(text);
           event_bytes_ += text.size();
-          read_text(pool, reader, text.data(), text.data() + text.size());
+          read_text(pool, reader, text.data(), text.data() + text.size(), &pass);
           break;
         case SseReader::Step::event_ends: end_event(pass, at, out); break;
       }
@@ -175,6 +190,7 @@ class UsageScan {
     members_ = MemberScan();
     counts_.reset();
     event_bytes_ = mark_bytes_ = 0;
+    usage_member_ = UsageMember();
     undecided_ = removing_;
     pass.event = at;
   }
@@ -197,9 +213,21 @@ class UsageScan {
     capture_.clear();
     if (!std::exchange(undecided_, false)) return;
     if (!is_extra_event()) return release(out);
+    if (members_.holds_more()) return cut_usage(pass, out);
     pass.keep_up_to(pass.event);
     pass.run = behind;
     held_.clear();
+  }
+
+  // Cuts `usage` out of the event: out of its held part, out of its part in this piece, or out of both.
+  void cut_usage(Pass& pass, Out& out) {
+    const std::size_t held = held_.size(), from = usage_member_.from, to = usage_member_.to;
+    const std::size_t held_from = std::min(from, held), held_to = std::min(to, held);
+    if (held > 0) std::memmove(held_.data() + held_from, held_.data() + held_to, held - held_to);
+    held_.truncate(held - (held_to - held_from));
+    pass.keep_up_to(pass.event + (std::max(from, held) - held));
+    pass.run = pass.event + (std::max(to, held) - held);
+    release(out);
   }
 
   // The piece is read: holds the open event while it may be the extra one, and releases everything else.
@@ -214,9 +242,7 @@ class UsageScan {
     return !undecided_ || held_.append(pool, {pass.event, static_cast<std::size_t>(end - pass.event)});
   }
 
-  bool is_ruled_out() const {
-    return lines_.other_lines() || members_.is_other_event() || event_bytes_ > kHeldEventBytes;
-  }
+  bool is_ruled_out() const { return members_.is_other_event() || event_bytes_ > kHeldEventBytes; }
   bool is_extra_event() const { return members_.is_usage_event() && !is_ruled_out(); }
 
   void release(Out& out) {
@@ -225,8 +251,8 @@ class UsageScan {
     out.held = released_.view();
   }
 
-  // Reads JSON text and the counts in its `usage`.
-  void read_text(BlockPool& pool, JsonReader& reader, const char* at, const char* end) {
+  // Reads JSON text and the counts in its `usage`. `pass`: of an event.
+  void read_text(BlockPool& pool, JsonReader& reader, const char* at, const char* end, const Pass* pass = nullptr) {
     const char* usage_from = at;  // where the part of `usage` in this piece begins
     for (;;) {
       switch (members_.next(at, end)) {
@@ -234,8 +260,16 @@ class UsageScan {
           usage_from = at - 1;
           capture_.clear();
           capture_lost_ = false;
+          usage_member_.from = usage_member_.last_mark;
           break;
-        case MemberScan::Step::usage_ends: read_counts(pool, reader, usage_from, at); break;
+        case MemberScan::Step::usage_ends:
+          read_counts(pool, reader, usage_from, at);
+          usage_member_.to = 0;
+          break;
+        case MemberScan::Step::between_members:
+          if (pass != nullptr && undecided_)
+            usage_member_.mark(held_.size() + static_cast<std::size_t>(at - pass->event), at[-1]);
+          break;
         case MemberScan::Step::need_more:
           if (members_.in_usage()) capture(pool, {usage_from, static_cast<std::size_t>(end - usage_from)});
           return;
@@ -277,6 +311,7 @@ class UsageScan {
   std::string_view end_mark_;
   std::size_t mark_bytes_ = 0;   // of the end mark that the open event's data is so far, or kNoMark
   std::size_t event_bytes_ = 0;  // of the open event's `data` lines
+  UsageMember usage_member_;     // of the open event
   const UsageNames* names_ = nullptr;
   SseReader lines_;
   MemberScan members_;

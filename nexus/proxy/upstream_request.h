@@ -115,13 +115,17 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
 inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
                             const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
                             std::string_view request_id, std::string_view via_line) {
-  // Up to two edits, in the order of the body; one that edits nothing stands for none.
+  // Up to three edits, in the order of the body; one that edits nothing stands for none.
   std::string model_json;
   if (!model.empty()) model_json = json_string(model);
-  std::array<BodyEdit, 2> edits{};
+  std::array<BodyEdit, 3> edits{};
   if (!model.empty()) edits[0] = {facts.model_value.at, facts.model_value.bytes, model_json};
-  if (ask_usage) edits[1] = usage_edit(facts);
-  if (edits[1].at < edits[0].at) std::swap(edits[0], edits[1]);
+  if (ask_usage) {
+    edits[1] = usage_edit(facts);
+    if (const BodySpan& value = facts.continuous_usage_value; value.bytes > 0)
+      edits[2] = {value.at, value.bytes, "false"};
+    std::sort(edits.begin(), edits.end(), [](const BodyEdit& a, const BodyEdit& b) { return a.at < b.at; });
+  }
   UpstreamHead head;
   head.method = llhttp_method_name(static_cast<llhttp_method_t>(request.head->method));
   head.target = {request.base + request.head->target_at, request.head->target_bytes};

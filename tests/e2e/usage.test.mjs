@@ -50,6 +50,17 @@ group('usage in streams', () => {
     }
   });
 
+  test('a client that did not ask for usage but for continuous_usage_stats gets no usage', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    for (const options of [{ include_usage: false, continuous_usage_stats: true }, { continuous_usage_stats: true, x: 1 }]) {
+      await post(nexus.port, path, chat('m1', { stream: true, stream_options: options }));
+      assert.deepEqual(backend.requests.at(-1).json.stream_options, { ...options, include_usage: true, continuous_usage_stats: false });
+    }
+    const asked = { include_usage: true, continuous_usage_stats: true };
+    await post(nexus.port, path, chat('m1', { stream: true, stream_options: asked }));
+    assert.deepEqual(backend.requests.at(-1).json.stream_options, asked, 'the client’s own wish');
+  });
+
   test('the extra event is taken out however the bytes are cut, every other byte stays, and the tokens are recorded', { limit_ms: 60_000 }, async (t) => {
     const { nexus, backend } = await pair(t, { kind: 'vllm' });
     const sizes = [1, 2, 3, 5, 7, 16, 61, 333, 1_000_000];

@@ -42,7 +42,7 @@ inline WantedBody wanted_of(const plain_json::Value& body) {
     if (key == "stream" && !is_flag(value.kind)) wanted.wrong_type = true;
     if (key != "stream_options") continue;
     if (value.kind != Kind::object && value.kind != Kind::null) wanted.wrong_type = true;
-    wanted.duplicate |= value.count("include_usage") > 1;
+    wanted.duplicate |= value.count("include_usage") > 1 || value.count("continuous_usage_stats") > 1;
     for (const auto& [option, flag] : value.members) {
       if (option == "include_usage" && !is_flag(flag.kind)) wanted.wrong_type = true;
     }
@@ -74,6 +74,12 @@ inline void check_facts(std::string_view text, const plain_json::Value& body, co
   const bool object = options->kind == Kind::object;
   check(facts.stream_options == (object ? Facts::Options::object : Facts::Options::null), "stream_options differ");
   if (object) check(facts.stream_options_empty == options->members.empty(), "empty stream_options differ");
+  const plain_json::Value* continuous = options->find("continuous_usage_stats");
+  if (continuous != nullptr && continuous->kind == Kind::yes) {
+    check_span(text, facts.continuous_usage_value, *continuous, "continuous_usage_stats");
+  } else {
+    check(facts.continuous_usage_value.bytes == 0, "continuous_usage_stats made up");
+  }
   const plain_json::Value* usage = options->find("include_usage");
   if (usage == nullptr) return check(facts.include_usage == Facts::Flag::absent, "include_usage made up");
   check_span(text, facts.include_usage_value, *usage, "include_usage");

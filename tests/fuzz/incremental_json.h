@@ -23,6 +23,8 @@ inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFac
   check(facts.stream_options_empty == wanted.stream_options_empty, "whether stream_options are empty");
   check(facts.include_usage == wanted.include_usage, "include_usage differs");
   check(same_span(facts.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
+  check(same_span(facts.continuous_usage_value, wanted.continuous_usage_value),
+        "continuous_usage_stats stands elsewhere");
   check(facts.has_tools == wanted.has_tools, "tools differ");
   check(facts.json_mode == wanted.json_mode, "json_mode differs");
   check(same_span(facts.messages, wanted.messages), "messages stand elsewhere");
