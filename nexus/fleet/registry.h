@@ -23,6 +23,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
+#include "nexus/fleet/server_facts.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
@@ -46,6 +47,7 @@ struct BackendView {
   std::string name;
   std::optional<Address> address;           // none until its host name is resolved
   std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
+  std::shared_ptr<ServerFacts> facts;       // of the same
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
   std::string response_line;  // sent with every response from it: X-Nexus-Backend
@@ -141,8 +143,9 @@ class Registry {
     std::optional<Address> address;                  // in use
     std::vector<Address> addresses;                  // of its host name
     bool looking_up = false;
-    bool lookup_failed = false;               // the last one
-    std::shared_ptr<CircuitBreaker> circuit;  // changes with the address
+    bool lookup_failed = false;                                            // the last one
+    std::shared_ptr<CircuitBreaker> circuit;                               // changes with the address
+    std::shared_ptr<ServerFacts> facts = std::make_shared<ServerFacts>();  // the same
     std::uint64_t epoch = 0;  // changes with url or type, so that results of earlier checks can be ignored
     // control.h's schedule.
     Ns next_check_ns = kNever;  // kNever: the first check was not scheduled yet
@@ -249,6 +252,7 @@ class Registry {
     if (backend.health == seen) backend.streak = 0;
     if (backend.health == seen || ++backend.streak < needed) return {false, backend.health, backend.health};
     backend.streak = 0;
+    if (passed) backend.facts->forget();
     return {true, std::exchange(backend.health, seen), seen};
   }
 
@@ -278,6 +282,7 @@ class Registry {
   void set_address(Backend& backend, const Address& address) {
     if (backend.address == address) return;
     backend.circuit = std::make_shared<CircuitBreaker>(++servers_);
+    backend.facts = std::make_shared<ServerFacts>();
     backend.address = address;
     backend.streak = 0;
     backend.was_up = false;
@@ -365,6 +370,7 @@ class Registry {
     view.name = from.name;
     view.address = backend.address;
     view.circuit = backend.circuit;
+    view.facts = backend.facts;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n";

@@ -149,7 +149,7 @@ class Exchange {
     deadlines_.reset();
     last_failure_ = ApiError::no_healthy_backend;
     failure_ = retry_reason_ = {};
-    answer_failed_ = keeping_ = kept_.given = false;
+    answer_failed_ = keeping_ = kept_.given = asked_without_usage_ = false;
   }
 
  private:
@@ -351,6 +351,8 @@ class Exchange {
   [[gnu::cold]] void note_failed_answer(AttemptOutcome outcome);
   [[gnu::cold]] void note_disguise();
   [[gnu::cold]] void hold(Response::Step step, ClientWrite& write);
+  // The held answer is whole, or too large to be about stream_options.
+  [[gnu::cold]] void settle_refusal(bool fits, Response::Step step, ClientWrite& write);
   [[gnu::cold]] void on_hold_deadline();
   // `whole`: it becomes the client's answer if no backend gives a better one.
   [[gnu::cold]] void leave_failed_answer(bool whole);
@@ -462,7 +464,9 @@ class Exchange {
   // Of its attempts.
   CandidatePicker<Net> picker_;
   Attempt<Net> attempt_;
-  bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
+  bool adds_usage_event_ = false;     // Nexus asked this backend for counts that the client did not ask for
+  bool may_refuse_usage_ = false;     // the answer in hand may be about that: it is held until it is whole
+  bool asked_without_usage_ = false;  // a backend has refused the request for it
   ApiError last_failure_ = ApiError::no_healthy_backend;  // until a backend was tried
   std::string_view failure_;  // of the attempt that ends next: says more than its ending; a constant text
   std::string_view retry_reason_;

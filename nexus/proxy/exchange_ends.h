@@ -139,6 +139,7 @@ void Exchange<Net>::hold(Response::Step step, ClientWrite& write) {
     return end(Ending::backend_garbled);
   }
   const bool fits = client_.hold(write);
+  if (may_refuse_usage_ && (!fits || step == Response::Step::whole)) return settle_refusal(fits, step, write);
   if (!fits && !keeping_) {
     begin_streaming();
     return on_relayed(relay_.send(step, write));
@@ -146,11 +147,37 @@ void Exchange<Net>::hold(Response::Step step, ClientWrite& write) {
   if (!fits || step == Response::Step::whole) return leave_failed_answer(fits);
   if (state_ == State::holding) return;
   go(State::holding);
-  if (keeping_) deadlines_.arm_hold(kKeptAnswerTime);
+  if (keeping_ || may_refuse_usage_) deadlines_.arm_hold(kKeptAnswerTime);
+}
+
+template <class Net>
+void Exchange<Net>::settle_refusal(bool fits, Response::Step step, ClientWrite& write) {
+  may_refuse_usage_ = false;
+  if (!fits || client_.held().find("stream_options") == std::string_view::npos) {
+    begin_streaming();
+    ClientWrite nothing;
+    return on_relayed(relay_.send(step, fits ? nothing : write));
+  }
+  // The client sent no such field, or not this one: the backend is asked again without it.
+  const BackendView& backend = *attempt_.backend();
+  if (facts_.stream_options == BodyFacts::Options::absent && backend.facts->note_refusal()) {
+    context_.log.event(LogLevel::warning,
+                       "backend refuses stream_options: its streams tell no token counts (stream_usage = as_is)",
+                       {{"backend", backend.name}});
+  }
+  asked_without_usage_ = true;
+  if (state_ != State::holding) go(State::holding);
+  attempt_.end(AttemptOutcome::ok);
+  const bool reusable = relay_.response().leaves_connection();
+  drop_answer();
+  release_upstream(reusable);
+  attempt_.leave();
+  begin_attempt();
 }
 
 template <class Net>
 void Exchange<Net>::on_hold_deadline() {
+  may_refuse_usage_ = false;
   if (keeping_) return leave_failed_answer(false);
   if (deadlines_.first_byte_expired()) return end(Ending::first_byte_silent);
   begin_streaming();  // after head_delay the client sees life

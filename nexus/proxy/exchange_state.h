@@ -59,7 +59,7 @@ inline constexpr auto kNextStates = [] {
       states(sending, choosing, finishing, counting),                                   // connecting
       states(connecting, awaiting, holding, streaming, choosing, finishing, counting),  // sending
       states(connecting, holding, streaming, choosing, finishing, counting),            // awaiting
-      states(streaming, choosing, finishing, counting),                                 // holding
+      states(connecting, sending, streaming, choosing, finishing, counting),            // holding
       states(finishing, counting),                                                      // streaming
       states(counting),                                                                 // finishing
       states(over),                                                                     // counting

@@ -49,8 +49,8 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
-  answer_failed_ = keeping_ = false;
-  adds_usage_event_ = asks_for_usage(backend, facts_, summary_.record.stream);
+  answer_failed_ = keeping_ = may_refuse_usage_ = false;
+  adds_usage_event_ = !asked_without_usage_ && asks_for_usage(backend, facts_, facts_.stream);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
                    summary_.request_id);
@@ -179,7 +179,8 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   } else if (status >= 300 && picker_.permit().is_probe()) {
     note_backend_success();
   }
-  relay_.begin(*endpoint_, result, route(), adds_usage_event_);
+  may_refuse_usage_ = adds_usage_event_ && (status == 400 || status == 422);
+  relay_.begin(*endpoint_, result, route(), facts_.stream, adds_usage_event_);
   const std::size_t head_bytes = result.head.head_bytes;
   pass(context_.text, result.data + head_bytes, result.bytes - head_bytes);
   relay_.drop_head();  // not needed any more, and a stream may be long
@@ -216,6 +217,7 @@ void Exchange<Net>::note_first() {
 template <class Net>
 bool Exchange<Net>::is_held(Response::Step step) const {
   if (answer_failed_) return keeping_;
+  if (may_refuse_usage_) return true;
   const Response& response = relay_.response();
   if (response.first_ns() >= 0 || !response.is_success() || step == Response::Step::whole) return false;
   return step == Response::Step::broken || context_.settings().upstream.head_delay_ns > 0;

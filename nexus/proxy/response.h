@@ -43,10 +43,11 @@ class Response {
     first_ns_ = last_ns_ = -1;
   }
 
-  // Starts a response. `remove_usage_event`: Nexus asked for the token counts, the client did not.
+  // Starts a response. `asked_stream`: the request asks for a stream; `remove_usage_event`: Nexus asked for the token
+  // counts, the client did not.
   void begin(const Endpoint& endpoint, const ResponseHead& head, const HeadView& view, bool to_http_1_0,
-             bool remove_usage_event) {
-    usage_names_ = endpoint.usage;
+             bool asked_stream, bool remove_usage_event) {
+    endpoint_ = &endpoint;
     status_ = head.status;
     keep_alive_ = head.keep_alive;
     excess_ = false;
@@ -54,10 +55,11 @@ class Response {
     first_ns_ = last_ns_ = -1;
     body_.start(head.framing);
     scan_kind_ = scan_kind(head, view);
-    remove_usage_event = remove_usage_event && scan_kind_ == UsageScan::Kind::event_stream;
-    has_end_mark_ = !endpoint.end_mark.empty() && scan_kind_ == UsageScan::Kind::event_stream;
-    scan_.start(scan_kind_, usage_names_, remove_usage_event, endpoint.end_mark);
-    framing_ = client_framing(head, to_http_1_0, remove_usage_event);
+    untyped_ =
+        asked_stream && scan_kind_ == UsageScan::Kind::json && find_field(*view.fields, Field::content_type) == nullptr;
+    removing_ = remove_usage_event && (untyped_ || scan_kind_ == UsageScan::Kind::event_stream);
+    start_scan();
+    framing_ = client_framing(head, to_http_1_0, removing_);
   }
 
   // Puts a piece of the body into `write`, behind `head`. The write is valid until the next call.
@@ -65,6 +67,8 @@ class Response {
             ClientWrite& write) {
     const BodyDecoder::Piece piece = body_.feed(data, bytes);
     excess_ = piece.excess;
+    if (untyped_ && piece.bytes > 0) [[unlikely]]
+      note_type({piece.data, piece.bytes});
     const std::uint64_t events_before = scan_.events();
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
     if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
@@ -137,6 +141,23 @@ class Response {
     last_ns_ = now;
   }
 
+  void start_scan() {
+    const bool is_stream = scan_kind_ == UsageScan::Kind::event_stream;
+    has_end_mark_ = !endpoint_->end_mark.empty() && is_stream;
+    scan_.start(scan_kind_, endpoint_->usage, removing_ && is_stream, endpoint_->end_mark);
+  }
+
+  // A body without Content-Type is a stream if it begins as one; `piece` is its first.
+  [[gnu::cold]] void note_type(std::string_view piece) {
+    untyped_ = false;
+    for (const std::string_view line : {"data:", "event:", ":", "id:", "retry:"}) {
+      event_stream_ |= piece.starts_with(line) || line.starts_with(piece);
+    }
+    if (!event_stream_) return;
+    scan_kind_ = UsageScan::Kind::event_stream;
+    start_scan();
+  }
+
   static bool is_event_stream(const HeadView& head) {
     const FieldRow* row = find_field(*head.fields, Field::content_type);
     return row != nullptr && starts_with_ignoring_case(value_of(head.base, *row), "text/event-stream");
@@ -144,7 +165,7 @@ class Response {
 
   UsageScan::Kind scan_kind(const ResponseHead& head, const HeadView& view) const {
     if (head.status / 100 != 2 || head.framing.kind == Framing::Kind::none) return UsageScan::Kind::none;
-    if (usage_names_ == nullptr) return UsageScan::Kind::none;
+    if (endpoint_->usage == nullptr) return UsageScan::Kind::none;
     const FieldRow* coding = find_field(*view.fields, Field::content_encoding);
     if (coding != nullptr && !equals_ignoring_case(value_of(view.base, *coding), "identity")) {
       return UsageScan::Kind::none;
@@ -166,12 +187,14 @@ class Response {
   BodyDecoder body_;
   UsageScan scan_;
   UsageScan::Kind scan_kind_ = UsageScan::Kind::none;
-  const UsageNames* usage_names_ = nullptr;
+  const Endpoint* endpoint_ = nullptr;
   Framing framing_;
   std::uint16_t status_ = 0;
   bool keep_alive_ = false;
   bool excess_ = false;  // bytes follow the body's end
   bool event_stream_ = false;
+  bool untyped_ = false;   // it may be an event stream: its first bytes tell
+  bool removing_ = false;  // the usage event that Nexus asked for
   bool has_end_mark_ = false;
   Ns first_ns_ = -1;
   Ns last_ns_ = -1;  // of the last event or byte
@@ -309,6 +332,7 @@ class ClientResponse {
     return true;
   }
   bool holds() const { return !held_.empty(); }
+  std::string_view held() const { return held_.view(); }
 
   // Sends what is held.
   [[gnu::cold]] bool send_held() {

@@ -53,10 +53,10 @@ class ResponseRelay {
 
   // Writes the client's head into the context's text, for the first write.
   void begin(const Endpoint& endpoint, const ResponseHeadReader::Result& result, const RouteInfo& route,
-             bool remove_usage_event) {
+             bool asked_stream, bool remove_usage_event) {
     const ResponseHead& head = result.head;
     const HeadView view = head_.view(result);
-    response_.begin(endpoint, head, view, client_.http_1_0(), remove_usage_event);
+    response_.begin(endpoint, head, view, client_.http_1_0(), asked_stream, remove_usage_event);
     says_close_ = response_.lasts_until_close() || context_.draining;
     ClientHead to;
     to.backend_line = route.backend_line;

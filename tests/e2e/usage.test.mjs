@@ -120,6 +120,70 @@ group('usage in streams', () => {
     await tokens_are(nexus, 'prompt', 1, 31);
   });
 
+  test('a backend that refuses stream_options is asked again without, once, and not with it any more; the client’s own are its own', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    const refusal = { error: { message: "Extra inputs are not permitted: 'stream_options'", type: 'BadRequestError', code: 400 } };
+    backend.answer = async (request, reply) => {
+      if (request.json.stream_options) return reply.json(refusal, 400);
+      return streams(words + done, 30)(request, reply);
+    };
+    for (let i = 0; i < 3; ++i) {
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.equal(r.status, 200);
+      assert.equal(r.text, words + done);
+    }
+    assert.deepEqual(backend.requests.map((r) => r.json.stream_options !== undefined), [true, false, false, false]);
+    const own = await post(nexus.port, path, chat('m1', { stream: true, stream_options: { include_usage: true } }));
+    assert.equal(own.status, 400);
+    assert.deepEqual(own.json, refusal);
+    await nexus.logged(/backend refuses stream_options/);
+    assert.equal(nexus.log().match(/backend refuses stream_options/g).length, 1);
+    const page = parse_metrics((await get(nexus.port, '/metrics')).text);
+    assert.equal(page.sum('nexus_backend_attempts_total', { outcome: 'ok' }), 5);
+    assert.equal(page.sum('nexus_requests_total'), 4);
+    assert.equal(page.sum('nexus_backend_ejected'), 0);
+  });
+
+  test('another refusal of a request that Nexus had added to goes to the client as it is', async (t) => {
+    const refusal = { error: { message: 'max_tokens is too large', type: 'BadRequestError', code: 400 } };
+    const { nexus, backend } = await pair(t, { kind: 'vllm', answer: async (_, reply) => reply.json(refusal, 400) });
+    for (let i = 0; i < 2; ++i) {
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.equal(r.status, 400);
+      assert.deepEqual(r.json, refusal);
+    }
+    assert.equal(backend.requests.length, 2);
+  });
+
+  test('a stream without Content-Type is read as one, and a plain answer without it is not', async (t) => {
+    const { nexus, backend } = await pair(t, { kind: 'vllm' });
+    for (const size of [1, 4, 1_000_000]) {
+      backend.answer = (request, reply) => {
+        const bytes = Buffer.from(words + usage_event() + done);
+        reply.head(200, { 'Transfer-Encoding': 'chunked' });
+        for (let at = 0; at < bytes.length; at += size) reply.piece(bytes.subarray(at, at + size));
+        reply.finish();
+      };
+      const r = await post(nexus.port, path, chat('m1', { stream: true }));
+      assert.ok(!r.headers.has('content-type'));
+      assert.equal(r.text, words + done, `pieces of ${size}`);
+    }
+    await tokens_are(nexus, 'prompt', 3, 93);
+    const plain = JSON.stringify({ choices: [], usage });
+    backend.answer = (request, reply) => {
+      reply.head(200, { 'Transfer-Encoding': 'chunked' });
+      reply.piece(Buffer.from(plain));
+      reply.finish();
+    };
+    const r = await post(nexus.port, path, chat('m1', { stream: true }));
+    assert.equal(r.status, 200);
+    assert.equal(r.text, plain);
+    await tokens_are(nexus, 'prompt', 4, 124);
+    const page = parse_metrics((await get(nexus.port, '/metrics')).text);
+    assert.equal(page.sum('nexus_errors_total'), 0);
+    assert.equal(page.sum('nexus_time_to_first_token_seconds_count'), 3);
+  });
+
   test('no other event is held back while Nexus looks for that one', async (t) => {
     const { nexus, backend } = await pair(t, { kind: 'vllm' });
     let reply;
