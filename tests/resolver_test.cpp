@@ -23,7 +23,9 @@ constexpr unsigned kA = 1;
 constexpr unsigned kAaaa = 28;
 
 // Answers over UDP: `both.*` has two A (listed in either order, in turn) and one AAAA, `six.*` an AAAA alone, `fails.*`
-// SERVFAIL, `garbage.*` bytes that are no DNS, `silent.*` nothing; any other name does not exist.
+// SERVFAIL, `garbage.*` bytes that are no DNS, `silent.*` nothing; any other name does not exist. Names with an A only:
+// of `quiet4.*` AAAA questions get no answer, of `mixed.*` NXDOMAIN, of `half.*` SERVFAIL, of `once.*` garbage at the
+// first question of each kind, `many.*` has 25 of them, `alias.*` names itself by another name.
 class DnsServer {
  public:
   DnsServer() {
@@ -78,14 +80,22 @@ class DnsServer {
     if (label == "garbage") return question.substr(0, 2) + "no DNS";
     std::vector<std::string> data;
     unsigned code = 0;
+    const std::string one("\x0a\x00\x00\x07", 4);
+    if (label == "once" && spoiled_++ < 2) return question.substr(0, 2) + "no DNS";
+    if (label == "quiet4" && type == kAaaa) return "";
+    if (label == "alias") return by_alias(question, end, type, one);
     if (label == "both" && type == kA) {
       data = {std::string("\x0a\x00\x00\x02", 4), std::string("\x0a\x00\x00\x01", 4)};
       if (turn_++ % 2 == 1) std::swap(data[0], data[1]);
     } else if ((label == "both" || label == "six") && type == kAaaa) {
       data = {std::string("\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x05", 16)};
-    } else if (label == "fails") {
+    } else if ((label == "quiet4" || label == "mixed" || label == "half" || label == "once") && type == kA) {
+      data = {one};
+    } else if (label == "many") {
+      for (char i = 1; i <= 25 && type == kA; ++i) data.push_back(one.substr(0, 3) + i);
+    } else if (label == "fails" || label == "half") {
       code = 2;
-    } else if (label != "six" && label != "both") {
+    } else if (label != "six" && label != "both" && label != "once") {
       code = 3;
     }
     std::string reply = question.substr(0, 2);
@@ -100,9 +110,25 @@ class DnsServer {
     return reply;
   }
 
+  // A CNAME to `x.` before the name's own label, and that one's address.
+  static std::string by_alias(const std::string& question, std::size_t end, unsigned type, const std::string& data) {
+    const bool is_a = type == kA;
+    std::string reply = question.substr(0, 2);
+    reply += {'\x81', '\x80', 0, 1, 0, static_cast<char>(is_a ? 2 : 1), 0, 0, 0, 0};
+    reply += question.substr(12, end + 5 - 12);
+    reply += std::string("\xc0\x0c\x00\x05\x00\x01\x00\x00\x00\x3c\x00\x04\x01x\xc0\x0c", 16);
+    const std::string target("\xc0", 1);
+    if (is_a) {
+      reply += target + static_cast<char>(12 + (end + 5 - 12) + 12);
+      reply += std::string("\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04", 10) + data;
+    }
+    return reply;
+  }
+
   int fd_;
   std::uint16_t port_ = 0;
   int turn_ = 0;
+  int spoiled_ = 0;
   std::atomic<bool> stopping_{false};
   std::atomic<int> questions_{0};
   std::thread thread_;
@@ -142,6 +168,7 @@ class Lookups {
     return got_[id];
   }
   void turn() { resolver_->turn(); }
+  void forget(std::uint64_t id) { got_.erase(id); }
   Ns next() const { return resolver_->next(); }
   void end() { resolver_.reset(); }
   std::size_t answers() const { return got_.size(); }
@@ -176,7 +203,12 @@ TEST_CASE("resolver: names become sorted addresses with the port, or an error in
       {"2001:db8::1", {"[2001:db8::1]:80"}, ""},
       {"", {}, "not a host name"},
       {std::string("both.test\0.test", 15), {}, "not a host name"},
+      {"mixed.test", {"10.0.0.7:80"}, ""},
+      {"half.test", {"10.0.0.7:80"}, "Could not contact DNS servers"},  // there may be an AAAA
+      {"quiet4.test", {"10.0.0.7:80"}, "no answer in time"},
+      {"alias.test", {"10.0.0.7:80"}, ""},
       {std::string(254, 'a'), {}, "not a host name"},
+      {std::string(254, 'a') + ".", {}, "not a host name"},
       {std::string(64, 'a') + ".test", {}, "Misformatted domain name"},  // a label of 64 bytes
   };
   std::uint64_t id = 0;
@@ -189,13 +221,55 @@ TEST_CASE("resolver: names become sorted addresses with the port, or an error in
   }
 }
 
-TEST_CASE("resolver: localhost needs no server") {
+TEST_CASE("resolver: localhost needs neither a server nor /etc/hosts, and has both addresses") {
   Lookups lookups({5 * kSecond, "127.0.0.1:1"});
-  REQUIRE(lookups.start("localhost", 8080, 1));
+  for (const char* name : {"localhost", "localhost."}) {
+    REQUIRE(lookups.start(name, 8080, 1));
+    const Got got = lookups.wait(1);
+    CHECK(got.error == "");
+    CHECK(got.addresses == Texts{"127.0.0.1:8080", "[::1]:8080"});
+    lookups.forget(1);
+  }
+}
+
+TEST_CASE("resolver: the addresses of one family are used if those of the other do not come, and soon") {
+  DnsServer server;
+  Lookups lookups({20 * kSecond, server.address()});
+  const Ns start = monotonic_now();
+  REQUIRE(lookups.start("quiet4.test", 80, 1));
+  CHECK(lookups.wait(1).addresses == Texts{"10.0.0.7:80"});
+  CHECK(monotonic_now() - start < 5 * kSecond);
+  CHECK(lookups.next() == kNever);  // nothing waits for the other family
+}
+
+TEST_CASE("resolver: a name of 253 bytes may have a final dot") {
+  DnsServer server;
+  Lookups lookups({20 * kSecond, server.address()});
+  std::string name = "both";
+  while (name.size() < 253 - 64) name += "." + std::string(60, 'a');
+  name += "." + std::string(253 - name.size() - 1, 'b');
+  REQUIRE(name.size() == 253);
+  REQUIRE(lookups.start(name + ".", 80, 1));
+  CHECK(lookups.wait(1).addresses.size() == 3);
+}
+
+TEST_CASE("resolver: of many addresses the first are taken, in their order") {
+  DnsServer server;
+  Lookups lookups({20 * kSecond, server.address()});
+  REQUIRE(lookups.start("many.test", 80, 1));
   const Got got = lookups.wait(1);
-  CHECK(got.error == "");
-  REQUIRE(!got.addresses.empty());
-  CHECK(got.addresses[0] == "127.0.0.1:8080");
+  REQUIRE(got.addresses.size() == Resolver::kMaxAddresses);
+  CHECK(got.addresses[0] == "10.0.0.1:80");
+  CHECK(got.addresses[15] == "10.0.0.16:80");
+}
+
+TEST_CASE("resolver: after one garbled answer the server is asked again, or the lookup fails in time") {
+  DnsServer server;
+  Lookups lookups({20 * kSecond, server.address()});
+  REQUIRE(lookups.start("once.test", 80, 1));
+  REQUIRE(lookups.start("both.test", 80, 2));
+  CHECK(lookups.wait(1).addresses == Texts{"10.0.0.7:80"});
+  CHECK(lookups.wait(2).addresses.size() == 3);
 }
 
 TEST_CASE("resolver: a server that is silent or talks nonsense costs its lookup the time limit, and no other") {
