@@ -193,18 +193,21 @@ TEST_CASE("resolver: names become sorted addresses with the port, or an error in
     Texts addresses;
     std::string error;
   };
+  // c-ares 1.18 cannot tell SERVFAIL from silence, 1.34 can.
+  const std::string failure = ares_version(nullptr) < std::string("1.2") ? "Could not contact DNS servers"
+                                                                         : "DNS server returned general failure";
   const Row rows[] = {
       {"both.test", {"10.0.0.1:80", "10.0.0.2:80", "[fd00::5]:80"}, ""},
       {"both.test", {"10.0.0.1:80", "10.0.0.2:80", "[fd00::5]:80"}, ""},  // listed the other way round
       {"six.test", {"[fd00::5]:80"}, ""},
       {"none.test", {}, "Domain name not found"},
-      {"fails.test", {}, "Could not contact DNS servers"},
+      {"fails.test", {}, failure},
       {"192.0.2.7", {"192.0.2.7:80"}, ""},
       {"2001:db8::1", {"[2001:db8::1]:80"}, ""},
       {"", {}, "not a host name"},
       {std::string("both.test\0.test", 15), {}, "not a host name"},
       {"mixed.test", {"10.0.0.7:80"}, ""},
-      {"half.test", {"10.0.0.7:80"}, "Could not contact DNS servers"},  // there may be an AAAA
+      {"half.test", {"10.0.0.7:80"}, failure},  // there may be an AAAA
       {"quiet4.test", {"10.0.0.7:80"}, "no answer in time"},
       {"alias.test", {"10.0.0.7:80"}, ""},
       {std::string(254, 'a'), {}, "not a host name"},
