@@ -1,5 +1,5 @@
 // Streams: pieces at once, cuts made visible, clients that leave, clients that are slow.
-import { RawClient, assert, chat, chat_chunk, group, median, pair, pending, pending_is, post, settings, sleep, sse, sse_events, test, until, within } from './harness.mjs';
+import { RawClient, assert, chat, chat_chunk, get, group, median, pair, parse_metrics, pending, pending_is, post, settings, sleep, sse, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const streaming = chat('m1', { stream: true });
@@ -460,6 +460,38 @@ group('many', () => {
     const nexus_pair = await pair(t, {}, { server: { threads: 4 } });
     nexus_pair.backend.answer = async (request, reply) => { await sleep(Math.random() * 5); reply.json({ n: request.json.n }); };
     await Promise.all(Array.from({ length: 200 }, async (_, n) => assert.equal((await post(nexus_pair.nexus.port, path, chat('m1', { n }))).json.n, n)));
+  });
+
+  // Servers send their head at once, long before the first token.
+  const late = (ms, before = '') => async (request, reply) => {
+    reply.stream();
+    if (before) reply.piece(Buffer.from(before));
+    await sleep(ms);
+    for (const word of ['a', 'b', 'c', 'd', 'e']) reply.piece(Buffer.from(sse(chat_chunk('m1', word))));
+    reply.piece(Buffer.from(sse({ ...chat_chunk('m1'), choices: [], usage: { prompt_tokens: 3, completion_tokens: 5, total_tokens: 8 } }) + sse('[DONE]')));
+    reply.finish();
+  };
+
+  test('of two backends that send their head at once, the one with the earlier first event gets more requests', async (t) => {
+    const fast = await start_backend(t, { answer: late(10) });
+    const slow = await start_backend(t, { answer: late(300) });
+    const nexus = await start_nexus(t, { backends: [{ name: 'fast', mock: fast }, { name: 'slow', mock: slow }] });
+    for (let i = 0; i < 20; ++i) assert.equal((await post(nexus.port, '/v1/chat/completions', chat('m1', { stream: true }))).status, 200);
+    assert.ok(fast.requests.length >= 15, `${fast.requests.length} of 20 went to the fast one`);
+  });
+
+  test('comments before the first event are no token: the time to the first token is that of the event', async (t) => {
+    const { nexus } = await pair(t, { answer: late(400, ':\n\n: ping\n\n') });
+    assert.equal((await post(nexus.port, '/v1/chat/completions', chat('m1', { stream: true }))).status, 200);
+    let page;
+    await until(async () => {
+      page = parse_metrics((await get(nexus.port, '/metrics')).text);
+      return page.sum('nexus_time_to_first_token_seconds_count') === 1;
+    }, 'the stream to be counted');
+    const first = page.sum('nexus_time_to_first_token_seconds_sum');
+    assert.ok(first >= 0.39, `the first token after ${first} s`);
+    const each = page.sum('nexus_time_per_output_token_seconds_sum');
+    assert.ok(each < 0.09, `${each} s for each further token`);
   });
 });
 
