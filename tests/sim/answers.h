@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,6 +24,7 @@ struct Answer {
   };
   std::string bytes;
   std::vector<Pause> pauses;  // in order
+  std::size_t body_at = 0;    // behind the head
   End end = End::keep;
   bool overlong = false;
 };
@@ -49,15 +51,15 @@ class AnswerMaker {
     write(answer, id, events, attempt);
     const bool says_nothing =
         events ? ("\n" + attempt.payload).find("\ndata:") == std::string::npos : attempt.payload.empty();
-    attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && ends_with_error(attempt.payload)));
+    attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && tells_error(attempt.payload)));
     return answer;
   }
 
  private:
   enum class Framing : std::uint8_t { length, chunked, until_close };
 
-  static constexpr std::string_view kErrorEvent = R"(data: {"error":{"message":"simulated","code":500}})";
-  static bool ends_with_error(const std::string& payload) { return payload.find(kErrorEvent) != std::string::npos; }
+  static constexpr std::string_view kError = R"(data: {"error":{"message":"simulated","code":500}})";
+  static bool tells_error(const std::string& payload) { return payload.find(kError) != std::string::npos; }
 
   std::uint16_t draw_status() {
     if (!dice_.chance(manners_.error_status)) return dice_.one_in(50) ? 204 : 200;
@@ -94,7 +96,13 @@ class AnswerMaker {
     const std::size_t each = draw_bytes() / (events + 1) + 1;
     std::string& out = attempt.payload;
     const std::string_view content = pattern_of(number_ * 64 + attempt.server, each * events);
+    if (dice_.chance(manners_.comments_first)) {
+      for (std::uint32_t i = dice_.number(1, 5); i > 0; --i) out.append(dice_.one_in(2) ? ":" : ": wait").append(end);
+    }
+    // An error before this event, or behind all.
+    const std::uint32_t error_at = !dice_.chance(manners_.error_event) ? UINT32_MAX : dice_.number(0, events);
     for (std::uint32_t i = 0; i < events; ++i) {
+      if (i == error_at) put_error(out, end);
       if (dice_.one_in(20)) out.append(": ping").append(end);
       out.append(R"(data: {"id":")").append(id).append(R"(","choices":[{"index":0,"delta":{"content":")");
       out.append(content.substr(std::min(content.size(), i * each), each)).append(R"("}}]})").append(end);
@@ -110,8 +118,13 @@ class AnswerMaker {
           .append(end);
       if (!by_client) attempt.extra_bytes = out.size() - attempt.extra_at;
     }
-    if (dice_.chance(manners_.error_event)) out.append(kErrorEvent).append(end);
+    if (error_at == events) put_error(out, end);
     if (!dice_.one_in(20)) out.append("data: [DONE]").append(end);
+  }
+
+  void put_error(std::string& out, std::string_view end) {
+    if (dice_.one_in(4)) out.append("event: error").append(end.substr(0, end.size() / 2));
+    out.append(kError).append(end);
   }
 
   void write(Answer& answer, std::string_view id, bool events, Attempt& attempt) {
@@ -135,7 +148,7 @@ class AnswerMaker {
     }
     if (framing == Framing::chunked && !no_body) out.append("Transfer-Encoding: chunked\r\n");
     out.append("\r\n");
-    const std::size_t body_at = out.size();
+    const std::size_t body_at = answer.body_at = out.size();
     attempt.may_be_whole = true;
     if (!no_body) write_body(answer, framing, events, attempt);
     answer.end = close || http_1_0 ? Answer::End::close : Answer::End::keep;
@@ -237,12 +250,21 @@ class AnswerMaker {
   }
 
   void draw_pauses(Answer& answer, bool events) {
+    if (dice_.chance(manners_.early_head) && answer.body_at < answer.bytes.size()) {
+      std::size_t at = answer.body_at;  // then before the first event, or within the comments before it
+      for (std::uint32_t i = dice_.number(1, 3); i > 0 && at < answer.bytes.size(); --i) {
+        answer.pauses.push_back({at, dice_.span(0, dice_.one_in(2) ? 3 * kSecond : 300 * kMillisecond)});
+        at += dice_.number(1, 20);
+      }
+    }
     if (!dice_.chance(manners_.slow) && !(events && dice_.one_in(8))) return;
     std::size_t at = 0;
     for (std::uint32_t i = dice_.number(1, 6); i > 0 && at < answer.bytes.size(); --i) {
       at += dice_.skewed(0, static_cast<std::uint32_t>(answer.bytes.size() - at));
       answer.pauses.push_back({at, dice_.span(0, dice_.one_in(8) ? kSecond : 50 * kMillisecond)});
     }
+    const auto earlier = [](const Answer::Pause& a, const Answer::Pause& b) { return a.at < b.at; };
+    std::stable_sort(answer.pauses.begin(), answer.pauses.end(), earlier);
   }
 
  public:

@@ -137,7 +137,7 @@ class Simulation {
 
   static constexpr std::uint32_t kMostTurnsAtOnce = 20'000;
 
-  enum Step : std::uint32_t { kReload, kDrain, kStop };
+  enum Step : std::uint32_t { kReload, kDrain, kStop, kLack, kLackEnds };
 
   Swarm make_swarm(Scale scale) {
     switch (scale) {
@@ -153,6 +153,9 @@ class Simulation {
     for (std::uint32_t i = 0; i < swarm_.reloads; ++i) {
       wire_.timer(Notice::Kind::script, kReload, wire_.now() + dice_.span(0, span), 0);
     }
+    for (std::uint32_t i = 0; i < swarm_.lacks; ++i) {
+      wire_.timer(Notice::Kind::script, kLack, wire_.now() + dice_.span(0, span), 0);
+    }
     if (swarm_.drains) wire_.timer(Notice::Kind::script, kDrain, wire_.now() + dice_.span(0, 2 * span), 0);
     if (swarm_.stops) wire_.timer(Notice::Kind::script, kStop, wire_.now() + dice_.span(0, 2 * span), 0);
   }
@@ -162,8 +165,18 @@ class Simulation {
       case kReload: reload_in_.push_back(draw_state(dice_)); return;
       case kDrain: ledger_.draining = true; return gateway_.drain();
       case kStop: ledger_.stopped = true; return gateway_.stop();
+      case kLack: return begin_lack();
+      case kLackEnds: wire_.connect_error = 0; return;
       default: return;
     }
+  }
+
+  // For a while connect() fails for want of something on this host.
+  void begin_lack() {
+    constexpr int kLacks[] = {EMFILE, ENFILE, EADDRNOTAVAIL, ENOBUFS, ENOMEM, EAGAIN, ENETUNREACH};
+    if (calm_) return;
+    wire_.connect_error = kLacks[dice_.index(std::size(kLacks))];
+    wire_.timer(Notice::Kind::script, kLackEnds, wire_.now() + dice_.span(kMillisecond, 3 * kSecond), 0);
   }
 
   // The reloads wait until a request is in the state that was drawn for them.
@@ -237,6 +250,7 @@ class Simulation {
     clients_.calm();
     wire_.weather = Weather{};
     wire_.most_descriptors = SIZE_MAX;
+    wire_.connect_error = 0;
     fleet_.calm();
     swarm_.late_turn = Rate{};
     calm_ = true;

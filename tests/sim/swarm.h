@@ -25,7 +25,9 @@ struct Manners {
   Rate die_and_return;                  // on each request: all connections reset, then refused for a time
   Rate error_status;                    // 4xx and 5xx
   Rate hollow;                          // a 200 without an event or a body
-  Rate error_event;                     // as the last or only event of a stream
+  Rate error_event;                     // in a stream, anywhere
+  Rate comments_first;                  // before the first event of a stream
+  Rate early_head;                      // sends the head, and the first byte that means something long after it
   Rate malformed_head, malformed_body, overlong;
   Rate truncated, reset, stall;
   Rate interim;              // sends 1xx before the response
@@ -68,6 +70,7 @@ struct Swarm {
   std::size_t least_window = 256u << 10;
   Ns think_ns = 0;
   std::size_t most_descriptors = SIZE_MAX;
+  std::uint32_t lacks = 0;  // times in which this host has no descriptor, port or memory for connections to backends
 
   // The properties of a new connection.
   Shape draw_shape(Dice& dice) const {
@@ -109,6 +112,7 @@ class SwarmMaker {
     swarm.least_window = dice_.one_in(3) ? dice_.number(1, 2000) : dice_.number(4, 256) << 10;
     swarm.think_ns = dice_.span(0, 200 * kMillisecond);
     if (dice_.one_in(6)) swarm.most_descriptors = dice_.number(3, 30);
+    if (dice_.one_in(4)) swarm.lacks = dice_.number(1, 4);
     swarm.weather = weather();
     swarm.manners = manners();
     swarm.habits = habits();
@@ -154,7 +158,7 @@ class SwarmMaker {
  private:
   void make_gentle(Swarm& swarm) {
     swarm.gentle = true;
-    swarm.reloads = 0;
+    swarm.reloads = swarm.lacks = 0;
     swarm.drains = swarm.stops = swarm.memory_fails = false;
     swarm.late_turn = Rate{};
     swarm.turn_ns = swarm.jitter_ns = 0;
@@ -202,6 +206,8 @@ class SwarmMaker {
     m.error_status = often(300);
     m.hollow = often(300);
     m.error_event = often(300);
+    m.comments_first = often(400);
+    m.early_head = often(300);
     m.malformed_head = often(100);
     m.malformed_body = often(100);
     m.overlong = often(100);
