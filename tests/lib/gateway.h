@@ -14,6 +14,7 @@
 
 #include "nexus/server/control.h"
 #include "nexus/server/worker.h"
+#include "tests/lib/faults.h"
 #include "tests/lib/sim_net.h"
 
 namespace nexus::sim {
@@ -132,6 +133,7 @@ class Gateway {
   }
 
   void go_back() {
+    const Runs simulation(false);  // its memory does not fail
     for (auto& worker : workers_) {
       worker->put(SimWorker::NewSnapshot{std::make_unique<LocalSnapshot>(LocalSnapshot{first_, 0})});
     }
