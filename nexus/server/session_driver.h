@@ -112,7 +112,6 @@ class SessionDriver {
   }
 
   // The page with this number that a session asked for.
-  // The page that a session waits for.
   void on_page(Handle handle, std::uint32_t number, std::shared_ptr<const TextBuffer> body, PageKind kind) {
     with_session(handle, [&](SessionT& session) {
       if (session.state != State::waiting_page || session.page_number != number) return;
@@ -461,8 +460,10 @@ class SessionDriver {
       case State::reading_head:
         if (session.input.empty()) {  // idle between requests
           context_.slab.limit_hit(Limit::idle_timeout);
-          close(session);
-          return;
+          // Not closed at once: a request that has just come would become a reset, which may overtake the last
+          // response.
+          if (begin_linger(session) == Step::over) return;
+          break;
         }
         context_.slab.http_rejected(HttpRejection::header_timeout);
         context_.slab.limit_hit(Limit::header_timeout);
