@@ -176,6 +176,39 @@ TEST_CASE("a client that is slow is not blamed for request_timeout, nor is its b
   CHECK_FALSE(stage.ejected());
 }
 
+TEST_CASE("an error event for a client that takes nothing does not prolong the client's time") {
+  Stage stage(1, [](Settings& settings) {
+    set_limits(settings);
+    settings.upstream.request_timeout_ns = kWriteTime - kSecond;
+  });
+  Peer& client = stage.ask(sim::kAskStream);
+  stage.net.stop_reading(client, 1000);
+  stage.say(*stage.backend(), kStream + "186a7\r\ndata: " + std::string(99'999, 'x') + "\n\n\r\n");
+  stage.pass(kWriteTime - kSecond / 2);
+  CHECK(stage.limit_hits(Limit::request_timeout) == 1);
+  CHECK_FALSE(client.ended);
+  stage.pass(kSecond);
+  CHECK(client.ended);
+}
+
+TEST_CASE("a backend's error is counted, though the client leaves or request_timeout passes before it is whole") {
+  for (const bool leaves : {true, false}) {
+    CAPTURE(leaves);
+    Stage stage(1, set_limits);
+    Peer& client = stage.ask();
+    stage.say(*stage.backend(), "HTTP/1.1 503 Busy\r\nContent-Length: 1000\r\n\r\n{");
+    if (leaves) stage.net.break_off(client);
+    for (Ns gone = 0; !leaves && gone < kRequestTime + kSecond; gone += kSecond) {
+      stage.say(*stage.backend(), " ");
+      stage.pass(kSecond);
+    }
+    stage.settle();
+    CHECK(stage.attempts(AttemptOutcome::status_5xx) == 1);
+    CHECK(stage.attempts(AttemptOutcome::cancelled) == 0);
+    CHECK(stage.errors(ErrorType::backend_error) == 1);
+  }
+}
+
 TEST_CASE("request_timeout is told before an answer has begun, wherever its time was spent") {
   const auto with_limit = [](Settings& settings) {
     settings.upstream.request_timeout_ns = kSecond;

@@ -63,7 +63,7 @@ void Exchange<Net>::end(Ending ending) {
   if (ending == Ending::client_left && !failed_for_client()) summary_.record.disconnect = disconnect_phase();
   if (row.fault == Fault::backend) note_backend_failure(row.outcome, std::exchange(failure_, {}));
   if (state_ == State::streaming && row.fault != Fault::host) relay_.note_usage();
-  attempt_.end(row.outcome);
+  attempt_.end(answer_failed_ ? failed_outcome_ : row.outcome);  // what the backend has answered remains
   close_upstream();
   if (client_.has_begun() || !row.error) return cut_response(row);
   leave_backend();

@@ -394,14 +394,18 @@ class ClientResponse {
     return note(connection_.write(context_.net, context_.blocks, context_.text));
   }
 
-  // Sends an error as the last event of a chunked event stream; the end of the body does not follow.
+  // Sends an error as the last event of a chunked event stream; the end of the body does not follow. For a client that
+  // takes nothing, it does not count as a movement.
   bool send_error_event(const ApiErrorRow& row) {
     context_.text = "\n\ndata: ";
     append_error_body(context_.text, row, row.message);
     context_.text += "\n\n";
     ClientWrite write;
     write.add_payload(true, context_.text, {});
-    return connection_.write(context_.net, context_.blocks, write.parts());
+    const std::size_t waiting = connection_.pending();
+    const bool sent = connection_.write(context_.net, context_.blocks, write.parts());
+    if (waiting > 0) waiting_bytes_ += connection_.pending() - waiting;
+    return sent;
   }
 
   // Nothing was sent: the bytes given to send() do not count.
