@@ -53,6 +53,9 @@ class Exchange {
   bool cut() const { return client_.cut(); }  // the connection must be reset, so that what was sent does not look whole
   Ns deadline() const { return deadlines_.next(); }
 
+  // For the tests: what is known of the request so far.
+  const ExchangeSummary& summary() const { return summary_; }
+
   // Of text buffers, between two requests.
   std::size_t kept_bytes() const {
     return attempt_.kept_bytes() + summary_.request_id.capacity() + summary_.model.capacity() + reason_.capacity() +

@@ -7,9 +7,12 @@
 // Tested by: tests/sim/main.cpp, tests/hostile_requests_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "nexus/server/control.h"
@@ -35,9 +38,14 @@ class Gateway {
           LogRings* rings = nullptr, Canary canary = Canary::none)
       : canary_(canary),
         budget_(settings->server.body_memory_bytes),
-        admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
+        admission_([this](std::uint32_t worker, Handle session) { grant(worker, session); }),
         shared_{metrics_, admission_, budget_, in_flight_, kInstance} {
-    for (std::uint32_t i = 0; i <= workers; ++i) nets_.emplace_back(wire, i, canary);
+    const bool in_checks = canary == Canary::check_lack_as_refusal;
+    const bool in_requests = canary == Canary::lack_as_refusal || canary == Canary::refusal_as_lack ||
+                             canary == Canary::flattered_status || canary == Canary::deaf_to_backends;
+    for (std::uint32_t i = 0; i < workers; ++i) nets_.emplace_back(wire, i, canary);
+    nets_.emplace_back(wire, workers, in_checks ? Canary::lack_as_refusal : in_requests ? Canary::none : canary);
+    if (canary == Canary::keep_a_place) in_flight_ += 1;
     control_ = std::make_unique<SimControl>(nets_[workers], metrics_, metrics_.add_slab(), admission_, budget_, Log(),
                                             hooks(wire), wire.now());
     SnapshotPtr snapshot = first_ = control_->begin(settings);
@@ -73,7 +81,7 @@ class Gateway {
       workers_[loop]->turn();
     } else {
       control_->turn();
-      if (canary_ == Canary::stale_fleet) go_back();
+      if (canary_ != Canary::none) misbehave();
     }
   }
 
@@ -132,15 +140,93 @@ class Gateway {
     return hooks;
   }
 
-  void go_back() {
-    const Runs simulation(false);  // its memory does not fail
-    for (auto& worker : workers_) {
-      worker->put(SimWorker::NewSnapshot{std::make_unique<LocalSnapshot>(LocalSnapshot{first_, 0})});
+  // ---- defects on purpose ----
+
+  void misbehave() {
+    const Runs simulation(false);
+    const Registry& registry = control_->registry();
+    switch (canary_) {
+      case Canary::stale_fleet: return put(first_);
+      case Canary::eject_the_innocent: return eject(registry.backends().front());
+      case Canary::raised_caps: return raise_caps(registry);
+      case Canary::no_retries: {
+        auto settings = std::make_shared<Settings>(*control_->published()->settings);
+        settings->routing.retries = 0;
+        auto altered = copy_of_published();
+        altered->settings = std::move(settings);
+        return put(std::move(altered));
+      }
+      case Canary::twin_backends: return put(with_twins());
+      case Canary::blind_to_ejection: {
+        if (std::none_of(registry.backends().begin(), registry.backends().end(),
+                         [this](const auto& backend) { return backend.circuit->ejection(control_now()).has_value(); }))
+          return;
+        auto altered = copy_of_published();
+        for (BackendView& view : altered->backends) {
+          view.circuit = std::make_shared<CircuitBreaker>(view.circuit->server());
+        }
+        return put(std::move(altered));
+      }
+      default: return;
     }
+  }
+  Ns control_now() const { return nets_.back().now(); }
+
+  // In the workers' mailboxes, as if it were newer than what was published.
+  void put(const SnapshotPtr& snapshot) {
+    for (auto& worker : workers_) {
+      worker->put(SimWorker::NewSnapshot{std::make_unique<LocalSnapshot>(LocalSnapshot{snapshot, 0})});
+    }
+  }
+  std::shared_ptr<Snapshot> copy_of_published() const { return std::make_shared<Snapshot>(*control_->published()); }
+  std::shared_ptr<Snapshot> with_twins() const {
+    auto altered = copy_of_published();
+    const auto count = static_cast<std::uint32_t>(altered->backends.size());
+    for (std::uint32_t i = 0; i < count; ++i) {
+      altered->backends.push_back(altered->backends[i]);
+      constexpr std::uint64_t kTwin = 1u << 20;
+      altered->backends.back().circuit =
+          std::make_shared<CircuitBreaker>(kTwin + altered->backends[i].circuit->server());
+    }
+    for (auto& [name, entry] : altered->models) {
+      for (std::size_t i = 0, offers = entry.offers.size(); i < offers; ++i) {
+        entry.offers.push_back(entry.offers[i]);
+        entry.offers.back().backend += count;
+      }
+    }
+    return altered;
+  }
+  void eject(const Registry::Backend& backend) const {
+    const HealthSettings& health = control_->registry().settings().health;
+    for (std::uint32_t i = 0; i < health.eject_after; ++i) {
+      backend.circuit->enter(control_now()).failed(control_now(), health, AttemptOutcome::status_5xx);
+    }
+  }
+  void raise_caps(const Registry& registry) {
+    std::vector<Admission::Cap> caps;
+    for (const Registry::Backend& backend : registry.backends()) {
+      const std::uint32_t cap = backend.settings.max_pending;
+      caps.push_back({backend.id, cap == 0 ? 0 : cap + 1});
+    }
+    admission_.configure(caps, registry.settings().queue.size);
+  }
+
+  void grant(std::uint32_t worker, Handle session) {
+    if (canary_ == Canary::late_grant && held_back_ == std::nullopt) {
+      held_back_ = {worker, session};
+      return;
+    }
+    peers_.workers[worker]->grant(session);
+    if (held_back_ == std::nullopt || ++overtaken_by_ < 4) return;
+    peers_.workers[held_back_->first]->grant(held_back_->second);
+    held_back_.reset();
+    overtaken_by_ = 0;
   }
 
   const Canary canary_;
   SnapshotPtr first_;
+  std::optional<std::pair<std::uint32_t, Handle>> held_back_;  // a grant
+  std::uint32_t overtaken_by_ = 0;
   Metrics metrics_;
   BodyBudget budget_;
   SimWorker::Peers peers_;

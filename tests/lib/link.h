@@ -51,8 +51,14 @@ struct Flow {
   std::uint64_t written = 0;
   bool fin_sent = false;
   bool fin_arrived = false;
-  Ns last_at = 0;                                  // arrival of the last piece
-  std::deque<std::pair<std::uint64_t, Ns>> marks;  // of each write: first position, time
+  Ns last_at = 0;  // arrival of the last piece
+  // Of each write: first position, time, and the turn in which Nexus made it.
+  struct Mark {
+    std::uint64_t from = 0;
+    Ns at = 0;
+    std::uint64_t turn = 0;
+  };
+  std::deque<Mark> marks;
 
   std::size_t unread() const { return static_cast<std::size_t>(arrived - read); }
   std::size_t held() const { return static_cast<std::size_t>(written - read); }
@@ -67,7 +73,7 @@ struct Flow {
       bytes.erase(0, read - start);
       start = read;
     }
-    while (marks.size() > 1 && marks[1].first <= read) marks.pop_front();
+    while (marks.size() > 1 && marks[1].from <= read) marks.pop_front();
   }
 };
 
@@ -77,6 +83,7 @@ struct Link {
   bool to_backend = false;  // else from a client
   std::uint32_t peer = 0;   // number of the client or backend
   Ns made_at = 0;           // when it was begun
+  std::uint64_t made_turn = 0;
   Shape shape;
   Flow to_nexus, to_peer;
   // Nexus's end.
@@ -86,11 +93,14 @@ struct Link {
   bool connected = false;
   bool refused = false;
   bool reset_seen = false;  // a reset arrived at Nexus
+  bool broken = false;      // a call on it was made to fail, as if the peer had ended it
   int error = 0;            // reported once, by the next call
   std::int32_t loop = -1;   // the loop that watches it
   Handle token;
   bool queued = false;  // an event is queued
   bool wants_room = false;
+  Ns read_at = 0;         // when Nexus last got a byte
+  Ns edge_due = 0;        // until then an EAGAIN has hidden bytes that are there
   Ns blocked_since = -1;  // start of the time in which Nexus wanted to write and could not; -1: it can
   // The peer's end.
   bool peer_open = false;

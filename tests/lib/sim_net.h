@@ -30,7 +30,19 @@ enum class Canary : std::uint8_t {
   keep_a_descriptor,  // a close() that does nothing
   resend_to_backend,  // a request is sent twice
   forget_an_edge,
-  stale_fleet,  // a worker goes back to its first snapshot
+  stale_fleet,            // a worker goes back to its first snapshot
+  lack_as_refusal,        // a lack of this host looks to a worker as if the backend had refused
+  check_lack_as_refusal,  // to a health check
+  refusal_as_lack,
+  deaf_to_backends,  // bytes of a backend are there, and no event says so
+  flattered_status,  // a 500 is read as 200
+  eject_the_innocent,
+  blind_to_ejection,  // the workers do not see that a backend is ejected
+  no_retries,         // whatever the configuration says
+  twin_backends,      // a worker takes each backend for two
+  raised_caps,
+  late_grant,  // a queued request hears of its place after the next one
+  keep_a_place,
   count,
 };
 
@@ -129,11 +141,17 @@ class SimNet {
   Opened connect(const Address& address) {
     const Runs simulation(false);
     Opened opened;
-    if (const int error = call_fails(Call::connect)) return fail(opened, error, outcome_of(error));
-    if (wire_.connect_error != 0) return fail(opened, wire_.connect_error, outcome_of(wire_.connect_error));
-    if (out_of_descriptors() || fails(wire_.weather.connect_fails)) return fail_somehow(opened);
+    if (const int error = call_fails(Call::connect)) return lack(opened, error);
+    if (wire_.connect_error != 0) return lack(opened, wire_.connect_error);
+    if (out_of_descriptors() || fails(wire_.weather.connect_fails)) {
+      fail_somehow(opened);
+      return lack(opened, opened.error);
+    }
     const ConnectFate fate = wire_.fate_of(address);
-    if (fate.kind == ConnectFate::Kind::refused_at_once) return fail(opened, ECONNREFUSED, SocketOutcome::failed);
+    if (fate.kind == ConnectFate::Kind::refused_at_once) {
+      if (canary_ == Canary::refusal_as_lack) return fail(opened, EMFILE, SocketOutcome::no_descriptor);
+      return fail(opened, ECONNREFUSED, SocketOutcome::failed);
+    }
     const LinkId id = wire_.nexus_connects(fate);
     opened.outcome = SocketOutcome::ok;
     opened.socket = socket_of(id);
@@ -146,15 +164,20 @@ class SimNet {
   int connect_error(Socket socket) {
     const Runs simulation(false);
     Link& link = link_of(socket);
-    if (const int error = call_fails(Call::connect_error)) return error;
+    if (const int error = call_fails(Call::connect_error)) {
+      link.broken = true;
+      return error;
+    }
     return std::exchange(link.error, 0);
   }
 
   bool watch(Socket socket, Handle token) {
     const Runs simulation(false);
-    if (call_fails(Call::watch) != 0) return false;
-    if (fails(wire_.weather.watch_fails)) return false;
     Link& link = link_of(socket);
+    if (call_fails(Call::watch) != 0 || fails(wire_.weather.watch_fails)) {
+      wire_.lacks += link.to_backend ? 1 : 0;
+      return false;
+    }
     link.loop = static_cast<std::int32_t>(loop_);
     link.token = token;
     if (readable(link) || writable(link) || hung_up(link)) queue(id_of(socket), link);
@@ -168,6 +191,9 @@ class SimNet {
     if (const int error = call_fails(Call::read)) return break_link(id, error);
     const std::size_t there = link.to_nexus.unread();
     if (there == 0) return read_nothing(link);
+    if (canary_ == Canary::deaf_to_backends && link.to_backend && wire_.dice().one_in(16)) {
+      return {IoResult::Kind::again, 0, 0};
+    }
     const Weather& weather = wire_.weather;
     // Behind a FIN or a reset nothing is in transit any more, so EAGAIN would never be followed by an edge.
     const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
@@ -182,7 +208,10 @@ class SimNet {
     // A short read tells Nexus that the socket is empty (epoll(7)): announce the bytes that were kept back as new.
     if (count < bytes && count < there) wire_.edge_later(id);
     link.to_nexus.view().copy(into, count);
+    if (canary_ == Canary::flattered_status) flatter(link, std::span(into, count));
     link.to_nexus.take(count);
+    link.read_at = wire_.now();
+    if (link.to_backend && wire_.on_backend_read) wire_.on_backend_read(id);
     wire_.nexus_took(id);
     wire_.note(3, id, count);
     wire_.tell("nexus read", id, std::string_view(into, count));
@@ -266,6 +295,7 @@ class SimNet {
   bool out_of_descriptors() const { return wire_.descriptors() >= wire_.most_descriptors; }
   // Fails the call. The connection is unusable from now on, but its peer does not know.
   IoResult break_link(LinkId id, int error) {
+    wire_.at(id).broken = true;
     if (wire_.on_broken) wire_.on_broken(id);
     return {IoResult::Kind::failed, 0, error};
   }
@@ -273,6 +303,17 @@ class SimNet {
     opened.error = error;
     opened.outcome = outcome;
     return opened;
+  }
+  // This host lacks what a connection to a backend needs.
+  Opened& lack(Opened& opened, int error) {
+    wire_.lacks += 1;
+    if (canary_ == Canary::lack_as_refusal) return fail(opened, ECONNREFUSED, SocketOutcome::failed);
+    return fail(opened, error, outcome_of(error));
+  }
+  static void flatter(const Link& link, std::span<char> bytes) {
+    constexpr std::string_view kBad = "HTTP/1.1 500";
+    const bool bad = link.to_backend && std::string_view(bytes.data(), bytes.size()).starts_with(kBad);
+    if (bad) bytes[kBad.size() - 3] = '2';
   }
   Opened& fail_somehow(Opened& opened) {
     if (out_of_descriptors() || wire_.dice().one_in(2)) return fail(opened, EMFILE, SocketOutcome::no_descriptor);

@@ -66,7 +66,9 @@ class Wire {
   Link& at(LinkId id) { return *links_[id]; }
   std::size_t descriptors() const { return descriptors_; }
   std::size_t most_descriptors = SIZE_MAX;
-  int connect_error = 0;  // if set, every connect() of Nexus fails with it
+  int connect_error = 0;    // if set, every connect() of Nexus fails with it
+  std::uint64_t lacks = 0;  // connections to backends that failed for want of something on this host
+  std::uint64_t turn = 0;   // the number of the present turn of a loop
   std::size_t links() const { return links_.size() - free_.size(); }
   std::size_t all_links() const { return links_.size(); }  // including closed ones
 
@@ -173,6 +175,8 @@ class Wire {
   std::function<void(std::uint32_t loop, LinkId link)> on_ready;
   // Called with a link on which a call of Nexus failed through no fault of the peer.
   std::function<void(LinkId link)> on_broken;
+  // Called with a backend's link from which Nexus has read, and with one that it is about to close.
+  std::function<void(LinkId link)> on_backend_read, on_backend_close;
 
   LinkId nexus_connects(const ConnectFate& fate) {
     const LinkId id = make_link(fate.shape);
@@ -180,6 +184,7 @@ class Wire {
     link.to_backend = true;
     link.peer = fate.backend;
     link.made_at = now_;
+    link.made_turn = turn;
     link.nexus_open = true;
     descriptors_ += 1;
     if (fate.kind == ConnectFate::Kind::ignored) return id;
@@ -215,6 +220,7 @@ class Wire {
   void nexus_closes(LinkId id, bool reset) {
     Link& link = at(id);
     assert(link.nexus_open);
+    if (link.to_backend && on_backend_close) on_backend_close(id);
     tell(reset ? "nexus RST" : "nexus closes", id);
     if (link.connected && !link.reset_seen) {
       if (reset || link.to_nexus.unread() > 0) {
@@ -231,18 +237,20 @@ class Wire {
   void edge_later(LinkId id) {
     Link& link = at(id);
     const Ns delay = dice_.span(1, std::max<Ns>(1, weather.edge_delay_ns));
-    later(now_ + delay, Due::Kind::edge, id, link);
+    link.edge_due = now_ + delay;
+    later(link.edge_due, Due::Kind::edge, id, link);
   }
 
-  // The time at which Nexus wrote the byte at `position` of this flow.
-  static Ns written_at(const Flow& flow, std::uint64_t position) {
-    Ns at = 0;
-    for (const auto& [from, when] : flow.marks) {
-      if (from > position) break;
-      at = when;
+  // The write in which Nexus wrote the byte at `position` of this flow.
+  static Flow::Mark written(const Flow& flow, std::uint64_t position) {
+    Flow::Mark found;
+    for (const Flow::Mark& mark : flow.marks) {
+      if (mark.from > position) break;
+      found = mark;
     }
-    return at;
+    return found;
   }
+  static Ns written_at(const Flow& flow, std::uint64_t position) { return written(flow, position).at; }
 
  private:
   struct Due {
@@ -317,7 +325,7 @@ class Wire {
 
   // Sends bytes in one piece or in several; a piece may be one byte.
   void put(LinkId id, Link& link, Flow& flow, std::string_view bytes, Due::Kind kind) {
-    if (kind == Due::Kind::peer_data) flow.marks.emplace_back(flow.written, now_);
+    if (kind == Due::Kind::peer_data) flow.marks.push_back({flow.written, now_, turn});
     flow.bytes.append(bytes);
     std::uint64_t at = flow.written;
     flow.written += bytes.size();

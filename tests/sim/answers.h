@@ -18,6 +18,7 @@ namespace nexus::sim {
 
 struct Answer {
   enum class End : std::uint8_t { keep, close, reset, stall };
+  static constexpr std::size_t kNever = std::size_t{1} << 48;
   struct Pause {
     std::size_t at;  // before this byte of `bytes`
     Ns span;
@@ -25,6 +26,14 @@ struct Answer {
   std::string bytes;
   std::vector<Pause> pauses;  // in order
   std::size_t body_at = 0;    // behind the head
+  std::size_t first_at = 0;   // of the first byte that means something, and behind that event
+  std::size_t first_end = 0;
+  std::size_t whole_bytes = 0;  // kNever: it cannot become whole
+  std::uint16_t status = 0;
+  bool garbled = false;  // no well-formed HTTP
+  bool in_disguise = false, may_be_whole = false;
+  bool retry_after = false;
+  bool until_close = false;  // whole only at the end of the connection
   End end = End::keep;
   bool overlong = false;
 };
@@ -52,6 +61,9 @@ class AnswerMaker {
     const bool says_nothing =
         events ? ("\n" + attempt.payload).find("\ndata:") == std::string::npos : attempt.payload.empty();
     attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && tells_error(attempt.payload)));
+    answer.status = attempt.status;
+    answer.in_disguise = attempt.in_disguise;
+    answer.may_be_whole = attempt.may_be_whole;
     return answer;
   }
 
@@ -139,8 +151,8 @@ class AnswerMaker {
     out.append(http_1_0 ? "HTTP/1.0 " : "HTTP/1.1 ").append(std::to_string(attempt.status)).append(" Sim\r\n");
     if (!no_body) out.append(events ? "Content-Type: text/event-stream\r\n" : "Content-Type: application/json\r\n");
     out.append("X-Sim: ").append(id).append("/").append(std::to_string(attempt_number_)).append("\r\n");
-    if (attempt.status == 429 && dice_.one_in(3))
-      out.append("Retry-After: ").append(dice_.one_in(2) ? "1" : "0").append("\r\n");
+    answer.retry_after = attempt.status == 429 && dice_.one_in(3);
+    if (answer.retry_after) out.append("Retry-After: ").append(dice_.one_in(2) ? "1" : "0").append("\r\n");
     if (close && !http_1_0) out.append("Connection: close\r\n");
     if (dice_.one_in(10)) out.append("Connection: x-hop\r\nX-Hop: not for clients\r\n");
     if (framing == Framing::length && !no_body) {
@@ -151,7 +163,10 @@ class AnswerMaker {
     const std::size_t body_at = answer.body_at = out.size();
     attempt.may_be_whole = true;
     if (!no_body) write_body(answer, framing, events, attempt);
+    answer.whole_bytes = answer.garbled ? Answer::kNever : out.size();
+    if (answer.first_end == 0) answer.first_at = answer.first_end = answer.whole_bytes;
     answer.end = close || http_1_0 ? Answer::End::close : Answer::End::keep;
+    answer.until_close = framing == Framing::until_close && !no_body;
     spoil(answer, framing, no_body, final_at, body_at, attempt);
     draw_pauses(answer, events);
   }
@@ -166,7 +181,10 @@ class AnswerMaker {
 
   void write_body(Answer& answer, Framing framing, bool events, Attempt& attempt) {
     std::string& out = answer.bytes;
+    const auto [first, first_end] = first_piece(attempt.payload, events);
     if (framing != Framing::chunked) {
+      answer.first_at = out.size() + first;
+      answer.first_end = out.size() + first_end;
       out += attempt.payload;
       return;
     }
@@ -176,29 +194,50 @@ class AnswerMaker {
     while (!rest.empty()) {
       std::size_t bytes = dice_.skewed(1, static_cast<std::uint32_t>(rest.size()));
       if (by_event && rest.find("\n\n") != std::string_view::npos) bytes = rest.find("\n\n") + 2;
+      const std::size_t at = attempt.payload.size() - rest.size();
       char size[32];
       std::snprintf(size, sizeof size, dice_.one_in(2) ? "%zx" : "%03zX", bytes);
       out.append(size).append(dice_.one_in(30) ? ";x=y\r\n" : "\r\n").append(rest.substr(0, bytes)).append("\r\n");
+      if (first >= at && first < at + bytes) answer.first_at = out.size() - 2 - bytes + (first - at);
+      if (first_end > at && first_end <= at + bytes) answer.first_end = out.size();
       rest.remove_prefix(bytes);
     }
     if (broken) {
       constexpr std::string_view kBroken[] = {"zz\r\n", "\r\n", "5\n12345\r\n", "-1\r\n", "10000000000000000\r\n"};
       out.append(kBroken[dice_.index(std::size(kBroken))]);
       attempt.may_be_whole = false;
+      answer.garbled = true;
       return;
     }
     out.append("0\r\n").append(dice_.one_in(30) ? "X-Trailer: t\r\n\r\n" : "\r\n");
   }
 
+  // The positions in a payload of its first byte that means something, and of the end of that event. The first byte
+  // of a plain answer is enough.
+  static std::pair<std::size_t, std::size_t> first_piece(const std::string& payload, bool events) {
+    if (!events) return {0, std::min<std::size_t>(payload.size(), 1)};
+    std::size_t at = 0;
+    while (at < payload.size() && (payload[at] == ':' || payload[at] == '\r' || payload[at] == '\n')) {
+      at = std::min(payload.find('\n', at), payload.size() - 1) + 1;
+    }
+    const std::size_t end = payload.find("\n\n", at), other_end = payload.find("\r\n\r\n", at);
+    if (end == std::string::npos && other_end == std::string::npos) return {at, payload.size()};
+    return {at, end < other_end ? end + 2 : other_end + 4};
+  }
+
   // Adds a fault, or none.
   void spoil(Answer& answer, Framing framing, bool no_body, std::size_t final_at, std::size_t body_at,
              Attempt& attempt) {
-    if (interim_ > 16) attempt.may_be_whole = false;
+    if (interim_ > 16) attempt.may_be_whole = false, answer.garbled = true;
     interim_ = 0;
     const bool until_close = framing == Framing::until_close && !no_body;
     if (dice_.chance(manners_.malformed_head)) {
       attempt.may_be_whole = false;
-      return break_head(answer, final_at);
+      answer.garbled = true;
+      break_head(answer, final_at);
+      answer.whole_bytes = Answer::kNever;
+      answer.first_at = answer.first_end = answer.bytes.size();
+      return;
     }
     const bool truncated = dice_.chance(manners_.truncated);
     const bool reset = dice_.chance(manners_.reset);
@@ -217,6 +256,7 @@ class AnswerMaker {
         by_fin = by_fin && !(until_close && in_extra);
       }
       answer.bytes.resize(keep);
+      answer.whole_bytes = attempt.may_be_whole ? keep : Answer::kNever;
       answer.end = stall && !reset ? Answer::End::stall : by_fin ? Answer::End::close : Answer::End::reset;
       if (until_close && answer.end == Answer::End::stall) attempt.may_be_whole = false;
       return;

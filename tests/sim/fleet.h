@@ -46,8 +46,9 @@ class Fleet {
     return fate;
   }
 
-  // A request with this head and model has come whole, or `first` on its connection.
-  std::function<void(LinkId id, const rfc9112::Message& head, std::string_view model, bool first, Ns sent_at)>
+  // The request `number` with this head and model has come whole, or `first` on its connection.
+  std::function<void(LinkId id, std::size_t number, const rfc9112::Message& head, std::string_view model, bool first,
+                     const Flow::Mark& sent)>
       on_request;
 
   void on_connected(LinkId id) {
@@ -63,7 +64,7 @@ class Fleet {
     if (talk.deaf) return;
     const std::string_view view = wire_.peer_view(id);
     if (talk.phase != Phase::reading) return;  // wait until the current response is sent
-    if (talk.input.empty()) talk.begun_at = Wire::written_at(wire_.at(id).to_peer, wire_.at(id).to_peer.read);
+    if (talk.input.empty()) talk.begun = Wire::written(wire_.at(id).to_peer, wire_.at(id).to_peer.read);
     talk.input.append(view);
     wire_.peer_take(id, view.size());
     read(id);
@@ -106,6 +107,28 @@ class Fleet {
     }
   }
 
+  // What the server of a connection has done in its newest answer. Positions count the bytes of Link::to_nexus.
+  struct Conduct {
+    const Answer* answer = nullptr;  // null: none was begun, or Nexus was done with it in an earlier turn
+    std::uint64_t begins = 0;
+    bool overlong = false;  // bytes came behind an answer
+    bool seen = false;      // its head was read in an earlier turn
+  };
+  Conduct conduct(LinkId id) const {
+    if (!wire_.at(id).connected || id >= talks_.size()) return {};
+    const Talk& talk = talks_[id];
+    if (talk.begins_at == kNoPosition || talk.settled) return {nullptr, 0, talk.overlong, false};
+    return {&talk.answer, talk.begins_at, talk.overlong, talk.head_seen};
+  }
+  // At the end of a turn in which Nexus has read from the connection.
+  void note_read(LinkId id) {
+    if (!wire_.at(id).connected || id >= talks_.size() || talks_[id].begins_at == kNoPosition) return;
+    Talk& talk = talks_[id];
+    const std::uint64_t read = wire_.at(id).to_nexus.read;
+    talk.head_seen = read >= talk.begins_at + talk.answer.body_at;
+    talk.settled = !talk.answer.until_close && read >= talk.begins_at + talk.answer.whole_bytes;
+  }
+
   std::uint64_t connections() const { return connections_; }
   std::uint64_t arrivals() const { return arrivals_; }
   std::size_t open() const {
@@ -115,6 +138,7 @@ class Fleet {
   }
 
  private:
+  static constexpr std::uint64_t kNoPosition = UINT64_MAX;
   enum class Phase : std::uint8_t { reading, answering, stalled };
 
   struct Server {
@@ -129,9 +153,13 @@ class Fleet {
     bool peer_done = false;  // Nexus's FIN has arrived
     std::string input;
     rfc9112::Message head;  // of the request in `input`; empty until it is complete
-    Ns begun_at = 0;        // when Nexus wrote input[0]; 0: unknown
+    Flow::Mark begun;       // the write of input[0]; at 0: unknown
     std::uint32_t served = 0;
-    std::int64_t number = -1;     // of the request being answered
+    std::int64_t number = -1;               // of the request being answered
+    std::uint64_t begins_at = kNoPosition;  // of the newest answer
+    bool settled = false;                   // Nexus has read that whole
+    bool head_seen = false;
+    bool overlong = false;
     bool answered = false;        // the request in `input` has been answered
     bool answered_early = false;  // before its body had arrived
     Answer answer;
@@ -220,12 +248,15 @@ class Fleet {
     talk.phase = Phase::answering;
     talk.answered = true;
     talk.sent = talk.pause = 0;
+    talk.begins_at = wire_.at(id).to_nexus.written;
+    talk.settled = talk.head_seen = false;
     if (talk.input.compare(0, 4, "GET ") == 0) {
       answer_probe(talk);
     } else {
       answer_request(id, talk);
     }
     talk.served += 1;
+    talk.overlong |= talk.answer.overlong;
     if (!ledger_.ok()) return;
     send(id);
   }
@@ -244,8 +275,13 @@ class Fleet {
     talk.answer.bytes = std::string(fails ? "HTTP/1.1 500 Sim" : "HTTP/1.1 200 Sim") +
                         "\r\nConnection: close\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
     talk.answer.end = Answer::End::close;
+    talk.answer.status = fails ? 500 : 200;
+    talk.answer.may_be_whole = true;
+    talk.answer.whole_bytes = talk.answer.bytes.size();
+    talk.answer.body_at = talk.answer.whole_bytes - body.size();
     talk.number = -1;
-    if (dice_.chance(manners_.malformed_head)) talk.answer.bytes[dice_.index(8)] = '?';
+    talk.answer.garbled = dice_.chance(manners_.malformed_head);
+    if (talk.answer.garbled) talk.answer.bytes[dice_.index(8)] = '?';
     if (dice_.chance(manners_.truncated)) talk.answer.bytes.resize(dice_.index(talk.answer.bytes.size()));
     if (dice_.chance(manners_.stall)) talk.answer.end = Answer::End::stall;
     if (dice_.chance(manners_.reset)) talk.answer.end = Answer::End::reset;
@@ -267,9 +303,9 @@ class Fleet {
     }
     Attempt attempt;
     attempt.server = talk.server;
-    attempt.sent_at = talk.begun_at;
-    if (!talk.answered_early && talk.begun_at > 0)
-      on_request(id, talk.head, model_of(talk), talk.served == 0, attempt.sent_at);
+    attempt.sent_at = talk.begun.at;
+    if (!talk.answered_early && talk.begun.at > 0)
+      on_request(id, static_cast<std::size_t>(number), talk.head, model_of(talk), talk.served == 0, talk.begun);
     talk.number = number;
     answers_.attempt_number_ = request.attempts.size();
     // A backend that did not read the body can't know if usage was requested, and sends none.
@@ -345,7 +381,7 @@ class Fleet {
     Talk& talk = talks_[id];
     const std::size_t whole = talk.request_bytes();
     talk.input.erase(0, whole);
-    talk.begun_at = 0;
+    talk.begun = {};
     talk.head = {};
     const bool in_turn =
         !talk.answered_early && !talk.answer.overlong;  // otherwise the next one may have arrived already

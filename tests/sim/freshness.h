@@ -53,8 +53,7 @@ class Freshness {
                   bool first, Ns sent_at, Ns slack) {
     if (ledger_.memory_faults) return;
     const Ns from = first ? link.made_at : sent_at - slack, to = first ? link.made_at : sent_at;
-    const auto connects_again = [&](const Again& again) { return again.at == from && again.server == link.peer; };
-    if (first && std::any_of(again_.begin(), again_.end(), connects_again)) return;
+    if (first && connects_again(link)) return;
     const std::string key = head.value_or_empty("Authorization");
     const bool own_key = key.starts_with("Bearer sk-of-");
     const bool right = any_view(from, to, [&](const BackendView& backend, const Snapshot& snapshot) {
@@ -68,6 +67,20 @@ class Freshness {
                     static_cast<int>(model.size()), model.data(), to_string(server).c_str(),
                     (head.start_line + ", " + key).c_str());
     }
+  }
+
+  // Calls visit(Snapshot) for each fleet that was current at some moment from `from` to `to`.
+  template <class Visit>
+  void each_fleet(Ns from, Ns to, Visit&& visit) const {
+    for (std::size_t i = 0; i < published_.size(); ++i) {
+      if (was_current(i, from, to)) visit(*published_[i].snapshot);
+    }
+  }
+
+  // True if this connection was made because another one to the same server had ended under its request.
+  bool connects_again(const Link& link) const {
+    return std::any_of(again_.begin(), again_.end(),
+                       [&](const Again& again) { return again.at == link.made_at && again.server == link.peer; });
   }
 
   // At the end: a request was refused for want of a backend only if there was none at some moment between its last byte

@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "audit.h"
+#include "blame.h"
+#include "circuits.h"
 #include "clients.h"
 #include "fleet.h"
 #include "freshness.h"
+#include "policy.h"
 #include "reloads.h"
 #include "swarm.h"
 #include "tests/lib/faults.h"
@@ -75,12 +78,16 @@ class Simulation {
               [this](const Address& address) {
                 const ConnectFate fate = fleet_.fate_of(address, swarm_.draw_shape(dice_));
                 freshness_.on_connect(address, fate.backend);
+                if (fate.kind == ConnectFate::Kind::refused_at_once) blame_.on_refused_at_once(fate.backend);
+                if (in_control_) blame_.on_check(fate.backend);
                 return fate;
               }),
         ledger_(wire_),
         freshness_(ledger_, wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
+        blame_(ledger_, wire_, fleet_, gateway_, circuits_, slack()),
+        policy_(ledger_, wire_, freshness_, gateway_, circuits_),
         settings_(scale == Scale::whole ? settings_maker_.first(swarm_.gentle) : settings_maker_.small()),
         gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
         audit_(ledger_, gateway_, wire_),
@@ -93,12 +100,17 @@ class Simulation {
       broken_ = link;
       broken_life_ = wire_.at(link).generation;
     };
-    fleet_.on_request = [this](LinkId id, const rfc9112::Message& head, std::string_view model, bool first,
-                               Ns sent_at) {
+    wire_.on_backend_read = [this](LinkId link) { blame_.on_read(link); };
+    wire_.on_backend_close = [this](LinkId link) { blame_.on_close(link); };
+    fleet_.on_request = [this](LinkId id, std::size_t number, const rfc9112::Message& head, std::string_view model,
+                               bool first, const Flow::Mark& sent) {
       const Link& link = wire_.at(id);
-      freshness_.on_request(link, address_of_server(link.peer), head, model, first, sent_at, slack());
+      freshness_.on_request(link, address_of_server(link.peer), head, model, first, sent.at, slack());
+      policy_.on_request(link, number, model, first, sent);
     };
-    freshness_.note(gateway_.control().published());
+    blame_.note(*settings_);
+    policy_.note(*settings_);
+    end_turn(gateway_.workers());  // the first checks have begun
     wire_.weather = swarm_.weather;
     wire_.most_descriptors = swarm_.most_descriptors;
     audit_.note_caps(*settings_);
@@ -192,6 +204,8 @@ class Simulation {
       if (states[i]) reloads_.note(static_cast<ExchangeState>(i), changed);
     }
     audit_.note_caps(*next);
+    blame_.note(*next);
+    policy_.note(*next);
     gateway_.reload(next);
   }
 
@@ -274,13 +288,15 @@ class Simulation {
     clients_.end_all();
     audit_.check_counts();
     if (ledger_.ok()) freshness_.check_refusals();
+    if (ledger_.ok()) blame_.check_cancelled();
+    if (ledger_.ok()) policy_.check_at_end();
     gateway_.end_control();
     if (ledger_.ok()) audit_.check_closed();
   }
 
   // Delivers everything in transit; nobody answers any more.
   void deliver_all() {
-    const Ns until = wire_.now() + 60 * kSecond;
+    const Ns until = wire_.now() + 1000 * kSecond;  // byte by byte, a large answer takes minutes
     while (ledger_.ok() && wire_.next_at() <= until) {
       wire_.advance(std::max(wire_.now(), wire_.next_at()));
       handle(wire_.step());
@@ -328,19 +344,18 @@ class Simulation {
     if (!calm_ && wire_.links() > 0 && dice_.chance(wire_.weather.spurious_event)) {
       net.spurious(static_cast<LinkId>(dice_.index(wire_.all_links())));
     }
-    turns_ += 1;
+    wire_.turn = turns_ += 1;
     if (wire_.now() != turns_at_) turns_at_ = wire_.now(), turns_there_ = 0;
     if (++turns_there_ > kMostTurnsAtOnce) ledger_.wrong("a loop spins: %u turns at the same time", turns_there_);
     {
       faults().memory = swarm_.memory_fails && !calm_ ? swarm_.memory_fault : Rate{};
       faults().dice = &wire_.dice();
-      const bool is_worker = loop < gateway_.workers();
-      if (is_worker) freshness_.begin_turn(loop);
+      begin_turn(loop);
       {
         const Runs nexus(true);
         gateway_.turn(loop);
       }
-      is_worker ? freshness_.end_turn() : freshness_.note(gateway_.control().published());
+      end_turn(loop);
     }
     faults().dice = nullptr;
     if (wire_.story != nullptr && loop < gateway_.workers()) tell_states(*gateway_.each_worker()[loop]);
@@ -354,6 +369,30 @@ class Simulation {
     not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) not_before_[loop] += dice_.span(0, swarm_.late_by_ns);
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+  }
+
+  // What the oracles look at before and after a turn.
+  void begin_turn(std::uint32_t loop) {
+    in_control_ = loop == gateway_.workers();
+    if (!in_control_) freshness_.begin_turn(loop);
+    circuits_.begin_turn(wire_.now());
+    blame_.begin_turn();
+  }
+  void end_turn(std::uint32_t loop) {
+    freshness_.end_turn();
+    circuits_.end_turn(wire_.now());
+    blame_.end_turn(loop);
+    policy_.end_turn(loop);
+    if (in_control_) note_published();
+    in_control_ = false;
+  }
+  void note_published() {
+    const SnapshotPtr& published = gateway_.control().published();
+    if (published == published_) return;
+    published_ = published;
+    freshness_.note(published);
+    circuits_.note(*published);
+    blame_.note(*published);
   }
 
   // The states of the sessions that have a request, after a worker's turn.
@@ -424,9 +463,14 @@ class Simulation {
   Freshness freshness_;
   Fleet fleet_;
   Clients clients_;
+  bool in_control_ = true;  // the turn is control's, whose first checks begin with it
+  Circuits circuits_;
+  Blame blame_;
+  Policy policy_;
   std::shared_ptr<const Settings> settings_;
   Gateway gateway_;
   Audit audit_;
+  SnapshotPtr published_;
   ReloadCoverage reloads_;
   std::vector<ExchangeState> reload_in_;  // of the reloads that are due
   LogRings& rings_;

@@ -250,6 +250,8 @@ inline Address address_of_server(std::uint32_t server) {
   return *parse_address("10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server));
 }
 
+inline std::uint32_t server_at(const Address& address) { return address.port - 9000u; }
+
 // Makes configurations: the first one, and those of the reloads.
 class SettingsMaker {
  public:
