@@ -191,6 +191,11 @@ class Admission {
     const std::lock_guard lock(mutex_);
     return knows(backend) ? static_cast<std::uint32_t>(at(backend).queue.size()) : 0;
   }
+  // For the tests: 0 if the backend has none.
+  std::uint32_t cap_of(BackendId backend) const {
+    const std::lock_guard lock(mutex_);
+    return knows(backend) ? at(backend).cap : 0;
+  }
   // The number of places in use, including those granted but not taken yet.
   std::uint32_t running_on(BackendId backend) const {
     const std::lock_guard lock(mutex_);

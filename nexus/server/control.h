@@ -118,7 +118,7 @@ class Control {
 
   void turn() {
     bool woken = false;
-    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, unpublished_ ? hold_until_ns_ : kNever});
+    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, may_publish() ? hold_until_ns_ : kNever});
     for (const auto& backend : registry_.backends()) deadline = std::min(deadline, due_ns(backend));
     const std::size_t count = net_.wait(events_, deadline, woken);
     now_ = net_.now();
@@ -130,7 +130,7 @@ class Control {
     }
     if (woken) take_messages();
     if (now_ >= retry_at_ns_) retry();
-    if (unpublished_ && (now_ >= hold_until_ns_ || !any_unknown())) publish();
+    if (may_publish() && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
   // Any thread: the settings that all workers were given last. Relaxed: the address is only compared.
@@ -275,6 +275,9 @@ class Control {
     published_ = std::move(snapshot);
     in_force_.store(published_->settings.get(), std::memory_order_relaxed);
   }
+
+  // Not while a reload lacks memory: the registry may have caps by then that are not in force yet.
+  bool may_publish() const { return unpublished_ && reloading_ == nullptr; }
 
   // Posts to all workers before it wakes any: a woken worker may preempt this thread.
   void publish() {

@@ -36,6 +36,14 @@ class Audit {
     longest_write_ = std::max(longest_write_, server.write_timeout_ns);
   }
 
+  // A cap must be in force before the workers see it: they rely on that.
+  void check_caps_in_force(const Snapshot& fleet) {
+    for (const BackendView& backend : fleet.backends) {
+      if (backend.max_pending == 0 || gateway_.admission().cap_of(backend.id) > 0) continue;
+      ledger_.wrong("the workers are told that %s has a cap, which is not in force", backend.name.c_str());
+    }
+  }
+
   Happened happened;
 
   // Drops the lines that a failed run left.

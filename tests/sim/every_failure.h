@@ -55,7 +55,9 @@ class EveryFailure {
     clean_run();
     std::printf("seed %llu, %llu requests%s: %llu allocations and %zu calls of Nexus's, each made to fail\n",
                 static_cast<unsigned long long>(seed_), static_cast<unsigned long long>(requests_),
-                scale_ == Scale::leavers ? " of clients that leave within their body" : "",
+                scale_ == Scale::leavers  ? " of clients that leave within their body"
+                : scale_ == Scale::reload ? " during a reload"
+                                          : "",
                 static_cast<unsigned long long>(allocations_), calls_.size());
     Counts counts;
     for (std::uint64_t n = 1; n <= allocations_; ++n) add(counts, {n, 0, 0});
@@ -139,8 +141,11 @@ class EveryFailure {
                 static_cast<unsigned long long>(memory ? failure.allocation : failure.call));
     if (!memory) std::printf(" (%s)", strerrorname_np(failure.error));
     std::printf(" failed: %s; replay: build/sim --failure %s %llu %llu %d\n", wrong.c_str(),
-                scale_ == Scale::leavers ? "leavers" : "small", static_cast<unsigned long long>(failure.allocation),
-                static_cast<unsigned long long>(failure.call), failure.error);
+                scale_ == Scale::leavers  ? "leavers"
+                : scale_ == Scale::reload ? "reload"
+                                          : "small",
+                static_cast<unsigned long long>(failure.allocation), static_cast<unsigned long long>(failure.call),
+                failure.error);
     std::fflush(stdout);
   }
 

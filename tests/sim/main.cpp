@@ -220,7 +220,7 @@ int print_traces(std::uint64_t from, std::uint64_t to, LogRings& rings) {
 Tally run_every_failure(LogRings& rings) {
   Tally tally;
   tally.began_cpu_ns = cpu_now();
-  for (const Scale scale : {Scale::small, Scale::leavers}) {
+  for (const Scale scale : {Scale::small, Scale::leavers, Scale::reload}) {
     const EveryFailure::Counts counts = EveryFailure(rings, scale).run();
     tally.seeds += counts.runs;
     tally.failed += counts.failed;
@@ -279,7 +279,8 @@ int main(int argc, char** argv) {
   if (argc == 2 && what == "--test") return test(rings);
   if (argc == 2 && what == "--failures") return run_every_failure(rings).failed == 0 ? 0 : 1;
   if (argc == 6 && what == "--failure") {
-    const Scale scale = std::string_view(argv[2]) == "leavers" ? Scale::leavers : Scale::small;
+    const std::string_view name = argv[2];
+    const Scale scale = name == "leavers" ? Scale::leavers : name == "reload" ? Scale::reload : Scale::small;
     const Failure failure{std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), std::atoi(argv[5])};
     return EveryFailure(rings, scale).run_one(failure) ? 0 : 1;
   }

@@ -16,6 +16,7 @@
 #include "clients.h"
 #include "fleet.h"
 #include "freshness.h"
+#include "kinds.h"
 #include "policy.h"
 #include "reloads.h"
 #include "swarm.h"
@@ -37,37 +38,6 @@ struct Outcome {
   std::uint32_t kinds = 0;  // a bit for each of kKinds that occurred
 };
 
-// The kinds of requests that a small run must contain.
-inline constexpr const char* kKinds[] = {"plain answer",
-                                         "stream",
-                                         "stream with usage added",
-                                         "chunked body",
-                                         "large body",
-                                         "alias",
-                                         "fallback",
-                                         "retry",
-                                         "wait in queue",
-                                         "client that leaves",
-                                         "kept connection",
-                                         "pipelined",
-                                         "expects",
-                                         "/metrics",
-                                         "/v1/models",
-                                         "/health",
-                                         "refusal",
-                                         "client that leaves within its body"};
-
-// Small runs have the same settings for every seed.
-enum class Scale : std::uint8_t { whole, small, leavers };
-
-constexpr std::uint32_t kWaitInQueue = 1u << 8;
-constexpr std::uint32_t kLeavesWithinBody = 1u << (std::size(kKinds) - 1);
-constexpr std::uint32_t wanted_kinds(Scale scale) {
-  return scale == Scale::leavers ? kLeavesWithinBody : kLeavesWithinBody - 1;
-}
-
-constexpr std::uint32_t kMostModels = 64;  // of a run
-
 class Simulation {
  public:
   Simulation(std::uint64_t seed, Canary canary, LogRings& rings, Scale scale = Scale::whole)
@@ -82,6 +52,7 @@ class Simulation {
                 if (in_control_) blame_.on_check(fate.backend);
                 return fate;
               }),
+        scale_(scale),
         ledger_(wire_),
         freshness_(ledger_, wire_),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
@@ -139,7 +110,7 @@ class Simulation {
     outcome.happened = audit_.happened;
     outcome.reloads = reloads_;
     outcome.simulated_ns = wire_.now() - began;
-    outcome.kinds = kinds();
+    outcome.kinds = kinds_of(ledger_, gateway_);
     return outcome;
   }
 
@@ -156,6 +127,7 @@ class Simulation {
       case Scale::whole: break;
       case Scale::small: return SwarmMaker::make_small();
       case Scale::leavers: return SwarmMaker::make_leavers();
+      case Scale::reload: return SwarmMaker::make_reload();
     }
     return SwarmMaker(dice_).make();
   }
@@ -168,6 +140,7 @@ class Simulation {
     for (std::uint32_t i = 0; i < swarm_.lacks; ++i) {
       wire_.timer(Notice::Kind::script, kLack, wire_.now() + dice_.span(0, span), 0);
     }
+    if (scale_ == Scale::reload) reload(settings_maker_.with_another());
     if (swarm_.drains) wire_.timer(Notice::Kind::script, kDrain, wire_.now() + dice_.span(0, 2 * span), 0);
     if (swarm_.stops) wire_.timer(Notice::Kind::script, kStop, wire_.now() + dice_.span(0, 2 * span), 0);
   }
@@ -203,53 +176,13 @@ class Simulation {
     for (std::size_t i = 0; i < states.size(); ++i) {
       if (states[i]) reloads_.note(static_cast<ExchangeState>(i), changed);
     }
+    reload(next);
+  }
+  void reload(const std::shared_ptr<const Settings>& next) {
     audit_.note_caps(*next);
     blame_.note(*next);
     policy_.note(*next);
     gateway_.reload(next);
-  }
-
-  std::uint32_t kinds() const {
-    std::uint32_t seen = 0;
-    for (const Request& request : ledger_.requests) {
-      const bool good = request.whole && request.status == 200 && request.attempt >= 0;
-      const bool added = good && request.attempts[static_cast<std::size_t>(request.attempt)].extra_bytes > 0;
-      const std::size_t body_bytes = request.sent_body.size();
-      const bool is[std::size(kKinds)] = {good && !request.event_stream,
-                                          good && request.event_stream && !added,
-                                          added,
-                                          good && request.chunked,
-                                          good && body_bytes > 20'000,
-                                          good && request.body.model[0] == 'a',
-                                          good && !request.fallback_model.empty(),
-                                          good && request.line_attempts > 1 && request.fallback_model.empty(),
-                                          false,
-                                          request.client_left,
-                                          good && request.kept,
-                                          good && request.pipelined,
-                                          good && request.expects_continue,
-                                          request.page == "/metrics",
-                                          request.page == "/v1/models",
-                                          request.page == "/health",
-                                          request.status / 100 == 4,
-                                          false};
-      std::uint32_t bit = 1;
-      for (const bool one : is) {
-        if (one) seen |= bit;
-        bit <<= 1;
-      }
-    }
-    for (const auto& slab : gateway_.metrics().slabs()) {
-      HistogramValues<kDurationBounds> waits;
-      for (std::uint32_t i = 0; i < kMostModels; ++i) {  // control, which knows how many there are, may have ended
-        if (const ModelCounters* model = slab->model(ModelId{i})) model->queue_wait.add_to(waits);
-      }
-      if (waits.count() > 0) seen |= kWaitInQueue;
-      if (slab->thread().disconnects[static_cast<std::size_t>(DisconnectPhase::request)].read() > 0) {
-        seen |= kLeavesWithinBody;
-      }
-    }
-    return seen;
   }
 
   // ---- phases ----
@@ -390,6 +323,7 @@ class Simulation {
     const SnapshotPtr& published = gateway_.control().published();
     if (published == published_) return;
     published_ = published;
+    audit_.check_caps_in_force(*published);
     freshness_.note(published);
     circuits_.note(*published);
     blame_.note(*published);
@@ -417,7 +351,7 @@ class Simulation {
 
   // Checks max_pending as the servers see it. Not after reloads, which change which backend is on which server.
   void check_servers() {
-    if (swarm_.reloads > 0) return;
+    if (swarm_.reloads > 0 || scale_ == Scale::reload) return;
     std::array<std::uint32_t, kServers> caps{};
     std::array<bool, kServers> capped{};
     capped.fill(true);
@@ -459,6 +393,7 @@ class Simulation {
   Swarm swarm_;
   SettingsMaker settings_maker_;
   Wire wire_;
+  const Scale scale_;
   Ledger ledger_;
   Freshness freshness_;
   Fleet fleet_;

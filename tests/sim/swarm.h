@@ -155,6 +155,15 @@ class SwarmMaker {
     return swarm;
   }
 
+  // A few requests while a reload is taken.
+  static Swarm make_reload() {
+    Swarm swarm = make_small();
+    swarm.requests = 6;
+    swarm.manners = Manners{};
+    swarm.habits = Habits{};
+    return swarm;
+  }
+
  private:
   void make_gentle(Swarm& swarm) {
     swarm.gentle = true;
@@ -292,19 +301,14 @@ class SettingsMaker {
     settings_.queue.timeout_ns = 2 * kSecond;
     settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
     settings_.fallbacks = {{"m1", {"m5"}}, {"m3", {"m5"}}};
-    const auto add = [this](std::uint32_t server, BackendKind kind, std::uint32_t cap,
-                            std::vector<std::string> models) {
-      BackendSettings backend;
-      backend.name = "b" + std::to_string(made_++);
-      backend.kind = kind;
-      backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
-      backend.max_pending = cap;
-      backend.models = std::move(models);
-      settings_.backends.push_back(std::move(backend));
-    };
     add(0, BackendKind::ollama, 1, {});
     add(1, BackendKind::vllm, 1, {"m0", "m1", "m2", "m3", "m4"});
     add(2, BackendKind::openai, 0, {"m5"});
+    return std::make_shared<const Settings>(settings_);
+  }
+  // The small settings with one more backend, which has a cap.
+  std::shared_ptr<const Settings> with_another() {
+    add(3, BackendKind::generic, 2, {"m0"});
     return std::make_shared<const Settings>(settings_);
   }
 
@@ -351,6 +355,15 @@ class SettingsMaker {
     settings_.queue.timeout_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
     if (!dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
     if (dice_.one_in(3)) settings_.fallbacks = {{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};
+  }
+  void add(std::uint32_t server, BackendKind kind, std::uint32_t cap, std::vector<std::string> models) {
+    BackendSettings backend;
+    backend.name = "b" + std::to_string(made_++);
+    backend.kind = kind;
+    backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
+    backend.max_pending = cap;
+    backend.models = std::move(models);
+    settings_.backends.push_back(std::move(backend));
   }
   void add_backend() {
     BackendSettings backend;
