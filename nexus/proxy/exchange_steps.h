@@ -109,7 +109,9 @@ Step Exchange<Net>::send_request(std::uint32_t& reads) {
     case Attempt<Net>::Sent::some: return Step::wait;
     case Attempt<Net>::Sent::share: context_.reschedule(owner_); return Step::wait;
     case Attempt<Net>::Sent::all:
-      if (picker_.tries() == 1 && attempt_.is_first()) summary_.note_request_sent(attempt_.sent_ns());
+      if (picker_.tries() == 1 && attempt_.is_first() && !asked_without_usage_) {
+        summary_.note_request_sent(attempt_.sent_ns());
+      }
       break;
     case Attempt<Net>::Sent::failed: break;  // a backend may refuse within the body, and close: read what it said
   }

@@ -124,7 +124,10 @@ group('usage in streams', () => {
     const { nexus, backend } = await pair(t, { kind: 'vllm' });
     const refusal = { error: { message: "Extra inputs are not permitted: 'stream_options'", type: 'BadRequestError', code: 400 } };
     backend.answer = async (request, reply) => {
-      if (request.json.stream_options) return reply.json(refusal, 400);
+      if (request.json.stream_options) {
+        await sleep(300);   // the backend's own time
+        return reply.json(refusal, 400);
+      }
       return streams(words + done, 30)(request, reply);
     };
     for (let i = 0; i < 3; ++i) {
@@ -142,6 +145,8 @@ group('usage in streams', () => {
     assert.equal(page.sum('nexus_backend_attempts_total', { outcome: 'ok' }), 5);
     assert.equal(page.sum('nexus_requests_total'), 4);
     assert.equal(page.sum('nexus_backend_ejected'), 0);
+    const overhead = page.sum('nexus_overhead_seconds_sum');
+    assert.ok(overhead < 0.2, `the backend's refusal is no work of Nexus, of which there were ${overhead} s`);
   });
 
   test('another refusal of a request that Nexus had added to goes to the client as it is', async (t) => {
