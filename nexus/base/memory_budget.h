@@ -126,7 +126,7 @@ class ThreadBudget {
     return held_by(client) == own && held + bytes <= limit - part;
   }
 
-  // What the reserve lacks, from the shared budget: a whole step if there is one, else from the other reserves too.
+  // Takes the missing bytes from the shared budget: a whole step if there is one, else from the other reserves too.
   [[gnu::noinline]] bool take_shared(std::size_t bytes) {
     std::size_t own = reserve_.exchange(0, std::memory_order_relaxed);
     const std::size_t missing = bytes - std::min(bytes, own), step = std::max(missing, kStepBytes);

@@ -3,7 +3,7 @@
 // Promises: a fact is noted once; it lasts until the backend gets another address or becomes healthy again.
 // Leaves:   finding them to proxy/exchange.h.
 // Threads:  any; relaxed, because only the fact is shared.
-// Tested by: tests/e2e/usage.test.mjs, tests/sim
+// Tested by: tests/e2e/usage.test.mjs
 #pragma once
 
 #include <atomic>

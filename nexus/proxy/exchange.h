@@ -132,8 +132,10 @@ class Exchange {
 
   // While this request waited, a place was granted to it, or the fleet has changed.
   [[gnu::cold]] void on_grant() {
-    if (state_ == State::expecting && snapshot_ != context_.snapshot) go(State::choosing);
-    if (state_ == State::choosing) return drive();
+    if (state_ == State::expecting && snapshot_ != context_.snapshot) {
+      go(State::choosing);
+      return drive();
+    }
     if (state_ != State::queued) return;
     follow_or_wait(look_at_fleet() ? picker_.look_again() : picker_.take_grant());
     drive();

@@ -158,12 +158,13 @@ void Exchange<Net>::settle_refusal(bool fits, Response::Step step, ClientWrite& 
     ClientWrite nothing;
     return on_relayed(relay_.send(step, fits ? nothing : write));
   }
-  // The client sent no such field, or not this one: the backend is asked again without it.
+  // The backend is asked again without the option. If the client sent options of its own, they may be the reason.
   const BackendView& backend = *attempt_.backend();
   if (facts_.stream_options == BodyFacts::Options::absent && backend.facts->note_refusal()) {
-    context_.log.event(LogLevel::warning,
-                       "backend refuses stream_options: its streams tell no token counts (stream_usage = as_is)",
-                       {{"backend", backend.name}});
+    context_.log.event(
+        LogLevel::warning,
+        "backend refuses stream_options: its streams tell no token counts; stream_usage = as_is stops asking",
+        {{"backend", backend.name}});
   }
   asked_without_usage_ = true;
   if (state_ != State::holding) go(State::holding);

@@ -51,7 +51,7 @@ constexpr bool may_wait(SessionState session, ExchangeState exchange) {
   }
 }
 
-// What a session has done in a turn of the loop, for its share of it.
+// Counts the work of a session in one turn of the loop, for its share of the turn.
 struct TurnShare {
   std::uint32_t reads = 0;
   std::uint32_t requests = 0;

@@ -72,8 +72,8 @@ class Gateway {
   std::size_t client_sessions() const;
   std::size_t unsent_page_bytes() const;
   std::uint64_t limit_hits(nexus::Limit limit) const;  // of all threads
-  // What is not given back though no request is under way; empty while one is. The destructor ends the process if there
-  // is anything.
+  // Lists each thing that is not given back though no request is under way; empty while one is. The destructor ends the
+  // process if there is anything.
   std::string left_over() const;
 
   nexus::sim::Script net;

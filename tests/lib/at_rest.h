@@ -25,7 +25,7 @@ inline bool is_at_rest(const Gateway& gateway) {
   return rests;
 }
 
-// What is not given back, with its amount; empty if everything is. REQUIRES: is_at_rest().
+// Lists each thing that is not given back, with its amount; empty if everything is. REQUIRES: is_at_rest().
 class LeftOver {
  public:
   explicit LeftOver(const Gateway& gateway) : gateway_(gateway) {

@@ -90,7 +90,7 @@ class Blame {
     std::size_t head_bytes = SIZE_MAX;
     std::uint32_t eject_after = UINT32_MAX, failures = UINT32_MAX;
   };
-  // What a connection, or a connect(), showed in this turn.
+  // A connection, or a connect(), as it showed itself in this turn.
   struct Seen {
     std::uint32_t server = 0;
     std::uint32_t reasons = 0;   // bits of the outcomes for which there is a reason

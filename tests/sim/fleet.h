@@ -107,7 +107,8 @@ class Fleet {
     }
   }
 
-  // What the server of a connection has done in its newest answer. Positions count the bytes of Link::to_nexus.
+  // The course of the newest answer on a connection, as its server knows it. Positions count the bytes of
+  // Link::to_nexus.
   struct Conduct {
     const Answer* answer = nullptr;  // null: none was begun, or Nexus was done with it in an earlier turn
     std::uint64_t begins = 0;

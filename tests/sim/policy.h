@@ -1,11 +1,9 @@
 // policy.h
-// Owns:     the check of whom a request is sent to: no ejected backend while another one could serve it, and one trial
-// at
-//           a time; no backend twice; another one after a failure, while there is one; and in the queue nobody is
-//           overtaken.
+// Owns:     the check of the backends that a request is sent to: no ejected one while another could serve it, one
+//           half-open probe at a time, none twice, another one after a failure while there is one; and nobody is
+//           overtaken in the queue.
 // Promises: judges by the fleet and the breakers as they were in the turn in which Nexus chose. A request is wrong only
-// if
-//           that holds whatever its attempts were that no backend has seen.
+//           if that holds whatever its attempts were that no backend has seen.
 // Leaves:   whether the fleet was current to freshness.h, caps to audit.h and simulation.h.
 // Threads:  one.
 #pragma once

@@ -20,7 +20,7 @@
 
 namespace nexus::sim {
 
-// What a change may use.
+// The settings and the dice that a change may use.
 struct Drawn {
   Settings& s;
   Dice& dice;

@@ -304,7 +304,7 @@ class Simulation {
     if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
   }
 
-  // What the oracles look at before and after a turn.
+  // The oracles look at the state before and after a turn.
   void begin_turn(std::uint32_t loop) {
     in_control_ = loop == gateway_.workers();
     if (!in_control_) freshness_.begin_turn(loop);
