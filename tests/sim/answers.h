@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -71,7 +72,12 @@ class AnswerMaker {
   enum class Framing : std::uint8_t { length, chunked, until_close };
 
   static constexpr std::string_view kError = R"(data: {"error":{"message":"simulated","code":500}})";
-  static bool tells_error(const std::string& payload) { return payload.find(kError) != std::string::npos; }
+  // A body that lasts until the connection's end may end within the error: then its first line is enough.
+  static bool tells_error(const std::string& payload) {
+    constexpr std::array<std::string_view, 3> kTold{kError, "event: error\n", "event: error\r"};
+    return std::any_of(kTold.begin(), kTold.end(),
+                       [&](std::string_view told) { return payload.find(told) != std::string::npos; });
+  }
 
   std::uint16_t draw_status() {
     if (!dice_.chance(manners_.error_status)) return dice_.one_in(50) ? 204 : 200;
