@@ -17,7 +17,6 @@
 
 #include "nexus/apps/check.h"
 #include "nexus/apps/top.h"
-#include "nexus/config/environment_file.h"
 #include "nexus/config/parser.h"
 #include "nexus/daemon.h"
 

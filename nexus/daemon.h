@@ -25,7 +25,7 @@
 
 #include "nexus/apps/echo_backend.h"
 #include "nexus/base/limits.h"
-#include "nexus/base/threads.h"
+#include "nexus/base/mailbox.h"
 #include "nexus/config/parser.h"
 #include "nexus/os/log_thread.h"
 #include "nexus/os/seccomp.h"

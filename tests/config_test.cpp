@@ -2,7 +2,6 @@
 // Owns:     tests of every accepted and every refused form of nexus.conf; each refusal with its exact line and words.
 // Leaves:   the manual and the example, which must agree with the table, to docs_test.cpp.
 
-#include "nexus/config/environment_file.h"
 #include "nexus/config/parser.h"
 
 #include <doctest/doctest.h>

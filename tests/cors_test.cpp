@@ -1,7 +1,7 @@
 // cors_test.cpp
 // Goal:   the fields of a response for each setting of cors_origins and each Origin of a request.
 // Method: rows of settings and heads.
-#include "nexus/http/cors.h"
+#include "nexus/http/head_writer.h"
 
 #include <doctest/doctest.h>
 

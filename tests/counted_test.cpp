@@ -10,8 +10,8 @@
 #include <string_view>
 #include <utility>
 
-#include "nexus/proxy/attempt_log.h"
-#include "nexus/proxy/exchange_summary.h"
+#include "nexus/proxy/exchange_times.h"
+#include "nexus/proxy/worker_context.h"
 #include "tests/hostile/gateway.h"
 #include "tests/hostile/requests.h"
 

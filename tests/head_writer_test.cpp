@@ -2,7 +2,6 @@
 // Goal:   a rebuilt head has exactly the fields that may be forwarded and Nexus's own, and fits the room measured for
 // it. Method: parsed heads as rows, against the expected bytes; then the longest values of everything that is variable.
 #include "nexus/http/head_writer.h"
-#include "nexus/http/date_line.h"
 
 #include <doctest/doctest.h>
 

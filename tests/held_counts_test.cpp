@@ -1,4 +1,4 @@
-#include "nexus/proxy/held_counts.h"
+#include "nexus/fleet/admission.h"
 
 #include <doctest/doctest.h>
 

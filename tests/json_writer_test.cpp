@@ -1,7 +1,6 @@
 // json_writer_test.cpp
 // Goal:   whatever is written is JSON, with commas where they belong and strings that keep their characters.
 // Method: documents to the letter, over both kinds of text; what was written read back by simdjson.
-#include "nexus/base/json_writer.h"
 
 #include <doctest/doctest.h>
 #include <simdjson.h>

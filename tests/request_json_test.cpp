@@ -6,8 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include "nexus/api/json_reader.h"
 #include "nexus/api/request_json.h"
-#include "nexus/api/response_json.h"
 
 using nexus::ApiError;
 using nexus::BodyFacts;

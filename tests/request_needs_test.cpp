@@ -1,4 +1,4 @@
-#include "nexus/proxy/request_needs.h"
+#include "nexus/proxy/candidate_picker.h"
 
 #include <doctest/doctest.h>
 

@@ -1,7 +1,7 @@
 // endpoints.h
 // Owns:      the table of proxied endpoints, and the table of the request members that Nexus reads.
 // Promises:  a new endpoint whose framing, usage and error shape are known takes one row and no other change.
-// Leaves:    reading requests to request_json.h, responses to response_json.h, error bodies to errors.h.
+// Leaves:    reading requests to request_json.h, responses to json_reader.h, error bodies to errors.h.
 // Threads:   any; constant.
 // Tested by: tests/request_json_test.cpp, tests/e2e/endpoints.test.mjs
 #pragma once

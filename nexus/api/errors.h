@@ -14,7 +14,7 @@
 #include <string_view>
 
 #include "nexus/api/endpoints.h"
-#include "nexus/base/json_writer.h"
+#include "nexus/base/text_buffer.h"
 #include "nexus/http/head_writer.h"
 #include "nexus/metrics/slab.h"
 

@@ -2,7 +2,7 @@
 // Owns:      finding `usage`, `error`, `choices` and members that are not of a usage event among the outermost members
 //            of a JSON object in pieces. Deeper levels are skipped by their brackets; keys are not unescaped.
 // Promises:  the same result however the text is cut; every byte is read once; nothing is allocated.
-// Leaves:    reading the `usage` to response_json.h.
+// Leaves:    reading the `usage` to json_reader.h.
 // Threads:   a scan belongs to one thread.
 // Tested by: tests/usage_scan_test.cpp, tests/fuzz/usage.h
 #pragma once

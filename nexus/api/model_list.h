@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "nexus/api/json_reader.h"
-#include "nexus/base/json_writer.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/text_buffer.h"
 
 namespace nexus {
 

@@ -5,7 +5,7 @@
 // Promises:  counts and output are the same however the bytes are cut; a plain body is never held or changed; a stream
 //            holds only an event that may be the extra one, up to kHeldEventBytes; memory is allocated only for what is
 //            cut between two pieces.
-// Leaves:    which bodies to scan to response.h; lines to sse.h; members to member_scan.h; counts to response_json.h.
+// Leaves:    which bodies to scan to response.h; lines to sse.h; members to member_scan.h; counts to json_reader.h.
 // Threads:   a scan belongs to one thread.
 // Tested by: tests/usage_scan_test.cpp, tests/fuzz/usage.h
 #pragma once
@@ -19,8 +19,8 @@
 #include <string_view>
 #include <utility>
 
+#include "nexus/api/json_reader.h"
 #include "nexus/api/member_scan.h"
-#include "nexus/api/response_json.h"
 #include "nexus/api/sse.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/limits.h"

@@ -16,8 +16,8 @@
 #include <thread>
 
 #include "nexus/apps/echo_model.h"
+#include "nexus/base/mailbox.h"
 #include "nexus/base/slot_map.h"
-#include "nexus/base/threads.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/http/head_writer.h"
 #include "nexus/net/connection.h"

@@ -2,7 +2,7 @@
 // Owns:     `nexus top`: the text drawn from a running Nexus, and the terminal that it is drawn on.
 // Promises: top_page() is a pure function; no name from the server reaches the terminal unescaped; the terminal is
 //           restored at the end, also after a signal; without a terminal one page is printed.
-// Leaves:   numbers to rates.h, fetching to probe_loop.h.
+// Leaves:   numbers to scrape.h, fetching to probe_loop.h.
 // Threads:  the main thread's.
 // Tested by: tests/top_test.cpp, tests/e2e/top.test.mjs
 #pragma once
@@ -23,7 +23,6 @@
 
 #include "nexus/apps/format.h"
 #include "nexus/apps/probe_loop.h"
-#include "nexus/apps/rates.h"
 #include "nexus/apps/scrape.h"
 #include "nexus/base/limits.h"
 

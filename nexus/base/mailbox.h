@@ -1,20 +1,45 @@
 // mailbox.h
-// Owns:     messages from any thread to the thread of one loop.
-// Promises: messages of one sender arrive in their order. post() returns whether the receiver must be woken, or that
-//           there was no memory.
-// Leaves:   the wake-up to the sender (EpollNet::wake()), the meaning to the receiver.
-// Threads:  post(): any. The others: the owner.
-// Tested by: tests/mailbox_test.cpp
+// Owns:     how Nexus starts a thread, and messages from any thread to the thread of one loop.
+// Promises: a new thread blocks all signals from its first instruction on (the main thread handles them) and has a
+//           name that top(1) shows; a failure is a result, not an exception. Messages of one sender arrive in their
+//           order; post() returns whether the receiver must be woken, or that there was no memory.
+// Leaves:   joining to the owner, the wake-up to the sender (EpollNet::wake()), the meaning to the receiver.
+// Threads:  start_thread(), post(): any. The others: the owner.
+// Tested by: tests/mailbox_test.cpp, tests/log_test.cpp
 #pragma once
 
+#include <pthread.h>
+#include <signal.h>
+
 #include <atomic>
+#include <cassert>
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
 namespace nexus {
+
+// Starts a thread; the result is not joinable() if the system has none left. `name`: at most 15 bytes.
+template <class Body>
+std::thread start_thread(const char* name, Body body) {
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // the new thread inherits it
+  std::thread thread;
+  try {
+    thread = std::thread(std::move(body));
+  } catch (const std::system_error&) {
+    // the caller sees a thread that is not joinable
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (thread.joinable()) pthread_setname_np(thread.native_handle(), name);
+  return thread;
+}
 
 template <class Message>
 class Mailbox {

@@ -1,9 +1,11 @@
 // text.h
-// Owns:      small text functions: case, lists, likeness, decimal and hex numbers, UTF-8, host:port, JSON strings.
-// Promises:  pure functions with ASCII rules, whatever the locale; they throw only std::bad_alloc.
-// Leaves:    searching long text to simd.h, reading JSON to json_reader.h, label rules to labels.h.
-// Threads:   any.
-// Tested by: tests/text_test.cpp
+// Owns:     small functions of text and numbers: case, lists, likeness, decimal and hex numbers, UTF-8, host:port,
+//           JSON strings; splitmix64's hash and random sequence.
+// Promises: pure functions with ASCII rules, whatever the locale, that give the same on every machine; they throw
+//           only std::bad_alloc. No hash is for secrets.
+// Leaves:   searching long text to simd.h, reading JSON to json_reader.h, label rules to labels.h.
+// Threads:  any.
+// Tested by: tests/text_test.cpp, tests/router_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -18,6 +20,18 @@
 #include <utility>
 
 namespace nexus {
+
+// Spreads every bit of `x` over the whole result; 0 stays 0.
+constexpr std::uint64_t mix(std::uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// The n-th number of the random sequence that starts at `seed`.
+constexpr std::uint64_t random_at(std::uint64_t seed, std::uint64_t n) {
+  return mix(seed + (n + 1) * 0x9e3779b97f4a7c15);
+}
 
 constexpr std::string_view kVersion = "0.1.0";
 

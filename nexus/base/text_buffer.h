@@ -1,12 +1,15 @@
 // text_buffer.h
-// Owns:     the memory of a rendered page, numbers as text, and the reuse of that memory from page to page.
-// Promises: seconds are written exactly from integer nanoseconds, without a trailing zero and without floating point;
-//           a page is lent to its readers without a copy, and its memory comes back when the last one lets go of it:
-//           touching fresh memory costs more than writing the page. At most one returned page is kept.
-// Leaves:   the text to its writers; when a client is done with a page to builtin_pages.h.
-// Threads:  a TextBuffer belongs to one thread. lend() and take_back(): one (control); a lent page, and the recycler,
-//           may be released by any.
-// Tested by: tests/text_buffer_test.cpp, tests/prometheus_test.cpp
+// Owns:     written text: the memory of a rendered page, numbers as text, the syntax of JSON (commas, brackets,
+//           quotes and escapes), and the reuse of a page's memory for the next.
+// Promises: seconds are written exactly from integer nanoseconds, without a trailing zero and without floating
+//           point; a JSON string is valid even if its bytes are not valid UTF-8; a page is lent to its readers
+//           without a copy, and its memory comes back when the last one lets go of it: touching fresh memory costs
+//           more than writing the page. At most one returned page is kept.
+// Leaves:   the text, balanced begin and end calls and unique keys to the writers; when a client is done with a page
+//           to builtin_pages.h; reading JSON to request_json.h.
+// Threads:  a TextBuffer belongs to one thread. lend() and take_back(): one (control); a lent page, and the
+//           recycler, may be released by any.
+// Tested by: tests/text_buffer_test.cpp, tests/prometheus_test.cpp, tests/json_writer_test.cpp
 #pragma once
 
 #include <algorithm>
@@ -23,8 +26,71 @@
 #include <utility>
 
 #include "nexus/base/clock.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
+
+template <class Out>
+class JsonWriter {
+ public:
+  explicit JsonWriter(Out& out) : out_(out) {}
+
+  JsonWriter& begin_object() { return begin('{'); }
+  JsonWriter& end_object() { return end('}'); }
+  JsonWriter& begin_array() { return begin('['); }
+  JsonWriter& end_array() { return end(']'); }
+
+  // The next call writes the value of this key.
+  JsonWriter& key(std::string_view name) {
+    string(name);
+    out_ += ':';
+    comma_ = false;
+    return *this;
+  }
+
+  JsonWriter& value(std::string_view text) { return string(text), *this; }
+  JsonWriter& value(const char* text) { return value(std::string_view(text)); }
+  JsonWriter& value(bool value) { return literal(value ? "true" : "false"); }
+  JsonWriter& value(std::integral auto number) { return literal(Digits(number).view()); }
+
+  // Text that is JSON already: a number with decimals, or null.
+  JsonWriter& literal(std::string_view json) {
+    separate();
+    out_ += json;
+    return *this;
+  }
+
+  template <class T>
+  JsonWriter& field(std::string_view name, const T& content) {
+    return key(name).value(content);
+  }
+
+ private:
+  JsonWriter& begin(char bracket) {
+    separate();
+    out_ += bracket;
+    comma_ = false;
+    return *this;
+  }
+  JsonWriter& end(char bracket) {
+    out_ += bracket;
+    comma_ = true;
+    return *this;
+  }
+  void string(std::string_view text) {
+    separate();
+    out_ += '"';
+    append_json_escaped(out_, text);
+    out_ += '"';
+  }
+  void separate() {
+    if (comma_) out_ += ',';
+    comma_ = true;
+  }
+
+  Out& out_;
+  bool comma_ = false;  // the next value follows another one in its object or array
+};
 
 constexpr std::size_t kNumberBytes = 24;  // the longest number: a sign and 20 digits, or 10 digits, a point and 9 more
 

@@ -1,5 +1,6 @@
 // keys.h
-// Owns:     the table of every key of nexus.conf: its section, kind, default, range, and where it is stored.
+// Owns:     the table of every key of nexus.conf: its section, kind, default, range, and where it is stored;
+//           and the hint in an error about an unknown word: the one that was probably meant, or all that are known.
 // Promises: one row a key, and the row is all that the program knows of it: ranges are checked against the very text
 //           that the manual shows (static_assert below).
 // Leaves:   the syntax of values to values.h; lines, repeats and relations between keys to parser.h.
@@ -19,11 +20,46 @@
 #include <vector>
 
 #include "nexus/base/limits.h"
+#include "nexus/base/text.h"
 #include "nexus/config/settings.h"
-#include "nexus/config/suggest.h"
 #include "nexus/config/values.h"
 
 namespace nexus::config {
+
+using Words = std::vector<std::string_view>;
+
+// `a, b, c`, each between `open` and `close`.
+inline std::string joined(const Words& words, std::string_view open, std::string_view close,
+                          std::string_view between = ", ") {
+  std::string result;
+  for (std::string_view word : words) {
+    if (!result.empty()) result += between;
+    result.append(open).append(word).append(close);
+  }
+  return result;
+}
+
+// The word that was probably meant by `typed`, which is none of them; or empty.
+inline std::string_view nearest_word(std::string_view typed, const Words& words) {
+  std::string small(typed);
+  std::transform(small.begin(), small.end(), small.begin(), to_lower);
+  std::string_view meant;
+  std::size_t least = std::min<std::size_t>(3, (typed.size() + 1) / 2 + 1);  // short words are all near one another
+  for (std::string_view word : words) {
+    const std::size_t distance = edit_distance(small, word);
+    if (distance < least) meant = word;
+    least = std::min(least, distance);
+  }
+  return meant;
+}
+
+// The word that was probably meant, or all of them, between `open` and `close`.
+inline std::string suggestion(std::string_view typed, const Words& words, std::string_view open,
+                              std::string_view close) {
+  const std::string_view meant = nearest_word(typed, words);
+  if (meant.empty()) return "expected one of " + joined(words, open, close);
+  return "did you mean " + joined({meant}, open, close) + "?";
+}
 
 // ---- kinds of values
 

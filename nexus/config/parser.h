@@ -1,10 +1,13 @@
 // parser.h
-// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it.
-// Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was expected.
-//           parse_config is pure over any bytes; no message holds a key's text. At most 100 errors are listed.
+// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it; and the
+//           environment file of a systemd service (systemd.exec(5), EnvironmentFile=), whose variables a command
+//           needs as well.
+// Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was
+//           expected. parse_config is pure over any bytes; no message holds a key's text. At most 100 errors are
+//           listed. A variable is read as systemd reads it, but without its escapes and continued lines.
 // Leaves:   keys, ranges and defaults to keys.h; the syntax of values to values.h; comparing keys to worker.h.
 // Threads:  any, one call at a time (errno, getenv).
-// Tested by: tests/config_test.cpp, tests/fuzz/config.h
+// Tested by: tests/config_test.cpp, tests/fuzz/config.h, tests/e2e/cli.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -13,6 +16,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,10 +29,39 @@
 #include "nexus/base/text.h"
 #include "nexus/config/keys.h"
 #include "nexus/config/settings.h"
-#include "nexus/config/suggest.h"
 #include "nexus/config/values.h"
 
 namespace nexus {
+
+namespace config {
+
+using Variables = std::map<std::string, std::string>;
+
+// Lines of NAME=VALUE; a line that begins with `#` or `;` is a comment. The last line with a name counts.
+inline Variables read_environment_file(std::string_view text) {
+  Variables variables;
+  while (!text.empty()) {
+    const std::string_view line = trim_blanks(take_line(text));
+    const std::size_t equals = line.find('=');
+    if (line.empty() || line[0] == '#' || line[0] == ';' || equals == std::string_view::npos) continue;
+    std::string_view value = trim_blanks(line.substr(equals + 1));
+    if (is_quoted(value)) value = value.substr(1, value.size() - 2);
+    variables[std::string(trim_blanks(line.substr(0, equals)))] = value;
+  }
+  return variables;
+}
+
+// `base` with the variables of a file before its own.
+inline ConfigEnvironment with_variables(ConfigEnvironment base, Variables variables) {
+  auto own = std::move(base.get_env);
+  base.get_env = [own = std::move(own), variables = std::move(variables)](const std::string& name) {
+    const auto found = variables.find(name);
+    return found == variables.end() ? own(name) : std::optional<std::string>(found->second);
+  };
+  return base;
+}
+
+}  // namespace config
 
 struct ConfigResult {
   Settings settings;  // to be used only if ok()

@@ -1,15 +1,19 @@
 // admission.h
-// Owns:     how many requests run on each backend that has a cap (`max_pending`), and the queue of waiting requests.
+// Owns:     how many requests run on each backend that has a cap (`max_pending`), the queue of waiting requests, and
+//           the counts that a request holds while it is in flight, each as a pointer that owns one unit of it.
 // Promises: a cap holds over all threads; a place that becomes free goes to the request that has waited longest for
-//           it, never to a newcomer; the queue is bounded; destructors give back every place and every queue position.
-// Leaves:   the timeout of a wait and its response to exchange.h; passing a wake-up to its thread to worker.h.
-// Threads:  any. One mutex guards everything and is taken only for capped backends: these get a few requests a second,
-//           each with two short critical sections, so finer locking would gain nothing. Without a cap no shared memory
-//           is touched.
-// Tested by: tests/admission_test.cpp
+//           it, never to a newcomer; the queue is bounded. A place, a queue position or a unit is given back exactly
+//           once: by reset(), by assigning another one, or by the destructor.
+// Leaves:   the timeout of a wait and its response to exchange.h; passing a wake-up to its thread to worker.h; body
+//           memory to base/memory_budget.h.
+// Threads:  any. One mutex guards everything and is taken only for capped backends: these get a few requests a
+//           second, each with two short critical sections, so finer locking would gain nothing. Without a cap no
+//           shared memory is touched.
+// Tested by: tests/admission_test.cpp, tests/held_counts_test.cpp, tests/sim
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
@@ -25,8 +29,61 @@
 #include "nexus/base/slot_map.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
+#include "nexus/metrics/slab.h"
 
 namespace nexus {
+
+namespace detail {
+
+struct GivePendingBack {
+  BackendId backend{};
+  void operator()(Slab* slab) const { slab->add_in_flight(backend, -1); }
+};
+
+struct LeaveQueue {
+  BackendId backend{};
+  Histogram<kDurationBounds>* waits = nullptr;  // of the model
+  Ns since_ns = 0;
+  const Ns* now = nullptr;
+  void operator()(Slab* slab) const {
+    slab->add_queued(backend, -1);
+    waits->observe(*now - since_ns);
+  }
+};
+
+struct GivePlaceBack {
+  void operator()(std::atomic<std::uint32_t>* in_flight) const { in_flight->fetch_sub(1, std::memory_order_relaxed); }
+};
+
+}  // namespace detail
+
+// One unit of nexus_backend_in_flight.
+using PendingCount = std::unique_ptr<Slab, detail::GivePendingBack>;
+
+inline PendingCount count_pending(Slab& slab, BackendId backend) {
+  slab.add_in_flight(backend, 1);
+  return {&slab, {backend}};
+}
+
+// One queued request, in nexus_queue_depth of `backend`; when it is given back, the wait for `model` since `now` is
+// recorded. `now` is the worker's clock and outlives the count. The cells are found first: giving back must not throw.
+using QueuedCount = std::unique_ptr<Slab, detail::LeaveQueue>;
+
+inline QueuedCount count_queued(Slab& slab, BackendId backend, ModelId model, const Ns& now) {
+  Histogram<kDurationBounds>& waits = slab.queue_waits(model);
+  slab.add_queued(backend, 1);
+  return {&slab, {backend, &waits, now, &now}};
+}
+
+// One of the [server] max_pending places.
+using OverallPlace = std::unique_ptr<std::atomic<std::uint32_t>, detail::GivePlaceBack>;
+
+// Empty if all `limit` places are taken. Relaxed: the number alone is shared.
+inline OverallPlace take_overall_place(std::atomic<std::uint32_t>& in_flight, std::uint32_t limit) {
+  if (in_flight.fetch_add(1, std::memory_order_relaxed) < limit) return OverallPlace(&in_flight);
+  in_flight.fetch_sub(1, std::memory_order_relaxed);
+  return nullptr;
+}
 
 class Admission {
   struct Waiter;

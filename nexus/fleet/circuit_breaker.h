@@ -1,13 +1,15 @@
 // circuit_breaker.h
-// Owns:     the circuit breaker of one server: consecutive failures, the end of its ejection, the half-open probe.
+// Owns:     how requests have found one server: its circuit breaker (consecutive failures, the end of its ejection,
+//           the half-open probe), and facts that they have shown about it.
 // Promises: while the circuit is closed a request costs one relaxed load and a success writes nothing; after an
 //           ejection exactly one request over all threads is the probe; a probe that ends without a result passes to
-//           the next request. A backend with a new address has a new breaker (registry.h): results of requests to the
-//           old server never count against the new one.
+//           the next request. A backend with a new address has a new breaker (registry.h): results of requests to
+//           the old server never count against the new one. A fact is noted once; it lasts until the backend gets
+//           another address or becomes healthy again.
 // Leaves:   what counts as a failure to exchange.h (of the 4xx only 429 does); trying an ejected backend as the last
 //           resort to candidate_picker.h; failed health checks to registry.h.
-// Threads:  any; all state is one atomic word.
-// Tested by: tests/circuit_breaker_test.cpp
+// Threads:  any; a breaker's state is one atomic word, facts are relaxed, because only the fact is shared.
+// Tested by: tests/circuit_breaker_test.cpp, tests/e2e/usage.test.mjs
 #pragma once
 
 #include <algorithm>
@@ -24,6 +26,18 @@
 #include "nexus/metrics/slab.h"
 
 namespace nexus {
+
+class ServerFacts {
+ public:
+  // It refuses requests with stream_options.
+  bool refuses_stream_options() const { return refuses_stream_options_.load(std::memory_order_relaxed); }
+  // True for the first call.
+  bool note_refusal() { return !refuses_stream_options_.exchange(true, std::memory_order_relaxed); }
+  void forget() { refuses_stream_options_.store(false, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> refuses_stream_options_{false};
+};
 
 enum class CircuitState : std::uint8_t {
   closed,     // the server gets requests

@@ -23,7 +23,6 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
-#include "nexus/fleet/server_facts.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 

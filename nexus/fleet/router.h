@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/hash.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/registry.h"

@@ -1,22 +1,52 @@
 // head_writer.h
-// Owns:     writing heads: a request's to a backend, a response's to a client, and those of Nexus's own responses.
-// Promises: a head is always rebuilt from parsed fields; hop-by-hop fields and those that Connection names are removed
-//           (RFC 9110 7.6.1), but never a field that matters to Nexus; the framing is Nexus's own.
-// Leaves:   when to send a head to exchange.h and worker.h.
-// Threads:  pure functions over the caller's buffers.
-// Tested by: tests/head_writer_test.cpp
+// Owns:     writing heads: a request's to a backend, a response's to a client, those of Nexus's own responses; the
+//           Date field (RFC 9110 6.6.1); cross-origin access for browsers (the Fetch standard, "CORS protocol").
+// Promises: a head is always rebuilt from parsed fields; hop-by-hop fields and those that Connection names are
+//           removed (RFC 9110 7.6.1), but never a field that matters to Nexus; the framing is Nexus's own. Date is
+//           written once a second. Without `cors_origins` a backend's own fields are passed on; with it, they are
+//           Nexus's alone, on every response, so that a browser never sees two.
+// Leaves:   when to send a head to exchange.h and worker.h; answering a preflight request to builtin_pages.h; the
+//           syntax of origins to config/values.h; reading the clocks to the caller.
+// Threads:  pure functions over the caller's buffers; a DateLine is a part of one loop.
+// Tested by: tests/head_writer_test.cpp, tests/e2e/endpoints.test.mjs, tests/cors_test.cpp, tests/e2e/cors.test.mjs
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cassert>
 #include <charconv>
+#include <cstddef>
 #include <cstring>
+#include <ctime>
 #include <string>
 #include <string_view>
 
+#include "nexus/base/clock.h"
 #include "nexus/base/text.h"
+#include "nexus/config/settings.h"
 #include "nexus/http/head_parser.h"
 
 namespace nexus {
+
+class DateLine {
+ public:
+  // True if the line must be written again at `now`, a time of the loop.
+  bool is_due(Ns now) const { return now >= next_; }
+
+  void write(Ns now, Ns wall) {
+    const std::time_t second = wall / kSecond;
+    std::tm utc{};
+    gmtime_r(&second, &utc);
+    bytes_ = std::strftime(text_.data(), text_.size(), "Date: %a, %d %b %Y %H:%M:%S GMT\r\n", &utc);
+    next_ = now + kSecond - wall % kSecond;
+  }
+  std::string_view view() const { return {text_.data(), bytes_}; }
+
+ private:
+  std::array<char, 48> text_{};
+  std::size_t bytes_ = 0;
+  Ns next_ = 0;
+};
 
 // A parsed head and its bytes.
 struct HeadView {
@@ -223,5 +253,37 @@ inline void append_own_head(std::string& out, const OwnResponse& own, std::size_
   if (!own.request_id.empty()) cursor.field("X-Request-Id: ", own.request_id);
   cursor.add(connection_line(own.http_1_0, own.keep_alive)).add("\r\n");
 }
+
+constexpr std::string_view kAnyOriginLines = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n";
+
+// For a preflight request. `*` does not stand for Authorization. Browsers remember the response for two hours at most.
+constexpr std::string_view kPreflightLines =
+    "Access-Control-Allow-Methods: GET, HEAD, POST, OPTIONS\r\n"
+    "Access-Control-Allow-Headers: *, Authorization\r\n"
+    "Access-Control-Max-Age: 7200\r\n";
+
+inline bool allows_any_origin(const ServerSettings& server) {
+  return !server.cors_origins.empty() && server.cors_origins.front() == "*";
+}
+
+// Sets `lines` to the fields for the response to the request in `head`. Without `fields` the request is not known.
+inline void write_cors_lines(std::string& lines, const ServerSettings& server, const HeadView& head) {
+  lines.clear();
+  if (server.cors_origins.empty()) return;
+  if (allows_any_origin(server)) {
+    lines = kAnyOriginLines;
+    return;
+  }
+  const FieldRow* row = head.fields == nullptr ? nullptr : find_field(*head.fields, Field::origin);
+  const std::string_view origin = row == nullptr ? std::string_view() : value_of(head.base, *row);
+  if (std::find(server.cors_origins.begin(), server.cors_origins.end(), origin) != server.cors_origins.end()) {
+    detail::append_field(lines, "Access-Control-Allow-Origin", origin);
+    lines += "Access-Control-Expose-Headers: *\r\n";
+  }
+  lines += "Vary: Origin\r\n";  // also where it is not allowed: a cache must not give this response to another origin
+}
+
+// True if these lines allow the request's origin. Then a backend does not see it, which might refuse it.
+constexpr bool allows_origin(std::string_view cors_lines) { return cors_lines.starts_with("Access-Control"); }
 
 }  // namespace nexus

@@ -45,7 +45,7 @@ enum class Field : std::uint8_t {
   x_api_key,
   x_request_id,
   x_nexus,          // x-nexus-…: only Nexus sets these
-  access_control,   // access-control-…: of a response (cors.h)
+  access_control,   // access-control-…: of a response (head_writer.h)
   underscore_twin,  // one of the above but a key, spelled with an underscore
 };
 

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/json_writer.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"

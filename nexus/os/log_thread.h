@@ -32,7 +32,7 @@
 #include <vector>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/threads.h"
+#include "nexus/base/mailbox.h"
 
 namespace nexus {
 

@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "nexus/base/limits.h"
-#include "nexus/proxy/held_counts.h"
+#include "nexus/fleet/admission.h"
 #include "nexus/proxy/upstream_pool.h"
 #include "nexus/proxy/upstream_request.h"
 #include "nexus/proxy/worker_context.h"

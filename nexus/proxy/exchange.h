@@ -21,13 +21,11 @@
 
 #include "nexus/api/endpoints.h"
 #include "nexus/base/limits.h"
+#include "nexus/fleet/admission.h"
 #include "nexus/proxy/attempt.h"
 #include "nexus/proxy/candidate_picker.h"
-#include "nexus/proxy/exchange_deadlines.h"
 #include "nexus/proxy/exchange_state.h"
-#include "nexus/proxy/exchange_summary.h"
-#include "nexus/proxy/held_counts.h"
-#include "nexus/proxy/request_needs.h"
+#include "nexus/proxy/exchange_times.h"
 #include "nexus/proxy/response_relay.h"
 
 namespace nexus {

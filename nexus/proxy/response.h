@@ -14,7 +14,7 @@
 #include <string_view>
 
 #include "nexus/api/errors.h"
-#include "nexus/api/response_json.h"
+#include "nexus/api/json_reader.h"
 #include "nexus/api/usage_scan.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/limits.h"

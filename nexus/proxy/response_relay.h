@@ -9,7 +9,7 @@
 
 #include <string_view>
 
-#include "nexus/proxy/exchange_summary.h"
+#include "nexus/proxy/exchange_times.h"
 #include "nexus/proxy/response.h"
 
 namespace nexus {

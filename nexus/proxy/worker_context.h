@@ -1,20 +1,25 @@
 // worker_context.h
-// Owns:     the parts that all objects of one worker use: net, timers, memory, counters, scratch space, snapshot.
-// Promises: used by one worker thread, so nothing in it locks; values shared by all threads are in Shared.
-// Leaves:   events to server/worker.h, connections to upstream_pool.h, requests to exchange.h.
+// Owns:     the parts that all objects of one worker use: net, timers, memory, counters, scratch space, snapshot;
+//           its log lines about attempts that failed, and about backends that are ejected and used again.
+// Promises: used by one worker thread, so nothing in it locks; values shared by all threads are in Shared. At most
+//           one line about a failed attempt per backend in kAttemptLogInterval, which counts those left out before
+//           it; each ejection has a line, and so has its end.
+// Leaves:   events to server/worker.h, connections to upstream_pool.h, requests and their failures to exchange.h.
 // Threads:  WorkerContext: one worker's. Shared: every worker's, as each member's own header says.
-// Tested by: tests/sim, tests/hostile
+// Tested by: tests/sim, tests/hostile, tests/counted_test.cpp, tests/e2e/health.test.mjs
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cassert>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -24,19 +29,68 @@
 #include "nexus/base/limits.h"
 #include "nexus/base/memory_budget.h"
 #include "nexus/base/object_pool.h"
+#include "nexus/base/text.h"
 #include "nexus/fleet/admission.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
-#include "nexus/http/date_line.h"
 #include "nexus/http/head_parser.h"
+#include "nexus/http/head_writer.h"
 #include "nexus/http/header_fields.h"
 #include "nexus/metrics/slab.h"
 #include "nexus/net/epoll.h"
 #include "nexus/net/timer_wheel.h"
 #include "nexus/os/log.h"
-#include "nexus/proxy/attempt_log.h"
 
 namespace nexus {
+
+class AttemptLog {
+ public:
+  // `detail` says more than the outcome, if it is not empty; `state` is the exchange's.
+  [[gnu::cold]] void failed(Log& log, Ns now, const BackendView& backend, AttemptOutcome why, std::string_view detail,
+                            std::string_view state, std::string_view request_id) {
+    Row* const row = row_of(backend.id);
+    if (row == nullptr) return;  // no memory, of which nothing more is to be had for a log line
+    if (now < row->next_line_ns) {
+      row->left_out += 1;
+      return;
+    }
+    log.event(LogLevel::warning, "request to a backend failed",
+              {{"backend", backend.name},
+               {"why", name_of(why)},
+               {"detail", detail},
+               {"state", state},
+               {"request_id", request_id},
+               {"left_out", Digits(row->left_out).view()}});
+    *row = {now + kAttemptLogInterval, 0};
+  }
+
+  [[gnu::cold]] static void ejected(Log& log, const BackendView& backend, AttemptOutcome why, Ns span) {
+    const auto ms = static_cast<std::uint64_t>(span / kMillisecond);
+    log.event(LogLevel::warning, "backend is ejected: it gets no requests for a while",
+              {{"backend", backend.name}, {"why", name_of(why)}, {"for_ms", Digits(ms).view()}});
+  }
+
+  [[gnu::cold]] static void returned(Log& log, const BackendView& backend) {
+    log.event(LogLevel::info, "backend gets requests again: its trial request succeeded", {{"backend", backend.name}});
+  }
+
+ private:
+  struct Row {
+    Ns next_line_ns = 0;
+    std::uint64_t left_out = 0;
+  };
+
+  Row* row_of(BackendId id) {
+    try {
+      if (index_of(id) >= rows_.size()) rows_.resize(index_of(id) + 1);
+      return &rows_[index_of(id)];
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
+  }
+
+  std::vector<Row> rows_;  // by BackendId
+};
 
 inline bool is_request_id(std::string_view id) {
   if (id.empty() || id.size() > kMaxRequestIdBytes) return false;

@@ -22,12 +22,11 @@
 #include <vector>
 
 #include "nexus/apps/status_page.h"
-#include "nexus/base/json_writer.h"
 #include "nexus/base/limits.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
-#include "nexus/proxy/request_needs.h"
+#include "nexus/proxy/candidate_picker.h"
 #include "nexus/server/client_keys.h"
 #include "nexus/server/paths.h"
 #include "nexus/server/session.h"

@@ -6,9 +6,9 @@
 // Threads:  one.
 #pragma once
 
+#include "nexus/api/json_reader.h"
 #include "nexus/api/model_list.h"
 #include "nexus/api/request_json.h"
-#include "nexus/api/response_json.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/lib/plain_json.h"
 

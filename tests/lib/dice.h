@@ -13,7 +13,7 @@
 #include <string_view>
 
 #include "nexus/base/clock.h"
-#include "nexus/base/hash.h"
+#include "nexus/base/text.h"
 
 namespace nexus::sim {
 
