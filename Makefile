@@ -30,6 +30,15 @@ UNIT ?=# arguments for the unit tests, for instance UNIT='-tc=*deadline*'
 
 # ---- directories and flags -------------------------------------------------------------------------------------------
 
+# What makes an error in memory end the process instead of giving it away. CONTRIBUTING.md has the cost of each.
+MACHINE := $(firstword $(subst -, ,$(or $(shell $(CXX) -dumpmachine 2>/dev/null),$(CROSS),$(shell uname -m))))
+HARDENING := -fPIE -fstack-protector -fstack-clash-protection -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3
+HARDENING += $(if $(filter x86_64,$(MACHINE)),-fcf-protection) $(if $(filter aarch64,$(MACHINE)),-mbranch-protection=standard)
+# clang before 18 has no -fstack-clash-protection for ARM64, and warns of it.
+HARDENING += $(if $(findstring clang,$(CXX)),-Wno-unused-command-line-argument)
+HARDENING := $(strip $(HARDENING))
+HARDENED_LINK := -static-pie -Wl,-z,relro,-z,now,-z,noexecstack
+
 DEPS := build/deps
 SIMDJSON := $(DEPS)/simdjson
 # The libraries of another architecture, and nothing here that the machine's own compiler does not find by itself.
@@ -44,8 +53,8 @@ ifneq ($(DEV),)
   LINK_MODE := -static
 else ifeq ($(SAN),)
   B := build$(CROSS:%=/%)
-  OPTIMISE := -O2
-  LINK_MODE := -static
+  OPTIMISE := -O2 $(HARDENING)
+  LINK_MODE := $(HARDENED_LINK)
 # Without vptr: its check opens a pipe, so it cries wolf in the test that leaves no descriptor. Nothing here is virtual.
 else ifeq ($(SAN),address)
   B := build/address
@@ -66,7 +75,7 @@ LLHTTP_INCLUDES := $(if $(LLHTTP),-isystem /usr/share/include -isystem /usr/shar
 INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(FOREIGN:%=-isystem %/include)
 # simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
 CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
-THIRD_PARTY := $(OPTIMISE) -w -DLLHTTP_STRICT_MODE=1
+THIRD_PARTY := $(patsubst -fstack-protector,-fstack-protector-strong,$(OPTIMISE)) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(FOREIGN:%=-L%/lib/$(CROSS)) $(LDFLAGS)
 LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares
 
@@ -197,7 +206,7 @@ endif
 
 # The daemon as one source file, with this command in its first lines. (g++ forgets "-x c" after each file.)
 SINGLE := build/nexus.single
-SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w -static -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
+SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w $(HARDENING) $(HARDENED_LINK) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
   -I$(SIMDJSON) $(LLHTTP_INCLUDES:-isystem=-I) $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
   $(if $(LLHTTP),$(addprefix -x c ,$(LLHTTP_SOURCES)) -x none) $(LDLIBS) -o $(SINGLE)
 single: $(READY)

@@ -13,6 +13,8 @@
 
 using namespace nexus;
 
+extern "C" [[noreturn]] void __stack_chk_fail();  // called by -fstack-protector where the stack was overwritten
+
 namespace {
 
 // Runs `body` in a process of its own, bound; its status from wait(2), or -1 where the kernel has no seccomp.
@@ -49,6 +51,19 @@ TEST_CASE("sandbox: what serving needs is allowed") {
   });
   CHECK(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == 0);
+}
+
+TEST_CASE("sandbox: a failed check of the compiler or the C library still ends the process with SIGABRT") {
+  if (!can_bind()) return;
+  const int status = run_bound([] {
+    close(STDERR_FILENO);  // for its message; older C libraries write that to the terminal unless this is set
+    setenv("LIBC_FATAL_STDERR_", "1", 1);
+    signal(SIGABRT, SIG_DFL);  // not doctest's
+    __stack_chk_fail();
+    return 0;
+  });
+  CHECK(WIFSIGNALED(status));
+  CHECK(WTERMSIG(status) == SIGABRT);
 }
 
 TEST_CASE("sandbox: a call that is not on the list fails with EPERM and does nothing") {
