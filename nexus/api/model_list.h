@@ -57,7 +57,7 @@ inline constexpr std::array<ModelListShape, 2> kModelListShapes{{{"data", "id", 
 inline bool read_model(JsonReader& json, simdjson::simdjson_result<JsonReader::Value> element,
                        const ModelListShape& shape, std::size_t& entry_bytes, ModelList& list) {
   JsonReader::Object object;
-  JsonReader::Value id, owner;
+  JsonReader::Value id;
   std::string_view name;
   if (element.error()) return false;
   if (element.get_object().get(object)) return ++list.unreadable, true;
