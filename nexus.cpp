@@ -25,10 +25,14 @@ namespace {
 
 constexpr const char* kDefaultConfig = "/etc/nexus/nexus.conf";
 
+// EX_CONFIG of sysexits.h: a restart does not help, so the service manager should not try one.
+constexpr int kBadConfiguration = 78;
+
 constexpr std::string_view kHelp =
     R"(usage: nexus [-c FILE]        run the gateway (default FILE: /etc/nexus/nexus.conf)
        nexus -t [FILE]        check the configuration and exit
        nexus check [FILE]     probe each backend of FILE once and print the results
+       nexus reload PID       make a running Nexus read its file again, and wait for the outcome
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
        nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
        nexus --version
@@ -49,6 +53,7 @@ struct Options {
   std::string config = kDefaultConfig;
   std::string env_file{};                     // empty: the process's own environment alone
   std::string url = "http://127.0.0.1:8000";  // for top
+  std::string pid{};                          // for reload
 };
 
 ConfigResult read_config(const Options& options) {
@@ -113,6 +118,18 @@ int watch(const Options& options) {
   return Top(watched, url).run();
 }
 
+// Exit status: 0 the file is in force, 1 it was refused or there was no answer.
+int reload(const Options& options) {
+  const std::optional<std::uint64_t> pid = parse_decimal(options.pid);
+  if (!pid || *pid == 0 || *pid > INT32_MAX) {
+    std::fprintf(stderr, "nexus: reload needs the process id of a running nexus\n");
+    return 2;
+  }
+  const ReloadOutcome outcome = request_reload(static_cast<pid_t>(*pid));
+  std::fprintf(outcome.in_force ? stdout : stderr, "%s\n", escape_for_terminal(outcome.text, 8000).c_str());
+  return outcome.in_force ? 0 : 1;
+}
+
 void print_demo(const std::string& address) {
   const char* at = address.c_str();
   std::printf(
@@ -147,7 +164,7 @@ int serve_file(const Options& options) {
   std::optional<Settings> settings = read_settings(options);
   if (settings) return serve(std::move(*settings), read, false);
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
-  return 1;
+  return kBadConfiguration;
 }
 
 int serve_demo(const Options&) {
@@ -175,6 +192,10 @@ int run(int argc, char** argv) {
   if (command == "top") {
     options.run = watch;
     if (argc > 2) options.url = argv[2];
+    first = 3;
+  } else if (command == "reload") {
+    options.run = reload;
+    if (argc > 2) options.pid = argv[2];
     first = 3;
   } else if (command == "check") {
     options.run = check_fleet;

@@ -28,6 +28,7 @@
 #include "nexus/base/mailbox.h"
 #include "nexus/config/parser.h"
 #include "nexus/os/log_thread.h"
+#include "nexus/os/reload.h"
 #include "nexus/os/seccomp.h"
 #include "nexus/os/systemd.h"
 #include "nexus/server/control.h"
@@ -276,7 +277,9 @@ class Daemon {
       const Ns until = std::min(deadline, watchdog_->next());
       const Ns left = std::clamp<Ns>(until - monotonic_now(), 0, 3600 * kSecond);
       const timespec wait{left / kSecond, left % kSecond};
-      const int signal = sigtimedwait(&signals, nullptr, &wait);
+      siginfo_t info{};
+      const int signal = sigtimedwait(&signals, &info, &wait);
+      if (signal == SIGHUP) ticket_ = ReloadTicket(info);
       if (signal > 0) return signal;
       assert(errno == EAGAIN || errno == EINTR);
       if (errno == EAGAIN && monotonic_now() >= deadline) return 0;
@@ -299,20 +302,23 @@ class Daemon {
     open_access_log(settings_->log.access);
     ConfigResult next = read_config();
     const bool ok = next.ok();
-    const std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
+    std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
     deliver<Control<EpollNet>::Reload>(*control_, ok ? settings_ : nullptr);
-    wait_until_in_force();
+    const bool in_force = wait_until_in_force();
+    if (!in_force && ok) note = "reload not in force yet, see the log" + (note.empty() ? "" : "; " + note);
     notifier_.ready(note.empty() ? status_ : status_ + "; " + note);
+    ticket_.answer({ok && in_force, note.empty() ? "reloaded" : note});
   }
 
   // Workers get the new settings once the first checks of new backends are done. `systemctl reload` returns after that.
-  void wait_until_in_force() {
+  bool wait_until_in_force() {
     constexpr timespec kPause{0, 2 * kMillisecond};
     const Ns deadline = monotonic_now() + kReloadWait;
     while (control_->in_force() != settings_.get() && monotonic_now() < deadline && !is_to_stop()) {
       beat();
       nanosleep(&kPause, nullptr);
     }
+    return control_->in_force() == settings_.get();
   }
 
   static bool is_to_stop() {
@@ -382,7 +388,10 @@ class Daemon {
           if (!listening.passed) EpollNet::refuse_connections(listening.socket);
         }
       }
-      if (signal == SIGHUP) open_access_log(settings_->log.access);
+      if (signal == SIGHUP) {
+        open_access_log(settings_->log.access);
+        ticket_.answer({false, "draining: only the access log was opened again"});
+      }
       if (signal == 0 && monotonic_now() < deadline) continue;
       if (signal == SIGTERM || signal == SIGINT || signal == 0) {
         log_.event(LogLevel::warning, signal == 0 ? "drain_timeout reached, closing remaining connections"
@@ -407,6 +416,7 @@ class Daemon {
   Shared shared_;
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
+  ReloadTicket ticket_;                                        // of the last SIGHUP
   std::string status_ = "serving on";                          // shown by systemctl status
   std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs
   EpollNet control_net_;

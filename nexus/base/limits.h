@@ -125,6 +125,7 @@ constexpr Ns kFirstRecheck = kSecond;               // of a backend that is not 
 constexpr Ns kCheckPause = 100 * kMillisecond;      // between two wishes of a worker for an early check
 constexpr Ns kMaxReloadHold = 2 * kSecond;          // a reload's snapshot waits so long for first checks
 constexpr Ns kReloadWait = 2 * kMaxReloadHold;      // for a reload to be in force, before the service manager is told
+constexpr Ns kReloadAnswer = 30 * kSecond;          // how long `nexus reload` waits for the outcome
 constexpr Ns kHandOverTime = 100 * kMillisecond;    // of a drain: another worker may be handing over a connection
 constexpr Ns kFirstRequestTime = kSecond;           // of a drain: a first request may be on its way
 constexpr Ns kFarewellTime = kSecond;               // of a drain: kept connections get to see our FIN
@@ -138,6 +139,7 @@ static_assert(kMaxModelNames >= kMaxModelsPerBackend && kMaxBackendNames >= kMax
 static_assert(kMostReadBytes >= kFirstReadBytes && kIncrementalBytes <= kMostReadBytes);
 static_assert(kRoomyBlock >= kFirstReadBytes && kRoomyBlock <= kKeptBytes && kSmallestBlock <= kRoomyBlock);
 static_assert(kTextBytes >= kListedModelBytes + kMaxRequestIdBytes + kMaxModelBytes, "an error needs no memory");
+static_assert(kReloadAnswer > 2 * (kReloadWait + kSecond), "a signal that was merged with another is sent again");
 static_assert(kHandOverTime <= kFirstRequestTime && kAcceptRest < kLastAccepts && kLastAccepts < kHandOverTime);
 static_assert(kMaxLogValueBytes >= kMaxRequestIdBytes && kMaxLogValueBytes >= kMaxBackendNameBytes);
 

@@ -114,6 +114,12 @@ class Notifier {
     if (socket_ >= 0) ::close(socket_);
   }
 
+  // Receives instead what others send to `path`: the descriptor for it, or -1.
+  int bind() {
+    const auto* at = reinterpret_cast<const sockaddr*>(&to_);
+    return socket_ >= 0 && ::bind(socket_, at, length_) == 0 ? socket_ : -1;
+  }
+
   // Sends `NAME=value` lines. False if nobody received them.
   bool send(std::string_view message) {
     if (socket_ < 0) return false;

@@ -33,7 +33,7 @@ const stand_ins = {
   systemctl: `
     [ "$2" = nexus ] || exit 1
     case $1 in
-      reload) MAINPID=$SERVICE_PID; eval "$(sed -n 's/^ExecReload=//p' "$REPOSITORY/contrib/systemd/nexus.service")" ;;
+      reload) MAINPID=$SERVICE_PID; eval "$(sed -n 's,^ExecReload=/usr/bin/nexus,"$NEXUS",p' "$REPOSITORY/contrib/systemd/nexus.service")" ;;
       stop) ! grep -q ^KillSignal "$REPOSITORY/contrib/systemd/nexus.service" && kill -TERM "$SERVICE_PID" ;;
       *) exit 1 ;;
     esac`,

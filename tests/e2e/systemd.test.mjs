@@ -2,7 +2,8 @@
 // up, and starts the daemon with them, again and again. What the daemon tells its manager is tests/notify_test.cpp's.
 import { spawn } from 'node:child_process';
 import net from 'node:net';
-import { assert, get, group, settings, sleep, test, until, within } from './harness.mjs';
+import { RawClient, assert, chat, get, group, pair, run_nexus, settings, sleep, test, until, within } from './harness.mjs';
+import { repository_file } from './prometheus.mjs';
 
 // Listening sockets that this process does not accept from once the shell has them.
 async function listen(count) {
@@ -94,5 +95,81 @@ group('socket activation', () => {
       `LISTEN_FDS=1 sh -c 'LISTEN_PID=$$ exec "$0" -c "$1"' '${settings.nexus}' '${t.file('other.conf', backend)}' 3</dev/null`);
     assert.equal(await within(10_000, run.exited, 'the refusal'), 1);
     assert.match(run.stderr, /^nexus: descriptor 3 was passed.*TCP.*\n$/);
+  });
+});
+
+// `nexus reload PID` is ExecReload of nexus.service.
+group('reload for a service manager', () => {
+  const unit_says = (key) => new RegExp(`^${key}=(.*)$`, 'm').exec(repository_file('contrib/systemd/nexus.service'))[1];
+  const reload = (nexus) => run_nexus(['reload', String(nexus.pid)], { ms: 30_000 });
+  const with_alias = (nexus, alias, server = {}) => nexus.write_conf({ ...nexus.conf, aliases: { [alias]: 'm1' }, server });
+  const models = async (nexus) => (await get(nexus.port, '/v1/models')).json.data.map((m) => m.id);
+
+  test('it returns when the new configuration is in force, and succeeds', async (t) => {
+    const { nexus } = await pair(t);
+    assert.equal(unit_says('ExecReload'), '/usr/bin/nexus reload $MAINPID');
+    for (const alias of ['first', 'second']) {
+      with_alias(nexus, alias);
+      assert.deepEqual(await reload(nexus), { code: 0, signal: null, stdout: 'reloaded\n', stderr: '' });
+      assert.ok((await models(nexus)).includes(alias), 'in force at once');
+    }
+    with_alias(nexus, 'third', { threads: 3 });
+    assert.deepEqual(await reload(nexus),
+      { code: 0, signal: null, stdout: 'reloaded, except: threads (needs a restart; still 2)\n', stderr: '' });
+  });
+
+  test('a refused file is its failure, with the error, and the daemon goes on', async (t) => {
+    const { nexus } = await pair(t);
+    nexus.write_conf('[server]\nlisten = 127.0.0.1:@PORT@\n[backend other]\nurl = http://127.0.0.1:1\ntype = abacus\n');
+    const refused = await reload(nexus);
+    assert.equal(refused.code, 1);
+    assert.equal(refused.stdout, '');
+    assert.match(refused.stderr, /^reload failed, keeping the old configuration: .*nexus-\d+\.conf:5: .*abacus.*\n$/);
+    assert.ok((await models(nexus)).includes('m1'));
+  });
+
+  test('each of many at once has its answer: a signal that was merged with another one is sent again', { limit_ms: 60_000 }, async (t) => {
+    const { nexus } = await pair(t);
+    const outcomes = await Promise.all(Array.from({ length: 8 }, () => reload(nexus)));
+    for (const outcome of outcomes) assert.deepEqual(outcome, { code: 0, signal: null, stdout: 'reloaded\n', stderr: '' });
+  });
+
+  test('while the daemon drains it fails and says so', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const begun = new Promise((done) => { backend.answer = (_, reply) => done(reply); });
+    const busy = await RawClient.connect(nexus.port);
+    t.after(() => busy.close());
+    busy.send('POST', '/v1/chat/completions', {}, chat());
+    const reply = await begun;
+    nexus.child.kill('SIGTERM');
+    await nexus.logged(/ draining$/m);
+    const { code, stderr } = await reload(nexus);
+    assert.equal(code, 1);
+    assert.match(stderr, /^draining: /);
+    reply.json({});
+    assert.equal((await busy.response()).status, 200);
+  });
+
+  test('without such a process it fails, and without a number it is refused', async () => {
+    const gone = spawn('true');
+    await new Promise((done) => gone.on('exit', done));
+    const none = await run_nexus(['reload', String(gone.pid)]);
+    assert.equal(none.code, 1);
+    assert.match(none.stderr, /^cannot signal that process: No such process\n$/);
+    for (const args of [[], ['0'], ['-1'], ['self'], ['99999999999']]) {
+      const wrong = await run_nexus(['reload', ...args]);
+      assert.equal(wrong.code, 2, args.join());
+      assert.match(wrong.stderr, /process id/);
+    }
+  });
+
+  test('a bad configuration at the start has an exit code of its own, and the unit starts no such process again', async (t) => {
+    const bad = await run_nexus(['-c', t.file('bad.conf', '[server]\nthreads = two\n')]);
+    assert.equal(String(bad.code), unit_says('RestartPreventExitStatus'));
+    assert.equal((await run_nexus(['-c', '/nonexistent/nexus.conf'])).code, bad.code);
+    const { nexus } = await pair(t);   // its address is taken, which may change
+    const taken = await run_nexus(['-c', t.file('taken.conf', `[server]\nlisten = 127.0.0.1:${nexus.port}\n${backend}`)]);
+    assert.equal(taken.code, 1);
+    assert.match(taken.stderr, /in use/);
   });
 });
