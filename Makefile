@@ -25,6 +25,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 NODE ?= node
 CLANG_FORMAT ?= clang-format
+MAINTAINER ?= The Nexus maintainers <nexus@example.org>
 E2E ?=# arguments for tests/e2e/run.mjs
 UNIT ?=# arguments for the unit tests, for instance UNIT='-tc=*deadline*'
 
@@ -242,7 +243,8 @@ clean:
 
 # ---- installing ------------------------------------------------------------------------------------------------------
 
-.PHONY: install uninstall deb
+.PHONY: install uninstall deb tarball
+VERSION = $(shell sed -n 's/^constexpr std::string_view kVersion = "\(.*\)";.*/\1/p' nexus/base/text.h)
 BINDIR := $(DESTDIR)$(PREFIX)/bin
 MANDIR := $(DESTDIR)$(PREFIX)/share/man
 DOCDIR := $(DESTDIR)$(PREFIX)/share/doc/nexus
@@ -263,8 +265,8 @@ uninstall:
 	rm -f $(DOCDIR)/nexus.conf.example
 	-rmdir $(DOCDIR) 2>/dev/null || true
 
-deb: $(B)/nexus
-	@tools/deb.sh $(B)/nexus
+deb tarball: $(B)/nexus
+	@VERSION='$(VERSION)' MACHINE='$(MACHINE)' MAINTAINER='$(MAINTAINER)' CXX='$(CXX)' tools/$@.sh
 
 help:
 	@echo 'make              build build/nexus; installs or names what is missing, as make deps does'
@@ -277,7 +279,7 @@ help:
 	@echo 'make size         lines, files, longest file and function, arrows between folders'
 	@echo 'make deps         install the missing Debian packages; make deps-peers: also nginx, HAProxy, Prometheus, Chromium'
 	@echo 'make install      PREFIX=/usr/local DESTDIR=; make uninstall: take it away again'
-	@echo 'make deb          a Debian package in build/'
+	@echo 'make deb          a Debian package in build/; make tarball: for hosts without Debian, to unpack in /usr/local'
 	@echo 'make clean        remove what was built'
 	@$(if $(HELP_MORE),printf '%s\n' $(HELP_MORE))
 

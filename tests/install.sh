@@ -1,5 +1,5 @@
 #!/bin/bash
-# Goal: what `make install`, `make deb` and `make single` write is complete and works, and `make uninstall` removes it.
+# Goal: what `make install`, `make tarball`, `make deb` and `make single` write is complete and works, and `make uninstall` removes it.
 # Method: both install into a scratch directory; the package is unpacked, not installed.
 # Closes with "N passed, N failed, N skipped". usage: tests/install.sh BUILD_DIRECTORY
 set -uo pipefail
@@ -58,18 +58,57 @@ is_static_and_small() {
 }
 check "the binary is static and under 4 MB" is_static_and_small
 
+packs() { rm -f build/nexus-*.tar.gz && ${MAKE:-make} -s tarball && ls build/nexus-*.tar.gz; }
+unpacks() {
+  local archive
+  archive=$(echo build/nexus-*.tar.gz)
+  (cd build && sha256sum --quiet -c "${archive#build/}.sha256") && mkdir "$scratch/local" &&
+    tar -xzf "$archive" -C "$scratch/local" --strip-components=1 &&
+    (cd "$scratch/local" && sha256sum --quiet -c share/doc/nexus/SHA256SUMS)
+}
+is_same_again() {
+  local archive before
+  archive=$(echo build/nexus-*.tar.gz)
+  before=$(sha256sum <"$archive") && ${MAKE:-make} -s tarball && [ "$(sha256sum <"$archive")" = "$before" ]
+}
+check "make tarball packs an archive" packs
+check "its checksums are right" unpacks
+check "it has binary, manuals, units, example and licenses" is_list "$scratch/local" ./bin/nexus ./lib/systemd/system/nexus.service \
+  ./lib/systemd/system/nexus.socket ./share/man/man5/nexus.conf.5 ./share/man/man8/nexus.8 \
+  $(printf './share/doc/nexus/%s ' CHANGELOG.md LICENSE LICENSE.simdjson SECURITY.md SHA256SUMS copyright logrotate nexus.conf.example)
+check "its unit starts the binary in /usr/local" starts_nexus_of "$scratch/local/lib/systemd/system/nexus.service" /usr/local/bin/nexus
+check "the same files make the same archive" is_same_again
+
 if command -v dpkg-deb >/dev/null; then
   check "make deb makes a package" "${MAKE:-make}" -s deb
   package=$(find build -maxdepth 1 -name 'nexus_*.deb' -newer "$scratch" | head -1)
   check "the package unpacks" dpkg-deb -x "$package" "$scratch/deb"
   check "the package puts each file in its place" is_list "$scratch/deb" ./etc/logrotate.d/nexus ./etc/nexus/nexus.conf \
-    ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./usr/bin/nexus ./usr/share/doc/nexus/copyright \
-    ./usr/share/doc/nexus/nexus.conf.example ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
+    ./usr/lib/systemd/system/nexus.service ./usr/lib/systemd/system/nexus.socket \
+    ./usr/lib/systemd/system/nexus.service.d/debian.conf ./usr/bin/nexus ./usr/share/doc/nexus/changelog.gz \
+    ./usr/share/doc/nexus/copyright ./usr/share/doc/nexus/nexus.conf.example ./usr/share/lintian/overrides/nexus \
+    ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
   check "the packaged unit starts the packaged binary" \
-    starts_nexus_of "$scratch/deb/lib/systemd/system/nexus.service" /usr/bin/nexus
+    starts_nexus_of "$scratch/deb/usr/lib/systemd/system/nexus.service" /usr/bin/nexus
   check "the packaged configuration is one that nexus takes" "$scratch/deb/usr/bin/nexus" -t -c "$scratch/deb/etc/nexus/nexus.conf"
   check "an upgrade keeps the operator's configuration" \
     grep -qx /etc/nexus/nexus.conf <(dpkg-deb --info "$package" conffiles)
+  names_libraries() {
+    local name
+    for name in llhttp simdjson c-ares glibc libstdc++; do grep -q "^Files: .*$name" "$scratch/deb/usr/share/doc/nexus/copyright" || return 1; done
+    dpkg-deb --field "$package" Built-Using | grep -qE 'c-ares \(= .*gcc-.* \(= .*glibc \(= '
+  }
+  check "the package names the libraries in the binary, with their licenses and versions" names_libraries
+  newest_is_this() {
+    [ "$(zcat "$scratch/deb/usr/share/doc/nexus/changelog.gz" | head -1)" = "nexus ($("$build/nexus" --version | cut -d' ' -f2)) stable; urgency=medium" ]
+  }
+  check "the changelog's newest release is this version" newest_is_this
+  if command -v lintian >/dev/null; then
+    check "lintian finds nothing in the package" lintian --allow-root --fail-on error,warning "$package"
+  else
+    skipped=$((skipped + 1))
+    echo "skipped: lintian is not installed"
+  fi
 else
   skipped=$((skipped + 1))
   echo "skipped: the Debian package: no dpkg-deb here"

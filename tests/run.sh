@@ -51,6 +51,7 @@ else
   part "simulation" "$counted" "$build/sim" --test
   part "end-to-end tests" "$counted" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@"
   [ -n "${SAN:-}" ] || part "tests of what is installed" "$counted" tests/install.sh "$build"
+  [ -n "${SAN:-}" ] || part "the course of a package" "$counted" tests/package.sh
 fi
 
 echo

@@ -5,7 +5,7 @@
 //           signals to the daemon can ask, and the daemon sends at most one datagram for it, which does not block.
 // Leaves:   the reload itself to daemon.h.
 // Threads:  the main thread.
-// Tested by: tests/systemd_test.cpp, tests/e2e/lifecycle.test.mjs
+// Tested by: tests/e2e/systemd.test.mjs
 #pragma once
 
 #include <poll.h>
