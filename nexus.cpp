@@ -6,6 +6,9 @@
 // backends, resolves their names and renders the pages; the log thread (log_thread.h) writes the log. This file is the
 // command line; daemon.h starts and stops the threads.
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -182,7 +185,17 @@ int print_help(const Options&) {
   return 0;
 }
 
+// Opens those of stdin, stdout and stderr that are closed: a socket would get their number, and a client the log.
+void open_standard_descriptors() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(fd, F_GETFD) != -1) continue;
+    if (open("/dev/null", O_RDWR) == -1)
+      open("/", O_RDONLY | O_DIRECTORY);  // no /dev: it can be neither read nor written
+  }
+}
+
 int run(int argc, char** argv) {
+  open_standard_descriptors();
   constexpr std::pair<std::string_view, int (*)(const Options&)> kFlags[] = {
       {"-t", test_config},   {"--demo", serve_demo}, {"--version", print_version},
       {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};

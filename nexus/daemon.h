@@ -63,6 +63,7 @@ class Daemon {
     const sigset_t signals = daemon_signals();
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGCHLD, SIG_IGN);  // as process 1 of a container it inherits children: they leave no zombies
     raise_descriptor_limit();
     if (std::string why = open_listeners(); !why.empty()) return why;
     log_ = make_log();
@@ -131,10 +132,15 @@ class Daemon {
 
   void warn_of_few_descriptors() {
     rlimit limit{};
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur > settings_->server.max_connections) return;
-    log_.event(LogLevel::warning, "max_connections exceeds the limit on file descriptors",
-               {{"max_connections", Digits(settings_->server.max_connections).view()},
-                {"descriptors", Digits(limit.rlim_cur).view()}});
+    const std::uint64_t needed = descriptors_needed(*settings_, workers_.size());
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= needed) return;
+    log_.event(
+        LogLevel::warning,
+        "the limit on file descriptors is below what nexus.conf may need: raise it (LimitNOFILE=, ulimit -n), or "
+        "lower max_connections",
+        {{"needed", Digits(needed).view()},
+         {"limit", Digits(limit.rlim_cur).view()},
+         {"max_connections", Digits(settings_->server.max_connections).view()}});
   }
 
   Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
@@ -342,10 +348,10 @@ class Daemon {
   std::string take_settings(Settings next) {
     if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
-    const bool more_connections = next.server.max_connections > settings_->server.max_connections;
+    const std::uint64_t needed_before = descriptors_needed(*settings_, workers_.size());
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
-    if (more_connections) warn_of_few_descriptors();
+    if (descriptors_needed(*settings_, workers_.size()) > needed_before) warn_of_few_descriptors();
     const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
     log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note);
     return note;

@@ -85,6 +85,26 @@ const std::string kDuration = "expected a duration (with ms, s, m, h), ";
 const std::string kSize = "expected a size (bytes, or with k, M, G), ";
 const std::string kListen = "expected a numeric address:port, [v6]:port, *:port or localhost:port";
 
+TEST_CASE("the descriptors that a configuration may need: one for each client, and one for its request at a backend") {
+  const auto needed = [](const char* text, std::size_t threads) {
+    const ConfigResult result = parse(text);
+    REQUIRE(result.ok());
+    return descriptors_needed(result.settings, threads);
+  };
+  const std::string two = "[server]\nmax_connections = 100\n[backend a]\ntype = echo\n[backend b]\ntype = echo\n";
+  const std::uint64_t base = needed(two.c_str(), 1);
+  CHECK(base >= 200);
+  CHECK(base < 250);
+  CHECK(needed(two.c_str(), 3) > base);
+  CHECK(needed((two + "max_pending = 10\n").c_str(), 1) == base);  // the other backend has no cap
+  const std::string capped = "[server]\nmax_connections = 100\n[backend a]\ntype = echo\nmax_pending = 20\n";
+  CHECK(needed((capped + "[backend b]\ntype = echo\nmax_pending = 10\n").c_str(), 1) == base - 70);
+  CHECK(needed((capped + "[backend b]\ntype = echo\nmax_pending = 999\n").c_str(), 1) == base);
+  const std::string few =
+      "[server]\nmax_connections = 100\nmax_pending = 5\n[backend a]\ntype = echo\n[backend b]\ntype = echo\n";
+  CHECK(needed(few.c_str(), 1) == base - 95);
+}
+
 }  // namespace
 
 TEST_CASE("a configuration without a backend is refused, at its last line") {

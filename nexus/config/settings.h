@@ -189,4 +189,19 @@ struct Settings {
   std::vector<BackendSettings> backends;
 };
 
+// Descriptors that may be open at once: each client sends a request that goes to a backend, as far as the limits allow
+// it.
+inline std::uint64_t descriptors_needed(const Settings& settings, std::size_t threads) {
+  constexpr std::uint64_t kOwn = 32, kOwnPerThread = 4, kOwnPerBackend = 2;  // log, lookups; event loops; checks
+  const std::uint64_t clients = settings.server.max_connections;
+  std::uint64_t in_flight = 0;
+  for (const BackendSettings& backend : settings.backends) {
+    in_flight += backend.max_pending > 0 ? backend.max_pending : clients;
+  }
+  if (settings.server.max_pending > 0) in_flight = std::min<std::uint64_t>(in_flight, settings.server.max_pending);
+  return clients + std::min(in_flight, clients) + settings.server.listen.size() +
+         settings.server.metrics_listen.size() + kOwn + kOwnPerThread * threads +
+         kOwnPerBackend * settings.backends.size();
+}
+
 }  // namespace nexus
