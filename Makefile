@@ -89,7 +89,7 @@ lacks_command = $(if $(shell command -v $(1)),,$(2))
 EMULATOR := $(if $(CROSS),qemu-$(firstword $(subst -, ,$(CROSS)))-static)
 NPM_PACKAGES := $(call lacks_command,npm,npm) $(call lacks,/etc/ssl/certs/ca-certificates.crt,ca-certificates)
 BUILD_PACKAGES := $(strip \
-  $(call lacks_command,$(CXX),$(if $(findstring clang,$(CXX)),clang,g++$(CROSS:%=-%))) \
+  $(call lacks_command,$(CXX),$(if $(CROSS),g++-$(CROSS),$(subst clang++,clang,$(notdir $(firstword $(CXX)))))) \
   $(if $(LLHTTP),$(call lacks,$(LLHTTP)/llhttp.c,libllhttp-dev|node-llhttp)) \
   $(call lacks,/usr/include/ares.h,libc-ares-dev) \
   $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
