@@ -47,7 +47,7 @@ Result scan(std::string_view text, Kind kind, bool removing, std::vector<std::si
   if (ends.empty() || ends.back() != text.size()) ends.push_back(text.size());
   Result result;
   UsageScan scan;
-  scan.start(kind, &nexus::kOpenAiUsage, removing);
+  scan.start(kind, &nexus::row_of(nexus::Dialect::openai).response, removing);
   UsageScan::Out out;
   std::size_t from = 0;
   const bool end_follows = ends.size() % 2 == 1;  // else the body ends with its last piece
@@ -560,10 +560,10 @@ TEST_CASE("a scan that starts again knows nothing of its last body") {
   UsageScan::Out out;
   std::string piece = R"(data: {"usage":{"prompt_tokens":1,)" + std::string(nexus::kPaddingBytes, ' ');
   const std::size_t bytes = piece.size() - nexus::kPaddingBytes;
-  scan.start(Kind::event_stream, &nexus::kOpenAiUsage, true);
+  scan.start(Kind::event_stream, &nexus::row_of(nexus::Dialect::openai).response, true);
   REQUIRE(scan.feed(pool(), reader(), piece.data(), bytes, false, out));
   CHECK(scan.held_bytes() == bytes);
-  scan.start(Kind::json, &nexus::kOpenAiUsage, false);
+  scan.start(Kind::json, &nexus::row_of(nexus::Dialect::openai).response, false);
   CHECK(scan.held_bytes() == 0);
   CHECK(pool().taken_bytes() == 0);
   piece = R"({"usage":{"prompt_tokens":4}})" + std::string(nexus::kPaddingBytes, ' ');
@@ -719,7 +719,7 @@ TEST_CASE("the events of a stream, its errors and its end mark are the same at e
       bool right = true;
       for_every_cut(text.size(), [&](const std::vector<std::size_t>& ends) {
         UsageScan scan;
-        scan.start(Kind::event_stream, &nexus::kOpenAiUsage, false, "[DONE]");
+        scan.start(Kind::event_stream, &nexus::row_of(nexus::Dialect::openai).response, false);
         UsageScan::Out out;
         std::size_t from = 0;
         for (const std::size_t end : ends) {

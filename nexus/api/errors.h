@@ -176,26 +176,75 @@ static_assert(std::all_of(detail::kApiErrors.begin(), detail::kApiErrors.end(),
                           [](const ApiErrorRow& row) { return &row == &row_of(row.error); }),
               "the rows stand in the order of the enum");
 
-// Appends the body of an error; an empty `param` becomes null.
-inline void append_error_body(std::string& out, const ApiErrorRow& row, std::string_view message,
-                              std::string_view param = {}) {
-  JsonWriter json(out);
-  json.begin_object().key("error").begin_object().field("message", message).field("type", row.type).key("param");
-  if (param.empty()) {
-    json.literal("null");
-  } else {
-    json.value(param);
+namespace detail {
+
+// Anthropic's error types go by the status.
+constexpr std::string_view anthropic_type_of(std::uint16_t status) {
+  switch (status) {
+    case 401: return "authentication_error";
+    case 403: return "permission_error";
+    case 404: return "not_found_error";
+    case 413: return "request_too_large";
+    case 429: return "rate_limit_error";
+    case 503: return "overloaded_error";
+    case 504: return "timeout_error";
+    default: return status < 500 ? "invalid_request_error" : "api_error";
   }
-  json.field("code", row.code).end_object().end_object();
 }
 
-// Appends an error response, head and body; an empty `message` means the row's. Allocates nothing if `out` has room,
+}  // namespace detail
+
+// What the body of an error says besides its row.
+struct ErrorText {
+  std::string_view message = {};  // empty: the row's
+  std::string_view param = {};    // the member of the request that is wrong; empty: none
+  std::string_view request_id = {};
+};
+
+// Appends the body of an error, as clients of an API expect it.
+inline void append_error_body(std::string& out, const ApiErrorRow& row, ErrorShape shape, const ErrorText& text) {
+  const std::string_view message = text.message.empty() ? row.message : text.message;
+  JsonWriter json(out);
+  json.begin_object();
+  switch (shape) {
+    case ErrorShape::openai:
+      json.key("error").begin_object().field("message", message).field("type", row.type).key("param");
+      text.param.empty() ? json.literal("null") : json.value(text.param);
+      json.field("code", row.code).end_object();
+      break;
+    case ErrorShape::anthropic:
+      json.field("type", "error").key("error").begin_object();
+      json.field("type", detail::anthropic_type_of(row.status)).field("message", message).end_object();
+      json.field("request_id", text.request_id);
+      break;
+    case ErrorShape::ollama: json.field("error", message); break;
+  }
+  json.end_object();
+}
+
+// Appends an error as the last event of a stream that has had `events`; the last of them may be incomplete.
+inline void append_error_event(std::string& out, const ApiErrorRow& row, const DialectRow& dialect,
+                               std::uint64_t events, const ErrorText& text) {
+  const bool lines = dialect.framing == StreamFraming::lines;
+  out += lines ? "\n" : dialect.response.named ? "\n\nevent: error\ndata: " : "\n\ndata: ";
+  if (dialect.dialect == Dialect::responses) {
+    JsonWriter json(out);
+    json.begin_object().field("type", "error").field("code", row.code).field("message", row.message);
+    json.key("param").literal("null").field("sequence_number", events).end_object();
+  } else {
+    append_error_body(out, row, dialect.errors, text);
+  }
+  out += lines ? "\n" : "\n\n";
+}
+
+// Appends an error response, head and body; the request id is the answer's. Allocates nothing if `out` has room,
 // because it also reports that there is no memory.
-inline void append_own_error(std::string& out, ApiError error, std::string_view message, OwnResponse answer,
-                             bool with_body, std::string_view param = {}) {
+inline void append_own_error(std::string& out, ApiError error, ErrorShape shape, ErrorText text, OwnResponse answer,
+                             bool with_body) {
   const ApiErrorRow& row = row_of(error);
   const std::size_t body_at = out.size();
-  append_error_body(out, row, message.empty() ? row.message : message, param);
+  text.request_id = answer.request_id;
+  append_error_body(out, row, shape, text);
   const std::size_t head_at = out.size();
   answer.status = row.status;
   answer.retry_after_s = row.retry_after_s;

@@ -31,10 +31,10 @@ constexpr std::size_t kShortBytes = 16;  // of a string are scanned byte by byte
 constexpr std::size_t kKeptWordBytes = 128;
 constexpr std::size_t kept_bytes(BodyKey key) { return key == BodyKey::model ? kReadNameBytes + 2 : kKeptWordBytes; }
 
-// Each key stands in the skeleton twice at most, the second time with the value 0; each of its three objects may begin
+// Each key stands in the skeleton twice at most, the second time with the value 0; each of its two objects may begin
 // with a `"":0`.
 inline constexpr std::size_t kSkeletonBytes = [] {
-  std::size_t bytes = 3 * std::string_view(R"({"":0,})").size();
+  std::size_t bytes = 2 * std::string_view(R"({"":0,})").size();
   for (const BodyKeyRow& row : kBodyKeys) bytes += 2 * (row.name.size() + 4) + kept_bytes(row.key) + 1;
   return bytes;
 }();
@@ -42,7 +42,10 @@ inline constexpr std::size_t kSkeletonBytes = [] {
 class IncrementalJson {
  public:
   // Prepares for another body.
-  void start() { *this = IncrementalJson(); }
+  void start(const Endpoint& endpoint) {
+    *this = IncrementalJson();
+    endpoint_ = &endpoint;
+  }
 
   // `body`: everything received so far. It may have moved since the last call, but its earlier bytes are unchanged.
   // Behind it kPaddingBytes must be readable.
@@ -58,23 +61,23 @@ class IncrementalJson {
   }
 
   // The body is complete: returns what read_body() would.
-  std::optional<ApiError> read(JsonReader& reader, const Endpoint& endpoint, std::string_view body, BodyFacts& facts,
-                               bool find_messages = true) {
+  std::optional<ApiError> read(JsonReader& reader, std::string_view body, BodyFacts& facts, bool find_images = true) {
     facts = BodyFacts{};
     feed(reader, body.data(), body.size());
     if (fault_) return fault_;
     if (state_ != State::behind || checked_ != body.size()) return ApiError::bad_json;
-    const auto error = read_body(reader, endpoint, {skeleton_.data(), used_}, facts, find_messages);
+    const auto error = read_body(reader, *endpoint_, {skeleton_.data(), used_}, facts, find_images);
     if (error) return error;
     facts.first_member = first_member_;
-    facts.model_value = span_of(endpoint.model);
+    facts.model_value = span_of(BodyKey::model);  // empty if the body names none
     facts.stream_options_value = span_of(BodyKey::stream_options);
     facts.include_usage_value = span_of(BodyKey::include_usage);
     if (facts.continuous_usage_value.at > 0) facts.continuous_usage_value = span_of(BodyKey::continuous_usage_stats);
-    if (find_messages) facts.messages = span_of(BodyKey::messages);
-    facts.has_images = find_messages && has_images_;
+    facts.has_images = find_images && has_images_;
+    facts.json_mode = json_mode_;
     // A name without escapes must lie in the body, which outlives the skeleton; one with escapes lies in the reader.
     // Of a name that is too long for the skeleton, the body has the beginning.
+    if (facts.model_value.bytes == 0) return std::nullopt;
     const std::string_view name = text(facts.model_value.at + 1, facts.model_value.bytes - 2);
     if (name.size() > kReadNameBytes) facts.model = name.substr(0, kCutNameBytes);
     if (facts.model.data() > skeleton_.data() && facts.model.data() < skeleton_.data() + used_) facts.model = name;
@@ -158,7 +161,7 @@ class IncrementalJson {
   std::string_view text(std::size_t at, std::size_t bytes) const { return {body_ + at, bytes}; }
   BodySpan span_of(BodyKey key) const { return spans_[index_of(key)]; }
 
-  // ---- objects whose members are read: the body (level 1), and two of its values (level 2) ----
+  // ---- objects whose members are read: the body (level 1), and one of its values (level 2) ----
 
   bool open_body() {
     put("{");
@@ -198,9 +201,7 @@ class IncrementalJson {
     if (!to_quote()) return false;
     const std::string_view token = text(begin_, at_ + 1 - begin_);
     std::string_view name = token.substr(1, token.size() - 2);
-    // read_body() does not unescape the key `type`.
-    const bool escaped = within_ != BodyKey::response_format && name.find('\\') != std::string_view::npos;
-    if (escaped && !reader.read_key(token, name)) return fail();
+    if (name.find('\\') != std::string_view::npos && !reader.read_key(token, name)) return fail();
     key_ = find_body_key(name, within_);
     std::uint8_t& times = times_[index_of(key_)];  // more than 2 make no difference
     time_ = times;
@@ -214,8 +215,7 @@ class IncrementalJson {
       case '"': return pass(State::in_string);
       case '[': return nest(State::array_begun);
       case '{': {
-        const bool walked = key_ == BodyKey::stream_options || key_ == BodyKey::response_format;
-        if (walked && time_ == 0) return open_walked();
+        if (key_ == BodyKey::stream_options && time_ == 0) return open_walked();
         stand_in_ = "{}";
         return nest(State::object_begun);
       }
@@ -225,7 +225,7 @@ class IncrementalJson {
 
   bool in_string() {
     if (!to_quote()) return false;
-    note_image_keys(1);
+    note_marks(1);
     at_ += 1;
     return end_value(kept_or(R"("-")"));
   }
@@ -275,7 +275,7 @@ class IncrementalJson {
 
   bool in_first_string() {
     if (!to_quote()) return false;
-    note_image_keys(1);
+    note_marks(1);
     return pass(State::behind_first_string);
   }
 
@@ -301,7 +301,7 @@ class IncrementalJson {
       const bool closed = count_brackets(block.bracket('[') & ~strings, block.bracket(']') & ~strings, here);
       if (fault_) return false;
       if ((((block.control() & strings) | (backslashes & ~strings)) & here) != 0) return fail();
-      note_image_keys(quotes & ~strings & here);
+      note_marks(quotes & ~strings & here);
       if (closed) {
         at_ += static_cast<std::size_t>(std::countr_one(here));
         return end_value(stand_in_);
@@ -357,14 +357,21 @@ class IncrementalJson {
   }
 
   // `closing_quotes`: of strings; the lowest bit is the byte at at_.
-  void note_image_keys(std::uint64_t closing_quotes) {
-    if (key_ != BodyKey::messages) return;
-    constexpr std::size_t kBytes = kImageKey.size();
-    for (std::uint64_t left = closing_quotes; left != 0 && !has_images_; left &= left - 1) {
-      const std::size_t end = at_ + static_cast<std::size_t>(std::countr_zero(left)) + 1;
-      if (body_[end - 2] != kImageKey[kBytes - 2] || end < begin_ + kBytes) continue;
-      has_images_ = text(end - kBytes, kBytes) == kImageKey;
+  void note_marks(std::uint64_t closing_quotes) {
+    if (key_ == BodyKey::other) return;
+    for (const NeedMark& row : endpoint_->row().marks) {
+      bool& found = row.need == Need::images ? has_images_ : json_mode_;
+      if (row.within == key_ && !row.mark.empty() && !found) found = ends_with_mark(row.mark, closing_quotes);
     }
+  }
+
+  // True if one of the strings that end here ends with `mark`.
+  bool ends_with_mark(std::string_view mark, std::uint64_t closing_quotes) const {
+    for (std::uint64_t left = closing_quotes; left != 0; left &= left - 1) {
+      const std::size_t end = at_ + static_cast<std::size_t>(std::countr_zero(left)) + 1;
+      if (end >= begin_ + mark.size() && text(end - mark.size(), mark.size()) == mark) return true;
+    }
+    return false;
   }
 
   // Validates UTF-8 up to the last complete character. ASCII was recognised while it was scanned.
@@ -393,6 +400,7 @@ class IncrementalJson {
     put("\":");
   }
 
+  const Endpoint* endpoint_ = nullptr;
   const char* body_ = nullptr;
   std::size_t new_ = 0;  // where the newest piece begins
   std::size_t end_ = 0;
@@ -411,6 +419,7 @@ class IncrementalJson {
   std::size_t begin_ = 0;             // of the current key or value
   std::string_view stand_in_ = "{}";  // for the current array or object
   bool has_images_ = false;
+  bool json_mode_ = false;
   std::array<std::uint8_t, kBodyKeys.size() + 1> times_{};
   std::array<BodySpan, kBodyKeys.size()> spans_{};
 

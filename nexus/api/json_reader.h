@@ -20,7 +20,7 @@
 #include <string_view>
 #include <utility>
 
-#include "nexus/api/endpoints.h"
+#include "nexus/api/dialects.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/limits.h"
 
@@ -144,8 +144,30 @@ class JsonReader {
 struct Usage {
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
-  std::int64_t cached_tokens = -1;  // of prompt_tokens
+  std::int64_t cached_tokens = -1;   // of prompt_tokens
+  std::int64_t created_tokens = -1;  // written to the cache, where the API counts them apart
   bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
+
+  // Takes later counts. `each`: each of them by itself, for they tell a part of the counts.
+  void take(const Usage& later, bool each) {
+    if (!each) {
+      *this = later;
+      return;
+    }
+    for (std::int64_t Usage::*count :
+         {&Usage::prompt_tokens, &Usage::completion_tokens, &Usage::cached_tokens, &Usage::created_tokens}) {
+      if (later.*count >= 0) this->*count = later.*count;
+    }
+  }
+
+  // With all of the prompt's tokens in prompt_tokens, whatever the API's way to count.
+  Usage added_up(const ResponseShape& shape) const {
+    Usage all = *this;
+    if (shape.adds_up && prompt_tokens >= 0) {
+      all.prompt_tokens += std::max<std::int64_t>(cached_tokens, 0) + std::max<std::int64_t>(created_tokens, 0);
+    }
+    return all;
+  }
 };
 
 namespace detail {
@@ -162,18 +184,23 @@ inline void read_count(JsonReader::Value& value, std::int64_t& count) {
   if (read >= 0 && read <= kMaxTokenCount) count = read;
 }
 
-inline void read_counts(JsonReader& json, const UsageNames& names, JsonReader::Object& object, Usage& usage) {
+inline void read_counts(JsonReader& json, const ResponseShape& shape, JsonReader::Object& object, Usage& usage) {
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     JsonReader::Object details;
-    if (key == names.prompt) {
+    if (key.empty()) return true;
+    if (key == shape.prompt) {
       read_count(value, usage.prompt_tokens);
-    } else if (key == names.completion) {
+    } else if (key == shape.completion) {
       read_count(value, usage.completion_tokens);
-    } else if (key == names.prompt_details && !value.get_object().get(details)) {
+    } else if (key == shape.details && !value.get_object().get(details)) {
       json.each_member(details, [&](std::string_view detail, JsonReader::Value cached) {
-        if (detail == names.cached) read_count(cached, usage.cached_tokens);
+        if (detail == shape.cached) read_count(cached, usage.cached_tokens);
         return true;
       });
+    } else if (shape.details.empty() && key == shape.cached) {
+      read_count(value, usage.cached_tokens);
+    } else if (key == shape.created) {
+      read_count(value, usage.created_tokens);
     }
     return true;
   });
@@ -192,7 +219,7 @@ inline bool ends_with_usage_key(std::string_view text) {
 // Reads a `usage` that is the last member and small, the usual case, from the end of the response. An object between
 // `"usage":` and the brace that ends the text is a member of the outermost object, because JSON escapes quotes inside
 // strings and braces pair. False if the response ends otherwise.
-inline bool read_last_usage(JsonReader& json, const UsageNames& names, std::string_view text, Usage& usage) {
+inline bool read_last_usage(JsonReader& json, const ResponseShape& shape, std::string_view text, Usage& usage) {
   constexpr std::size_t kTailBytes = 512;
   constexpr int kObjects = 4;  // that may begin in a usage: its details
   text = trim_json_end(text);
@@ -207,7 +234,7 @@ inline bool read_last_usage(JsonReader& json, const UsageNames& names, std::stri
     if (!ends_with_usage_key(text.substr(0, at))) continue;
     JsonReader::Object object;
     if (!json.open(text.substr(at), object)) return false;
-    read_counts(json, names, object, usage);
+    read_counts(json, shape, object, usage);
     if (json.at_end()) return true;
     usage = Usage{};
     return false;
@@ -217,25 +244,26 @@ inline bool read_last_usage(JsonReader& json, const UsageNames& names, std::stri
 
 }  // namespace detail
 
-// Reads a `usage` object.
-inline Usage read_usage(JsonReader& json, const UsageNames& names, std::string_view text) {
+// Reads the counts of an object.
+inline Usage read_usage(JsonReader& json, const ResponseShape& shape, std::string_view text) {
   JsonReader::Object object;
   Usage usage;
-  if (json.open(text, object)) detail::read_counts(json, names, object, usage);
+  if (json.open(text, object)) detail::read_counts(json, shape, object, usage);
   return usage;
 }
 
-// Reads the `usage` of a whole response; the last one counts, as in a stream.
-inline Usage read_answer(JsonReader& json, const UsageNames& names, std::string_view text) {
+// Reads the counts of a whole response; the last `usage` counts, as in a stream.
+inline Usage read_answer(JsonReader& json, const ResponseShape& shape, std::string_view text) {
+  if (shape.bare) return read_usage(json, shape, text);
   Usage usage;
-  if (detail::read_last_usage(json, names, text, usage)) return usage;
+  if (detail::read_last_usage(json, shape, text, usage)) return usage;
   JsonReader::Object object;
   if (!json.open(text, object)) return usage;
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     JsonReader::Object counts;
     if (key != "usage" || value.get_object().get(counts)) return true;
     usage = Usage{};
-    detail::read_counts(json, names, counts, usage);
+    detail::read_counts(json, shape, counts, usage);
     return true;
   });
   return usage;

@@ -7,6 +7,7 @@
 // Tested by: tests/request_json_test.cpp, tests/fuzz/body.h
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -28,9 +29,6 @@ struct BodySpan {
   std::size_t bytes = 0;
 };
 
-// Messages with images have this key.
-inline constexpr std::string_view kImageKey = "\"image_url\"";
-
 struct BodyFacts {
   enum class Options : std::uint8_t { absent, null, object };
   enum class Flag : std::uint8_t { absent, no, yes, null };
@@ -47,9 +45,17 @@ struct BodyFacts {
   BodySpan continuous_usage_value;  // its `true`: vLLM then adds usage to each chunk, if include_usage is true too
   bool has_tools = false;
   bool json_mode = false;
-  BodySpan messages;        // the value of `messages`, if any
-  bool has_images = false;  // the messages contain kImageKey
+  bool has_images = false;
+
+  void note(Need need) { (need == Need::images ? has_images : json_mode) = true; }
 };
+
+// True if the body has the mark of an image anywhere: for a body that was read without looking for them.
+inline bool mentions_images(const Endpoint& endpoint, std::string_view body) {
+  return std::any_of(endpoint.row().marks.begin(), endpoint.row().marks.end(), [&](const NeedMark& row) {
+    return row.need == Need::images && row.mark.size() > 1 && body.find(row.mark) != std::string_view::npos;
+  });
+}
 
 // True if the text nests arrays and objects deeper than `limit`. Fast if it has few brackets, as most bodies have.
 // Behind the text kBlockBytes must be readable.
@@ -88,8 +94,8 @@ class BodyPass {
   using Value = JsonReader::Value;
   using Type = simdjson::ondemand::json_type;
 
-  BodyPass(JsonReader& json, const Endpoint& endpoint, std::string_view body, BodyFacts& facts, bool find_messages)
-      : json_(json), endpoint_(endpoint), body_(body), facts_(facts), find_messages_(find_messages) {}
+  BodyPass(JsonReader& json, const Endpoint& endpoint, std::string_view body, BodyFacts& facts, bool find_images)
+      : json_(json), endpoint_(endpoint), body_(body), facts_(facts), find_images_(find_images) {}
 
   std::optional<ApiError> read() {
     facts_ = BodyFacts{};
@@ -104,8 +110,10 @@ class BodyPass {
     }
     if (!read_members(object, BodyKey::none)) return error_;
     if (!json_.at_end()) return ApiError::bad_json;
-    if (!seen_[index_of(endpoint_.model)]) return ApiError::no_model;
-    facts_.stream = stream_ == BodyFacts::Flag::yes && endpoint_.framing != StreamFraming::none;
+    if (endpoint_.model == Model::required && !seen_[index_of(BodyKey::model)]) return ApiError::no_model;
+    facts_.stream = endpoint_.streams == Streams::if_asked
+                        ? stream_ == BodyFacts::Flag::yes
+                        : endpoint_.streams == Streams::unless_refused && stream_ != BodyFacts::Flag::no;
     return std::nullopt;
   }
 
@@ -121,8 +129,8 @@ class BodyPass {
   }
 
   bool read_member(BodyKey key, Value& value) {
-    if (key == endpoint_.model) return read_model(value);
     switch (key) {
+      case BodyKey::model: return read_model(value);
       case BodyKey::stream: return read_flag(value, stream_);
       case BodyKey::include_usage:
         facts_.include_usage_value = span_of(value.raw_json_token());
@@ -134,10 +142,8 @@ class BodyPass {
         return true;
       }
       case BodyKey::tools: return read_tools(value);
-      case BodyKey::messages: return !find_messages_ || read_messages(value);
       case BodyKey::stream_options: return read_stream_options(value);
-      case BodyKey::response_format: return read_format(value);
-      default: return true;
+      default: return read_needs(key, value);
     }
   }
 
@@ -172,20 +178,13 @@ class BodyPass {
     return true;
   }
 
-  bool read_messages(Value& value) {
+  bool read_needs(BodyKey key, Value& value) {
     std::string_view text;
-    if (value.raw_json().get(text)) return fail(ApiError::bad_json);
-    facts_.messages = span_of(text);
-    facts_.has_images = text.find(kImageKey) != std::string_view::npos;
-    return true;
-  }
-
-  bool read_format(Value& value) {
-    JsonReader::Object object;
-    std::string_view type;
-    Value found;
-    if (value.get_object().get(object) || object.find_field_unordered("type").get(found)) return true;
-    if (json_.read_word(found, type)) facts_.json_mode = type == "json_object" || type == "json_schema";
+    for (const NeedMark& row : endpoint_.row().marks) {
+      if (row.within != key || row.mark.empty() || (row.need == Need::images && !find_images_)) continue;
+      if (text.empty() && value.raw_json().get(text)) return fail(ApiError::bad_json);
+      if (text.find(row.mark) != std::string_view::npos) facts_.note(row.need);
+    }
     return true;
   }
 
@@ -220,7 +219,7 @@ class BodyPass {
   const Endpoint& endpoint_;
   std::string_view body_;
   BodyFacts& facts_;
-  bool find_messages_;
+  bool find_images_;
   BodyFacts::Flag stream_ = BodyFacts::Flag::absent;
   ApiError error_ = ApiError::bad_json;  // the reason where a read function returns false
   std::array<bool, kBodyKeys.size()> seen_{};
@@ -229,10 +228,10 @@ class BodyPass {
 }  // namespace detail
 
 // Reads the body of a request to `endpoint`; returns the error if it is refused. Behind its last byte kPaddingBytes
-// must be readable. `find_messages`: facts.messages and facts.has_images are wanted.
+// must be readable. `find_images`: facts.has_images is wanted.
 inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, std::string_view body,
-                                         BodyFacts& facts, bool find_messages = true) {
-  return detail::BodyPass(json, endpoint, body, facts, find_messages).read();
+                                         BodyFacts& facts, bool find_images = true) {
+  return detail::BodyPass(json, endpoint, body, facts, find_images).read();
 }
 
 }  // namespace nexus

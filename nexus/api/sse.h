@@ -1,6 +1,6 @@
 // sse.h
 // Owns:      the lines of an event stream (WHATWG HTML 9.2.5, 9.2.6): where an event begins and ends, and the text of
-//            its `data` lines, however the bytes are cut.
+//            its `data` lines, however the bytes are cut; the same of newline-delimited JSON, a line an event.
 // Promises:  LF, CRLF and a lone CR end a line; a byte order mark, comments and other fields are not data; nothing is
 //            kept but a few counters; no byte is changed.
 // Leaves:    the meaning of the data to usage_scan.h.
@@ -204,6 +204,36 @@ class SseReader {
   bool event_open_ = false;
   bool error_line_ = false;
   bool is_error_field_ = false;  // what is read may be kErrorField, and not kErrorEvent
+};
+
+// Newline-delimited JSON, read as an event stream: each line that is not empty is an event with that text as its data.
+class LineReader {
+ public:
+  using Step = SseReader::Step;
+
+  Step next(const char*& at, const char* end, std::string_view& text) {
+    if (!open_) {
+      while (at < end && (*at == '\n' || *at == '\r')) ++at;
+      if (at == end) return Step::need_more;
+      open_ = true;
+      return Step::event_begins;
+    }
+    if (at == end) return Step::need_more;
+    const char* const from = at;
+    at = find_either(at, end, '\n', '\n');
+    text = {from, static_cast<std::size_t>(at - from)};
+    if (!text.empty()) return Step::data;
+    ++at;
+    open_ = false;
+    return Step::event_ends;
+  }
+
+  bool between_events() const { return false; }
+  bool event_complete() const { return false; }
+  bool finish() { return std::exchange(open_, false); }
+
+ private:
+  bool open_ = false;
 };
 
 }  // namespace nexus

@@ -1,7 +1,8 @@
 // usage_scan.h
 // Owns:      the token counts of a response body while it passes, and the number of its events, its errors and its end
-//            mark if it is a stream; removing the extra usage event that Nexus asked for from a stream whose client did
-//            not ask for it. An event that holds more than such an event does loses only its `usage`.
+//            mark if it is a stream, of events or of lines; removing the extra usage event that Nexus asked for from a
+//            stream whose client did not ask for it. An event that holds more than such an event does loses only its
+//            `usage`.
 // Promises:  counts and output are the same however the bytes are cut; a plain body is never held or changed; a stream
 //            holds only an event that may be the extra one, up to kHeldEventBytes; memory is allocated only for what is
 //            cut between two pieces.
@@ -29,7 +30,8 @@ namespace nexus {
 
 class UsageScan {
  public:
-  enum class Kind : std::uint8_t { none, json, event_stream };
+  enum class Kind : std::uint8_t { none, json, event_stream, lines };
+  static constexpr bool is_stream(Kind kind) { return kind >= Kind::event_stream; }
 
   // The bytes to send to the client now, in this order; the views last until the next call.
   struct Out {
@@ -37,16 +39,16 @@ class UsageScan {
     std::string_view piece;
   };
 
-  // A new body begins; `names` may be null if `kind` is none. Only an event stream may remove_usage_event. `end_mark`:
-  // the data of a stream's last event, or empty.
-  void start(Kind kind, const UsageNames* names, bool remove_usage_event, std::string_view end_mark = {}) {
+  // A new body begins; `shape` may be null if `kind` is none. Only an event stream may remove_usage_event.
+  void start(Kind kind, const ResponseShape* shape, bool remove_usage_event) {
     assert(kind == Kind::event_stream || !remove_usage_event);
-    assert(kind == Kind::none || names != nullptr);
+    assert(kind == Kind::none || shape != nullptr);
     *this = UsageScan();
     kind_ = kind;
-    names_ = names;
+    shape_ = shape;
     removing_ = remove_usage_event;
-    end_mark_ = end_mark;
+    members_ = MemberScan(shape);
+    if (shape != nullptr && shape->end_key.empty()) end_mark_ = shape->end;
   }
 
   // Reads a piece of the body, and may compact it in place; behind it kPaddingBytes must be readable. False: bytes are
@@ -54,15 +56,23 @@ class UsageScan {
   bool feed(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
     released_.clear();
     out = {{}, {data, bytes}};
-    if (kind_ == Kind::json) read_text(pool, reader, data, data + bytes);
-    const bool complete = kind_ != Kind::event_stream || feed_events(pool, reader, data, bytes, last, out);
+    bool complete = true;
+    switch (kind_) {
+      case Kind::none: break;
+      case Kind::json:
+        read_text(pool, reader, data, data + bytes);
+        if (last) take_counts(pool, reader);
+        break;
+      case Kind::event_stream: complete = feed_events(events_in_, pool, reader, data, bytes, last, out); break;
+      case Kind::lines: complete = feed_events(lines_, pool, reader, data, bytes, last, out); break;
+    }
     if (last) capture_.clear();
     return complete;
   }
 
   // Reads a body that came whole: faster than feed(). It passes unchanged.
   void read_whole(JsonReader& reader, std::string_view body) {
-    usage_ = read_answer(reader, *names_, body);
+    usage_ = read_answer(reader, *shape_, body);
     out_of_memory_ = reader.out_of_memory();
   }
 
@@ -73,7 +83,7 @@ class UsageScan {
     capture_.clear();
   }
 
-  const Usage& usage() const { return usage_; }
+  Usage usage() const { return shape_ == nullptr ? usage_ : usage_.added_up(*shape_); }
   std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
   bool told_error() const { return told_error_; }   // one of them
   bool ended_well() const { return ended_well_; }   // one of them was the end mark
@@ -113,15 +123,17 @@ class UsageScan {
   static constexpr std::size_t kLineBytes = 8;  // at most, of a `data` line in addition to its text
   static constexpr std::size_t kNoMark = SIZE_MAX;
 
-  bool feed_events(BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last, Out& out) {
+  template <class Reader>  // an SseReader or a LineReader
+  bool feed_events(Reader& lines, BlockPool& pool, JsonReader& reader, char* data, std::size_t bytes, bool last,
+                   Out& out) {
     const char* at = data;
     const char* end = data + bytes;
     Pass pass{data, data, data, data};
     std::string_view text;
     for (;;) {
-      if (lines_.between_events()) at = skip_other_events(at, end);
-      switch (lines_.next(at, end, text)) {
-        case SseReader::Step::need_more: return park(pool, pass, end, last, out);
+      if (lines.between_events()) at = skip_other_events(at, end);
+      switch (lines.next(at, end, text)) {
+        case SseReader::Step::need_more: return park(lines, pool, reader, pass, end, last, out);
         case SseReader::Step::event_begins: begin_event(pass, at); break;
         case SseReader::Step::data_begins: begin_data_line(pool); break;
         case SseReader::Step::data:
@@ -129,13 +141,15 @@ class UsageScan {
           event_bytes_ += text.size();
           read_text(pool, reader, text.data(), text.data() + text.size(), &pass);
           break;
-        case SseReader::Step::event_ends: end_event(pass, at, out); break;
+        case SseReader::Step::event_ends: end_event(pool, reader, pass, at, out); break;
       }
     }
   }
 
-  // Skips whole events of one data line without usage and error: nearly all of them.
+  // Skips whole events of one data line without usage, error and end mark: nearly all of them. Where the mark is a
+  // member of the data, only the event's name tells that it does not have it.
   const char* skip_other_events(const char* at, const char* end) {
+    if (end_mark_.empty() && !shape_->named) return at;
     const auto shortest =
         static_cast<std::ptrdiff_t>(kLineBytes + end_mark_.size() + 4);  // a shorter one may be the mark
     while (at < end) {
@@ -144,12 +158,21 @@ class UsageScan {
         continue;
       }
       const char* behind = find_event_end(at, end);
-      if (behind == nullptr || behind - at <= shortest || std::string_view(at, 5) != "data:" || may_tell(at, behind))
-        break;
+      if (behind == nullptr || behind - at <= shortest || !is_plain(at, behind) || may_tell(at, behind)) break;
       at = behind;
       events_ += 1;
     }
     return at;
+  }
+
+  // True for an event that begins with its data, or with a name that marks neither an error nor the end.
+  bool is_plain(const char* at, const char* end) const {
+    if (!shape_->named) return std::string_view(at, 5) == "data:";
+    static constexpr std::string_view kName = "event: ";
+    const std::string_view event(at, static_cast<std::size_t>(end - at));
+    if (!event.starts_with(kName)) return false;
+    const std::string_view name = event.substr(kName.size(), event.find_first_of("\r\n") - kName.size());
+    return name != "error" && shape_->end.find(name) == std::string_view::npos;
   }
 
   // True if [at, end) contains `"usage"` or `"error"` that is not followed by `: null`, or a line that begins with `e`.
@@ -187,8 +210,9 @@ class UsageScan {
   }
 
   void begin_event(Pass& pass, const char* at) {
-    members_ = MemberScan();
+    members_ = MemberScan(shape_);
     counts_.reset();
+    capture_lost_ = false;
     event_bytes_ = mark_bytes_ = 0;
     usage_member_ = UsageMember();
     undecided_ = removing_;
@@ -204,12 +228,12 @@ class UsageScan {
     event_bytes_ += kLineBytes;
   }
 
-  void end_event(Pass& pass, const char* behind, Out& out) {
-    if (counts_ && members_.is_object()) usage_ = *counts_;  // an event that is no JSON object tells nothing
-    const bool error = members_.is_error() || lines_.error_line();
+  void end_event(BlockPool& pool, JsonReader& reader, Pass& pass, const char* behind, Out& out) {
+    take_counts(pool, reader);
+    const bool error = members_.is_error() || events_in_.error_line();
     events_ += error || event_bytes_ > 0 ? 1 : 0;
     told_error_ |= error;
-    ended_well_ |= mark_bytes_ > 0 && mark_bytes_ == end_mark_.size();
+    ended_well_ |= members_.is_end() || (mark_bytes_ > 0 && mark_bytes_ == end_mark_.size());
     capture_.clear();
     if (!std::exchange(undecided_, false)) return;
     if (!is_extra_event()) return release(out);
@@ -231,9 +255,10 @@ class UsageScan {
   }
 
   // The piece is read: holds the open event while it may be the extra one, and releases everything else.
-  bool park(BlockPool& pool, Pass& pass, const char* end, bool last, Out& out) {
-    if (last && lines_.finish()) end_event(pass, end, out);
-    if (undecided_ && (is_ruled_out() || (lines_.event_complete() && !members_.is_usage_event()))) {
+  template <class Reader>
+  bool park(Reader& lines, BlockPool& pool, JsonReader& reader, Pass& pass, const char* end, bool last, Out& out) {
+    if (last && lines.finish()) end_event(pool, reader, pass, end, out);
+    if (undecided_ && (is_ruled_out() || (lines.event_complete() && !members_.is_usage_event()))) {
       undecided_ = false;
       release(out);
     }
@@ -251,21 +276,23 @@ class UsageScan {
     out.held = released_.view();
   }
 
-  // Reads JSON text and the counts in its `usage`. `pass`: of an event.
+  // Reads JSON text and the counts in it. `pass`: of an event.
   void read_text(BlockPool& pool, JsonReader& reader, const char* at, const char* end, const Pass* pass = nullptr) {
     const char* usage_from = at;  // where the part of `usage` in this piece begins
     for (;;) {
       switch (members_.next(at, end)) {
         case MemberScan::Step::usage_begins:
           usage_from = at - 1;
-          capture_.clear();
-          capture_lost_ = false;
+          begin_counts(pool);
           usage_member_.from = usage_member_.last_mark;
           break;
-        case MemberScan::Step::usage_ends:
-          read_counts(pool, reader, usage_from, at);
+        case MemberScan::Step::usage_ends: {
+          const std::string_view part(usage_from, static_cast<std::size_t>(at - usage_from));
+          shape_->bare ? capture(pool, part) : read_counts(pool, reader, part);
+          if (kind_ == Kind::json && !shape_->bare) take_counts(pool, reader);  // the rest may never come
           usage_member_.to = 0;
           break;
+        }
         case MemberScan::Step::between_members:
           if (pass != nullptr && undecided_)
             usage_member_.mark(held_.size() + static_cast<std::size_t>(at - pass->event), at[-1]);
@@ -275,6 +302,25 @@ class UsageScan {
           return;
       }
     }
+  }
+
+  // A `usage` object begins, or one of the counts that stand in the response itself: these are put together.
+  void begin_counts(BlockPool& pool) {
+    if (!shape_->bare) {
+      capture_.clear();
+      capture_lost_ = false;
+      return;
+    }
+    capture(pool, capture_.empty() ? "{\"" : ",\"");
+    capture(pool, members_.key());
+    capture(pool, "\":");
+  }
+
+  // The event or the response has ended: what it told counts, unless it is no JSON object.
+  void take_counts(BlockPool& pool, JsonReader& reader) {
+    if (shape_->bare && !capture_.empty()) read_counts(pool, reader, "}");
+    if (counts_ && (kind_ == Kind::json || members_.is_object())) usage_.take(*counts_, shape_->adds_up);
+    counts_.reset();
   }
 
   // Keeps a part of a `usage` that is cut. Without memory the body goes on, but is not counted.
@@ -288,15 +334,14 @@ class UsageScan {
     if (capture_lost_) capture_.clear();
   }
 
-  void read_counts(BlockPool& pool, JsonReader& reader, const char* from, const char* end) {
-    std::string_view object(from, static_cast<std::size_t>(end - from));
+  // `object`: the rest of the text of the counts.
+  void read_counts(BlockPool& pool, JsonReader& reader, std::string_view object) {
     if (capture_lost_ || !capture_.empty()) {
       capture(pool, object);
       object = capture_.view();
     }
     const bool readable = !capture_lost_ && object.size() <= kUsageBytes;
-    Usage& counts = kind_ == Kind::json ? usage_ : counts_.emplace();
-    counts = readable ? read_usage(reader, *names_, object) : Usage{};
+    counts_ = readable ? read_usage(reader, *shape_, object) : Usage{};
     capture_.clear();
   }
 
@@ -312,10 +357,11 @@ class UsageScan {
   std::size_t mark_bytes_ = 0;   // of the end mark that the open event's data is so far, or kNoMark
   std::size_t event_bytes_ = 0;  // of the open event's `data` lines
   UsageMember usage_member_;     // of the open event
-  const UsageNames* names_ = nullptr;
-  SseReader lines_;
+  const ResponseShape* shape_ = nullptr;
+  SseReader events_in_;  // of an event stream
+  LineReader lines_;     // of newline-delimited JSON
   MemberScan members_;
-  std::optional<Usage> counts_;  // of the open event
+  std::optional<Usage> counts_;  // of the open event, or of the response
   Usage usage_;
   Buffer held_;      // the open event's bytes from earlier pieces
   Buffer released_;  // bytes that were held, until the next call

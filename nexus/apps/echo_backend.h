@@ -260,8 +260,8 @@ class EchoServer {
 
   Step refuse(Session& session, const EchoError& error, std::string_view extra_fields = {}) {
     std::string text;
-    append_own_error(text, error.error, error.message, own_response(session, extra_fields),
-                     session.head.method != HTTP_HEAD, error.param);
+    append_own_error(text, error.error, ErrorShape::openai, {.message = error.message, .param = error.param},
+                     own_response(session, extra_fields), session.head.method != HTTP_HEAD);
     return send_last(session, text);
   }
 

@@ -23,7 +23,41 @@
 
 namespace nexus {
 
-enum class BackendKind : std::uint8_t { ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo };
+// What a backend may speak: an API is a group of endpoints (api/endpoints.h) that a server has all of or none.
+enum class Api : std::uint8_t {
+  chat,
+  completions,
+  embeddings,
+  responses,
+  messages,
+  rerank,
+  score,
+  tokenize,
+  moderations,
+  speech,
+  transcriptions,
+  images,
+  llamacpp,  // its own completion, infill and templates
+  ollama,
+};
+
+// Their names in nexus.conf, in the order of the enum: keys.h checks them.
+constexpr std::string_view kApiNames =
+    "chat, completions, embeddings, responses, messages, rerank, score, tokenize, moderations, speech, transcriptions, "
+    "images, llamacpp, ollama";
+inline constexpr std::size_t kApis = static_cast<std::size_t>(Api::ollama) + 1;
+
+// A set of APIs: bit_of() each.
+using Apis = std::uint32_t;
+constexpr Apis bit_of(Api api) { return Apis{1} << static_cast<unsigned>(api); }
+constexpr Apis kAllApis = (Apis{1} << kApis) - 1;
+
+template <class... Api>
+constexpr Apis apis(Api... api) {
+  return (bit_of(api) | ...);
+}
+
+enum class BackendKind : std::uint8_t { ollama, vllm, llamacpp, lmstudio, openai, anthropic, exo, generic, echo };
 
 struct BackendKindRow {
   BackendKind kind;
@@ -31,20 +65,37 @@ struct BackendKindRow {
   std::string_view health_path;  // if it equals models_path, one request serves both
   std::string_view models_path;
   bool takes_stream_options;  // understands stream_options.include_usage
+  Apis apis;                  // that its servers speak, in some version
 };
 
 // The names of the rows, in their order: keys.h checks them.
-constexpr std::string_view kBackendKindNames = "ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo";
+constexpr std::string_view kBackendKindNames =
+    "ollama, vllm, llamacpp, lmstudio, openai, anthropic, exo, generic, echo";
+
+namespace detail {
+constexpr Apis kCommonApis = apis(Api::chat, Api::completions, Api::embeddings);
+}
 
 inline constexpr std::array kBackendKinds{
-    BackendKindRow{BackendKind::ollama, "ollama", "/api/tags", "/api/tags", true},
-    BackendKindRow{BackendKind::vllm, "vllm", "/v1/models", "/v1/models", true},
-    BackendKindRow{BackendKind::llamacpp, "llamacpp", "/health", "/v1/models", true},
-    BackendKindRow{BackendKind::lmstudio, "lmstudio", "/v1/models", "/v1/models", true},
-    BackendKindRow{BackendKind::openai, "openai", "/v1/models", "/v1/models", true},
-    BackendKindRow{BackendKind::exo, "exo", "/v1/models", "/v1/models", true},
-    BackendKindRow{BackendKind::generic, "generic", "/v1/models", "/v1/models", false},
-    BackendKindRow{BackendKind::echo, "echo", "/v1/models", "/v1/models", true},
+    BackendKindRow{BackendKind::ollama, "ollama", "/api/tags", "/api/tags", true,
+                   detail::kCommonApis | apis(Api::responses, Api::messages, Api::transcriptions, Api::ollama)},
+    BackendKindRow{BackendKind::vllm, "vllm", "/v1/models", "/v1/models", true,
+                   detail::kCommonApis | apis(Api::responses, Api::messages, Api::rerank, Api::score, Api::tokenize,
+                                              Api::transcriptions)},
+    BackendKindRow{BackendKind::llamacpp, "llamacpp", "/health", "/v1/models", true,
+                   detail::kCommonApis | apis(Api::responses, Api::messages, Api::rerank, Api::tokenize,
+                                              Api::transcriptions, Api::llamacpp)},
+    BackendKindRow{BackendKind::lmstudio, "lmstudio", "/v1/models", "/v1/models", true,
+                   detail::kCommonApis | apis(Api::responses, Api::messages)},
+    BackendKindRow{
+        BackendKind::openai, "openai", "/v1/models", "/v1/models", true,
+        detail::kCommonApis | apis(Api::responses, Api::moderations, Api::speech, Api::transcriptions, Api::images)},
+    BackendKindRow{BackendKind::anthropic, "anthropic", "/v1/models", "/v1/models", true,
+                   apis(Api::messages, Api::chat)},
+    BackendKindRow{BackendKind::exo, "exo", "/v1/models", "/v1/models", true,
+                   detail::kCommonApis | apis(Api::responses, Api::messages)},
+    BackendKindRow{BackendKind::generic, "generic", "/v1/models", "/v1/models", false, kAllApis},
+    BackendKindRow{BackendKind::echo, "echo", "/v1/models", "/v1/models", true, detail::kCommonApis},
 };
 
 constexpr const BackendKindRow& row_of(BackendKind kind) { return kBackendKinds[static_cast<std::size_t>(kind)]; }

@@ -33,10 +33,10 @@ namespace nexus {
 
 // Reads the complete body; `incremental`: its reader, if the body was read while it came.
 inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,
-                                         const RequestView& request, bool find_messages, BodyFacts& facts) {
+                                         const RequestView& request, bool find_images, BodyFacts& facts) {
   const std::string_view body(request.body, request.body_bytes);
-  if (incremental == nullptr) return read_body(json, endpoint, body, facts, find_messages);
-  return incremental->read(json, endpoint, body, facts, find_messages);
+  if (incremental == nullptr) return read_body(json, endpoint, body, facts, find_images);
+  return incremental->read(json, body, facts, find_images);
 }
 
 // The bytes of base64 in a body: images and files as data URLs, sound as `"data":"…"`. They are no text.

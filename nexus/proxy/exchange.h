@@ -69,6 +69,7 @@ class Exchange {
     summary_.path = endpoint.path;
     summary_.record.endpoint = index_of(endpoint);
     summary_.client_name = client_name;
+    summary_.method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
@@ -230,8 +231,7 @@ class Exchange {
     entry_ = snapshot_->find(summary_.model);
     if (entry_ != nullptr) summary_.record.model = entry_->id;
     if (snapshot_->any_vision_stated && !looked_for_images) {
-      const std::string_view body(request_.body, request_.body_bytes);
-      facts_.has_images = body.find(kImageKey) != std::string_view::npos;
+      facts_.has_images = mentions_images(*endpoint_, {request_.body, request_.body_bytes});
     }
     prepare_choice();
     return true;
@@ -271,7 +271,8 @@ class Exchange {
     if (!keep_alive || context_.draining) client_.end_connection();
     summary_.record.status = row.status;
     summary_.record.error = row.label;
-    if (!client_.send_error(error, message, param, summary_.request_id)) return end(client_ending());
+    if (!client_.send_error(error, endpoint_->row().errors, {message, param, summary_.request_id}))
+      return end(client_ending());
     go(State::finishing);
   }
 

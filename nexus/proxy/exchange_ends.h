@@ -92,8 +92,10 @@ void Exchange<Net>::cut_response(const EndingRow& row) {
   // The FIN would be the proper end of a body that lasts until the connection's end.
   if (row.cut == Cut::by_reset || relay_.response().lasts_until_close()) client_.cut_connection();
   // While the exchange is finishing, the end of the body is written already.
-  const bool told = row.cut == Cut::by_error_event && !client_.cut() && state_ == State::streaming &&
-                    (!relay_.tells_error_event() || client_.send_error_event(row_of(*row.error)));
+  const bool told =
+      row.cut == Cut::by_error_event && !client_.cut() && state_ == State::streaming &&
+      (!relay_.tells_error_event() ||
+       client_.send_error_event(row_of(*row.error), *endpoint_, relay_.response().events(), summary_.request_id));
   if (!told) return commit();
   go(State::finishing);
 }
@@ -211,7 +213,7 @@ void Exchange<Net>::keep_answer() {
   kept_.record = summary_.record;
   kept_.record.status = relay_.response().status();
   kept_.record.error = ErrorType::backend_error;
-  kept_.record.stream = relay_.response().is_success() && relay_.response().is_event_stream();
+  kept_.record.stream = relay_.response().is_success() && relay_.response().is_stream();
   note_fallback(kept_.record);
   relay_.response().note_usage(kept_.record, summary_.complete_ns);
   client_.keep_held();

@@ -50,7 +50,7 @@ Step Exchange<Net>::begin_attempt() {
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
   answer_failed_ = keeping_ = may_refuse_usage_ = false;
-  adds_usage_event_ = !asked_without_usage_ && asks_for_usage(backend, facts_, facts_.stream);
+  adds_usage_event_ = !asked_without_usage_ && asks_for_usage(*endpoint_, backend, facts_);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
                    summary_.request_id);

@@ -25,6 +25,7 @@ namespace nexus {
 
 struct ExchangeSummary {
   // The request, from its head and body.
+  std::string_view method;
   std::string_view path;
   std::string_view client_name;
   std::string request_id;
@@ -69,7 +70,7 @@ struct ExchangeSummary {
     entry.wall_ns = wall_now();
     entry.request_id = request_id;
     entry.client = client_name;
-    entry.method = "POST";
+    entry.method = method;
     entry.path = path;
     entry.model = model;
     entry.status = record.status;

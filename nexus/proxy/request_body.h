@@ -42,7 +42,8 @@ class RequestBody {
   IncrementalJson* incremental() const { return incremental_.get(); }  // of a large body
 
   // The error that is known from the head alone, if any. `most_bytes` holds for the whole body.
-  std::optional<ApiError> begin(const RequestHead& head, std::size_t most_bytes) {
+  std::optional<ApiError> begin(const Endpoint& endpoint, const RequestHead& head, std::size_t most_bytes) {
+    endpoint_ = &endpoint;
     bytes_ = looked_at_bytes_ = 0;
     most_bytes_ = most_bytes;
     until_ns_ = deadline_after(context_.now, context_.settings().server.body_timeout_ns);
@@ -139,7 +140,7 @@ class RequestBody {
     if (!incremental_) {
       incremental_ = context_.incremental_readers.take();
       if (!incremental_) return false;
-      incremental_->start();
+      incremental_->start(*endpoint_);
     }
     incremental_->feed(context_.json, body, bytes_);
     return true;
@@ -160,6 +161,7 @@ class RequestBody {
 
   WorkerContext<Net>& context_;
   const std::size_t client_;
+  const Endpoint* endpoint_ = nullptr;
   std::size_t bytes_ = 0;
   std::size_t most_bytes_ = 0;  // [server] max_body when the head came
   Ns until_ns_ = kNever;        // for the whole body

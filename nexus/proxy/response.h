@@ -51,7 +51,7 @@ class Response {
     status_ = head.status;
     keep_alive_ = head.keep_alive;
     excess_ = false;
-    event_stream_ = is_event_stream(view);
+    stream_ = stream_kind(view);
     first_ns_ = last_ns_ = -1;
     body_.start(head.framing);
     scan_kind_ = scan_kind(head, view);
@@ -114,17 +114,20 @@ class Response {
   // any byte.
   bool is_error_in_disguise(bool whole) const {
     if (scan_.told_error()) return true;
-    return whole && first_ns_ < 0 && (status_ == 200 || (is_success() && event_stream_));
+    return whole && first_ns_ < 0 && (status_ == 200 || (is_success() && is_stream()));
   }
   // After the end of a stream: true if it had an end mark to send, and did not.
   bool lacks_end_mark() const { return has_end_mark_ && !scan_.ended_well(); }
-  bool lacks_usage() const { return is_success() && !scan_.usage().told() && !usage_lost(); }
+  bool lacks_usage() const {
+    return is_success() && endpoint_->tells == Tells::counts && !scan_.usage().told() && !usage_lost();
+  }
   // True if the usage could not be read for want of memory.
   bool usage_lost() const { return is_success() && !scan_.usage().told() && scan_.out_of_memory(); }
 
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
-  bool is_event_stream() const { return event_stream_; }
+  bool is_stream() const { return UsageScan::is_stream(stream_); }  // of events, or of lines
+  std::uint64_t events() const { return scan_.events(); }
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
   bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }
@@ -136,41 +139,45 @@ class Response {
 
  private:
   void note_time(Ns now, std::size_t bytes, std::uint64_t events_before) {
-    if (scan_kind_ == UsageScan::Kind::event_stream ? scan_.events() == events_before : bytes == 0) return;
+    if (UsageScan::is_stream(scan_kind_) ? scan_.events() == events_before : bytes == 0) return;
     if (first_ns_ < 0) first_ns_ = now;
     last_ns_ = now;
   }
 
   void start_scan() {
-    const bool is_stream = scan_kind_ == UsageScan::Kind::event_stream;
-    has_end_mark_ = !endpoint_->end_mark.empty() && is_stream;
-    scan_.start(scan_kind_, endpoint_->usage, removing_ && is_stream, endpoint_->end_mark);
+    has_end_mark_ = UsageScan::is_stream(scan_kind_);
+    scan_.start(scan_kind_, endpoint_->response(), removing_ && scan_kind_ == UsageScan::Kind::event_stream);
   }
 
   // A body without Content-Type is a stream if it begins as one; `piece` is its first.
   [[gnu::cold]] void note_type(std::string_view piece) {
     untyped_ = false;
     for (const std::string_view line : {"data:", "event:", ":", "id:", "retry:"}) {
-      event_stream_ |= piece.starts_with(line) || line.starts_with(piece);
+      if (piece.starts_with(line) || line.starts_with(piece)) stream_ = UsageScan::Kind::event_stream;
     }
-    if (!event_stream_) return;
-    scan_kind_ = UsageScan::Kind::event_stream;
+    if (!is_stream()) return;
+    scan_kind_ = stream_;
     start_scan();
   }
 
-  static bool is_event_stream(const HeadView& head) {
+  // By its Content-Type; none: it is no stream.
+  UsageScan::Kind stream_kind(const HeadView& head) const {
     const FieldRow* row = find_field(*head.fields, Field::content_type);
-    return row != nullptr && starts_with_ignoring_case(value_of(head.base, *row), "text/event-stream");
+    const std::string_view type = row == nullptr ? std::string_view() : value_of(head.base, *row);
+    if (starts_with_ignoring_case(type, "text/event-stream")) return UsageScan::Kind::event_stream;
+    const bool lines = endpoint_->row().framing == StreamFraming::lines;
+    return lines && starts_with_ignoring_case(type, "application/x-ndjson") ? UsageScan::Kind::lines
+                                                                            : UsageScan::Kind::none;
   }
 
   UsageScan::Kind scan_kind(const ResponseHead& head, const HeadView& view) const {
     if (head.status / 100 != 2 || head.framing.kind == Framing::Kind::none) return UsageScan::Kind::none;
-    if (endpoint_->usage == nullptr) return UsageScan::Kind::none;
+    if (endpoint_->response() == nullptr) return UsageScan::Kind::none;
     const FieldRow* coding = find_field(*view.fields, Field::content_encoding);
     if (coding != nullptr && !equals_ignoring_case(value_of(view.base, *coding), "identity")) {
       return UsageScan::Kind::none;
     }
-    return event_stream_ ? UsageScan::Kind::event_stream : UsageScan::Kind::json;
+    return is_stream() ? stream_ : UsageScan::Kind::json;
   }
 
   static Framing client_framing(const ResponseHead& head, bool to_http_1_0, bool remove_usage_event) {
@@ -191,10 +198,10 @@ class Response {
   Framing framing_;
   std::uint16_t status_ = 0;
   bool keep_alive_ = false;
-  bool excess_ = false;  // bytes follow the body's end
-  bool event_stream_ = false;
-  bool untyped_ = false;   // it may be an event stream: its first bytes tell
-  bool removing_ = false;  // the usage event that Nexus asked for
+  bool excess_ = false;                             // bytes follow the body's end
+  UsageScan::Kind stream_ = UsageScan::Kind::none;  // by its type
+  bool untyped_ = false;                            // it may be an event stream: its first bytes tell
+  bool removing_ = false;                           // the usage event that Nexus asked for
   bool has_end_mark_ = false;
   Ns first_ns_ = -1;
   Ns last_ns_ = -1;  // of the last event or byte
@@ -381,25 +388,25 @@ class ClientResponse {
   }
 
   // Sends an error of our own as the whole response.
-  bool send_error(ApiError refusal, std::string_view message, std::string_view param, std::string_view request_id) {
+  bool send_error(ApiError refusal, ErrorShape shape, const ErrorText& text) {
     OwnResponse answer;
-    answer.request_id = request_id;
+    answer.request_id = text.request_id;
     answer.date_line = context_.date_line();
     answer.cors_lines = cors_lines_;
     answer.http_1_0 = http_1_0_;
     answer.keep_alive = keep_alive_;
     context_.text.clear();
-    append_own_error(context_.text, refusal, message, answer, true, param);
+    append_own_error(context_.text, refusal, shape, text, answer, true);
     sent_bytes_ += context_.text.size() - (context_.text.find("\r\n\r\n") + 4);
     return note(connection_.write(context_.net, context_.blocks, context_.text));
   }
 
-  // Sends an error as the last event of a chunked event stream; the end of the body does not follow. For a client that
-  // takes nothing, it does not count as a movement.
-  bool send_error_event(const ApiErrorRow& row) {
-    context_.text = "\n\ndata: ";
-    append_error_body(context_.text, row, row.message);
-    context_.text += "\n\n";
+  // Sends an error as the last event of a chunked stream that has had `events`; the end of the body does not follow.
+  // For a client that takes nothing, it does not count as a movement.
+  bool send_error_event(const ApiErrorRow& row, const Endpoint& endpoint, std::uint64_t events,
+                        std::string_view request_id) {
+    context_.text.clear();
+    append_error_event(context_.text, row, endpoint.row(), events, {.request_id = request_id});
     ClientWrite write;
     write.add_payload(true, context_.text, {});
     const std::size_t waiting = connection_.pending();

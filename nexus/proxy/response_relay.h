@@ -43,7 +43,7 @@ class ResponseRelay {
   const Response& response() const { return response_; }
   bool says_close() const { return says_close_; }  // the head in hand; then the connection is closed after it
   // True if a client that gets a broken response can be sent an error event first.
-  bool tells_error_event() const { return response_.is_event_stream() && response_.is_chunked(); }
+  bool tells_error_event() const { return response_.is_stream() && response_.is_chunked(); }
 
   ResponseHeadReader::Result read_head(char* data, std::size_t bytes) {
     return head_.feed(context_.tables, context_.blocks, context_.settings().server, data, bytes);
@@ -84,7 +84,7 @@ class ResponseRelay {
     RequestRecord& record = summary_.record;
     record.status = response_.status();
     record.error = error_of_status(response_.status());
-    record.stream = response_.is_success() && response_.is_event_stream();
+    record.stream = response_.is_success() && response_.is_stream();
     if (says_close_) client_.end_connection();
   }
 

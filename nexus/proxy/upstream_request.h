@@ -91,9 +91,9 @@ struct BodyEdit {
 };
 
 // True if Nexus asks this backend for token counts that the client did not ask for.
-inline bool asks_for_usage(const BackendView& backend, const BodyFacts& facts, bool streams) {
-  return backend.ask_usage && streams && facts.include_usage != BodyFacts::Flag::yes &&
-         !backend.facts->refuses_stream_options();
+inline bool asks_for_usage(const Endpoint& endpoint, const BackendView& backend, const BodyFacts& facts) {
+  return backend.ask_usage && facts.stream && endpoint.row().takes_stream_options &&
+         facts.include_usage != BodyFacts::Flag::yes && !backend.facts->refuses_stream_options();
 }
 
 // The edit that sets `"include_usage": true` in stream_options.

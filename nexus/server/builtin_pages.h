@@ -152,12 +152,12 @@ class BuiltinPages {
   }
 
   [[gnu::cold]] void answer_error(SessionT& session, ApiError refusal, std::string_view extra_fields = {},
-                                  std::string_view message = {}) {
+                                  std::string_view message = {}, ErrorShape shape = ErrorShape::openai) {
     session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none;
     OwnResponse answer = own_response(session, row_of(refusal).status);
     answer.extra_fields = extra_fields;
     context_.text.clear();
-    append_own_error(context_.text, refusal, message, answer, session.head.method != HTTP_HEAD);
+    append_own_error(context_.text, refusal, shape, {.message = message}, answer, session.head.method != HTTP_HEAD);
     write(session, context_.text);
   }
 
@@ -177,7 +177,7 @@ class BuiltinPages {
     answer.cors_lines = session.cors_lines;
     answer.keep_alive = false;
     const bool to_head = session.input.view().substr(0, 5) == "HEAD ";  // RFC 9110 9.3.2: never a body
-    append_own_error(context_.text, refusal, {}, answer, !to_head);
+    append_own_error(context_.text, refusal, ErrorShape::openai, {}, answer, !to_head);
     write(session, context_.text);
   }
 
@@ -188,7 +188,7 @@ class BuiltinPages {
     response.keep_alive = false;
     response.date_line = context_.date_line();
     if (allows_any_origin(context_.settings().server)) response.cors_lines = kAnyOriginLines;
-    append_own_error(context_.text, ApiError::too_many_connections, {}, response, true);
+    append_own_error(context_.text, ApiError::too_many_connections, ErrorShape::openai, {}, response, true);
     Connection<Net> connection;
     connection.attach(socket);
     const iovec part{context_.text.data(), context_.text.size()};

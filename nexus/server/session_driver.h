@@ -306,7 +306,7 @@ class SessionDriver {
     write_cors_lines(session.cors_lines, server, {base, session.fields.get(), session.head.head_bytes});
     const Listens on = use_of_listener(session.metrics_only, server);
     const Endpoint* endpoint = find_endpoint(path, on);
-    if (endpoint != nullptr && session.head.method == endpoint->method) return on_endpoint(session, *endpoint, base);
+    if (endpoint != nullptr && endpoint->serves(session.head.method)) return on_endpoint(session, *endpoint, base);
     const auto page = pages_.answer(session, base, path);
     if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *page)) return;
     context_.slab.limit_hit(Limit::memory);
@@ -321,7 +321,7 @@ class SessionDriver {
     session.state = State::exchanging;
     session.exchange.open(endpoint, head, {base, session.fields.get(), head.head_bytes}, session.client_name,
                           session.cors_lines);
-    if (const auto error = error_of_head(session, base)) return session.exchange.refuse_unread(*error);
+    if (const auto error = error_of_head(session, endpoint, base)) return session.exchange.refuse_unread(*error);
     session.state = State::reading_body;
     arm_body_deadline(session);
     const bool body_here = session.input.size() > head.head_bytes;
@@ -332,7 +332,7 @@ class SessionDriver {
   }
 
   // Errors that are known before the body is read.
-  std::optional<ApiError> error_of_head(SessionT& session, const char* base) {
+  std::optional<ApiError> error_of_head(SessionT& session, const Endpoint& endpoint, const char* base) {
     const RequestHead& head = session.head;
     const HeadView view{base, session.fields.get(), head.head_bytes};
     const ServerSettings& server = context_.settings().server;
@@ -342,7 +342,7 @@ class SessionDriver {
     if (!is_authorized(server, view)) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
-    return session.body.begin(head, server.max_body_bytes);
+    return session.body.begin(endpoint, head, server.max_body_bytes);
   }
 
   bool parse_body(SessionT& session) {

@@ -63,9 +63,6 @@ inline void check_facts(std::string_view text, const plain_json::Value& body, co
   check(facts.first_member == body.at + 1, "the first member is elsewhere");
   const plain_json::Value* stream = body.find("stream");
   check(facts.stream == (stream != nullptr && stream->kind == Kind::yes), "stream differs");
-  if (const plain_json::Value* messages = body.find("messages")) {
-    check_span(text, facts.messages, *messages, "messages");
-  }
   const plain_json::Value* tools = body.find("tools");
   check(facts.has_tools == (tools != nullptr && tools->kind == Kind::list && !tools->items.empty()), "tools differ");
   const plain_json::Value* options = body.find("stream_options");

@@ -28,7 +28,7 @@ inline UsageRun run_usage(std::string_view text, nexus::UsageScan::Kind kind, bo
   UsageRun run;
   {
     nexus::UsageScan scan;
-    scan.start(kind, &nexus::kOpenAiUsage, removing);
+    scan.start(kind, &nexus::row_of(nexus::Dialect::openai).response, removing);
     nexus::UsageScan::Out out;
     for (const std::string& bytes : pieces_of(text, ends)) {
       Guarded piece(bytes, nexus::kPaddingBytes);
