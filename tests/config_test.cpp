@@ -583,7 +583,7 @@ TEST_CASE("an unknown key is met with the one that was meant") {
       {"[queue]\nMODEL = 1", "n:2: unknown key 'MODEL' in [queue]; expected one of size, timeout\n"},
       {"[backend b]\ntype = echo\napi_key = sk-12345678",
        "n:3: unknown key 'api_key' in [backend]; expected one of url, type, priority, models, api_key_env, "
-       "api_key_file, max_pending, stream_usage, vision, tools, json_mode, context_length, token_delay\n"},
+       "api_key_file, max_pending, stream_usage, apis, vision, tools, json_mode, context_length, token_delay\n"},
       {"[queue]\nsize = 1\nsize = 2", "n:3: 'size' is repeated; the first is on line 2\n"},
       {"[queue]\nsize = x\nsize = 2",
        "n:2: size: expected a number, 0 to 1000000, not 'x'\nn:3: 'size' is repeated; the first is on line 2\n"},
@@ -804,9 +804,8 @@ TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
       {"[backend b]\nurl = ", "n:2: url: expected http://host[:port][/prefix]\n"},
       {with_url("token_delay = 5ms"), "n:3: token_delay: allowed with type = echo only\n"},
       {"[backend b]\ntype = ech",
-       "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, exo, generic, echo, not 'ech'; did you "
-       "mean "
-       "echo?\n"},
+       "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, anthropic, exo, generic, echo, not "
+       "'ech'; did you mean echo?\n"},
   });
 }
 

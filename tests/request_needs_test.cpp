@@ -37,6 +37,7 @@ TEST_CASE("the estimate of a prompt's length counts text, not images, sound and 
   RequestView request;
   request.body = body.data();
   request.body_bytes = body.size();
-  CHECK(needs_of(request, {}, true).context_tokens == (body.size() - large.size()) / kBytesPerToken);
-  CHECK(needs_of(request, {}, false).context_tokens == 0);
+  CHECK(needs_of(nexus::kEndpoints[0], request, {}, true).context_tokens ==
+        (body.size() - large.size()) / kBytesPerToken);
+  CHECK(needs_of(nexus::kEndpoints[0], request, {}, false).context_tokens == 0);
 }

@@ -35,6 +35,7 @@ struct Fleet {
       view.name = from.name;
       view.priority = from.priority;
       view.healthy = from.healthy;
+      view.facts = std::make_shared<nexus::ServerFacts>();
       snapshot.backends.push_back(view);
       loads[from.name] = from.load;
     }
@@ -114,6 +115,7 @@ const char* name_of(RouteOutcome outcome) {
     case RouteOutcome::ok: return "ok";
     case RouteOutcome::unknown_model: return "unknown_model";
     case RouteOutcome::none_healthy: return "none_healthy";
+    case RouteOutcome::not_spoken: return "not_spoken";
     case RouteOutcome::not_capable: return "not_capable";
   }
   return "?";
@@ -517,7 +519,12 @@ struct RandomFleet {
   std::string one_of() {
     return (one_in(2) ? "m" : one_in(4) ? "unheard of " : "alias of m") + std::to_string(below(4));
   }
-  RouteNeeds needs() { return {one_in(4), one_in(4), one_in(4), one_in(3) ? 500 * below(8) : 0}; }
+  RouteNeeds needs() {
+    return {.vision = one_in(4),
+            .tools = one_in(4),
+            .json_mode = one_in(4),
+            .context_tokens = one_in(3) ? 500 * below(8) : 0};
+  }
 };
 
 // The offer that a choice came from, or nullptr; found by name, independently of the router.

@@ -89,8 +89,9 @@ inline constexpr auto kEndpoints = [] {
   });
 }();
 
-static_assert(kEndpoints.size() <= kMaxEndpoints);
+static_assert(kEndpoints.size() <= kMaxEndpoints && kMaxEndpoints <= 64, "a set of endpoints is one word");
 
 constexpr std::uint8_t index_of(const Endpoint& row) { return static_cast<std::uint8_t>(&row - kEndpoints.data()); }
+constexpr std::uint64_t bit_of(const Endpoint& row) { return std::uint64_t{1} << index_of(row); }
 
 }  // namespace nexus

@@ -42,6 +42,7 @@ enum class ApiError : std::uint8_t {
   wrong_type,
   too_deep,
   model_not_found,
+  not_spoken,
   not_capable,
   no_healthy_backend,
   overload,
@@ -123,6 +124,8 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
      "The request body is nested deeper than 512 levels. Send a flatter one."},
     {ApiError::model_not_found, 404, kBadRequest, "model_not_found", ErrorType::no_backend, 0,
      "No backend serves this model. GET /v1/models lists the available models."},
+    {ApiError::not_spoken, 501, kBadRequest, "api_not_served", ErrorType::no_backend, 0,
+     "None of the model's backends serves this path. Use an API that they serve, or correct apis in nexus.conf."},
     {ApiError::not_capable, 400, kBadRequest, "model_not_capable", ErrorType::bad_request, 0,
      "No backend's copy of this model supports what the request needs (images, tools, JSON mode or its length). Use "
      "another model, or correct vision, tools, json_mode and context_length in nexus.conf."},

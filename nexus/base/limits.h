@@ -68,6 +68,7 @@ constexpr std::int64_t kMaxTokenCount = std::int64_t{1} << 40;  // of one respon
 constexpr std::size_t kUsageBytes = 16u << 10;       // a larger `usage` is ignored: real ones have a few hundred bytes
 constexpr std::size_t kHeldEventBytes = 16u << 10;   // a larger event is not the usage event, and is not held
 constexpr std::size_t kHeldAnswerBytes = 64u << 10;  // of a response that another backend may still replace
+constexpr std::size_t kPathErrorBytes = 512;         // of a response that says that a server does not know the path
 constexpr std::size_t kMaxProbeBytes = 16u << 20;    // of a backend's response to a health check
 constexpr std::size_t kMaxTopPageBytes = 64u << 20;  // of a page that `nexus top` reads
 

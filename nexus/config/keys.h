@@ -191,6 +191,7 @@ struct Value {
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
   void to(std::vector<std::string>& models) { problem = read_models(text, models); }
   void to(Capability& capability) { problem = read_capability(text, capability); }
+  void to_apis(Apis& apis) { problem = read_apis(text, apis); }
   void to(std::vector<ContextLength>& lengths) { problem = read_context_lengths(text, lengths); }
   void to(std::vector<NamePair>& aliases) {
     if (!is_model_name(text)) problem = expected_model_name(text);
@@ -281,6 +282,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"backend", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.backend().max_pending); }},
     {"backend", "stream_usage", kChoice, "by_kind", "by_kind, ask, as_is",
      [](V& v) { v.to(v.backend().stream_usage); }},
+    {"backend", "apis", kText, "", kApisText, [](V& v) { v.to_apis(v.backend().apis); }},
     {"backend", "vision", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().vision); }},
     {"backend", "tools", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().tools); }},
     {"backend", "json_mode", kText, "", kCapabilityText, [](V& v) { v.to(v.backend().json_mode); }},

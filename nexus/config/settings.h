@@ -219,6 +219,7 @@ struct BackendSettings {
   std::string api_key;              // read from api_key_env or api_key_file; empty: none
   std::uint32_t max_pending = 0;    // 0 = no cap
   StreamUsage stream_usage = StreamUsage::by_kind;
+  Apis apis = 0;  // that it speaks; 0: those of its type
   Capability vision, tools, json_mode;
   std::vector<ContextLength> context_length;
   Ns token_delay_ns = 20 * kMillisecond;  // echo only

@@ -208,6 +208,21 @@ inline std::string read_capability(std::string_view text, Capability& capability
   return {};
 }
 
+constexpr std::string_view kApisText = "a comma-separated list of APIs, or all";
+
+// Reads a list of kApiNames.
+inline std::string read_apis(std::string_view text, Apis& apis) {
+  apis = 0;
+  if (text == "all") apis = kAllApis;
+  if (text == "all") return {};
+  return read_list(text, [&](std::string_view item) {
+    const auto api = parse_choice(item, kApiNames);
+    if (!api) return "expected one of " + std::string(kApiNames) + ", not " + in_quotes(item);
+    apis |= bit_of(static_cast<Api>(*api));
+    return std::string();
+  });
+}
+
 constexpr std::string_view kContextText = "a number of tokens, 1 to 1G, or a comma-separated list of `model number`";
 
 // Reads kContextText; a number for `*` is that of the models not named.

@@ -35,8 +35,17 @@ class ServerFacts {
   bool note_refusal() { return !refuses_stream_options_.exchange(true, std::memory_order_relaxed); }
   void forget() { refuses_stream_options_.store(false, std::memory_order_relaxed); }
 
+  // Paths that the server does not know: a bit for each endpoint, since the last health check that passed.
+  bool lacks(std::uint64_t path) const { return (missing_paths_.load(std::memory_order_relaxed) & path) != 0; }
+  // True for the first call.
+  bool note_missing(std::uint64_t path) {
+    return (missing_paths_.fetch_or(path, std::memory_order_relaxed) & path) == 0;
+  }
+  void forget_paths() { missing_paths_.store(0, std::memory_order_relaxed); }
+
  private:
   std::atomic<bool> refuses_stream_options_{false};
+  std::atomic<std::uint64_t> missing_paths_{0};
 };
 
 enum class CircuitState : std::uint8_t {

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/api/endpoints.h"
 #include "nexus/api/model_list.h"
 #include "nexus/base/limits.h"
 #include "nexus/base/text_buffer.h"
@@ -53,9 +54,14 @@ struct BackendView {
   bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
+  Apis apis = kAllApis;
   bool ask_usage = false;
   bool healthy = false;
   std::shared_ptr<const ListedModels> listed;  // what the offers point to
+
+  bool speaks(const Endpoint& endpoint) const {
+    return (apis & bit_of(endpoint.api)) != 0 && !facts->lacks(bit_of(endpoint));
+  }
 };
 
 // A model that a backend offers.
@@ -83,6 +89,7 @@ struct Snapshot {
   std::shared_ptr<const Settings> settings;
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
+  ModelEntry any;                   // for a request that names no model: an offer for each backend
   bool any_vision_stated = false;   // some backend has a `vision` list
   bool any_context_stated = false;  // some backend has a `context_length`
   bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
@@ -103,7 +110,9 @@ struct Snapshot {
     return best;
   }
 
+  // The entry of a model, or of none.
   const ModelEntry* find(std::string_view model) const {
+    if (model.empty()) return &any;
     auto found = models.find(model);
     return found == models.end() ? nullptr : &found->second;
   }
@@ -248,6 +257,7 @@ class Registry {
     const bool first = backend.health == Health::unknown || (passed && !backend.was_up);
     const std::uint32_t needed = first ? 1 : passed ? health.recoveries : health.failures;
     backend.was_up |= passed;
+    if (passed) backend.facts->forget_paths();
     if (backend.health == seen) backend.streak = 0;
     if (backend.health == seen || ++backend.streak < needed) return {false, backend.health, backend.health};
     backend.streak = 0;
@@ -302,6 +312,7 @@ class Registry {
     }
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {
       const BackendSettings& from = backends_[i].settings;
+      made->any.offers.push_back({i, {}, nullptr});
       backends_[i].each_model([&](const std::string& model, const ListedModel* listed) {
         const Offer offer{i, capabilities_of(from, model), listed};
         entry(*made, model).offers.push_back(offer);
@@ -377,6 +388,7 @@ class Registry {
     view.response_line = "X-Nexus-Backend: " + from.name + "\r\n";
     view.priority = from.priority;
     view.max_pending = from.max_pending;
+    view.apis = from.apis != 0 ? from.apis : row_of(from.kind).apis;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||
                      (from.stream_usage == StreamUsage::by_kind && row_of(from.kind).takes_stream_options);
     view.healthy = backend.health == Health::healthy && backend.address.has_value();

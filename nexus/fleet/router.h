@@ -25,8 +25,9 @@
 
 namespace nexus {
 
-// The capabilities that a request needs.
+// The endpoint and the capabilities that a request needs.
 struct RouteNeeds {
+  const Endpoint* endpoint = &kEndpoints.front();
   bool vision = false;
   bool tools = false;
   bool json_mode = false;
@@ -76,6 +77,7 @@ enum class RouteOutcome : std::uint8_t {
   ok,
   unknown_model,  // no backend offers the model or one of its fallbacks: 404
   none_healthy,   // some backend could serve the request, but none of these is healthy: 503
+  not_spoken,     // backends offer the model, but none of them speaks the endpoint's API: 501
   not_capable,    // healthy backends offer the model, but no backend has the needed capabilities: 400
 };
 
@@ -96,11 +98,13 @@ inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
 // Facts about all offers; they decide the error if there is no candidate.
 struct Seen {
   bool offered = false;
+  bool spoken = false;
   bool healthy = false;
   bool capable = false;
 
   RouteOutcome outcome() const {
     if (!offered) return RouteOutcome::unknown_model;
+    if (!spoken) return RouteOutcome::not_spoken;
     return healthy && !capable ? RouteOutcome::not_capable : RouteOutcome::none_healthy;
   }
 };
@@ -111,7 +115,10 @@ inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
   const std::size_t first = out.size();
   for (const Offer& offer : entry.offers) {
     seen.offered = true;
-    const bool healthy = snapshot.backends[offer.backend].healthy;
+    const BackendView& backend = snapshot.backends[offer.backend];
+    if (!backend.speaks(*needs.endpoint)) continue;
+    seen.spoken = true;
+    const bool healthy = backend.healthy;
     const bool capable = can_serve(offer.capabilities, needs);
     seen.healthy |= healthy;
     seen.capable |= capable;

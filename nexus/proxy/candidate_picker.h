@@ -59,8 +59,10 @@ inline std::size_t base64_bytes(std::string_view body) {
 }
 
 // `count_text`: a backend's context_length matters.
-inline RouteNeeds needs_of(const RequestView& request, const BodyFacts& facts, bool count_text) {
+inline RouteNeeds needs_of(const Endpoint& endpoint, const RequestView& request, const BodyFacts& facts,
+                           bool count_text) {
   RouteNeeds needs;
+  needs.endpoint = &endpoint;
   needs.tools = facts.has_tools;
   needs.json_mode = facts.json_mode;
   if (count_text) {
@@ -101,6 +103,22 @@ inline std::string unknown_model_message(const Snapshot& snapshot, std::string_v
   return message.append("Available: ").append(names).append(".");
 }
 
+// The message of a 501.
+inline std::string not_spoken_message(const Snapshot& snapshot, const ModelEntry& entry, const Endpoint& endpoint,
+                                      std::string_view method) {
+  std::string message = "None of the backends ";
+  if (!entry.name.empty()) message.append("of the model '").append(entry.name).append("' ");
+  message.append("serves ").append(method).append(" ").append(endpoint.path).append(": ");
+  const std::size_t listed_at = message.size();
+  for (const Offer& offer : entry.offers) {
+    const std::string& name = snapshot.backends[offer.backend].name;
+    if (message.size() + name.size() > kListedModelBytes) break;
+    if (message.size() > listed_at) message += ", ";
+    message += name;
+  }
+  return message.append(". Use an API that they serve, or correct apis in nexus.conf.");
+}
+
 template <class Net>
 class CandidatePicker {
  public:
@@ -112,6 +130,7 @@ class CandidatePicker {
     nothing_left,  // all have been tried
     unknown_model,
     none_healthy,
+    not_spoken,
     not_capable,
   };
 
@@ -147,6 +166,7 @@ class CandidatePicker {
         case RouteOutcome::ok: break;
         case RouteOutcome::unknown_model: return Next::unknown_model;
         case RouteOutcome::none_healthy: return Next::none_healthy;
+        case RouteOutcome::not_spoken: return Next::not_spoken;
         case RouteOutcome::not_capable: return Next::not_capable;
       }
     }
@@ -199,6 +219,12 @@ class CandidatePicker {
     }
     if (!full_.empty()) context_.shared.admission.renew(ticket_, full_);
     return take_grant();
+  }
+
+  // The last choice did not count: its server does not know the request's path, and is no candidate any more.
+  void take_back() {
+    tried_count_ -= 1;
+    (choice_.fallback ? fallback_tries_ : primary_tries_) -= 1;
   }
 
   // Gives back what the request holds: its place, its half-open probe, its place in the queue.

@@ -158,6 +158,8 @@ class Exchange {
 
  private:
   using Next = typename CandidatePicker<Net>::Next;
+  // The answer in hand may be about Nexus's own wish for counts, or about the path: it is held until it is whole.
+  enum class Doubt : std::uint8_t { none, usage, path };
 
   // ---- the loop ----
 
@@ -240,7 +242,7 @@ class Exchange {
   void prepare_choice() {
     // A key that may be one of Nexus's own is not passed on.
     request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
-    picker_.look_at(*snapshot_, entry_, needs_of(request_, facts_, snapshot_->any_context_stated));
+    picker_.look_at(*snapshot_, entry_, needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated));
   }
 
   // True if another candidate may be tried.
@@ -294,6 +296,7 @@ class Exchange {
         break;
       case Next::nothing_left: refuse(last_failure_, true); break;
       case Next::unknown_model:
+      case Next::not_spoken:
       case Next::none_healthy: return expect_or_refuse(next);
       case Next::not_capable: refuse(ApiError::not_capable, true); break;
     }
@@ -355,8 +358,11 @@ class Exchange {
   [[gnu::cold]] void note_failed_answer(AttemptOutcome outcome);
   [[gnu::cold]] void note_disguise();
   [[gnu::cold]] void hold(Response::Step step, ClientWrite& write);
-  // The held answer is whole, or too large to be about stream_options.
-  [[gnu::cold]] void settle_refusal(bool fits, Response::Step step, ClientWrite& write);
+  // The held answer is whole, or too large to be what was thought of it.
+  [[gnu::cold]] void settle_doubt(bool fits, Response::Step step, ClientWrite& write);
+  [[gnu::cold]] void ask_without_usage();
+  [[gnu::cold]] void pass_over_server();
+  [[gnu::cold]] void end_answered_attempt();
   [[gnu::cold]] void on_hold_deadline();
   // `whole`: it becomes the client's answer if no backend gives a better one.
   [[gnu::cold]] void leave_failed_answer(bool whole);
@@ -438,19 +444,7 @@ class Exchange {
     return go(State::over);
   }
 
-  void log_access() {
-    AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
-    if (attempt_.backend() != nullptr) {
-      entry.model_used = *picker_.choice().model_name;
-      entry.attempts = picker_.tries();
-    }
-    if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
-    if (kept_.given) {
-      entry.backend = kept_.backend;
-      entry.model_used = kept_.model_used;
-    }
-    context_.log.access(entry);
-  }
+  void log_access();
 
   Handle owner_;
   Context& context_;
@@ -468,9 +462,9 @@ class Exchange {
   // Of its attempts.
   CandidatePicker<Net> picker_;
   Attempt<Net> attempt_;
-  bool adds_usage_event_ = false;     // Nexus asked this backend for counts that the client did not ask for
-  bool may_refuse_usage_ = false;     // the answer in hand may be about that: it is held until it is whole
-  bool asked_without_usage_ = false;  // a backend has refused the request for it
+  bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
+  Doubt doubt_ = Doubt::none;
+  bool asked_without_usage_ = false;                      // a backend has refused the request for it
   ApiError last_failure_ = ApiError::no_healthy_backend;  // until a backend was tried
   std::string_view failure_;  // of the attempt that ends next: says more than its ending; a constant text
   std::string_view retry_reason_;

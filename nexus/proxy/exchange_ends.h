@@ -141,7 +141,7 @@ void Exchange<Net>::hold(Response::Step step, ClientWrite& write) {
     return end(Ending::backend_garbled);
   }
   const bool fits = client_.hold(write);
-  if (may_refuse_usage_ && (!fits || step == Response::Step::whole)) return settle_refusal(fits, step, write);
+  if (doubt_ != Doubt::none && (!fits || step == Response::Step::whole)) return settle_doubt(fits, step, write);
   if (!fits && !keeping_) {
     begin_streaming();
     return on_relayed(relay_.send(step, write));
@@ -149,18 +149,23 @@ void Exchange<Net>::hold(Response::Step step, ClientWrite& write) {
   if (!fits || step == Response::Step::whole) return leave_failed_answer(fits);
   if (state_ == State::holding) return;
   go(State::holding);
-  if (keeping_ || may_refuse_usage_) deadlines_.arm_hold(kKeptAnswerTime);
+  if (keeping_ || doubt_ != Doubt::none) deadlines_.arm_hold(kKeptAnswerTime);
 }
 
 template <class Net>
-void Exchange<Net>::settle_refusal(bool fits, Response::Step step, ClientWrite& write) {
-  may_refuse_usage_ = false;
-  if (!fits || client_.held().find("stream_options") == std::string_view::npos) {
-    begin_streaming();
-    ClientWrite nothing;
-    return on_relayed(relay_.send(step, fits ? nothing : write));
-  }
-  // The backend is asked again without the option. If the client sent options of its own, they may be the reason.
+void Exchange<Net>::settle_doubt(bool fits, Response::Step step, ClientWrite& write) {
+  const Doubt doubt = std::exchange(doubt_, Doubt::none);
+  const bool about_usage = doubt == Doubt::usage && client_.held().find("stream_options") != std::string_view::npos;
+  if (fits && about_usage) return ask_without_usage();
+  if (fits && doubt == Doubt::path && is_path_error(*endpoint_, client_.held())) return pass_over_server();
+  begin_streaming();
+  ClientWrite nothing;
+  on_relayed(relay_.send(step, fits ? nothing : write));
+}
+
+// The backend is asked again without the option. If the client sent options of its own, they may be the reason.
+template <class Net>
+void Exchange<Net>::ask_without_usage() {
   const BackendView& backend = *attempt_.backend();
   if (facts_.stream_options == BodyFacts::Options::absent && backend.facts->note_refusal()) {
     context_.log.event(
@@ -169,18 +174,38 @@ void Exchange<Net>::settle_refusal(bool fits, Response::Step step, ClientWrite& 
         {{"backend", backend.name}});
   }
   asked_without_usage_ = true;
+  end_answered_attempt();
+  begin_attempt();
+}
+
+// The server does not know the path: the request goes to another one, which does not count as a retry.
+template <class Net>
+void Exchange<Net>::pass_over_server() {
+  const BackendView& backend = *attempt_.backend();
+  if (backend.facts->note_missing(bit_of(*endpoint_))) {
+    context_.log.event(LogLevel::info, "backend does not serve this path: other backends get its requests",
+                       {{"backend", backend.name}, {"path", endpoint_->path}});
+  }
+  end_answered_attempt();
+  picker_.leave();
+  picker_.take_back();
+  go(State::choosing);
+}
+
+// The attempt is over with an answer that nobody gets.
+template <class Net>
+void Exchange<Net>::end_answered_attempt() {
   if (state_ != State::holding) go(State::holding);
   attempt_.end(AttemptOutcome::ok);
   const bool reusable = relay_.response().leaves_connection();
   drop_answer();
   release_upstream(reusable);
   attempt_.leave();
-  begin_attempt();
 }
 
 template <class Net>
 void Exchange<Net>::on_hold_deadline() {
-  may_refuse_usage_ = false;
+  doubt_ = Doubt::none;
   if (keeping_) return leave_failed_answer(false);
   if (deadlines_.first_byte_expired()) return end(Ending::first_byte_silent);
   begin_streaming();  // after head_delay the client sees life
@@ -226,6 +251,21 @@ void Exchange<Net>::give_kept_answer() {
   if (kept_.ends_connection) client_.end_connection();
   if (!client_.send_kept()) return end(client_ending());
   go(State::finishing);
+}
+
+template <class Net>
+void Exchange<Net>::log_access() {
+  AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
+  if (attempt_.backend() != nullptr) {
+    entry.model_used = *picker_.choice().model_name;
+    entry.attempts = picker_.tries();
+  }
+  if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
+  if (kept_.given) {
+    entry.backend = kept_.backend;
+    entry.model_used = kept_.model_used;
+  }
+  context_.log.access(entry);
 }
 
 }  // namespace nexus

@@ -26,7 +26,13 @@ Step Exchange<Net>::expect_or_refuse(Next next) {
     return Step::wait;
   }
   context_.want_check(BackendId::none);
-  next == Next::unknown_model ? refuse_unknown_model() : refuse(ApiError::no_healthy_backend, true);
+  switch (next) {
+    case Next::unknown_model: refuse_unknown_model(); break;
+    case Next::not_spoken:
+      refuse(ApiError::not_spoken, true, not_spoken_message(*snapshot_, *entry_, *endpoint_, summary_.method));
+      break;
+    default: refuse(ApiError::no_healthy_backend, true); break;
+  }
   return Step::again;
 }
 
@@ -49,7 +55,8 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
-  answer_failed_ = keeping_ = may_refuse_usage_ = false;
+  answer_failed_ = keeping_ = false;
+  doubt_ = Doubt::none;
   adds_usage_event_ = !asked_without_usage_ && asks_for_usage(*endpoint_, backend, facts_);
   const std::string& model = *choice.model_name;
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
@@ -181,7 +188,8 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   } else if (status >= 300 && picker_.permit().is_probe()) {
     note_backend_success();
   }
-  may_refuse_usage_ = adds_usage_event_ && (status == 400 || status == 422);
+  if (adds_usage_event_ && (status == 400 || status == 422)) doubt_ = Doubt::usage;
+  if (may_be_path_error(*endpoint_, result.head)) doubt_ = Doubt::path;
   relay_.begin(*endpoint_, result, route(), facts_.stream, adds_usage_event_);
   const std::size_t head_bytes = result.head.head_bytes;
   pass(context_.text, result.data + head_bytes, result.bytes - head_bytes);
@@ -219,7 +227,7 @@ void Exchange<Net>::note_first() {
 template <class Net>
 bool Exchange<Net>::is_held(Response::Step step) const {
   if (answer_failed_) return keeping_;
-  if (may_refuse_usage_) return true;
+  if (doubt_ != Doubt::none) return true;
   const Response& response = relay_.response();
   if (response.first_ns() >= 0 || !response.is_success() || step == Response::Step::whole) return false;
   return step == Response::Step::broken || context_.settings().upstream.head_delay_ns > 0;

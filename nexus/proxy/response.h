@@ -9,6 +9,8 @@
 // Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -299,6 +301,30 @@ inline std::optional<Ns> retry_after_of(const HeadView& head) {
   const auto seconds = parse_decimal(value_of(head.base, *row));
   if (!seconds) return std::nullopt;  // a date: the two hosts' clocks may differ
   return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
+}
+
+// True if a response with this head may say that the server does not know the path; is_path_error() then tells. Of the
+// three oldest endpoints only a 404 can: their servers know them, and no other answer is held up.
+inline bool may_be_path_error(const Endpoint& endpoint, const ResponseHead& head) {
+  if (head.status == 404) return true;
+  return head.status == 200 && index_of(endpoint) > 2 && head.framing.kind == Framing::Kind::length &&
+         head.framing.length <= kPathErrorBytes;
+}
+
+// `held`: a whole response, as the client would get it.
+inline bool is_path_error(const Endpoint& endpoint, std::string_view held) {
+  const std::string_view body = held.substr(std::min(held.find("\r\n\r\n"), held.size() - 4) + 4);
+  if (body.empty() || body == "0\r\n\r\n") return index_of(endpoint) > 2;
+  static constexpr auto kTexts = std::to_array<std::string_view>({
+      "{\"detail\":\"Not Found\"}",     // FastAPI: vLLM, SGLang
+      "404 page not found",             // Go: Ollama, LocalAI
+      "\"File Not Found\"",             // llama.cpp
+      "\"Invalid URL (",                // OpenAI
+      "Unexpected endpoint or method",  // LM Studio, with 200
+  });
+  return body.size() <= 2 * kPathErrorBytes && std::any_of(kTexts.begin(), kTexts.end(), [&](std::string_view text) {
+           return body.find(text) != std::string_view::npos;
+         });
 }
 
 template <class Net>

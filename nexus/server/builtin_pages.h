@@ -278,7 +278,8 @@ class BuiltinPages {
       const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);
       if (error == ApiError::method_not_allowed) fields = allow_line(kind);
     }
-    answer_error(session, error, fields, message);
+    const Endpoint* endpoint = find_endpoint(path, on);
+    answer_error(session, error, fields, message, endpoint == nullptr ? ErrorShape::openai : endpoint->row().errors);
   }
 
   void note_stray(const SessionT& session, HttpRejection reason, std::string_view path) {

@@ -99,7 +99,9 @@ inline std::string_view nearest_path(std::string_view path, Listens on) {
     if (is_served(row, on)) consider(row.path);
   }
   if (on == Listens::for_operators) return nearest;
-  for (const Endpoint& endpoint : kEndpoints) consider(endpoint.path);
+  for (const Endpoint& endpoint : kEndpoints) {  // an OpenAI path has a twin without /v1
+    if (endpoint.path.starts_with("/v1/") || endpoint.path.starts_with("/api/")) consider(endpoint.path);
+  }
   return nearest;
 }
 

@@ -661,6 +661,7 @@ inline void add_backend_rows(ReloadRows& rows) {
   };
   rows.push_back({"backend", "stream_usage", When::at_once, "stream_usage = as_is", "stream_usage = ask", "no", "yes",
                   at_backend("body")});
+  rows.push_back({"backend", "apis", When::at_once, "apis = all", "apis = embeddings", "200", "501", post_model()});
   rows.push_back(
       {"backend", "vision", When::at_once, "vision = all", "vision = none", "200", "400", post_model(image)});
   rows.push_back({"backend", "tools", When::at_once, "tools = all", "tools = none", "200", "400", post_model(tools)});

@@ -17,6 +17,12 @@
 
 namespace nexus::sim {
 
+// True if the backend speaks each API that the simulated clients use.
+inline bool speaks_all(const BackendView& backend) {
+  constexpr Apis kUsed = apis(Api::chat, Api::completions, Api::embeddings);
+  return (backend.apis & kUsed) == kUsed;
+}
+
 class Freshness {
  public:
   Freshness(Ledger& ledger, Wire& wire) : ledger_(ledger), wire_(wire) {}
@@ -147,7 +153,8 @@ class Freshness {
       // A backend that cannot serve this request may be the healthy one: count those that can serve any.
       const auto serves = [&](const Offer& offer) {
         const Capabilities& can = offer.capabilities;
-        return snapshot.backends[offer.backend].healthy && can.vision && can.tools && can.json_mode &&
+        const BackendView& backend = snapshot.backends[offer.backend];
+        return backend.healthy && speaks_all(backend) && can.vision && can.tools && can.json_mode &&
                can.context_tokens == 0;
       };
       if (entry == nullptr || std::none_of(entry->offers.begin(), entry->offers.end(), serves)) return false;

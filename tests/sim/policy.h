@@ -102,14 +102,14 @@ class Policy {
     std::uint64_t since = 0, last = 0;  // turns
   };
 
-  // True if the backend serves any request for the model.
+  // True if the backend serves any request of the simulated clients for the model.
   static bool serves(const Snapshot& fleet, const BackendView& backend, std::string_view model) {
     const ModelEntry* entry = fleet.find(model);
     if (entry == nullptr || !backend.healthy) return false;
     return std::any_of(entry->offers.begin(), entry->offers.end(), [&](const Offer& offer) {
       const Capabilities& can = offer.capabilities;
-      return &fleet.backends[offer.backend] == &backend && can.vision && can.tools && can.json_mode &&
-             can.context_tokens == 0;
+      return &fleet.backends[offer.backend] == &backend && speaks_all(backend) && can.vision && can.tools &&
+             can.json_mode && can.context_tokens == 0;
     });
   }
   static bool offers(const Snapshot& fleet, const BackendView& backend, std::string_view model) {

@@ -134,6 +134,8 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"backend", "max_pending", [](const Drawn& d) { d.backend().max_pending = d.number(0, 3); }},
     {"backend", "stream_usage",
      [](const Drawn& d) { d.backend().stream_usage = static_cast<StreamUsage>(d.number(0, 2)); }},
+    {"backend", "apis",
+     [](const Drawn& d) { d.backend().apis = d.dice.one_in(2) ? 0 : apis(Api::chat, static_cast<Api>(d.number(1, 3))); }},
     {"backend", "vision", [](const Drawn& d) { d.backend().vision = d.capability(); }},
     {"backend", "tools", [](const Drawn& d) { d.backend().tools = d.capability(); }},
     {"backend", "json_mode", [](const Drawn& d) { d.backend().json_mode = d.capability(); }},
