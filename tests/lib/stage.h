@@ -4,7 +4,7 @@
 // Promises: a backend is ejected by its first failure, and stays so for the whole test. Each backend has its own port.
 // Leaves:   what the far ends do to the tests.
 // Threads:  one.
-// Tested by: tests/endings_test.cpp
+// Tested by: tests/endings_test.cpp, tests/apis_test.cpp
 #pragma once
 
 #include <functional>
@@ -22,8 +22,9 @@ namespace nexus::sim {
 inline const std::string kAsk = R"({"model":"m","messages":[]})";
 inline const std::string kAskStream = R"({"model":"m","stream":true,"messages":[]})";
 
-inline std::string post(const std::string& body, std::string_view version = "HTTP/1.1") {
-  return "POST /v1/chat/completions " + std::string(version) +
+inline std::string post(const std::string& body, std::string_view version = "HTTP/1.1",
+                        std::string_view path = "/v1/chat/completions") {
+  return "POST " + std::string(path) + " " + std::string(version) +
          "\r\nHost: a\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
 }
 
@@ -62,10 +63,10 @@ class Stage {
     net.deliver();
   }
 
-  Peer& ask(const std::string& body = kAsk) {
+  Peer& ask(const std::string& body = kAsk, std::string_view path = "/v1/chat/completions") {
     Peer& client = net.connect_client();
     settle();
-    net.send(client, post(body));
+    net.send(client, post(body, "HTTP/1.1", path));
     settle();
     return client;
   }

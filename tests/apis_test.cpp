@@ -1,0 +1,195 @@
+// apis_test.cpp
+// Goal:   a request goes only to a server that serves its API, and an error has the shape that the API's clients read.
+// Method: one worker on the scripted network, with up to three backends that answer as real servers do.
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "tests/lib/stage.h"
+
+using namespace nexus;
+using sim::Peer;
+using sim::Stage;
+
+namespace {
+
+std::string response(int status, std::string_view type, std::string_view body) {
+  return "HTTP/1.1 " + std::to_string(status) + " X\r\nContent-Type: " + std::string(type) +
+         "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n\r\n" + std::string(body);
+}
+std::string json(int status, std::string_view body) { return response(status, "application/json", body); }
+
+const std::string kGood = json(200, R"({"ok":true,"usage":{"prompt_tokens":1}})");
+
+void no_retries(Settings& settings) { settings.routing.retries = 0; }
+
+}  // namespace
+
+TEST_CASE("a server that does not know the path is passed over, without a retry, and not asked again") {
+  const std::string errors[] = {
+      json(404, R"({"detail":"Not Found"})"),
+      response(404, "text/plain", "404 page not found"),
+      json(404, R"({"error":{"code":404,"message":"File Not Found","type":"not_found_error"}})"),
+      json(404, R"x({"error":{"message":"Invalid URL (POST /v1/rerank)","type":"invalid_request_error"}})x"),
+      json(200, R"({"error":"Unexpected endpoint or method. (POST /v1/rerank). Returning 200 anyway"})"),
+      json(404, ""),
+      "HTTP/1.1 404 X\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+      "HTTP/1.1 404 X\r\nTransfer-Encoding: chunked\r\n\r\n16\r\n{\"detail\":\"Not Found\"}\r\n0\r\n\r\n",
+  };
+  for (const std::string& error : errors) {
+    CAPTURE(error);
+    Stage stage(3, no_retries);
+    Peer& client = stage.ask(sim::kAsk, "/v1/rerank");
+    stage.say(*stage.backend(1), error);
+    REQUIRE(stage.backend(2) != nullptr);
+    stage.say(*stage.backend(2), error);
+    REQUIRE(stage.backend(3) != nullptr);
+    stage.say(*stage.backend(3), kGood);
+    CHECK(stage.answer_to(client).status == 200);
+    CHECK(stage.attempts(AttemptOutcome::ok, 1) == 1);
+    CHECK(stage.attempts(AttemptOutcome::ok, 3) == 1);
+    CHECK_FALSE(stage.ejected(1));
+    CHECK(stage.all_errors() == 0);
+    Peer& second = stage.ask(sim::kAsk, "/v1/rerank");
+    CHECK(stage.attempts(AttemptOutcome::ok, 1) == 1);
+    stage.say(*stage.backend(3), kGood);
+    CHECK(stage.answer_to(second).status == 200);
+    // It is one path that the server does not know.
+    Peer& chat = stage.ask();
+    stage.say(*stage.backend(1), kGood);
+    CHECK(stage.answer_to(chat).status == 200);
+  }
+}
+
+TEST_CASE("a 404 about a model, and every other answer, is the client's") {
+  const std::string answers[] = {
+      json(404, R"({"error":{"message":"The model `m` does not exist.","type":"NotFoundError","code":404}})"),
+      json(404, R"({"error":"model 'm' not found"})"),
+      json(404, std::string(5000, ' ') + R"({"detail":"Not Found"})"),
+      json(405, R"({"detail":"Method Not Allowed"})"),
+      json(200, R"({"results":[]})"),
+      response(404, "text/html", "<h1>File not found</h1>"),
+  };
+  for (const std::string& answer : answers) {
+    CAPTURE(answer);
+    Stage stage(2);
+    Peer& client = stage.ask(sim::kAsk, "/v1/rerank");
+    stage.say(*stage.backend(1), answer);
+    CHECK(stage.backend(2) == nullptr);
+    CHECK(stage.answer_to(client).status == std::stoi(answer.substr(9)));
+    CHECK(client.received.ends_with(answer.substr(answer.find("\r\n\r\n") + 4)));
+  }
+}
+
+TEST_CASE("where no backend of the model serves the path, the client is told so and who has the model") {
+  SUBCASE("by their answers") {
+    Stage stage(2);
+    Peer& client = stage.ask(sim::kAsk, "/v1/messages");
+    stage.say(*stage.backend(1), json(404, R"({"detail":"Not Found"})"));
+    stage.say(*stage.backend(2), response(404, "text/plain", "404 page not found"));
+    const rfc9112::Message answer = stage.answer_to(client);
+    CHECK(answer.status == 501);
+    CHECK(answer.body.find(R"("message":"None of the backends of the model 'm' serves POST /v1/messages: b1, b2.)") !=
+          std::string::npos);
+    CHECK(answer.body.starts_with(R"({"type":"error","error":{"type":"api_error",)"));
+    CHECK(stage.errors(ErrorType::no_backend) == 1);
+    CHECK(stage.all_errors() == 1);
+  }
+  SUBCASE("by the configuration") {
+    Stage stage(2, [](Settings& settings) {
+      for (BackendSettings& backend : settings.backends) backend.apis = apis(Api::chat, Api::embeddings);
+    });
+    const rfc9112::Message answer = stage.answer_to(stage.ask(sim::kAsk, "/v1/rerank"));
+    CHECK(answer.status == 501);
+    CHECK(answer.body.find("serves POST /v1/rerank: b1, b2.") != std::string::npos);
+    CHECK(stage.backend() == nullptr);
+  }
+}
+
+TEST_CASE("a request goes to the backend that serves its API, also under another model") {
+  Stage stage(2, [](Settings& settings) {
+    settings.backends[0].apis = apis(Api::chat);
+    settings.backends[1].models = {"other"};
+    settings.fallbacks = {{"m", {"other"}}};
+  });
+  Peer& client = stage.ask(sim::kAsk, "/v1/rerank");
+  CHECK(stage.backend(1) == nullptr);
+  REQUIRE(stage.backend(2) != nullptr);
+  CHECK(stage.backend(2)->received.find(R"({"model":"other")") != std::string::npos);
+  stage.say(*stage.backend(2), kGood);
+  CHECK(stage.answer_to(client).status == 200);
+}
+
+TEST_CASE("a body without a model goes to any backend that serves the path, unchanged") {
+  Stage stage(2, [](Settings& settings) { settings.backends[0].apis = apis(Api::chat); });
+  Peer& client = stage.ask(R"({"content":"x"})", "/tokenize");
+  REQUIRE(stage.backend(2) != nullptr);
+  CHECK(stage.backend(2)->received.ends_with("\r\n\r\n{\"content\":\"x\"}"));
+  stage.say(*stage.backend(2), json(200, R"({"tokens":[1]})"));
+  CHECK(stage.answer_to(client).status == 200);
+  CHECK(stage.all_errors() == 0);
+  CHECK(stage.answer_to(stage.ask(R"({"content":"x"})", "/v1/rerank")).status == 400);
+}
+
+TEST_CASE("Nexus's own errors have the shape of the endpoint") {
+  struct Row {
+    const char* path;
+    const char* body;
+    const char* begins;
+    const char* holds;
+  };
+  const Row rows[] = {
+      {"/v1/chat/completions", R"({"model":"x"})", R"({"error":{"message":"The model 'x' )",
+       R"("type":"invalid_request_error","param":"model","code":"model_not_found"}})"},
+      {"/v1/responses", R"({})", R"({"error":{"message":"The request body has no)", R"("code":"missing_model"}})"},
+      {"/v1/messages", R"({"model":"x"})", R"({"type":"error","error":{"type":"not_found_error","message":"The model)",
+       R"(},"request_id":"req-7"})"},
+      {"/v1/messages", R"({)", R"({"type":"error","error":{"type":"invalid_request_error","message":")", "req-7"},
+      {"/v1/messages/count_tokens", R"({})", R"({"type":"error","error":{"type":"invalid_request_error")", "req-7"},
+      {"/api/chat", R"({"model":"x"})", R"({"error":"The model 'x' )", "\"}"},
+      {"/api/generate", R"([])", R"({"error":"The request body is not)", "\"}"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.path);
+    Stage stage;
+    Peer& client = stage.net.connect_client();
+    stage.settle();
+    const std::string body = row.body;
+    stage.net.send(client, "POST " + std::string(row.path) +
+                               " HTTP/1.1\r\nHost: a\r\nX-Request-Id: req-7\r\nContent-Length: " +
+                               std::to_string(body.size()) + "\r\n\r\n" + body);
+    stage.settle();
+    const rfc9112::Message answer = stage.answer_to(client);
+    CHECK(answer.body.starts_with(row.begins));
+    CHECK(answer.body.find(row.holds) != std::string::npos);
+  }
+}
+
+TEST_CASE("a stream that breaks off ends with an error in the framing and shape of its API") {
+  struct Row {
+    const char* path;
+    const char* type;
+    const char* end;
+  };
+  const Row rows[] = {
+      {"/v1/chat/completions", "text/event-stream", "\n\ndata: {\"error\":{\"message\":\"The backend closed"},
+      {"/v1/messages", "text/event-stream",
+       "\n\nevent: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"The backend "
+       "closed"},
+      {"/v1/responses", "text/event-stream",
+       "\n\nevent: error\ndata: {\"type\":\"error\",\"code\":\"bad_gateway\",\"message\":\"The backend closed"},
+      {"/api/chat", "application/x-ndjson", "\n{\"error\":\"The backend closed"},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.path);
+    Stage stage;
+    Peer& client = stage.ask(sim::kAskStream, row.path);
+    stage.say(*stage.backend(), "HTTP/1.1 200 OK\r\nContent-Type: " + std::string(row.type) +
+                                    "\r\nTransfer-Encoding: chunked\r\n\r\n10\r\ndata: {\"a\": 1}\n\n\r\n");
+    stage.net.finish(*stage.backend());
+    stage.settle();
+    CHECK(client.received.find(row.end) != std::string::npos);
+    CHECK(client.received.find("\r\n0\r\n\r\n") == std::string::npos);
+    CHECK(stage.errors(ErrorType::backend_error) == 1);
+  }
+}
