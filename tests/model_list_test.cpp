@@ -32,7 +32,7 @@ Names names(const ModelList& list) {
 std::string entry(const std::string& element, std::string_view name = "m") {
   const ModelList list = read(R"({"data":[)" + element + "]}");
   std::string out;
-  append_model(out, name, list.models.empty() ? nullptr : &list.models[0], "b1");
+  append_openai_model(out, name, list.models.empty() ? nullptr : &list.models[0], "b1");
   return out;
 }
 

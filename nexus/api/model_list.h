@@ -23,10 +23,11 @@ namespace nexus {
 
 struct ListedModel {
   std::string name;
-  std::string entry;          // the backend's own object of OpenAI's shape; empty: none that could be kept
+  std::string entry;          // the backend's own object; empty: none that could be kept
   std::uint32_t name_at = 0;  // the name's place in `entry`, with its quotes
   std::uint32_t name_bytes = 0;
   bool has_owner = false;  // `entry` has an `owned_by`
+  bool is_openai = false;  // `entry` has OpenAI's shape, not Ollama's
 
   bool operator==(const ListedModel&) const = default;
 };
@@ -67,8 +68,8 @@ inline bool read_model(JsonReader& json, simdjson::simdjson_result<JsonReader::V
   if (!json.read_name(id, name) || name.empty() || name.size() > kMaxModelNameBytes) return ++list.unreadable, true;
   ListedModel& model = list.models.emplace_back();
   model.name = name;
-  if (!shape.is_openai) return true;
-  model.has_owner = object.find_field_unordered("owned_by").error() == simdjson::SUCCESS;
+  model.is_openai = shape.is_openai;
+  model.has_owner = shape.is_openai && object.find_field_unordered("owned_by").error() == simdjson::SUCCESS;
   std::string_view text;
   if (object.reset().error() || object.raw_json().get(text)) return list.models.pop_back(), false;
   text = trim_json_end(text);
@@ -116,9 +117,32 @@ inline ModelList read_models(JsonReader& json, std::string_view text, std::size_
   return list;
 }
 
-// Appends the object that /v1/models has for the model under `name`. `model`: as the backend lists it, or null.
-inline void append_model(std::string& out, std::string_view name, const ListedModel* model, std::string_view backend) {
-  if (model == nullptr || model->entry.empty()) {
+// The shapes in which Nexus lists models.
+enum class ModelListKind : std::uint8_t { openai, anthropic, ollama };
+constexpr std::size_t kModelListKinds = 3;
+
+// Appends the object that a list has for the model under `name`. `model`: as the backend lists it, or null. An entry
+// of the list's shape is passed on, but Anthropic's are all alike: no backend needs more.
+inline void append_anthropic_model(std::string& out, std::string_view name) {
+  JsonWriter json(out);
+  json.begin_object().field("type", "model").field("id", name).field("display_name", name);
+  json.field("created_at", "1970-01-01T00:00:00Z").end_object();
+}
+inline void append_ollama_model(std::string& out, std::string_view name, const ListedModel* model) {
+  if (model != nullptr && !model->is_openai && !model->entry.empty() && model->name == name) {
+    out += model->entry;
+    return;
+  }
+  JsonWriter json(out);
+  json.begin_object().field("name", name).field("model", name).field("modified_at", "1970-01-01T00:00:00Z");
+  json.field("size", 0).field("digest", "").key("details").begin_object().field("format", "").field("family", "");
+  json.key("families").literal("null").field("parameter_size", "").field("quantization_level", "").end_object();
+  json.end_object();
+}
+
+inline void append_openai_model(std::string& out, std::string_view name, const ListedModel* model,
+                                std::string_view backend) {
+  if (model == nullptr || model->entry.empty() || !model->is_openai) {
     JsonWriter json(out);
     json.begin_object().field("id", name).field("object", "model").field("created", 0).field("owned_by", backend);
     json.end_object();

@@ -64,8 +64,10 @@ struct BackendKindRow {
   std::string_view name;         // `type =` in nexus.conf
   std::string_view health_path;  // if it equals models_path, one request serves both
   std::string_view models_path;
-  bool takes_stream_options;  // understands stream_options.include_usage
-  Apis apis;                  // that its servers speak, in some version
+  bool takes_stream_options;          // understands stream_options.include_usage
+  Apis apis;                          // that its servers speak, in some version
+  bool takes_x_api_key = false;       // the key goes there as well
+  std::string_view check_lines = {};  // fields that a health check needs
 };
 
 // The names of the rows, in their order: keys.h checks them.
@@ -90,8 +92,8 @@ inline constexpr std::array kBackendKinds{
     BackendKindRow{
         BackendKind::openai, "openai", "/v1/models", "/v1/models", true,
         detail::kCommonApis | apis(Api::responses, Api::moderations, Api::speech, Api::transcriptions, Api::images)},
-    BackendKindRow{BackendKind::anthropic, "anthropic", "/v1/models", "/v1/models", true,
-                   apis(Api::messages, Api::chat)},
+    BackendKindRow{BackendKind::anthropic, "anthropic", "/v1/models?limit=1000", "/v1/models?limit=1000", true,
+                   apis(Api::messages, Api::chat), true, "anthropic-version: 2023-06-01\r\n"},
     BackendKindRow{BackendKind::exo, "exo", "/v1/models", "/v1/models", true,
                    detail::kCommonApis | apis(Api::responses, Api::messages)},
     BackendKindRow{BackendKind::generic, "generic", "/v1/models", "/v1/models", false, kAllApis},

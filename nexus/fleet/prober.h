@@ -49,7 +49,7 @@ struct ProbeOrder {
   std::vector<Address> addresses;  // the first is tried first
   std::string host;
   std::string base_path;
-  std::string authorization;
+  std::string lines;  // fields, whole lines
   bool wants_models = true;
   bool any_answer = false;  // any but a 5xx proves that the backend lives: its models are known without it
   std::string page;         // a path that is requested instead: the result is its content
@@ -66,7 +66,7 @@ inline ProbeOrder order_of(const BackendSettings& backend, std::vector<Address> 
   order.addresses = std::move(addresses);
   order.host = host_of(backend);
   order.base_path = backend.base_path;
-  if (!backend.api_key.empty()) order.authorization = "Bearer " + backend.api_key;
+  order.lines = key_lines_of(backend).append(row_of(backend.kind).check_lines);
   order.any_answer = !backend.models.empty();
   order.timeout_ns = timeout_ns;
   return order;
@@ -233,7 +233,7 @@ class Prober {
     detail::append_field(head, "Host", probe.order.host);
     detail::append_field(head, "User-Agent", std::string("nexus/").append(kVersion));
     detail::append_field(head, "Accept", "application/json");
-    if (!probe.order.authorization.empty()) detail::append_field(head, "Authorization", probe.order.authorization);
+    head += probe.order.lines;
     head += "Connection: close\r\n\r\n";
     probe.asked = true;
     wheel_.arm(probe.timer, probe.deadline_ns);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cassert>
 #include <memory>
 #include <optional>
@@ -49,7 +50,7 @@ struct BackendView {
   std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
   std::shared_ptr<ServerFacts> facts;       // of the same
   std::string base_path;
-  std::string request_lines;  // sent with every request: Host, and Authorization if it has a key
+  std::string request_lines;  // sent with every request: Host, and its key if it has one
   std::string response_line;  // sent with every response from it: X-Nexus-Backend
   bool has_key = false;
   std::uint32_t priority = 50;
@@ -94,10 +95,10 @@ struct Snapshot {
   bool any_context_stated = false;  // some backend has a `context_length`
   bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
   bool unchecked = false;           // some backend was never checked
-  // Made once per snapshot, because a fleet may have thousands of models; see complete() in builtin_pages.h.
-  std::shared_ptr<const TextBuffer> models_page;  // the response body of GET /v1/models
-  std::size_t models_available = 0;               // on healthy backends; aliases do not count
-  std::string available_names;                    // for the message of a 404
+  // Made once per snapshot, because a fleet may have thousands of models; see complete() in model_pages.h.
+  std::array<std::shared_ptr<const TextBuffer>, kModelListKinds> model_pages;  // the lists of models, by their shape
+  std::size_t models_available = 0;  // on healthy backends; aliases do not count
+  std::string available_names;       // for the message of a 404
 
   // The healthy backend's offer that speaks for a model: a listed one before an implied one, then by priority. Null if
   // there is none.
@@ -126,6 +127,14 @@ inline std::string host_of(const BackendSettings& backend) {
   const std::string host = name.ends_with('.') ? name.substr(0, name.size() - 1) : name;  // the dot is for DNS alone
   if (host.empty()) return "localhost";
   return port == 80 ? url_host(host) : host_port(host, port);
+}
+
+// The fields with the backend's own key, as whole lines; empty if it has none.
+inline std::string key_lines_of(const BackendSettings& backend) {
+  if (backend.api_key.empty()) return {};
+  std::string lines = "Authorization: Bearer " + backend.api_key + "\r\n";
+  if (row_of(backend.kind).takes_x_api_key) lines += "x-api-key: " + backend.api_key + "\r\n";
+  return lines;
 }
 
 // Ollama takes a name without a tag for `latest`. Returns the other name of the same model, or nothing.
@@ -383,8 +392,7 @@ class Registry {
     view.facts = backend.facts;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
-    view.request_lines = "Host: " + host_of(from) + "\r\n";
-    if (view.has_key) view.request_lines += "Authorization: Bearer " + from.api_key + "\r\n";
+    view.request_lines = "Host: " + host_of(from) + "\r\n" + key_lines_of(from);
     view.response_line = "X-Nexus-Backend: " + from.name + "\r\n";
     view.priority = from.priority;
     view.max_pending = from.max_pending;

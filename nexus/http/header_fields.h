@@ -22,6 +22,7 @@ namespace nexus {
 enum class Field : std::uint8_t {
   other,
   accept_encoding,
+  anthropic_version,
   api_key,
   authorization,
   connection,
@@ -51,6 +52,7 @@ enum class Field : std::uint8_t {
 
 // The names of the fields from accept_encoding to x_request_id, in the order of the enum.
 inline constexpr auto kFieldNames = std::to_array<std::string_view>({"accept-encoding",
+                                                                     "anthropic-version",
                                                                      "api-key",
                                                                      "authorization",
                                                                      "connection",

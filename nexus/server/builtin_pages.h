@@ -28,68 +28,11 @@
 #include "nexus/http/head_writer.h"
 #include "nexus/proxy/candidate_picker.h"
 #include "nexus/server/client_keys.h"
+#include "nexus/server/model_pages.h"
 #include "nexus/server/paths.h"
 #include "nexus/server/session.h"
 
 namespace nexus {
-
-// The offer that shows a model in the list; null if the list does not have it.
-inline const Offer* listed_offer(const Snapshot& snapshot, const ModelEntry& entry) {
-  const Offer* offer = snapshot.preferred_offer(entry);
-  return offer != nullptr && offer->implied && !entry.is_alias() ? nullptr : offer;
-}
-
-// GET /v1/models: each model and alias that a healthy backend serves, by id, once.
-inline std::string render_models(const Snapshot& snapshot) {
-  std::vector<std::pair<std::string_view, const Offer*>> rows;
-  for (const auto& [name, entry] : snapshot.models) {
-    if (const Offer* offer = listed_offer(snapshot, entry)) rows.emplace_back(name, offer);
-  }
-  std::sort(rows.begin(), rows.end());
-  std::string out = R"({"object":"list","data":[)";
-  for (const auto& [model, offer] : rows) {
-    if (model != rows.front().first) out += ',';
-    append_model(out, model, offer->listed, snapshot.backends[offer->backend].name);
-  }
-  return out += "]}";
-}
-
-// Adds to a new snapshot what is made of all its models.
-inline void complete(Snapshot& snapshot) {
-  auto page = std::make_shared<TextBuffer>();
-  page->add(render_models(snapshot));
-  snapshot.models_page = std::move(page);
-  snapshot.available_names = list_available(snapshot);
-  snapshot.models_available =
-      static_cast<std::size_t>(std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
-        return !named.second.is_alias() && listed_offer(snapshot, named.second) != nullptr;
-      }));
-}
-
-// Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.
-inline std::string unescape_path(std::string_view text) {
-  std::string out;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    if (text[i] == '%' && i + 2 < text.size()) {
-      out += static_cast<char>(hex_value(text[i + 1]) * 16 + hex_value(text[i + 2]));
-      i += 2;
-    } else {
-      out += text[i];
-    }
-  }
-  return out;
-}
-
-// GET /v1/models/{id}: the model's entry in the list, also under a name that the list does not have. False if there is
-// none.
-inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path) {
-  const std::string id = unescape_path(path.substr(kModelPrefix.size()));
-  const ModelEntry* entry = snapshot.find(id);
-  const Offer* offer = entry == nullptr ? nullptr : snapshot.preferred_offer(*entry);
-  if (offer == nullptr) return false;
-  append_model(out, id, offer->listed, snapshot.backends[offer->backend].name);
-  return true;
-}
 
 // GET /health. Returns the status.
 inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, bool draining, Ns uptime_ns) {
@@ -130,13 +73,18 @@ class BuiltinPages {
       return std::nullopt;
     }
     session.keep_alive = head.keep_alive && head.framing.kind == Framing::Kind::none;
+    if (is_look(head, kind)) {
+      answer_json(session, 200, {});
+      return std::nullopt;
+    }
     if (head.method == HTTP_OPTIONS) {
       answer_options(session, kind);
       return std::nullopt;
     }
     switch (kind) {
       case PageKind::health: answer_health(session); break;
-      case PageKind::models: begin_page(session, context_.snapshot->models_page, kind); break;
+      case PageKind::models: begin_model_page(session, list_kind(session)); break;
+      case PageKind::tags: begin_model_page(session, ModelListKind::ollama); break;
       case PageKind::model: answer_model(session, path); break;
       case PageKind::metrics:
       case PageKind::stats:
@@ -246,17 +194,28 @@ class BuiltinPages {
   }
 
  private:
+  // Clients look if there is a server at all with HEAD /, before they show a key.
+  static bool is_look(const RequestHead& head, PageKind kind) {
+    return head.method == HTTP_HEAD && kind == PageKind::status;
+  }
+
   std::optional<ApiError> refusal_of(const SessionT& session, const char* base, PageKind kind) const {
     const RequestHead& head = session.head;
     const Settings& settings = context_.settings();
     if (head.refusal == HeadError::unknown_method) return ApiError::unknown_method;
     if (head.method == HTTP_CONNECT) return ApiError::method_not_allowed;
+    const FieldRow* upgrade = head.method == HTTP_GET ? find_field(*session.fields, Field::upgrade) : nullptr;
+    if (upgrade != nullptr && (kind == PageKind::none || kind == PageKind::endpoint) &&
+        equals_ignoring_case(value_of(base, *upgrade), "websocket")) {
+      return ApiError::websocket;
+    }
     const bool asks = head.method == HTTP_OPTIONS;
     if (kind == PageKind::endpoint && !asks) return ApiError::method_not_allowed;
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (kind == PageKind::none) return ApiError::not_found;
     if (asks) return std::nullopt;
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
+    if (is_look(head, kind)) return std::nullopt;
     if (needs_key(kind) && !session.metrics_only &&
         !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes})) {
       return ApiError::unauthorized;
@@ -278,8 +237,15 @@ class BuiltinPages {
       const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);
       if (error == ApiError::method_not_allowed) fields = allow_line(kind);
     }
-    const Endpoint* endpoint = find_endpoint(path, on);
-    answer_error(session, error, fields, message, endpoint == nullptr ? ErrorShape::openai : endpoint->row().errors);
+    if (error == ApiError::websocket) note_stray(session, HttpRejection::method, path);
+    answer_error(session, error, fields, message, shape_of(session, path, on));
+  }
+
+  // The shape of errors that the client probably reads.
+  static ErrorShape shape_of(const SessionT& session, std::string_view path, Listens on) {
+    if (const Endpoint* endpoint = find_endpoint(path, on)) return endpoint->row().errors;
+    if (path.starts_with("/api/")) return ErrorShape::ollama;
+    return session.fields->has(Field::anthropic_version) ? ErrorShape::anthropic : ErrorShape::openai;
   }
 
   void note_stray(const SessionT& session, HttpRejection reason, std::string_view path) {
@@ -310,9 +276,17 @@ class BuiltinPages {
     answer_json(session, status, body);
   }
 
+  // Anthropic's clients say which version of its API they speak.
+  static ModelListKind list_kind(const SessionT& session) {
+    return session.fields->has(Field::anthropic_version) ? ModelListKind::anthropic : ModelListKind::openai;
+  }
+  void begin_model_page(SessionT& session, ModelListKind kind) {
+    begin_page(session, context_.snapshot->model_pages[static_cast<std::size_t>(kind)], PageKind::models);
+  }
+
   void answer_model(SessionT& session, std::string_view path) {
     std::string body;
-    if (!render_model(body, *context_.snapshot, path)) {
+    if (!render_model(body, *context_.snapshot, path, list_kind(session))) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
       return answer_error(session, ApiError::model_not_found, {},
                           "The model '" + id + "' is not available here. GET /v1/models lists those that are.");

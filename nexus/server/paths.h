@@ -19,7 +19,7 @@
 
 namespace nexus {
 
-enum class PageKind : std::uint8_t { none, health, models, model, metrics, stats, status, endpoint, server };
+enum class PageKind : std::uint8_t { none, health, models, model, tags, metrics, stats, status, endpoint, server };
 constexpr std::size_t kPageKinds = static_cast<std::size_t>(PageKind::server) + 1;
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
@@ -30,12 +30,13 @@ struct PageRow {
   bool for_operators;  // served on metrics_listen alone, if that is set
 };
 
-inline constexpr std::array<PageRow, 5> kPages{{
+inline constexpr std::array<PageRow, 6> kPages{{
     {"/health", PageKind::health, true},
     {"/metrics", PageKind::metrics, true},
     {"/v1/stats", PageKind::stats, true},
     {"/", PageKind::status, true},
     {"/v1/models", PageKind::models, false},
+    {"/api/tags", PageKind::tags, false},
 }};
 
 // The use of the listener on which a request came.

@@ -150,7 +150,7 @@ inline void model_list(std::string_view input) {
     check(!model.name.empty() && model.name.size() <= 256, "a name out of its bounds");
     for (const std::string_view name : {std::string_view(model.name), std::string_view("other")}) {
       std::string entry;
-      nexus::append_model(entry, name, &model, "b");
+      nexus::append_openai_model(entry, name, &model, "b");
       const auto shown = plain_json::read(entry);
       check(shown && shown->kind == Kind::object, "an entry that is no JSON object");
       bool named = false;
