@@ -35,6 +35,7 @@ struct BodyFacts {
 
   std::string_view model;        // unescaped
   BodySpan model_value;          // with its quotes
+  bool model_is_json = true;     // else it has no quotes: it stands in a form
   std::size_t first_member = 0;  // behind the `{` of the body
   bool stream = false;           // it asks for a stream, and the endpoint has streams
   Options stream_options = Options::absent;

@@ -21,6 +21,7 @@
 
 #include "nexus/api/errors.h"
 #include "nexus/api/incremental_json.h"
+#include "nexus/api/multipart.h"
 #include "nexus/api/request_json.h"
 #include "nexus/base/limits.h"
 #include "nexus/fleet/admission.h"
@@ -31,12 +32,17 @@
 
 namespace nexus {
 
-// Reads the complete body; `incremental`: its reader, if the body was read while it came.
-inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, IncrementalJson* incremental,
+// Reads the complete body.
+inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, const BodyReaders& readers,
                                          const RequestView& request, bool find_images, BodyFacts& facts) {
   const std::string_view body(request.body, request.body_bytes);
-  if (incremental == nullptr) return read_body(json, endpoint, body, facts, find_images);
-  return incremental->read(json, body, facts, find_images);
+  switch (endpoint.body) {
+    case BodyFormat::none: facts = BodyFacts{}; return std::nullopt;
+    case BodyFormat::multipart: return readers.multipart->read(body, endpoint, facts);
+    case BodyFormat::json: break;
+  }
+  if (readers.json == nullptr) return read_body(json, endpoint, body, facts, find_images);
+  return readers.json->read(json, body, facts, find_images);
 }
 
 // The bytes of base64 in a body: images and files as data URLs, sound as `"data":"…"`. They are no text.

@@ -82,12 +82,12 @@ class Exchange {
     drive();
   }
 
-  // The body is complete. `incremental`: its reader, if it was read while it came.
-  void submit(const RequestView& request, IncrementalJson* incremental) {
+  // The body is complete. `readers`: what has read it while it came.
+  void submit(const RequestView& request, const BodyReaders& readers) {
     assert(state_ == State::reading);
     request_ = request;
     summary_.complete_ns = context_.now;
-    start_routing(incremental);
+    start_routing(readers);
     drive();
   }
 
@@ -201,10 +201,9 @@ class Exchange {
 
   // ---- the request ----
 
-  void start_routing(IncrementalJson* incremental) {
+  void start_routing(const BodyReaders& readers) {
     snapshot_ = context_.snapshot.again();
-    const auto error =
-        read_body(context_.json, *endpoint_, incremental, request_, snapshot_->any_vision_stated, facts_);
+    const auto error = read_body(context_.json, *endpoint_, readers, request_, snapshot_->any_vision_stated, facts_);
     if (error) return refuse_body(*error);
     summary_.model.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);

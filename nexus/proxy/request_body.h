@@ -14,9 +14,11 @@
 #include <optional>
 
 #include "nexus/api/errors.h"
+#include "nexus/api/multipart.h"
 #include "nexus/base/limits.h"
 #include "nexus/http/chunked.h"
 #include "nexus/http/head_parser.h"
+#include "nexus/proxy/upstream_request.h"
 #include "nexus/proxy/worker_context.h"
 
 namespace nexus {
@@ -38,12 +40,18 @@ class RequestBody {
   RequestBody(const RequestBody&) = delete;
   RequestBody& operator=(const RequestBody&) = delete;
 
-  std::size_t bytes() const { return bytes_; }                         // decoded so far
-  IncrementalJson* incremental() const { return incremental_.get(); }  // of a large body
+  std::size_t bytes() const { return bytes_; }  // decoded so far
+  // What has read the body while it came.
+  BodyReaders readers() { return {incremental_.get(), &multipart_}; }
 
   // The error that is known from the head alone, if any. `most_bytes` holds for the whole body.
-  std::optional<ApiError> begin(const Endpoint& endpoint, const RequestHead& head, std::size_t most_bytes) {
+  std::optional<ApiError> begin(const Endpoint& endpoint, const RequestHead& head, const HeadView& view,
+                                std::size_t most_bytes) {
     endpoint_ = &endpoint;
+    if (endpoint.body == BodyFormat::multipart) {
+      const FieldRow* type = find_field(*view.fields, Field::content_type);
+      multipart_.start(boundary_of(type == nullptr ? "" : value_of(view.base, *type)));
+    }
     bytes_ = looked_at_bytes_ = 0;
     most_bytes_ = most_bytes;
     until_ns_ = deadline_after(context_.now, context_.settings().server.body_timeout_ns);
@@ -137,6 +145,11 @@ class RequestBody {
 
   // Reads the new bytes of a large body. False if there is no memory for its reader.
   bool read_new(const char* body) {
+    switch (endpoint_->body) {
+      case BodyFormat::none: return true;
+      case BodyFormat::multipart: multipart_.feed(body, bytes_); return true;
+      case BodyFormat::json: break;
+    }
     if (!incremental_) {
       incremental_ = context_.incremental_readers.take();
       if (!incremental_) return false;
@@ -169,7 +182,8 @@ class RequestBody {
   std::size_t looked_at_bytes_ = 0;
   ChunkedDecoder decoder_;
   BodyShare share_;
-  typename ObjectPool<IncrementalJson>::Lease incremental_;
+  typename ObjectPool<IncrementalJson>::Lease incremental_;  // of a large body
+  MultipartScan multipart_;
 };
 
 }  // namespace nexus

@@ -15,6 +15,8 @@
 #include <string_view>
 #include <utility>
 
+#include "nexus/api/incremental_json.h"
+#include "nexus/api/multipart.h"
 #include "nexus/api/request_json.h"
 #include "nexus/base/limits.h"
 #include "nexus/fleet/registry.h"
@@ -31,6 +33,12 @@ struct RequestView {
   std::size_t body_bytes = 0;
   bool pass_credentials = true;
   bool pass_origin = true;
+};
+
+// The readers of a body that may have read it while it came.
+struct BodyReaders {
+  IncrementalJson* json = nullptr;  // null: it is read at once
+  MultipartScan* multipart = nullptr;
 };
 
 // A request as a list of pieces of two texts: `own` (the head, then the values inserted into the body) and the client's
@@ -118,7 +126,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
                             std::string_view request_id, std::string_view via_line) {
   // Up to three edits, in the order of the body; one that edits nothing stands for none.
   std::string model_json;
-  if (!model.empty()) model_json = json_string(model);
+  if (!model.empty()) model_json = facts.model_is_json ? json_string(model) : std::string(model);
   std::array<BodyEdit, 3> edits{};
   if (!model.empty()) edits[0] = {facts.model_value.at, facts.model_value.bytes, model_json};
   if (ask_usage) {

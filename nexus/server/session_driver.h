@@ -342,7 +342,7 @@ class SessionDriver {
     if (!is_authorized(server, view)) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
-    return session.body.begin(endpoint, head, server.max_body_bytes);
+    return session.body.begin(endpoint, head, view, server.max_body_bytes);
   }
 
   bool parse_body(SessionT& session) {
@@ -368,7 +368,7 @@ class SessionDriver {
     session.state = State::exchanging;
     // A FIN behind the request: a client that does not wait for the response has left.
     if (session.connection.hangup()) return session.exchange.client_left();
-    session.exchange.submit(session.request(), session.body.incremental());
+    session.exchange.submit(session.request(), session.body.readers());
     session.body.end_incremental();
   }
 
