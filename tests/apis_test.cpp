@@ -193,3 +193,115 @@ TEST_CASE("a stream that breaks off ends with an error in the framing and shape 
     CHECK(stage.errors(ErrorType::backend_error) == 1);
   }
 }
+
+namespace {
+
+Peer& send(Stage& stage, const std::string& method, const std::string& target) {
+  Peer& client = stage.net.connect_client();
+  stage.settle();
+  stage.net.send(client, method + " " + target + " HTTP/1.1\r\nHost: a\r\n\r\n");
+  stage.settle();
+  return client;
+}
+
+rfc9112::Message answer_to(const Stage& stage, const Peer& client) { return stage.answer_to(client); }
+
+const std::string kStored = R"({"id":"resp_1","usage":{"input_tokens":1,"output_tokens":1}})";
+const std::string kNotFound = json(404, R"({"error":{"message":"Response with id 'resp_1' not found."}})");
+
+}  // namespace
+
+TEST_CASE("a stored response is asked for where it is, by its path or by the next request") {
+  for (const bool streamed : {false, true}) {
+    CAPTURE(streamed);
+    Stage stage(3, no_retries);
+    // It is made on the third backend: the others are full of nothing, and do not serve the model.
+    Peer& made = stage.ask(streamed ? sim::kAskStream : sim::kAsk, "/v1/responses");
+    stage.say(*stage.backend(1), streamed ? response(200, "text/event-stream",
+                                                     "event: response.created\ndata: {\"type\":\"response.created\","
+                                                     "\"response\":{\"id\":\"resp_1\"}}\n\n")
+                                          : json(200, kStored));
+    CHECK(stage.answer_to(made).status == 200);
+    // By priority, every request goes to the first backend: ejected, it gets none but those for what it holds.
+    Peer& broken = stage.ask();
+    stage.say(*stage.backend(1), json(500, "{}"));
+    CHECK(stage.answer_to(broken).status == 500);
+    REQUIRE(stage.ejected(1));
+    Peer& other = stage.ask(sim::kAsk, "/v1/responses");
+    stage.say(*stage.backend(2), json(200, R"({"id":"resp_2"})"));
+    CHECK(stage.answer_to(other).status == 200);
+    Peer& got = send(stage, "GET", "/v1/responses/resp_1?include[]=x");
+    stage.say(*stage.backend(1), json(200, kStored));
+    CHECK(answer_to(stage, got).body == kStored);
+    Peer& next = stage.ask(R"({"model":"m","previous_response_id":"resp_1"})", "/v1/responses");
+    stage.say(*stage.backend(1), json(200, R"({"id":"resp_3"})"));
+    CHECK(stage.answer_to(next).status == 200);
+    Peer& gone = stage.ask(R"({"model":"m","previous_response_id":"resp_2"})", "/v1/responses");
+    stage.say(*stage.backend(2), kNotFound);
+    CHECK(stage.answer_to(gone).status == 404);
+  }
+}
+
+TEST_CASE("for an unknown id each backend that serves the API is asked, once; the first that knows it answers") {
+  Stage stage(3, [](Settings& settings) {
+    settings.routing.retries = 0;
+    settings.backends[1].apis = apis(Api::chat);
+  });
+  for (const char* method : {"GET", "DELETE"}) {
+    CAPTURE(std::string(method));
+    Peer& nowhere = send(stage, method, "/v1/responses/resp_none");
+    stage.say(*stage.backend(1), kNotFound);
+    REQUIRE(stage.backend(3) != nullptr);
+    stage.say(*stage.backend(3), kNotFound);
+    CHECK(answer_to(stage, nowhere).status == 404);
+    CHECK(nowhere.received.ends_with("not found.\"}}"));
+  }
+  Peer& found = send(stage, "POST", "/v1/responses/resp_1/cancel");
+  stage.say(*stage.backend(1), kNotFound);
+  stage.say(*stage.backend(3), json(200, kStored));
+  CHECK(answer_to(stage, found).status == 200);
+  CHECK(stage.backend(2) == nullptr);
+  Peer& again = send(stage, "GET", "/v1/responses/resp_1/input_items");
+  stage.say(*stage.backend(3), json(200, "{}"));
+  CHECK(answer_to(stage, again).status == 200);
+  CHECK(stage.attempts(AttemptOutcome::ok, 1) == 3);
+  CHECK(answer_to(stage, send(stage, "PUT", "/v1/responses/resp_1")).status == 405);
+  CHECK(answer_to(stage, send(stage, "GET", "/v1/responses/a/b")).status == 404);
+}
+
+TEST_CASE("work that goes on in the background is not given to a second backend") {
+  for (const bool background : {false, true}) {
+    CAPTURE(background);
+    Stage stage(2);
+    Peer& client = stage.ask(background ? R"({"model":"m","background":true})" : R"({"model":"m"})", "/v1/responses");
+    stage.say(*stage.backend(1), json(500, "{}"));
+    CHECK((stage.backend(2) == nullptr) == background);
+    if (background) CHECK(stage.answer_to(client).status == 500);
+  }
+}
+
+TEST_CASE("a form's model is replaced where an alias stands for it, and nothing else in the form") {
+  Stage stage(1, [](Settings& settings) { settings.aliases = {{"whisper-1", "m"}}; });
+  const auto form = [](std::string_view model) {
+    return "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nwhisper-1\r\n--b\r\n"
+           "Content-Disposition: form-data; name=\"model\"\r\n\r\n" +
+           std::string(model) + "\r\n--b--\r\n";
+  };
+  for (const std::size_t cut : {std::size_t{0}, std::size_t{100}}) {
+    Peer& client = stage.net.connect_client();
+    stage.settle();
+    const std::string body = form("whisper-1");
+    const std::string head =
+        "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; "
+        "boundary=b\r\nContent-Length: " +
+        std::to_string(body.size()) + "\r\n\r\n";
+    stage.say(client, head + body.substr(0, cut));
+    stage.say(client, body.substr(cut));
+    REQUIRE(stage.backend() != nullptr);
+    CHECK(stage.backend()->received.ends_with("\r\n\r\n" + form("m")));
+    stage.say(*stage.backend(),
+              json(200, R"({"text":"x","usage":{"type":"tokens","input_tokens":1,"output_tokens":2}})"));
+    CHECK(stage.answer_to(client).status == 200);
+  }
+  CHECK(stage.all_errors() == 0);
+}

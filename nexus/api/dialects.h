@@ -32,6 +32,8 @@ enum class BodyKey : std::uint8_t {
   response_format,
   include_usage,
   continuous_usage_stats,
+  background,
+  previous_response_id,
   other,  // any other member
   none,   // not a member: the body itself
 };
@@ -42,7 +44,7 @@ struct BodyKeyRow {
   BodyKey within;  // the member whose value holds it; none: it stands in the body itself
 };
 
-inline constexpr std::array<BodyKeyRow, 12> kBodyKeys{{
+inline constexpr std::array<BodyKeyRow, 14> kBodyKeys{{
     {"model", BodyKey::model, BodyKey::none},
     {"tools", BodyKey::tools, BodyKey::none},
     {"stream", BodyKey::stream, BodyKey::none},
@@ -55,6 +57,8 @@ inline constexpr std::array<BodyKeyRow, 12> kBodyKeys{{
     {"response_format", BodyKey::response_format, BodyKey::none},
     {"include_usage", BodyKey::include_usage, BodyKey::stream_options},
     {"continuous_usage_stats", BodyKey::continuous_usage_stats, BodyKey::stream_options},
+    {"background", BodyKey::background, BodyKey::none},
+    {"previous_response_id", BodyKey::previous_response_id, BodyKey::none},
 }};
 
 constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
@@ -116,6 +120,7 @@ struct ResponseShape {
   bool adds_up = false;           // `prompt` is without `cached` and `created`; events tell a part of the counts each
   std::string_view end_key = {};  // the member that marks the last event; empty: its data is `end` and no more
   std::string_view end = {};      // the values of end_key, separated by blanks
+  bool has_ids = false;           // `id` names a response that the backend may have stored
   bool named = false;             // each event has a line `event: VALUE` with the value of end_key
 };
 
@@ -160,6 +165,7 @@ inline constexpr std::array kDialects{
                 .cached = "cached_tokens",
                 .end_key = "type",
                 .end = "response.completed response.incomplete response.failed",
+                .has_ids = true,
                 .named = true},
                {{{BodyKey::input, "\"input_image\"", Need::images},
                  {BodyKey::text, "\"json_object\"", Need::json_mode},

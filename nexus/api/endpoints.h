@@ -40,10 +40,22 @@ struct Endpoint {
   // Null if its responses tell no token counts.
   constexpr const ResponseShape* response() const { return tells == Tells::counts ? &row().response : nullptr; }
   constexpr bool serves(unsigned method) const { return (methods >> method & 1) != 0; }
+
+  // The part of `asked` that stands for `{id}`; empty if `asked` is another path, or this one has no such part.
+  constexpr std::string_view id_in(std::string_view asked) const {
+    constexpr std::string_view kId = "{id}";
+    const std::size_t at = path.find(kId);
+    if (at == std::string_view::npos || asked.size() <= path.size() - kId.size()) return {};
+    const std::string_view before = path.substr(0, at), behind = path.substr(at + kId.size());
+    if (!asked.starts_with(before) || !asked.ends_with(behind)) return {};
+    const std::string_view id = asked.substr(at, asked.size() - before.size() - behind.size());
+    return id.find('/') == std::string_view::npos ? id : std::string_view();
+  }
 };
 
 inline constexpr auto kEndpoints = [] {
-  constexpr Methods post = methods(HTTP_POST);
+  constexpr Methods post = methods(HTTP_POST), look = methods(HTTP_GET),
+                    look_or_delete = methods(HTTP_GET, HTTP_DELETE);
   using enum BodyFormat;
   using D = Dialect;
   using M = Model;
@@ -90,6 +102,9 @@ inline constexpr auto kEndpoints = [] {
       {"/completions", post, Api::completions, D::openai, json, M::required, S::if_asked, T::counts},
       {"/embeddings", post, Api::embeddings, D::openai, json, M::required, S::never, T::counts},
       {"/responses", post, Api::responses, D::responses, json, M::required, S::if_asked, T::counts},
+      {"/v1/responses/{id}", look_or_delete, Api::responses, D::responses, none, M::none, S::never, T::nothing},
+      {"/v1/responses/{id}/cancel", post, Api::responses, D::responses, none, M::none, S::never, T::nothing},
+      {"/v1/responses/{id}/input_items", look, Api::responses, D::responses, none, M::none, S::never, T::nothing},
   });
 }();
 

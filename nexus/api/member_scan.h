@@ -18,6 +18,7 @@
 
 #include "nexus/api/dialects.h"
 #include "nexus/base/simd.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
@@ -51,6 +52,7 @@ class MemberScan {
           if (std::exchange(in_usage_, false)) return Step::usage_ends;
           break;
         case In::word: read_word(at, end); break;
+        case In::id: read_id(at, end); break;
         case In::broken: at = end; break;
         default: {
           const char mark = *at++;
@@ -65,7 +67,7 @@ class MemberScan {
 
   // A line end between two `data` lines: white space, and an error inside a string.
   void line_break() {
-    if (in_ == In::key || in_ == In::word || (in_ == In::nested && in_string_)) in_ = In::broken;
+    if (in_ == In::key || in_ == In::word || in_ == In::id || (in_ == In::nested && in_string_)) in_ = In::broken;
     if (in_ == In::scalar && !in_usage_) in_ = In::after_value;
   }
 
@@ -76,6 +78,8 @@ class MemberScan {
   bool is_object() const { return in_ == In::closed; }
   // It was an object with an `error` that holds an object or a text, or an event that says so by its type.
   bool is_error() const { return is_object() && (error_found_ || word() == "error" || word().ends_with(".failed")); }
+  // The hash of its `id`, or of the wrapper's; 0 if the dialect has none.
+  std::uint64_t id() const { return id_; }
   // It was the event that ends a stream of this dialect.
   bool is_end() const { return is_object() && !word().empty() && has_word(shape_->end, word()); }
   // It was an object with a `usage` and without a choice.
@@ -95,6 +99,7 @@ class MemberScan {
     first_choice,  // behind the `[` of `choices`
     scalar,        // in a number, true, false or null
     word,          // in the text of the dialect's end_key
+    id,            // in the text of `id`
     nested,        // in a list, an object or a string
     after_value,   // before `,` or `}`
     closed,        // behind the `}`
@@ -174,6 +179,11 @@ class MemberScan {
 
   // True if the value is the dialect's wrapper, or the text that marks its last event.
   bool begin_of_dialect(std::string_view name, char mark) {
+    if (mark == '"' && shape_->has_ids && name == "id") {
+      hash_ = TextHash();
+      in_ = In::id;
+      return true;
+    }
     if (in_wrapper_) return false;
     if (mark == '{' && name == shape_->wrapper) {
       in_wrapper_ = true;
@@ -190,6 +200,18 @@ class MemberScan {
 
   // Empty if there is none, or one that is longer than every one that matters.
   std::string_view word() const { return {word_, word_bytes_ <= kLongestWord ? std::size_t{word_bytes_} : 0}; }
+
+  void read_id(const char*& at, const char* end) {
+    while (at < end) {
+      const char byte = *at++;
+      if (byte == '"') {  // ids have no escapes
+        in_ = In::after_value;
+        id_ = hash_.value();
+        return;
+      }
+      hash_.add(byte);
+    }
+  }
 
   // `list`: words, separated by blanks.
   static bool has_word(std::string_view list, std::string_view word) {
@@ -288,6 +310,8 @@ class MemberScan {
   bool choices_found_ = false;  // a `choices` that is neither an empty list nor null
   bool holds_more_ = false;
   const ResponseShape* shape_ = nullptr;
+  TextHash hash_;
+  std::uint64_t id_ = 0;
   std::uint8_t key_bytes_ = 0;   // kLongestKey + 1: longer than every key that matters
   std::uint8_t word_bytes_ = 0;  // the same
   char key_[kLongestKey] = {};

@@ -47,6 +47,8 @@ struct BodyFacts {
   bool has_tools = false;
   bool json_mode = false;
   bool has_images = false;
+  bool background = false;      // the answer comes at once, and the work goes on
+  std::uint64_t continues = 0;  // the hash of the response's id that it continues; 0: none
 
   void note(Need need) { (need == Need::images ? has_images : json_mode) = true; }
 };
@@ -144,6 +146,8 @@ class BodyPass {
       }
       case BodyKey::tools: return read_tools(value);
       case BodyKey::stream_options: return read_stream_options(value);
+      case BodyKey::background: return read_background(value);
+      case BodyKey::previous_response_id: return read_id(value);
       default: return read_needs(key, value);
     }
   }
@@ -176,6 +180,19 @@ class BodyPass {
     if (value.get_array().get(tools)) return true;
     if (tools.is_empty().get(empty)) return fail(ApiError::bad_json);
     facts_.has_tools = !empty;
+    return true;
+  }
+
+  // Anything but a boolean or a text is left to the backend to refuse.
+  bool read_background(Value& value) {
+    bool yes = false;
+    if (!value.get_bool().get(yes)) facts_.background = yes;
+    return true;
+  }
+  bool read_id(Value& value) {
+    std::string_view id;
+    if (!json_.read_word(value, id)) return true;
+    facts_.continues = hash_of(id);
     return true;
   }
 

@@ -84,6 +84,8 @@ class UsageScan {
   }
 
   Usage usage() const { return shape_ == nullptr ? usage_ : usage_.added_up(*shape_); }
+  // The hash of the id that the response has told since the last call; 0: none.
+  std::uint64_t take_id() { return std::exchange(id_, 0); }
   std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
   bool told_error() const { return told_error_; }   // one of them
   bool ended_well() const { return ended_well_; }   // one of them was the end mark
@@ -318,6 +320,7 @@ class UsageScan {
 
   // The event or the response has ended: what it told counts, unless it is no JSON object.
   void take_counts(BlockPool& pool, JsonReader& reader) {
+    if (members_.id() != 0) id_ = members_.id();
     if (shape_->bare && !capture_.empty()) read_counts(pool, reader, "}");
     if (counts_ && (kind_ == Kind::json || members_.is_object())) usage_.take(*counts_, shape_->adds_up);
     counts_.reset();
@@ -353,6 +356,7 @@ class UsageScan {
   bool told_error_ = false;
   bool ended_well_ = false;
   std::uint64_t events_ = 0;
+  std::uint64_t id_ = 0;
   std::string_view end_mark_;
   std::size_t mark_bytes_ = 0;   // of the end mark that the open event's data is so far, or kNoMark
   std::size_t event_bytes_ = 0;  // of the open event's `data` lines

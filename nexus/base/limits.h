@@ -41,6 +41,7 @@ constexpr std::size_t kMaxModelNames = 20'000;           // models beyond it are
 constexpr std::size_t kMaxBackendNames = 4'096;          // over all reloads; a reload with more is refused
 constexpr std::size_t kMaxModelsPerBackend = 10'000;     // the rest of a longer list is ignored
 constexpr std::size_t kMaxEndpoints = 64;                // rows of the table of endpoints, each counted by status
+constexpr std::size_t kResponseIds = 1u << 17;           // of stored responses whose backend is remembered: 1 MiB
 constexpr std::size_t kMaxModelEntryBytes = 8u << 10;    // of a model's own entry; a larger one is not passed on
 constexpr std::size_t kMaxModelEntriesBytes = 1u << 20;  // of all entries of one backend, likewise
 

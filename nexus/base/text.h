@@ -21,6 +21,19 @@
 
 namespace nexus {
 
+// A hash of a text that comes in pieces (FNV-1a). Not for secrets.
+class TextHash {
+ public:
+  void add(char byte) { state_ = (state_ ^ static_cast<unsigned char>(byte)) * 0x100000001b3; }
+  void add(std::string_view text) {
+    for (const char byte : text) add(byte);
+  }
+  std::uint64_t value() const;  // never 0
+
+ private:
+  std::uint64_t state_ = 0xcbf29ce484222325;
+};
+
 // Spreads every bit of `x` over the whole result; 0 stays 0.
 constexpr std::uint64_t mix(std::uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
@@ -200,6 +213,14 @@ inline std::string json_string(std::string_view text) {
   std::string out = "\"";
   append_json_escaped(out, text);
   return out += '"';
+}
+
+inline std::uint64_t TextHash::value() const { return mix(state_) | 1u << 31; }
+
+inline std::uint64_t hash_of(std::string_view text) {
+  TextHash hash;
+  hash.add(text);
+  return hash.value();
 }
 
 }  // namespace nexus

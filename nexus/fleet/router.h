@@ -28,6 +28,7 @@ namespace nexus {
 // The endpoint and the capabilities that a request needs.
 struct RouteNeeds {
   const Endpoint* endpoint = &kEndpoints.front();
+  std::optional<BackendId> only;  // the backend that holds the stored response that it is about
   bool vision = false;
   bool tools = false;
   bool json_mode = false;
@@ -118,6 +119,7 @@ inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     const BackendView& backend = snapshot.backends[offer.backend];
     if (!backend.speaks(*needs.endpoint)) continue;
     seen.spoken = true;
+    if (needs.only && backend.id != *needs.only) continue;
     const bool healthy = backend.healthy;
     const bool capable = can_serve(offer.capabilities, needs);
     seen.healthy |= healthy;

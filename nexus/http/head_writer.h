@@ -258,7 +258,7 @@ constexpr std::string_view kAnyOriginLines = "Access-Control-Allow-Origin: *\r\n
 
 // For a preflight request. `*` does not stand for Authorization. Browsers remember the response for two hours at most.
 constexpr std::string_view kPreflightLines =
-    "Access-Control-Allow-Methods: GET, HEAD, POST, OPTIONS\r\n"
+    "Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS\r\n"
     "Access-Control-Allow-Headers: *, Authorization\r\n"
     "Access-Control-Max-Age: 7200\r\n";
 

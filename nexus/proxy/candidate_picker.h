@@ -154,20 +154,20 @@ class CandidatePicker {
 
   // Starts a request, after look_at().
   void begin() {
-    tried_count_ = 0;
-    primary_tries_ = fallback_tries_ = 0;
+    tried_.clear();
+    tries_ = primary_tries_ = fallback_tries_ = 0;
     backend_ = nullptr;
   }
 
   const BackendView* backend() const { return backend_; }  // the last one chosen
   const Choice& choice() const { return choice_; }
-  std::uint32_t tries() const { return primary_tries_ + fallback_tries_; }
+  std::uint32_t tries() const { return tries_; }
   CircuitBreaker::Permit& permit() { return permit_; }
 
   // Chooses the next candidate and takes its place; it counts as tried from here on.
   Next next() {
     const RouteOutcome outcome = find_choices(context_.turn++);
-    if (tries() == 0) {
+    if (tried_.empty()) {
       switch (outcome) {
         case RouteOutcome::ok: break;
         case RouteOutcome::unknown_model: return Next::unknown_model;
@@ -229,9 +229,12 @@ class CandidatePicker {
 
   // The last choice did not count: its server does not know the request's path, and is no candidate any more.
   void take_back() {
-    tried_count_ -= 1;
-    (choice_.fallback ? fallback_tries_ : primary_tries_) -= 1;
+    tried_.pop_back();
+    forgive();
   }
+
+  // The last choice does not count as a retry, but is not tried again.
+  void forgive() { (choice_.fallback ? fallback_tries_ : primary_tries_) -= 1; }
 
   // Gives back what the request holds: its place, its half-open probe, its place in the queue.
   void leave() {
@@ -266,7 +269,7 @@ class CandidatePicker {
     const std::uint32_t retries = snapshot_->settings->routing.retries;
     if ((choice.fallback ? fallback_tries_ : primary_tries_) > retries) return false;
     const std::uint64_t server = snapshot_->backends[choice.backend].circuit->server();
-    return std::none_of(tried_.begin(), tried_.begin() + tried_count_,
+    return std::none_of(tried_.begin(), tried_.end(),
                         [&](const Tried& tried) { return tried.server == server && tried.model == choice.model; });
   }
 
@@ -309,13 +312,13 @@ class CandidatePicker {
   }
 
   void take(const Choice& choice, Admission::Place place, CircuitBreaker::Permit permit) {
-    assert(static_cast<std::size_t>(tried_count_) < tried_.size());
     choice_ = choice;
     backend_ = &snapshot_->backends[choice.backend];
     place_ = std::move(place);
     permit_ = std::move(permit);
-    tried_[static_cast<std::size_t>(tried_count_++)] = {backend_->circuit->server(), choice.model};
+    tried_.push_back({backend_->circuit->server(), choice.model});
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
+    tries_ += 1;
   }
 
   // Collects in full_ the backends that may be tried and are not ejected. True if one of them has no cap, so that there
@@ -382,12 +385,12 @@ class CandidatePicker {
   CircuitBreaker::Permit permit_;
   Admission::Ticket ticket_;  // while queued
   QueuedCount queued_;
-  std::vector<BackendId> full_;    // candidates that had no place
-  std::array<Tried, 24> tried_{};  // 2 × (1 + the most retries), see config/keys.h
-  std::ptrdiff_t tried_count_ = 0;
+  std::vector<BackendId> full_;  // candidates that had no place
+  std::vector<Tried> tried_;
   bool passed_over_ejected_ = false;
-  std::uint32_t primary_tries_ = 0;
-  std::uint32_t fallback_tries_ = 0;
+  std::uint32_t tries_ = 0;
+  std::uint32_t primary_tries_ = 0;   // of those, the ones that count as retries but for the first
+  std::uint32_t fallback_tries_ = 0;  // the same, under another model
 };
 
 }  // namespace nexus

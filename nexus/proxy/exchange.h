@@ -73,6 +73,9 @@ class Exchange {
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
+    const std::string_view target(view.base + head.target_at, head.target_bytes);
+    const std::string_view id = endpoint.id_in(target.substr(0, target.find('?')));
+    named_id_ = id.empty() ? 0 : hash_of(id);
     context_.take_request_id(view.base, view.fields, summary_.request_id);
   }
 
@@ -241,11 +244,15 @@ class Exchange {
   void prepare_choice() {
     // A key that may be one of Nexus's own is not passed on.
     request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
-    picker_.look_at(*snapshot_, entry_, needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated));
+    RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
+    const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
+    if (id != 0) needs.only = context_.shared.response_ids.find(id);
+    picker_.look_at(*snapshot_, entry_, needs);
   }
 
-  // True if another candidate may be tried.
+  // True if another candidate may be tried. A request whose work goes on after its answer is not sent twice.
   bool another() {
+    if (facts_.background && summary_.record.reached_backend) return false;
     look_at_fleet();
     return picker_.another();
   }
@@ -361,6 +368,7 @@ class Exchange {
   [[gnu::cold]] void settle_doubt(bool fits, Response::Step step, ClientWrite& write);
   [[gnu::cold]] void ask_without_usage();
   [[gnu::cold]] void pass_over_server();
+  [[gnu::cold]] void ask_next_for_id();
   [[gnu::cold]] void end_answered_attempt();
   [[gnu::cold]] void on_hold_deadline();
   // `whole`: it becomes the client's answer if no backend gives a better one.
@@ -454,6 +462,7 @@ class Exchange {
   SnapshotUse snapshot_;
   RequestView request_;
   BodyFacts facts_;
+  std::uint64_t named_id_ = 0;  // the hash of the id in its path; 0: none
   const ModelEntry* entry_ = nullptr;
   ExchangeSummary summary_;
   OverallPlace overall_place_;

@@ -158,6 +158,10 @@ void Exchange<Net>::settle_doubt(bool fits, Response::Step step, ClientWrite& wr
   const bool about_usage = doubt == Doubt::usage && client_.held().find("stream_options") != std::string_view::npos;
   if (fits && about_usage) return ask_without_usage();
   if (fits && doubt == Doubt::path && is_path_error(*endpoint_, client_.held())) return pass_over_server();
+  if (fits && doubt == Doubt::path && named_id_ != 0) {
+    picker_.forgive();
+    if (another()) return ask_next_for_id();
+  }
   begin_streaming();
   ClientWrite nothing;
   on_relayed(relay_.send(step, fits ? nothing : write));
@@ -189,6 +193,14 @@ void Exchange<Net>::pass_over_server() {
   end_answered_attempt();
   picker_.leave();
   picker_.take_back();
+  go(State::choosing);
+}
+
+// The backend does not know the stored response: another one may have it.
+template <class Net>
+void Exchange<Net>::ask_next_for_id() {
+  end_answered_attempt();
+  picker_.leave();
   go(State::choosing);
 }
 

@@ -190,6 +190,7 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   }
   if (adds_usage_event_ && (status == 400 || status == 422)) doubt_ = Doubt::usage;
   if (may_be_path_error(*endpoint_, result.head)) doubt_ = Doubt::path;
+  if (named_id_ != 0 && status / 100 == 2) context_.shared.response_ids.remember(named_id_, attempt_.backend()->id);
   relay_.begin(*endpoint_, result, route(), facts_.stream, adds_usage_event_);
   const std::size_t head_bytes = result.head.head_bytes;
   pass(context_.text, result.data + head_bytes, result.bytes - head_bytes);
@@ -206,6 +207,7 @@ template <class Net>
 void Exchange<Net>::pass_on(Response::Step step, ClientWrite& write) {
   if (step == Response::Step::out_of_memory) return end(Ending::out_of_memory);
   const Response& response = relay_.response();
+  if (const std::uint64_t id = relay_.take_id()) context_.shared.response_ids.remember(id, attempt_.backend()->id);
   if (!answer_failed_ && response.is_error_in_disguise(step == Response::Step::whole)) note_disguise();
   if (deadlines_.awaits_first() && response.first_ns() >= 0) note_first();
   if (state_ != State::streaming) {

@@ -73,7 +73,8 @@ class Response {
       note_type({piece.data, piece.bytes});
     const std::uint64_t events_before = scan_.events();
     UsageScan::Out out{{}, {piece.data, piece.bytes}};
-    if (scan_kind_ == UsageScan::Kind::json && !head.empty() && piece.done && !piece.failed) {
+    const bool at_once = !head.empty() && piece.done && !piece.failed && !endpoint_->row().response.has_ids;
+    if (scan_kind_ == UsageScan::Kind::json && at_once) {
       // The usual case: the body came in one piece.
       scan_.read_whole(json, {piece.data, piece.bytes});
     } else if (!scan_.feed(blocks, json, piece.data, piece.bytes, piece.done && !piece.failed, out)) {
@@ -130,6 +131,7 @@ class Response {
   bool is_success() const { return status_ / 100 == 2; }
   bool is_stream() const { return UsageScan::is_stream(stream_); }  // of events, or of lines
   std::uint64_t events() const { return scan_.events(); }
+  std::uint64_t take_id() { return scan_.take_id(); }
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
   bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }

@@ -41,6 +41,7 @@ class ResponseRelay {
   ResponseRelay& operator=(const ResponseRelay&) = delete;
 
   const Response& response() const { return response_; }
+  std::uint64_t take_id() { return response_.take_id(); }
   bool says_close() const { return says_close_; }  // the head in hand; then the connection is closed after it
   // True if a client that gets a broken response can be sent an error event first.
   bool tells_error_event() const { return response_.is_stream() && response_.is_chunked(); }

@@ -32,6 +32,7 @@
 #include "nexus/base/text.h"
 #include "nexus/fleet/admission.h"
 #include "nexus/fleet/registry.h"
+#include "nexus/fleet/response_ids.h"
 #include "nexus/fleet/router.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/http/head_writer.h"
@@ -127,6 +128,7 @@ struct Shared {
   std::string via_line = "Via: 1.1 " + instance + "\r\n";
   std::function<void(BackendId)> ask_check = [](BackendId) {};  // of a backend; `none`: of all that are not up
   std::atomic<Ns> next_stray_log_ns{0};                         // relaxed: only the number is shared
+  ResponseIds response_ids{};
 };
 
 // A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one of its

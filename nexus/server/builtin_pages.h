@@ -78,7 +78,7 @@ class BuiltinPages {
       return std::nullopt;
     }
     if (head.method == HTTP_OPTIONS) {
-      answer_options(session, kind);
+      answer_options(session, kind, find_endpoint(path, on));
       return std::nullopt;
     }
     switch (kind) {
@@ -235,7 +235,7 @@ class BuiltinPages {
     } else if (error == ApiError::method_not_allowed || error == ApiError::unknown_method) {
       note_stray(session, HttpRejection::method, path);
       const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);
-      if (error == ApiError::method_not_allowed) fields = allow_line(kind);
+      if (error == ApiError::method_not_allowed) fields = allow_line(kind, find_endpoint(path, on));
     }
     if (error == ApiError::websocket) note_stray(session, HttpRejection::method, path);
     answer_error(session, error, fields, message, shape_of(session, path, on));
@@ -255,12 +255,12 @@ class BuiltinPages {
                        head.substr(0, head.find(' ')), path);
   }
 
-  static std::string allow_line(PageKind kind) {
-    return std::string("Allow: ").append(methods_of(kind)).append("\r\n");
+  static std::string allow_line(PageKind kind, const Endpoint* endpoint) {
+    return "Allow: " + methods_of(kind, endpoint) + "\r\n";
   }
 
-  [[gnu::cold]] void answer_options(SessionT& session, PageKind kind) {
-    std::string fields = allow_line(kind);
+  [[gnu::cold]] void answer_options(SessionT& session, PageKind kind, const Endpoint* endpoint) {
+    std::string fields = allow_line(kind, endpoint);
     if (!session.cors_lines.empty()) fields += kPreflightLines;
     OwnResponse answer = own_response(session, 204);
     answer.extra_fields = fields;

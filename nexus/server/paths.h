@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #include "nexus/api/endpoints.h"
@@ -54,7 +55,7 @@ constexpr bool is_served(const PageRow& row, Listens on) {
 inline const Endpoint* find_endpoint(std::string_view path, Listens on) {
   if (on == Listens::for_operators) return nullptr;
   for (const Endpoint& endpoint : kEndpoints) {
-    if (path == endpoint.path) return &endpoint;
+    if (path == endpoint.path || (endpoint.model == Model::none && !endpoint.id_in(path).empty())) return &endpoint;
   }
   return nullptr;
 }
@@ -71,12 +72,14 @@ inline PageKind page_of(std::string_view path, Listens on) {
 
 constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
 
-constexpr std::string_view methods_of(PageKind kind) {
-  switch (kind) {
-    case PageKind::endpoint: return "POST, OPTIONS";
-    case PageKind::server: return "GET, HEAD, POST, OPTIONS";
-    default: return "GET, HEAD, OPTIONS";
+// The methods that a path has; `endpoint`: null if it is none.
+inline std::string methods_of(PageKind kind, const Endpoint* endpoint) {
+  if (endpoint == nullptr) return kind == PageKind::server ? "GET, HEAD, POST, OPTIONS" : "GET, HEAD, OPTIONS";
+  std::string methods;
+  for (const llhttp_method method : {HTTP_GET, HTTP_POST, HTTP_DELETE}) {
+    if (endpoint->serves(method)) methods.append(llhttp_method_name(method)).append(", ");
   }
+  return methods += "OPTIONS";
 }
 
 // The served path that is probably meant by `path`, which is none; empty if none is like it. A part of a path is most
@@ -101,6 +104,7 @@ inline std::string_view nearest_path(std::string_view path, Listens on) {
   }
   if (on == Listens::for_operators) return nearest;
   for (const Endpoint& endpoint : kEndpoints) {  // an OpenAI path has a twin without /v1
+    if (endpoint.model == Model::none) continue;
     if (endpoint.path.starts_with("/v1/") || endpoint.path.starts_with("/api/")) consider(endpoint.path);
   }
   return nearest;

@@ -112,7 +112,7 @@ group('endpoints', () => {
 
   test('an unknown path is 404 in the OpenAI shape, whatever the method', async (t) => {
     const { nexus, backend } = await pair(t);
-    for (const [method, path] of [['GET', '/index.html'], ['POST', '/v1'], ['GET', '/v1'], ['POST', '/v1/chat/completionsx'], ['POST', '/v1/chat/completions/'], ['GET', '/V1/models'], ['POST', '/v1/audio/speech'],
+    for (const [method, path] of [['GET', '/index.html'], ['POST', '/v1'], ['GET', '/v1'], ['POST', '/v1/chat/completionsx'], ['POST', '/v1/chat/completions/'], ['GET', '/V1/models'], ['POST', '/v1/audio/speach'],
                                   ['GET', '/healthz'], ['DELETE', '/nowhere']]) {
       const error = assert_error(await request(nexus.port, method, path), 404);
       assert.notEqual(error.code, 'model_not_found', path);
@@ -122,14 +122,14 @@ group('endpoints', () => {
 
   test('a request for an unknown path is counted, logged at most once a second, and told the nearest known path', async (t) => {
     const { nexus } = await pair(t);
-    const nearest = { '/chat/completions': '/v1/chat/completions', '//v1/chat/completions': '/v1/chat/completions', '/v1/v1/chat/completions': '/v1/chat/completions', '/models': '/v1/models' };
+    const nearest = { '/chat/completion': '/v1/chat/completions', '//v1/chat/completions': '/v1/chat/completions', '/v1/v1/chat/completions': '/v1/chat/completions', '/models': '/v1/models' };
     for (const [path, known] of Object.entries(nearest)) {
       const error = assert_error(await request(nexus.port, 'POST', path), 404, 'not_found');
       assert.ok(error.message.includes(` ${known}.`), error.message);
     }
     const nothing = assert_error(await get(nexus.port, '/favicon.ico'), 404, 'not_found');
     assert.ok(!nothing.message.includes('nearest'), nothing.message);
-    await nexus.logged(/ info "?unknown path"? client=\S+ method=POST path=\/chat\/completions$/m);
+    await nexus.logged(/ info "?unknown path"? client=\S+ method=POST path=\/chat\/completion$/m);
     for (const method of ['PUT', 'BREW', 'QUERY']) await request(nexus.port, method, proxied[0]);
     const page = parse_metrics((await get(nexus.port, '/metrics')).text);
     assert.equal(page.value('nexus_http_rejections_total', { reason: 'unknown_path' }), 5);
