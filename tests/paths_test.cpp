@@ -57,7 +57,8 @@ TEST_CASE("the path that was probably meant is found, and never one that this li
       {"/metric", "/metrics"},
       {"/favicon.ico", ""},
       {"/wp-login.php", ""},
-      {"/v2/audio/transcriptions/speech", ""},
+      {"/v2/audio/transcriptions/speech", "/v1/audio/transcriptions"},
+      {"/v2/images/of/nothing", ""},
       {"//", ""},
   };
   for (const Row& row : rows) {

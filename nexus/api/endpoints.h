@@ -14,12 +14,18 @@
 
 #include "nexus/api/dialects.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 
 namespace nexus {
 
-enum class BodyFormat : std::uint8_t { none, json, multipart };         // of a request
-enum class Model : std::uint8_t { none, optional, required };           // in the request
+enum class BodyFormat : std::uint8_t { none, json, multipart };  // of a request
+enum class Model : std::uint8_t {
+  none,
+  optional,
+  required,
+  of_admin
+};  // in the request; of_admin: it is for one server alone, whatever model it names
 enum class Streams : std::uint8_t { never, if_asked, unless_refused };  // by the member `stream`
 enum class Tells : std::uint8_t { nothing, counts };                    // a response: token counts
 
@@ -51,11 +57,16 @@ struct Endpoint {
     const std::string_view id = asked.substr(at, asked.size() - before.size() - behind.size());
     return id.find('/') == std::string_view::npos ? id : std::string_view();
   }
+  // The hash of the id in a request's target; 0 if it has none.
+  std::uint64_t id_hash(std::string_view target) const {
+    const std::string_view id = id_in(target.substr(0, target.find('?')));
+    return id.empty() ? 0 : hash_of(id);
+  }
 };
 
 inline constexpr auto kEndpoints = [] {
   constexpr Methods post = methods(HTTP_POST), look = methods(HTTP_GET),
-                    look_or_delete = methods(HTTP_GET, HTTP_DELETE);
+                    look_or_delete = methods(HTTP_GET, HTTP_DELETE), remove = methods(HTTP_DELETE);
   using enum BodyFormat;
   using D = Dialect;
   using M = Model;
@@ -102,6 +113,12 @@ inline constexpr auto kEndpoints = [] {
       {"/completions", post, Api::completions, D::openai, json, M::required, S::if_asked, T::counts},
       {"/embeddings", post, Api::embeddings, D::openai, json, M::required, S::never, T::counts},
       {"/responses", post, Api::responses, D::responses, json, M::required, S::if_asked, T::counts},
+      {"/api/pull", post, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
+      {"/api/push", post, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
+      {"/api/create", post, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
+      {"/api/copy", post, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
+      {"/api/delete", remove, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
+      {"/api/blobs/{id}", post, Api::ollama, D::ollama_chat, none, M::of_admin, S::never, T::nothing},
       {"/v1/responses/{id}", look_or_delete, Api::responses, D::responses, none, M::none, S::never, T::nothing},
       {"/v1/responses/{id}/cancel", post, Api::responses, D::responses, none, M::none, S::never, T::nothing},
       {"/v1/responses/{id}/input_items", look, Api::responses, D::responses, none, M::none, S::never, T::nothing},

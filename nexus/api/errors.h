@@ -34,6 +34,7 @@ enum class ApiError : std::uint8_t {
   not_found,
   method_not_allowed,
   unauthorized,
+  admin_refused,
   body_too_large,
   body_timeout,
   body_memory,
@@ -110,6 +111,9 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
      "This path does not support this method. The Allow field lists the methods that it supports."},
     {ApiError::unauthorized, 401, kBadRequest, "invalid_api_key", ErrorType::bad_request, 0,
      "The API key is missing or unknown. Send it as Authorization: Bearer KEY or x-api-key: KEY."},
+    {ApiError::admin_refused, 403, kBadRequest, "admin_refused", ErrorType::bad_request, 0,
+     "This changes the models of a server. Send it to the server, or name a backend for it as ollama_admin in "
+     "nexus.conf."},
     {ApiError::body_too_large, 413, kBadRequest, "body_too_large", ErrorType::bad_request, 0,
      "The request body is larger than max_body. Send a shorter prompt or smaller images."},
     {ApiError::body_timeout, 408, kBadRequest, "body_timeout", ErrorType::bad_request, 0,

@@ -74,6 +74,7 @@ constexpr std::size_t kHeldEventBytes = 16u << 10;   // a larger event is not th
 constexpr std::size_t kHeldAnswerBytes = 64u << 10;  // of a response that another backend may still replace
 constexpr std::size_t kPathErrorBytes = 512;         // of a response that says that a server does not know the path
 constexpr std::size_t kMaxProbeBytes = 16u << 20;    // of a backend's response to a health check
+constexpr std::size_t kMaxJoinedBytes = 1u << 20;    // of a page that is joined with those of other backends
 constexpr std::size_t kMaxTopPageBytes = 64u << 20;  // of a page that `nexus top` reads
 
 // ---- memory ----

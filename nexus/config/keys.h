@@ -186,6 +186,7 @@ struct Value {
     if (problem.empty()) read_client_keys(lines, std::string(text), file_errors, keys);
   }
 
+  void to_backend_name(std::string& name) { name = text == "no" ? "" : text; }
   void to_origins(std::vector<std::string>& origins) { problem = read_origins(text, origins); }
 
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
@@ -227,6 +228,8 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.s.server.drain_timeout_ns); }},
     {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.metrics_listen); }},
     {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.s.server.api_keys); }},
+    {"server", "ollama_admin", kText, "no", "no, or the name of a backend",
+     [](V& v) { v.to_backend_name(v.s.server.ollama_admin); }},
     {"server", "cors_origins", kText, "", "* or a comma-separated list of origins like https://app.example",
      [](V& v) { v.to_origins(v.s.server.cors_origins); }},
 

@@ -139,6 +139,7 @@ class ConfigReader {
     check_weights();
     check_body_memory();
     check_metrics_listen();
+    check_ollama_admin();
     check_backends();
     return {std::move(settings_), all_errors()};
   }
@@ -288,6 +289,15 @@ class ConfigReader {
       if (std::find(listen.begin(), listen.end(), *address) == listen.end()) continue;
       report_at(given->second.line, "metrics_listen: " + address_text(*address) + " is already in listen");
     }
+  }
+
+  void check_ollama_admin() {
+    const std::string& name = settings_.server.ollama_admin;
+    const GivenKey* given = sections_["server"].find("ollama_admin");
+    const bool known = std::any_of(settings_.backends.begin(), settings_.backends.end(),
+                                   [&](const BackendSettings& backend) { return backend.name == name; });
+    if (given == nullptr || name.empty() || known) return;
+    report_at(given->line, "ollama_admin: there is no [backend " + name + "]");
   }
 
   // Nothing is served without a backend: the file is empty, or was read while a program wrote it.

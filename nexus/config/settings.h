@@ -151,6 +151,7 @@ struct ServerSettings {
   Ns drain_timeout_ns = 600 * kSecond;
   std::vector<HostPort> metrics_listen;   // empty: the built-in pages are on `listen`
   std::vector<ApiKey> api_keys;           // of api_keys_file; empty: no key is required
+  std::string ollama_admin;               // the backend that gets requests which change its models; empty: none
   std::vector<std::string> cors_origins;  // of browser pages that may use this gateway; `*` alone: any; empty: none
 };
 

@@ -90,11 +90,12 @@ struct Snapshot {
   std::shared_ptr<const Settings> settings;
   std::vector<BackendView> backends;
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
-  ModelEntry any;                   // for a request that names no model: an offer for each backend
-  bool any_vision_stated = false;   // some backend has a `vision` list
-  bool any_context_stated = false;  // some backend has a `context_length`
-  bool discovering = false;         // some backend's model list was not read yet: an unknown model may still appear
-  bool unchecked = false;           // some backend was never checked
+  ModelEntry any;                     // for a request that names no model: an offer for each backend
+  BackendId admin = BackendId::none;  // gets requests that change models
+  bool any_vision_stated = false;     // some backend has a `vision` list
+  bool any_context_stated = false;    // some backend has a `context_length`
+  bool discovering = false;           // some backend's model list was not read yet: an unknown model may still appear
+  bool unchecked = false;             // some backend was never checked
   // Made once per snapshot, because a fleet may have thousands of models; see complete() in model_pages.h.
   std::array<std::shared_ptr<const TextBuffer>, kModelListKinds> model_pages;  // the lists of models, by their shape
   std::size_t models_available = 0;  // on healthy backends; aliases do not count
@@ -322,6 +323,7 @@ class Registry {
     for (std::uint32_t i = 0; i < backends_.size(); ++i) {
       const BackendSettings& from = backends_[i].settings;
       made->any.offers.push_back({i, {}, nullptr});
+      if (from.name == settings_->server.ollama_admin) made->admin = backends_[i].id;
       backends_[i].each_model([&](const std::string& model, const ListedModel* listed) {
         const Offer offer{i, capabilities_of(from, model), listed};
         entry(*made, model).offers.push_back(offer);

@@ -28,7 +28,7 @@ namespace nexus {
 // The endpoint and the capabilities that a request needs.
 struct RouteNeeds {
   const Endpoint* endpoint = &kEndpoints.front();
-  std::optional<BackendId> only;  // the backend that holds the stored response that it is about
+  std::optional<BackendId> only = {};  // the backend that holds the stored response that it is about
   bool vision = false;
   bool tools = false;
   bool json_mode = false;

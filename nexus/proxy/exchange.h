@@ -73,9 +73,7 @@ class Exchange {
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
-    const std::string_view target(view.base + head.target_at, head.target_bytes);
-    const std::string_view id = endpoint.id_in(target.substr(0, target.find('?')));
-    named_id_ = id.empty() ? 0 : hash_of(id);
+    named_id_ = endpoint.id_hash({view.base + head.target_at, head.target_bytes});
     context_.take_request_id(view.base, view.fields, summary_.request_id);
   }
 
@@ -212,6 +210,8 @@ class Exchange {
     entry_ = snapshot_->find(facts_.model);
     summary_.record.stream = facts_.stream;
     if (entry_ == nullptr && !snapshot_->discovering) return refuse_unknown_model();
+    if (endpoint_->model == Model::of_admin && snapshot_->admin == BackendId::none)
+      return refuse(ApiError::admin_refused, true);
     if (entry_ != nullptr) summary_.record.model = entry_->id;
     const Settings& settings = context_.settings();
     if (settings.server.max_pending > 0) {
@@ -247,6 +247,7 @@ class Exchange {
     RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
     const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
     if (id != 0) needs.only = context_.shared.response_ids.find(id);
+    if (endpoint_->model == Model::of_admin) needs.only = snapshot_->admin;
     picker_.look_at(*snapshot_, entry_, needs);
   }
 

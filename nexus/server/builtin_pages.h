@@ -86,6 +86,8 @@ class BuiltinPages {
       case PageKind::models: begin_model_page(session, list_kind(session)); break;
       case PageKind::tags: begin_model_page(session, ModelListKind::ollama); break;
       case PageKind::model: answer_model(session, path); break;
+      case PageKind::running:
+      case PageKind::version:
       case PageKind::metrics:
       case PageKind::stats:
       case PageKind::status:

@@ -28,6 +28,7 @@
 #include "nexus/os/log.h"
 #include "nexus/os/systemd.h"
 #include "nexus/server/builtin_pages.h"
+#include "nexus/server/fleet_join.h"
 #include "nexus/server/page_renderer.h"
 #include "nexus/server/worker.h"
 
@@ -190,11 +191,20 @@ class Control {
   }
 
   void on_message(AskPage& ask) {
+    if (!join_.joins(ask.kind)) return tell(ask, page_of(ask.kind));
+    join_.ask(ask, registry_, prober_, json_, now_, probe_done(), teller());
+  }
+
+  auto teller() {
+    return [this](const AskPage& ask, std::shared_ptr<const TextBuffer> page) { tell(ask, std::move(page)); };
+  }
+
+  void tell(const AskPage& ask, std::shared_ptr<const TextBuffer> body) {
     typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
     page.number = ask.number;
     page.kind = ask.kind;
-    page.body = page_of(ask.kind);
+    page.body = std::move(body);
     const auto posted = workers_[ask.worker]->post(std::move(page));
     if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain
   }
@@ -385,6 +395,7 @@ class Control {
   }
 
   void on_result(ProbeResult&& result) {
+    if (join_.is_own(result.epoch)) return join_.on_result(std::move(result), json_, teller());
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
     backend->checking = false;
@@ -456,6 +467,7 @@ class Control {
   JsonReader json_;
   Registry registry_;
   Prober<Net> prober_;
+  FleetJoin<Net, AskPage> join_;
   typename Net::Resolver resolver_;
   PageRenderer pages_;
   std::vector<Worker<Net>*> workers_;

@@ -20,7 +20,20 @@
 
 namespace nexus {
 
-enum class PageKind : std::uint8_t { none, health, models, model, tags, metrics, stats, status, endpoint, server };
+enum class PageKind : std::uint8_t {
+  none,
+  health,
+  models,
+  model,
+  tags,
+  running,
+  version,
+  metrics,
+  stats,
+  status,
+  endpoint,
+  server
+};
 constexpr std::size_t kPageKinds = static_cast<std::size_t>(PageKind::server) + 1;
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
@@ -31,13 +44,15 @@ struct PageRow {
   bool for_operators;  // served on metrics_listen alone, if that is set
 };
 
-inline constexpr std::array<PageRow, 6> kPages{{
+inline constexpr std::array<PageRow, 8> kPages{{
     {"/health", PageKind::health, true},
     {"/metrics", PageKind::metrics, true},
     {"/v1/stats", PageKind::stats, true},
     {"/", PageKind::status, true},
     {"/v1/models", PageKind::models, false},
     {"/api/tags", PageKind::tags, false},
+    {"/api/ps", PageKind::running, false},
+    {"/api/version", PageKind::version, false},
 }};
 
 // The use of the listener on which a request came.
@@ -55,7 +70,7 @@ constexpr bool is_served(const PageRow& row, Listens on) {
 inline const Endpoint* find_endpoint(std::string_view path, Listens on) {
   if (on == Listens::for_operators) return nullptr;
   for (const Endpoint& endpoint : kEndpoints) {
-    if (path == endpoint.path || (endpoint.model == Model::none && !endpoint.id_in(path).empty())) return &endpoint;
+    if (path == endpoint.path || (endpoint.body == BodyFormat::none && !endpoint.id_in(path).empty())) return &endpoint;
   }
   return nullptr;
 }
@@ -104,7 +119,7 @@ inline std::string_view nearest_path(std::string_view path, Listens on) {
   }
   if (on == Listens::for_operators) return nearest;
   for (const Endpoint& endpoint : kEndpoints) {  // an OpenAI path has a twin without /v1
-    if (endpoint.model == Model::none) continue;
+    if (endpoint.body == BodyFormat::none) continue;
     if (endpoint.path.starts_with("/v1/") || endpoint.path.starts_with("/api/")) consider(endpoint.path);
   }
   return nearest;

@@ -297,6 +297,8 @@ inline void add_server_rows(ReloadRows& rows) {
                    }}});
   rows.push_back(
       {"server", "api_keys_file", When::new_requests, "", "api_keys_file = /keys", "200", "401", post_model()});
+  rows.push_back({"server", "ollama_admin", When::at_once, "ollama_admin = b1", "ollama_admin = no", "200", "403",
+                  late_post("POST /api/pull HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}")});
   rows.push_back({"server", "cors_origins", When::new_requests, "", "cors_origins = http://page", "<absent>",
                   "http://page", late_post(with_body(body_for("m"), "Origin: http://page\r\n"), [](Scene& s) {
                     s.result();

@@ -69,6 +69,8 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
      [](const Drawn& d) {
        d.s.server.api_keys = d.dice.one_in(2) ? std::vector<ApiKey>{} : std::vector<ApiKey>{{"sim", "sk-sim"}};
      }},
+    {"server", "ollama_admin",
+     [](const Drawn& d) { d.s.server.ollama_admin = d.dice.one_in(2) ? "" : d.backend().name; }},
     {"server", "cors_origins",
      [](const Drawn& d) {
        const std::vector<std::string> some{d.dice.one_in(2) ? "*" : "https://page"};
