@@ -10,7 +10,8 @@ FUZZ_FLAGS := -std=c++20 $(FUZZ_SAN) -D_GLIBCXX_ASSERTIONS $(INCLUDES) -pthread
 
 # TARGET:HEADER: the function fuzz::TARGET is in tests/fuzz/HEADER.h
 FUZZ_TARGETS := config:config request_head:heads response_head:heads chunked:chunked request_body:body model_list:body \
-  incremental_json:incremental_json usage:usage label_page:labels exchange:exchange answer:exchange
+  incremental_json:incremental_json multipart:multipart usage:usage dialects:dialects \
+  label_page:labels exchange:exchange answer:exchange
 fuzz_name = $(word 1,$(subst :, ,$(1)))
 fuzz_header = tests/fuzz/$(word 2,$(subst :, ,$(1))).h
 fuzz_more = $(if $(filter %:exchange,$(1)),tests/hostile/gateway.cpp)

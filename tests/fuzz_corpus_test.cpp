@@ -10,10 +10,12 @@
 #include "tests/fuzz/body.h"
 #include "tests/fuzz/chunked.h"
 #include "tests/fuzz/config.h"
+#include "tests/fuzz/dialects.h"
 #include "tests/fuzz/exchange.h"
 #include "tests/fuzz/heads.h"
 #include "tests/fuzz/incremental_json.h"
 #include "tests/fuzz/labels.h"
+#include "tests/fuzz/multipart.h"
 #include "tests/fuzz/usage.h"
 
 namespace {
@@ -35,6 +37,8 @@ constexpr Target kTargets[] = {
     {"exchange", fuzz::exchange},
     {"answer", fuzz::answer},
     {"incremental_json", fuzz::incremental_json},
+    {"multipart", fuzz::multipart},
+    {"dialects", fuzz::dialects},
 };
 
 const std::filesystem::path kCorpora = "tests/fuzz/corpus";  // tests run in the repository's root
