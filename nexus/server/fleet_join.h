@@ -5,7 +5,7 @@
 //           within health.timeout; an entry is passed on byte for byte; JSON is valid whatever a backend says.
 // Leaves:   asking to prober.h, the clients to control.h.
 // Threads:  control's.
-// Tested by: tests/fleet_join_test.cpp, tests/e2e/api_lists.test.mjs
+// Tested by: tests/fleet_join_test.cpp
 #pragma once
 
 #include <array>
