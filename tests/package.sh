@@ -15,6 +15,7 @@ if [ "${1:-}" != inside ]; then
   [ "$(id -u)" = 0 ] || skip "only root can copy the system"
   command -v dpkg >/dev/null && command -v adduser >/dev/null || skip "no dpkg or no adduser here"
   ! getent passwd nexus >/dev/null || skip "there is a user nexus here"
+  unshare --mount true 2>/dev/null || skip "no mount namespace may be made"
   "${MAKE:-make}" -s deb >/dev/null || exit 1
   exec unshare --mount "$0" inside
 fi

@@ -128,6 +128,21 @@ group('reload for a service manager', () => {
     assert.ok((await models(nexus)).includes('m1'));
   });
 
+  test('a file without errors that is not put into force is a failure too', { limit_ms: 60_000 }, async (t) => {
+    const { nexus } = await pair(t);
+    // 4,096 names of backends are all that a process takes over its life, and 256 are a fleet.
+    for (let round = 1; ; round++) {
+      assert.ok(round < 20, 'it took too many names');
+      nexus.write_conf({ backends: Array.from({ length: 256 }, (_, i) => ({ name: `r${round}-${i}`, url: 'http://127.0.0.1:1', type: 'generic' })) });
+      const outcome = await reload(nexus);
+      if (outcome.code === 0) continue;
+      assert.equal(outcome.code, 1);
+      assert.equal(outcome.stderr, 'reload not in force yet, see the log\n');
+      break;
+    }
+    assert.match(nexus.log(), /configuration not applied: too many names of backends/);
+  });
+
   test('each of many at once has its answer: a signal that was merged with another one is sent again', { limit_ms: 60_000 }, async (t) => {
     const { nexus } = await pair(t);
     const outcomes = await Promise.all(Array.from({ length: 8 }, () => reload(nexus)));
