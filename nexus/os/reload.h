@@ -1,8 +1,7 @@
 // reload.h
 // Owns:     the request of `nexus reload` to a running daemon, and the daemon's answer.
 // Promises: the answer is that of a reload which began after the request, and it comes once. Only a process that may
-// send
-//           signals to the daemon can ask, and the daemon sends at most one datagram for it, which does not block.
+//           signal the daemon can ask, and an answer delays the daemon by a second at most.
 // Leaves:   the reload itself to daemon.h.
 // Threads:  the main thread.
 // Tested by: tests/e2e/systemd.test.mjs
