@@ -59,6 +59,7 @@ struct Endpoint {
   }
   // The hash of the id in a request's target; 0 if it has none.
   std::uint64_t id_hash(std::string_view target) const {
+    if (body != BodyFormat::none) return 0;
     const std::string_view id = id_in(target.substr(0, target.find('?')));
     return id.empty() ? 0 : hash_of(id);
   }

@@ -314,8 +314,8 @@ class MemberScan {
   std::uint64_t id_ = 0;
   std::uint8_t key_bytes_ = 0;   // kLongestKey + 1: longer than every key that matters
   std::uint8_t word_bytes_ = 0;  // the same
-  char key_[kLongestKey] = {};
-  char word_[kLongestWord] = {};
+  char key_[kLongestKey];
+  char word_[kLongestWord];
 };
 
 }  // namespace nexus
