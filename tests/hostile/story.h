@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "nexus/server/paths.h"
 #include "tests/hostile/gateway.h"
 
 namespace hostile {
@@ -25,8 +26,7 @@ inline std::string joined(const Problems& problems) {
 inline bool is_endpoint_post(const rfc9112::Message& message) {
   std::string path = rfc9112::path_of(message.target);
   path = path.substr(0, path.find('?'));
-  return message.method == "POST" &&
-         (path == "/v1/chat/completions" || path == "/v1/completions" || path == "/v1/embeddings");
+  return message.method == "POST" && nexus::find_endpoint(path, nexus::Listens::for_all) != nullptr;
 }
 
 // Checks one request as a backend received it.
