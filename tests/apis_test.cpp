@@ -194,6 +194,28 @@ TEST_CASE("a stream that breaks off ends with an error in the framing and shape 
   }
 }
 
+TEST_CASE("the error line of a broken stream of lines is a line of its own, without an empty one before it") {
+  for (const bool whole : {true, false}) {
+    Stage stage;
+    Peer& client = stage.ask(sim::kAskStream, "/api/chat");
+    const std::string lines = std::string("{\"a\":1}\n{\"a\":2}") + (whole ? "\n" : " ");  // 16 bytes
+    stage.say(*stage.backend(),
+              "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n" +
+                  lines + "\r\n");
+    stage.net.finish(*stage.backend());
+    stage.settle();
+    std::string body;
+    for (std::size_t at = client.received.find("\r\n\r\n") + 4; at < client.received.size();) {  // of each chunk
+      const std::size_t bytes = std::stoul(client.received.substr(at), nullptr, 16);
+      at = client.received.find("\r\n", at) + 2;
+      body += client.received.substr(at, bytes);
+      at += bytes + 2;
+    }
+    CHECK(body.starts_with(lines + (whole ? "{\"error\":\"" : "\n{\"error\":\"")));
+    CHECK(body.ends_with("\"}\n"));
+  }
+}
+
 namespace {
 
 Peer& send(Stage& stage, const std::string& method, const std::string& target) {

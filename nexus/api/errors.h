@@ -235,15 +235,22 @@ inline void append_error_body(std::string& out, const ApiErrorRow& row, ErrorSha
   json.end_object();
 }
 
-// Appends an error as the last event of a stream that has had `events`; the last of them may be incomplete.
-inline void append_error_event(std::string& out, const ApiErrorRow& row, const DialectRow& dialect,
-                               std::uint64_t events, const ErrorText& text) {
+// Where a stream breaks off.
+struct StreamEnd {
+  std::uint64_t events = 0;  // complete ones before it
+  bool in_line = true;       // false: behind a complete line
+};
+
+// Appends an error as the last event of a stream. Behind a complete line there is no empty one, because readers of
+// newline-delimited JSON take it for a value.
+inline void append_error_event(std::string& out, const ApiErrorRow& row, const DialectRow& dialect, StreamEnd end,
+                               const ErrorText& text) {
   const bool lines = dialect.framing == StreamFraming::lines;
-  out += lines ? "\n" : dialect.response.named ? "\n\nevent: error\ndata: " : "\n\ndata: ";
+  out += lines ? (end.in_line ? "\n" : "") : dialect.response.named ? "\n\nevent: error\ndata: " : "\n\ndata: ";
   if (dialect.dialect == Dialect::responses) {
     JsonWriter json(out);
     json.begin_object().field("type", "error").field("code", row.code).field("message", row.message);
-    json.key("param").literal("null").field("sequence_number", events).end_object();
+    json.key("param").literal("null").field("sequence_number", end.events).end_object();
   } else {
     append_error_body(out, row, dialect.errors, text);
   }

@@ -230,6 +230,7 @@ class LineReader {
 
   bool between_events() const { return false; }
   bool event_complete() const { return false; }
+  bool in_line() const { return open_; }
   bool finish() { return std::exchange(open_, false); }
 
  private:

@@ -87,8 +87,9 @@ class UsageScan {
   // The hash of the id that the response has told since the last call; 0: none.
   std::uint64_t take_id() { return std::exchange(id_, 0); }
   std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
-  bool told_error() const { return told_error_; }   // one of them
-  bool ended_well() const { return ended_well_; }   // one of them was the end mark
+  bool in_line() const { return kind_ != Kind::lines || lines_.in_line(); }  // false: behind a complete line
+  bool told_error() const { return told_error_; }                            // one of them
+  bool ended_well() const { return ended_well_; }                            // one of them was the end mark
   std::size_t held_bytes() const { return held_.size(); }
   bool out_of_memory() const { return out_of_memory_; }  // counts may be missing
 

@@ -95,7 +95,7 @@ void Exchange<Net>::cut_response(const EndingRow& row) {
   const bool told =
       row.cut == Cut::by_error_event && !client_.cut() && state_ == State::streaming &&
       (!relay_.tells_error_event() ||
-       client_.send_error_event(row_of(*row.error), *endpoint_, relay_.response().events(), summary_.request_id));
+       client_.send_error_event(row_of(*row.error), *endpoint_, relay_.response().stream_end(), summary_.request_id));
   if (!told) return commit();
   go(State::finishing);
 }

@@ -130,7 +130,7 @@ class Response {
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
   bool is_stream() const { return UsageScan::is_stream(stream_); }  // of events, or of lines
-  std::uint64_t events() const { return scan_.events(); }
+  StreamEnd stream_end() const { return {scan_.events(), scan_.in_line()}; }
   std::uint64_t take_id() { return scan_.take_id(); }
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
@@ -429,12 +429,11 @@ class ClientResponse {
     return note(connection_.write(context_.net, context_.blocks, context_.text));
   }
 
-  // Sends an error as the last event of a chunked stream that has had `events`; the end of the body does not follow.
-  // For a client that takes nothing, it does not count as a movement.
-  bool send_error_event(const ApiErrorRow& row, const Endpoint& endpoint, std::uint64_t events,
-                        std::string_view request_id) {
+  // Sends an error as the last event of a chunked stream; the end of the body does not follow. For a client that takes
+  // nothing, it does not count as a movement.
+  bool send_error_event(const ApiErrorRow& row, const Endpoint& endpoint, StreamEnd end, std::string_view request_id) {
     context_.text.clear();
-    append_error_event(context_.text, row, endpoint.row(), events, {.request_id = request_id});
+    append_error_event(context_.text, row, endpoint.row(), end, {.request_id = request_id});
     ClientWrite write;
     write.add_payload(true, context_.text, {});
     const std::size_t waiting = connection_.pending();
