@@ -126,6 +126,11 @@ std::vector<Stream> streams() {
        Dialect::responses,
        kResponseBegin + event("error", R"(,"code":"x","message":"y")"),
        {-1, -1, -1, 2, true, false}},
+      {"responses in which a tool failed",
+       Dialect::responses,
+       kResponseBegin + event("response.mcp_call.failed", R"(,"item_id":"mcp_1","output_index":1)") +
+           completed("response.completed", "null"),
+       {36, 87, 30, 3, false, true}},
       {"a transcript",
        Dialect::media,
        event("transcript.text.delta", R"(,"delta":"I see skies of blue and transcript.text.done")") +

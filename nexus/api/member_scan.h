@@ -77,7 +77,7 @@ class MemberScan {
   // The text was one whole object.
   bool is_object() const { return in_ == In::closed; }
   // It was an object with an `error` that holds an object or a text, or an event that says so by its type.
-  bool is_error() const { return is_object() && (error_found_ || word() == "error" || word().ends_with(".failed")); }
+  bool is_error() const { return is_object() && (error_found_ || word() == "error" || word() == "response.failed"); }
   // The hash of its `id`, or of the wrapper's; 0 if the dialect has none.
   std::uint64_t id() const { return id_; }
   // It was the event that ends a stream of this dialect.
