@@ -291,7 +291,8 @@ class BuiltinPages {
     if (!render_model(body, *context_.snapshot, path, list_kind(session))) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
       return answer_error(session, ApiError::model_not_found, {},
-                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.");
+                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.",
+                          shape_of(session, path, use_of_listener(session.metrics_only, context_.settings().server)));
     }
     answer_json(session, 200, body);
   }
