@@ -79,7 +79,7 @@ export class Backend {
     request.connection = connection;
     request.number_on_connection = connection.requests++;
     const reply = new Reply(connection.socket, request);
-    const is_probe = request.method === 'GET';
+    const is_probe = request.method === 'GET' && !request.path.includes('/responses/');
     (is_probe ? this.probes : this.requests).push(request);
     if (!is_probe) for (const wake of this.waiting?.splice(0) ?? []) wake();
     try {
@@ -245,8 +245,12 @@ export function answer_plainly(request, reply) {
 
 // Answers a health probe with the list of models, in the format of the backend's kind.
 export function answer_probe(request, reply, backend) {
-  const path = request.path.replace(/^.*(\/api\/tags|\/v1\/models|\/health)$/, '$1');
+  const path = request.path.replace(/^.*(\/api\/tags|\/v1\/models|\/health)(\?.*)?$/, '$1');
   if (path === '/api/tags' && backend.kind === 'ollama') return reply.json({ models: backend.models.map((name) => ({ name, model: name, size: 1 })) });
+  if (path === '/v1/models' && backend.kind === 'anthropic') {
+    const data = backend.models.map((id) => ({ type: 'model', id, display_name: id, created_at: '2026-01-01T00:00:00Z' }));
+    return reply.json({ data, has_more: false, first_id: backend.models[0] ?? null, last_id: backend.models.at(-1) ?? null });
+  }
   if (path === '/v1/models') return reply.json({ object: 'list', data: backend.models.map((id) => ({ id, object: 'model', created: 1700000000 })) });
   if (path === '/health' && backend.kind === 'llamacpp') return reply.json({ status: 'ok' });
   reply.json({ error: { message: 'no such page' } }, 404);
