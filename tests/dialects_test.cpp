@@ -209,6 +209,30 @@ TEST_CASE("each API's stream tells its counts, errors and end, in every cut and 
   }
 }
 
+TEST_CASE("the id of a response is told by its first event, however long that is, and in every cut") {
+  const std::string begin = event("response.created", R"(,"response":{"object":"response","instructions":")" +
+                                                          std::string(300, 'x') + R"(","id":"resp_1","usage":null})");
+  const std::string text =
+      begin + event("response.output_text.delta", R"(,"item_id":"resp_2","delta":"a longer text"})");
+  for (std::size_t cut = 0; cut <= text.size(); ++cut) {
+    static nexus::BlockPool pool;
+    static nexus::JsonReader reader;
+    UsageScan scan;
+    UsageScan::Out out;
+    scan.start(UsageScan::Kind::event_stream, &nexus::row_of(Dialect::responses).response, false);
+    std::uint64_t id = 0;
+    for (const auto& [from, to] : {std::pair(std::size_t{0}, cut), std::pair(cut, text.size())}) {
+      std::string piece = text.substr(from, to - from);
+      piece.resize(piece.size() + nexus::kPaddingBytes, '"');
+      REQUIRE(scan.feed(pool, reader, piece.data(), to - from, false, out));
+      if (const std::uint64_t told = scan.take_id()) id = told;
+    }
+    if (id == nexus::hash_of("resp_1")) continue;
+    CAPTURE(cut);
+    CHECK(id == nexus::hash_of("resp_1"));
+  }
+}
+
 TEST_CASE("each API's plain response tells its counts, whole and in pieces") {
   struct Row {
     Dialect dialect;

@@ -190,8 +190,7 @@ class MemberScan {
       in_ = In::member;
       return true;
     }
-    if (name != shape_->end_key) return false;
-    word_bytes_ = 0;
+    if (name != shape_->end_key || word_bytes_ > 0) return false;  // the first one counts
     if (mark == 't') word_bytes_ = static_cast<std::uint8_t>(std::string_view("true").copy(word_, kLongestWord));
     if (mark != '"') return false;
     in_ = In::word;

@@ -168,14 +168,27 @@ class UsageScan {
     return at;
   }
 
-  // True for an event that begins with its data, or with a name that marks neither an error nor the end.
+  // True for an event that begins with its data, or with a name that marks neither an error nor the end, and then its
+  // data with the same name in it.
   bool is_plain(const char* at, const char* end) const {
     if (!shape_->named) return std::string_view(at, 5) == "data:";
-    static constexpr std::string_view kName = "event: ";
-    const std::string_view event(at, static_cast<std::size_t>(end - at));
-    if (!event.starts_with(kName)) return false;
-    const std::string_view name = event.substr(kName.size(), event.find_first_of("\r\n") - kName.size());
-    return name != "error" && shape_->end.find(name) == std::string_view::npos;
+    std::string_view event(at, static_cast<std::size_t>(end - at));
+    if (!take(event, "event: ")) return false;
+    const std::string_view name = event.substr(0, event.find_first_of("\r\n"));
+    if (name == "error" || name.ends_with(".failed") || shape_->end.find(name) != std::string_view::npos) return false;
+    event.remove_prefix(name.size());
+    take(event, "\r");
+    take(event, "\n");
+    if (!take(event, "data: {\"type\":")) return false;
+    take(event, " ");
+    if (!take(event, "\"") || !take(event, name) || !take(event, "\"")) return false;
+    return !shape_->has_ids || event.find("\"id\"") == std::string_view::npos;
+  }
+
+  static bool take(std::string_view& text, std::string_view part) {
+    if (!text.starts_with(part)) return false;
+    text.remove_prefix(part.size());
+    return true;
   }
 
   // True if [at, end) contains `"usage"` or `"error"` that is not followed by `: null`, or a line that begins with `e`.
