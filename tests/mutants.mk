@@ -1,10 +1,12 @@
 # `make mutants`: builds a copy of the project that has every row of tests/mutants/*.txt in it, a small wrong change each,
 # and tells which of them the tests notice. Takes hours; fails if they notice fewer than 95 of 100.
 #   make mutants ONLY=nexus/proxy    the rows whose number, file or reason has this text
+#   make mutants EVERY=12            each twelfth row: a sample
 #   make mutants PARTS=sim           some parts of the tests alone; by default sim, unit and then e2e, each for those that are left
 
 MUTANTS := build/mutants/copy
 PARTS ?= sim,unit,e2e
+EVERY ?= 1
 
 .PHONY: mutants mutants-build
 mutants-build: $(READY) $(DEPS)/test-modules
@@ -17,6 +19,6 @@ mutants-build: $(READY) $(DEPS)/test-modules
 	@[ ! -f $(MUTANTS)/Makefile ] || $(MAKE) --no-print-directory -C $(MUTANTS) CXXFLAGS='-include tests/mutants/mutant.h' build/unit_tests build/sim build/nexus
 
 mutants: mutants-build
-	@$(NODE) tests/mutants/mutants.mjs run $(MUTANTS) --only '$(ONLY)' --parts '$(PARTS)' $(MUTANT_ARGS)
+	@$(NODE) tests/mutants/mutants.mjs run $(MUTANTS) --only '$(ONLY)' --every '$(EVERY)' --parts '$(PARTS)' $(MUTANT_ARGS)
 
-HELP_MORE += 'make mutants      which of many small wrong changes the tests notice: ONLY=nexus/proxy, PARTS=sim'
+HELP_MORE += 'make mutants      which of many small wrong changes the tests notice: ONLY=nexus/proxy, EVERY=12, PARTS=sim'

@@ -1,7 +1,7 @@
 // mutants.mjs: small wrong changes of the code, and whether the tests notice them.
 //   node tests/mutants/mutants.mjs check DIRECTORY     tells which rows do not fit the project in DIRECTORY
 //   node tests/mutants/mutants.mjs apply DIRECTORY     the same, and writes the changes into its files: use a copy
-//   node tests/mutants/mutants.mjs run DIRECTORY [--only TEXT] [--parts sim,unit,e2e] [--all-parts]
+//   node tests/mutants/mutants.mjs run DIRECTORY [--only TEXT] [--every N] [--parts sim,unit,e2e] [--all-parts]
 // Each file tests/mutants/*.txt is a list of changes. A row is separated from the next by an empty line:
 //   ## nexus/proxy/attempt.h              the file of the rows that follow
 //   why: the places are not given back    why the change is wrong, in one line
@@ -148,7 +148,9 @@ async function timed(commands, directory) {
 
 async function run(directory, options) {
   const names = options.parts.split(',');
-  const rows = read_table().filter((row) => `${row.number} ${row.table} ${row.file} ${row.why}`.includes(options.only));
+  const rows = read_table()
+    .filter((row) => `${row.number} ${row.table} ${row.file} ${row.why}`.includes(options.only))
+    .filter((row, index) => index % options.every === options.every - 1);
   // A part at a time, over all mutants: end-to-end tests run alone, for their time is real.
   for (const name of names) {
     const commands = await timed(parts_of(directory)[name], directory);
@@ -176,8 +178,8 @@ const [command, directory, ...rest] = process.argv.slice(2);
 const option = (name, without) => (rest.includes(name) ? rest[rest.indexOf(name) + 1] : without);
 if (command === 'apply' || command === 'check') process.exit(apply(directory, command === 'apply'));
 else if (command === 'run')
-  process.exit(await run(path.resolve(directory), { only: option('--only', ''), parts: option('--parts', 'sim,unit,e2e'), all: rest.includes('--all-parts') }));
+  process.exit(await run(path.resolve(directory), { only: option('--only', ''), every: Number(option('--every', '1')), parts: option('--parts', 'sim,unit,e2e'), all: rest.includes('--all-parts') }));
 else {
-  console.error('usage: mutants.mjs check DIRECTORY | apply DIRECTORY | run DIRECTORY [--only TEXT] [--parts sim,unit,e2e] [--all-parts]');
+  console.error('usage: mutants.mjs check DIRECTORY | apply DIRECTORY | run DIRECTORY [--only TEXT] [--every N] [--parts sim,unit,e2e] [--all-parts]');
   process.exit(2);
 }
