@@ -2,6 +2,7 @@
 // Goal:   snapshots follow from the configuration and the health checks, and a reload loses no state.
 // Method: each test configures a registry, records checks, and compares the resulting snapshot.
 #include "nexus/fleet/registry.h"
+#include "nexus/fleet/prober.h"
 
 #include <doctest/doctest.h>
 
@@ -118,6 +119,43 @@ TEST_CASE("a backend with a host name is unhealthy for workers until the name is
   CHECK(offers(*snapshot, "m") == "a");
   CHECK(snapshot->backends[0].address == address);
   CHECK(snapshot->backends[0].request_lines == "Host: gpu.lan:8080\r\n");
+}
+
+TEST_CASE("a backend's own key goes where its type of server reads it, in requests and in checks") {
+  for (const BackendKind kind : {BackendKind::vllm, BackendKind::anthropic}) {
+    CAPTURE(std::string(name_of(kind)));
+    const bool both = kind == BackendKind::anthropic;
+    const std::string keys = std::string("Authorization: Bearer sk-1\r\n") + (both ? "x-api-key: sk-1\r\n" : "");
+    BackendSettings of_key = backend("a", {"m"}, "10.0.0.1", 80);
+    of_key.kind = kind;
+    of_key.api_key = "sk-1";
+    Registry registry;
+    configure(registry, with({of_key}));
+    CHECK(registry.snapshot()->backends[0].request_lines == "Host: 10.0.0.1\r\n" + keys);
+    CHECK(registry.snapshot()->backends[0].has_key);
+    const nexus::ProbeOrder order = nexus::order_of(of_key, {}, 1, kSecond);
+    CHECK(order.lines == keys + (both ? "anthropic-version: 2023-06-01\r\n" : ""));
+  }
+}
+
+TEST_CASE("a check that passes ends the memory of unknown paths, an address of its own begins without it") {
+  Registry registry;
+  configure(registry, with({backend("a", {"m"})}));
+  check(registry, 0, "+");
+  const Endpoint& rerank =
+      *std::find_if(kEndpoints.begin(), kEndpoints.end(), [](const Endpoint& row) { return row.path == "/v1/rerank"; });
+  const auto speaks = [&](const Endpoint& endpoint) { return registry.snapshot()->backends[0].speaks(endpoint); };
+  CHECK(registry.backends()[0].facts->note_missing(bit_of(rerank)));
+  CHECK_FALSE(registry.backends()[0].facts->note_missing(bit_of(rerank)));
+  CHECK_FALSE(speaks(rerank));
+  CHECK(speaks(kEndpoints[0]));
+  check(registry, 0, "-");
+  CHECK_FALSE(speaks(rerank));
+  check(registry, 0, "+");
+  CHECK(speaks(rerank));
+  registry.backends()[0].facts->note_missing(bit_of(rerank));
+  registry.set_address(registry.backends()[0], *parse_address("10.0.0.9", 8080));
+  CHECK(speaks(rerank));
 }
 
 TEST_CASE("the Host field is the configured host, with its port unless it is 80") {
