@@ -2,7 +2,7 @@
 import path from 'node:path';
 import { Ledger } from './ledger.mjs';
 import { answers } from './api_shapes.mjs';
-import { assert, group, pair, post, test } from './harness.mjs';
+import { RawClient, assert, group, pair, post, test } from './harness.mjs';
 
 // Sends a row's answer: whole with its length, or in chunks of `size` bytes; `crlf`: with CRLF at the end of each line.
 const sends = (row, { size = 0, crlf = false } = {}) => (_, reply) => {
@@ -82,6 +82,33 @@ group('api counts', () => {
       const r = await post(nexus.port, row.path, JSON.stringify(row.ask));
       assert.equal(r.text, row.text, row.name);
       await ledger.expect(row.path, row, row.name);
+    }
+  });
+
+  test('every event and every line is passed on as it comes, none waits for the next', async (t) => {
+    const { nexus, backend } = await counting(t);
+    for (const row of answers.filter((r) => r.streams && !r.error)) {
+      for (const crlf of [false, true]) {
+        const text = bytes_of(row, { crlf });
+        const parts = row.type === 'application/x-ndjson' ? text.match(/.*?\n/gs) : text.match(/.*?\n\r?\n/gs);
+        assert.equal(parts.join(''), text, row.name);
+        let reply;
+        const begun = new Promise((resolve) => { backend.answer = (_, r) => { reply = r; resolve(); }; });
+        const client = await RawClient.connect(nexus.port);
+        client.send('POST', row.path, { 'Content-Type': 'application/json' }, JSON.stringify(row.ask));
+        await begun;
+        reply.head(200, { 'Content-Type': row.type, 'Transfer-Encoding': 'chunked' });
+        for (const [i, part] of parts.entries()) {
+          reply.piece(part);
+          if (i === 0) await client.head();
+          let got = 0;
+          while (got < part.length) got += (await client.piece(3_000)).length;
+          assert.equal(got, part.length, `${row.name}, part ${i}`);
+        }
+        reply.finish();
+        assert.equal(await client.piece(), null);
+        client.close();
+      }
     }
   });
 });

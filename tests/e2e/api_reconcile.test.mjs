@@ -153,6 +153,8 @@ group('api reconciliation', () => {
     assert.equal(all.cached, sum(answered, (r) => r.cached), 'cached tokens');
     assert.equal(all.without_usage, answered.filter((r) => r.prompt === undefined && r.completion === undefined && !r.silent && !r.error).length, 'without usage');
     assert.equal(all.without_end, answered.filter((r) => r.streams && !r.ends && !r.error).length, 'without an end');
+    const streams = seen.filter((r) => r.status === 200 && r.row.streams).length;
+    assert.equal(page.sum('nexus_time_to_first_token_seconds_count'), streams, 'streams of which a first event came');
     const stats = (await get(nexus.port, '/v1/stats')).json;
     const errors = log.filter((l) => l.error_type).length;
     assert.deepEqual(stats.requests, { total: seen.length, success: seen.length - errors, errors });

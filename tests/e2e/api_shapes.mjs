@@ -39,6 +39,8 @@ function response_events(last, usage, more = {}) {
   if (status) events.push({ type: last, response: response_of(status, usage, more) });
   return events.map((event, sequence_number) => ({ ...event, sequence_number }));
 }
+// As vLLM and Ollama write them: the members in the order of their names, `type` last.
+const by_name = (event) => Object.fromEntries(Object.entries(event).sort(([a], [b]) => (a < b ? -1 : 1)));
 const vllm_usage = {
   input_tokens: 41, input_tokens_details: { cached_tokens: 16, input_tokens_per_turn: [], cached_tokens_per_turn: [] }, output_tokens: 9,
   output_tokens_details: { reasoning_tokens: 3, tool_output_tokens: 0, output_tokens_per_turn: [], tool_output_tokens_per_turn: [] }, total_tokens: 50,
@@ -119,10 +121,12 @@ export const answers = [
   ['OpenAI, failed with counts', responses, asks_response(true), sse, response_events('response.failed', usage_of(8, 0, 2), { error: { code: 'server_error', message: 'The model failed' } }).map(say).join(''), { prompt: 8, completion: 2, error: 'backend_error' }],
   ['OpenAI, an error event', responses, asks_response(true), sse, [...response_events('', null).slice(0, 5), { type: 'error', code: 'server_error', message: 'Busy', param: null, sequence_number: 5 }].map(say).join(''), { error: 'backend_error', ends: false }],
   ['OpenAI, without its end', responses, asks_response(true), sse, response_events('', null).map(say).join(''), { ends: false }],
+  ['vLLM, failed', responses, asks_response(true), sse, response_events('response.failed', null, { error: { code: 'server_error', message: 'The model failed' } }).map(by_name).map(say).join(''), { error: 'backend_error' }],
+  ['vLLM, without its end', responses, asks_response(true), sse, response_events('', null).map(by_name).map(say).join(''), { ends: false }],
   ['vLLM', responses, asks_response(false), json, JSON.stringify(response_of('completed', vllm_usage)), { prompt: 41, completion: 9, cached: 16 }],
-  ['vLLM', responses, asks_response(true), sse, response_events('response.completed', vllm_usage).map(say).join(''), { prompt: 41, completion: 9, cached: 16 }],
+  ['vLLM', responses, asks_response(true), sse, response_events('response.completed', vllm_usage).map(by_name).map(say).join(''), { prompt: 41, completion: 9, cached: 16 }],
   ['llama.cpp', responses, asks_response(true), sse, llamacpp_response_events.map(say).join(''), { prompt: 23, completion: 4, cached: 5 }],
-  ['Ollama', responses, asks_response(true), sse, response_events('response.completed', usage_of(19, 0, 6)).map(say).join(''), { prompt: 19, completion: 6 }],
+  ['Ollama', responses, asks_response(true), sse, response_events('response.completed', usage_of(19, 0, 6)).map(by_name).map(say).join(''), { prompt: 19, completion: 6 }],
   ['LM Studio, unnamed events', responses, asks_response(true), sse, response_events('response.completed', usage_of(19, 7, 6)).map(only_data).join(''), { prompt: 19, completion: 6, cached: 7 }],
   ['SGLang, no usage', responses, asks_response(false), json, JSON.stringify(response_of('completed', null)), {}],
   ['OpenAI, a tool that fails, and decoys', responses, asks_response(true), sse, decoy_events.map(say).join(''), { prompt: 36, completion: 87, cached: 12 }],

@@ -390,6 +390,7 @@ group('routing', () => {
         got += data.length;
         if (got > 3 << 20) socket.resetAndDestroy();
       });
+      socket.on('end', () => socket.destroy());   // of a health check, too
     });
     fleet.moved = true;
     const answer = await fleet.ask('gpt', more, { ms: 30_000 });
