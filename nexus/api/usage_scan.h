@@ -39,15 +39,15 @@ class UsageScan {
     std::string_view piece;
   };
 
+  UsageScan() = default;
+
   // A new body begins; `shape` may be null if `kind` is none. Only an event stream may remove_usage_event.
   void start(Kind kind, const ResponseShape* shape, bool remove_usage_event) {
     assert(kind == Kind::event_stream || !remove_usage_event);
     assert(kind == Kind::none || shape != nullptr);
-    *this = UsageScan();
+    *this = UsageScan(shape);
     kind_ = kind;
-    shape_ = shape;
     removing_ = remove_usage_event;
-    members_ = MemberScan(shape);
     if (shape != nullptr && shape->end_key.empty()) end_mark_ = shape->end;
   }
 
@@ -84,6 +84,7 @@ class UsageScan {
   }
 
   Usage usage() const { return shape_ == nullptr ? usage_ : usage_.added_up(*shape_); }
+  bool told_usage() const { return usage_.told(); }
   // The hash of the id that the response has told since the last call; 0: none.
   std::uint64_t take_id() { return std::exchange(id_, 0); }
   std::uint64_t events() const { return events_; }  // complete ones that carry data or tell an error
@@ -94,6 +95,8 @@ class UsageScan {
   bool out_of_memory() const { return out_of_memory_; }  // counts may be missing
 
  private:
+  explicit UsageScan(const ResponseShape* shape) : shape_(shape), members_(shape) {}
+
   // The state of a piece: [start, write) is to be sent, and so are the bytes from `run` on, except for an event that is
   // removed or held.
   struct Pass {

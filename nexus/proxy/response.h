@@ -105,7 +105,7 @@ class Response {
   // Copies token counts and times into the record, at the end; `asked_ns`: when the request was complete.
   void note_usage(RequestRecord& record, Ns asked_ns) const {
     if (!is_success()) return;
-    const Usage& told = scan_.usage();
+    const Usage told = scan_.usage();
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
     if (told.cached_tokens <= told.prompt_tokens) record.cached_tokens = told.cached_tokens;
@@ -122,10 +122,10 @@ class Response {
   // After the end of a stream: true if it had an end mark to send, and did not.
   bool lacks_end_mark() const { return has_end_mark_ && !scan_.ended_well(); }
   bool lacks_usage() const {
-    return is_success() && endpoint_->tells == Tells::counts && !scan_.usage().told() && !usage_lost();
+    return is_success() && endpoint_->tells == Tells::counts && !scan_.told_usage() && !usage_lost();
   }
   // True if the usage could not be read for want of memory.
-  bool usage_lost() const { return is_success() && !scan_.usage().told() && scan_.out_of_memory(); }
+  bool usage_lost() const { return is_success() && !scan_.told_usage() && scan_.out_of_memory(); }
 
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
