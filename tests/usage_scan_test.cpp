@@ -253,6 +253,38 @@ TEST_CASE("a usage of kUsageBytes is read and one byte more is not, in one piece
   }
 }
 
+TEST_CASE("a usage of 150 MB passes unchanged, and no more than kUsageBytes of it is captured") {
+  for (const Kind kind : {Kind::json, Kind::event_stream}) {
+    const bool stream = kind == Kind::event_stream;
+    CAPTURE(stream);
+    constexpr std::size_t kPieceBytes = 64u << 10, kPieces = 150'000'000 / kPieceBytes;
+    constexpr std::size_t kMostBytes = 2 * (nexus::kUsageBytes + nexus::kHeldEventBytes);  // blocks are powers of two
+    BlockPool blocks;
+    UsageScan scan;
+    scan.start(kind, &nexus::row_of(nexus::Dialect::openai).response, stream);
+    std::size_t in = 0, out_bytes = 0, most = 0;
+    const auto feed = [&](std::string_view text, bool last) {
+      std::string piece(text);
+      piece.resize(text.size() + nexus::kPaddingBytes);
+      UsageScan::Out out;
+      REQUIRE(scan.feed(blocks, reader(), piece.data(), text.size(), last, out));
+      in += text.size();
+      out_bytes += out.held.size() + out.piece.size();
+      most = std::max(most, blocks.taken_bytes());
+    };
+    feed(std::string(stream ? "data: " : "") + R"({"usage":{"prompt_tokens":5,"pad":")", false);
+    for (std::size_t i = 0; i < 40; ++i) feed(std::string(1000, 'p'), false);  // through the bound in small steps
+    const std::string pad(kPieceBytes, 'p');
+    for (std::size_t i = 0; i < kPieces; ++i) feed(pad, false);
+    feed(std::string("\"}}") + (stream ? "\n\n" : ""), true);
+    CHECK(out_bytes == in);
+    CHECK(most <= kMostBytes);
+    CHECK_FALSE(scan.usage().told());
+    scan.drop_memory();
+    CHECK(blocks.taken_bytes() == 0);
+  }
+}
+
 TEST_CASE("a body of no kind goes on unread") {
   const std::string text = R"({"usage":{"prompt_tokens":5}})";
   const Result result = scan(text, Kind::none, false, {3, 9});

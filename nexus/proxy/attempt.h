@@ -4,7 +4,7 @@
 //           back to the pool only if the whole request was sent over it.
 // Leaves:   which backend, and what a failure means, to exchange.h; the request's bytes to upstream_request.h.
 // Threads:  its worker's.
-// Tested by: tests/sim, tests/hostile
+// Tested by: tests/attempt_test.cpp, tests/sim, tests/hostile
 #pragma once
 
 #include <array>

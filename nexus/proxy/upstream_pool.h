@@ -7,7 +7,7 @@
 //           and when there is no descriptor for a new one, idle ones are closed.
 // Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
-// Tested by: tests/sim, tests/e2e/proxy.test.mjs
+// Tested by: tests/upstream_pool_test.cpp, tests/sim, tests/e2e/proxy.test.mjs
 #pragma once
 
 #include <algorithm>
