@@ -93,6 +93,7 @@ struct Link {
   bool connected = false;
   bool refused = false;
   bool reset_seen = false;  // a reset arrived at Nexus
+  bool unasked = false;     // bytes that no request asked for have arrived at Nexus
   bool broken = false;      // a call on it was made to fail, as if the peer had ended it
   int error = 0;            // reported once, by the next call
   std::int32_t loop = -1;   // the loop that watches it

@@ -43,6 +43,7 @@ enum class Canary : std::uint8_t {
   raised_caps,
   late_grant,  // a queued request hears of its place after the next one
   keep_a_place,
+  blind_to_unasked,  // bytes that no request asked for are not seen on an idle connection
   count,
 };
 
@@ -194,9 +195,11 @@ class SimNet {
     if (canary_ == Canary::deaf_to_backends && link.to_backend && wire_.dice().one_in(16)) {
       return {IoResult::Kind::again, 0, 0};
     }
+    if (canary_ == Canary::blind_to_unasked && link.unasked && bytes == 1) return {IoResult::Kind::again, 0, 0};
     const Weather& weather = wire_.weather;
-    // Behind a FIN or a reset nothing is in transit any more, so EAGAIN would never be followed by an edge.
-    const bool plain = link.to_nexus.fin_arrived || link.reset_seen;
+    // Behind a FIN or a reset nothing is in transit any more, so EAGAIN would never be followed by an edge. Unasked
+    // bytes are there when Nexus looks for them.
+    const bool plain = link.to_nexus.fin_arrived || link.reset_seen || link.unasked;
     if (!plain && wire_.dice().chance(weather.eagain_read)) {
       wire_.edge_later(id);
       return {IoResult::Kind::again, 0, 0};
@@ -359,6 +362,7 @@ class SimNet {
   bool event_of(LinkId id, const Link& link, Event& event) {
     event = Event{link.token, readable(link), writable(link), hung_up(link)};
     if (!event.readable && !event.writable && !event.hangup) return false;
+    if (canary_ == Canary::blind_to_unasked && link.unasked) return false;
     wire_.tell(event.hangup ? "event (hup)" : event.readable ? "event (in)" : "event (out)", id);
     wire_.note(6, id, (event.readable ? 1u : 0u) | (event.writable ? 2u : 0u) | (event.hangup ? 4u : 0u));
     return true;

@@ -117,6 +117,17 @@ class Wire {
     if (taken > 0) tell("peer sends", id, bytes.substr(0, taken));
     return taken;
   }
+  // Sends bytes that no request asked for. They are in Nexus's socket at once, so that they come before all that Nexus
+  // writes from now on. REQUIRES: nothing is in transit to Nexus.
+  void peer_sends_unasked(LinkId id, std::string_view bytes) {
+    Link& link = at(id);
+    assert(link.peer_open && !link.peer_shut && link.to_nexus.arrived == link.to_nexus.written);
+    link.to_nexus.bytes.append(bytes);
+    link.to_nexus.arrived = link.to_nexus.written += bytes.size();
+    link.unasked = true;
+    tell("unasked", id, bytes);
+    ready(id, link);
+  }
   void peer_shut(LinkId id) {
     Link& link = at(id);
     if (!link.peer_open || link.peer_shut) return;

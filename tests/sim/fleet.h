@@ -63,6 +63,7 @@ class Fleet {
     Talk& talk = talks_[id];
     if (talk.deaf) return;
     const std::string_view view = wire_.peer_view(id);
+    if (talk.unasked) return ledger_.wrong("link %u: a request came over it behind bytes that nobody asked for", id);
     if (talk.phase != Phase::reading) return;  // wait until the current response is sent
     if (talk.input.empty()) talk.begun = Wire::written(wire_.at(id).to_peer, wire_.at(id).to_peer.read);
     talk.input.append(view);
@@ -77,10 +78,11 @@ class Fleet {
   void on_reset(LinkId id) { end(id, true); }
   void on_room(LinkId id) { send(id); }
 
-  enum Timer : std::uint64_t { kGoOn, kCloseIdle };
+  enum Timer : std::uint64_t { kGoOn, kCloseIdle, kUnasked };
   void on_timer(LinkId id, std::uint64_t value) {
     Talk& talk = talks_[id];
     if (value == kGoOn) return send(id);
+    if (value == kUnasked) return send_unasked(id);
     if (talk.phase == Phase::reading && talk.input.empty() && wire_.peer_view(id).empty()) {
       end(id, dice_.one_in(3));
     }
@@ -132,6 +134,7 @@ class Fleet {
 
   std::uint64_t connections() const { return connections_; }
   std::uint64_t arrivals() const { return arrivals_; }
+  std::uint64_t unasked() const { return unasked_; }
   std::size_t open() const {
     std::size_t open = 0;
     for (const Server& server : servers_) open += server.links.size();
@@ -161,6 +164,7 @@ class Fleet {
     bool settled = false;                   // Nexus has read that whole
     bool head_seen = false;
     bool overlong = false;
+    bool unasked = false;         // bytes were sent that no request asked for
     bool answered = false;        // the request in `input` has been answered
     bool answered_early = false;  // before its body had arrived
     Answer answer;
@@ -392,6 +396,35 @@ class Fleet {
     if (dice_.chance(manners_.close_idle)) {
       wire_.link_timer(Notice::Kind::backend_timer, id, wire_.now() + dice_.span(0, 300 * kMillisecond), kCloseIdle);
     }
+    if (dice_.chance(manners_.unasked)) {  // at once: directly behind the answer
+      const Ns span = dice_.one_in(3) ? 0 : dice_.span(0, 300 * kMillisecond);
+      wire_.link_timer(Notice::Kind::backend_timer, id, wire_.now() + span, kUnasked);
+    }
+  }
+
+  // Only while Nexus has written nothing that was not read here, and does not try to: bytes that cross a request can't
+  // be told from its answer.
+  void send_unasked(LinkId id) {
+    constexpr std::string_view kBytes[] = {
+        "HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n{\"unasked\":true}",
+        "HTTP/1.1 200 OK\r\nContent-Le",
+        "HTTP/1.1 100 Continue\r\n\r\n",
+        "ZZZZ",
+        "\r\n"};
+    Talk& talk = talks_[id];
+    const Link& link = wire_.at(id);
+    const bool idle = talk.phase == Phase::reading && talk.input.empty() && !talk.answered && !talk.answer.garbled;
+    if (!idle || talk.deaf || talk.peer_done || talk.unasked) return;
+    if (!link.peer_open || link.peer_shut || !link.nexus_open || link.reset_seen) return;
+    if (link.to_peer.held() > 0 || link.blocked_since >= 0) return;
+    if (link.to_nexus.arrived < link.to_nexus.written) {
+      return wire_.link_timer(Notice::Kind::backend_timer, id, link.to_nexus.last_at, kUnasked);
+    }
+    talk.unasked = true;
+    unasked_ += 1;
+    wire_.peer_sends_unasked(id, kBytes[dice_.index(std::size(kBytes))]);
+    if (dice_.one_in(3)) end(id, false);
   }
 
   Wire& wire_;
@@ -403,6 +436,7 @@ class Fleet {
   std::vector<Talk> talks_;  // by link
   std::uint64_t connections_ = 0;
   std::uint64_t arrivals_ = 0;
+  std::uint64_t unasked_ = 0;
 };
 
 }  // namespace nexus::sim

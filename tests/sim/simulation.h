@@ -31,6 +31,7 @@ struct Outcome {
   std::uint64_t requests = 0;  // that clients made
   std::uint64_t answers = 0;   // that arrived complete
   std::uint64_t arrivals = 0;  // of requests at backends
+  std::uint64_t unasked = 0;   // times that a backend sent bytes on an idle connection
   std::uint64_t turns = 0;
   Ns simulated_ns = 0;
   Happened happened;
@@ -106,6 +107,7 @@ class Simulation {
     outcome.requests = ledger_.requests.size();
     outcome.answers = ledger_.answers;
     outcome.arrivals = fleet_.arrivals();
+    outcome.unasked = fleet_.unasked();
     outcome.turns = turns_;
     outcome.happened = audit_.happened;
     outcome.reloads = reloads_;

@@ -33,6 +33,7 @@ struct Manners {
   Rate interim;              // sends 1xx before the response
   Rate early;                // responds before it has read the body
   Rate close_idle;           // ends a kept-alive connection, at any time
+  Rate unasked;              // sends bytes on it that no request asked for
   Rate close_under_request;  // ends it as the next request arrives
   Rate slow;                 // pauses within the response
   Rate never_reads;          // ignores the request's body
@@ -230,6 +231,7 @@ class SwarmMaker {
     m.slow = often(400);
     m.never_reads = often(20);
     m.large = often(80);
+    m.unasked = often(200);
     return m;
   }
   Habits habits() {
