@@ -7,10 +7,12 @@
 // command line; daemon.h starts and stops the threads.
 
 #include <fcntl.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -194,8 +196,15 @@ void open_standard_descriptors() {
   }
 }
 
+// c-ares 1.18 numbers its DNS queries by rand() where there is no /dev/urandom: without a seed, alike at every start.
+void seed_rand() {
+  unsigned seed = 0;
+  if (getrandom(&seed, sizeof seed, 0) == sizeof seed) std::srand(seed);
+}
+
 int run(int argc, char** argv) {
   open_standard_descriptors();
+  seed_rand();
   constexpr std::pair<std::string_view, int (*)(const Options&)> kFlags[] = {
       {"-t", test_config},   {"--demo", serve_demo}, {"--version", print_version},
       {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};

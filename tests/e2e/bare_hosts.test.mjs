@@ -1,15 +1,16 @@
 // Hosts that lack what a program is used to: standard descriptors, /proc, /dev, a writable root, a name for the uid, a parent.
 import { spawn, spawnSync } from 'node:child_process';
+import dgram from 'node:dgram';
 import fs from 'node:fs';
 import path from 'node:path';
 import { assert, chat, conf_text, free_port, get, group, kill_at_end, parse_metrics, post, settings, start_backend, test, until, within } from './harness.mjs';
 
 // Runs `script` in a shell, where $NEXUS and $CONF are the daemon and its file, and waits until it serves. In `root`, a folder,
 // they are /nexus and /nexus.conf.
-async function serve(t, script, { root, server = {}, log = {} } = {}) {
+async function serve(t, script, { root, server = {}, log = {}, more = [] } = {}) {
   const backend = await start_backend(t);
   const port = await free_port();
-  const text = conf_text({ server: { listen: `127.0.0.1:${port}`, threads: 2, ...server }, log, backends: [{ name: 'b1', mock: backend }] });
+  const text = conf_text({ server: { listen: `127.0.0.1:${port}`, threads: 2, ...server }, log, backends: [{ name: 'b1', mock: backend }, ...more] });
   const conf = root ? path.join(root, 'nexus.conf') : t.file('nexus.conf', text);
   if (root) {
     fs.writeFileSync(conf, text);
@@ -23,7 +24,7 @@ async function serve(t, script, { root, server = {}, log = {} } = {}) {
   child.stderr.on('data', (d) => { host.stderr += d; });
   t.after(() => child.kill('SIGKILL'));
   t.notes.push(() => `log: ${host.stderr.slice(-700).replace(/\n/g, ' | ')}`);
-  await until(async () => (await get(port, '/health')).json.status === 'healthy', 'the daemon up');
+  await until(async () => (await get(port, '/health')).json.backends.healthy === 1, 'the daemon up');
   // Below `unshare --fork` it is a child.
   const [below] = fs.readFileSync(`/proc/${child.pid}/task/${child.pid}/children`, 'utf8').split(' ').filter(Boolean);
   host.pid = Number(below ?? child.pid);
@@ -87,6 +88,27 @@ group('bare hosts', () => {
       }
     });
   }
+
+  test('no /dev/urandom: nobody can guess the number of a DNS query from an earlier start', async (t) => {
+    const root = new_root(t);
+    const server = dgram.createSocket('udp4');
+    t.after(() => server.close());
+    const bound = await new Promise((done) => server.once('error', () => done(false)).bind(53, '127.53.0.7', () => done(true)));
+    if (!bound) t.skip('port 53 is taken');
+    let heard = [];
+    server.on('message', (query) => heard.push(query.readUInt16BE(0)));
+    fs.mkdirSync(path.join(root, 'etc'));
+    fs.writeFileSync(path.join(root, 'etc/resolv.conf'), 'nameserver 127.53.0.7\n');
+    const starts = [];
+    for (let i = 0; i < 3; i++) {
+      heard = [];
+      const host = await serve(t, rows[0][1], { root, more: [{ name: 'b2', url: 'http://backend.example:1', type: 'generic' }] });
+      await until(() => heard.length > 0, 'a query');
+      starts.push(heard[0]);
+      await serves_and_stops(host);
+    }
+    assert.ok(new Set(starts).size > 1, starts.join());
+  });
 
   test('an orphan of another process leaves no zombie below process 1', async (t) => {
     new_root(t);   // may it?
