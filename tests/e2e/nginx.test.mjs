@@ -106,9 +106,10 @@ group('nginx as a backend', () => {
     t.after(() => client.close());
     client.send('POST', endpoint, {}, chat('m1', { stream: true }));
     await begun;
+    reply.piece('data: 0\n\n'); // the head is held until then, or for head_delay
     await client.head();
     for (let i = 0; i < 20; i++) {
-      reply.piece(`data: ${i}\n\n`);
+      if (i > 0) reply.piece(`data: ${i}\n\n`);
       let got = '';
       while (got.length < `data: ${i}\n\n`.length) got += await client.piece();
       assert.equal(got, `data: ${i}\n\n`);
