@@ -64,7 +64,7 @@ if [ -n "$command" ]; then
 fi
 inside 'cd nexus && make deps && make build/deps/test-modules all'
 # The demonstration of `make run` is up when its health page answers.
-inside 'cd nexus && make run >/tmp/run.log 2>&1 & trap "kill %1" EXIT
+inside 'set -m; { cd nexus && make run; } >/tmp/run.log 2>&1 & trap "kill %1" EXIT # with -m: all of the job, not its shell
   for _ in $(seq 100); do
     if { exec 4<>/dev/tcp/127.0.0.1/8000; } 2>/dev/null; then break; fi
     sleep 0.1
