@@ -78,7 +78,7 @@ INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(FOREIGN:%=-isystem %/i
 CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(patsubst -fstack-protector,-fstack-protector-strong,$(OPTIMISE)) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(FOREIGN:%=-L%/lib/$(CROSS)) $(LDFLAGS)
-LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares
+LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares -lssl -lcrypto
 
 # ---- Debian packages -------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@
 #include "nexus/apps/top.h"
 #include "nexus/config/parser.h"
 #include "nexus/daemon.h"
+#include "nexus/net/tls_setup.h"
 
 namespace nexus {
 namespace {
@@ -61,7 +62,21 @@ struct Options {
   std::string pid{};                          // for reload
 };
 
-ConfigResult read_config(const Options& options) {
+std::int64_t wall_seconds() { return wall_now() / kSecond; }
+
+// Adds what is wrong with the certificates. `expired_ones` may be used: at the start a gateway with an old certificate
+// is better than none. A reload keeps the one that is in use.
+enum class ExpiredOnes : bool { refused, used };
+ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones) {
+  if (!result.ok()) return result;
+  for (TlsProblem& problem : make_tls(result.settings, wall_seconds())) {
+    if (problem.is_date && expired_ones == ExpiredOnes::used) continue;
+    result.errors.push_back(std::move(problem.error));
+  }
+  return result;
+}
+
+ConfigResult read_config(const Options& options, ExpiredOnes expired_ones) {
   ConfigEnvironment environment = system_environment();
   if (!options.env_file.empty()) {
     std::string text;
@@ -70,12 +85,12 @@ ConfigResult read_config(const Options& options) {
     }
     environment = config::with_variables(std::move(environment), config::read_environment_file(text));
   }
-  return load_config(options.config, environment);
+  return with_tls(load_config(options.config, environment), expired_ones);
 }
 
 // Nothing if the file has errors, which are printed then.
-std::optional<Settings> read_settings(const Options& options) {
-  ConfigResult result = read_config(options);
+std::optional<Settings> read_settings(const Options& options, ExpiredOnes expired_ones = ExpiredOnes::refused) {
+  ConfigResult result = read_config(options, expired_ones);
   bool lacks_variable = false;
   for (const ConfigError& error : result.errors) {
     std::fprintf(stderr, "%s\n", error.to_string().c_str());
@@ -113,11 +128,14 @@ int check_fleet(const Options& options) {
 
 int watch(const Options& options) {
   const std::string url = options.url.find("://") == std::string::npos ? "http://" + options.url : options.url;
-  BackendSettings watched;
-  if (const std::string problem = config::parse_url(url, watched); !problem.empty()) {
+  const std::string text = "[backend top]\nurl = " + url + "\n";
+  ConfigResult result = with_tls(parse_config(text, "top", system_environment()), ExpiredOnes::used);
+  if (!result.ok()) {
+    const std::string& problem = result.errors.front().message;
     std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), problem.c_str());
     return 2;
   }
+  BackendSettings watched = std::move(result.settings.backends.front());
   signal(SIGPIPE, SIG_IGN);
   watched.api_key = system_environment().get_env("NEXUS_API_KEY").value_or("");
   return Top(watched, url).run();
@@ -165,8 +183,8 @@ int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_
 }
 
 int serve_file(const Options& options) {
-  const auto read = [&] { return read_config(options); };
-  std::optional<Settings> settings = read_settings(options);
+  const auto read = [&] { return read_config(options, ExpiredOnes::refused); };
+  std::optional<Settings> settings = read_settings(options, ExpiredOnes::used);
   if (settings) return serve(std::move(*settings), read, false);
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
   return kBadConfiguration;
@@ -178,7 +196,7 @@ int serve_demo(const Options&) {
 }
 
 int print_version(const Options&) {
-  std::printf("nexus %s\n", std::string(kVersion).c_str());
+  std::printf("nexus %s, %s\n", std::string(kVersion).c_str(), tls_library().c_str());
   return 0;
 }
 
@@ -205,6 +223,7 @@ void seed_rand() {
 int run(int argc, char** argv) {
   open_standard_descriptors();
   seed_rand();
+  start_tls_library();
   constexpr std::pair<std::string_view, int (*)(const Options&)> kFlags[] = {
       {"-t", test_config},   {"--demo", serve_demo}, {"--version", print_version},
       {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};

@@ -77,8 +77,10 @@ class Daemon {
   // Serves until SIGTERM or SIGINT. `read_config` reads the configuration again.
   void serve(const std::function<ConfigResult()>& read_config) {
     notifier_.ready(status_);
+    warn_of_tls();
     for (;;) {
-      const int signal = wait_signal(kNever);
+      const int signal = wait_signal(next_expiry_look_ns_);
+      if (signal == 0) warn_of_expiry();
       if (signal == SIGHUP) reload(read_config);
       if (signal == SIGTERM || signal == SIGINT) return drain();
     }
@@ -107,7 +109,7 @@ class Daemon {
  private:
   struct Listening {
     EpollNet::Socket socket;
-    bool metrics_only;
+    ListenerUse use;
     bool passed;  // by the service manager, which keeps it open: the next process accepts what waits in its backlog
   };
 
@@ -143,49 +145,91 @@ class Daemon {
          {"max_connections", Digits(settings_->server.max_connections).view()}});
   }
 
+  void warn_of_tls() {
+    warn_of_expiry();
+    for (const BackendSettings& backend : settings_->backends) {
+      if (!backend.tls.on || backend.tls.verify) continue;
+      log_.event(LogLevel::warning, "the backend's certificate is not verified (tls_verify = no): it may be anyone's",
+                 {{"backend", backend.name}});
+    }
+  }
+
+  void warn_of_expiry() {
+    next_expiry_look_ns_ = deadline_after(monotonic_now(), kExpiryLook);
+    if (settings_->server.tls == nullptr) return;
+    for (const TlsCertificateInfo& one : settings_->server.tls->certificates()) {
+      const std::int64_t left_s = one.not_after_s - wall_now() / kSecond;
+      if (left_s > kExpiryWarning / kSecond) continue;
+      log_.event(LogLevel::warning,
+                 left_s > 0 ? "a certificate of the listeners expires soon: replace it and reload"
+                            : "a certificate of the listeners has expired: replace it and reload",
+                 {{"certificate", one.name}, {"expires", tls::date_text(one.not_after_s)}});
+    }
+  }
+
   Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
 
-  // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` instead of
-  // `metrics_listen`: they stay open over a restart, so that no connection is refused meanwhile.
+  // A key of nexus.conf that lists addresses, and the name of the sockets that a service manager passes instead.
+  struct ListenKey {
+    std::string_view key, socket_name;
+    std::vector<HostPort> ServerSettings::*addresses;
+    ListenerUse use;
+  };
+  static constexpr std::array<ListenKey, 3> kListenKeys{{
+      {"listen", "", &ServerSettings::listen, {}},
+      {"tls_listen", "tls", &ServerSettings::tls_listen, {.tls = true}},
+      {"metrics_listen", "metrics", &ServerSettings::metrics_listen, {.metrics_only = true}},
+  }};
+
+  static const ListenKey& key_of_socket(std::string_view name) {
+    const auto found = std::find_if(kListenKeys.begin(), kListenKeys.end(),
+                                    [&](const ListenKey& key) { return key.socket_name == name; });
+    return found == kListenKeys.end() ? kListenKeys[0] : *found;
+  }
+
+  // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` or `tls` instead of
+  // `metrics_listen` and `tls_listen`: they stay open over a restart, so that no connection is refused meanwhile.
   std::string open_listeners() {
     std::vector<PassedSocket> passed;
     if (std::string why = passed_sockets(environment_, getpid(), passed); !why.empty()) return why;
-    std::array<bool, 2> any_passed{};  // by metrics_only
-    for (const PassedSocket& socket : passed) {
-      const bool metrics_only = socket.name == "metrics";
-      any_passed[metrics_only] = true;
-      add_listener({socket.fd}, metrics_only, true);
-    }
     const ServerSettings& server = settings_->server;
-    if (any_passed[true] && server.metrics_listen.empty()) {
-      return "systemd passed a socket named metrics, but metrics_listen is not set";
+    for (const PassedSocket& socket : passed) {
+      const ListenKey& key = key_of_socket(socket.name);
+      if ((server.*key.addresses).empty()) {
+        return "systemd passed a socket named " + socket.name + ", but " + std::string(key.key) + " is not set";
+      }
+      add_listener({socket.fd}, key, true);
     }
-    for (const bool metrics_only : {false, true}) {
-      if (any_passed[metrics_only]) continue;
-      for (const HostPort& where : metrics_only ? server.metrics_listen : server.listen) {
-        if (std::string why = listen_on(where, metrics_only); !why.empty()) return why;
+    for (const ListenKey& key : kListenKeys) {
+      const bool passed_here = std::any_of(passed.begin(), passed.end(), [&](const PassedSocket& socket) {
+        return &key_of_socket(socket.name) == &key;
+      });
+      if (passed_here) continue;
+      for (const HostPort& where : server.*key.addresses) {
+        if (std::string why = listen_on(where, key); !why.empty()) return why;
       }
     }
     return {};
   }
 
-  std::string listen_on(const HostPort& where, bool metrics_only) {
+  std::string listen_on(const HostPort& where, const ListenKey& key) {
     const std::string failed = "cannot listen on " + config::address_text(where) + ": ";
     const std::optional<Address> address = parse_address(where.host, where.port);
     if (!address) return failed + "not a numeric address";
     const EpollNet::Opened opened = EpollNet::listen(*address);
     if (opened.outcome == SocketOutcome::ok) {
-      add_listener(opened.socket, metrics_only, false);
+      add_listener(opened.socket, key, false);
       return {};
     }
     const bool in_use = opened.error == EADDRINUSE;
-    return failed + strerror(opened.error) + (in_use ? " (is another nexus running? change `listen` or stop it)" : "");
+    return failed + strerror(opened.error) +
+           (in_use ? " (is another nexus running? change `" + std::string(key.key) + "` or stop it)" : "");
   }
 
-  void add_listener(EpollNet::Socket socket, bool metrics_only, bool passed) {
-    listeners_.push_back({socket, metrics_only, passed});
-    addresses_.push_back((metrics_only ? "metrics " : "") + to_string(EpollNet::local_address(socket)) +
-                         (passed ? " (passed)" : ""));
+  void add_listener(EpollNet::Socket socket, const ListenKey& key, bool passed) {
+    listeners_.push_back({socket, key.use, passed});
+    addresses_.push_back(std::string(key.socket_name) + (key.socket_name.empty() ? "" : " ") +
+                         to_string(EpollNet::local_address(socket)) + (passed ? " (passed)" : ""));
     status_ += " " + addresses_.back();
   }
 
@@ -219,7 +263,7 @@ class Daemon {
                                                             random_bits() + i, snapshot, peers_, started_ns_));
       peers_.workers.push_back(workers_.back().get());
       for (const Listening& listening : listeners_) {
-        if (!workers_.back()->add_listener(listening.socket, listening.metrics_only)) return "epoll: no memory";
+        if (!workers_.back()->add_listener(listening.socket, listening.use)) return "epoll: no memory";
       }
     }
     control_->set_workers(peers_.workers);
@@ -352,6 +396,7 @@ class Daemon {
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
     if (descriptors_needed(*settings_, workers_.size()) > needed_before) warn_of_few_descriptors();
+    warn_of_tls();
     const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
     log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note);
     return note;
@@ -372,6 +417,7 @@ class Daemon {
     };
     const ServerSettings& now = settings_->server;
     keep(next.listen, now.listen, "listen", joined(now.listen));
+    keep(next.tls_listen, now.tls_listen, "tls_listen", joined(now.tls_listen));
     keep(next.metrics_listen, now.metrics_listen, "metrics_listen", joined(now.metrics_listen));
     keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
     return list;
@@ -422,6 +468,7 @@ class Daemon {
   Shared shared_;
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
+  Ns next_expiry_look_ns_ = kNever;
   ReloadTicket ticket_;                                        // of the last SIGHUP
   std::string status_ = "serving on";                          // shown by systemctl status
   std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs

@@ -22,6 +22,7 @@ namespace nexus {
 
 enum class ApiError : std::uint8_t {
   malformed,
+  tls_expected,
   bad_version,
   target_too_long,
   header_too_large,
@@ -87,6 +88,8 @@ constexpr std::string_view kServerError = "server_error";
 constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kApiErrors{{
     {ApiError::malformed, 400, kBadRequest, "malformed_request", ErrorType::bad_request, 0,
      "The request is not valid HTTP/1.1. Check the client, or the proxy in front of Nexus."},
+    {ApiError::tls_expected, 400, kBadRequest, "tls_expected", ErrorType::bad_request, 0,
+     "This port speaks TLS. Use https:// in place of http://."},
     {ApiError::bad_version, 505, kBadRequest, "http_version", ErrorType::bad_request, 0,
      "Nexus speaks HTTP/1.1 and HTTP/1.0. Send the request in one of these versions."},
     {ApiError::target_too_long, 414, kBadRequest, "target_too_long", ErrorType::bad_request, 0,

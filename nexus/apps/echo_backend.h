@@ -159,7 +159,7 @@ class EchoServer {
     if (session.io.pending() > 0) return session.io.hangup() ? Step::gone : Step::wait;
     if (session.closing) {
       // close() with unread bytes would reset the connection, and the client might lose the response.
-      session.io.finish(net_);
+      session.io.finish(net_, true);
       return receive(session);
     }
     return session.answer ? on_answering(session) : on_request(session);

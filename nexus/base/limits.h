@@ -104,6 +104,13 @@ constexpr std::uint32_t kAcceptsAtDrain = 8192;      // per listener: more than 
 constexpr std::uint32_t kRequestsPerTurn = 8;        // pipelined ones that need no backend
 constexpr std::size_t kMaxLingerBytes = 64u << 20;   // of a refused body that is dropped, over all turns
 
+// ---- TLS ----
+
+constexpr std::uint32_t kMaxKeyUpdates = 64;             // of a peer, without a byte of data between them
+constexpr std::size_t kMaxCertificates = 64;             // of tls_certificate
+constexpr Ns kExpiryWarning = 14 * 24 * 3600 * kSecond;  // before a certificate of the listeners expires
+constexpr Ns kExpiryLook = 24 * 3600 * kSecond;          // between two looks at that
+
 // ---- log ----
 
 constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis

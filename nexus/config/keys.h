@@ -101,6 +101,7 @@ constexpr ValueKind kYesNo{"", [](std::string_view text, std::string_view) { ret
 constexpr ValueKind kChoice{"one of ", parse_choice};  // the range lists the words in the order of the enum
 constexpr ValueKind kListen{.repeats = true};
 constexpr ValueKind kText{};
+constexpr ValueKind kTexts{.repeats = true};
 constexpr ValueKind kFreeKey{.free_key = true};
 
 struct Value;
@@ -125,6 +126,7 @@ struct Value {
   const ConfigKey& row;
   std::string_view key, text;  // as written
   bool repeated;               // this section had this key before
+  int line;
   const ConfigEnvironment& env;
   std::vector<ConfigError>& file_errors;  // in the file that the value names
   std::string problem{};
@@ -186,6 +188,36 @@ struct Value {
     if (problem.empty()) read_client_keys(lines, std::string(text), file_errors, keys);
   }
 
+  // Reads a file of PEM texts.
+  void to(PemFile& file) {
+    file.path = text;
+    file.line = line;
+    problem = read_text(env, text, file.text);
+    if (problem.empty() && file.text.find("-----BEGIN ") == std::string::npos) {
+      problem = "expected PEM texts in this file (-----BEGIN …-----)";
+    }
+  }
+  void to(std::vector<TlsCertificate>& certificates) {
+    if (certificates.size() == kMaxCertificates) problem = at_most(kMaxCertificates, "certificates");
+    if (problem.empty()) to(certificates.emplace_back().chain);
+  }
+  void to_key(std::vector<TlsCertificate>& certificates) {
+    if (certificates.empty()) {
+      problem = "expected a tls_certificate above it, to which it belongs";
+    } else if (!certificates.back().key.path.empty()) {
+      problem = "the tls_certificate above it has a key already";
+    } else {
+      to(certificates.back().key);
+    }
+  }
+  void to_ca(PemFile& file) {
+    if (text != "system") to(file);
+  }
+  void to_host_name(std::string& name) {
+    if (!is_host_name(text) && !numeric_address(text, AF_INET) && !numeric_address(text, AF_INET6)) return refuse();
+    name = text;
+  }
+
   void to_backend_name(std::string& name) { name = text == "no" ? "" : text; }
   void to_origins(std::vector<std::string>& origins) { problem = read_origins(text, origins); }
 
@@ -210,6 +242,7 @@ struct Value {
 using V = Value;
 
 constexpr std::string_view kListenText = "a numeric address:port, [v6]:port, *:port or localhost:port";
+constexpr std::string_view kPemText = "the path of a PEM file";
 constexpr std::string_view kCapabilityText = "a comma-separated list of models, *, all or none";
 
 inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
@@ -226,6 +259,11 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"server", "idle_timeout", kDuration, "75s", "1ms to 24h", [](V& v) { v.to(v.s.server.idle_timeout_ns); }},
     {"server", "write_timeout", kDuration, "60s", "1ms to 24h", [](V& v) { v.to(v.s.server.write_timeout_ns); }},
     {"server", "drain_timeout", kDuration, "600s", "1ms to 24h", [](V& v) { v.to(v.s.server.drain_timeout_ns); }},
+    {"server", "tls_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.tls_listen); }},
+    {"server", "tls_certificate", kTexts, "", kPemText, [](V& v) { v.to(v.s.server.tls_certificates); }},
+    {"server", "tls_key", kTexts, "", kPemText, [](V& v) { v.to_key(v.s.server.tls_certificates); }},
+    {"server", "tls_min_version", kChoice, "1.2", "1.2, 1.3", [](V& v) { v.to(v.s.server.tls_min_version); }},
+    {"server", "tls_client_ca", kText, "", kPemText, [](V& v) { v.to(v.s.server.tls_client_ca); }},
     {"server", "metrics_listen", kListen, "", kListenText, [](V& v) { v.to(v.s.server.metrics_listen); }},
     {"server", "api_keys_file", kText, "", "the path of a file", [](V& v) { v.to(v.s.server.api_keys); }},
     {"server", "ollama_admin", kText, "no", "no, or the name of a backend",
@@ -275,7 +313,14 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"log", "access", kText, "off", "off, stderr or a path with a `/` in it",
      [](V& v) { v.to_access(v.s.log.access); }},
 
-    {"backend", "url", kText, "", "http://host[:port][/prefix]", [](V& v) { v.to(v.backend()); }},
+    {"backend", "url", kText, "", kUrlText, [](V& v) { v.to(v.backend()); }},
+    {"backend", "tls_ca", kText, "system", "system, or the path of a PEM file",
+     [](V& v) { v.to_ca(v.backend().tls.ca_file); }},
+    {"backend", "tls_verify", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.backend().tls.verify); }},
+    {"backend", "tls_name", kText, "", "the name or address in the backend's certificate",
+     [](V& v) { v.to_host_name(v.backend().tls.name); }},
+    {"backend", "tls_certificate", kText, "", kPemText, [](V& v) { v.to(v.backend().tls.certificate.chain); }},
+    {"backend", "tls_key", kText, "", kPemText, [](V& v) { v.to(v.backend().tls.certificate.key); }},
     {"backend", "type", kChoice, "generic", kBackendKindNames, [](V& v) { v.to(v.backend().kind); }},
     {"backend", "priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.backend().priority); }},
     {"backend", "models", kText, "", "a comma-separated list of models", [](V& v) { v.to(v.backend().models); }},

@@ -63,6 +63,11 @@ inline ConfigEnvironment with_variables(ConfigEnvironment base, Variables variab
 
 }  // namespace config
 
+// Where hosts keep the certificates that they trust: Debian and Alpine, RHEL (old and new), SUSE, others.
+inline constexpr std::array<const char*, 5> kSystemCa{
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"};
+
 struct ConfigResult {
   Settings settings;  // to be used only if ok()
   std::vector<ConfigError> errors;
@@ -113,7 +118,7 @@ struct GivenKey {
 struct Section {
   std::string_view name;
   int line = 0;                                              // 0: not in the file
-  std::unordered_multimap<std::string_view, GivenKey> keys;  // views into the text; only `listen`s are repeated
+  std::unordered_multimap<std::string_view, GivenKey> keys;  // views into the text
 
   const GivenKey* find(std::string_view key) const {
     const auto found = keys.find(key);
@@ -138,7 +143,11 @@ class ConfigReader {
     check_aliases();
     check_weights();
     check_body_memory();
-    check_metrics_listen();
+    check_listens("metrics_listen", settings_.server.listen, "listen");
+    check_listens("tls_listen", settings_.server.listen, "listen");
+    check_listens("tls_listen", settings_.server.metrics_listen, "metrics_listen");
+    check_server_tls();
+    read_system_ca();
     check_ollama_admin();
     check_backends();
     return {std::move(settings_), all_errors()};
@@ -221,7 +230,7 @@ class ConfigReader {
     if (is_free && !is_model_name(key)) return report(expected_model_name(key));
     const GivenKey* earlier = section_->find(key);
     if (earlier && !row->kind.repeats) return report_repeated(in_quotes(key), earlier->line);
-    Value value{settings_, *row, key, text, earlier != nullptr, env_, file_errors_};
+    Value value{settings_, *row, key, text, earlier != nullptr, line_, env_, file_errors_};
     if (is_quoted(text)) {
       value.problem = "expected the value without quotes";  // and without the value: it may be a key
     } else {
@@ -280,15 +289,49 @@ class ConfigReader {
               as_given("body_memory", memory) + " must be at least " + as_given("max_body", body));
   }
 
-  void check_metrics_listen() {
-    const auto& listen = settings_.server.listen;
-    const auto [first, last] = sections_["server"].keys.equal_range("metrics_listen");
+  // No address of `key` is one of `others`.
+  void check_listens(std::string_view key, const std::vector<HostPort>& others, std::string_view others_key) {
+    const auto [first, last] = sections_["server"].keys.equal_range(key);
     for (auto given = first; given != last; ++given) {
       const auto address = parse_listen(given->second.value);
       if (!given->second.valid || !address || address->port == 0) continue;
-      if (std::find(listen.begin(), listen.end(), *address) == listen.end()) continue;
-      report_at(given->second.line, "metrics_listen: " + address_text(*address) + " is already in listen");
+      if (std::find(others.begin(), others.end(), *address) == others.end()) continue;
+      report_at(
+          given->second.line,
+          std::string(key).append(": ").append(address_text(*address)).append(" is already in ").append(others_key));
     }
+  }
+
+  void check_server_tls() {
+    const Section& server = sections_["server"];
+    const GivenKey* listen = server.find("tls_listen");
+    if (listen != nullptr && server.find("tls_certificate") == nullptr) {
+      report_at(listen->line, "tls_listen needs a tls_certificate");
+    }
+    for (const std::string_view key : {"tls_certificate", "tls_key", "tls_min_version", "tls_client_ca"}) {
+      const GivenKey* given = server.find(key);
+      if (given != nullptr && listen == nullptr) report_at(given->line, std::string(key) + " needs a tls_listen");
+    }
+  }
+
+  // The bundle of this host, if a backend is verified by it.
+  void read_system_ca() {
+    const auto by_system = std::find_if(settings_.backends.begin(), settings_.backends.end(), [](const auto& backend) {
+      return backend.tls.on && backend.tls.verify && backend.tls.ca_file.path.empty();
+    });
+    if (by_system == settings_.backends.end() || !errors_.empty()) return;
+    std::vector<std::string> paths(kSystemCa.begin(), kSystemCa.end());
+    const auto named = env_.get_env ? env_.get_env("SSL_CERT_FILE") : std::nullopt;
+    if (named && !named->empty()) paths.assign(1, *named);
+    for (std::string& path : paths) {
+      if (!read_text(env_, path, settings_.system_ca.text).empty()) continue;
+      settings_.system_ca.path = std::move(path);
+      return;
+    }
+    report_at(backend_lines_[by_system->name],
+              "[backend " + by_system->name +
+                  "]: this host has no bundle of trusted certificates (Debian: apt-get install ca-certificates); set "
+                  "tls_ca to a PEM file");
   }
 
   void check_ollama_admin() {
@@ -320,7 +363,15 @@ class ConfigReader {
     }
     if (type && !type->valid) return;
     if (is_echo && url) report_at(url->line, "url: not allowed with type = echo");
-    if (!is_echo && !url) report_at(given.line, "url is missing; expected http://host[:port][/prefix]");
+    if (!is_echo && !url) report_at(given.line, "url is missing; expected " + std::string(kUrlText));
+    for (const std::string_view key : {"tls_ca", "tls_verify", "tls_name", "tls_certificate", "tls_key"}) {
+      const GivenKey* tls = given.find(key);
+      if (tls != nullptr && !settings_.backends.back().tls.on && (!url || url->valid)) {
+        report_at(tls->line, std::string(key) + ": allowed with an https:// url only");
+      }
+    }
+    const GivenKey* key = given.find("tls_key");
+    if (key && !given.find("tls_certificate")) report_at(key->line, "tls_key needs a tls_certificate");
     if (!is_echo && delay) report_at(delay->line, "token_delay: allowed with type = echo only");
   }
 

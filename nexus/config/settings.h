@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -135,6 +136,31 @@ struct ApiKey {
   bool operator==(const ApiKey&) const = default;
 };
 
+class TlsServer;  // net/tls_context.h
+class TlsClient;
+
+enum class TlsVersion : std::uint8_t { tls_1_2, tls_1_3 };
+
+// A PEM file of nexus.conf.
+struct PemFile {
+  std::string path, text;
+  int line = 0;  // where nexus.conf names it
+};
+
+struct TlsCertificate {
+  PemFile chain;
+  PemFile key;  // without a path: the key is in `chain`
+};
+
+struct BackendTls {
+  bool on = false;  // the url is https
+  PemFile ca_file;  // whom it is verified by; without a path: Settings::system_ca
+  bool verify = true;
+  std::string name;  // expected in its certificate; empty: the url's host
+  TlsCertificate certificate;
+  std::shared_ptr<const TlsClient> context;  // of net/tls_setup.h, made of the above; null without https
+};
+
 struct ServerSettings {
   std::vector<HostPort> listen{{"127.0.0.1", 8000}};
   std::uint32_t threads = 0;  // 0 = one per core
@@ -149,6 +175,11 @@ struct ServerSettings {
   Ns idle_timeout_ns = 75 * kSecond;
   Ns write_timeout_ns = 60 * kSecond;  // until the client accepts a byte; then it is disconnected
   Ns drain_timeout_ns = 600 * kSecond;
+  std::vector<HostPort> tls_listen;
+  std::vector<TlsCertificate> tls_certificates;  // the first is for clients that ask for no known name
+  TlsVersion tls_min_version = TlsVersion::tls_1_2;
+  PemFile tls_client_ca;                  // without a path: clients need no certificate
+  std::shared_ptr<const TlsServer> tls;   // of net/tls_setup.h, made of the above; null without tls_listen
   std::vector<HostPort> metrics_listen;   // empty: the built-in pages are on `listen`
   std::vector<ApiKey> api_keys;           // of api_keys_file; empty: no key is required
   std::string ollama_admin;               // the backend that gets requests which change its models; empty: none
@@ -217,6 +248,7 @@ struct BackendSettings {
   BackendKind kind = BackendKind::generic;
   HostPort address;       // of `url`; empty for echo
   std::string base_path;  // of `url`: "" or "/prefix", without a trailing slash or /v1
+  BackendTls tls;
   std::uint32_t priority = 50;
   std::vector<std::string> models;  // a fixed list; empty: discovered
   std::string api_key;              // read from api_key_env or api_key_file; empty: none
@@ -242,6 +274,7 @@ struct Settings {
   std::vector<NamePair> aliases;  // name → model, in file order
   Fallbacks fallbacks;            // model → models to try, in order
   std::vector<BackendSettings> backends;
+  PemFile system_ca;  // the certificates that this host trusts; read if a backend is verified by them
 };
 
 // Descriptors that may be open at once: each client sends a request that goes to a backend, as far as the limits allow
@@ -254,7 +287,7 @@ inline std::uint64_t descriptors_needed(const Settings& settings, std::size_t th
     in_flight += backend.max_pending > 0 ? backend.max_pending : clients;
   }
   if (settings.server.max_pending > 0) in_flight = std::min<std::uint64_t>(in_flight, settings.server.max_pending);
-  return clients + std::min(in_flight, clients) + settings.server.listen.size() +
+  return clients + std::min(in_flight, clients) + settings.server.listen.size() + settings.server.tls_listen.size() +
          settings.server.metrics_listen.size() + kOwn + kOwnPerThread * threads +
          kOwnPerBackend * settings.backends.size();
 }

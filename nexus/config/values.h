@@ -308,8 +308,8 @@ constexpr bool is_url_path(std::string_view path) {
   return true;
 }
 
-inline std::optional<HostPort> parse_authority(std::string_view text) {
-  auto address = parse_host_port(text, 80, [](std::string_view name) -> std::optional<std::string> {
+inline std::optional<HostPort> parse_authority(std::string_view text, std::uint64_t default_port) {
+  auto address = parse_host_port(text, default_port, [](std::string_view name) -> std::optional<std::string> {
     if (!is_host_name(name)) return std::nullopt;
     std::string lower(name);
     std::transform(name.begin(), name.end(), lower.begin(), to_lower);
@@ -325,13 +325,13 @@ constexpr std::string_view base_path_of(std::string_view path) {
   return without_slashes(path.ends_with("/v1") ? path.substr(0, path.size() - 3) : path);
 }
 
-// Reads `http://host[:port][/prefix]` into address and base_path.
+constexpr std::string_view kUrlText = "http:// or https://host[:port][/prefix]";
+
+// Reads a kUrlText into address, base_path and tls.on.
 inline std::string parse_url(std::string_view text, BackendSettings& backend) {
-  constexpr std::string_view scheme = "http://";
-  if (starts_with_ignoring_case(text, "https://")) {
-    return "https is not supported yet: put a TLS-terminating proxy on this host in front of it, or use http://";
-  }
-  if (!starts_with_ignoring_case(text, scheme)) return "expected http://host[:port][/prefix]";
+  const bool tls = starts_with_ignoring_case(text, "https://");
+  const std::string_view scheme = tls ? "https://" : "http://";
+  if (!starts_with_ignoring_case(text, scheme)) return "expected " + std::string(kUrlText);
   if (text.size() > kMaxUrlBytes) return "expected a URL of at most " + std::to_string(kMaxUrlBytes) + " bytes";
   text.remove_prefix(scheme.size());
   if (text.find_first_of("?#") != std::string_view::npos) return "expected a URL without `?` and `#`";
@@ -340,11 +340,14 @@ inline std::string parse_url(std::string_view text, BackendSettings& backend) {
   if (authority.find('@') != std::string_view::npos) {
     return "expected a URL without a user or password; a key goes into api_key_env or api_key_file";
   }
-  auto address = parse_authority(authority);
-  if (!address) return "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 after http://";
+  auto address = parse_authority(authority, tls ? 443 : 80);
+  if (!address) {
+    return "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 after " + std::string(scheme);
+  }
   if (!is_url_path(path)) return "expected a prefix of URL characters, without `.` and `..` segments";
   backend.address = std::move(*address);
   backend.base_path = base_path_of(path);
+  backend.tls.on = tls;
   return {};
 }
 

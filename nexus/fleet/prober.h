@@ -8,6 +8,9 @@
 // Tested by: tests/prober_test.cpp
 #pragma once
 
+#include <array>
+#include <cstdint>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -38,7 +41,8 @@ struct ProbeResult {
   Ns round_trip_ns = 0;
   bool models_read = false;
   bool models_cut = false;  // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
-  std::string_view lack;    // of this host, a constant text: then nothing but passed == true has a meaning
+  std::array<std::uint8_t, kTlsOutcomes> handshakes{};  // of TLS, by outcome
+  std::string_view lack;  // of this host, a constant text: then nothing but passed == true has a meaning
   ListedModels models;
   std::string page;
 };
@@ -46,7 +50,8 @@ struct ProbeResult {
 struct ProbeOrder {
   std::uint64_t epoch = 0;
   BackendKind kind = BackendKind::generic;
-  std::vector<Address> addresses;  // the first is tried first
+  std::vector<Address> addresses;        // the first is tried first
+  std::shared_ptr<const TlsClient> tls;  // null: in clear
   std::string host;
   std::string base_path;
   std::string lines;  // fields, whole lines
@@ -64,6 +69,7 @@ inline ProbeOrder order_of(const BackendSettings& backend, std::vector<Address> 
   order.epoch = epoch;
   order.kind = backend.kind;
   order.addresses = std::move(addresses);
+  order.tls = backend.tls.context;
   order.host = host_of(backend);
   order.base_path = backend.base_path;
   order.lines = key_lines_of(backend).append(row_of(backend.kind).check_lines);
@@ -108,7 +114,8 @@ class Prober {
       if (!probe.asked) {
         const IoResult established = probe.connection.establish(net_);
         if (established.kind == IoResult::Kind::again) return false;
-        if (!established.ok()) return end(probe, std::string("connect: ") + strerror(established.error));
+        count_handshake(probe);
+        if (!established.ok()) return end_unconnected(probe, established);
         ask(probe);
       }
       if (event.writable) probe.connection.flush(net_);
@@ -118,8 +125,11 @@ class Prober {
 
   template <class Done>
   void on_deadline(Handle token, Ns now, Done&& done) {
-    step(token, now, done,
-         [&](Probe& probe) { return end(probe, probe.asked ? "no answer in time" : "no connection in time"); });
+    step(token, now, done, [&](Probe& probe) {
+      if (probe.asked) return end(probe, "no answer in time");
+      count_handshake(probe);
+      return end(probe, probe.connection.handshaking() ? "no TLS handshake in time" : "no connection in time");
+    });
   }
 
  private:
@@ -143,8 +153,8 @@ class Prober {
     Ns started_ns;
     Ns deadline_ns;         // of the probe
     std::size_t tried = 0;  // addresses; the last of them is in use
-    bool asked = false;
-    bool second = false;  // the health request passed, and the models are requested now
+    bool asked = false;     // the connection is established, and the request is on its way
+    bool second = false;    // the health request passed, and the models are requested now
     bool head_done = false;
     std::uint32_t interim_heads = 0;
     Buffer input;
@@ -179,6 +189,18 @@ class Prober {
     }
     drop(*probe);
     done(std::move(result));
+  }
+
+  static void count_handshake(Probe& probe) {
+    const std::optional<TlsOutcome> outcome = probe.connection.handshake_outcome();
+    if (outcome) probe.result.handshakes[static_cast<std::size_t>(*outcome)] += 1;
+  }
+
+  bool end_unconnected(Probe& probe, const IoResult& failure) {
+    const std::string why(probe.connection.why(failure));
+    const bool lacks_memory = probe.connection.out_of_memory();
+    const bool by_tls = probe.connection.handshake_outcome().has_value();
+    return end(probe, by_tls ? why : "connect: " + why, lacks_memory ? lack_of(SocketOutcome::no_memory) : "");
   }
 
   // If the health request passed, `passed` stays true.
@@ -220,7 +242,7 @@ class Prober {
     probe.input.clear();
     probe.reader.start(&probe.fields);
     const Address& address = probe.order.addresses[probe.tried - 1];
-    const SocketOutcome outcome = probe.connection.connect(net_, address, probe.token);
+    const SocketOutcome outcome = probe.connection.connect(net_, address, probe.token, probe.order.tls);
     if (outcome == SocketOutcome::ok) return true;
     const std::string_view lack = lack_of(outcome);
     return !end(probe, lack.empty() ? "the connection was refused at once" : lack, lack);
@@ -250,7 +272,8 @@ class Prober {
       if (!probe.input.reserve(blocks_, std::max(kProbeReadBytes, probe.input.size()))) throw std::bad_alloc();
       const IoResult result = probe.connection.read(net_, probe.input.tail(), probe.input.room());
       if (result.kind == IoResult::Kind::again) return false;
-      if (result.kind == IoResult::Kind::failed) return end(probe, std::string("read: ") + strerror(result.error));
+      if (result.kind == IoResult::Kind::failed)
+        return end(probe, "read: " + std::string(probe.connection.why(result)));
       const bool ended = result.kind == IoResult::Kind::eof;
       if (!ended) probe.input.commit(result.bytes);
       if (const std::optional<bool> over = parse(probe, ended)) return *over;

@@ -49,6 +49,7 @@ struct BackendView {
   std::optional<Address> address;           // none until its host name is resolved
   std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
   std::shared_ptr<ServerFacts> facts;       // of the same
+  std::shared_ptr<const TlsClient> tls;     // null: it speaks in clear
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and its key if it has one
   std::string response_line;  // sent with every response from it: X-Nexus-Backend
@@ -127,7 +128,7 @@ inline std::string host_of(const BackendSettings& backend) {
   const auto& [name, port] = backend.address;
   const std::string host = name.ends_with('.') ? name.substr(0, name.size() - 1) : name;  // the dot is for DNS alone
   if (host.empty()) return "localhost";
-  return port == 80 ? url_host(host) : host_port(host, port);
+  return port == (backend.tls.on ? 443 : 80) ? url_host(host) : host_port(host, port);
 }
 
 // The fields with the backend's own key, as whole lines; empty if it has none.
@@ -392,6 +393,7 @@ class Registry {
     view.address = backend.address;
     view.circuit = backend.circuit;
     view.facts = backend.facts;
+    view.tls = from.tls.context;
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n" + key_lines_of(from);

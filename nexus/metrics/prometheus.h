@@ -53,6 +53,12 @@ struct FleetView {
   bool last_reload_ok = true;
   double last_reload_success_timestamp = 0;  // seconds since 1970; 0: unknown
   std::string_view version;
+  std::string_view tls_library;  // by name and version; empty in a build without TLS
+  struct Certificate {
+    std::string name;  // its first
+    std::int64_t expiry_s = 0;
+  };
+  std::vector<Certificate> certificates;  // of the listeners
 };
 
 class PrometheusPage {
@@ -374,6 +380,13 @@ class PrometheusPage {
     by_name("nexus_http_rejections_total", "Requests refused for their head, path or method.", "reason",
             kHttpRejectionNames, &ThreadCounters::http_rejections);
 
+    out_.family("nexus_tls_handshakes_total", kCounter, "TLS handshakes that ended, by the peer's side and outcome.");
+    for (std::size_t i = 0; i < kTlsSideNames.size() * kTlsOutcomes; ++i) {
+      const auto pick = [i](const ThreadCounters& cells) -> auto& { return cells.tls_handshakes[i]; };
+      sample({{"side", kTlsSideNames[i / kTlsOutcomes]}, {"outcome", kTlsOutcomeNames[i % kTlsOutcomes]}},
+             sum_of(Series<ThreadCounters>(threads_), pick));
+    }
+
     single("nexus_client_connections", kGauge, "Open client connections.",
            sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::client_connections));
     single("nexus_log_lines_dropped_total", kCounter, "Log lines that were not written.",
@@ -400,12 +413,26 @@ class PrometheusPage {
 
   void write_daemon(const FleetView& fleet, LabelMode mode) {
     out_.family("nexus_build_info", kGauge, "Always 1; the version of Nexus is in the label.");
-    sample({{"version", label_of(fleet.version, mode)}}, 1);
+    sample({{"version", label_of(fleet.version, mode)}, {"tls_library", label_of(fleet.tls_library, mode)}}, 1);
+    write_certificates(fleet, mode);
     single("nexus_config_last_reload_successful", kGauge, "1 if the last load of the configuration succeeded.",
            fleet.last_reload_ok ? 1 : 0);
     out_.family("nexus_config_last_reload_success_timestamp_seconds", kGauge,
                 "Time of the last successful load of the configuration, since 1970.");
     out_.sample_double(fleet.last_reload_success_timestamp);
+  }
+
+  // Of several certificates with one name, that which expires first.
+  void write_certificates(const FleetView& fleet, LabelMode mode) {
+    if (fleet.certificates.empty()) return;
+    std::map<std::string, std::int64_t> expiries;
+    for (const FleetView::Certificate& certificate : fleet.certificates) {
+      const auto [at, is_new] = expiries.try_emplace(label_of(certificate.name, mode), certificate.expiry_s);
+      if (!is_new) at->second = std::min(at->second, certificate.expiry_s);
+    }
+    out_.family("nexus_tls_certificate_expiry_timestamp_seconds", kGauge,
+                "Time when a certificate of the listeners expires, since 1970.");
+    for (const auto& [name, expiry_s] : expiries) sample({{"certificate", name}}, expiry_s);
   }
 
   void write_process(const ProcessStats& process) {

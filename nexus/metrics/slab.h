@@ -20,6 +20,7 @@
 #include "nexus/metrics/counters.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
+#include "nexus/net/tls_outcome.h"
 
 namespace nexus {
 
@@ -200,6 +201,7 @@ struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or back
   std::array<Counter, kHttpRejectionNames.size()> http_rejections;
   std::array<Counter, kQueueRejectionNames.size()> queue_rejections;
   std::array<Counter, kLimitNames.size()> limits;
+  std::array<Counter, kTlsSideNames.size() * kTlsOutcomes> tls_handshakes;  // by side, then outcome
 };
 
 // All counters of one thread. A gauge is the sum over the slabs, so one thread may add and another subtract.
@@ -236,6 +238,11 @@ class alignas(kCacheAlign) Slab {
   void queue_rejected(QueueRejection reason) { count(thread_.queue_rejections, reason); }
   void http_rejected(HttpRejection reason) { count(thread_.http_rejections, reason); }
   void limit_hit(Limit limit) { count(thread_.limits, limit); }
+  void tls_handshake(TlsSide side, TlsOutcome outcome) { tls_handshakes(side, outcome, 1); }
+  void tls_handshakes(TlsSide side, TlsOutcome outcome, std::uint64_t count) {
+    const std::size_t at = static_cast<std::size_t>(side) * kTlsOutcomes + static_cast<std::size_t>(outcome);
+    thread_.tls_handshakes[at].add(count);
+  }
   void log_dropped(std::uint64_t lines) { thread_.log_lines_dropped.add(lines); }
   void loop_stall(Ns turn_ns) { thread_.loop_stall.observe(turn_ns); }  // one turn of a loop, between two waits
 

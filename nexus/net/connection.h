@@ -1,39 +1,47 @@
 // connection.h
-// Owns:     one TCP connection: its socket, its readiness under edge-triggered epoll, and the bytes that the kernel
-//           would not take yet.
+// Owns:     one TCP connection: its socket, its TLS if it has that, its readiness under edge-triggered epoll, and the
+//           bytes that the kernel would not take yet.
 // Promises: bytes leave in the order in which they were written; no call blocks; a failure sticks. may_read() and
 //           may_write() are true until a call has seen the socket drained or full, so no edge is lost.
-// Leaves:   how much may wait to be sent to the caller, who stops writing while pending() is not 0. Nothing above this
-//           class touches the socket, so that TLS can be put under it.
+// Leaves:   how much may wait to be sent to the caller, who stops writing while pending() is not 0; records and
+//           handshakes to tls.h. Nothing above this class touches the socket.
 // Threads:  the loop's own thread.
-// Tested by: tests/epoll_test.cpp, tests/sim, tests/hostile
+// Tested by: tests/epoll_test.cpp, tests/tls_test.cpp, tests/sim, tests/hostile
 #pragma once
 
 #include <array>
 #include <cassert>
+#include <cstring>
+#include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <string_view>
+#include <utility>
 
 #include "nexus/base/buffer.h"
 #include "nexus/net/epoll.h"
+#include "nexus/net/tls.h"
 
 namespace nexus {
 
 template <class Net>
 class Connection {
  public:
-  // `handshaking` is reported like `connecting`: establish() has not said `ok` yet. Clear text passes through it at
-  // once.
+  // `connecting` and `handshaking`: establish() has not said `ok` yet. Clear text passes through the latter at once.
   enum class State : std::uint8_t { closed, connecting, handshaking, open };
 
   Connection() = default;
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
-  // Takes over an accepted socket; its events carry `handle`. Without memory the socket is closed.
-  SocketOutcome adopt(Net& net, typename Net::Socket socket, Handle handle) {
-    attach(socket);
-    if (net.watch(socket_, handle)) return SocketOutcome::ok;
+  // Takes over an accepted socket; its events carry `handle`. With `tls`, establish() tells how the handshake went.
+  // Without memory the socket is closed.
+  SocketOutcome adopt(Net& net, typename Net::Socket socket, Handle handle,
+                      const std::shared_ptr<const TlsServer>& tls = nullptr) {
+    start(socket, tls == nullptr ? State::open : State::handshaking);
+    if (tls != nullptr) tls_ = TlsStream::accept(tls);
+    if ((tls == nullptr || tls_ != nullptr) && net.watch(socket_, handle)) return SocketOutcome::ok;
     close(net);
     return SocketOutcome::no_memory;
   }
@@ -42,11 +50,14 @@ class Connection {
   void attach(typename Net::Socket socket) { start(socket, State::open); }
 
   // Starts a connection; its events carry `handle`. establish() tells how it went.
-  SocketOutcome connect(Net& net, const Address& address, Handle handle) {
+  // With `tls` the handshake belongs to that; it resumes with `ticket` if there is one.
+  SocketOutcome connect(Net& net, const Address& address, Handle handle,
+                        const std::shared_ptr<const TlsClient>& tls = nullptr, const TlsTicket* ticket = nullptr) {
     const typename Net::Opened opened = net.connect(address);
     if (opened.outcome != SocketOutcome::ok) return opened.outcome;
     start(opened.socket, State::connecting);
-    if (net.watch(socket_, handle)) return SocketOutcome::ok;
+    if (tls != nullptr) tls_ = TlsStream::connect(tls, ticket);
+    if ((tls == nullptr || tls_ != nullptr) && net.watch(socket_, handle)) return SocketOutcome::ok;
     close(net);
     return SocketOutcome::no_memory;
   }
@@ -61,8 +72,35 @@ class Connection {
       }
       state_ = State::handshaking;
     }
+    if (tls_ != nullptr && state_ == State::handshaking) {
+      const IoResult shaken = tls_->handshake(wire(net));
+      if (shaken.kind == IoResult::Kind::failed) fail();
+      if (!shaken.ok()) return shaken;
+      readable_ = writable_ = true;  // bytes may wait in the library
+    }
     state_ = State::open;
     return {IoResult::Kind::ok, 0, 0};
+  }
+
+  // True until establish() has said how the handshake went.
+  bool handshaking() const { return state_ == State::handshaking && !failed_; }
+  // How the handshake went, or that its time has passed. Nothing if there was none.
+  std::optional<TlsOutcome> handshake_outcome() const {
+    if (tls_ == nullptr || state_ == State::connecting) return std::nullopt;
+    return handshaking() ? TlsOutcome::timeout : tls_->outcome();
+  }
+  // Null in clear text.
+  const TlsStream* tls() const { return tls_.get(); }
+  // A failure in words.
+  std::string_view why(const IoResult& failure) const {
+    return tls_ != nullptr && !tls_->why().empty() ? tls_->why() : std::string_view(strerror(failure.error));
+  }
+  // After a failed handshake with a peer that speaks in clear: so does the answer to it.
+  void continue_in_clear() {
+    tls_.reset();
+    state_ = State::open;
+    failed_ = false;
+    writable_ = true;
   }
 
   // Records an edge. Call first for every event of this connection.
@@ -70,6 +108,9 @@ class Connection {
     readable_ |= event.readable;
     writable_ |= event.writable;
     hangup_ |= event.hangup;
+    if (tls_ == nullptr) return;
+    tls_->note(event);
+    readable_ |= event.writable && tls_->read_wants_write();
   }
 
   bool is_open() const { return socket_.open(); }
@@ -77,13 +118,15 @@ class Connection {
   bool may_write() const { return writable_ && !failed_; }
   bool hangup() const { return hangup_; }  // the peer's FIN or reset waits behind what can still be read
   bool failed() const { return failed_ || write_failed_; }
-  bool out_of_memory() const { return out_of_memory_; }  // the failure was here, not at the peer
+  // The failure was here, not at the peer.
+  bool out_of_memory() const { return out_of_memory_ || (tls_ != nullptr && tls_->out_of_memory()); }
   std::size_t pending() const { return out_.size(); }
 
   // Reads once. A short read proves the socket empty (epoll(7)), which saves the read that would say `again`; after a
   // hangup only the end of file or an error proves it.
   IoResult read(Net& net, char* into, std::size_t bytes) {
     assert(bytes > 0);
+    if (tls_ != nullptr) return read_tls(net, into, bytes);
     const IoResult result = net.read(socket_, into, bytes);
     if (result.ok()) {
       if (result.bytes < bytes && !hangup_) readable_ = false;
@@ -139,11 +182,16 @@ class Connection {
     return true;
   }
 
-  // Sends the FIN; the peer may go on sending.
-  void finish(Net& net) { net.shut_write(socket_); }
+  // Sends the FIN; the peer may go on sending. `whole`: of all that was begun, nothing is missing. Only then does TLS
+  // say that this is the end: without that the peer sees a cut (RFC 8446 6.1).
+  void finish(Net& net, bool whole) {
+    if (whole && tls_ != nullptr && out_.empty()) tls_->say_end(wire(net));
+    net.shut_write(socket_);
+  }
 
   void close(Net& net) {
     out_.clear();
+    tls_.reset();
     net.close(socket_);
     state_ = State::closed;
   }
@@ -151,6 +199,7 @@ class Connection {
   // Closes so that the peer sees a reset: it must not take what it got for the whole.
   void reset(Net& net) {
     out_.clear();
+    tls_.reset();
     net.reset(socket_);
     state_ = State::closed;
   }
@@ -164,8 +213,28 @@ class Connection {
     writable_ = state == State::open;
   }
 
+  // TLS reads and writes by the same calls as clear text.
+  TlsWire wire(Net& net) {
+    using Socket = typename Net::Socket;
+    return {&net, &socket_,
+            [](void* to, void* socket, char* into, std::size_t bytes) {
+              return static_cast<Net*>(to)->read(*static_cast<Socket*>(socket), into, bytes);
+            },
+            [](void* to, void* socket, const char* from, std::size_t bytes) {
+              const iovec part{const_cast<char*>(from), bytes};
+              return static_cast<Net*>(to)->write(*static_cast<Socket*>(socket), std::span(&part, 1));
+            }};
+  }
+
+  IoResult read_tls(Net& net, char* into, std::size_t bytes) {
+    const IoResult result = tls_->read(wire(net), into, bytes);
+    readable_ = result.ok() && tls_->may_read();
+    if (result.kind == IoResult::Kind::failed) failed_ = true;
+    return result;
+  }
+
   IoResult send(Net& net, std::span<const iovec> parts) {
-    const IoResult result = net.write(socket_, parts);
+    const IoResult result = tls_ != nullptr ? tls_->write(wire(net), parts) : net.write(socket_, parts);
     if (result.kind == IoResult::Kind::again) writable_ = false;
     if (result.kind == IoResult::Kind::failed) {
       write_failed_ = true;
@@ -199,6 +268,7 @@ class Connection {
   }
 
   typename Net::Socket socket_;
+  std::unique_ptr<TlsStream> tls_;  // null in clear text
   Buffer out_;
   State state_ = State::closed;
   bool readable_ = false;

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cassert>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,12 +62,20 @@ class Attempt {
 
   // Takes an idle connection from the pool. False if there is none.
   bool take_kept() {
-    upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_);
+    upstream_ = pool_.take_idle(backend_->id, *backend_->address, owner_, backend_->tls);
     return upstream_ != nullptr;
   }
 
   // Starts a new connection.
-  [[gnu::cold]] SocketOutcome connect() { return pool_.connect(backend_->id, *backend_->address, owner_, upstream_); }
+  [[gnu::cold]] SocketOutcome connect() {
+    return pool_.connect(backend_->id, *backend_->address, owner_, upstream_, backend_->tls);
+  }
+
+  // The handshake is over, or its time is.
+  void count_handshake() {
+    const std::optional<TlsOutcome> outcome = connection().handshake_outcome();
+    if (outcome) context_.slab.tls_handshake(TlsSide::backend, *outcome);
+  }
 
   // The connection is established: the response may come at any time, also before the request is sent whole.
   void begin_sending() { sent_ns_ = context_.now; }

@@ -21,7 +21,10 @@ void Exchange<Net>::on_deadline() {
   switch (state_) {
     case State::expecting: go(State::choosing); break;
     case State::queued: on_queue_deadline(); break;
-    case State::connecting: end(Ending::connect_silent); break;
+    case State::connecting:
+      attempt_.count_handshake();
+      end(Ending::connect_silent);
+      break;
     case State::sending:
     case State::awaiting: end(Ending::first_byte_silent); break;
     case State::holding: on_hold_deadline(); break;

@@ -80,9 +80,10 @@ template <class Net>
 Step Exchange<Net>::finish_connecting() {
   const IoResult established = attempt_.connection().establish(context_.net);
   if (established.kind == IoResult::Kind::again) return Step::wait;
+  attempt_.count_handshake();
   if (!established.ok()) {
-    failure_ = strerror(established.error);
-    end(Ending::not_connected);
+    failure_ = attempt_.connection().why(established);
+    end(attempt_.connection().out_of_memory() ? Ending::out_of_memory : Ending::not_connected);
     return Step::again;
   }
   // Bytes received before we sent anything are not a response. Check now: edge-triggered epoll reports them only

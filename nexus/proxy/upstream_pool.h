@@ -21,6 +21,9 @@ namespace nexus {
 
 constexpr std::uint8_t kUpstreamKind = 3;  // of a Handle
 
+using SharedTls = std::shared_ptr<const TlsClient>;  // null: clear text
+inline std::uint64_t identity_of(const SharedTls& tls) { return tls == nullptr ? 0 : tls->identity(); }
+
 template <class Net>
 struct Upstream {
   Upstream(Handle handle_in, BackendId backend_in, const Address& address_in)
@@ -30,6 +33,7 @@ struct Upstream {
   Connection<Net> connection;
   BackendId backend;
   Address address;
+  std::uint64_t tls_identity = 0;      // of the context that it was made with; 0: clear text
   Handle owner;                        // the session whose exchange uses it; its value is 0 while idle
   std::uint64_t snapshot_version = 0;  // the last one in which the backend had this address
   bool reused = false;                 // for a second or later exchange
@@ -51,11 +55,12 @@ class UpstreamPool {
   Upstream<Net>* get(Handle handle) { return upstreams_.get(handle); }
 
   // An idle connection to `backend` at `address`, or nullptr.
-  Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner) {
+  Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner, const SharedTls& tls = nullptr) {
     if (index_of(backend) >= lines_.size()) return nullptr;
     while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
       unlink(*upstream);
-      if (upstream->address == address && upstream->connection.is_quiet(context_.net)) {
+      const bool same = upstream->address == address && upstream->tls_identity == identity_of(tls);
+      if (same && upstream->connection.is_quiet(context_.net)) {
         context_.wheel.cancel(upstream->timer);
         upstream->owner = owner;
         return upstream;
@@ -66,12 +71,15 @@ class UpstreamPool {
   }
 
   // Starts a new connection: sets `upstream` if the outcome is `ok`.
-  SocketOutcome connect(BackendId backend, const Address& address, Handle owner, Upstream<Net>*& upstream) {
+  SocketOutcome connect(BackendId backend, const Address& address, Handle owner, Upstream<Net>*& upstream,
+                        const SharedTls& tls = nullptr) {
     Upstream<Net>* const made = upstreams_.make(backend, address);
     if (made == nullptr) return SocketOutcome::no_memory;
-    SocketOutcome outcome = made->connection.connect(context_.net, address, made->handle);
+    made->tls_identity = identity_of(tls);
+    const TlsTicket* const ticket = ticket_for(*made);
+    SocketOutcome outcome = made->connection.connect(context_.net, address, made->handle, tls, ticket);
     if (outcome == SocketOutcome::no_descriptor && shed()) {
-      outcome = made->connection.connect(context_.net, address, made->handle);
+      outcome = made->connection.connect(context_.net, address, made->handle, tls, ticket);
     }
     if (outcome != SocketOutcome::ok) {
       upstreams_.destroy(made->handle);
@@ -94,7 +102,9 @@ class UpstreamPool {
       upstream.snapshot_version = context_.snapshot->version;
     }
     const bool full = line.idle >= settings.idle_connections;  // never if it is kAutomatic
-    const bool quiet = !upstream.connection.hangup() && !upstream.connection.may_read();
+    keep_ticket(line, upstream);
+    const bool drained = !upstream.connection.may_read() || upstream.connection.is_quiet(context_.net);
+    const bool quiet = drained && !upstream.connection.hangup();
     if (context_.draining || !quiet || full) return drop(upstream);
     upstream.reused = true;
     upstream.newer = nullptr;
@@ -112,10 +122,13 @@ class UpstreamPool {
     upstreams_.destroy(upstream.handle);
   }
 
-  // Closes an idle connection: whatever it reports, it cannot be used again.
+  // Closes an idle connection on which bytes or the end have come: it cannot be used again. TLS has messages of its
+  // own, which are none of these.
   void on_idle_event(Upstream<Net>& upstream, const Event& event) {
     assert(upstream.owner.value == 0);
-    if (!event.readable && !event.hangup) return;
+    upstream.connection.note(event);
+    if (!upstream.connection.may_read() && !event.hangup) return;
+    if (upstream.connection.tls() != nullptr && upstream.connection.is_quiet(context_.net)) return;
     unlink(upstream);
     drop(upstream);
   }
@@ -160,14 +173,29 @@ class UpstreamPool {
  private:
   static bool belongs(const Upstream<Net>& upstream, const Snapshot& snapshot) {
     return std::any_of(snapshot.backends.begin(), snapshot.backends.end(), [&](const BackendView& backend) {
-      return backend.id == upstream.backend && backend.address == upstream.address;
+      return backend.id == upstream.backend && backend.address == upstream.address &&
+             identity_of(backend.tls) == upstream.tls_identity;
     });
   }
 
   struct Line {
     Upstream<Net>* newest = nullptr;
     std::uint32_t idle = 0;
+    TlsTicket ticket;  // of the last connection that got one
+    std::uint64_t ticket_identity = 0;
   };
+
+  const TlsTicket* ticket_for(const Upstream<Net>& upstream) const {
+    if (upstream.tls_identity == 0 || index_of(upstream.backend) >= lines_.size()) return nullptr;
+    const Line& line = lines_[index_of(upstream.backend)];
+    return line.ticket_identity == upstream.tls_identity ? &line.ticket : nullptr;
+  }
+
+  static void keep_ticket(Line& line, const Upstream<Net>& upstream) {
+    if (upstream.tls_identity == 0 || upstream.reused) return;
+    line.ticket = upstream.connection.tls()->ticket();
+    line.ticket_identity = upstream.tls_identity;
+  }
 
   void unlink(Upstream<Net>& upstream) {
     Line& line = lines_[index_of(upstream.backend)];

@@ -66,6 +66,12 @@ struct Placement {
   }
 };
 
+// For which clients a listener is.
+struct ListenerUse {
+  bool metrics_only = false;  // of metrics_listen
+  bool tls = false;           // of tls_listen
+};
+
 template <class Net>
 class Acceptor {
  public:
@@ -74,12 +80,12 @@ class Acceptor {
   Acceptor& operator=(const Acceptor&) = delete;
 
   // False if the kernel refuses.
-  bool add(typename Net::Socket listener, bool metrics_only) {
-    listeners_.push_back({listener, metrics_only});
+  bool add(typename Net::Socket listener, ListenerUse use) {
+    listeners_.push_back({listener, use});
     return watch(listeners_.size() - 1);
   }
 
-  // An event of a listener: accepts its backlog; calls `take(socket, peer, metrics_only)` for each connection.
+  // An event of a listener: accepts its backlog; calls `take(socket, peer, use)` for each connection.
   template <class Take>
   void on_event(Handle token, Take&& take) {
     accept_from(listeners_[token.slot()], kAcceptsPerTurn, take);
@@ -108,7 +114,7 @@ class Acceptor {
  private:
   struct Listener {
     typename Net::Socket socket;
-    bool metrics_only;
+    ListenerUse use;
   };
 
   bool watch(std::size_t number) {
@@ -126,7 +132,7 @@ class Acceptor {
     for (std::uint32_t i = 0; i < most; ++i) {
       typename Net::Opened opened = context_.net.accept(listener.socket);
       switch (opened.outcome) {
-        case SocketOutcome::ok: take(opened.socket, opened.peer, listener.metrics_only); break;
+        case SocketOutcome::ok: take(opened.socket, opened.peer, listener.use); break;
         case SocketOutcome::again: return;
         case SocketOutcome::no_port:  // not of accept()
         case SocketOutcome::no_route:

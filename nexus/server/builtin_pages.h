@@ -131,8 +131,10 @@ class BuiltinPages {
     write(session, context_.text);
   }
 
-  // Refuses a connection over max_connections. Best effort: no session holds what the kernel does not take.
-  [[gnu::cold]] void turn_away(typename Net::Socket socket) {
+  // Refuses a connection over max_connections. Best effort: no session holds what the kernel does not take; and with
+  // `tls` nothing can be said before a handshake, which would cost what is to be saved.
+  [[gnu::cold]] void turn_away(typename Net::Socket socket, bool tls) {
+    if (tls) return context_.net.close(socket);
     context_.text.clear();
     OwnResponse response;
     response.keep_alive = false;
@@ -143,7 +145,7 @@ class BuiltinPages {
     connection.attach(socket);
     const iovec part{context_.text.data(), context_.text.size()};
     connection.write_some(context_.net, std::span(&part, 1));
-    connection.finish(context_.net);
+    connection.finish(context_.net, true);
     connection.close(context_.net);
   }
 
@@ -219,7 +221,8 @@ class BuiltinPages {
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
     if (is_look(head, kind)) return std::nullopt;
     if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes})) {
+        !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes},
+                       session.certificate_name)) {
       return ApiError::unauthorized;
     }
     const bool shows_metrics = kind == PageKind::metrics || kind == PageKind::stats || kind == PageKind::status;

@@ -6,6 +6,7 @@
 // Tested by: tests/e2e/auth.test.mjs
 #pragma once
 
+#include <algorithm>
 #include <string_view>
 
 #include "nexus/config/settings.h"
@@ -27,10 +28,13 @@ inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
 }  // namespace detail
 
 // True if the request has one of the configured keys, as a bearer token (RFC 6750 2.1) or as the value of x-api-key or
-// api-key, or if none are configured. Of a field that comes twice the first counts, as for whoever reads it so.
-inline bool is_authorized(const ServerSettings& server, const HeadView& head) {
+// api-key, or if none are configured, or if a key has the name of the client's verified certificate. Of a field that
+// comes twice the first counts, as for whoever reads it so.
+inline bool is_authorized(const ServerSettings& server, const HeadView& head, std::string_view certificate_name) {
   if (server.api_keys.empty()) return true;
-  bool known = false;
+  bool known = !certificate_name.empty() &&
+               std::any_of(server.api_keys.begin(), server.api_keys.end(),
+                           [&](const ApiKey& candidate) { return candidate.name == certificate_name; });
   for (const Field field : {Field::authorization, Field::x_api_key, Field::api_key}) {
     const FieldRow* row = find_field(*head.fields, field);
     if (row == nullptr) continue;

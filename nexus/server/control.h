@@ -399,6 +399,9 @@ class Control {
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
     backend->checking = false;
+    for (std::size_t i = 0; i < result.handshakes.size(); ++i) {
+      slab_.tls_handshakes(TlsSide::backend, static_cast<TlsOutcome>(i), result.handshakes[i]);
+    }
     if (!result.lack.empty()) note_lack(result);
     if (!result.lack.empty() && !result.passed) return check_again_in(*backend, kFirstRecheck);  // it says nothing
     if (result.passed) note_passed(*backend, result);

@@ -104,6 +104,11 @@ class PageRenderer {
     fleet.last_reload_ok = last_reload_ok_;
     fleet.last_reload_success_timestamp = static_cast<double>(last_reload_wall_ns_) / static_cast<double>(kSecond);
     fleet.version = kVersion;
+    fleet.tls_library = tls_library_;
+    if (const auto& tls = registry_.settings().server.tls) {
+      for (const TlsCertificateInfo& one : tls->certificates())
+        fleet.certificates.push_back({one.name, one.not_after_s});
+    }
     return fleet;
   }
 
@@ -119,6 +124,7 @@ class PageRenderer {
   const Sources sources_;
   const Ns process_started_ns_;
   const std::vector<std::string_view> endpoint_paths_ = endpoint_paths();
+  const std::string tls_library_ = tls_library();
   bool last_reload_ok_ = true;
   Ns last_reload_wall_ns_ = 0;
   std::uint64_t lines_dropped_ = 0;

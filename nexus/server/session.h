@@ -200,8 +200,8 @@ struct Session {
 
   // The memory of a session between two requests, besides its own fixed size; at most kIdleSessionBytes.
   std::size_t kept_bytes() const {
-    return client_name.capacity() + cors_lines.capacity() + request_id.capacity() + page_head.capacity() +
-           exchange.kept_bytes();
+    return client_name.capacity() + certificate_name.capacity() + cors_lines.capacity() + request_id.capacity() +
+           page_head.capacity() + exchange.kept_bytes();
   }
 
   // Drops the current request (`bytes` of the input) and prepares for the next.
@@ -227,7 +227,8 @@ struct Session {
   HeadInput head_input;
   ObjectPool<FieldTable>::Lease fields;  // while there is a request
   RequestHead head;
-  bool key_checked = false;  // its Authorization field holds a key of Nexus's own
+  std::string certificate_name;  // of its certificate, which was verified: a key's name, maybe
+  bool key_checked = false;      // its Authorization field holds a key of Nexus's own
 
   std::string cors_lines;  // of the response
   RequestBody<Net> body;

@@ -3,7 +3,7 @@
 // Promises: requests of a connection are answered in order, one at a time; every wait has a deadline; a connection's
 //           memory is bounded; if memory runs out only the connection in hand ends, with an error response if it can.
 // Leaves:   accepting to acceptor.h and worker.h; a proxied request after its head to proxy/exchange.h; responses of
-//           our own to builtin_pages.h.
+//           our own to builtin_pages.h; handshakes, idle times and ends to session_ends.h, which its users include.
 // Threads:  its worker's.
 // Tested by: tests/worker_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
 #pragma once
@@ -57,12 +57,13 @@ class SessionDriver {
   // ---- events ----
 
   // Takes over a connection that placement_ has counted for this worker.
-  [[gnu::cold]] void add(typename Net::Socket socket, const Address& peer, bool metrics_only) {
-    SessionT* session = sessions_.make(context_, pool_, peer, metrics_only);
+  [[gnu::cold]] void add(typename Net::Socket socket, const Address& peer, ListenerUse use) {
+    SessionT* session = sessions_.make(context_, pool_, peer, use.metrics_only);
+    const auto tls = use.tls ? context_.settings().server.tls : nullptr;
     if (session == nullptr || !context_.make_turn(session->handle)) {
       context_.net.close(socket);
       if (session != nullptr) sessions_.destroy(session->handle);
-    } else if (session->connection.adopt(context_.net, socket, session->handle) != SocketOutcome::ok) {
+    } else if (session->connection.adopt(context_.net, socket, session->handle, tls) != SocketOutcome::ok) {
       sessions_.destroy(session->handle);
     } else {
       context_.slab.add_client_connections(1);
@@ -195,6 +196,7 @@ class SessionDriver {
 
   void on_client(SessionT& session, const Event& event) {
     session.connection.note(event);
+    if (session.connection.handshaking() && !finish_handshake(session)) return;
     if (event.writable && session.connection.pending() > 0 && !session.connection.flush(context_.net)) {
       return client_gone(session);
     }
@@ -339,7 +341,7 @@ class SessionDriver {
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
     session.key_checked = !server.api_keys.empty();
-    if (!is_authorized(server, view)) return ApiError::unauthorized;
+    if (!is_authorized(server, view, session.certificate_name)) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
     return session.body.begin(endpoint, head, view, server.max_body_bytes);
@@ -383,12 +385,13 @@ class SessionDriver {
     in_flight_ -= 1;
     const bool keep_alive = session.exchange.keep_alive();
     const bool cut = session.exchange.cut();
+    const bool whole = !session.exchange.summary().cut_short;
     session.exchange.reset();
     if (cut) {
       session.connection.reset(context_.net);
       return close(session);
     }
-    if (!keep_alive) return begin_linger(session);
+    if (!keep_alive) return begin_linger(session, whole);
     return next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
   }
 
@@ -397,95 +400,20 @@ class SessionDriver {
     return session.keep_alive ? next_request(session, session.head.head_bytes) : begin_linger(session);
   }
 
-  // ---- between requests, and the end ----
+  // ---- between requests, and the end: session_ends.h ----
 
-  Step next_request(SessionT& session, std::size_t bytes) {
-    session.next_request(bytes);
-    arm(session, context_.settings().server.idle_timeout_ns);
-    return Step::again;
-  }
-
-  // Sends our FIN; from here on received bytes are dropped, up to a bound.
-  [[gnu::cold]] Step begin_linger(SessionT& session) {
-    session.input.clear();
-    session.fields.reset();
-    session.body.give_back();
-    session.lingered_bytes = 0;
-    if (session.connection.failed() || session.connection.hangup()) return close(session);
-    session.connection.finish(context_.net);
-    session.state = State::lingering;
-    arm(session, context_.draining ? kFarewellTime : kLingerTime);
-    return Step::again;
-  }
-
-  [[gnu::cold]] Step linger(SessionT& session, TurnShare& share) {
-    char* scratch = context_.scratch();
-    while (scratch != nullptr && session.connection.may_read()) {
-      if (++share.reads > kClientReadsPerTurn) return next_turn(session);
-      const IoResult result = session.connection.read(context_.net, scratch, context_.scratch_bytes());
-      if (result.kind == IoResult::Kind::again) break;
-      session.lingered_bytes += result.bytes;
-      if (!result.ok() || session.lingered_bytes > kMaxLingerBytes) return close(session);
-    }
-    return Step::wait;
-  }
-
+  Step next_request(SessionT& session, std::size_t bytes);
+  // Sends our FIN; from here on received bytes are dropped, up to a bound. `whole`: the response before it is.
+  [[gnu::cold]] Step begin_linger(SessionT& session, bool whole = true);
+  [[gnu::cold]] Step linger(SessionT& session, TurnShare& share);
   // The client's connection ended or broke.
-  [[gnu::cold]] void client_gone(SessionT& session) {
-    if (session.exchange.active()) session.exchange.client_left();
-    if (session.exchange.active()) {  // not counted yet: there was no memory
-      session.state = State::exchanging;
-      return arm_at(session, session.exchange.deadline());
-    }
-    if (session.exchange.state() == ExchangeState::over) {
-      in_flight_ -= 1;
-      if (session.exchange.cut()) session.connection.reset(context_.net);
-      session.exchange.reset();
-    }
-    close(session);
-  }
-
-  [[gnu::cold]] Step close(SessionT& session) {
-    assert(!session.exchange.active());
-    session.connection.close(context_.net);
-    placement_.give_back(context_.worker);
-    context_.slab.add_client_connections(-1);
-    sessions_.destroy(session.handle);
-    acceptor_.resume();
-    return Step::over;
-  }
-
-  [[gnu::cold]] void on_session_deadline(SessionT& session) {
-    switch (session.state) {
-      case State::reading_head:
-        if (session.input.empty()) {  // idle between requests
-          context_.slab.limit_hit(Limit::idle_timeout);
-          // Not closed at once: a request that has just come would become a reset, which may overtake the last
-          // response.
-          if (begin_linger(session) == Step::over) return;
-          break;
-        }
-        context_.slab.http_rejected(HttpRejection::header_timeout);
-        context_.slab.limit_hit(Limit::header_timeout);
-        pages_.refuse_head(session, ApiError::header_timeout);
-        break;
-      case State::reading_body:
-        if (context_.now < session.exchange.deadline()) {
-          if (session.body.has_time()) return arm_body_deadline(session);
-          context_.slab.limit_hit(Limit::body_timeout);
-          refuse_body(session, ApiError::body_timeout);
-          break;
-        }
-        session.state = State::exchanging;  // request_timeout has passed
-        [[fallthrough]];
-      case State::exchanging: session.exchange.on_deadline(); break;
-      case State::waiting_page: pages_.answer_error(session, ApiError::metrics_unavailable); break;
-      case State::sending_page:
-      case State::answering: context_.slab.limit_hit(Limit::write_timeout); [[fallthrough]];
-      case State::lingering: close(session); return;
-    }
-    drive(session);
-  }
+  [[gnu::cold]] void client_gone(SessionT& session);
+  [[gnu::cold]] Step close(SessionT& session);
+  [[gnu::cold]] void on_session_deadline(SessionT& session);
+  // True if the handshake succeeded, so that bytes can be read. Else the session waits, or is over.
+  [[gnu::cold]] bool finish_handshake(SessionT& session);
+  // The handshake failed, or had no time left.
+  [[gnu::cold]] void end_handshake(SessionT& session);
 
   Context& context_;
   Placement& placement_;

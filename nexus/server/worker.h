@@ -20,6 +20,7 @@
 #include "nexus/os/systemd.h"
 #include "nexus/server/acceptor.h"
 #include "nexus/server/session_driver.h"
+#include "nexus/server/session_ends.h"
 
 namespace nexus {
 
@@ -36,7 +37,7 @@ class Worker {
   struct Adopt {
     typename Net::Socket socket;
     Address peer;
-    bool metrics_only = false;
+    ListenerUse use;
   };
   struct NewSnapshot {
     std::unique_ptr<LocalSnapshot> snapshot;  // made by the sender, so that taking it over needs no memory
@@ -75,8 +76,8 @@ class Worker {
   ~Worker() { close_all(); }
 
   // Call before run(): accepts connections from this socket. False if the kernel refuses.
-  [[gnu::cold]] bool add_listener(typename Net::Socket listener, bool metrics_only) {
-    return acceptor_.add(listener, metrics_only);
+  [[gnu::cold]] bool add_listener(typename Net::Socket listener, ListenerUse use) {
+    return acceptor_.add(listener, use);
   }
 
   // Any thread. `no_memory` and `closed` (this worker has ended): the message was not taken.
@@ -169,7 +170,7 @@ class Worker {
     return true;
   }
 
-  void on_message(Adopt& adopt) { sessions_.add(adopt.socket, adopt.peer, adopt.metrics_only); }
+  void on_message(Adopt& adopt) { sessions_.add(adopt.socket, adopt.peer, adopt.use); }
   void on_message(NewSnapshot&) {}  // see take_newest_fleet()
   void on_message(Grant& grant) { sessions_.on_grant(grant.session); }
   void on_message(RenderedPage& page) { sessions_.on_page(page.session, page.number, std::move(page.body), page.kind); }
@@ -186,24 +187,22 @@ class Worker {
   // ---- accepting ----
 
   auto placer() {
-    return [this](typename Net::Socket socket, const Address& peer, bool metrics_only) {
-      place(socket, peer, metrics_only);
-    };
+    return [this](typename Net::Socket socket, const Address& peer, ListenerUse use) { place(socket, peer, use); };
   }
 
   // Keeps a new connection, or hands it to another worker.
-  [[gnu::cold]] void place(typename Net::Socket socket, const Address& peer, bool metrics_only) {
+  [[gnu::cold]] void place(typename Net::Socket socket, const Address& peer, ListenerUse use) {
     const auto worker = peers_.placement.take(context_.worker, context_.settings().server.max_connections);
     if (!worker) {
       context_.slab.limit_hit(Limit::max_connections);
-      return sessions_.pages().turn_away(socket);
+      return sessions_.pages().turn_away(socket, use.tls);
     }
     if (*worker != context_.worker) {
-      const Posted posted = peers_.workers[*worker]->post(Adopt{socket, peer, metrics_only});
+      const Posted posted = peers_.workers[*worker]->post(Adopt{socket, peer, use});
       if (posted != Posted::no_memory && posted != Posted::closed) return;
       peers_.placement.move(*worker, context_.worker);
     }
-    sessions_.add(socket, peer, metrics_only);
+    sessions_.add(socket, peer, use);
   }
 
   // ---- the end ----
