@@ -12,6 +12,7 @@ MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),-j$(shell nproc)) --no-builtin-rules
 # ---- what a user may set ---------------------------------------------------------------------------------------------
 
 DEV ?=
+TLS ?= yes# no: without OpenSSL, half the size; for hosts where another proxy speaks TLS
 CROSS ?=# aarch64-linux-gnu builds for ARM64 in build/aarch64-linux-gnu; its tests run under qemu-user-static
 # clang++ needs half of g++'s time to compile the daemon at -O0.
 ifeq ($(origin CXX),default)
@@ -40,6 +41,7 @@ HARDENING += $(if $(findstring clang,$(CXX)),-Wno-unused-command-line-argument)
 HARDENING := $(strip $(HARDENING))
 HARDENED_LINK := -static-pie -Wl,-z,relro,-z,now,-z,noexecstack
 
+NO_TLS := $(filter no,$(TLS))
 DEPS := build/deps
 SIMDJSON := $(DEPS)/simdjson
 # The libraries of another architecture, and nothing here that the machine's own compiler does not find by itself.
@@ -75,10 +77,13 @@ WARNINGS += $(if $(SAN),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialize
 LLHTTP_INCLUDES := $(if $(LLHTTP),-isystem /usr/share/include -isystem /usr/share/include/llhttp)
 INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(FOREIGN:%=-isystem %/include)
 # simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
-CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(INCLUDES) $(CXXFLAGS)
+CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(NO_TLS:%=-DNEXUS_NO_TLS) $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(patsubst -fstack-protector,-fstack-protector-strong,$(OPTIMISE)) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(FOREIGN:%=-L%/lib/$(CROSS)) $(LDFLAGS)
-LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares -lssl -lcrypto
+# The option for a static library that OpenSSL may need, if it is here: from Debian 13 on. Asked when it links.
+if_static = $(if $(filter /%,$(shell $(CXX) $(FOREIGN:%=-B%/lib/$(CROSS)) -print-file-name=lib$(1).a)),-l$(1))
+OPENSSL = $(if $(NO_TLS),,-lssl -lcrypto $(call if_static,z) $(call if_static,zstd))
+LDLIBS = $(if $(LLHTTP),,-lllhttp) -lcares $(OPENSSL)
 
 # ---- Debian packages -------------------------------------------------------------------------------------------------
 
@@ -86,12 +91,15 @@ LDLIBS := $(if $(LLHTTP),,-lllhttp) -lcares -lssl -lcrypto
 lacks = $(if $(wildcard $(1)),,$(2))
 lacks_command = $(if $(shell command -v $(1)),,$(2))
 
+# Debian 13's OpenSSL needs them in a static program, Debian 12's does not.
+ZSTD_PACKAGES := $(if $(filter 12.%,$(shell cat /etc/debian_version 2>/dev/null)),,$(call lacks,/usr/include/zlib.h,zlib1g-dev) $(call lacks,/usr/include/zstd.h,libzstd-dev))
 EMULATOR := $(if $(CROSS),qemu-$(firstword $(subst -, ,$(CROSS)))-static)
 NPM_PACKAGES := $(call lacks_command,npm,npm) $(call lacks,/etc/ssl/certs/ca-certificates.crt,ca-certificates)
 BUILD_PACKAGES := $(strip \
   $(call lacks_command,$(CXX),$(if $(CROSS),g++-$(CROSS),$(subst clang++,clang,$(notdir $(firstword $(CXX)))))) \
   $(if $(LLHTTP),$(call lacks,$(LLHTTP)/llhttp.c,libllhttp-dev|node-llhttp)) \
   $(call lacks,/usr/include/ares.h,libc-ares-dev) \
+  $(if $(NO_TLS),,$(call lacks,/usr/include/openssl/ssl.h,libssl-dev) $(ZSTD_PACKAGES)) \
   $(if $(wildcard $(SIMDJSON)/simdjson.cpp),,$(NPM_PACKAGES)))
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
@@ -208,7 +216,7 @@ endif
 
 # The daemon as one source file, with this command in its first lines. (g++ forgets "-x c" after each file.)
 SINGLE := build/nexus.single
-SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w $(HARDENING) $(HARDENED_LINK) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
+SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w $(NO_TLS:%=-DNEXUS_NO_TLS) $(HARDENING) $(HARDENED_LINK) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
   -I$(SIMDJSON) $(LLHTTP_INCLUDES:-isystem=-I) $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
   $(if $(LLHTTP),$(addprefix -x c ,$(LLHTTP_SOURCES)) -x none) $(LDLIBS) -o $(SINGLE)
 single: $(READY)
@@ -271,6 +279,7 @@ deb tarball: $(B)/nexus
 
 help:
 	@echo 'make              build build/nexus; installs or names what is missing, as make deps does'
+	@echo 'make TLS=no       the same without TLS (OpenSSL), less than half the size'
 	@echo 'make run          build, then serve a demonstration on 127.0.0.1:8000'
 	@echo 'make test         build and run every test; SAN=address or SAN=thread for a sanitised build'
 	@echo 'make dev          build build/dev/nexus quickly: not optimised, with line numbers'

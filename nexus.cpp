@@ -24,7 +24,7 @@
 #include "nexus/apps/top.h"
 #include "nexus/config/parser.h"
 #include "nexus/daemon.h"
-#include "nexus/net/tls_setup.h"
+#include "nexus/net/tls.h"
 
 namespace nexus {
 namespace {
@@ -40,7 +40,7 @@ constexpr std::string_view kHelp =
        nexus check [FILE]     probe each backend of FILE once and print the results
        nexus reload PID       make a running Nexus read its file again, and wait for the outcome
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
-       nexus --demo           serve a built-in model on 127.0.0.1:8000, without a file
+       nexus --demo [--tls]   serve a built-in model on 127.0.0.1:8000, without a file; with --tls also on 8443
        nexus --version
        nexus --help
 --env-file ENV reads variables for api_key_env, as the systemd service does.
@@ -54,12 +54,18 @@ models = echo
 token_delay = 20ms
 )";
 
+constexpr std::string_view kDemoTls = R"([server]
+tls_listen = 127.0.0.1:8443
+tls_certificate = demo
+)";
+
 struct Options {
   int (*run)(const Options&);
   std::string config = kDefaultConfig;
   std::string env_file{};                     // empty: the process's own environment alone
   std::string url = "http://127.0.0.1:8000";  // for top
   std::string pid{};                          // for reload
+  bool tls = false;                           // for --demo
 };
 
 std::int64_t wall_seconds() { return wall_now() / kSecond; }
@@ -168,15 +174,24 @@ void print_demo(const std::string& address) {
   std::fflush(stdout);
 }
 
-// `read` is called again for each reload.
-int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_demo) {
+void print_demo_tls(const DemoCertificate& certificate) {
+  std::printf(
+      "\nThe same over TLS, with a certificate that was made just now (SHA-256 %s):\n\n"
+      "  curl -k https://127.0.0.1:8443/v1/models\n",
+      certificate.fingerprint.c_str());
+  std::fflush(stdout);
+}
+
+// `read` is called again for each reload, `ready` once it serves, with the first address.
+int serve(Settings settings, const std::function<ConfigResult()>& read,
+          const std::function<void(const std::string&)>& ready) {
   Daemon daemon(std::make_shared<const Settings>(std::move(settings)));
   if (const std::string why = daemon.start(); !why.empty()) {
     daemon.stop();
     std::fprintf(stderr, "nexus: %s\n", why.c_str());
     return 1;
   }
-  if (is_demo) print_demo(daemon.addresses().front());
+  ready(daemon.addresses().front());
   daemon.serve(read);
   daemon.stop();
   return 0;
@@ -185,14 +200,25 @@ int serve(Settings settings, const std::function<ConfigResult()>& read, bool is_
 int serve_file(const Options& options) {
   const auto read = [&] { return read_config(options, ExpiredOnes::refused); };
   std::optional<Settings> settings = read_settings(options, ExpiredOnes::used);
-  if (settings) return serve(std::move(*settings), read, false);
+  if (settings) return serve(std::move(*settings), read, [](const std::string&) {});
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
   return kBadConfiguration;
 }
 
-int serve_demo(const Options&) {
-  const auto read = [] { return parse_config(kDemoConfig, "demo", system_environment()); };
-  return serve(read().settings, read, true);
+int serve_demo(const Options& options) {
+  const std::optional<DemoCertificate> certificate = options.tls ? make_demo_certificate() : std::nullopt;
+  if (options.tls && !certificate) {
+    std::fprintf(stderr, "nexus: no certificate could be made: %s\n", tls::library_error().c_str());
+    return 1;
+  }
+  ConfigEnvironment environment = system_environment();
+  environment.read_file = [&](const std::string&) { return std::optional(certificate->pem); };
+  const std::string text = std::string(kDemoConfig).append(options.tls ? kDemoTls : "");
+  const auto read = [&] { return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used); };
+  return serve(read().settings, read, [&](const std::string& address) {
+    print_demo(address);
+    if (certificate) print_demo_tls(*certificate);
+  });
 }
 
 int print_version(const Options&) {
@@ -246,7 +272,9 @@ int run(int argc, char** argv) {
     const std::string argument = argv[i];
     const auto* flag =
         std::find_if(std::begin(kFlags), std::end(kFlags), [&](const auto& each) { return each.first == argument; });
-    if (flag != std::end(kFlags)) {
+    if (argument == "--tls" && options.run == serve_demo) {
+      options.tls = true;
+    } else if (flag != std::end(kFlags)) {
       options.run = flag->second;
     } else if ((argument == "-c" || argument == "--env-file") && i + 1 < argc) {
       (argument == "-c" ? options.config : options.env_file) = argv[++i];

@@ -316,7 +316,12 @@ TEST_CASE("a backend's defaults in the table are those of its settings") {
     if (row.section != "backend" || row.default_text.empty() || row.key == "token_delay") continue;
     text += std::string(row.key) + " = " + std::string(row.default_text) + "\n";
   }
-  const BackendSettings got = accepted_backend("url = http://h\n" + text), want;
+  const ConfigEnvironment environment = fake_environment({}, {{"/etc/ssl/cert.pem", "-----BEGIN"}});
+  const ConfigResult result = nexus::parse_config("[backend b]\nurl = https://h\n" + text, "n", environment);
+  REQUIRE_EQ(all_messages(result), "");
+  const BackendSettings got = result.settings.backends.front(), want;
+  CHECK(got.tls.verify == want.tls.verify);
+  CHECK(got.tls.ca_file.path == want.tls.ca_file.path);
   CHECK(got.kind == want.kind);
   CHECK_EQ(got.priority, want.priority);
   CHECK_EQ(got.max_pending, want.max_pending);
@@ -582,8 +587,9 @@ TEST_CASE("an unknown key is met with the one that was meant") {
       {"[queue]\ncolour = 1", "n:2: unknown key 'colour' in [queue]; expected one of size, timeout\n"},
       {"[queue]\nMODEL = 1", "n:2: unknown key 'MODEL' in [queue]; expected one of size, timeout\n"},
       {"[backend b]\ntype = echo\napi_key = sk-12345678",
-       "n:3: unknown key 'api_key' in [backend]; expected one of url, type, priority, models, api_key_env, "
-       "api_key_file, max_pending, stream_usage, apis, vision, tools, json_mode, context_length, token_delay\n"},
+       "n:3: unknown key 'api_key' in [backend]; expected one of url, tls_ca, tls_verify, tls_name, tls_certificate, "
+       "tls_key, type, priority, models, api_key_env, api_key_file, max_pending, stream_usage, apis, vision, tools, "
+       "json_mode, context_length, token_delay\n"},
       {"[queue]\nsize = 1\nsize = 2", "n:3: 'size' is repeated; the first is on line 2\n"},
       {"[queue]\nsize = x\nsize = 2",
        "n:2: size: expected a number, 0 to 1000000, not 'x'\nn:3: 'size' is repeated; the first is on line 2\n"},
@@ -598,7 +604,7 @@ TEST_CASE("all errors are listed, by line, up to a bound") {
   check_rows({{"[server]\nmax_body = 512M\nthreads = x\n[backend b]\n[log]\nlevel = loud",
                "n:2: body_memory = 256M (the default) must be at least max_body = 512M (line 2)\n"
                "n:3: threads: expected a number, 0 to 256, not 'x'\n"
-               "n:4: url is missing; expected http://host[:port][/prefix]\n"
+               "n:4: url is missing; expected http:// or https://host[:port][/prefix]\n"
                "n:6: level: expected one of error, warning, info, debug, not 'loud'\n"}});
   for (std::size_t count : {99u, 100u, 101u, 5000u}) {
     std::string text;
@@ -717,6 +723,8 @@ TEST_CASE("a url is taken apart into address and prefix") {
       {"http://host.:8000", {"host.", 8000}, ""},
       {"http://10.0.0.1:1", {"10.0.0.1", 1}, ""},
       {"http://[::1]", {"::1", 80}, ""},
+      {"https://h", {"h", 443}, ""},
+      {"HTTPS://[::1]:8443/x", {"::1", 8443}, "/x"},
       {"http://[2001:DB8::1]:8000/x", {"2001:db8::1", 8000}, "/x"},
       {"http://" + std::string(63, 'a') + ".b", {std::string(63, 'a') + ".b", 80}, ""},
   };
@@ -730,44 +738,43 @@ TEST_CASE("a url is taken apart into address and prefix") {
 }
 
 TEST_CASE("a url that can't be served is refused in words, without repeating it") {
-  const std::string shape = "expected http://host[:port][/prefix]";
-  const std::string host = "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 after http://";
+  const std::string shape = "expected http:// or https://host[:port][/prefix]";
+  const std::string host = "expected a host name or address, [v6] in brackets, and a port of 1 to 65535 after http";
   const std::string prefix = "expected a prefix of URL characters, without `.` and `..` segments";
   const std::string marks = "expected a URL without `?` and `#`";
   const std::string user = "expected a URL without a user or password; a key goes into api_key_env or api_key_file";
-  const std::string tls =
-      "https is not supported yet: put a TLS-terminating proxy on this host in front of it, or use http://";
   const std::vector<std::pair<std::string, std::string>> rows{
-      {"https://h", tls},
-      {"HTTPS://h", tls},
+      {"https:/h", shape},
+      {"https://", host + "s://"},
+      {"https://h:0", host + "s://"},
       {"h", shape},
       {"h:80", shape},
       {"http:/h", shape},
       {"ftp://h", shape},
-      {"http://", host},
-      {"http:///x", host},
-      {"http://:80", host},
-      {"http://h:", host},
-      {"http://h:0", host},
-      {"http://h:65536", host},
-      {"http://h:80:80", host},
-      {"http://h:8x", host},
-      {"http://::1", host},
-      {"http://[::1", host},
-      {"http://[h]", host},
-      {"http://[127.0.0.1]", host},
-      {"http://[::1]x", host},
-      {"http://10.0.0.256", host},
-      {"http://1.2.3", host},
-      {"http://a..b", host},
-      {"http://a..", host},
-      {"http://.", host},
-      {"http://-a", host},
-      {"http://a-", host},
-      {"http://a b", host},
-      {"http://h\\x", host},
-      {"http://\xC3\xA9", host},
-      {"http://" + std::string(64, 'a'), host},
+      {"http://", host + "://"},
+      {"http:///x", host + "://"},
+      {"http://:80", host + "://"},
+      {"http://h:", host + "://"},
+      {"http://h:0", host + "://"},
+      {"http://h:65536", host + "://"},
+      {"http://h:80:80", host + "://"},
+      {"http://h:8x", host + "://"},
+      {"http://::1", host + "://"},
+      {"http://[::1", host + "://"},
+      {"http://[h]", host + "://"},
+      {"http://[127.0.0.1]", host + "://"},
+      {"http://[::1]x", host + "://"},
+      {"http://10.0.0.256", host + "://"},
+      {"http://1.2.3", host + "://"},
+      {"http://a..b", host + "://"},
+      {"http://a..", host + "://"},
+      {"http://.", host + "://"},
+      {"http://-a", host + "://"},
+      {"http://a-", host + "://"},
+      {"http://a b", host + "://"},
+      {"http://h\\x", host + "://"},
+      {"http://\xC3\xA9", host + "://"},
+      {"http://" + std::string(64, 'a'), host + "://"},
       {"http://u:secret@h", user},
       {"http://@h", user},
       {"http://h?x", marks},
@@ -790,8 +797,8 @@ TEST_CASE("a url that can't be served is refused in words, without repeating it"
   CHECK_EQ(url_problem(longest + "x"), "expected a URL of at most 2048 bytes");
   std::string name;
   for (int i = 0; i < 126; ++i) name += "a.";
-  CHECK_EQ(url_problem("http://" + name + "a"), "");     // 253 bytes
-  CHECK_EQ(url_problem("http://" + name + "aa"), host);  // 254
+  CHECK_EQ(url_problem("http://" + name + "a"), "");             // 253 bytes
+  CHECK_EQ(url_problem("http://" + name + "aa"), host + "://");  // 254
 }
 
 TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
@@ -799,9 +806,9 @@ TEST_CASE("only an echo backend has no url, and only it has a token_delay") {
       {"[backend b]\ntype = echo", ""},
       {"[backend b]\ntype = echo\nurl = http://h", "n:3: url: not allowed with type = echo\n"},
       {"[backend b]\nurl = http://h\ntype = echo", "n:2: url: not allowed with type = echo\n"},
-      {"[backend b]\n\ntype = vllm", "n:1: url is missing; expected http://host[:port][/prefix]\n"},
-      {"[backend b]", "n:1: url is missing; expected http://host[:port][/prefix]\n"},
-      {"[backend b]\nurl = ", "n:2: url: expected http://host[:port][/prefix]\n"},
+      {"[backend b]\n\ntype = vllm", "n:1: url is missing; expected http:// or https://host[:port][/prefix]\n"},
+      {"[backend b]", "n:1: url is missing; expected http:// or https://host[:port][/prefix]\n"},
+      {"[backend b]\nurl = ", "n:2: url: expected http:// or https://host[:port][/prefix]\n"},
       {with_url("token_delay = 5ms"), "n:3: token_delay: allowed with type = echo only\n"},
       {"[backend b]\ntype = ech",
        "n:2: type: expected one of ollama, vllm, llamacpp, lmstudio, openai, anthropic, exo, generic, echo, not "
@@ -1205,6 +1212,59 @@ TEST_CASE("long lines and many lines cost no more than their length") {
 }
 
 // Not a static_assert: g++ 12 with -fsanitize=undefined takes a function's address for no constant.
+TEST_CASE("the keys of TLS need one another, and their files") {
+  const std::string pem = "-----BEGIN CERTIFICATE-----\n";
+  const ConfigEnvironment environment = fake_environment({}, {{"/c.pem", pem}, {"/k.pem", pem}, {"/text", "text\n"}});
+  const auto problems = [&](const std::string& text) {
+    return all_messages(nexus::parse_config(text + "\n[backend any]\ntype = echo\n", "n", environment));
+  };
+  const std::string server = "[server]\n", listen = server + "tls_listen = *:1\n";
+  CHECK_EQ(problems(listen + "tls_certificate = /c.pem\ntls_key = /k.pem\ntls_certificate = /c.pem"), "");
+  CHECK_EQ(problems(listen), "n:2: tls_listen needs a tls_certificate\n");
+  CHECK_EQ(problems(server + "tls_certificate = /c.pem"), "n:2: tls_certificate needs a tls_listen\n");
+  CHECK_EQ(problems(server + "tls_client_ca = /c.pem"), "n:2: tls_client_ca needs a tls_listen\n");
+  CHECK_EQ(problems(listen + "tls_key = /k.pem\ntls_certificate = /c.pem"),
+           "n:3: tls_key: expected a tls_certificate above it, to which it belongs\n");
+  CHECK_EQ(problems(listen + "tls_certificate = /c.pem\ntls_key = /k.pem\ntls_key = /k.pem"),
+           "n:5: tls_key: the tls_certificate above it has a key already\n");
+  CHECK_EQ(problems(listen + "tls_certificate = /text"),
+           "n:3: tls_certificate: expected PEM texts in this file (-----BEGIN …-----)\n");
+  CHECK_EQ(problems(listen + "tls_certificate = /none"),
+           "n:3: tls_certificate: cannot read this file: No such file or directory\n");
+  CHECK_EQ(problems(server + "listen = *:1\ntls_listen = *:1\ntls_certificate = /c.pem"),
+           "n:3: tls_listen: 0.0.0.0:1 is already in listen\n");
+  std::string many = listen;
+  for (std::size_t i = 0; i < kMaxCertificates; ++i) many += "tls_certificate = /c.pem\n";
+  CHECK_EQ(problems(many), "");
+  CHECK_EQ(problems(many + "tls_certificate = /c.pem"), "n:67: tls_certificate: expected at most 64 certificates\n");
+
+  const auto backend = [&](const std::string& lines) {
+    return all_messages(nexus::parse_config("[backend b]\n" + lines, "n", environment));
+  };
+  CHECK_EQ(backend("url = https://h\ntls_ca = /c.pem\ntls_certificate = /c.pem\ntls_key = /k.pem"), "");
+  CHECK_EQ(backend("url = https://h\ntls_verify = no"), "");
+  CHECK_EQ(backend("url = https://h\ntls_ca = /c.pem\ntls_key = /k.pem"), "n:4: tls_key needs a tls_certificate\n");
+  CHECK_EQ(backend("url = http://h\ntls_verify = no"), "n:3: tls_verify: allowed with an https:// url only\n");
+  CHECK(backend("url = https://h\ntls_ca = /c.pem\ntls_name = a b")
+            .starts_with("n:4: tls_name: expected the name or address"));
+  CHECK_EQ(backend("url = https://h"),
+           "n:1: [backend b]: this host has no bundle of trusted certificates (Debian: apt-get install "
+           "ca-certificates); set tls_ca to a PEM file\n");
+}
+
+TEST_CASE("the host's bundle is the first that there is, or the file that SSL_CERT_FILE names") {
+  const auto path_with = [](Texts variables, Texts files) {
+    const ConfigResult result = nexus::parse_config("[backend b]\nurl = https://h\n[backend c]\nurl = https://i\n", "n",
+                                                    fake_environment(std::move(variables), std::move(files)));
+    return result.ok() ? result.settings.system_ca.path : all_messages(result);
+  };
+  for (const char* path : kSystemCa) CHECK_EQ(path_with({}, {{path, "x"}}), path);
+  CHECK_EQ(path_with({}, {{kSystemCa[0], "x"}, {kSystemCa[2], "y"}}), kSystemCa[0]);
+  const Texts both{{kSystemCa[0], "x"}, {"/mine", "y"}};
+  CHECK_EQ(path_with({{"SSL_CERT_FILE", "/mine"}}, both), "/mine");
+  CHECK(path_with({{"SSL_CERT_FILE", "/gone"}}, both).find("no bundle") != std::string::npos);
+}
+
 TEST_CASE("every key knows how it is stored") {
   for (const config::ConfigKey& row : config::kConfigKeys) {
     CAPTURE(row.key);

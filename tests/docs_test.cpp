@@ -117,6 +117,9 @@ nexus::ConfigEnvironment environment_with_keys() {
   return {[](const std::string&) { return std::optional<std::string>("a-backend-key"); },
           [](const std::string& path) {
             const bool of_clients = path == "/etc/nexus/keys";
+            const bool of_tls = path.ends_with(".pem") || path.ends_with(".crt") || path == "/etc/nexus/gateway.key" ||
+                                path == "/etc/nexus/client.key";
+            if (of_tls) return std::optional<std::string>("-----BEGIN CERTIFICATE-----\n");
             return std::optional<std::string>(of_clients ? "client a-client-key\n" : "a-backend-key\n");
           }};
 }
@@ -165,8 +168,15 @@ TEST_CASE("every example of nexus.conf(5) is one that the parser takes") {
     const auto example = labelled(entry, ".Dl ");
     if (!example) continue;
     std::string text = "[" + section + (section == "backend" ? " b" : "") + "]\n" + *example + "\n";
+    const bool tls = key.starts_with("tls_");
+    const bool of_certificate = section == "backend" ? key == "tls_key" : tls && key != "tls_certificate";
+    // The keys of TLS stand below others that they belong to.
+    if (of_certificate) text.insert(text.find('\n') + 1, "tls_certificate = /c.pem\n");
+    if (section == "server" && tls && key != "tls_listen") text += "tls_listen = 127.0.0.1:9\n";
     if (section != "backend") text += "[backend b]\n";
-    if (key == "token_delay") {
+    if (section == "backend" && tls) {
+      text += "url = https://127.0.0.1:9\n";
+    } else if (key == "token_delay") {
       text += "type = echo\n";
     } else if (key != "url") {
       text += "url = http://127.0.0.1:9\n";
@@ -235,7 +245,7 @@ TEST_CASE("nexus.conf.example starts as it is: one echo backend, and nothing tha
 TEST_CASE("nexus.conf.example is still right with every line of it in force") {
   const auto result = nexus::parse_config(example_uncommented(), "nexus.conf.example", environment_with_keys());
   CHECK(errors_of(result) == "");
-  CHECK(result.settings.backends.size() == 4);
+  CHECK(result.settings.backends.size() == 5);
   CHECK(result.settings.aliases.size() == 1);
   CHECK(result.settings.fallbacks.size() == 1);
 }

@@ -108,6 +108,7 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_queue_rejected_total counter\n"
           "nexus_limit_rejections_total counter\n"
           "nexus_http_rejections_total counter\n"
+          "nexus_tls_handshakes_total counter\n"
           "nexus_client_connections gauge\n"
           "nexus_log_lines_dropped_total counter\n"
           "nexus_build_info gauge\n"
@@ -533,6 +534,7 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
     World world;
     world.mode = LabelMode::raw;
     world.fleet.version = "0.1.0";
+    world.fleet.tls_library = "OpenSSL 3";
     world.fleet.last_reload_ok = false;
     world.fleet.last_reload_success_timestamp = 1'700'000'000.25;
     world.process = {.cpu_ns = 1'230'000'000,
@@ -543,7 +545,7 @@ TEST_SUITE("US4 T051 T052 T053 the fleet") {
                      .start_time_ns = 1'700'000'000'070'000'000,
                      .threads = 3};
     const Reader page = world.read();
-    CHECK(page.text("nexus_build_info", {{"version", "0.1.0"}}) == "1");
+    CHECK(page.text("nexus_build_info", {{"version", "0.1.0"}, {"tls_library", "OpenSSL 3"}}) == "1");
     CHECK(page.text("nexus_config_last_reload_successful") == "0");
     CHECK(page.text("nexus_config_last_reload_success_timestamp_seconds") == "1700000000.25");
     CHECK(page.text("process_cpu_seconds_total") == "1.23");

@@ -16,7 +16,7 @@ esac
 
 # The Debian packages whose static libraries the binary holds, in Debian's form.
 built_using() {
-  for library in libc.a libstdc++.a libcares.a; do readlink -f "$($CXX -print-file-name=$library)"; done |
+  for library in libc.a libstdc++.a libcares.a libssl.a; do readlink -f "$($CXX -print-file-name=$library)"; done |
     xargs dpkg -S 2>/dev/null | cut -d: -f1 | { cat && echo libllhttp-dev && echo node-llhttp; } | sort -u |
     xargs dpkg-query -W -f '${db:Status-Abbrev} ${source:Package} (= ${source:Version})\n' 2>/dev/null |
     sed -n 's/^ii *//p' | sort -u | paste -s -d, | sed 's/,/, /g'

@@ -13,9 +13,9 @@ apt() {
   apt-get -q -o APT::Architecture=$architecture -o APT::Architectures::=$architecture -o Dir::State="$PWD/apt" \
     -o Dir::State::status=/dev/null -o Dir::Cache="$PWD/apt/cache" -o APT::Sandbox::User=root "$@" >apt/log 2>&1
 }
-echo "fetching c-ares for $architecture"
+echo "fetching c-ares and OpenSSL for $architecture"
 apt update || { tail -5 apt/log >&2 && exit 1; }
-apt download libc-ares-dev || { tail -5 apt/log >&2 && exit 1; }
+apt download libc-ares-dev libssl-dev zlib1g-dev libzstd-dev || { tail -5 apt/log >&2 && exit 1; }
 apt download libllhttp-dev || true # Debian 12 has it as source code
 for package in *.deb; do dpkg -x "$package" .; done
 rm -rf apt ./*.deb

@@ -308,7 +308,7 @@ class ConfigReader {
     if (listen != nullptr && server.find("tls_certificate") == nullptr) {
       report_at(listen->line, "tls_listen needs a tls_certificate");
     }
-    for (const std::string_view key : {"tls_certificate", "tls_key", "tls_min_version", "tls_client_ca"}) {
+    for (const std::string_view key : {"tls_certificate", "tls_key", "tls_client_ca"}) {
       const GivenKey* given = server.find(key);
       if (given != nullptr && listen == nullptr) report_at(given->line, std::string(key) + " needs a tls_listen");
     }

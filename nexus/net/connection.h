@@ -4,7 +4,7 @@
 // Promises: bytes leave in the order in which they were written; no call blocks; a failure sticks. may_read() and
 //           may_write() are true until a call has seen the socket drained or full, so no edge is lost.
 // Leaves:   how much may wait to be sent to the caller, who stops writing while pending() is not 0; records and
-//           handshakes to tls.h. Nothing above this class touches the socket.
+//           handshakes to tls_stream.h. Nothing above this class touches the socket.
 // Threads:  the loop's own thread.
 // Tested by: tests/epoll_test.cpp, tests/tls_test.cpp, tests/sim, tests/hostile
 #pragma once

@@ -2,7 +2,7 @@
 // Owns:     the socket as OpenSSL sees it: a BIO whose bytes go through reads and writes that are lent for one call.
 // Promises: no system call but those that are lent; a socket that is known to be drained or full is not asked again;
 //           a failed write looks like a full socket, so that what the peer sent before can still be read.
-// Leaves:   the protocol to tls.h.
+// Leaves:   the protocol to tls_stream.h.
 // Threads:  a TlsSocket: its loop's own. A method: any, once made.
 // Tested by: tests/tls_test.cpp
 #pragma once

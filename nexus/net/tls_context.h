@@ -4,7 +4,7 @@
 // Promises: immutable once made, and shared by all threads; TLS 1.2 or later, forward secrecy, no renegotiation, no
 //           compression, no early data; a backend is verified, chain and name, unless the configuration says no.
 //           openssl.cnf is never read: a provider in it would load a module into a static binary, which crashes.
-// Leaves:   connections to tls.h; reading files to config/keys.h; which context a backend gets to tls_setup.h.
+// Leaves:   connections to tls_stream.h; reading files to config/keys.h; which context a backend gets to tls_setup.h.
 // Threads:  made by the main thread; used by any.
 // Tested by: tests/tls_test.cpp, tests/e2e/tls.test.mjs
 #pragma once

@@ -1,7 +1,7 @@
 // tls_outcome.h
 // Owns:     how TLS handshakes end, by side; the texts of TLS that do not depend on the library.
 // Promises: plain values, so that counters can name them without the library.
-// Leaves:   handshakes to tls.h, counting to metrics/slab.h.
+// Leaves:   handshakes to tls_stream.h, counting to metrics/slab.h.
 // Threads:  any; constants.
 // Tested by: tests/tls_test.cpp
 #pragma once

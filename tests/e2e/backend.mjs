@@ -3,9 +3,12 @@
 // Promises: it keeps every request with its exact bytes, and the end of every connection; it answers health probes from
 //           `models`, without the test.
 // Leaves:   the responses to the test's `answer(request, reply)`.
+import fs from 'node:fs';
 import net from 'node:net';
+import tls from 'node:tls';
+import { certificate } from './certificates.mjs';
 import { parse_header_lines } from './client.mjs';
-import { sleep, within } from './runner.mjs';
+import { settings, sleep, within } from './runner.mjs';
 
 export const chat_answer = (model, text = 'Hello there.', usage = { prompt_tokens: 9, completion_tokens: 12, total_tokens: 21 }) => ({
   id: 'chatcmpl-1', object: 'chat.completion', created: 1700000000, model,
@@ -20,9 +23,11 @@ export const chat_chunk = (model, content, extra = {}, first = false) => ({
 
 export const sse = (value) => `data: ${typeof value === 'string' ? value : JSON.stringify(value)}\n\n`;
 
-// Listens on a port that the kernel chooses, unless one is given. options: kind, models, answer, probe.
+// Listens on a port that the kernel chooses, unless one is given. options: kind, models, answer, probe; secure: options of
+// tls.createServer(), for a backend that speaks TLS.
 export class Backend {
-  constructor({ kind = 'generic', models = ['m1'], answer = null, probe = null } = {}) {
+  constructor({ kind = 'generic', models = ['m1'], answer = null, probe = null, secure = settings.tls ? {} : null } = {}) {
+    this.secure = secure;
     this.kind = kind;
     this.models = models;
     this.answer = answer ?? answer_plainly;
@@ -33,11 +38,15 @@ export class Backend {
     this.violations = [];        // bytes that a proxy must not send
     this.port = 0;
   }
-  get url() { return `http://127.0.0.1:${this.port}`; }
+  get url() { return `${this.secure ? 'https' : 'http'}://127.0.0.1:${this.port}`; }
   get open() { return this.connections.filter((c) => !c.ended_at).length; }
 
   start() {
-    this.server = net.createServer({ noDelay: true, allowHalfOpen: true }, (socket) => this.accept(socket));
+    if (this.secure) {
+      const shown = this.secure.cert ? {} : { key: fs.readFileSync(certificate().key), cert: fs.readFileSync(certificate().pem) };
+      this.context = tls.createSecureContext({ ...shown, ...this.secure });
+    }
+    this.server = net.createServer({ noDelay: true, allowHalfOpen: true }, (socket) => this.secure ? this.shake(socket) : this.accept(socket));
     return new Promise((done, fail) => {
       this.server.once('error', fail);
       this.server.listen(this.port, '127.0.0.1', 2048, () => {
@@ -52,6 +61,15 @@ export class Backend {
     const closed = new Promise((done) => this.server.close(done));
     for (const c of this.connections) c.socket.destroy();
     await closed;
+  }
+
+  shake(raw) {
+    const options = { requestCert: false, ALPNProtocols: ['http/1.1'], ...this.secure };
+    const socket = new tls.TLSSocket(raw, { isServer: true, secureContext: this.context, allowHalfOpen: true, ...options });
+    socket.raw = raw;
+    raw.on('error', () => {});
+    socket.on('error', () => {});
+    socket.once('secure', () => this.accept(socket));
   }
 
   accept(socket) {
@@ -210,7 +228,7 @@ export class Reply {
   finish() { this.raw('0\r\n\r\n'); }
   fin() { this.socket.end(); }                       // sends a FIN
   close() { this.socket.destroy(); }
-  reset() { this.socket.resetAndDestroy(); }
+  reset() { (this.socket.raw ?? this.socket).resetAndDestroy(); }
   wait(ms) { return sleep(ms); }
   // Resolves once the kernel has taken everything written so far, but never synchronously: a script that waits for it in
   // a loop must not block the events of other sockets.

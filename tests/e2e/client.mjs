@@ -2,7 +2,10 @@
 // Owns:     a client on bare sockets: it sends any bytes, and is the end-to-end tests' only reader of HTTP responses.
 // Promises: it reads strictly; a response says how it was framed and if it is complete; nothing is retried or hidden.
 // Leaves:   judging the responses to the tests.
+import fs from 'node:fs';
 import net from 'node:net';
+import tls from 'node:tls';
+import { authority } from './certificates.mjs';
 import { within } from './runner.mjs';
 
 const CRLF2 = Buffer.from('\r\n\r\n');
@@ -23,12 +26,22 @@ export function parse_header_lines(text) {
   }));
 }
 
+// In a run over TLS (run.mjs --tls): the port for TLS of the daemon that has this one in clear.
+export const tls_ports = new Map();
+
 export class RawClient {
-  static connect(port, { host = '127.0.0.1', pause = false } = {}) {
-    const socket = net.connect({ port, host, noDelay: true, allowHalfOpen: true });
+  // `secure`: options of tls.connect(); then the connection speaks TLS.
+  static connect(port, { host = '127.0.0.1', pause = false, secure = tls_ports.has(port) ? {} : null } = {}) {
+    const raw = net.connect({ port: tls_ports.get(port) ?? port, host, noDelay: true, allowHalfOpen: true });
+    const trusts = () => ({ ca: fs.readFileSync(authority().pem), servername: 'localhost' });
+    const socket = secure ? tls.connect({ socket: raw, allowHalfOpen: true, ...trusts(), ...secure }) : raw;
     return within(5_000, new Promise((done, fail) => {
-      socket.once('connect', () => done(new RawClient(socket, pause)));
-      socket.once('error', fail);
+      socket.once(secure ? 'secureConnect' : 'connect', () => {
+        const client = new RawClient(socket, pause);
+        client.raw = raw;
+        done(client);
+      });
+      for (const one of [raw, socket]) one.once('error', fail);
     }), `connect to ${host}:${port}`);
   }
 
@@ -86,8 +99,8 @@ export class RawClient {
     return this.write(body);
   }
   half_close() { this.socket.end(); }
-  reset() { this.socket.resetAndDestroy(); }
-  close() { this.socket.destroy(); }
+  reset() { this.raw.resetAndDestroy(); }
+  close() { this.socket.destroy(); this.raw.destroy(); }
 
   // The bytes up to and including `mark`, or null if the connection ended before it.
   async read_through(mark, ms = 10_000) {
@@ -232,8 +245,8 @@ export function chunked_bytes(body, sizes, { extension = '', trailers = '' } = {
 }
 
 // One request on a connection of its own.
-export async function request(port, method, path, { headers = {}, body = null, ms = 10_000, host } = {}) {
-  const client = await RawClient.connect(port, { host });
+export async function request(port, method, path, { headers = {}, body = null, ms = 10_000, host, secure } = {}) {
+  const client = await RawClient.connect(port, { host, secure });
   try {
     client.send(method, path, headers, body);
     return await client.response(ms);

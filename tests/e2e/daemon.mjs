@@ -7,7 +7,8 @@ import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { Backend } from './backend.mjs';
-import { get } from './client.mjs';
+import { authority, certificate } from './certificates.mjs';
+import { get, tls_ports } from './client.mjs';
 import { settings, sleep, until, within } from './runner.mjs';
 
 // Below the kernel's ephemeral range, so that no outgoing connection can hold the port between our look and the daemon's bind.
@@ -44,11 +45,20 @@ export function conf_text(conf) {
     if (values.mock) {
       values.url ??= values.mock.url;
       values.type ??= values.mock.kind;
+      if (values.url.startsWith('https:') && values.tls_verify === undefined) values.tls_ca ??= authority().pem;
       delete values.mock;
     }
     section(`backend ${name}`, values);
   }
   return lines.join('\n');
+}
+
+// In a run over TLS: `conf` with a port for TLS beside that in clear, which the tests' clients use then.
+function over_tls(conf, port) {
+  const { pem, key } = certificate();
+  const backends = (conf.backends ?? []).map((one) => (String(one.url).startsWith('https:') ? { tls_ca: authority().pem, ...one } : one));
+  const server = { tls_listen: `127.0.0.1:${tls_ports.get(port)}`, tls_certificate: pem, tls_key: key, ...conf.server };
+  return { ...conf, server, backends };
 }
 
 // Runs the binary to its end; for -t, --version and the like.
@@ -113,6 +123,7 @@ export class Nexus {
 
   write_conf(conf) {
     this.conf = conf;
+    if (settings.tls && typeof conf !== 'string') conf = over_tls(conf, this.port);
     const text = typeof conf === 'string' ? conf.replaceAll('@PORT@', String(this.port))
                                           : conf_text({ ...conf, server: { listen: `127.0.0.1:${this.port}`, threads: 2, ...conf.server } });
     fs.writeFileSync(this.conf_path, text);
@@ -171,6 +182,7 @@ export async function start_nexus(t, conf, { ready = 'all', env = {} } = {}) {
   for (let attempt = 1; ; attempt++) {
     const nexus = new Nexus(t, conf);
     nexus.port = await free_port();
+    if (settings.tls && typeof conf !== 'string') tls_ports.set(nexus.port, await free_port());
     nexus.conf_path = path.join(t.dir(), `nexus-${nexus.port}.conf`);
     nexus.write_conf(conf);
     nexus.spawn(['-c', nexus.conf_path], env);

@@ -6,6 +6,7 @@ import { until } from './runner.mjs';
 
 export { assert };
 export * from './backend.mjs';
+export * from './certificates.mjs';
 export * from './client.mjs';
 export * from './daemon.mjs';
 export * from './metrics.mjs';

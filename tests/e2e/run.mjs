@@ -1,16 +1,17 @@
-// run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--verbose] [--list]
+// run.mjs: node tests/e2e/run.mjs --nexus build/nexus [--only SUBSTRING] [--jobs N] [--tls] [--verbose] [--list]
+// --tls: the tests' clients and backends speak TLS, where a test does not say otherwise.
 // Starts the real binary again and again and talks to it over sockets. Exit code 0 only if every test passed.
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { list_names, run_all, settings } from './runner.mjs';
 
-const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--verbose] [--list]';
+const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--tls] [--verbose] [--list]';
 const options = { nexus: 'build/nexus', only: '', jobs: '4' };
 const args = process.argv.slice(2);
 while (args.length) {
   const name = args.shift().replace(/^--/, '');
-  if (name === 'verbose' || name === 'list') options[name] = true;
+  if (name === 'verbose' || name === 'list' || name === 'tls') options[name] = true;
   else if (name in options && args.length) options[name] = args.shift();
   else {
     console.error(usage);
@@ -20,6 +21,7 @@ while (args.length) {
 
 settings.nexus = path.resolve(options.nexus);
 settings.verbose = options.verbose === true;
+settings.tls = options.tls === true;
 
 const here = path.dirname(new URL(import.meta.url).pathname);
 for (const name of fs.readdirSync(here).filter((n) => n.endsWith('.test.mjs')).sort()) await import(path.join(here, name));

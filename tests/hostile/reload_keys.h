@@ -187,6 +187,10 @@ inline void add_server_rows(ReloadRows& rows) {
   };
   rows.push_back({"server", "listen", When::restart, "", "", "", "", {}});
   rows.push_back({"server", "threads", When::restart, "", "", "", "", {}});
+  rows.push_back({"server", "tls_listen", When::restart, "", "", "", "", {}});
+  for (const char* key : {"tls_certificate", "tls_key", "tls_min_version", "tls_client_ca"}) {
+    rows.push_back({"server", key, When::new_connections, "", "", "", "", {}});
+  }
   rows.push_back({"server", "metrics_listen", When::restart, "", "", "", "", {}});
   rows.push_back({"server", "drain_timeout", When::at_once, "", "", "", "", {}});
   rows.push_back({"server", "max_connections", When::new_connections, "max_connections = 9", "max_connections = 1",
@@ -636,6 +640,9 @@ inline void add_backend_rows(ReloadRows& rows) {
   const std::string text = R"(,"messages":[{"content":")" + std::string(4000, 'x') + "\"}]";
   rows.push_back({"backend", "url", When::at_once, "url = http://10.0.0.1:8001", "url = http://10.0.0.2:8001",
                   "10.0.0.1:8001", "10.0.0.2:8001", at_backend("Host")});
+  for (const char* key : {"tls_ca", "tls_verify", "tls_name", "tls_certificate", "tls_key"}) {
+    rows.push_back({"backend", key, When::at_once, "", "", "", "", {}});
+  }
   rows.push_back({"backend", "type", When::at_once, "type = generic", "type = vllm", "no", "yes", at_backend("body")});
   rows.push_back({"backend",
                   "priority",

@@ -64,6 +64,11 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"server", "idle_timeout", [](const Drawn& d) { d.s.server.idle_timeout_ns = d.span(50 * kMs, 3 * kSecond); }},
     {"server", "write_timeout", [](const Drawn& d) { d.s.server.write_timeout_ns = d.span(200 * kMs, 3 * kSecond); }},
     {"server", "drain_timeout", nullptr},   // the main thread's
+    {"server", "tls_listen", nullptr},      // a restart changes it
+    {"server", "tls_certificate", nullptr},  // clients speak in clear here, and so do backends
+    {"server", "tls_key", nullptr},
+    {"server", "tls_min_version", nullptr},
+    {"server", "tls_client_ca", nullptr},
     {"server", "metrics_listen", nullptr},  // a restart changes it
     {"server", "api_keys_file",
      [](const Drawn& d) {
@@ -116,6 +121,11 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"log", "format", nullptr},  // the audit reads the lines
     {"log", "access", nullptr},  // the same
     {"backend", "url", nullptr},  // swarm.h knows the servers
+    {"backend", "tls_ca", nullptr},
+    {"backend", "tls_verify", nullptr},
+    {"backend", "tls_name", nullptr},
+    {"backend", "tls_certificate", nullptr},
+    {"backend", "tls_key", nullptr},
     {"backend", "type",
      [](const Drawn& d) {
        d.backend().kind = d.dice.one_in(2) ? BackendKind::vllm : BackendKind::generic;

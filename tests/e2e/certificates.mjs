@@ -1,0 +1,61 @@
+// certificates.mjs
+// Owns:     certificates for the tests: one authority a run, and what it signs; made with the openssl command.
+// Promises: all files are in a folder that goes with the run; what is not said is valid for ten days, for localhost and
+//           127.0.0.1.
+// Leaves:   using them to the tests; without the command such a test is skipped.
+import { spawnSync } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+
+const found = spawnSync('openssl', ['version']);
+export const has_openssl = found.status === 0;
+
+let folder;
+let count = 0;
+
+function openssl(...args) {
+  const run = spawnSync('openssl', args, { encoding: 'utf8' });
+  if (run.status !== 0) throw new Error(`openssl ${args.join(' ')}: ${run.stderr}`);
+  return run.stdout;
+}
+
+function place(name) {
+  if (!folder) {
+    folder = fs.mkdtempSync(path.join(os.tmpdir(), 'nexus-certificates-'));
+    fs.chmodSync(folder, 0o755);
+    process.on('exit', () => fs.rmSync(folder, { recursive: true, force: true }));
+  }
+  return path.join(folder, name);
+}
+
+const new_key = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes'];
+
+// An authority, or a certificate that is signed by itself. → { pem, key }: paths.
+export function make_authority(name = 'Nexus test authority', names = []) {
+  const at = `authority-${count++}`;
+  const [key, pem] = [place(`${at}.key`), place(`${at}.pem`)];
+  const alternatives = names.length ? ['-addext', `subjectAltName=${names.join(',')}`] : [];
+  openssl('req', '-x509', ...new_key, '-keyout', key, '-out', pem, '-days', '10', '-subj', `/CN=${name}`, ...alternatives);
+  return { pem, key };
+}
+
+let usual;
+export const authority = () => (usual ??= make_authority());
+
+// → { pem, key, both }: paths; `both` has the certificate, its issuer and the key in one file.
+export function make_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], days = 10, by = authority() } = {}) {
+  const at = `certificate-${count++}`;
+  const [key, pem, both, request, extensions] = ['key', 'pem', 'both', 'csr', 'ext'].map((kind) => place(`${at}.${kind}`));
+  fs.writeFileSync(extensions, names.length ? `subjectAltName=${names.join(',')}\n` : '');
+  openssl('req', ...new_key, '-keyout', key, '-out', request, '-subj', `/CN=${name}`);
+  openssl('x509', '-req', '-in', request, '-CA', by.pem, '-CAkey', by.key, '-set_serial', String(count), '-days', String(days), '-extfile', extensions, '-out', pem);
+  fs.writeFileSync(both, [pem, by.pem, key].map((file) => fs.readFileSync(file, 'utf8')).join(''));
+  return { pem, key, both };
+}
+
+// The one that tests use which do not care.
+let common;
+export const certificate = () => (common ??= make_certificate());
+
+export const fingerprint = (pem) => openssl('x509', '-in', pem, '-noout', '-fingerprint', '-sha256').trim().split('=')[1];
