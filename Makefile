@@ -104,7 +104,7 @@ BUILD_PACKAGES := $(strip \
 TEST_PACKAGES := $(strip \
   $(call lacks,/usr/include/doctest/doctest.h,doctest-dev) \
   $(if $(CROSS),$(call lacks_command,$(EMULATOR),qemu-user-static)) \
-  $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(NPM_PACKAGES))
+  $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(call lacks_command,openssl,openssl) $(NPM_PACKAGES))
 # Programs that some tests run beside Nexus: such a test is skipped, with a line, where its program is missing.
 PEER_PACKAGES = $(strip \
   $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) $(call lacks_command,chromium,chromium) \

@@ -52,6 +52,9 @@ else
   part "unit tests" "$doctest" "$build/unit_tests" "${unit_args[@]}"
   part "simulation" "$counted" "$build/sim" --test
   part "end-to-end tests" "$counted" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" "$@"
+  for name in chaos reconciliation; do
+    part "the same over TLS: $name" "$counted" "${NODE:-node}" tests/e2e/run.mjs --nexus "$build/nexus" --tls --only $name
+  done
   [ -n "${SAN:-}" ] || part "tests of what is installed" "$counted" tests/install.sh "$build"
   [ -n "${SAN:-}" ] || part "the course of a package" "$counted" tests/package.sh
 fi

@@ -128,7 +128,8 @@ class Prober {
     step(token, now, done, [&](Probe& probe) {
       if (probe.asked) return end(probe, "no answer in time");
       count_handshake(probe);
-      return end(probe, probe.connection.handshaking() ? "no TLS handshake in time" : "no connection in time");
+      return end(probe, probe.connection.handshaking() ? "no TLS handshake in time: does it speak TLS on this port?"
+                                                       : "no connection in time");
     });
   }
 
@@ -283,7 +284,10 @@ class Prober {
 
   // True if the probe is over; nothing if more of the response must be read.
   std::optional<bool> parse(Probe& probe, bool ended) {
-    constexpr std::string_view invalid = "its answer is not valid HTTP", cut = "its answer was cut short";
+    const bool alert = probe.input.view().starts_with("\x15\x03");  // a record of TLS
+    const std::string_view invalid =
+        alert ? "it speaks TLS on this port: use https://" : "its answer is not valid HTTP";
+    constexpr std::string_view cut = "its answer was cut short";
     while (!probe.head_done) {
       const HeadResult result = probe.reader.feed(probe.input.data(), probe.input.size(), probe.head);
       if (result.status == HeadResult::Status::failed) return end(probe, invalid);

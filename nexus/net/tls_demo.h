@@ -3,7 +3,7 @@
 // Promises: the key is never written to a file; valid for a year; ECDSA P-256.
 // Leaves:   serving with it to the daemon. Nobody but a newcomer who tries should trust it.
 // Threads:  the main thread.
-// Tested by: tests/tls_test.cpp, tests/e2e/demo.test.mjs
+// Tested by: tests/tls_test.cpp, tests/e2e/cli.test.mjs
 #pragma once
 
 #include <openssl/ec.h>

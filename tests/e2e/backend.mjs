@@ -35,6 +35,7 @@ export class Backend {
     this.requests = [];          // proxied requests, in the order in which their bodies became complete
     this.probes = [];
     this.connections = [];       // all connections, including those without a byte
+    this.raws = new Set();       // sockets below TLS
     this.violations = [];        // bytes that a proxy must not send
     this.port = 0;
   }
@@ -60,6 +61,7 @@ export class Backend {
   async stop() {
     const closed = new Promise((done) => this.server.close(done));
     for (const c of this.connections) c.socket.destroy();
+    for (const raw of this.raws) raw.destroy();
     await closed;
   }
 
@@ -67,6 +69,8 @@ export class Backend {
     const options = { requestCert: false, ALPNProtocols: ['http/1.1'], ...this.secure };
     const socket = new tls.TLSSocket(raw, { isServer: true, secureContext: this.context, allowHalfOpen: true, ...options });
     socket.raw = raw;
+    this.raws.add(raw);
+    raw.on('close', () => { this.raws.delete(raw); socket.destroy(); });
     raw.on('error', () => {});
     socket.on('error', () => {});
     socket.once('secure', () => this.accept(socket));

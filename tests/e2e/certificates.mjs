@@ -1,6 +1,6 @@
 // certificates.mjs
 // Owns:     certificates for the tests: one authority a run, and what it signs; made with the openssl command.
-// Promises: all files are in a folder that goes with the run; what is not said is valid for ten days, for localhost and
+// Promises: all files are in a folder that goes with the run; what is not said is valid for a hundred days, for localhost and
 //           127.0.0.1.
 // Leaves:   using them to the tests; without the command such a test is skipped.
 import { spawnSync } from 'node:child_process';
@@ -36,15 +36,24 @@ export function make_authority(name = 'Nexus test authority', names = []) {
   const at = `authority-${count++}`;
   const [key, pem] = [place(`${at}.key`), place(`${at}.pem`)];
   const alternatives = names.length ? ['-addext', `subjectAltName=${names.join(',')}`] : [];
-  openssl('req', '-x509', ...new_key, '-keyout', key, '-out', pem, '-days', '10', '-subj', `/CN=${name}`, ...alternatives);
+  openssl('req', '-x509', ...new_key, '-keyout', key, '-out', pem, '-days', '100', '-subj', `/CN=${name}`, ...alternatives);
   return { pem, key };
 }
 
+// The usual two are shared with processes that a test starts.
+const shared = (name, make) => {
+  const known = process.env[name];
+  if (known) return JSON.parse(known);
+  const made = make();
+  process.env[name] = JSON.stringify(made);
+  return made;
+};
+
 let usual;
-export const authority = () => (usual ??= make_authority());
+export const authority = () => (usual ??= shared('NEXUS_TEST_AUTHORITY', make_authority));
 
 // → { pem, key, both }: paths; `both` has the certificate, its issuer and the key in one file.
-export function make_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], days = 10, by = authority() } = {}) {
+export function make_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], days = 100, by = authority() } = {}) {
   const at = `certificate-${count++}`;
   const [key, pem, both, request, extensions] = ['key', 'pem', 'both', 'csr', 'ext'].map((kind) => place(`${at}.${kind}`));
   fs.writeFileSync(extensions, names.length ? `subjectAltName=${names.join(',')}\n` : '');
@@ -56,6 +65,6 @@ export function make_certificate({ name = 'localhost', names = ['DNS:localhost',
 
 // The one that tests use which do not care.
 let common;
-export const certificate = () => (common ??= make_certificate());
+export const certificate = () => (common ??= shared('NEXUS_TEST_CERTIFICATE', make_certificate));
 
 export const fingerprint = (pem) => openssl('x509', '-in', pem, '-noout', '-fingerprint', '-sha256').trim().split('=')[1];

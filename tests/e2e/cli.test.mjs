@@ -243,14 +243,14 @@ type = echo
 });
 
 group('demo', () => {
-  test('nexus --demo answers on 127.0.0.1:8000 with no file, and the three curl lines that it prints work', { serial: true, limit_ms: 30_000 }, async (t) => {
+  test('nexus --demo --tls answers on 127.0.0.1:8000 and 8443 with no file, and the curl lines that it prints work', { serial: true, limit_ms: 30_000 }, async (t) => {
     const taken = await new Promise((done) => {
       const s = net.createServer();
       s.once('error', () => done(true));
       s.listen(8000, '127.0.0.1', () => s.close(() => done(false)));
     });
     if (taken) t.skip('port 8000 is taken on this machine');
-    const child = spawn(settings.nexus, ['--demo'], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
+    const child = spawn(settings.nexus, ['--demo', '--tls'], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
     kill_at_end(child);
     let output = '';
     child.stdout.on('data', (d) => { output += d; });
@@ -260,8 +260,9 @@ group('demo', () => {
     await until(async () => (await get(8000, '/health')).json.status === 'healthy', () => `the demo healthy; it printed ${output}`);
     // A curl line may be continued with backslashes.
     const curl_lines = () => output.replace(/\\\n\s*/g, ' ').split('\n').map((l) => l.trim().replace(/^\$ /, '')).filter((l) => l.startsWith('curl '));
-    const lines = await until(() => curl_lines().length >= 3 && curl_lines(), () => `three curl lines in ${output}`);
-    assert.equal(lines.length, 3, output);
+    const lines = await until(() => curl_lines().length >= 4 && curl_lines(), () => `four curl lines in ${output}`);
+    assert.equal(lines.length, 4, output);
+    assert.match(output, /SHA-256 ([0-9A-F]{2}:){31}[0-9A-F]{2}\)/);
     if (spawnSync('curl', ['--version']).error) t.skip('curl is not installed');
     for (const line of lines) {
       const r = await run_to_end('sh', ['-c', line], { ms: 15_000 });

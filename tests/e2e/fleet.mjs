@@ -68,7 +68,7 @@ export async function start_child_backend(t, options = {}) {
     await exited;
   });
   const { port } = await within(5_000, new Promise((done) => child.once('message', done)), 'a child backend');
-  return { kind: options.kind ?? 'generic', url: `http://127.0.0.1:${port}`, in_child: true, kill: (signal) => child.kill(signal), exited };
+  return { kind: options.kind ?? 'generic', url: `${settings.tls ? 'https' : 'http'}://127.0.0.1:${port}`, in_child: true, kill: (signal) => child.kill(signal), exited };
 }
 
 let fleets = 0;

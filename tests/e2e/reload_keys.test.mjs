@@ -1,7 +1,7 @@
 // What a reload does to the keys that need the whole daemon. The table of all keys, and a drive of each of the others, is
 // tests/hostile/reload_keys.h; it has a row for each name below.
 import fs from 'node:fs';
-import { RawClient, assert, chat, get, group, pair, post, start_nexus, test, until } from './harness.mjs';
+import { RawClient, assert, authority, certificate, chat, fingerprint, get, group, has_openssl, make_authority, make_certificate, pair, post, start_backend, start_nexus, test, until } from './harness.mjs';
 import { free_port } from './daemon.mjs';
 
 const path = '/v1/chat/completions';
@@ -54,6 +54,117 @@ group('a reload of each key', () => {
       assert.equal((await get(other, page)).status, 200, page);
     }
   });
+
+  test('[server] tls_listen: restart only', async (t) => {
+    if (!has_openssl) t.skip('openssl is not installed');
+    const other = await free_port();
+    const { nexus, reload, ask } = await reloadable(t);
+    reload({ server: { tls_listen: `127.0.0.1:${other}`, tls_certificate: certificate().both } });
+    await nexus.logged(/reloaded, except: tls_listen \(needs a restart; still none\)/);
+    assert.ok(await refused(other));
+    await ask();
+  });
+
+  // A daemon with a TLS port, and what a new connection to it sees.
+  async function over_tls(t, server) {
+    if (!has_openssl) t.skip('openssl is not installed');
+    const port = await free_port();
+    const keys = (own) => ({ server: { tls_listen: `127.0.0.1:${port}`, tls_certificate: certificate().pem, tls_key: certificate().key, ...own } });
+    const { nexus, reload } = await reloadable(t, keys(server));
+    const connect = async (secure = {}) => {
+      const client = await RawClient.connect(port, { secure });
+      client.send('GET', '/health');
+      const { status } = await client.response();
+      const shown = client.socket.getPeerCertificate().fingerprint256;
+      client.close();
+      return { status, shown };
+    };
+    const refuses = (secure) => connect(secure).then(() => false, () => true);
+    return { nexus, connect, refuses, reload: (own) => reload(keys(own)) };
+  }
+
+  test('[server] tls_certificate: for new connections', async (t) => {
+    const { connect, reload } = await over_tls(t, {});
+    const other = make_certificate();
+    assert.equal((await connect()).shown, fingerprint(certificate().pem));
+    reload({ tls_certificate: other.both, tls_key: undefined });
+    await until(async () => (await connect()).shown === fingerprint(other.pem), 'the other certificate');
+  });
+
+  test('[server] tls_key: for new connections', async (t) => {
+    const { connect, reload } = await over_tls(t, { tls_certificate: certificate().both, tls_key: undefined });
+    const other = make_certificate();
+    assert.equal((await connect()).shown, fingerprint(certificate().pem));
+    reload({ tls_certificate: other.pem, tls_key: other.key });
+    await until(async () => (await connect()).shown === fingerprint(other.pem), 'the certificate with its key apart');
+  });
+
+  test('[server] tls_min_version: for new connections', async (t) => {
+    const { connect, refuses, reload } = await over_tls(t, {});
+    assert.equal((await connect({ maxVersion: 'TLSv1.2' })).status, 200);
+    reload({ tls_min_version: '1.3' });
+    await until(() => refuses({ maxVersion: 'TLSv1.2' }), 'version 1.2 refused');
+  });
+
+  test('[server] tls_client_ca: for new connections', async (t) => {
+    const { connect, refuses, reload } = await over_tls(t, {});
+    assert.equal((await connect()).status, 200);
+    const { pem, key } = make_certificate({ name: 'alice', names: [] });
+    reload({ tls_client_ca: authority().pem });
+    await until(() => refuses({}), 'a client without a certificate refused');
+    assert.equal((await connect({ cert: fs.readFileSync(pem), key: fs.readFileSync(key) })).status, 200);
+  });
+
+  // A daemon with a TLS backend: `reload` gives the backend other keys, `status` is that of a request then.
+  async function to_tls(t, shown, own) {
+    if (!has_openssl) t.skip('openssl is not installed');
+    const { pem, key } = shown;
+    const secure = { cert: fs.readFileSync(pem), key: fs.readFileSync(key), requestCert: true, rejectUnauthorized: false };
+    const backend = await start_backend(t, { secure });
+    const keys = (more) => ({ health: { interval: '100ms', failures: 1, recoveries: 1 }, backends: [{ name: 'b1', url: backend.url, ...more }] });
+    const nexus = await start_nexus(t, keys(own), { ready: 'up' });
+    const status = async () => (await post(nexus.port, path, chat())).status;
+    return { backend, reload: (more) => nexus.reload(keys(more)), becomes: (wanted) => until(async () => await status() === wanted, `status ${wanted}`) };
+  }
+
+  test('[backend] tls_ca: at once', async (t) => {
+    const other = make_authority('Other');
+    const { reload, becomes } = await to_tls(t, certificate(), { tls_ca: other.pem });
+    await becomes(503);
+    reload({ tls_ca: authority().pem });
+    await becomes(200);
+    reload({ tls_ca: other.pem });   // also connections that are kept are not used any more
+    await becomes(503);
+  });
+
+  test('[backend] tls_verify: at once', async (t) => {
+    const { reload, becomes } = await to_tls(t, make_certificate({ by: make_authority('Other') }), { tls_ca: authority().pem });
+    await becomes(503);
+    reload({ tls_verify: 'no' });
+    await becomes(200);
+  });
+
+  test('[backend] tls_name: at once', async (t) => {
+    const { reload, becomes } = await to_tls(t, make_certificate({ names: ['DNS:gpu.example.org'] }), { tls_ca: authority().pem });
+    await becomes(503);
+    reload({ tls_ca: authority().pem, tls_name: 'gpu.example.org' });
+    await becomes(200);
+  });
+
+  for (const [name, keys] of [['[backend] tls_certificate: at once', (one) => ({ tls_certificate: one.both })],
+                              ['[backend] tls_key: at once', (one) => ({ tls_certificate: one.pem, tls_key: one.key })]]) {
+    test(name, async (t) => {
+      const { backend, reload, becomes } = await to_tls(t, certificate(), { tls_ca: authority().pem });
+      await becomes(200);
+      const shown = () => backend.requests.at(-1).connection.socket.getPeerCertificate().subject?.CN;
+      assert.equal(shown(), undefined);
+      reload({ tls_ca: authority().pem, ...keys(make_certificate({ name: 'nexus', names: [] })) });
+      await until(async () => {
+        await becomes(200);
+        return shown() === 'nexus';
+      }, 'the certificate');
+    });
+  }
 
   test('[server] drain_timeout: at once', async (t) => {
     const { nexus, backend, reload } = await reloadable(t, { server: { drain_timeout: '1h' } });

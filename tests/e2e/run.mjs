@@ -4,6 +4,7 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { authority, certificate, has_openssl } from './certificates.mjs';
 import { list_names, run_all, settings } from './runner.mjs';
 
 const usage = 'usage: node run.mjs --nexus PATH [--only SUBSTRING] [--jobs N] [--tls] [--verbose] [--list]';
@@ -22,6 +23,15 @@ while (args.length) {
 settings.nexus = path.resolve(options.nexus);
 settings.verbose = options.verbose === true;
 settings.tls = options.tls === true;
+if (settings.tls && !has_openssl) {
+  console.log('SKIP the tests over TLS: openssl is not installed\n0 passed, 0 failed, 1 skipped');
+  process.exit(0);
+}
+if (settings.tls) {   // in the environment, for the processes that tests start
+  process.env.NEXUS_TEST_TLS = '1';
+  authority();
+  certificate();
+}
 
 const here = path.dirname(new URL(import.meta.url).pathname);
 for (const name of fs.readdirSync(here).filter((n) => n.endsWith('.test.mjs')).sort()) await import(path.join(here, name));

@@ -15,7 +15,7 @@ export const settings = {
   nexus: '',          // path of the binary under test
   slow: 1,            // how much longer everything may take: 1, or more for a sanitised build
   sanitised: false,
-  tls: false,         // clients and backends of the tests speak TLS
+  tls: process.env.NEXUS_TEST_TLS === '1',   // clients and backends of the tests speak TLS
   verbose: false,
 };
 
