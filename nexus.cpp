@@ -222,7 +222,7 @@ int serve_demo(const Options& options) {
 }
 
 int print_version(const Options&) {
-  std::printf("nexus %s, %s\n", std::string(kVersion).c_str(), tls_library().c_str());
+  std::printf("nexus %s (%s)\n", std::string(kVersion).c_str(), tls_library().c_str());
   return 0;
 }
 
