@@ -1,5 +1,5 @@
 -- wrk's script: POSTs a prompt, and ends with one line of JSON. The environment: PROMPT_BYTES (0: a body of 230 bytes), MODEL,
--- PAUSE_MS (between an answer and the next request of its connection; 0: none), and PAGE: a path that is read instead.
+-- STREAM_CHUNKS (0: no stream), PAUSE_MS (between an answer and the next request of its connection; 0: none), and PAGE: a path that is read instead.
 local model = os.getenv("MODEL") or "bench-7b"
 local prompt_bytes = tonumber(os.getenv("PROMPT_BYTES") or "0")
 local pause_ms = tonumber(os.getenv("PAUSE_MS") or "0")
@@ -11,6 +11,11 @@ if prompt_bytes > 0 then
   local line = 'The \\"quick\\" brown fox jumps over the lazy dog.\\nIt did so again, and again. '
   local text = string.rep(line, math.ceil(prompt_bytes / #line))
   body = '{"model":"' .. model .. '","messages":[{"role":"user","content":"' .. text .. '"}],"max_tokens":8,"temperature":0.7}'
+end
+
+local stream_chunks = tonumber(os.getenv("STREAM_CHUNKS") or "0")
+if stream_chunks > 0 then
+  body = '{"model":"' .. model .. '","stream":true,"max_tokens":' .. stream_chunks .. ',"messages":[{"role":"user","content":"' .. question .. '"}]}'
 end
 
 local page = os.getenv("PAGE") or ""

@@ -163,9 +163,9 @@ export function run(command, { cores = '1', env = {}, input } = {}) {
 }
 
 // wrk's summary: requests, seconds, p50_us, p99_us, … `page`: reads that path; `yields`: only with the time that others leave.
-export async function wrk(port, { connections, seconds, prompt_bytes = 0, model = 'bench-7b', pause_ms = 0, page = '', yields = false, cores = '1' }) {
-  const env = { PROMPT_BYTES: String(prompt_bytes), MODEL: model, PAUSE_MS: String(pause_ms), PAGE: page };
-  const command = [...(yields ? ['chrt', '-i', '0'] : []), 'wrk', '-t1', `-c${connections}`, `-d${seconds}s`, '--timeout', '10s', '-s', path.join(here, 'completion.lua'), `http://127.0.0.1:${port}`];
+export async function wrk(port, { connections, seconds, prompt_bytes = 0, model = 'bench-7b', pause_ms = 0, page = '', stream_chunks = 0, tls = false, yields = false, cores = '1' }) {
+  const env = { PROMPT_BYTES: String(prompt_bytes), MODEL: model, PAUSE_MS: String(pause_ms), PAGE: page, STREAM_CHUNKS: String(stream_chunks) };
+  const command = [...(yields ? ['chrt', '-i', '0'] : []), 'wrk', '-t1', `-c${connections}`, `-d${seconds}s`, '--timeout', '10s', '-s', path.join(here, 'completion.lua'), `${tls ? 'https' : 'http'}://127.0.0.1:${port}`];
   const out = await run(command, { env, cores });
   const line = /^RESULT (.*)$/m.exec(out);
   if (!line) throw new Error(`wrk said: ${out}`);

@@ -44,8 +44,9 @@ std::string joined(const std::vector<int>& statuses) {
 
 // The result of a row as text, so that two ways of sending it can be compared. It includes the problems that were
 // found, so that it differs from the wanted text if there are any.
-std::string outcome_of(const RequestRow& row, const fuzz::Ends& ends) {
+std::string outcome_of(const RequestRow& row, const fuzz::Ends& ends, bool tls = false) {
   hostile::GatewayOptions options;
+  options.tls = tls;
   options.keys = row.keys;
   Gateway gateway(options);
   Peer& client = gateway.connect();
@@ -159,4 +160,14 @@ TEST_CASE("hostile requests to endpoints of other APIs get the same answers") {
               hostile::add_chunk_rows, hostile::add_json_rows, hostile::add_sequence_rows);
   run_at(rows, "/v1/messages");
   run_at(rows, "/api/generate");
+}
+
+TEST_CASE("hostile requests over TLS get the same answers, whole and byte by byte") {
+  for (const RequestRow& row :
+       rows_of(hostile::add_framing_rows, hostile::add_line_rows, hostile::add_start_line_rows, hostile::add_host_rows,
+               hostile::add_chunk_rows, hostile::add_json_rows, hostile::add_sequence_rows)) {
+    CAPTURE(row.name);
+    CHECK(outcome_of(row, {row.bytes.size()}, true) == wanted_of(row));
+    CHECK(outcome_of(row, fuzz::byte_by_byte(row.bytes.size()), true) == wanted_of(row));
+  }
 }

@@ -1,11 +1,17 @@
 # The programs that `make test` runs beside the daemon: the unit tests and the simulator.
 
+ifneq ($(NO_TLS),)
+ifneq ($(filter test unit% sim,$(MAKECMDGOALS)),)
+$(error The tests speak TLS: run them without TLS=no)
+endif
+endif
+
 # ---- unit tests ------------------------------------------------------------------------------------------------------
 
 # Compiled as two sources, because reading the headers costs more than compiling a test. `make unit-text` compiles
 # tests/text_test.cpp alone. Tests that compute much are compiled at -O1; for the others that costs more than it saves.
 UNIT_MUCH := $(wildcard $(addprefix tests/,buffer_test.cpp fuzz_corpus_test.cpp hostile_*_test.cpp labels_test.cpp usage_scan_test.cpp))
-UNIT_LITTLE := $(filter-out tests/main_test.cpp $(NO_TLS:%=tests/tls_test.cpp) $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
+UNIT_LITTLE := $(filter-out tests/main_test.cpp $(UNIT_MUCH),$(sort $(wildcard tests/*_test.cpp)))
 JOINED := $(addprefix $(B)/obj/tests/joined/,little much)
 UNIT_OBJECTS := $(JOINED:=.o) $(B)/obj/tests/hostile/gateway.o $(B)/obj/tests/main_test.o
 

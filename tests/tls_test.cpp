@@ -338,6 +338,16 @@ TEST_CASE("an idle connection on which the library's own messages came is quiet"
   CHECK_FALSE(pair.client.is_quiet(pair.net));
 }
 
+TEST_CASE("bytes whose event was not fetched yet are seen when the connection is asked if it is quiet") {
+  Pair pair;
+  REQUIRE(pair.open(a_client(), a_server()));
+  REQUIRE(pair.shake());
+  pair.read(pair.client, 1);
+  CHECK(pair.client.is_quiet(pair.net));
+  REQUIRE(pair.server.write(pair.net, pair.pool, "unasked"));
+  CHECK_FALSE(pair.client.is_quiet(pair.net));
+}
+
 TEST_CASE("a certificate's fault is told in words that say what to do") {
   const std::string ca = authority().certificate();
   const auto check = [&](const CertificateWish& wish, std::string_view by, const TlsClient::Options& options,

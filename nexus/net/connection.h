@@ -137,11 +137,16 @@ class Connection {
     return result;
   }
 
-  // True if the peer has sent nothing: no byte and no end. Asks the kernel, because an event may not be fetched yet.
-  // If false, the connection is of no use any more.
+  // As read(), but asks the kernel also if no event has said that there is something: one may not be fetched yet.
+  IoResult read_now(Net& net, char* into, std::size_t bytes) {
+    if (tls_ != nullptr) tls_->look_again();
+    return read(net, into, bytes);
+  }
+
+  // True if the peer has sent nothing: no byte and no end. If false, the connection is of no use any more.
   bool is_quiet(Net& net) {
     char early = 0;
-    return !hangup_ && read(net, &early, 1).kind == IoResult::Kind::again;
+    return !hangup_ && read_now(net, &early, 1).kind == IoResult::Kind::again;
   }
 
   // Sends what the kernel takes now and keeps nothing. After a failure the peer's last bytes can still be read.
@@ -184,10 +189,12 @@ class Connection {
 
   // Sends the FIN; the peer may go on sending. `whole`: of all that was begun, nothing is missing. Only then does TLS
   // say that this is the end: without that the peer sees a cut (RFC 8446 6.1).
+  // While it is finishing(), because the socket is full, it must be called again.
   void finish(Net& net, bool whole) {
-    if (whole && tls_ != nullptr && out_.empty()) tls_->say_end(wire(net));
-    net.shut_write(socket_);
+    finishing_ = whole && tls_ != nullptr && out_.empty() && !tls_->say_end(wire(net));
+    if (!finishing_) net.shut_write(socket_);
   }
+  bool finishing() const { return finishing_; }
 
   void close(Net& net) {
     out_.clear();
@@ -209,7 +216,7 @@ class Connection {
     assert(state_ == State::closed && out_.empty());
     socket_ = socket;
     state_ = state;
-    readable_ = hangup_ = failed_ = write_failed_ = out_of_memory_ = false;
+    readable_ = hangup_ = failed_ = write_failed_ = out_of_memory_ = finishing_ = false;
     writable_ = state == State::open;
   }
 
@@ -277,6 +284,7 @@ class Connection {
   bool failed_ = false;
   bool write_failed_ = false;
   bool out_of_memory_ = false;
+  bool finishing_ = false;
 };
 
 }  // namespace nexus

@@ -6,6 +6,13 @@
 // Tested by: tests/tls_test.cpp
 #pragma once
 
+// Both need these: `make single` writes each header where it is included first.
+#include "nexus/base/limits.h"
+#include "nexus/config/settings.h"
+#include "nexus/config/values.h"
+#include "nexus/net/epoll.h"
+#include "nexus/net/tls_outcome.h"
+
 #ifdef NEXUS_NO_TLS
 #include "nexus/net/tls_none.h"
 #else

@@ -65,6 +65,7 @@ class TlsStream {
     return nullptr;
   }
   void note(const Event&) {}
+  void look_again() {}
   bool read_wants_write() const { return false; }
   IoResult handshake(const TlsWire&) { return {IoResult::Kind::failed, 0, EPROTO}; }
   TlsOutcome outcome() const { return TlsOutcome::failed; }
@@ -75,7 +76,7 @@ class TlsStream {
   IoResult read(const TlsWire&, char*, std::size_t) { return {IoResult::Kind::failed, 0, EPROTO}; }
   bool may_read() const { return false; }
   IoResult write(const TlsWire&, std::span<const iovec>) { return {IoResult::Kind::failed, 0, EPROTO}; }
-  void say_end(const TlsWire&) {}
+  bool say_end(const TlsWire&) { return true; }
   TlsTicket ticket() const { return nullptr; }
 };
 

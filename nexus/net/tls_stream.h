@@ -66,6 +66,8 @@ class TlsStream {
 
   // Records an edge of the socket.
   void note(const Event& event) { socket_.note(event); }
+  // The next read() asks the socket, whatever is known of it.
+  void look_again() { socket_.readable = true; }
   bool read_wants_write() const { return read_wants_write_; }
 
   // `ok` once bytes can be exchanged.
@@ -137,12 +139,14 @@ class TlsStream {
     return {IoResult::Kind::ok, sent, 0};
   }
 
-  // Says that nothing more will be sent (RFC 8446 6.1). Best effort: what the socket does not take is lost.
-  void say_end(const TlsWire& wire) {
-    if (dead_ || !established_ || record_begun_ > 0) return;
+  // Says that nothing more will be sent (RFC 8446 6.1). False if the socket is full: it must be called again.
+  bool say_end(const TlsWire& wire) {
+    if (dead_ || !established_) return true;
     const Lent lent(socket_, wire);
-    SSL_shutdown(ssl_.get());
+    const int result = SSL_shutdown(ssl_.get());
+    const bool full = result < 0 && SSL_get_error(ssl_.get(), result) == SSL_ERROR_WANT_WRITE;
     ERR_clear_error();
+    return !full || socket_.write_error != 0;
   }
 
   // Of a connection that has exchanged bytes; empty if the peer gave nothing to resume with.

@@ -89,7 +89,7 @@ Step Exchange<Net>::finish_connecting() {
   // Bytes received before we sent anything are not a response. Check now: edge-triggered epoll reports them only
   // once, and may not have yet.
   char early = 0;
-  const IoResult result = attempt_.connection().read(context_.net, &early, 1);
+  const IoResult result = attempt_.connection().read_now(context_.net, &early, 1);
   if (result.kind == IoResult::Kind::again) return begin_sending();
   if (result.ok()) failure_ = "a response came before the request";
   end(result.ok() ? Ending::backend_garbled : Ending::backend_closed);

@@ -66,6 +66,7 @@ Step SessionDriver<Net>::begin_linger(SessionT& session, bool whole) {
 
 template <class Net>
 Step SessionDriver<Net>::linger(SessionT& session, TurnShare& share) {
+  if (session.connection.finishing()) session.connection.finish(context_.net, true);
   char* scratch = context_.scratch();
   while (scratch != nullptr && session.connection.may_read()) {
     if (++share.reads > kClientReadsPerTurn) return next_turn(session);

@@ -56,9 +56,11 @@ export function conf_text(conf) {
 // In a run over TLS: `conf` with a port for TLS beside that in clear, which the tests' clients use then.
 function over_tls(conf, port) {
   const { pem, key } = certificate();
-  const backends = (conf.backends ?? []).map((one) => (String(one.url).startsWith('https:') ? { tls_ca: authority().pem, ...one } : one));
+  const trusting = (one) => (String(one.url).startsWith('https:') ? { tls_ca: authority().pem, ...one } : one);
+  const backends = (conf.backends ?? []).map(trusting);
+  const sections = Object.fromEntries(Object.entries(conf).map(([title, one]) => [title, title.startsWith('backend ') ? trusting(one) : one]));
   const server = { tls_listen: `127.0.0.1:${tls_ports.get(port)}`, tls_certificate: pem, tls_key: key, ...conf.server };
-  return { ...conf, server, backends };
+  return { ...sections, server, backends };
 }
 
 // Runs the binary to its end; for -t, --version and the like.

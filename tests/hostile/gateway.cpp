@@ -27,6 +27,11 @@ std::shared_ptr<const nexus::Settings> settings_of(const GatewayOptions& options
   backend.kind = options.ask_usage ? nexus::BackendKind::vllm : nexus::BackendKind::generic;
   backend.address = {"10.0.0.1", 8001};
   backend.models = {"m"};
+  if (options.tls) {
+    settings->server.tls = nexus::sim::tls_world().server;
+    backend.tls.on = true;
+    backend.tls.context = nexus::sim::tls_world().client;
+  }
   for (std::size_t i = 1; i <= options.backends; ++i) {
     backend.name = "b" + std::to_string(i);
     settings->backends.push_back(backend);
@@ -35,10 +40,16 @@ std::shared_ptr<const nexus::Settings> settings_of(const GatewayOptions& options
   return settings;
 }
 
+nexus::sim::Wire& prepared(nexus::sim::Wire& wire, const GatewayOptions& options) {
+  if (options.tls) wire.tls_clients = wire.tls_backends = &nexus::sim::tls_world();
+  return wire;
+}
+
 }  // namespace
 
 struct Gateway::Nexus {
-  Nexus(nexus::sim::Wire& wire, const GatewayOptions& options) : gateway(wire, settings_of(options), 1, 7) {
+  Nexus(nexus::sim::Wire& wire, const GatewayOptions& options)
+      : gateway(prepared(wire, options), settings_of(options), 1, 7) {
     wire.on_ready = [this](std::uint32_t loop, nexus::sim::LinkId link) { gateway.net(loop).make_ready(link); };
   }
   nexus::sim::Gateway gateway;

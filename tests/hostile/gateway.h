@@ -27,6 +27,7 @@ using nexus::Ns;
 using nexus::sim::Peer;
 
 struct GatewayOptions {
+  bool tls = false;   // clients and backends speak TLS
   bool keys = false;  // clients need `Authorization: Bearer secret`
   std::size_t max_body_bytes = 64u << 10;
   bool ask_usage = false;

@@ -24,6 +24,7 @@ struct CertificateWish {
   std::string alternatives = "DNS:localhost";  // as in openssl.cnf; empty: none
   long from_s = -3600, to_s = 24 * 3600;       // from now
   bool is_authority = false;
+  bool for_ever = false;  // its times are the same whenever it is made
 };
 
 class Issued {
@@ -36,6 +37,10 @@ class Issued {
     ASN1_INTEGER_set_uint64(X509_get_serialNumber(made), ++serial());
     X509_gmtime_adj(X509_getm_notBefore(made), wish.from_s);
     X509_gmtime_adj(X509_getm_notAfter(made), wish.to_s);
+    if (wish.for_ever) {
+      ASN1_TIME_set_string(X509_getm_notBefore(made), "20200101000000Z");
+      ASN1_TIME_set_string(X509_getm_notAfter(made), "20991231235959Z");
+    }
     X509_set_pubkey(made, key_.get());
     X509_NAME* const name = X509_get_subject_name(made);
     const auto* text = reinterpret_cast<const unsigned char*>(wish.name.data());

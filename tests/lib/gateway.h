@@ -61,7 +61,7 @@ class Gateway {
       workers_.push_back(std::make_unique<SimWorker>(nets_[i], shared_, metrics_.add_slab(), std::move(log), i,
                                                      seed + i, snapshot, peers_, wire.now()));
       peers_.workers.push_back(workers_.back().get());
-      workers_.back()->add_listener(SimNet::listening_socket(), {});
+      workers_.back()->add_listener(SimNet::listening_socket(), {.tls = wire.tls_clients != nullptr});
     }
     control_->set_workers(peers_.workers);
     control_->check_new_backends();

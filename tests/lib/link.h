@@ -10,6 +10,7 @@
 #include <cassert>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -18,6 +19,8 @@
 #include "tests/lib/dice.h"
 
 namespace nexus::sim {
+
+class TlsPeer;  // tls_peer.h
 
 using LinkId = std::uint32_t;
 constexpr LinkId kNoLink = UINT32_MAX;
@@ -98,7 +101,8 @@ struct Link {
   int error = 0;            // reported once, by the next call
   std::int32_t loop = -1;   // the loop that watches it
   Handle token;
-  bool queued = false;  // an event is queued
+  bool queued = false;           // an event is queued
+  std::shared_ptr<TlsPeer> tls;  // null: in clear
   bool wants_room = false;
   Ns read_at = 0;         // when Nexus last got a byte
   Ns edge_due = 0;        // until then an EAGAIN has hidden bytes that are there

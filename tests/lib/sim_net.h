@@ -71,6 +71,7 @@ class SimNet {
   };
 
   static constexpr std::size_t kMaxEvents = 256;
+  static constexpr std::size_t kEndRecordBytes = 31;  // at most, of close_notify
   static constexpr int kListenerFd = 0;
 
   SimNet(Wire& wire, std::uint32_t loop, Canary canary = Canary::none) : wire_(wire), loop_(loop), canary_(canary) {}
@@ -187,6 +188,28 @@ class SimNet {
 
   IoResult read(Socket socket, char* into, std::size_t bytes) {
     const Runs simulation(false);
+    return link_of(socket).tls == nullptr ? read_plain(socket, into, bytes) : read_records(socket, into, bytes);
+  }
+
+  // Plain bytes come out of the link, and go to Nexus in records.
+  IoResult read_records(Socket socket, char* into, std::size_t bytes) {
+    Link& link = link_of(socket);
+    TlsPeer& peer = *link.tls;
+    if (peer.waiting() == 0) {
+      // Before the handshake is over, the peer has sent nothing: its bytes wait in the link. Its end does not.
+      char plain[8192];
+      const bool early = !peer.established() && link.to_nexus.unread() > 0;
+      const IoResult result = early ? IoResult{IoResult::Kind::again, 0, 0} : read_plain(socket, plain, sizeof plain);
+      if (result.ok()) peer.say({plain, result.bytes});
+      if (result.kind == IoResult::Kind::eof) peer.say_end();
+      if (peer.waiting() == 0) return result;
+    }
+    const std::size_t count = peer.give(into, bytes);
+    if (count < bytes && (peer.waiting() > 0 || readable(link))) wire_.edge_now(id_of(socket));
+    return {IoResult::Kind::ok, count, 0};
+  }
+
+  IoResult read_plain(Socket socket, char* into, std::size_t bytes) {
     Link& link = link_of(socket);
     const LinkId id = id_of(socket);
     if (const int error = call_fails(Call::read)) return break_link(id, error);
@@ -234,7 +257,9 @@ class SimNet {
     const std::size_t count = writable_bytes(id, link, total);
     if (count < total) {
       link.wants_room = true;
-      if (link.blocked_since < 0 || count > 0) link.blocked_since = wire_.now();
+      // Not for the end that TLS tells: it is waited for as long as for the client's own.
+      const bool only_end = link.tls != nullptr && total <= kEndRecordBytes;
+      if ((link.blocked_since < 0 || count > 0) && !only_end) link.blocked_since = wire_.now();
       if (room_of(link) > count) wire_.edge_later(id);
     } else {
       link.blocked_since = -1;
@@ -243,6 +268,11 @@ class SimNet {
     text_.clear();
     for (const iovec& part : parts) {
       text_.append(static_cast<const char*>(part.iov_base), std::min(part.iov_len, count - text_.size()));
+    }
+    if (link.tls != nullptr) {
+      text_ = link.tls->take(text_);
+      // Records without plain bytes take no room: what the peer has to say, or to take, comes at once.
+      if (link.tls->waiting() > 0 || count < total) wire_.edge_now(id);
     }
     send(id, link);
     wire_.note(4, id, digest(text_));
@@ -343,7 +373,8 @@ class SimNet {
 
   static bool broken(const Link& link) { return link.refused || link.reset_seen; }
   static bool readable(const Link& link) {
-    return link.to_nexus.unread() > 0 || link.to_nexus.fin_arrived || broken(link);
+    const bool records = link.tls != nullptr && link.tls->waiting() > 0;
+    return records || link.to_nexus.unread() > 0 || link.to_nexus.fin_arrived || broken(link);
   }
   static bool writable(const Link& link) {
     return broken(link) || (link.connected && !link.nexus_shut && room_of(link) > 0);

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "tests/lib/link.h"
+#include "tests/lib/tls_peer.h"
 
 namespace nexus::sim {
 
@@ -71,6 +72,10 @@ class Wire {
   std::uint64_t turn = 0;   // the number of the present turn of a loop
   std::size_t links() const { return links_.size() - free_.size(); }
   std::size_t all_links() const { return links_.size(); }  // including closed ones
+
+  // If set, connections of clients, or to backends, are TLS for Nexus.
+  const TlsWorld* tls_clients = nullptr;
+  const TlsWorld* tls_backends = nullptr;
 
   // ---- events ----
 
@@ -198,6 +203,7 @@ class Wire {
     link.made_turn = turn;
     link.nexus_open = true;
     descriptors_ += 1;
+    if (tls_backends != nullptr) link.tls = std::make_shared<TlsPeer>(*tls_backends, true);
     if (fate.kind == ConnectFate::Kind::ignored) return id;
     const auto kind = fate.kind == ConnectFate::Kind::accepted ? Due::Kind::connected : Due::Kind::refused;
     later(now_ + link.shape.latency_ns + jitter(link), kind, id, link);
@@ -207,6 +213,7 @@ class Wire {
   void accepted(LinkId id) {
     at(id).in_backlog = false;
     at(id).nexus_open = true;
+    if (tls_clients != nullptr) at(id).tls = std::make_shared<TlsPeer>(*tls_clients, false);
     descriptors_ += 1;
   }
 
@@ -245,6 +252,7 @@ class Wire {
     descriptors_ -= 1;
     forget_if_over(id);
   }
+  void edge_now(LinkId id) { later(now_, Due::Kind::edge, id, at(id)); }
   void edge_later(LinkId id) {
     Link& link = at(id);
     const Ns delay = dice_.span(1, std::max<Ns>(1, weather.edge_delay_ns));

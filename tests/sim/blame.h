@@ -141,7 +141,8 @@ class Blame {
   bool is_silent(const Link& link, const Fleet::Conduct& conduct) const {
     const Ns now = wire_.now();
     if (link.loop == static_cast<std::int32_t>(gateway_.workers())) return is_check_late(link);
-    if (!link.connected) return now - link.made_at >= least_.connect_ns;
+    const bool shakes = link.tls != nullptr && !link.tls->established();
+    if (!link.connected || shakes) return now - link.made_at >= least_.connect_ns;
     if (link.to_nexus.unread() > 0 && link.edge_due <= now) return false;  // the bytes are here
     const Ns written_at = link.to_peer.marks.empty() ? link.made_at : link.to_peer.marks.back().at;
     const std::uint64_t read = link.to_nexus.read;

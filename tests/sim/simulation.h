@@ -60,7 +60,7 @@ class Simulation {
         clients_(wire_, ledger_, dice_, swarm_),
         blame_(ledger_, wire_, fleet_, gateway_, circuits_, slack()),
         policy_(ledger_, wire_, freshness_, gateway_, circuits_),
-        settings_(scale == Scale::whole ? settings_maker_.first(swarm_.gentle) : settings_maker_.small()),
+        settings_(first_settings(seed, canary)),
         gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
         audit_(ledger_, gateway_, wire_),
         rings_(rings),
@@ -88,6 +88,20 @@ class Simulation {
     audit_.note_caps(*settings_);
     ledger_.memory_faults = swarm_.memory_fails || faults().failing_allocation > 0;
     ledger_.gentle = swarm_.gentle;
+  }
+
+  // One seed in twenty speaks TLS: to clients, to backends, or to both.
+  std::shared_ptr<const Settings> first_settings(std::uint64_t seed, Canary canary) {
+    if (scale_ != Scale::whole) return settings_maker_.small();
+    if (seed % 20 == 0 && canary == Canary::none) {
+      const std::uint64_t third = seed / 20 % 3;
+      const TlsWorld& world = tls_world();
+      CountedRandomness::restart(seed);
+      wire_.tls_clients = third != 0 ? &world : nullptr;
+      wire_.tls_backends = third != 1 ? &world : nullptr;
+      settings_maker_.speak_tls(wire_.tls_clients, wire_.tls_backends);
+    }
+    return settings_maker_.first(swarm_.gentle);
   }
 
   // Describes the run in words.

@@ -286,7 +286,7 @@ class SettingsMaker {
     routing();
     const std::uint32_t count = dice_.number(1, 4);
     for (std::uint32_t i = 0; i < count; ++i) add_backend();
-    return std::make_shared<const Settings>(settings_);
+    return now();
   }
 
   // One worker whose backends are often full; one model has a fallback, another an alias; health checks are on.
@@ -311,6 +311,16 @@ class SettingsMaker {
   // The small settings with one more backend, which has a cap.
   std::shared_ptr<const Settings> with_another() {
     add(3, BackendKind::generic, 2, {"m0"});
+    return now();
+  }
+
+  // Clients, or backends, speak TLS; also those that a reload adds. Call first.
+  void speak_tls(const TlsWorld* clients, const TlsWorld* backends) {
+    tls_clients_ = clients;
+    tls_backends_ = backends;
+  }
+  std::shared_ptr<const Settings> now() {
+    apply_tls();
     return std::make_shared<const Settings>(settings_);
   }
 
@@ -324,10 +334,18 @@ class SettingsMaker {
       kKeyChanges[key].change({settings_, dice_});
       changed.set(key);
     }
-    return std::make_shared<const Settings>(settings_);
+    return now();
   }
 
  private:
+  void apply_tls() {
+    if (tls_clients_ != nullptr) settings_.server.tls = tls_clients_->server;
+    for (BackendSettings& backend : settings_.backends) {
+      backend.tls.on = tls_backends_ != nullptr;
+      if (tls_backends_ != nullptr) backend.tls.context = tls_backends_->client;
+    }
+  }
+
   void server() {
     ServerSettings& server = settings_.server;
     server.max_connections = dice_.one_in(6) ? dice_.number(1, 10) : 10'000;
@@ -409,6 +427,8 @@ class SettingsMaker {
 
   Dice& dice_;
   Settings settings_;
+  const TlsWorld* tls_clients_ = nullptr;
+  const TlsWorld* tls_backends_ = nullptr;
   std::uint32_t made_ = 0;
 };
 
