@@ -374,6 +374,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"routing", "weight_latency", "0", "100", "", "101"},
       {"queue", "size", "0", "1000000", "", "1000001"},
       {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
+      {"metrics", "keys", "0", "10000", "", "10001"},
       {"backend b", "priority", "0", "100", "", "101"},
       {"backend b", "max_pending", "0", "1000000", "", "1000001"},
       {"backend b", "context_length", "1", "1G", "0", "1073741825"},

@@ -31,7 +31,7 @@ TEST_CASE("a pending count is given back once, however it ends") {
 TEST_CASE("a queued request is pending and in the queue, and its wait is recorded when it leaves") {
   Slab slab;
   Ns now = 10 * kSecond;
-  QueuedCount queued = count_queued(slab, kBackend, ModelId{7}, now);
+  QueuedCount queued = count_queued(slab, kBackend, ModelId{7}, KeyId::none, now);
   CHECK(slab.pending(kBackend) == 1);
   CHECK(slab.backend(kBackend)->queue_depth.read_signed() == 1);
   CHECK(slab.backend(kBackend)->in_flight.read_signed() == 0);

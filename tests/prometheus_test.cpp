@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "nexus/fleet/admission.h"
 #include "tests/lib/exposition_parser.h"
 #include "tests/lib/hostile_names.h"
 
@@ -32,6 +33,7 @@ struct World {
   Metrics metrics;
   ModelNames models{"unknown", 100'000};
   BackendNames backends{"none", 100'000};
+  KeyNames keys{"none", 1000};
   FleetView fleet;
   ProcessStats process;
   LabelMode mode = LabelMode::sanitize;
@@ -42,7 +44,7 @@ struct World {
     fleet.backends.push_back({id, healthy});
     return id;
   }
-  std::string text() { return std::string(page.render(metrics, fleet, process, models, backends, mode)); }
+  std::string text() { return std::string(page.render(metrics, fleet, process, models, backends, keys, mode)); }
   Reader read() {
     Reader reader(text());
     CHECK_MESSAGE(reader.problems.empty(), exposition::joined(reader.problems));
@@ -712,5 +714,68 @@ TEST_SUITE("the strict reader of these tests") {
       CAPTURE(page);
       CHECK_FALSE(Reader(page).problems.empty());
     }
+  }
+}
+
+TEST_SUITE("the families of clients' keys") {
+  TEST_CASE("without a file of keys there are none") {
+    World world;
+    world.keys.intern("other");
+    world.metrics.add_slab().record(whole(ModelId::unknown, BackendId::none));
+    CHECK(world.text().find("nexus_key_") == std::string::npos);
+  }
+
+  TEST_CASE("each request counts under one key: the sum over the keys is that of nexus_requests_total") {
+    World world;
+    world.keys.intern("other");
+    const KeyId alice = world.keys.intern("alice");
+    Slab& slab = world.metrics.add_slab();
+    const std::vector<std::pair<KeyId, std::uint16_t>> rows{
+        {alice, 200}, {alice, 200}, {alice, 304},       {alice, 404},        {alice, 429},
+        {alice, 499}, {alice, 503}, {KeyId::none, 401}, {KeyId::other, 200}, {KeyId::other, 502}};
+    for (const auto& [key, status] : rows) {
+      RequestRecord record = whole(ModelId::unknown, BackendId::none, status);
+      record.key = key;
+      record.prompt_tokens = 7;
+      record.completion_tokens = 3;
+      record.cached_tokens = 2;
+      slab.record(record);
+    }
+    const KeyCount pending = count_key(slab, alice);
+    Ns now = kSecond;
+    QueuedCount queued = count_queued(slab, BackendId::none, ModelId::unknown, alice, now);
+    now += kSecond / 4;
+    queued.reset();
+    const std::string page = world.text();
+    CHECK(family_text(page, "nexus_key_requests_total") ==
+          "# HELP nexus_key_requests_total Finished requests of a client's key, by class of status.\n"
+          "# TYPE nexus_key_requests_total counter\n"
+          "nexus_key_requests_total{key=\"none\",status=\"2xx\"} 0\n"
+          "nexus_key_requests_total{key=\"none\",status=\"3xx\"} 0\n"
+          "nexus_key_requests_total{key=\"none\",status=\"4xx\"} 1\n"
+          "nexus_key_requests_total{key=\"none\",status=\"429\"} 0\n"
+          "nexus_key_requests_total{key=\"none\",status=\"499\"} 0\n"
+          "nexus_key_requests_total{key=\"none\",status=\"5xx\"} 0\n"
+          "nexus_key_requests_total{key=\"other\",status=\"2xx\"} 1\n"
+          "nexus_key_requests_total{key=\"other\",status=\"3xx\"} 0\n"
+          "nexus_key_requests_total{key=\"other\",status=\"4xx\"} 0\n"
+          "nexus_key_requests_total{key=\"other\",status=\"429\"} 0\n"
+          "nexus_key_requests_total{key=\"other\",status=\"499\"} 0\n"
+          "nexus_key_requests_total{key=\"other\",status=\"5xx\"} 1\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"2xx\"} 2\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"3xx\"} 1\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"4xx\"} 1\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"429\"} 1\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"499\"} 1\n"
+          "nexus_key_requests_total{key=\"alice\",status=\"5xx\"} 1\n");
+    CHECK(page.find("nexus_key_tokens_total{key=\"alice\",type=\"prompt\"} 49\n") != std::string::npos);
+    CHECK(page.find("nexus_key_tokens_total{key=\"alice\",type=\"completion\"} 21\n") != std::string::npos);
+    CHECK(page.find("nexus_key_tokens_total{key=\"alice\",type=\"cached\"} 14\n") != std::string::npos);
+    CHECK(page.find("nexus_key_pending{key=\"alice\"} 1\n") != std::string::npos);
+    CHECK(page.find("nexus_key_queue_wait_seconds_sum{key=\"alice\"} 0.25\n") != std::string::npos);
+    CHECK(page.find("nexus_key_queue_wait_seconds_count{key=\"alice\"} 1\n") != std::string::npos);
+    const Reader read = world.read();
+    CHECK(read.sum("nexus_key_requests_total") == 10);
+    CHECK(read.sum("nexus_requests_total") == 10);
   }
 }

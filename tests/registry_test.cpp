@@ -534,3 +534,27 @@ TEST_CASE("each check after a failure begins with another address of the backend
   registry.next_check_in(a, true);
   CHECK(order() == "231");
 }
+
+TEST_CASE("the first names of keys that were ever read have ids of their own, also after a reload; others share one") {
+  const auto configure = [](Registry& registry, std::uint32_t most, std::vector<ApiKey> keys) {
+    auto settings = std::make_shared<Settings>();
+    settings->metrics.keys = most;
+    settings->server.api_keys = std::move(keys);
+    registry.configure(settings);
+    std::vector<std::uint32_t> ids;
+    const auto made = registry.snapshot();
+    for (std::size_t i = 0; i < made->keys->size(); ++i) {
+      CHECK((*made->keys)[i].name == made->settings->server.api_keys[i].name);
+      ids.push_back(index_of((*made->keys)[i].id));
+    }
+    return ids;
+  };
+  using Ids = std::vector<std::uint32_t>;
+  Registry registry;
+  CHECK(configure(registry, 2, {{"a", "k1"}, {"b", "k2"}, {"c", "k3"}}) == Ids{2, 3, 1});
+  CHECK(configure(registry, 2, {{"c", "k3"}, {"b", "k2"}}) == Ids{1, 3});
+  CHECK(configure(registry, 2, {}).empty());
+  CHECK(configure(registry, 3, {{"c", "k3"}, {"a", "k1"}, {"d", "k4"}}) == Ids{4, 2, 1});
+  CHECK(configure(registry, 0, {{"a", "k1"}, {"e", "k5"}}) == Ids{2, 1});
+  CHECK(configure(registry, 9, {{"none", "k6"}, {"other", "k7"}}) == Ids{0, 1});
+}

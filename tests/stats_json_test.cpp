@@ -20,6 +20,7 @@ struct World {
   Metrics metrics;
   ModelNames models{"unknown", 1000};
   BackendNames backends{"none", 1000};
+  KeyNames keys{"none", 1000};
   FleetView fleet;
 
   BackendId register_backend(std::string_view name, bool healthy = true) {
@@ -29,7 +30,7 @@ struct World {
   }
   std::string text() const {
     TextBuffer page;
-    write_stats(page, collect_stats(metrics, fleet, models, backends));
+    write_stats(page, collect_stats(metrics, fleet, models, backends, keys));
     return std::string(page.text());
   }
 };

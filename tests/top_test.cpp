@@ -81,6 +81,7 @@ TEST_CASE("what Nexus writes is what is read") {
   Slab& slab = metrics.add_slab();
   ModelNames models("unknown", 10);
   BackendNames backends("none", 10);
+  KeyNames keys{"none", 1000};
   const ModelId model = models.intern("<img src=x onerror=alert(1)>");
   const BackendId backend = backends.intern("b:1");
   slab.add_in_flight(backend, 3);
@@ -94,9 +95,10 @@ TEST_CASE("what Nexus writes is what is read") {
   fleet.version = "9.9";
   for (const LabelMode mode : {LabelMode::sanitize, LabelMode::raw}) {
     TextBuffer stats;
-    write_stats(stats, collect_stats(metrics, fleet, models, backends));
+    write_stats(stats, collect_stats(metrics, fleet, models, backends, keys));
     const Scrape sample = read_pages(
-        stats.text(), std::string(PrometheusPage().render(metrics, fleet, ProcessStats{}, models, backends, mode)), 0);
+        stats.text(),
+        std::string(PrometheusPage().render(metrics, fleet, ProcessStats{}, models, backends, keys, mode)), 0);
     CHECK(sample.fleet.uptime_s == 5);
     CHECK(sample.fleet.backends_healthy == 1);
     REQUIRE(sample.by_backend.size() == 1);

@@ -39,6 +39,7 @@ constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claim
 
 constexpr std::size_t kMaxModelNames = 20'000;           // models beyond it are counted as `unknown`
 constexpr std::size_t kMaxBackendNames = 4'096;          // over all reloads; a reload with more is refused
+constexpr std::size_t kMaxKeyNames = 10'002;             // `none` and `other` included; see [metrics] keys
 constexpr std::size_t kMaxModelsPerBackend = 10'000;     // the rest of a longer list is ignored
 constexpr std::size_t kMaxEndpoints = 64;                // rows of the table of endpoints, each counted by status
 constexpr std::size_t kResponseIds = 1u << 17;           // of stored responses whose backend is remembered: 1 MiB

@@ -307,6 +307,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
 
     {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.metrics.enabled); }},
     {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.s.metrics.labels); }},
+    {"metrics", "keys", kNumber, "200", "0 to 10000", [](V& v) { v.to(v.s.metrics.keys); }},
 
     {"log", "level", kChoice, "info", "error, warning, info, debug", [](V& v) { v.to(v.s.log.level); }},
     {"log", "format", kChoice, "text", "text, json", [](V& v) { v.to(v.s.log.format); }},

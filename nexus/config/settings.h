@@ -225,6 +225,7 @@ struct QueueSettings {
 struct MetricsSettings {
   bool enabled = true;
   LabelMode labels = LabelMode::sanitize;
+  std::uint32_t keys = 200;  // names of clients' keys that have series of their own
 };
 
 struct LogSettings {

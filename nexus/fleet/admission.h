@@ -40,14 +40,21 @@ struct GivePendingBack {
   void operator()(Slab* slab) const { slab->add_in_flight(backend, -1); }
 };
 
+struct GiveKeyBack {
+  void operator()(KeyCounters* cells) const { cells->pending.add_signed(-1); }
+};
+
 struct LeaveQueue {
   BackendId backend{};
+  KeyCounters* key = nullptr;
   Histogram<kDurationBounds>* waits = nullptr;  // of the model
   Ns since_ns = 0;
   const Ns* now = nullptr;
   void operator()(Slab* slab) const {
     slab->add_queued(backend, -1);
     waits->observe(*now - since_ns);
+    key->queue_waits.add(1);
+    key->queue_wait_ns.add_signed(*now - since_ns);
   }
 };
 
@@ -65,14 +72,25 @@ inline PendingCount count_pending(Slab& slab, BackendId backend) {
   return {&slab, {backend}};
 }
 
+// One unit of nexus_key_pending.
+using KeyCount = std::unique_ptr<KeyCounters, detail::GiveKeyBack>;
+
+inline KeyCount count_key(Slab& slab, KeyId key) {
+  KeyCounters& cells = slab.key_cells(key);
+  cells.pending.add(1);
+  return KeyCount(&cells);
+}
+
 // One queued request, in nexus_queue_depth of `backend`; when it is given back, the wait for `model` since `now` is
-// recorded. `now` is the worker's clock and outlives the count. The cells are found first: giving back must not throw.
+// recorded, and that of `key`. `now` is the worker's clock and outlives the count. The cells are found first: giving
+// back must not throw.
 using QueuedCount = std::unique_ptr<Slab, detail::LeaveQueue>;
 
-inline QueuedCount count_queued(Slab& slab, BackendId backend, ModelId model, const Ns& now) {
+inline QueuedCount count_queued(Slab& slab, BackendId backend, ModelId model, KeyId key, const Ns& now) {
   Histogram<kDurationBounds>& waits = slab.queue_waits(model);
+  KeyCounters& key_cells = slab.key_cells(key);
   slab.add_queued(backend, 1);
-  return {&slab, {backend, &waits, now, &now}};
+  return {&slab, {backend, &key_cells, &waits, now, &now}};
 }
 
 // One of the [server] max_pending places.

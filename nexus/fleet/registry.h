@@ -86,10 +86,17 @@ struct ModelEntry {
   bool is_alias() const { return name != target; }
 };
 
+// A client's key as workers see it.
+struct KeyView {
+  KeyId id{};
+  std::string_view name;  // of the snapshot's settings
+};
+
 struct Snapshot {
   std::uint64_t version = 0;
   std::shared_ptr<const Settings> settings;
   std::vector<BackendView> backends;
+  std::shared_ptr<const std::vector<KeyView>> keys;  // in the order of [server] api_keys
   std::unordered_map<std::string, ModelEntry, StringHash, std::equal_to<>> models;
   ModelEntry any;                     // for a request that names no model: an offer for each backend
   BackendId admin = BackendId::none;  // gets requests that change models
@@ -200,13 +207,20 @@ class Registry {
     Health to = Health::unknown;
   };
 
-  Registry() : models_("unknown", kMaxModelNames), backend_names_("none", kMaxBackendNames) {}
+  Registry()
+      : models_("unknown", kMaxModelNames),
+        backend_names_("none", kMaxBackendNames),
+        key_names_("none", kMaxKeyNames),
+        keys_(std::make_shared<std::vector<KeyView>>()) {
+    key_names_.intern("other");
+  }
 
   // Applies a configuration. Backends of the same name, type and url keep their health, models and address; other
   // limits of ejection begin anew. Changes nothing if it throws std::bad_alloc.
   void configure(std::shared_ptr<const Settings> settings) {
     const HealthSettings &before = settings_->health, &after = settings->health;
     const bool ejects_anew = before.eject_after != after.eject_after || before.eject_time_ns != after.eject_time_ns;
+    auto keys = keys_of(*settings);
     std::vector<Backend> next;
     std::vector<Backend*> known;
     next.reserve(settings->backends.size());
@@ -237,6 +251,7 @@ class Registry {
       if (!after.enabled) next[i].health = Health::healthy;
     }
     backends_ = std::move(next);
+    keys_ = std::move(keys);
     settings_ = std::move(settings);
   }
 
@@ -254,6 +269,7 @@ class Registry {
   const std::vector<Backend>& backends() const { return backends_; }
   const ModelNames& model_names() const { return models_; }
   const BackendNames& backend_names() const { return backend_names_; }
+  const KeyNames& key_names() const { return key_names_; }
 
   // The backend that a check of `epoch` was for, or nullptr if it is gone.
   Backend* find_epoch(std::uint64_t epoch) {
@@ -314,6 +330,7 @@ class Registry {
     auto made = std::make_shared<Snapshot>();
     made->version = ++version_;
     made->settings = settings_;
+    made->keys = keys_;
     for (const Backend& backend : backends_) {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
@@ -348,6 +365,21 @@ class Registry {
   }
 
  private:
+  // The first [metrics] keys names that ever were in the file have ids of their own.
+  std::shared_ptr<const std::vector<KeyView>> keys_of(const Settings& settings) {
+    auto made = std::make_shared<std::vector<KeyView>>();
+    made->reserve(settings.server.api_keys.size());
+    for (const ApiKey& key : settings.server.api_keys) {
+      KeyId id = key_names_.find(key.name);
+      if (id == KeyId::none && key.name != key_names_.name(KeyId::none)) {
+        const bool room = key_names_.size() < settings.metrics.keys + kOwnKeyNames;
+        id = room ? key_names_.intern(key.name) : KeyId::other;
+      }
+      made->push_back({id, key.name});
+    }
+    return made;
+  }
+
   static bool is_same(const BackendSettings& a, const BackendSettings& b) {
     return a.name == b.name && a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
   }
@@ -431,6 +463,8 @@ class Registry {
   std::vector<Backend> backends_;
   ModelNames models_;
   BackendNames backend_names_;
+  KeyNames key_names_;
+  std::shared_ptr<const std::vector<KeyView>> keys_;
   std::uint64_t version_ = 0;
   std::uint64_t epochs_ = 0;
   std::uint64_t servers_ = 0;

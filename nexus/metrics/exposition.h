@@ -68,8 +68,8 @@ class Exposition {
   std::string_view text() const { return page_.text(); }
   TextBuffer& page() { return page_; }
 
-  // Begins a family of type `counter`, `gauge` or `histogram`. The next samples belong to it and have no labels until
-  // labels() is called.
+  // Begins a family of type `counter`, `gauge`, `summary` or `histogram`. The next samples belong to it and have no
+  // labels until labels() is called.
   void family(std::string_view name, std::string_view type, std::string_view help) {
     name_.clear();
     name_.add(name);
@@ -99,6 +99,12 @@ class Exposition {
     constexpr std::size_t most = 400;  // the longest double without an exponent
     char* const at = write_start(page_.room(start_bytes() + most + 1), "");
     end_line(std::to_chars(at, at + most, value, std::chars_format::fixed).ptr);
+  }
+
+  // A summary without quantiles.
+  void summary(std::uint64_t sum_ns, std::uint64_t count) {
+    end_line(write_seconds(write_start(page_.room(start_bytes() + kNumberBytes + 1), "_sum"), sum_ns));
+    end_line(write_number(write_start(page_.room(start_bytes() + kNumberBytes + 1), "_count"), count));
   }
 
   template <const auto& kBounds>

@@ -1,5 +1,5 @@
 // ids.h
-// Owns:     a small integer for each model and backend name, for the life of the process.
+// Owns:     a small integer for each name of a model, a backend and a client's key, for the life of the process.
 // Promises: an id is never reused or renamed; ids are dense from 0; 0 is the catch-all ("unknown", "none").
 // Leaves:   which names get an id to registry.h (a client must not be able to create one).
 // Threads:  the control thread alone; workers see ids only, inside snapshots.
@@ -18,9 +18,11 @@ namespace nexus {
 
 enum class ModelId : std::uint32_t { unknown = 0 };
 enum class BackendId : std::uint32_t { none = 0 };
+enum class KeyId : std::uint32_t { none = 0, other = 1 };  // none: a request without a key that Nexus knows
 
 constexpr std::uint32_t index_of(ModelId id) { return static_cast<std::uint32_t>(id); }
 constexpr std::uint32_t index_of(BackendId id) { return static_cast<std::uint32_t>(id); }
+constexpr std::uint32_t index_of(KeyId id) { return static_cast<std::uint32_t>(id); }
 
 // Lets an unordered_map with std::string keys be searched by string_view, without a copy.
 struct StringHash {
@@ -70,5 +72,7 @@ class NameTable {
 
 using ModelNames = NameTable<ModelId>;
 using BackendNames = NameTable<BackendId>;
+using KeyNames = NameTable<KeyId>;
+constexpr std::size_t kOwnKeyNames = 2;  // `none` and `other`
 
 }  // namespace nexus

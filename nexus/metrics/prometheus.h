@@ -30,6 +30,7 @@
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/metrics/labels.h"
+#include "nexus/metrics/process_families.h"
 #include "nexus/metrics/slab.h"
 #include "nexus/os/procfs.h"
 
@@ -65,14 +66,17 @@ class PrometheusPage {
  public:
   // The page; it stays as it is until the next call. The name tables must be the same in every call.
   std::string_view render(const Metrics& metrics, const FleetView& fleet, const ProcessStats& process,
-                          const ModelNames& models, const BackendNames& backends, LabelMode mode) {
+                          const ModelNames& models, const BackendNames& backends, const KeyNames& keys,
+                          LabelMode mode) {
     slabs_ = metrics.slabs();
     model_labels_.update(models, mode);
     backend_labels_.update(backends, mode);
+    key_labels_.update(keys, mode);
     collect(pairs_, &Slab::pairs, model_labels_, backend_labels_);
     collect(fallbacks_, &Slab::fallbacks, model_labels_, model_labels_);
     collect(models_, &Slab::model, model_labels_);
     collect(backends_, &Slab::backend, backend_labels_);
+    collect(keys_, &Slab::key, key_labels_);
     add_registered(fleet);
     threads_.clear();
     for (const auto& slab : slabs_) threads_.push_back({0, &slab->thread()});
@@ -80,11 +84,12 @@ class PrometheusPage {
     out_.clear();
     write_requests();
     write_endpoints(fleet, mode);
+    if (keys.size() > kOwnKeyNames) write_keys();
     write_fleet(fleet);
     write_backends();
     write_threads();
     write_daemon(fleet, mode);
-    write_process(process);
+    write_process_families(out_, process);
     return out_.text();
   }
 
@@ -255,6 +260,37 @@ class PrometheusPage {
         sample({{"endpoint", endpoint}, {"status", Digits(status).view()}}, count);
       }
     }
+  }
+
+  // Shown once a file of keys was read.
+  void write_keys() {
+    out_.family("nexus_key_requests_total", kCounter, "Finished requests of a client's key, by class of status.");
+    for_each_series(keys_, [this](auto, auto key, auto series) {
+      for (std::size_t i = 0; i < kStatusClassNames.size(); ++i) {
+        const auto sum = sum_of(
+            series, [i](const KeyCounters& cells) -> auto& { return cells.requests[i]; });
+        sample({{"key", key_labels_.text(key)}, {"status", kStatusClassNames[i]}}, sum);
+      }
+    });
+    out_.family("nexus_key_tokens_total", kCounter, "Tokens of a client's key; those cached are prompt tokens too.");
+    for_each_series(keys_, [this](auto, auto key, auto series) {
+      const auto one = [&](std::string_view type, Counter KeyCounters::*counter) {
+        sample({{"key", key_labels_.text(key)}, {"type", type}}, sum_of(series, counter));
+      };
+      one("prompt", &KeyCounters::prompt_tokens);
+      one("completion", &KeyCounters::completion_tokens);
+      one("cached", &KeyCounters::cached_tokens);
+    });
+    out_.family("nexus_key_pending", kGauge, "Requests of a client's key that have not ended.");
+    for_each_series(keys_, [this](auto, auto key, auto series) {
+      sample({{"key", key_labels_.text(key)}}, sum_of(series, &KeyCounters::pending));
+    });
+    out_.family("nexus_key_queue_wait_seconds", "summary", "Time requests of a client's key waited in the queue.");
+    for_each_series(keys_, [this](auto, auto key, auto series) {
+      out_.labels({{"key", key_labels_.text(key)}});
+      out_.summary(static_cast<std::uint64_t>(sum_of(series, &KeyCounters::queue_wait_ns)),
+                   static_cast<std::uint64_t>(sum_of(series, &KeyCounters::queue_waits)));
+    });
   }
 
   // The counts that `pick` finds in the cells, whole and failed ones together.
@@ -435,22 +471,6 @@ class PrometheusPage {
     for (const auto& [name, expiry_s] : expiries) sample({{"certificate", name}}, expiry_s);
   }
 
-  void write_process(const ProcessStats& process) {
-    const auto row = [this](std::string_view name, std::string_view type, std::string_view help, std::int64_t value,
-                            bool is_time = false) {
-      if (value == ProcessStats::kUnknown) return;
-      out_.family(name, type, help);
-      is_time ? out_.sample_seconds(static_cast<std::uint64_t>(value)) : out_.sample(value);
-    };
-    row("process_cpu_seconds_total", kCounter, "User and system CPU time spent.", process.cpu_ns, true);
-    row("process_resident_memory_bytes", kGauge, "Resident memory size.", process.resident_bytes);
-    row("process_virtual_memory_bytes", kGauge, "Virtual memory size.", process.virtual_bytes);
-    row("process_open_fds", kGauge, "Open file descriptors.", process.open_fds);
-    row("process_max_fds", kGauge, "Maximum number of open file descriptors.", process.max_fds);
-    row("process_start_time_seconds", kGauge, "Start time of the process, since 1970.", process.start_time_ns, true);
-    row("process_threads", kGauge, "Threads of the process.", process.threads);
-  }
-
   void sample(std::initializer_list<Label> labels, std::integral auto value) {
     out_.labels(labels);
     out_.sample(value);
@@ -465,10 +485,12 @@ class PrometheusPage {
   Exposition out_;
   LabelTable<ModelId> model_labels_;
   LabelTable<BackendId> backend_labels_;
+  LabelTable<KeyId> key_labels_;
   Sources<PairCounters> pairs_;
   Sources<Counter> fallbacks_;
   Sources<ModelCounters> models_;
   Sources<BackendCounters> backends_;
+  Sources<KeyCounters> keys_;
   Sources<ThreadCounters> threads_;           // one series
   std::vector<BackendState> backend_states_;  // by label group
 };

@@ -154,7 +154,19 @@ struct RequestRecord {
   Ns overhead_ns = -1;
   std::int64_t cached_tokens = -1;  // of prompt_tokens; negative: unknown
   std::uint8_t endpoint = 0;        // row of the table of endpoints
+  KeyId key = KeyId::none;
 };
+
+// The classes of statuses that a key's requests are counted by.
+inline constexpr std::array<std::string_view, 6> kStatusClassNames{"2xx", "3xx", "4xx", "429", "499", "5xx"};
+constexpr std::size_t status_class_of(std::uint16_t status) {
+  if (status < 300) return 0;
+  if (status < 400) return 1;
+  if (status >= 500) return 5;
+  return status == 429 ? 3 : status == 499 ? 4 : 2;
+}
+static_assert(kStatusClassNames[status_class_of(200)] == "2xx" && kStatusClassNames[status_class_of(429)] == "429" &&
+              kStatusClassNames[status_class_of(499)] == "499" && kStatusClassNames[status_class_of(503)] == "5xx");
 
 // The error type that a request is counted under: the recorded one, else client_closed if the client left, else other
 // if the status is no success. So the error counters and the failed requests always have the same total.
@@ -189,6 +201,20 @@ struct alignas(kCacheAlign) BackendCounters {
 struct alignas(kCacheAlign) ModelCounters {
   std::array<Counter, kErrorTypeNames.size()> errors;
   Histogram<kDurationBounds> queue_wait;
+};
+
+struct alignas(kCacheAlign) KeyCounters {
+  std::array<Counter, kStatusClassNames.size()> requests;
+  Counter pending;  // a gauge
+  Counter errors;
+  Counter prompt_tokens, completion_tokens, cached_tokens;
+  Counter queue_waits, queue_wait_ns;
+
+  std::uint64_t all_requests() const {
+    std::uint64_t sum = 0;
+    for (const Counter& cell : requests) sum += cell.read();
+    return sum;
+  }
 };
 
 struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or backend label
@@ -233,6 +259,8 @@ class alignas(kCacheAlign) Slab {
     cells.queue_depth.add_signed(delta);
   }
 
+  // Cells of a key; they never move.
+  KeyCounters& key_cells(KeyId id) { return keys_.at(index_of(id)); }
   // The cells of the waits for a model; they never move.
   Histogram<kDurationBounds>& queue_waits(ModelId id) { return models_.at(index_of(id)).queue_wait; }
   void queue_rejected(QueueRejection reason) { count(thread_.queue_rejections, reason); }
@@ -256,6 +284,7 @@ class alignas(kCacheAlign) Slab {
   const PairTable<Counter>& fallbacks() const { return fallbacks_; }                           // (from, to)
   const BackendCounters* backend(BackendId id) const { return backends_.find(index_of(id)); }  // null reads as zero
   const ModelCounters* model(ModelId id) const { return models_.find(index_of(id)); }          // null reads as zero
+  const KeyCounters* key(KeyId id) const { return keys_.find(index_of(id)); }                  // null reads as zero
   const ThreadCounters& thread() const { return thread_; }
 
  private:
@@ -270,8 +299,14 @@ class alignas(kCacheAlign) Slab {
   [[gnu::always_inline]] void record_pair(const RequestRecord& r, bool failed) {
     PairCounters& pair = pairs_.at(index_of(r.model), index_of(r.backend));
     StatusCounters::Cell status = pair.statuses.find(r.status, failed);
+    KeyCounters& key = keys_.at(index_of(r.key));
     thread_.endpoints[r.endpoint].find(r.status, false).add();
     status.add();  // after all that may throw
+    key.requests[status_class_of(r.status)].add(1);
+    if (failed) key.errors.add(1);
+    if (r.prompt_tokens >= 0) key.prompt_tokens.add_signed(r.prompt_tokens);
+    if (r.completion_tokens >= 0) key.completion_tokens.add_signed(r.completion_tokens);
+    if (r.cached_tokens > 0) key.cached_tokens.add_signed(r.cached_tokens);
     if (r.reached_backend) pair.duration.observe(r.duration_ns, pair.duration_sum);
     if (r.prompt_tokens >= 0) pair.prompt_tokens.observe(r.prompt_tokens, pair.prompt_sum);
     if (r.completion_tokens >= 0) pair.completion_tokens.observe(r.completion_tokens, pair.completion_sum);
@@ -307,6 +342,7 @@ class alignas(kCacheAlign) Slab {
   PairTable<Counter> fallbacks_;
   GrowingTable<BackendCounters> backends_;
   GrowingTable<ModelCounters> models_;
+  GrowingTable<KeyCounters> keys_;
   ThreadCounters thread_;
 };
 

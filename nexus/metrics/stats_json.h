@@ -65,6 +65,7 @@ struct Stats {
   std::vector<StatsRow> backends;  // by name: those that are registered, or still have requests
   std::vector<StatsRow> removed;   // by name: others that ever served
   std::vector<StatsRow> models;    // by requests, most first, then by name
+  std::vector<StatsRow> keys;      // the same; empty unless a file of keys was read
 };
 
 // The time left of an ejection, rounded up.
@@ -107,10 +108,28 @@ inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fle
   for (const auto& slab : metrics.slabs()) stats.client_connections += slab->thread().client_connections.read_signed();
 }
 
+inline void add_keys(Stats& stats, const Metrics& metrics, const KeyNames& keys) {
+  if (keys.size() <= kOwnKeyNames) return;
+  stats.keys = rows_by_id(keys);
+  for (std::uint32_t i = 0; i < stats.keys.size(); ++i) {
+    StatsRow& row = stats.keys[i];
+    for (const auto& slab : metrics.slabs()) {
+      const KeyCounters* cells = slab->key(KeyId{i});
+      if (cells == nullptr) continue;
+      row.errors += cells->errors.read();  // before the requests, which are counted first
+      row.requests += cells->all_requests();
+      row.pending += cells->pending.read_signed();
+      row.prompt_tokens += cells->prompt_tokens.read();
+      row.completion_tokens += cells->completion_tokens.read();
+    }
+  }
+  std::erase_if(stats.keys, [](const auto& row) { return row.requests == 0 && row.pending <= 0; });
+}
+
 }  // namespace detail
 
 inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const ModelNames& models,
-                           const BackendNames& backends) {
+                           const BackendNames& backends, const KeyNames& keys) {
   Stats stats;
   stats.backends = detail::rows_by_id(backends);
   stats.models = detail::rows_by_id(models);
@@ -136,9 +155,12 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
                                           [](const auto& row) { return row.registered || row.pending > 0; });
   stats.removed.assign(gone, stats.backends.end());
   stats.backends.erase(gone, stats.backends.end());
-  std::sort(stats.models.begin(), stats.models.end(), [](const auto& a, const auto& b) {
-    return a.requests != b.requests ? a.requests > b.requests : a.name < b.name;
-  });
+  detail::add_keys(stats, metrics, keys);
+  for (auto* rows : {&stats.models, &stats.keys}) {
+    std::sort(rows->begin(), rows->end(), [](const auto& a, const auto& b) {
+      return a.requests != b.requests ? a.requests > b.requests : a.name < b.name;
+    });
+  }
   return stats;
 }
 
@@ -173,6 +195,15 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
   write_rows("backends", stats.backends, "id", "average_latency_ms", true);
   write_rows("models", stats.models, "name", "average_duration_ms", false);
   if (!stats.removed.empty()) write_rows("removed_backends", stats.removed, "id", "average_latency_ms", true);
+  if (!stats.keys.empty()) {
+    json.key("keys").begin_array();
+    for (const StatsRow& row : stats.keys) {
+      json.begin_object().field("name", row.name).field("requests", row.requests).field("errors", row.errors);
+      json.field("pending", row.pending).field("prompt_tokens", row.prompt_tokens);
+      json.field("completion_tokens", row.completion_tokens).end_object();
+    }
+    json.end_array();
+  }
   json.end_object();
   page += '\n';
 }

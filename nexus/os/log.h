@@ -31,6 +31,7 @@ struct AccessEntry {
   Ns wall_ns = 0;
   std::string_view request_id;
   std::string_view client;  // its address
+  std::string_view key;     // the name of the client's key
   std::string_view method;
   std::string_view path;
   std::string_view model;       // in the client's request
@@ -174,6 +175,7 @@ class Log {
     time(entry.wall_ns);
     text("request_id", entry.request_id);
     text("client", entry.client);
+    text("key", entry.key);
     text("method", entry.method);
     text("path", entry.path);
     text("model", entry.model);
@@ -193,9 +195,9 @@ class Log {
   }
 
  private:
-  // The longest possible line, so that none allocates: an event's message and seven values, or an access line, with
-  // each byte escaped. Memory is used only as far as a line was ever long.
-  static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 7 * kMaxLogValueBytes) + 1024;
+  // The longest possible line, so that none allocates: an access line with eight values, each byte escaped. Memory is
+  // used only as far as a line was ever long.
+  static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 8 * kMaxLogValueBytes) + 1024;
 
   static constexpr std::array<std::string_view, 4> kLevelNames{"error", "warning", "info", "debug"};
   // sd-daemon(3)'s prefixes, from which journald takes the level. syslog has a notice (5) that Nexus has not.

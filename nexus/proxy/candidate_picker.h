@@ -189,7 +189,7 @@ class CandidatePicker {
 
   // After all_full: queues for the first free place on any of the full candidates. Returns all_full once queued,
   // no_queue or queue_full if that is not possible, and otherwise as next(): a place has become free meanwhile.
-  Next wait_in_queue(Handle owner) {
+  Next wait_in_queue(Handle owner, KeyId key) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
       switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place)) {
@@ -199,7 +199,7 @@ class CandidatePicker {
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;
       }
     }
-    queued_ = count_queued(context_.slab, full_.front(), entry_->id, context_.now);
+    queued_ = count_queued(context_.slab, full_.front(), entry_->id, key, context_.now);
     return Next::all_full;
   }
 

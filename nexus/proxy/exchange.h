@@ -24,6 +24,7 @@
 #include "nexus/fleet/admission.h"
 #include "nexus/proxy/attempt.h"
 #include "nexus/proxy/candidate_picker.h"
+#include "nexus/proxy/client_key.h"
 #include "nexus/proxy/exchange_state.h"
 #include "nexus/proxy/exchange_times.h"
 #include "nexus/proxy/response_relay.h"
@@ -75,6 +76,12 @@ class Exchange {
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
     named_id_ = endpoint.id_hash({view.base + head.target_at, head.target_bytes});
     context_.take_request_id(view.base, view.fields, summary_.request_id);
+  }
+
+  // The client's key, by its place in the settings' api_keys: from here on the request counts under it.
+  void use_key(std::optional<std::size_t> index) {
+    key_.enter(context_, index);
+    summary_.record.key = key_.id();
   }
 
   // Refuses the request before its body was read whole: the connection ends with it.
@@ -148,6 +155,7 @@ class Exchange {
     snapshot_ = SnapshotUse();
     entry_ = nullptr;
     summary_.reset();
+    key_.forget();
     attempt_.reset();
     relay_.reset();
     client_.reset();
@@ -288,7 +296,7 @@ class Exchange {
   // ---- choosing a backend, and waiting for one ----
 
   Step follow(Next next) {
-    if (next == Next::all_full) next = picker_.wait_in_queue(owner_);
+    if (next == Next::all_full) next = picker_.wait_in_queue(owner_, key_.id());
     switch (next) {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return begin_waiting();
@@ -429,29 +437,9 @@ class Exchange {
   }
 
   // The one place where a request gets its record: whatever it held is given back, and it is logged.
-  void commit() {
-    assert(attempt_.upstream() == nullptr);
-    leave_backend();
-    overall_place_.reset();
-    if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
-    summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
-    if (context_.log.wants_access()) log_access();
-    go(State::counting);
-  }
-
+  void commit();
   // A count may be late, but it is never lost.
-  Step count() {
-    if (deadlines_.state_pending()) return Step::wait;
-    try {
-      context_.slab.record(summary_.record);
-    } catch (const std::bad_alloc&) {
-      context_.slab.limit_hit(Limit::memory);
-      deadlines_.arm_count_retry();
-      return Step::wait;
-    }
-    return go(State::over);
-  }
-
+  Step count();
   void log_access();
 
   Handle owner_;
@@ -467,6 +455,7 @@ class Exchange {
   const ModelEntry* entry_ = nullptr;
   ExchangeSummary summary_;
   OverallPlace overall_place_;
+  ClientKey key_;
 
   // Of its attempts.
   CandidatePicker<Net> picker_;

@@ -269,8 +269,34 @@ void Exchange<Net>::give_kept_answer() {
 }
 
 template <class Net>
+void Exchange<Net>::commit() {
+  assert(attempt_.upstream() == nullptr);
+  leave_backend();
+  overall_place_.reset();
+  key_.leave();
+  if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
+  summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
+  if (context_.log.wants_access()) log_access();
+  go(State::counting);
+}
+
+template <class Net>
+Step Exchange<Net>::count() {
+  if (deadlines_.state_pending()) return Step::wait;
+  try {
+    context_.slab.record(summary_.record);
+  } catch (const std::bad_alloc&) {
+    context_.slab.limit_hit(Limit::memory);
+    deadlines_.arm_count_retry();
+    return Step::wait;
+  }
+  return go(State::over);
+}
+
+template <class Net>
 void Exchange<Net>::log_access() {
   AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
+  entry.key = key_.name();
   if (attempt_.backend() != nullptr) {
     entry.model_used = *picker_.choice().model_name;
     entry.attempts = picker_.tries();

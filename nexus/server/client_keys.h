@@ -7,7 +7,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <optional>
 #include <string_view>
+#include <vector>
 
 #include "nexus/config/settings.h"
 #include "nexus/http/head_writer.h"
@@ -27,14 +30,19 @@ inline bool equal_in_constant_time(std::string_view a, std::string_view b) {
 
 }  // namespace detail
 
-// True if the request has one of the configured keys, as a bearer token (RFC 6750 2.1) or as the value of x-api-key or
-// api-key, or if none are configured, or if a key has the name of the client's verified certificate. Of a field that
-// comes twice the first counts, as for whoever reads it so.
-inline bool is_authorized(const ServerSettings& server, const HeadView& head, std::string_view certificate_name) {
-  if (server.api_keys.empty()) return true;
-  bool known = !certificate_name.empty() &&
-               std::any_of(server.api_keys.begin(), server.api_keys.end(),
-                           [&](const ApiKey& candidate) { return candidate.name == certificate_name; });
+// A key's place in api_keys.
+struct FoundKey {
+  std::optional<std::size_t> index;  // none: no keys are configured, or the request has none of them
+  bool authorized = false;           // it may be served
+};
+
+// The configured key that a request has, as a bearer token (RFC 6750 2.1) or as the value of x-api-key or api-key, else
+// the key that has the name of the client's verified certificate. Of a field that comes twice the first counts, as for
+// whoever reads it so; of two fields with keys the first one in this order.
+inline FoundKey find_key(const ServerSettings& server, const HeadView& head, std::string_view certificate_name) {
+  const std::vector<ApiKey>& keys = server.api_keys;
+  if (keys.empty()) return {{}, true};
+  std::size_t found = keys.size();
   for (const Field field : {Field::authorization, Field::x_api_key, Field::api_key}) {
     const FieldRow* row = find_field(*head.fields, field);
     if (row == nullptr) continue;
@@ -43,9 +51,22 @@ inline bool is_authorized(const ServerSettings& server, const HeadView& head, st
       if (!starts_with_ignoring_case(key, "bearer ")) continue;
       key = trim_blanks(key.substr(7));
     }
-    for (const ApiKey& candidate : server.api_keys) known |= detail::equal_in_constant_time(candidate.key, key);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const bool same = detail::equal_in_constant_time(keys[i].key, key);
+      if (same && found == keys.size()) found = i;
+    }
   }
-  return known;
+  if (found == keys.size() && !certificate_name.empty()) {
+    const auto named = std::find_if(keys.begin(), keys.end(),
+                                    [&](const ApiKey& candidate) { return candidate.name == certificate_name; });
+    found = static_cast<std::size_t>(named - keys.begin());
+  }
+  if (found == keys.size()) return {};
+  return {found, true};
+}
+
+inline bool is_authorized(const ServerSettings& server, const HeadView& head, std::string_view certificate_name) {
+  return find_key(server, head, certificate_name).authorized;
 }
 
 // True if a Via field (RFC 9110 7.6.3) names this process: one of its backends forwards to it.

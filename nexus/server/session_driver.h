@@ -341,7 +341,9 @@ class SessionDriver {
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
     session.key_checked = !server.api_keys.empty();
-    if (!is_authorized(server, view, session.certificate_name)) return ApiError::unauthorized;
+    const FoundKey key = find_key(server, view, session.certificate_name);
+    session.exchange.use_key(key.index);
+    if (!key.authorized) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
     return session.body.begin(endpoint, head, view, server.max_body_bytes);

@@ -45,7 +45,7 @@ function parse_labels(text, line) {
 function family_of(name, families) {
   if (families.has(name)) return name;
   const base = name.replace(/_(bucket|sum|count)$/, '');
-  return families.get(base)?.type === 'histogram' ? base : null;
+  return ['histogram', 'summary'].includes(families.get(base)?.type) ? base : null;
 }
 
 export function parse_metrics(text) {
@@ -58,7 +58,7 @@ export function parse_metrics(text) {
       if (scrape.families.has(m[1])) throw new Error(`HELP of ${m[1]} twice`);
       scrape.families.set(m[1], { help: m[2], type: null, samples: [] });
       current = m[1];
-    } else if ((m = /^# TYPE (\S+) (counter|gauge|histogram)$/.exec(line))) {
+    } else if ((m = /^# TYPE (\S+) (counter|gauge|histogram|summary)$/.exec(line))) {
       if (current !== m[1]) throw new Error(`TYPE of ${m[1]} without its HELP just before`);
       const family = scrape.families.get(m[1]);
       if (family.type || family.samples.length) throw new Error(`TYPE of ${m[1]} in the wrong place`);

@@ -621,6 +621,20 @@ inline void add_routing_rows(ReloadRows& rows) {
                   "no",
                   page("/metrics", "backend=\"b_1\""),
                   {{"backend b.1", "url = http://10.0.0.2:8001"}, {"backend b.1", "models = m"}}});
+  const auto page_of_key = after([](Scene& s) {
+    s.send("GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-client-0123456789\r\n\r\n");
+    s.result();
+    return std::string(s.answer.body.find("key=\"client\"") != std::string::npos ? "yes" : "no");
+  });
+  rows.push_back({"metrics",
+                  "keys",
+                  When::at_once,
+                  "keys = 0",
+                  "keys = 1",
+                  "no",
+                  "yes",
+                  page_of_key,
+                  {{"server", "api_keys_file = /keys"}}});
   for (const char* key : {"level", "format", "access"}) {
     rows.push_back({"log", key, When::at_once, "", "", "", "", {}});
   }

@@ -31,6 +31,7 @@ class LeftOver {
   explicit LeftOver(const Gateway& gateway) : gateway_(gateway) {
     look_at_backends();
     look_at_workers();
+    look_at_keys();
     note("requests in the queue", gateway.admission().waiting());
     note("places of [server] max_pending", gateway.in_flight());
     note("bytes of bodies", gateway.budget().held());
@@ -63,6 +64,17 @@ class LeftOver {
     }
     for (const Registry::Backend& backend : registry.backends()) {
       note("trials", backend.circuit->probing(), backend.settings.name);
+    }
+  }
+
+  void look_at_keys() {
+    const Registry& registry = gateway_.control().registry();
+    for (std::uint32_t i = 0; i < registry.key_names().size(); ++i) {
+      std::uint64_t of_key = 0;
+      for (const auto& slab : gateway_.metrics().slabs()) {
+        if (const KeyCounters* cells = slab->key(KeyId{i})) of_key += cells->pending.read();
+      }
+      note("requests pending of a key", of_key, registry.key_names().name(KeyId{i}));
     }
   }
 

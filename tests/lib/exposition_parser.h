@@ -152,7 +152,8 @@ class Reader {
     const std::size_t blank = rest.find(' ');
     const std::string name(rest.substr(0, blank));
     const std::string type(blank == std::string_view::npos ? "" : rest.substr(blank + 1));
-    if (type != "counter" && type != "gauge" && type != "histogram") fail("a bad type: " + std::string(rest));
+    if (type != "counter" && type != "gauge" && type != "histogram" && type != "summary")
+      fail("a bad type: " + std::string(rest));
     if (families.empty() || families.back().name != name || !families.back().type.empty()) {
       return fail("TYPE does not follow its HELP: " + name);
     }
@@ -185,6 +186,7 @@ class Reader {
 
   static bool belongs(const std::string& name, const Family& family) {
     if (family.type.empty()) return false;
+    if (family.type == "summary") return name == family.name + "_sum" || name == family.name + "_count";
     if (family.type != "histogram") return name == family.name;
     return name == family.name + "_bucket" || name == family.name + "_sum" || name == family.name + "_count";
   }

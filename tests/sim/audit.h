@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <map>
 #include <string>
@@ -163,12 +164,18 @@ class Audit {
   struct Totals {
     std::map<std::pair<std::string, unsigned>, std::int64_t> statuses;  // by backend and status
     std::map<std::string, std::int64_t> errors;
+    std::map<bool, std::array<std::int64_t, 4>> keys;  // requests, failed ones, tokens; false: without a known key
     std::int64_t requests = 0, failed = 0, attempts = 0, left = 0;
     std::int64_t prompts = 0, prompt_tokens = 0, completions = 0, completion_tokens = 0;
 
     void add(const Request& request) {
       statuses[{request.line_backend == "-" ? "none" : request.line_backend, request.line_status}] += 1;
       requests += 1;
+      auto& key = keys[request.line_key != "-"];
+      key[0] += 1;
+      key[1] += request.line_error != "-" ? 1 : 0;
+      key[2] += std::max<std::int64_t>(request.line_prompt_tokens, 0);
+      key[3] += std::max<std::int64_t>(request.line_completion_tokens, 0);
       attempts += request.line_attempts;
       if (request.line_error != "-") {
         errors[request.line_error] += 1;
@@ -203,6 +210,15 @@ class Audit {
           if (count > 0) sums.errors[std::string(kErrorTypeNames[type])] += count;
         }
       }
+      for (std::uint32_t i = 0; i < registry.key_names().size(); ++i) {
+        const KeyCounters* cells = slab->key(KeyId{i});
+        if (cells == nullptr || cells->all_requests() == 0) continue;
+        auto& key = sums.keys[i != 0];
+        key[0] += static_cast<std::int64_t>(cells->all_requests());
+        key[1] += cells->errors.read_signed();
+        key[2] += cells->prompt_tokens.read_signed();
+        key[3] += cells->completion_tokens.read_signed();
+      }
       for (std::uint32_t i = 0; i < registry.backend_names().size(); ++i) {
         const BackendCounters* cells = slab->backend(BackendId{i});
         if (cells == nullptr) continue;
@@ -227,6 +243,7 @@ class Audit {
     same("completions", lines.completions, sums.completions);
     same("completion tokens", lines.completion_tokens, sums.completion_tokens);
     if (lines.statuses != sums.statuses) ledger_.wrong("requests by backend and status differ from the log's");
+    if (lines.keys != sums.keys) ledger_.wrong("requests, failures or tokens by key differ from the log's");
     if (lines.errors != sums.errors) ledger_.wrong("errors by type differ from the log's");
   }
   void same(const char* what, std::int64_t log, std::int64_t metrics) {
@@ -364,6 +381,7 @@ class Audit {
     request.line_status = static_cast<std::uint16_t>(number("status"));
     request.line_error = value("error_type");
     request.line_backend = value("backend");
+    request.line_key = value("key");
     request.line_attempts = static_cast<std::uint32_t>(std::max<std::int64_t>(0, number("attempts")));
     request.line_bytes = static_cast<std::uint64_t>(number("bytes"));
     request.line_prompt_tokens = number("prompt_tokens");
