@@ -255,7 +255,7 @@ class SessionDriver {
         in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes) : kFirstReadBytes;
     if ((session.input.room() == 0 || in_body) && !session.input.reserve(context_.blocks, wanted)) {
       context_.slab.limit_hit(Limit::memory);
-      if (!session.exchange.active()) return close(session);
+      if (!session.exchange.active()) return begin_linger(session);
       refuse_body(session, ApiError::out_of_memory);
       return Step::again;
     }
