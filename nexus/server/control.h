@@ -347,10 +347,10 @@ class Control {
     const bool in_use =
         backend->address && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end();
     if (backend->address && !in_use && !error.empty()) return;
-    backend->addresses = addresses;
-    if (in_use) return;  // it stays, and so do the connections to it
-    use_address(*backend, addresses.front());
-    check_anew(*backend);
+    const bool changed = std::exchange(backend->addresses, addresses) != addresses;
+    if (in_use && !(changed && backend->checking)) return;  // it stays, and so do the connections to it
+    if (!in_use) use_address(*backend, addresses.front());
+    check_anew(*backend);  // the one that runs may pass at an address that is gone
   }
 
   void use_address(Registry::Backend& backend, const Address& address) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "nexus/net/epoll.h"
 #include "tests/lib/dice.h"
@@ -130,6 +131,15 @@ struct Notice {
   LinkId link = kNoLink;  // of a timer: the number of the client or of the script's step
   std::uint64_t value = 0;
 };
+
+// The outcome of one lookup by Nexus.
+struct Looked {
+  static constexpr Ns kNotTaken = -1;  // the resolver has too many others
+  Ns after = 0;
+  std::vector<Address> addresses;
+  std::string error;
+};
+constexpr Ns kLookupLimit = 10 * kSecond;  // as ResolverOptions has it
 
 // The outcome of one connect() by Nexus.
 struct ConnectFate {

@@ -10,7 +10,10 @@
 
 #include <sys/uio.h>
 
+#include <algorithm>
 #include <cassert>
+#include <functional>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,7 +46,10 @@ enum class Canary : std::uint8_t {
   raised_caps,
   late_grant,  // a queued request hears of its place after the next one
   keep_a_place,
-  blind_to_unasked,  // bytes that no request asked for are not seen on an idle connection
+  blind_to_unasked,     // bytes that no request asked for are not seen on an idle connection
+  cached_names,         // a lookup is answered with what the first one said
+  shared_lookup_fault,  // a lookup that fails takes all others with it
+  lost_lookup,          // one is never answered
   count,
 };
 
@@ -60,14 +66,70 @@ class SimNet {
     int error = 0;
   };
 
-  // Backends have numeric addresses here: no name is ever looked up.
-  struct Resolver {
-    template <class Answer>
-    Resolver(SimNet&, Answer&&) {}
-    bool lookup(const std::string&, std::uint16_t, std::uint64_t) { return false; }
-    Ns next() const { return kNever; }
+  // Looks names up at Wire::on_lookup. As nexus::Resolver: each lookup is answered once, by step().
+  class Resolver {
+   public:
+    using Answer =
+        std::function<void(std::uint64_t id, const std::vector<Address>& addresses, const std::string& error)>;
+
+    Resolver(SimNet& net, Answer answer) : wire_(net.wire_), canary_(net.canary_), answer_(std::move(answer)) {}
+
+    bool lookup(const std::string& host, std::uint16_t port, std::uint64_t id) {
+      const Runs simulation(false);
+      if (!wire_.on_lookup) return false;
+      Looked looked = wire_.on_lookup(id, host, port);
+      if (looked.after == Looked::kNotTaken) wire_.on_looked_up(id, {});
+      if (looked.after == Looked::kNotTaken) return false;
+      if (canary_ == Canary::lost_lookup && wire_.dice().one_in(8)) return true;
+      const Ns at = wire_.now() + looked.after;
+      flights_.push_back({id, at, std::move(looked)});
+      return true;
+    }
+    Ns next() const {
+      Ns soonest = kNever;
+      for (const Flight& flight : flights_) soonest = std::min(soonest, flight.at);
+      return soonest;
+    }
     void on_event(const Event&) {}
-    void step() {}
+    void step() {
+      const auto due = [this](const Flight& flight) { return flight.at <= wire_.now(); };
+      for (auto at = flights_.begin(); (at = std::find_if(at, flights_.end(), due)) != flights_.end();) {
+        std::vector<Flight> arrived;
+        {
+          const Runs simulation(false);
+          arrived.push_back(std::move(*at));
+          at = flights_.erase(at);
+          wire_.on_looked_up(arrived[0].id, arrived[0].looked);
+          misbehave(arrived);
+        }
+        for (const Flight& flight : arrived) answer_(flight.id, flight.looked.addresses, flight.looked.error);
+        const Runs simulation(false);
+        arrived = {};
+      }
+    }
+
+   private:
+    struct Flight {
+      std::uint64_t id;
+      Ns at;
+      Looked looked;
+    };
+
+    void misbehave(std::vector<Flight>& arrived) {
+      const Looked& looked = arrived[0].looked;
+      if (canary_ == Canary::cached_names && !looked.addresses.empty()) {
+        arrived[0].looked.addresses = cache_.try_emplace(arrived[0].id, looked.addresses).first->second;
+      }
+      if (canary_ == Canary::shared_lookup_fault && looked.addresses.empty()) {
+        for (const Flight& flight : flights_) arrived.push_back({flight.id, 0, {0, {}, looked.error}});
+      }
+    }
+
+    Wire& wire_;
+    const Canary canary_;
+    const Answer answer_;
+    std::vector<Flight> flights_;
+    std::map<std::uint64_t, std::vector<Address>> cache_;  // of a canary
   };
 
   static constexpr std::size_t kMaxEvents = 256;

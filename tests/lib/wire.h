@@ -65,6 +65,9 @@ class Wire {
   }
 
   Link& at(LinkId id) { return *links_[id]; }
+  // Without these, no lookup is taken.
+  std::function<Looked(std::uint64_t id, const std::string& host, std::uint16_t port)> on_lookup;
+  std::function<void(std::uint64_t id, const Looked& told)> on_looked_up;  // Nexus is about to be told
   std::size_t descriptors() const { return descriptors_; }
   std::size_t most_descriptors = SIZE_MAX;
   int connect_error = 0;    // if set, every connect() of Nexus fails with it

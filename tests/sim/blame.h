@@ -14,6 +14,7 @@
 
 #include "circuits.h"
 #include "fleet.h"
+#include "names.h"
 
 namespace nexus::sim {
 
@@ -21,8 +22,15 @@ constexpr std::uint32_t bit(AttemptOutcome outcome) { return 1u << static_cast<s
 
 class Blame {
  public:
-  Blame(Ledger& ledger, Wire& wire, Fleet& fleet, const Gateway& gateway, Circuits& circuits, Ns slack_ns)
-      : ledger_(ledger), wire_(wire), fleet_(fleet), gateway_(gateway), circuits_(circuits), slack_ns_(slack_ns) {}
+  Blame(Ledger& ledger, Wire& wire, Fleet& fleet, const Names& names, const Gateway& gateway, Circuits& circuits,
+        Ns slack_ns)
+      : ledger_(ledger),
+        wire_(wire),
+        fleet_(fleet),
+        names_(names),
+        gateway_(gateway),
+        circuits_(circuits),
+        slack_ns_(slack_ns) {}
 
   // Requests may still follow earlier settings, so the least of each limit counts.
   void note(const Settings& settings) {
@@ -152,10 +160,14 @@ class Blame {
     return awaits_more && now - std::max(link.read_at, written_at) >= least_.stall_ns;
   }
 
-  // A check may need two connections, and its time begins with the first.
+  // A check may need two connections, and two for each address of a name; its time begins with the first.
   bool is_check_late(const Link& link) const {
     if (link.to_nexus.unread() > 0 && link.edge_due <= wire_.now()) return false;
-    const auto& begun = checks_[link.peer];
+    if (names_.lookups() == 0) return has_check_of(checks_[link.peer]);
+    return std::any_of(checks_.begin(), checks_.end(), [this](const auto& begun) { return has_check_of(begun); });
+  }
+  // True if one of these may have begun so early that its check ends now.
+  bool has_check_of(const std::vector<Ns>& begun) const {
     const Ns latest = wire_.now() - least_.check_ns;
     const Ns earliest = wire_.now() - longest_check_ns_ - slack_ns_;
     return std::any_of(begun.begin(), begun.end(), [&](Ns at) { return at >= earliest && at <= latest; });
@@ -255,39 +267,47 @@ class Blame {
   // ---- health checks, after a turn of control ----
 
   void check_health() {
-    std::array<std::uint32_t, kServers> failed_now{};
+    std::array<std::uint32_t, kAddresses> failed_now{};
     for (const Seen& seen : seen_) {
       const std::uint32_t good = bit(AttemptOutcome::ok);
       if ((seen.reasons & ~good) != 0 && (seen.reasons & good) == 0) failed_now[seen.server] += 1;
     }
-    for (std::uint32_t server = 0; server < kServers; ++server) failed_checks_[server] += failed_now[server];
     const Registry& registry = gateway_.control().registry();
     const bool reloaded = std::exchange(settings_, &registry.settings()) != &registry.settings();
     for (const Registry::Backend& backend : registry.backends()) {
-      if (!backend.address) continue;
-      const std::uint32_t server = server_at(*backend.address);
-      auto [at, made] = health_.try_emplace(backend.epoch);
-      Checked& checked = at->second;
-      if (made) checked.failed_before = failed_checks_[server] - failed_now[server];
+      Checked& checked = health_[backend.epoch];
+      // A check tries each address of a name, and an answer may have replaced these in this turn.
+      const std::uint32_t before_servers = std::exchange(checked.servers, servers_of(backend));
+      auto failed = static_cast<std::uint32_t>(std::count(names_.failed.begin(), names_.failed.end(), backend.epoch));
+      for (std::uint32_t server = 0; server < kAddresses; ++server) {
+        if (((before_servers | checked.servers) >> server & 1u) != 0) failed += failed_now[server];
+      }
+      checked.failed += failed;
       const Health before = std::exchange(checked.health, backend.health);
       if (before == backend.health) continue;
-      const std::uint32_t failed = failed_checks_[server] - checked.failed_before;
-      checked.failed_before = failed_checks_[server] - failed_now[server];  // these may have come behind the change
+      const std::uint32_t total = std::exchange(checked.failed, failed);  // these may have come behind the change
       const std::uint32_t needed = before == Health::unknown || reloaded ? 1 : least_.failures;
-      if (backend.health != Health::unhealthy || failed >= needed) continue;
+      if (backend.health != Health::unhealthy || total >= needed) continue;
       ledger_.wrong("%s is unhealthy after %u failed checks of its own, at least %u are needed",
-                    backend.settings.name.c_str(), failed, needed);
+                    backend.settings.name.c_str(), total, needed);
     }
+  }
+  static std::uint32_t servers_of(const Registry::Backend& backend) {
+    std::uint32_t servers = backend.address ? 1u << server_at(*backend.address) : 0;
+    for (const Address& address : backend.addresses) servers |= 1u << server_at(address);
+    return servers;
   }
 
   struct Checked {
     Health health = Health::unknown;
-    std::uint32_t failed_before = 0;  // checks of its server, when its health changed last
+    std::uint32_t failed = 0;   // checks of its servers and lookups of its name, since its health changed last
+    std::uint32_t servers = 0;  // a bit for each of its addresses
   };
 
   Ledger& ledger_;
   Wire& wire_;
   Fleet& fleet_;
+  const Names& names_;
   const Gateway& gateway_;
   Circuits& circuits_;
   Least least_;
@@ -301,9 +321,8 @@ class Blame {
   std::array<std::vector<Outcomes>, kMostWorkers> counted_;  // by backend
   std::map<std::uint64_t, std::uint32_t> failed_now_;        // in this turn, by breaker
   std::vector<std::uint64_t> succeeded_;                     // the same
-  std::array<std::vector<Ns>, kServers> checks_;             // when each connect() of a health check was made
-  std::array<std::uint32_t, kServers> failed_checks_{};
-  std::map<std::uint64_t, Checked> health_;  // by epoch
+  std::array<std::vector<Ns>, kAddresses> checks_;           // when each connect() of a health check was made
+  std::map<std::uint64_t, Checked> health_;                  // by epoch
 };
 
 }  // namespace nexus::sim

@@ -20,7 +20,7 @@ namespace nexus::sim {
 class Fleet {
  public:
   Fleet(Wire& wire, Ledger& ledger, Dice& dice, Manners& manners)
-      : wire_(wire), ledger_(ledger), dice_(dice), manners_(manners), answers_(dice, manners), servers_(kServers) {
+      : wire_(wire), ledger_(ledger), dice_(dice), manners_(manners), answers_(dice, manners), servers_(kAddresses) {
     for (Server& server : servers_) {
       for (std::uint32_t i = 0; i < kModels; ++i) {
         if (!dice_.one_in(6)) server.models.push_back("m" + std::to_string(i));
@@ -32,10 +32,12 @@ class Fleet {
   ConnectFate fate_of(const Address& address, const Shape& shape) {
     ConnectFate fate;
     fate.shape = shape;
-    fate.backend = address.port - 9000u;
-    if (fate.backend >= kServers || !(address == address_of_server(fate.backend))) {
+    fate.backend = server_at(address);
+    if (fate.backend >= kAddresses || !(address == address_of_server(fate.backend))) {
       ledger_.wrong("a connection to an address that no backend has: %s", to_string(address).c_str());
       fate.kind = ConnectFate::Kind::refused;
+    } else if (fate.backend >= kServers) {
+      fate.kind = fate.backend % 2 == 0 ? ConnectFate::Kind::refused : ConnectFate::Kind::ignored;
     } else if (dice_.chance(manners_.refuse_at_once)) {
       fate.kind = ConnectFate::Kind::refused_at_once;
     } else if (wire_.now() < servers_[fate.backend].down_until || dice_.chance(manners_.refuse)) {

@@ -42,7 +42,8 @@ Outcome run_seed(std::uint64_t seed, Canary canary, LogRings& rings) {
 }
 
 struct Tally {
-  std::uint64_t seeds = 0, failed = 0, requests = 0, answers = 0, arrivals = 0, unasked = 0, turns = 0;
+  std::uint64_t seeds = 0, failed = 0, requests = 0, answers = 0, arrivals = 0, unasked = 0, turns = 0, lookups = 0,
+                moves = 0;
   Ns simulated_ns = 0;
   std::vector<std::uint64_t> traces;  // seed by seed
   Ns began_cpu_ns = 0;
@@ -63,6 +64,8 @@ void add(Tally& tally, const Outcome& outcome, std::uint64_t seed) {
   tally.arrivals += outcome.arrivals;
   tally.unasked += outcome.unasked;
   tally.turns += outcome.turns;
+  tally.lookups += outcome.lookups;
+  tally.moves += outcome.moves;
   tally.simulated_ns += outcome.simulated_ns;
   tally.happened.add(outcome.happened);
   tally.reloads.add(outcome.reloads);
@@ -85,12 +88,13 @@ double seconds(Ns span) { return static_cast<double>(span) / static_cast<double>
 void print(const Tally& tally) {
   const double cpu = seconds(cpu_now() - tally.began_cpu_ns);
   std::printf(
-      "%llu seeds, %llu requests (%llu answered whole, %llu arrivals at backends, %llu times bytes unasked), %llu "
-      "turns; "
+      "%llu seeds, %llu requests (%llu answered whole, %llu arrivals at backends, %llu times bytes unasked, "
+      "%llu lookups of hosts that moved %llu times), %llu turns; "
       "%.0f s simulated in %.1f s (%.0f times real time), %.0f requests a second; trace %016llx\n",
       static_cast<unsigned long long>(tally.seeds), static_cast<unsigned long long>(tally.requests),
       static_cast<unsigned long long>(tally.answers), static_cast<unsigned long long>(tally.arrivals),
-      static_cast<unsigned long long>(tally.unasked), static_cast<unsigned long long>(tally.turns),
+      static_cast<unsigned long long>(tally.unasked), static_cast<unsigned long long>(tally.lookups),
+      static_cast<unsigned long long>(tally.moves), static_cast<unsigned long long>(tally.turns),
       seconds(tally.simulated_ns), cpu, seconds(tally.simulated_ns) / cpu, static_cast<double>(tally.requests) / cpu,
       static_cast<unsigned long long>(trace_of(tally)));
 }
@@ -159,6 +163,9 @@ constexpr CanaryRow kCanaries[] = {
     {"a queued request that is overtaken", "overtook"},
     {"a place that is not given back", "left over"},
     {"bytes on an idle connection that are not seen", "that nobody asked for"},
+    {"a host that has moved", "which the last answer for its name does not have"},
+    {"a lookup that fails and takes others with it", "is unhealthy after"},
+    {"a lookup that is never answered", "is not answered in time"},
 };
 static_assert(std::size(kCanaries) == static_cast<std::size_t>(Canary::count));
 

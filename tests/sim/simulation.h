@@ -17,6 +17,7 @@
 #include "fleet.h"
 #include "freshness.h"
 #include "kinds.h"
+#include "names.h"
 #include "policy.h"
 #include "reloads.h"
 #include "swarm.h"
@@ -33,6 +34,7 @@ struct Outcome {
   std::uint64_t arrivals = 0;  // of requests at backends
   std::uint64_t unasked = 0;   // times that a backend sent bytes on an idle connection
   std::uint64_t turns = 0;
+  std::uint64_t lookups = 0, moves = 0;  // of hosts
   Ns simulated_ns = 0;
   Happened happened;
   ReloadCoverage reloads;
@@ -56,9 +58,10 @@ class Simulation {
         scale_(scale),
         ledger_(wire_),
         freshness_(ledger_, wire_),
+        names_(ledger_, wire_, dice_, swarm_.manners, slack()),
         fleet_(wire_, ledger_, dice_, swarm_.manners),
         clients_(wire_, ledger_, dice_, swarm_),
-        blame_(ledger_, wire_, fleet_, gateway_, circuits_, slack()),
+        blame_(ledger_, wire_, fleet_, names_, gateway_, circuits_, slack()),
         policy_(ledger_, wire_, freshness_, gateway_, circuits_),
         settings_(first_settings(seed, canary)),
         gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
@@ -123,6 +126,8 @@ class Simulation {
     outcome.arrivals = fleet_.arrivals();
     outcome.unasked = fleet_.unasked();
     outcome.turns = turns_;
+    outcome.lookups = names_.lookups();
+    outcome.moves = names_.moves();
     outcome.happened = audit_.happened;
     outcome.reloads = reloads_;
     outcome.simulated_ns = wire_.now() - began;
@@ -215,10 +220,14 @@ class Simulation {
     wire_.most_descriptors = SIZE_MAX;
     wire_.connect_error = 0;
     fleet_.calm();
+    names_.calm();
     swarm_.late_turn = Rate{};
     calm_ = true;
     const Ns until = wire_.now() + kCalm;
-    while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended() && !gateway_.is_empty()) step(until);
+    while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended() &&
+           !(gateway_.is_empty() && names_.idle())) {
+      step(until);
+    }
     if (ledger_.ok() && !gateway_.workers_ended()) audit_.check_rest();
   }
 
@@ -317,7 +326,8 @@ class Simulation {
     check_servers();
     not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) not_before_[loop] += dice_.span(0, swarm_.late_by_ns);
-    if (turns_ % 16 == 0) audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
+    if (turns_ % 16 == 0 && wire_.all_links() > 0)
+      audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
   }
 
   // The oracles look at the state before and after a turn.
@@ -326,11 +336,13 @@ class Simulation {
     if (!in_control_) freshness_.begin_turn(loop);
     circuits_.begin_turn(wire_.now());
     blame_.begin_turn();
+    names_.failed.clear();
   }
   void end_turn(std::uint32_t loop) {
     freshness_.end_turn();
     circuits_.end_turn(wire_.now());
     blame_.end_turn(loop);
+    if (in_control_) names_.end_turn(gateway_.control().registry(), *gateway_.control().published());
     policy_.end_turn(loop);
     if (in_control_) note_published();
     in_control_ = false;
@@ -372,7 +384,9 @@ class Simulation {
     std::array<bool, kServers> capped{};
     capped.fill(true);
     for (const BackendSettings& backend : settings_->backends) {
-      const std::size_t server = backend.address.port - 9000u;
+      const auto address = parse_address(backend.address.host, backend.address.port);
+      if (!address) return;
+      const std::uint32_t server = server_at(*address);
       capped[server] = capped[server] && backend.max_pending > 0;
       caps[server] += backend.max_pending;
     }
@@ -412,6 +426,7 @@ class Simulation {
   const Scale scale_;
   Ledger ledger_;
   Freshness freshness_;
+  Names names_;
   Fleet fleet_;
   Clients clients_;
   bool in_control_ = true;  // the turn is control's, whose first checks begin with it

@@ -16,7 +16,9 @@
 
 namespace nexus::sim {
 
-constexpr std::uint32_t kServers = 6;  // servers that exist; a configuration names some of them
+constexpr std::uint32_t kServers = 6;               // servers that exist; a configuration names some of them
+constexpr std::uint32_t kAddresses = kServers + 2;  // nobody is at the last ones; host names may stand for them
+constexpr std::uint32_t kNames = 4;                 // of hosts: h0 to h3
 constexpr std::uint32_t kModels = 6;
 
 // How often backends misbehave, in each way.
@@ -30,14 +32,16 @@ struct Manners {
   Rate early_head;                      // sends the head, and the first byte that means something long after it
   Rate malformed_head, malformed_body, overlong;
   Rate truncated, reset, stall;
-  Rate interim;              // sends 1xx before the response
-  Rate early;                // responds before it has read the body
-  Rate close_idle;           // ends a kept-alive connection, at any time
-  Rate unasked;              // sends bytes on it that no request asked for
-  Rate close_under_request;  // ends it as the next request arrives
-  Rate slow;                 // pauses within the response
-  Rate never_reads;          // ignores the request's body
-  Rate large;                // sends a large response
+  Rate interim;                                                    // sends 1xx before the response
+  Rate early;                                                      // responds before it has read the body
+  Rate close_idle;                                                 // ends a kept-alive connection, at any time
+  Rate unasked;                                                    // sends bytes on it that no request asked for
+  Rate close_under_request;                                        // ends it as the next request arrives
+  Rate slow;                                                       // pauses within the response
+  Rate never_reads;                                                // ignores the request's body
+  Rate large;                                                      // sends a large response
+  Rate name_late, name_mute, name_fails, name_part, name_refused;  // a lookup of a host name
+  Rate name_moves, name_dead;                                      // what the name stands for
 };
 
 // How often clients behave in each of these ways.
@@ -232,6 +236,13 @@ class SwarmMaker {
     m.never_reads = often(20);
     m.large = often(80);
     m.unasked = often(200);
+    m.name_late = often(500);
+    m.name_mute = often(100);
+    m.name_fails = often(400);
+    m.name_part = often(300);
+    m.name_refused = often(100);
+    m.name_moves = often(600);
+    m.name_dead = often(400);
     return m;
   }
   Habits habits() {
@@ -257,11 +268,13 @@ class SwarmMaker {
   std::uint32_t brutality_;
 };
 
+constexpr std::uint16_t kServerPort = 9000;
+
 inline Address address_of_server(std::uint32_t server) {
-  return *parse_address("10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server));
+  return *parse_address("10.0.0." + std::to_string(server + 1), kServerPort);
 }
 
-inline std::uint32_t server_at(const Address& address) { return address.port - 9000u; }
+inline std::uint32_t server_at(const Address& address) { return address.ip[3] - 1u; }
 
 // Makes configurations: the first one, and those of the reloads.
 class SettingsMaker {
@@ -273,6 +286,7 @@ class SettingsMaker {
     if (!gentle) {
       server();
       upstream();
+      by_name_ = dice_.one_in(3);
     }
     settings_.log.level = LogLevel::error;
     settings_.log.access = "stderr";
@@ -380,7 +394,7 @@ class SettingsMaker {
     BackendSettings backend;
     backend.name = "b" + std::to_string(made_++);
     backend.kind = kind;
-    backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
+    backend.address = {"10.0.0." + std::to_string(server + 1), kServerPort};
     backend.max_pending = cap;
     backend.models = std::move(models);
     settings_.backends.push_back(std::move(backend));
@@ -401,7 +415,8 @@ class SettingsMaker {
   }
   void settle(BackendSettings& backend) {
     const std::uint32_t server = dice_.number(0, kServers - 1);
-    backend.address = {"10.0.0." + std::to_string(server + 1), static_cast<std::uint16_t>(9000 + server)};
+    backend.address = {"10.0.0." + std::to_string(server + 1), kServerPort};
+    if (by_name_ && !dice_.one_in(3)) backend.address.host = "h" + std::to_string(dice_.number(0, kNames - 1));
     backend.base_path = dice_.one_in(4) ? "/base" : "";
   }
   std::vector<std::string> some_models() {
@@ -430,6 +445,7 @@ class SettingsMaker {
   const TlsWorld* tls_clients_ = nullptr;
   const TlsWorld* tls_backends_ = nullptr;
   std::uint32_t made_ = 0;
+  bool by_name_ = false;  // some backends are given by a host name
 };
 
 }  // namespace nexus::sim
