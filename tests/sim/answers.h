@@ -44,8 +44,10 @@ class AnswerMaker {
   AnswerMaker(Dice& dice, const Manners& manners) : dice_(dice), manners_(manners) {}
 
   // `asked`: the body requests usage; `by_client`: the client requested it.
-  Answer make(std::string_view id, std::size_t number, bool stream, bool asked, bool by_client, Attempt& attempt) {
+  Answer make(std::string_view id, std::size_t number, const ApiRow& api, bool stream, bool asked, bool by_client,
+              Attempt& attempt) {
     Answer answer;
+    api_ = &api;
     number_ = number;
     attempt.status = draw_status();
     const bool events = stream && attempt.status == 200;
@@ -59,9 +61,10 @@ class AnswerMaker {
       attempt.payload = R"({"error":{"message":")" + std::string(id) + R"(","code":"backend"}})";
     }
     write(answer, id, events, attempt);
+    const bool by_data = events && !api.is_lines();
     const bool says_nothing =
-        events ? ("\n" + attempt.payload).find("\ndata:") == std::string::npos : attempt.payload.empty();
-    attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && tells_error(attempt.payload)));
+        by_data ? ("\n" + attempt.payload).find("\ndata:") == std::string::npos : attempt.payload.empty();
+    attempt.in_disguise = attempt.status == 200 && (says_nothing || (events && tells_error(api, attempt.payload)));
     answer.status = attempt.status;
     answer.in_disguise = attempt.in_disguise;
     answer.may_be_whole = attempt.may_be_whole;
@@ -70,14 +73,6 @@ class AnswerMaker {
 
  private:
   enum class Framing : std::uint8_t { length, chunked, until_close };
-
-  static constexpr std::string_view kError = R"(data: {"error":{"message":"simulated","code":500}})";
-  // A body that lasts until the connection's end may end within the error: then its first line is enough.
-  static bool tells_error(const std::string& payload) {
-    constexpr std::array<std::string_view, 3> kTold{kError, "event: error\n", "event: error\r"};
-    return std::any_of(kTold.begin(), kTold.end(),
-                       [&](std::string_view told) { return payload.find(told) != std::string::npos; });
-  }
 
   std::uint16_t draw_status() {
     if (!dice_.chance(manners_.error_status)) return dice_.one_in(50) ? 204 : 200;
@@ -88,61 +83,58 @@ class AnswerMaker {
     return dice_.chance(manners_.large) ? dice_.number(10'000, 200'000) : dice_.skewed(0, 2000);
   }
 
-  static std::string usage_of(const Attempt& attempt) {
-    return R"("usage":{"prompt_tokens":)" + std::to_string(attempt.prompt_tokens) + R"(,"completion_tokens":)" +
-           std::to_string(attempt.completion_tokens) + "}";
-  }
   void draw_usage(Attempt& attempt) {
     attempt.prompt_tokens = dice_.number(0, 5000);
-    attempt.completion_tokens = dice_.number(0, 5000);
+    if (api_->completes) attempt.completion_tokens = dice_.number(0, 5000);
   }
+  static Counts counts_of(const Attempt& attempt) { return {attempt.prompt_tokens, attempt.completion_tokens}; }
 
   void json_payload(std::string_view id, Attempt& attempt) {
-    if (dice_.chance(manners_.hollow)) return;  // an empty body
-    const std::string content(pattern_of(number_ * 64 + attempt.server, draw_bytes()));
-    attempt.payload = R"({"id":")" + std::string(id) + R"(","choices":[{"message":{"content":")" + content + R"("}}])";
+    if (!api_->empty_is_unknown && dice_.chance(manners_.hollow)) return;  // an empty body
+    attempt.payload = plain_body(*api_, id, pattern_of(number_ * 64 + attempt.server, draw_bytes()));
     if (!dice_.one_in(4)) {
       draw_usage(attempt);
-      attempt.payload += "," + usage_of(attempt);
+      attempt.payload += "," + usage_text(*api_, counts_of(attempt));
     }
     attempt.payload += "}";
   }
 
   void event_payload(std::string_view id, bool asked, bool by_client, Attempt& attempt) {
     const std::string_view end = dice_.one_in(4) ? "\r\n\r\n" : "\n\n";
-    const std::uint32_t events = dice_.skewed(dice_.chance(manners_.hollow) ? 0 : 1, 30);
+    const bool hollow = dice_.chance(manners_.hollow);
+    const std::uint32_t events = dice_.skewed(hollow && !api_->empty_is_unknown ? 0 : 1, 30);
     const std::size_t each = draw_bytes() / (events + 1) + 1;
     std::string& out = attempt.payload;
     const std::string_view content = pattern_of(number_ * 64 + attempt.server, each * events);
-    if (dice_.chance(manners_.comments_first)) {
+    const bool comments = !api_->is_lines();
+    if (comments && dice_.chance(manners_.comments_first)) {
       for (std::uint32_t i = dice_.number(1, 5); i > 0; --i) out.append(dice_.one_in(2) ? ":" : ": wait").append(end);
     }
     // An error before this event, or behind all.
     const std::uint32_t error_at = !dice_.chance(manners_.error_event) ? UINT32_MAX : dice_.number(0, events);
-    for (std::uint32_t i = 0; i < events; ++i) {
-      if (i == error_at) put_error(out, end);
-      if (dice_.one_in(20)) out.append(": ping").append(end);
-      out.append(R"(data: {"id":")").append(id).append(R"(","choices":[{"index":0,"delta":{"content":")");
-      out.append(content.substr(std::min(content.size(), i * each), each)).append(R"("}}]})").append(end);
-    }
-    if (asked && !dice_.one_in(10)) {
+    const bool ends = !dice_.one_in(20) && !(hollow && events == 0);
+    const bool openai = api_->style == Style::openai;
+    // The others tell their counts unasked, and some of them with the end.
+    if (openai ? asked && !dice_.one_in(10) : (ends || api_->style == Style::messages) && !dice_.one_in(4)) {
       draw_usage(attempt);
+    }
+    if (events > 0) out += opening_event(*api_, id, counts_of(attempt), end);
+    for (std::uint32_t i = 0; i < events; ++i) {
+      if (i == error_at) out += error_event(*api_, dice_.one_in(4), end);
+      if (comments && dice_.one_in(20)) out.append(": ping").append(end);
+      out += piece_event(*api_, id, content.substr(std::min(content.size(), i * each), each), end);
+    }
+    if (openai && attempt.prompt_tokens >= 0) {
       attempt.extra_at = out.size();
-      out.append(R"(data: {"id":")")
-          .append(id)
-          .append(R"(","choices":[],)")
-          .append(usage_of(attempt))
-          .append("}")
-          .append(end);
+      const std::string name(id);
+      out +=
+          event_text(*api_, "", R"("id":")" + name + R"(","choices":[],)" + usage_text(*api_, counts_of(attempt)), end);
       if (!by_client) attempt.extra_bytes = out.size() - attempt.extra_at;
     }
-    if (error_at == events) put_error(out, end);
-    if (!dice_.one_in(20)) out.append("data: [DONE]").append(end);
-  }
-
-  void put_error(std::string& out, std::string_view end) {
-    if (dice_.one_in(4)) out.append("event: error").append(end.substr(0, end.size() / 2));
-    out.append(kError).append(end);
+    if (error_at == events) out += error_event(*api_, dice_.one_in(4), end);
+    if (events > 0 || openai || ends) out += closing_events(*api_, id, counts_of(attempt), ends, end);
+    attempt.lacks_end = !ends;
+    if (events == 0 && !openai && !ends) attempt.prompt_tokens = attempt.completion_tokens = -1;
   }
 
   void write(Answer& answer, std::string_view id, bool events, Attempt& attempt) {
@@ -155,7 +147,10 @@ class AnswerMaker {
     write_interim(out);
     const std::size_t final_at = out.size();
     out.append(http_1_0 ? "HTTP/1.0 " : "HTTP/1.1 ").append(std::to_string(attempt.status)).append(" Sim\r\n");
-    if (!no_body) out.append(events ? "Content-Type: text/event-stream\r\n" : "Content-Type: application/json\r\n");
+    if (!no_body) {
+      const std::string_view stream = api_->is_lines() ? "application/x-ndjson" : "text/event-stream";
+      out.append("Content-Type: ").append(events ? stream : "application/json").append("\r\n");
+    }
     out.append("X-Sim: ").append(id).append("/").append(std::to_string(attempt_number_)).append("\r\n");
     answer.retry_after = attempt.status == 429 && dice_.one_in(3);
     if (answer.retry_after) out.append("Retry-After: ").append(dice_.one_in(2) ? "1" : "0").append("\r\n");
@@ -220,7 +215,8 @@ class AnswerMaker {
 
   // The positions in a payload of its first byte that means something, and of the end of that event. The first byte
   // of a plain answer is enough.
-  static std::pair<std::size_t, std::size_t> first_piece(const std::string& payload, bool events) {
+  std::pair<std::size_t, std::size_t> first_piece(const std::string& payload, bool events) const {
+    if (events && api_->is_lines()) return {0, std::min(payload.find('\n'), payload.size() - 1) + 1};
     if (!events) return {0, std::min<std::size_t>(payload.size(), 1)};
     std::size_t at = 0;
     while (at < payload.size() && (payload[at] == ':' || payload[at] == '\r' || payload[at] == '\n')) {
@@ -251,12 +247,18 @@ class AnswerMaker {
     if (truncated || reset || stall) {
       const std::size_t keep = dice_.index(answer.bytes.size() + (reset && until_close ? 1 : 0));
       bool by_fin = truncated && !reset;
-      const bool in_extra = attempt.extra_bytes > 0 && keep > body_at + attempt.extra_at &&
-                            keep < body_at + attempt.extra_at + attempt.extra_bytes;
+      const std::size_t error_at = api_->is_lines() ? attempt.payload.find(R"({"error")") : std::string::npos;
+      const bool in_error =
+          error_at != std::string::npos && keep > body_at + error_at && keep < body_at + error_at + 21;
+      const bool is_empty = api_->empty_is_unknown && keep <= body_at;
+      const bool in_extra = in_error || is_empty ||
+                            (attempt.extra_bytes > 0 && keep > body_at + attempt.extra_at &&
+                             keep < body_at + attempt.extra_at + attempt.extra_bytes);
       if (until_close && keep >= body_at && by_fin && !in_extra) {
         attempt.payload.resize(keep - body_at);  // no reader can tell that the response is truncated
         if (attempt.extra_at >= attempt.payload.size()) attempt.extra_bytes = 0;
         attempt.prompt_tokens = attempt.completion_tokens = kTokensUnsure;
+        attempt.is_cut_unseen = true;
       } else {
         attempt.may_be_whole = false;
         by_fin = by_fin && !(until_close && in_extra);
@@ -319,6 +321,7 @@ class AnswerMaker {
  private:
   Dice& dice_;
   const Manners& manners_;
+  const ApiRow* api_ = &kApiRows[0];
   std::size_t number_ = 0;
   std::uint32_t interim_ = 0;
 };

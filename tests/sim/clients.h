@@ -326,7 +326,8 @@ class Clients {
     request.answered_at = client.began_at;
     request.backend = answer.value_or_empty("X-Nexus-Backend");
     request.fallback_model = answer.value_or_empty("X-Nexus-Fallback-Model");
-    request.event_stream = answer.value("Content-Type") == "text/event-stream";
+    const std::string type = answer.value_or_empty("Content-Type");
+    request.event_stream = type == "text/event-stream" || type == "application/x-ndjson";
     if (request.http_1_0 && answer.has("Transfer-Encoding")) ledger_.wrong("client %u: chunked for HTTP/1.0", who);
     if (answer.has("X-Hop")) ledger_.wrong("client %u: a hop-by-hop field was forwarded", who);
     check_whose(who, number, request);

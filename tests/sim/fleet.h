@@ -317,7 +317,7 @@ class Fleet {
     answers_.attempt_number_ = request.attempts.size();
     // A backend that did not read the body can't know if usage was requested, and sends none.
     const bool by_client = request.body.options == BodyParts::Options::yes;
-    talk.answer = answers_.make(request_id, static_cast<std::size_t>(number), request.body.stream,
+    talk.answer = answers_.make(request_id, static_cast<std::size_t>(number), *request.api, request.body.stream,
                                 asked && !talk.answered_early, by_client, attempt);
     request.attempts.push_back(std::move(attempt));
     wire_.note(8, static_cast<std::uint64_t>(number), talk.answer.bytes.size());
@@ -333,13 +333,22 @@ class Fleet {
     return body.substr(from, body.find('"', from) - from);
   }
 
+  // Behind a backend's base path.
+  static std::string_view request_path(const rfc9112::Message& head) {
+    std::string_view target = head.target;
+    if (target.starts_with("/base/")) target.remove_prefix(5);
+    return target;
+  }
+
   // True if the body is the client's except for the model and the request for usage; sets `asked` if usage is
   // requested.
   bool check_body(const Request& request, const Talk& talk, bool& asked) const {
+    if (request_path(talk.head) != request.api->path) return false;
     const std::string_view body(talk.input.data() + talk.head.head_bytes, talk.head.length);
     const std::string_view model = model_of(talk);
     if (model.empty()) return false;
     for (const bool asks : {false, true}) {
+      if (asks && !request.api->takes_options) continue;
       if (request.body.render(model, asks) != body) continue;
       asked = asks || asked;
       return true;

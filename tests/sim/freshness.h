@@ -17,11 +17,7 @@
 
 namespace nexus::sim {
 
-// True if the backend speaks each API that the simulated clients use.
-inline bool speaks_all(const BackendView& backend) {
-  constexpr Apis kUsed = apis(Api::chat, Api::completions, Api::embeddings);
-  return (backend.apis & kUsed) == kUsed;
-}
+inline bool speaks(const BackendView& backend, Api api) { return (backend.apis & apis(api)) != 0; }
 
 class Freshness {
  public:
@@ -64,7 +60,7 @@ class Freshness {
     const bool own_key = key.starts_with("Bearer sk-of-");
     const bool right = any_view(from, to, [&](const BackendView& backend, const Snapshot& snapshot) {
       return backend.healthy && backend.address == server && offers(snapshot, backend, model) &&
-             head.target.starts_with(backend.base_path + "/v1/") &&
+             head.target.starts_with(backend.base_path + "/") && head.target[backend.base_path.size() + 1] != 'b' &&
              (own_key ? backend.request_lines.find(key + "\r\n") != std::string::npos
                       : !backend.has_key && (key.empty() || snapshot.settings->server.api_keys.empty()));
     });
@@ -100,7 +96,7 @@ class Freshness {
           request.asked_at < 0 || request.answered_at < 0 || request.client_left) {
         continue;
       }
-      if (all_serve(request.asked_at, request.answered_at, request.body.model)) {
+      if (all_serve(request.asked_at, request.answered_at, request)) {
         ledger_.wrong("r%zu: %u (%s), though each fleet between its last byte and its answer serves %s", i,
                       request.status, request.line_error.c_str(), request.body.model.c_str());
       }
@@ -145,16 +141,16 @@ class Freshness {
     return false;
   }
 
-  bool all_serve(Ns from, Ns to, const std::string& model) const {
+  bool all_serve(Ns from, Ns to, const Request& request) const {
     for (std::size_t i = 0; i < published_.size(); ++i) {
       if (!was_current(i, from, to)) continue;
       const Snapshot& snapshot = *published_[i].snapshot;
-      const ModelEntry* entry = snapshot.find(model);
+      const ModelEntry* entry = snapshot.find(request.body.model);
       // A backend that cannot serve this request may be the healthy one: count those that can serve any.
       const auto serves = [&](const Offer& offer) {
         const Capabilities& can = offer.capabilities;
         const BackendView& backend = snapshot.backends[offer.backend];
-        return backend.healthy && speaks_all(backend) && can.vision && can.tools && can.json_mode &&
+        return backend.healthy && speaks(backend, request.api->api) && can.vision && can.tools && can.json_mode &&
                can.context_tokens == 0;
       };
       if (entry == nullptr || std::none_of(entry->offers.begin(), entry->offers.end(), serves)) return false;

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "apis.h"
 #include "tests/lib/wire.h"
 
 namespace nexus::sim {
@@ -32,6 +33,8 @@ struct Attempt {
   bool in_disguise = false;   // if complete, it is an error nonetheless: nothing was said, or an error event
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
+  bool lacks_end = false;      // a stream without its end mark
+  bool is_cut_unseen = false;  // no reader can tell that something is missing, and neither can the counts
 
   // The part of the payload that the client must get.
   std::string expected() const {
@@ -47,6 +50,7 @@ struct BodyParts {
   std::string model;
   std::string before, after;  // members before the options and after the rest
   bool stream = false;
+  std::string_view stream_text;  // the member
   Options options = Options::absent;
 
   static std::string_view text_of(Options options) {
@@ -76,7 +80,7 @@ struct BodyParts {
     std::string out = "{";
     if (asks && options == Options::absent) out += R"("stream_options":{"include_usage":true},)";
     out.append(before).append(asks ? asking(options) : text_of(options));
-    out.append(R"("model":")").append(as_model).append(R"(",)").append(stream ? R"("stream":true,)" : "");
+    out.append(R"("model":")").append(as_model).append(R"(",)").append(stream_text);
     return out.append(after).append("}");
   }
 };
@@ -84,6 +88,7 @@ struct BodyParts {
 struct Request {
   enum class Kind : std::uint8_t { completion, page, wrong, malformed };
   Kind kind = Kind::completion;
+  const ApiRow* api = &kApiRows[0];
   bool counted = false;  // it must have a log line: its endpoint is proxied and its head is well-formed
   bool http_1_0 = false;
   bool expects_continue = false;
@@ -205,15 +210,18 @@ class Ledger {
   void judge_part(const Request& request, const Attempt& attempt, const std::string& expected, unsigned n) {
     const std::string_view got = request.received;
     if (begins(expected, got) || begins(attempt.payload, got)) return;
-    constexpr std::string_view kError = "\n\ndata: {\"error\":{\"message\":\"";
-    const std::size_t at = request.event_stream ? got.rfind("\n\ndata: {\"err") : std::string_view::npos;
-    if (at != std::string_view::npos && begins(kError, got.substr(at, kError.size())) &&
-        (begins(expected, got.substr(0, at)) || begins(attempt.payload, got.substr(0, at)))) {
+    const std::string_view opening = own_error_event(*request.api);
+    const std::size_t at = request.event_stream ? got.rfind(opening) : std::string_view::npos;
+    if (at != std::string_view::npos && begins(opening, got.substr(at, opening.size())) &&
+        (begins(expected, got.substr(0, at)) || begins(attempt.payload, got.substr(0, at)) ||
+         begins_before_line_end(*request.api, attempt.payload, got.substr(0, at)))) {
       return;
     }
     // The error event may itself be truncated.
-    for (std::size_t cut = 1; request.event_stream && cut <= kError.size() && cut <= got.size(); ++cut) {
-      if (got.substr(got.size() - cut) == kError.substr(0, cut) && begins(expected, got.substr(0, got.size() - cut)))
+    for (std::size_t cut = 1; request.event_stream && cut <= opening.size() && cut <= got.size(); ++cut) {
+      const std::string_view before = got.substr(0, got.size() - cut);
+      if (got.substr(got.size() - cut) == opening.substr(0, cut) &&
+          (begins(expected, before) || begins_before_line_end(*request.api, attempt.payload, before)))
         return;
     }
     wrong("r%u: a part of an answer differs from its backend's, from byte %zu of %zu on", n, difference(got, expected),
@@ -223,9 +231,9 @@ class Ledger {
   void judge_own_answer(const Request& request, unsigned n) {
     if (request.kind == Request::Kind::page) return;
     if (request.status < 400) return wrong("r%u: status %u without a backend's answer", n, request.status);
-    constexpr std::string_view kOpening = R"({"error":{"message":")";
-    if (request.whole &&
-        (!begins(request.received, kOpening) || request.received.substr(request.received.size() - 2) != "}}")) {
+    const bool is_own_shape = request.kind == Request::Kind::completion && request.counted;
+    const std::string_view opening = is_own_shape ? own_error(*request.api) : own_error(kApiRows[0]);
+    if (request.whole && (!begins(request.received, opening) || request.received.back() != '}')) {
       return wrong("r%u: an error of Nexus's own that is none: %.60s", n, request.received.c_str());
     }
     const std::uint16_t expected = request.expected_status;
@@ -236,6 +244,10 @@ class Ledger {
     }
   }
 
+  // Within a line, Nexus ends it before its error.
+  static bool begins_before_line_end(const ApiRow& api, std::string_view whole, std::string_view part) {
+    return api.is_lines() && part.ends_with('\n') && begins(whole, part.substr(0, part.size() - 1));
+  }
   static bool begins(std::string_view whole, std::string_view part) { return whole.substr(0, part.size()) == part; }
   static std::size_t difference(std::string_view a, std::string_view b) {
     std::size_t at = 0;

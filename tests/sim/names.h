@@ -37,7 +37,7 @@ class Names {
       host.mute_until = 0;
       const bool lives =
           std::any_of(host.servers.begin(), host.servers.end(), [](std::uint32_t one) { return one < kServers; });
-      if (!lives) host.servers.push_back(dice_.number(0, kServers - 1));
+      if (!lives) host.servers = {dice_.number(0, kServers - 1)};
     }
   }
 
@@ -79,7 +79,7 @@ class Names {
 
   std::vector<std::uint32_t> some_servers() {
     std::vector<std::uint32_t> servers;
-    for (std::uint32_t i = dice_.number(1, 3); i > 0; --i) {
+    for (std::uint32_t i = dice_.number(1, kMostOfName); i > 0; --i) {
       const bool dead = dice_.chance(manners_.name_dead);
       servers.push_back(dead ? dice_.number(kServers, kAddresses - 1) : dice_.number(0, kServers - 1));
     }

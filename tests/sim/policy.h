@@ -103,12 +103,12 @@ class Policy {
   };
 
   // True if the backend serves any request of the simulated clients for the model.
-  static bool serves(const Snapshot& fleet, const BackendView& backend, std::string_view model) {
+  static bool serves(const Snapshot& fleet, const BackendView& backend, std::string_view model, Api api) {
     const ModelEntry* entry = fleet.find(model);
     if (entry == nullptr || !backend.healthy) return false;
     return std::any_of(entry->offers.begin(), entry->offers.end(), [&](const Offer& offer) {
       const Capabilities& can = offer.capabilities;
-      return &fleet.backends[offer.backend] == &backend && speaks_all(backend) && can.vision && can.tools &&
+      return &fleet.backends[offer.backend] == &backend && speaks(backend, api) && can.vision && can.tools &&
              can.json_mode && can.context_tokens == 0;
     });
   }
@@ -158,7 +158,7 @@ class Policy {
       if (breaker == nullptr) continue;
       const bool closed = breaker->before == Circuit::closed && breaker->after == Circuit::closed;
       if (breaker->server != arrival.server) {
-        others += closed && serves(*turn->fleet, backend, arrival.model) ? 1 : 0;
+        others += closed && serves(*turn->fleet, backend, arrival.model, ledger_.requests[number].api->api) ? 1 : 0;
       } else if (offers(*turn->fleet, backend, arrival.model)) {
         here += 1;
         const bool on_trial = breaker->before == Circuit::half_open && is_shut(breaker->after);
@@ -185,7 +185,7 @@ class Policy {
     // Without memory for a connection nobody else is asked.
     const auto lacked = std::lower_bound(lacked_.begin(), lacked_.end(), request.asked_at);
     if (lacked != lacked_.end() && *lacked <= request.answered_at) return;
-    const std::size_t could = stable(request.asked_at, request.answered_at, request.body.model).size();
+    const std::size_t could = stable(request.asked_at, request.answered_at, request).size();
     if (could <= request.line_attempts) return;
     ledger_.wrong("r%zu: %s (%u%s) after %u attempts, and was not tried on each of %zu backends that could serve it",
                   number, error.c_str(), request.status, of_backend ? ", a backend's" : "", request.line_attempts,
@@ -193,7 +193,7 @@ class Policy {
   }
 
   // The breakers of the backends that could serve the model at once, at all times between the two.
-  std::set<std::uint64_t> stable(Ns from, Ns to, std::string_view model) const {
+  std::set<std::uint64_t> stable(Ns from, Ns to, const Request& request) const {
     std::set<std::uint64_t> out;
     bool first = true;
     freshness_.each_fleet(from, to, [&](const Snapshot& fleet) {
@@ -201,7 +201,8 @@ class Policy {
       for (const BackendView& backend : fleet.backends) {
         const std::uint64_t breaker = backend.circuit->server();
         const bool kept = first || out.contains(breaker);
-        if (kept && backend.max_pending == 0 && serves(fleet, backend, model)) here.insert(breaker);
+        if (kept && backend.max_pending == 0 && serves(fleet, backend, request.body.model, request.api->api))
+          here.insert(breaker);
       }
       out.swap(here);
       first = false;
@@ -253,10 +254,12 @@ class Policy {
     sending.last = turn;
   }
 
+  Api api_of(std::int64_t number) const { return ledger_.requests[static_cast<std::size_t>(number)].api->api; }
+
   void check_order(const Waiting& went, BackendId backend, const Waiting& waits, const Snapshot& fleet) {
     if (waits.since >= went.since || waits.since <= unsettled_ || !waits.untried) return;
     const bool could = std::any_of(fleet.backends.begin(), fleet.backends.end(), [&](const BackendView& view) {
-      return view.id == backend && serves(fleet, view, waits.model);
+      return view.id == backend && serves(fleet, view, waits.model, api_of(waits.number));
     });
     if (!could) return;
     ledger_.wrong("r%lld overtook r%lld in the queue", static_cast<long long>(went.number),

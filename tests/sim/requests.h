@@ -47,8 +47,8 @@ class RequestMaker {
 
  private:
   void write_page(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive) {
-    constexpr std::string_view kPaths[] = {"/health",  "/v1/models", "/v1/models/m0", "/v1/stats", "/v1/models?x=y",
-                                           "/metrics", "/"};
+    constexpr std::string_view kPaths[] = {"/health",  "/v1/models", "/v1/models/m0", "/v1/stats",   "/v1/models?x=y",
+                                           "/metrics", "/",          "/api/tags",     "/api/version"};
     request.kind = Request::Kind::page;
     request.page = kPaths[dice_.index(std::size(kPaths))];
     out.append("GET ").append(request.page).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
@@ -68,7 +68,9 @@ class RequestMaker {
     constexpr std::string_view kModels[] = {"m0", "m0", "m0", "m1", "m1", "m2", "m3", "m3", "m4", "m5", "a0", "a1"};
     body.model = kModels[dice_.index(std::size(kModels))];
     body.stream = streams && dice_.one_in(2);
-    body.options = dice_.one_in(2) ? BodyParts::Options::absent : static_cast<BodyParts::Options>(dice_.number(0, 5));
+    body.stream_text = stream_member(*request.api, body.stream);
+    body.options = dice_.one_in(2) || !request.api->takes_options ? BodyParts::Options::absent
+                                                                  : static_cast<BodyParts::Options>(dice_.number(0, 5));
     const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 250'000) : dice_.skewed(0, 1000);
     const std::string content =
         R"("messages":[{"role":"user","content":")" + std::string(pattern_of(number * 7, bytes)) + R"("}])";
@@ -85,14 +87,11 @@ class RequestMaker {
   // Returns the bytes of its head.
   std::size_t write_completion(std::string& out, Request& request, std::string_view id, bool http_1_0, bool keep_alive,
                                bool may_expect) {
-    constexpr std::string_view kPaths[] = {"/v1/chat/completions", "/v1/chat/completions", "/v1/completions",
-                                           "/v1/embeddings"};
     const std::size_t from = out.size();
-    const std::size_t path = dice_.index(std::size(kPaths));
-    draw_body(request, ledger_.requests.size(), path < 3);
-    if (path == 3) request.body.stream = false;
+    request.api = &kApiRows[dice_.one_in(3) ? 0 : dice_.index(kApiRows.size())];
+    draw_body(request, ledger_.requests.size(), request.api->stream != Asks::never);
     request.counted = true;
-    out.append("POST ").append(kPaths[path]).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
+    out.append("POST ").append(request.api->path).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
     out.append("Host: nexus\r\nContent-Type: application/json\r\n");
     if (dice_.one_in(20))
       out.append("Authorization: Bearer sk-client\r\n");

@@ -19,6 +19,7 @@ namespace nexus::sim {
 constexpr std::uint32_t kServers = 6;               // servers that exist; a configuration names some of them
 constexpr std::uint32_t kAddresses = kServers + 2;  // nobody is at the last ones; host names may stand for them
 constexpr std::uint32_t kNames = 4;                 // of hosts: h0 to h3
+constexpr std::uint32_t kMostOfName = 3;            // addresses
 constexpr std::uint32_t kModels = 6;
 
 // How often backends misbehave, in each way.
