@@ -7,7 +7,7 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { kNames, cold_command, start_page_server, start_proxy, start_wide_nexus } from './fleet.mjs';
-import { over_tls } from './tls_cases.mjs';
+import { idle_tls, over_tls } from './tls_cases.mjs';
 import { count_calls, cpu_seconds, hold_streams, median, most_connections, resident_kb, run, sleep, stop, streams, thread_cpu_seconds, wrk } from './rig.mjs';
 
 const others = kNames.filter((name) => name !== 'floor');
@@ -336,6 +336,7 @@ export const kParts = [
   { name: 'calls', title: 'System calls', run: system_calls, cost: (c) => 4 * (c.quick ? 1.5 : 2.5) },
   { name: 'start', title: 'Start and size', run: start_and_size, cost: (c) => 1.2 * c.rounds },
   { name: 'threads', title: 'Two threads', run: two_threads, cost: (c) => c.rounds * c.seconds * 2 + c.seconds + 1 },
-  { name: 'tls', title: 'TLS', run: over_tls, cost: (c) => c.rounds * c.seconds * 15 + (c.quick ? 2 : 30) },
+  { name: 'tls', title: 'TLS', run: over_tls, cost: (c) => c.rounds * c.seconds * 15 },
+  { name: 'tls-idle', title: 'TLS: memory', run: idle_tls, cost: (c) => (c.quick ? 5 : 60) },
   { name: 'stalls', title: 'Loop stalls', run: loop_stalls, cost: (c) => (c.quick ? 15 : 76) },
 ];

@@ -126,7 +126,8 @@ class Connection {
   // hangup only the end of file or an error proves it.
   IoResult read(Net& net, char* into, std::size_t bytes) {
     assert(bytes > 0);
-    if (tls_ != nullptr) return read_tls(net, into, bytes);
+    if (tls_ != nullptr) [[unlikely]]
+      return read_tls(net, into, bytes);
     const IoResult result = net.read(socket_, into, bytes);
     if (result.ok()) {
       if (result.bytes < bytes && !hangup_) readable_ = false;
@@ -233,15 +234,17 @@ class Connection {
             }};
   }
 
-  IoResult read_tls(Net& net, char* into, std::size_t bytes) {
+  [[gnu::noinline]] IoResult read_tls(Net& net, char* into, std::size_t bytes) {
     const IoResult result = tls_->read(wire(net), into, bytes);
     readable_ = result.ok() && tls_->may_read();
     if (result.kind == IoResult::Kind::failed) failed_ = true;
     return result;
   }
 
+  [[gnu::noinline]] IoResult write_tls(Net& net, std::span<const iovec> parts) { return tls_->write(wire(net), parts); }
+
   IoResult send(Net& net, std::span<const iovec> parts) {
-    const IoResult result = tls_ != nullptr ? tls_->write(wire(net), parts) : net.write(socket_, parts);
+    const IoResult result = tls_ == nullptr ? net.write(socket_, parts) : write_tls(net, parts);
     if (result.kind == IoResult::Kind::again) writable_ = false;
     if (result.kind == IoResult::Kind::failed) {
       write_failed_ = true;

@@ -265,6 +265,7 @@ class TlsServer {
     if (std::string problem = tls::use_certificate(context.get(), pair.chain, pair.key); !problem.empty())
       return problem;
     SSL_CTX_set_session_cache_mode(context.get(), SSL_SESS_CACHE_OFF);  // tickets alone: nothing is kept here
+    SSL_CTX_set_num_tickets(context.get(), 1);  // a client that makes several connections gets one with each
     constexpr unsigned char kId[] = "nexus";
     SSL_CTX_set_session_id_context(context.get(), kId, sizeof kId);
     SSL_CTX_set_alpn_select_cb(context.get(), choose_protocol, nullptr);
