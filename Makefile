@@ -75,7 +75,7 @@ WARNINGS := -Wall -Wextra -Wconversion -Werror
 # What a sanitiser adds makes gcc 12 see members of a moved variant as unset (its manual says so of -Wmaybe-uninitialized).
 WARNINGS += $(if $(SAN),$(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized))
 LLHTTP_INCLUDES := $(if $(LLHTTP),-isystem /usr/share/include -isystem /usr/share/include/llhttp)
-INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(FOREIGN:%=-isystem %/include)
+INCLUDES := -I. -isystem $(SIMDJSON) $(LLHTTP_INCLUDES) $(foreach root,$(FOREIGN),-isystem $(root)/include -isystem $(root)/include/$(CROSS))
 # simdjson has other members where a file is not optimised, unless told: objects of several levels are linked together.
 CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 $(NO_TLS:%=-DNEXUS_NO_TLS) $(INCLUDES) $(CXXFLAGS)
 THIRD_PARTY := $(patsubst -fstack-protector,-fstack-protector-strong,$(OPTIMISE)) -w -DLLHTTP_STRICT_MODE=1
@@ -146,10 +146,11 @@ $(STATUS_FILES): tools/embed.sh $(STATUS_PAGE).html $(STATUS_PAGE).css $(STATUS_
 	@mkdir -p $(@D)
 	@tools/embed.sh kStatusPage=$(STATUS_PAGE).html kStatusStyle=$(STATUS_PAGE).css kStatusScript=$(STATUS_PAGE).js >$@
 
-READY := $(BUILD_DEPS) $(SIMDJSON)/simdjson.h $(STATUS_FILES) $(FOREIGN)
+READY := $(BUILD_DEPS) $(SIMDJSON)/simdjson.h $(STATUS_FILES) $(FOREIGN:%=%/include/openssl/ssl.h)
 
-$(FOREIGN): | $(BUILD_DEPS)
-	@tools/fetch-cross.sh $(CROSS) $(@D)
+$(FOREIGN:%=%/include/openssl/ssl.h): | $(BUILD_DEPS)
+	@tools/fetch-cross.sh $(CROSS) $(DEPS)/$(CROSS)
+	@touch $@
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
