@@ -90,6 +90,18 @@ group('tls for clients', () => {
     await until(async () => await handshakes(nexus, 'client', 'closed') === 1, 'the failed handshake counted');
   });
 
+  test('nexus top and the status page are seen over https', async (t) => {
+    const { port, secure } = await over_tls(t);
+    const page = await get(port, '/', secure);
+    assert.match(page.headers.get('content-type'), /^text\/html/);
+    const top = await run_nexus(['top', `https://127.0.0.1:${port}`], { env: { SSL_CERT_FILE: authority().pem } });
+    assert.equal(top.code, 0, top.stderr);
+    assert.match(top.stdout, /b1/);
+    const stranger = await run_nexus(['top', `https://127.0.0.1:${port}`], { env: { SSL_CERT_FILE: make_authority('Other').pem } });
+    assert.notEqual(stranger.code, 0);
+    assert.match(stranger.stderr + stranger.stdout, /the issuer of its certificate is unknown/);
+  });
+
   test('a handshake that never ends is cut at header_timeout and disturbs nobody', async (t) => {
     const { nexus, port, secure } = await over_tls(t, { server: { header_timeout: '300ms' } });
     const idle = await Promise.all(Array.from({ length: 50 }, () => RawClient.connect(port, { secure: null })));
