@@ -259,7 +259,7 @@ class SimNet {
     TlsPeer& peer = *link.tls;
     if (peer.waiting() == 0) {
       // Before the handshake is over, the peer has sent nothing: its bytes wait in the link. Its end does not.
-      char plain[8192];
+      char plain[16384];
       const bool early = !peer.established() && link.to_nexus.unread() > 0;
       const IoResult result = early ? IoResult{IoResult::Kind::again, 0, 0} : read_plain(socket, plain, sizeof plain);
       if (result.ok()) peer.say({plain, result.bytes});

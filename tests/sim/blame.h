@@ -151,7 +151,8 @@ class Blame {
     if (link.loop == static_cast<std::int32_t>(gateway_.workers())) return is_check_late(link);
     const bool shakes = link.tls != nullptr && !link.tls->established();
     if (!link.connected || shakes) return now - link.made_at >= least_.connect_ns;
-    if (link.to_nexus.unread() > 0 && link.edge_due <= now) return false;  // the bytes are here
+    // The bytes are here. In TLS they come record by record: an event is queued for the next one.
+    if (link.to_nexus.unread() > 0 && link.edge_due <= now && link.tls == nullptr) return false;
     const Ns written_at = link.to_peer.marks.empty() ? link.made_at : link.to_peer.marks.back().at;
     const std::uint64_t read = link.to_nexus.read;
     const bool awaits_first = conduct.answer == nullptr || read < conduct.begins + conduct.answer->first_end;
