@@ -84,8 +84,14 @@ class AnswerMaker {
   }
 
   void draw_usage(Attempt& attempt) {
-    attempt.prompt_tokens = dice_.number(0, 5000);
-    if (api_->completes) attempt.completion_tokens = dice_.number(0, 5000);
+    attempt.prompt_tokens = draw_count();
+    if (api_->completes) attempt.completion_tokens = draw_count();
+  }
+  // Often a bound of a histogram.
+  std::int64_t draw_count() {
+    constexpr auto& kBounds = kTokenBounds.upper;
+    if (dice_.one_in(4)) return static_cast<std::int64_t>(kBounds[dice_.index(kBounds.size())]);
+    return dice_.number(0, 5000);
   }
   static Counts counts_of(const Attempt& attempt) { return {attempt.prompt_tokens, attempt.completion_tokens}; }
 
@@ -155,6 +161,7 @@ class AnswerMaker {
     answer.retry_after = attempt.status == 429 && dice_.one_in(3);
     if (answer.retry_after) out.append("Retry-After: ").append(dice_.one_in(2) ? "1" : "0").append("\r\n");
     if (close && !http_1_0) out.append("Connection: close\r\n");
+    if (dice_.one_in(10)) out.append("X-Nexus-Backend: forged\r\nX-Nexus-Fallback-Model: forged\r\n");
     if (dice_.one_in(10)) out.append("Connection: x-hop\r\nX-Hop: not for clients\r\n");
     if (framing == Framing::length && !no_body) {
       out.append("Content-Length: ").append(std::to_string(attempt.payload.size())).append("\r\n");

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <ctime>
 #include <deque>
 #include <string>
 #include <string_view>
@@ -27,6 +28,7 @@ class Clients {
         clients_(swarm.clients),
         left_(swarm.requests) {}
 
+  void max_body_bytes(std::size_t bytes) { maker_.max_body_bytes = bytes; }
   void start() {
     for (std::uint32_t i = 0; i < clients_.size(); ++i) set_timer(i, kVisit, dice_.span(0, 20 * kMillisecond));
   }
@@ -92,6 +94,7 @@ class Clients {
   }
 
  private:
+  static constexpr Ns kOldestDate = 20 * kSecond;  // the head of a response may have waited for its first event
   enum Timer : std::uint64_t { kVisit, kAsk, kRead, kSendBody, kAbort, kLeave };
   enum class Abort : std::uint8_t { none, shut, close, reset };
 
@@ -330,7 +333,34 @@ class Clients {
     request.event_stream = type == "text/event-stream" || type == "application/x-ndjson";
     if (request.http_1_0 && answer.has("Transfer-Encoding")) ledger_.wrong("client %u: chunked for HTTP/1.0", who);
     if (answer.has("X-Hop")) ledger_.wrong("client %u: a hop-by-hop field was forwarded", who);
+    check_fields(who, request);
     check_whose(who, number, request);
+  }
+
+  // The fields that Nexus itself answers for.
+  void check_fields(std::uint32_t who, const Request& request) {
+    const rfc9112::Message& answer = clients_[who].reader.message;
+    for (const char* name : {"Date", "X-Nexus-Backend", "X-Nexus-Fallback-Model", "Content-Length", "Content-Type"}) {
+      if (answer.all(name).size() > 1) ledger_.wrong("client %u: a response with two fields %s", who, name);
+    }
+    if (request.backend == "forged" || request.fallback_model == "forged") {
+      ledger_.wrong("client %u: a backend has set a field of Nexus's own", who);
+    }
+    if (answer.status == 204 && answer.has("Content-Length")) ledger_.wrong("client %u: 204 with a length", who);
+    const bool own = !answer.has("X-Sim") && request.kind == Request::Kind::completion;
+    const bool busy = answer.status == 503 || (answer.status == 429 && own);
+    if (own && busy && !answer.has("Retry-After"))
+      ledger_.wrong("client %u: %u without Retry-After", who, request.status);
+    std::tm date{};
+    const std::string text = answer.value_or_empty("Date");
+    if (strptime(text.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &date) == nullptr) {
+      return ledger_.wrong("client %u: Date: %s", who, text.c_str());
+    }
+    const Ns age = clients_[who].began_at - Ns{timegm(&date)} * kSecond;
+    if (clients_[who].began_at > 0 && (age < 0 || age > kOldestDate)) {
+      ledger_.wrong("client %u: the Date of a response is %lld ms old", who,
+                    static_cast<long long>(age / kMillisecond));
+    }
   }
 
   void check_whose(std::uint32_t who, std::size_t number, Request& request) {

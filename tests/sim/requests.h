@@ -17,6 +17,8 @@ class RequestMaker {
  public:
   RequestMaker(Ledger& ledger, Dice& dice, const Habits& habits) : ledger_(ledger), dice_(dice), habits_(habits) {}
 
+  std::size_t max_body_bytes = SIZE_MAX;  // of the first configuration
+
   struct Made {
     std::size_t number;
     std::size_t head_bytes;  // of the request
@@ -82,6 +84,15 @@ class RequestMaker {
     }
     if (dice_.one_in(4)) body.before.insert(0, "\n ");
     request.sent_body = body.render(body.model, false);
+    pad(request);
+  }
+
+  // Sometimes as large as a body may be, or larger by a byte.
+  void pad(Request& request) {
+    const std::size_t wanted = max_body_bytes + (dice_.one_in(2) ? 1 : 0), is = request.sent_body.size();
+    if (max_body_bytes > 5000 || is >= wanted || !dice_.one_in(4)) return;
+    request.body.before.insert(0, wanted - is, ' ');
+    request.sent_body = request.body.render(request.body.model, false);
   }
 
   // Returns the bytes of its head.
@@ -100,8 +111,9 @@ class RequestMaker {
     write_id(out, id, http_1_0, keep_alive);
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
     const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
-    request.expects_continue = may_expect && !http_1_0 && dice_.chance(habits_.expect_continue);
-    if (request.expects_continue) out.append("Expect: 100-continue\r\n");
+    const bool expects = may_expect && dice_.chance(habits_.expect_continue);
+    request.expects_continue = expects && !http_1_0;  // RFC 9110 10.1.1: no answer to an HTTP/1.0 client
+    if (expects) out.append("Expect: 100-continue\r\n");
     if (!chunked) {
       out.append("Content-Length: ").append(std::to_string(request.sent_body.size())).append("\r\n\r\n");
       const std::size_t head_bytes = out.size() - from;

@@ -20,6 +20,7 @@
 #include "names.h"
 #include "policy.h"
 #include "reloads.h"
+#include "scrape.h"
 #include "swarm.h"
 #include "tests/lib/faults.h"
 #include "tests/lib/gateway.h"
@@ -83,6 +84,7 @@ class Simulation {
       freshness_.on_request(link, address_of_server(link.peer), head, model, first, sent.at, slack());
       policy_.on_request(link, number, model, first, sent);
     };
+    clients_.max_body_bytes(settings_->server.max_body_bytes);
     blame_.note(*settings_);
     policy_.note(*settings_);
     end_turn(gateway_.workers());  // the first checks have begun
@@ -200,6 +202,7 @@ class Simulation {
     reload(next);
   }
   void reload(const std::shared_ptr<const Settings>& next) {
+    reloads_of_run_ += 1;
     audit_.note_caps(*next);
     blame_.note(*next);
     policy_.note(*next);
@@ -248,8 +251,32 @@ class Simulation {
     if (ledger_.ok()) freshness_.check_refusals();
     if (ledger_.ok()) blame_.check_cancelled();
     if (ledger_.ok()) policy_.check_at_end();
+    if (ledger_.ok()) Scrape(ledger_, gateway_).check();
+    if (ledger_.ok() && reloads_of_run_ == 0) check_limits();
     gateway_.end_control();
     if (ledger_.ok()) audit_.check_closed();
+  }
+
+  // What a configuration that was never changed says of each request.
+  void check_limits() {
+    const std::size_t max_body = settings_->server.max_body_bytes;
+    const Ns most = settings_->upstream.request_timeout_ns;
+    for (std::size_t i = 0; i < ledger_.requests.size(); ++i) {
+      const Request& request = ledger_.requests[i];
+      if (request.kind != Request::Kind::completion || request.lines != 1 || request.client_left) continue;
+      const unsigned n = static_cast<unsigned>(i);
+      const bool too_large = request.sent_body.size() > max_body;
+      if (too_large ? request.attempt >= 0 || !request.attempts.empty() : request.status == 413) {
+        ledger_.wrong("r%u: %u for a body of %zu bytes, max_body is %zu", n, request.status, request.sent_body.size(),
+                      max_body);
+      }
+      const bool at_once = request.kept && !request.pipelined;  // others wait for a place, or for one before them
+      const Ns took = request.answered_at - request.asked_at;
+      if (most > 0 && at_once && request.asked_at >= 0 && took > most + 2 * slack() && !ledger_.memory_faults) {
+        ledger_.wrong("r%u: answered after %lld ms, request_timeout is %lld ms", n,
+                      static_cast<long long>(took / kMillisecond), static_cast<long long>(most / kMillisecond));
+      }
+    }
   }
 
   // Delivers everything in transit; nobody answers any more.
@@ -446,6 +473,7 @@ class Simulation {
   std::uint32_t turns_there_ = 0;
   LinkId broken_ = kNoLink;  // the client's link on which a call failed in this turn
   std::uint32_t broken_life_ = 0;
+  std::uint32_t reloads_of_run_ = 0;
   bool calm_ = false;
 };
 

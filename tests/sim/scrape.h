@@ -1,0 +1,174 @@
+// scrape.h
+// Owns:     comparing the pages /metrics and /v1/stats, rendered when everything is over, with what the log lines say.
+// Promises: each total of the pages equals that of the requests' lines; the page is well-formed; every histogram has
+//           the buckets that the lines give it.
+// Leaves:   comparing the lines with what both simulated sides saw to audit.h.
+// Threads:  one.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "ledger.h"
+#include "tests/lib/exposition_parser.h"
+#include "tests/lib/gateway.h"
+
+namespace nexus::sim {
+
+class Scrape {
+ public:
+  Scrape(Ledger& ledger, const Gateway& gateway) : ledger_(ledger), registry_(gateway.control().registry()) {
+    fleet_.backends.reserve(registry_.backends().size());
+    for (const Registry::Backend& backend : registry_.backends()) {
+      const bool healthy = backend.health == Health::healthy && backend.address.has_value();
+      fleet_.backends.push_back({backend.id, healthy, backend.settings.max_pending});
+    }
+    std::transform(kEndpoints.begin(), kEndpoints.end(), paths_.begin(), [](const Endpoint& row) { return row.path; });
+    fleet_.endpoints = paths_;
+    PrometheusPage page;
+    text_ = page.render(gateway.metrics(), fleet_, ProcessStats{}, registry_.model_names(), registry_.backend_names(),
+                        registry_.key_names(), LabelMode::sanitize);
+    stats_ = collect_stats(gateway.metrics(), fleet_, registry_.model_names(), registry_.backend_names(),
+                           registry_.key_names());
+  }
+
+  void check() {
+    const exposition::Reader page(text_);
+    if (!page.problems.empty()) ledger_.wrong("/metrics: %s", page.problems.front().c_str());
+    Lines lines;
+    for (const Request& request : ledger_.requests) {
+      if (request.lines == 1) lines.add(request);
+    }
+    same("nexus_requests_total", page.sum("nexus_requests_total"), lines.requests);
+    same("nexus_endpoint_requests_total", page.sum("nexus_endpoint_requests_total"), lines.requests);
+    same("nexus_errors_total", page.sum("nexus_errors_total"), lines.failed);
+    for (const auto& [error, count] : lines.errors) {
+      same(("nexus_errors_total of " + error).c_str(), page.sum("nexus_errors_total", {{"error_type", error}}), count);
+    }
+    for (const auto& [status, count] : lines.statuses) {
+      const std::string text = std::to_string(status);
+      same("nexus_requests_total of a status", page.sum("nexus_requests_total", {{"status", text}}), count);
+      same("nexus_endpoint_requests_total of a status", page.sum("nexus_endpoint_requests_total", {{"status", text}}),
+           count);
+    }
+    same("nexus_client_disconnects_total", page.sum("nexus_client_disconnects_total"), lines.left);
+    same("nexus_backend_attempts_total", page.sum("nexus_backend_attempts_total"), lines.attempts);
+    check_tokens(page, "prompt", lines.prompts);
+    check_tokens(page, "completion", lines.completions);
+    check_whole(page);
+    check_gauges(page);
+    check_stats(lines);
+  }
+
+ private:
+  struct Lines {
+    std::uint64_t requests = 0, failed = 0, left = 0, attempts = 0;
+    std::map<std::string, std::uint64_t> errors;
+    std::map<unsigned, std::uint64_t> statuses;
+    std::vector<std::int64_t> prompts, completions;
+
+    void add(const Request& request) {
+      requests += 1;
+      statuses[request.line_status] += 1;
+      attempts += request.line_attempts;
+      if (request.line_error != "-") {
+        failed += 1;
+        errors[request.line_error] += 1;
+        left += request.line_error == "client_closed" ? 1 : 0;
+      }
+      if (request.line_prompt_tokens >= 0) prompts.push_back(request.line_prompt_tokens);
+      if (request.line_completion_tokens >= 0) completions.push_back(request.line_completion_tokens);
+    }
+  };
+
+  void same(const char* what, double shown, std::uint64_t lines) {
+    if (shown == static_cast<double>(lines)) return;
+    ledger_.wrong("%s is %.0f, the log says %llu", what, shown, static_cast<unsigned long long>(lines));
+  }
+
+  // Each bucket counts the responses of at most so many tokens.
+  void check_tokens(const exposition::Reader& page, const char* type, const std::vector<std::int64_t>& lines) {
+    const exposition::Family* family = page.family("nexus_tokens_total");
+    if (family == nullptr) return lines.empty() ? void() : ledger_.wrong("no nexus_tokens_total");
+    std::map<std::string, double> buckets;
+    for (const exposition::Sample& sample : family->samples) {
+      const auto of_type = sample.labels.find("type"), bound = sample.labels.find("le");
+      if (of_type == sample.labels.end() || of_type->second != type || bound == sample.labels.end()) continue;
+      buckets[bound->second] += sample.value;
+    }
+    for (const auto& [bound, shown] : buckets) {
+      const double most = bound == "+Inf" ? INFINITY : std::stod(bound);
+      const auto count = std::count_if(lines.begin(), lines.end(),
+                                       [most](std::int64_t tokens) { return static_cast<double>(tokens) <= most; });
+      same("a bucket of nexus_tokens_total", shown, static_cast<std::uint64_t>(count));
+    }
+  }
+
+  // Requests whose client and backend both saw a whole answer tell what must be counted besides.
+  void check_whole(const exposition::Reader& page) {
+    std::uint64_t mute = 0, endless = 0, fallbacks = 0, unsure = 0, streams = 0;
+    for (const Request& request : ledger_.requests) {
+      if (request.lines != 1) continue;
+      fallbacks += request.fallback_model.empty() ? 0 : 1;
+      const bool good = request.line_error == "-" && request.line_status / 100 == 2;
+      const bool sure = good && request.whole && request.attempt >= 0 && !request.client_left &&
+                        !request.attempts[static_cast<std::size_t>(request.attempt)].is_cut_unseen;
+      if (!sure) {
+        unsure += good || !request.attempts.empty() ? 1 : 0;
+        continue;
+      }
+      const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
+      mute += attempt.prompt_tokens < 0 && attempt.completion_tokens < 0 ? 1 : 0;
+      endless += attempt.lacks_end && attempt.status == 200 ? 1 : 0;
+      streams += request.event_stream && request.status == 200 ? 1 : 0;
+    }
+    if (ledger_.memory_faults) return;
+    within("nexus_responses_without_usage_total", page.sum("nexus_responses_without_usage_total"), mute, unsure);
+    within("nexus_streams_without_end_total", page.sum("nexus_streams_without_end_total"), endless, unsure);
+    // Others were begun, and failed or were left.
+    at_least("nexus_fallbacks_total", page.sum("nexus_fallbacks_total"), fallbacks);
+    at_least("nexus_time_to_first_token_seconds", page.sum("nexus_time_to_first_token_seconds_count"), streams);
+  }
+  void within(const char* what, double shown, std::uint64_t least, std::uint64_t more) {
+    at_least(what, shown, least);
+    if (shown <= static_cast<double>(least + more)) return;
+    ledger_.wrong("%s is %.0f, at most %llu were seen", what, shown, static_cast<unsigned long long>(least + more));
+  }
+  void at_least(const char* what, double shown, std::uint64_t least) {
+    if (shown >= static_cast<double>(least)) return;
+    ledger_.wrong("%s is %.0f, at least %llu were seen", what, shown, static_cast<unsigned long long>(least));
+  }
+
+  void check_gauges(const exposition::Reader& page) {
+    same("nexus_pending_requests", page.sum("nexus_pending_requests"), 0);
+    same("nexus_backend_in_flight", page.sum("nexus_backend_in_flight"), 0);
+    same("nexus_queue_depth", page.sum("nexus_queue_depth"), 0);
+    same("nexus_client_connections", page.sum("nexus_client_connections"), 0);
+  }
+
+  void check_stats(const Lines& lines) {
+    same("/v1/stats: requests", static_cast<double>(stats_.all.requests), lines.requests);
+    std::uint64_t backends = 0, models = 0;
+    for (const auto* rows : {&stats_.backends, &stats_.removed}) {
+      for (const StatsRow& row : *rows) backends += row.requests;
+    }
+    for (std::size_t i = 0; i < stats_.models.size(); ++i) {
+      models += stats_.models[i].requests;
+      const bool ordered = i == 0 || stats_.models[i - 1].requests >= stats_.models[i].requests;
+      if (!ordered) ledger_.wrong("/v1/stats: the models are not in order of their requests");
+    }
+    if (backends > lines.requests || models > lines.requests) ledger_.wrong("/v1/stats: a request counts twice");
+  }
+
+  Ledger& ledger_;
+  const Registry& registry_;
+  std::array<std::string_view, kEndpoints.size()> paths_{};
+  FleetView fleet_;
+  std::string text_;
+  Stats stats_;
+};
+
+}  // namespace nexus::sim
