@@ -553,7 +553,7 @@ TEST_CASE("a line that is neither a section nor a pair is refused with its numbe
 
 TEST_CASE("unknown, repeated and misplaced sections are errors") {
   const std::string all =
-      "[server], [upstream], [health], [routing], [queue], [fallbacks], [aliases], [metrics], [log], [backend]";
+      "[server], [upstream], [health], [routing], [queue], [keys], [fallbacks], [aliases], [metrics], [log], [backend]";
   check_rows({
       {"[sever]\nthreads = 999\nbroken =", "n:1: unknown section 'sever'; did you mean [server]?\n"},
       {"[tls]\n", "n:1: unknown section 'tls'; expected one of " + all + "\n"},
@@ -1074,6 +1074,7 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   const std::string bad_key = "/k:1: expected a key of 8 to 512 visible ASCII characters\n";
   const std::string bad_name = "/k:1: expected a name of 1 to 64 letters, digits and . _ : - before the key\n";
   const std::string shape = "/k:1: expected `name key`\n";
+  const std::string options = "weight=, priority=";
   const std::vector<NamePair> rows{
       {"", "/k: expected at least one line `name key`\n"},
       {"# none\n", "/k: expected at least one line `name key`\n"},
@@ -1085,7 +1086,14 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
       {std::string(65, 'a') + " 12345678", bad_name},
       {"a/b 12345678", bad_name},
       {"sk-12345678", shape},
-      {"a 12345678 x", shape},
+      {"a 12345678 x", "/k:1: expected an option behind the key, one of " + options + "\n"},
+      {"a 12345678 weight", "/k:1: expected an option behind the key, one of " + options + "\n"},
+      {"a 12345678 Weight=2", "/k:1: expected an option behind the key, one of " + options + "\n"},
+      {"a 12345678 weight=0", "/k:1: weight: expected a number, 1 to 1000\n"},
+      {"a 12345678 weight=1001", "/k:1: weight: expected a number, 1 to 1000\n"},
+      {"a 12345678 weight=", "/k:1: weight: expected a number, 1 to 1000\n"},
+      {"a 12345678\nb 87654321 priority=101", "/k:2: priority: expected a number, 0 to 100\n"},
+      {"a 12345678 weight=2 weight=3", "/k:1: weight is repeated on this line\n"},
       {"a 12345678\nb 87654321\na 11111111", "/k:3: this name is already used on line 1\n"},
       {"a 12345678\nb 12345678", "/k:2: this key is already used on line 1\n"},
   };
@@ -1095,6 +1103,21 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   }
   CHECK_EQ(all_messages(parse("[server]\napi_keys_file = /none")),
            "n:2: api_keys_file: cannot read this file: No such file or directory\n");
+}
+
+TEST_CASE("options behind a key are read, and a key without them has the defaults") {
+  const auto parsed =
+      parse_config("[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",
+                   fake_environment({}, {{"/k", "a 12345678\tweight=3  priority=0 # his\nb 87654321"}}));
+  REQUIRE(parsed.ok());
+  const std::vector<ApiKey>& keys = parsed.settings.server.api_keys;
+  REQUIRE(keys.size() == 2);
+  CHECK(keys[0].key == "12345678");
+  CHECK(keys[0].options.weight == 3);
+  CHECK(keys[0].options.priority == 0);
+  CHECK(keys[1].options == KeyOptions{});
+  CHECK(KeyOptions{}.weight == 1);
+  CHECK(KeyOptions{}.priority == 50);
 }
 
 TEST_CASE("there may be 10,000 client keys, and no more") {

@@ -544,7 +544,7 @@ TEST_CASE("the first names of keys that were ever read have ids of their own, al
     std::vector<std::uint32_t> ids;
     const auto made = registry.snapshot();
     for (std::size_t i = 0; i < made->keys->size(); ++i) {
-      CHECK((*made->keys)[i].name == made->settings->server.api_keys[i].name);
+      CHECK((*made->keys)[i].settings->name == made->settings->server.api_keys[i].name);
       ids.push_back(index_of((*made->keys)[i].id));
     }
     return ids;

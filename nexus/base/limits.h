@@ -35,6 +35,13 @@ constexpr std::size_t kMaxClientKeyBytes = 512;
 constexpr std::size_t kMaxClientKeys = 10'000;
 constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claims is long
 
+// ---- clients' keys ----
+
+constexpr std::uint32_t kMaxKeyPriority = 100;
+constexpr std::uint32_t kDefaultKeyPriority = 50;
+constexpr std::uint64_t kMaxFairCost = 1u << 20;  // tokens of a request that count for its turn, whatever is said
+constexpr std::size_t kAddressFlows = 1'024;      // clients without a key, by address: some share a flow
+
 // ---- names, for the life of the process ----
 
 constexpr std::size_t kMaxModelNames = 20'000;           // models beyond it are counted as `unknown`

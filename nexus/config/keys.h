@@ -21,6 +21,7 @@
 
 #include "nexus/base/limits.h"
 #include "nexus/base/text.h"
+#include "nexus/config/key_file.h"
 #include "nexus/config/settings.h"
 #include "nexus/config/values.h"
 
@@ -300,6 +301,8 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
 
     {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
     {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},
+
+    {"keys", "fair_by", kChoice, "key", "key, address", [](V& v) { v.to(v.s.keys.fair_by); }},
 
     {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.s.fallbacks); }},
 

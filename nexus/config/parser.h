@@ -140,6 +140,7 @@ class ConfigReader {
   ConfigResult read(std::string_view text) {
     read_lines(text, errors_, [this](int number, std::string_view line) { read_line(number, line); });
     leave_section();
+    fill_key_options(settings_.keys.defaults, settings_.server.api_keys);
     check_aliases();
     check_weights();
     check_body_memory();

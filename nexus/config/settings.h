@@ -130,9 +130,17 @@ enum class LogFormat : std::uint8_t { text, json };
 enum class Resend : std::uint8_t { stale, never };
 enum class StreamUsage : std::uint8_t { by_kind, ask, as_is };  // by_kind: ask, but as_is for `generic`
 
+struct KeyOptions {
+  std::uint64_t weight = 1;                      // its share of the turns where requests wait
+  std::uint64_t priority = kDefaultKeyPriority;  // lower first
+  bool operator==(const KeyOptions&) const = default;
+};
+
 struct ApiKey {
   std::string name;
   std::string key;
+  KeyOptions options{};
+  unsigned given = 0;  // bits of the options that its line has
   bool operator==(const ApiKey&) const = default;
 };
 
@@ -222,6 +230,13 @@ struct QueueSettings {
   Ns timeout_ns = 30 * kSecond;
 };
 
+enum class FairBy : std::uint8_t { key, address };
+
+struct KeysSettings {
+  FairBy fair_by = FairBy::key;  // requests without a key: all together, or by the client's address
+  KeyOptions defaults;           // of keys whose line lacks an option, and of requests without a key
+};
+
 struct MetricsSettings {
   bool enabled = true;
   LabelMode labels = LabelMode::sanitize;
@@ -270,6 +285,7 @@ struct Settings {
   HealthSettings health;
   RoutingSettings routing;
   QueueSettings queue;
+  KeysSettings keys;
   MetricsSettings metrics;
   LogSettings log;
   std::vector<NamePair> aliases;  // name → model, in file order

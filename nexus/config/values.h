@@ -443,33 +443,4 @@ inline std::string read_key_file(const ConfigEnvironment& env, std::string_view 
   return check_backend_key(key);
 }
 
-// Reads the lines `name key` of api_keys_file. No error quotes any part of a line: it may be a key.
-inline void read_client_keys(std::string_view text, const std::string& file, std::vector<ConfigError>& errors,
-                             std::vector<ApiKey>& keys) {
-  std::unordered_map<std::string_view, int> lines_of_names, lines_of_keys;  // views into the text
-  bool full = false;
-  read_lines(text, errors, [&](int number, std::string_view line) {
-    const auto report = [&](std::string message) { errors.push_back({file, number, std::move(message)}); };
-    const std::size_t blank = std::min(line.find_first_of(" \t"), line.size());
-    const std::string_view name = line.substr(0, blank), key = trim_blanks(line.substr(blank));
-    if (key.empty() || key.find_first_of(" \t") != std::string_view::npos) return report("expected `name key`");
-    if (!is_backend_name(name)) {
-      return report("expected a name of 1 to 64 letters, digits and . _ : - before the key");
-    }
-    if (key.size() < kMinClientKeyBytes || key.size() > kMaxClientKeyBytes || !is_visible_ascii(key)) {
-      return report("expected a key of 8 to 512 visible ASCII characters");
-    }
-    if (keys.size() == kMaxClientKeys) {
-      if (!std::exchange(full, true)) report(at_most(kMaxClientKeys, "keys"));
-      return;
-    }
-    const auto [same_name, name_is_new] = lines_of_names.emplace(name, number);
-    if (!name_is_new) return report("this name is already used on line " + std::to_string(same_name->second));
-    const auto [same_key, key_is_new] = lines_of_keys.emplace(key, number);
-    if (!key_is_new) return report("this key is already used on line " + std::to_string(same_key->second));
-    keys.push_back({std::string(name), std::string(key)});
-  });
-  if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
-}
-
 }  // namespace nexus::config

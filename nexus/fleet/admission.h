@@ -1,9 +1,9 @@
 // admission.h
 // Owns:     how many requests run on each backend that has a cap (`max_pending`), the queue of waiting requests, and
 //           the counts that a request holds while it is in flight, each as a pointer that owns one unit of it.
-// Promises: a cap holds over all threads; a place that becomes free goes to the request that has waited longest for
-//           it, never to a newcomer; the queue is bounded. A place, a queue position or a unit is given back exactly
-//           once: by reset(), by assigning another one, or by the destructor.
+// Promises: a cap holds over all threads; a place that becomes free goes to a waiting request, in the order of
+//           fair_queue.h, never to a newcomer; the queue is bounded. A place, a queue position or a unit is given back
+//           exactly once: by reset(), by assigning another one, or by the destructor.
 // Leaves:   the timeout of a wait and its response to exchange.h; passing a wake-up to its thread to worker.h; body
 //           memory to base/memory_budget.h.
 // Threads:  any. One mutex guards everything and is taken only for capped backends: these get a few requests a
@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "nexus/base/slot_map.h"
+#include "nexus/fleet/fair_queue.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/metrics/slab.h"
@@ -184,8 +185,9 @@ class Admission {
   }
 
   // Enters if there is room. `cap` is the snapshot's max_pending of that backend: 0 always enters, with an empty place.
-  // While requests wait for this backend there is no room: the next free place is theirs.
-  bool try_enter(BackendId backend, std::uint32_t cap, Place& place) {
+  // While requests wait for this backend there is no room: the next free place is theirs. Without a `claim`, here and
+  // in enqueue(), the request costs nothing, and all such requests have one flow.
+  bool try_enter(BackendId backend, std::uint32_t cap, Place& place, Claim* claim = nullptr) {
     if (cap == 0) {
       place = Place();
       return true;
@@ -193,6 +195,10 @@ class Admission {
     {
       const std::lock_guard lock(mutex_);
       if (!take_room({&backend, 1})) return false;
+      if (claim != nullptr) {
+        clock_.begin(*claim);
+        clock_.charge(*claim);
+      }
     }
     place = Place(this, backend);  // without the lock, because this may give back the place held before
     return true;
@@ -201,18 +207,23 @@ class Admission {
   // Waits for the first free place on any of `candidates`, which all have caps. `wake(worker, waiter)` is called once
   // the request owns a place; take_grant() returns it.
   Outcome enqueue(std::span<const BackendId> candidates, std::uint32_t worker, Handle waiter, Ticket& ticket,
-                  Place& place) {
+                  Place& place, Claim* claim = nullptr) {
     assert(!candidates.empty());
     auto made = std::make_unique<Waiter>();
     made->wakeup = {worker, waiter};
     made->candidates.assign(candidates.begin(), candidates.end());
+    made->unclaimed.flow = &unclaimed_;
+    made->claim = claim != nullptr ? claim : &made->unclaimed;
     Nodes nodes = make_nodes(*made, candidates.size());
     std::optional<BackendId> entered;  // not the waiter's member: once it waits, another thread may write that
     {
       const std::lock_guard lock(mutex_);
       entered = take_room(candidates);
-      if (!entered) {
-        if (waiting_ >= queue_size_) return Outcome::full;
+      if (!entered && waiting_ >= queue_size_) return Outcome::full;
+      clock_.begin(*made->claim);
+      if (entered) {
+        clock_.charge(*made->claim);
+      } else {
         made->arrival = ++arrivals_;
         join_queues(*made, nodes);
       }
@@ -256,6 +267,12 @@ class Admission {
     wait_for(*ticket.waiter_, candidates, true);
   }
 
+  // The request of `claim` holds no place and no ticket any more, and has cost so much.
+  void settle(Claim& claim, std::uint64_t cost) {
+    const std::lock_guard lock(mutex_);
+    FairClock::settle(claim, cost);
+  }
+
   // The number of waiting requests, over all backends.
   std::uint32_t waiting() const {
     const std::lock_guard lock(mutex_);
@@ -289,12 +306,14 @@ class Admission {
     Wakeup wakeup;
     std::vector<BackendId> candidates;
     std::optional<BackendId> granted;  // it holds a place there and is in no queue any more
+    Claim* claim = nullptr;
+    Claim unclaimed;  // of a request without one
   };
 
   // Invariant whenever the mutex is free: a backend with a non-empty queue has no room. So a newcomer that finds room
   // overtakes nobody, and a freed place admits exactly one request.
-  using Queue = std::map<std::uint64_t, Waiter*>;  // by arrival
-  using Nodes = std::vector<Queue::node_type>;
+  using Queue = FairQueue<Waiter>;
+  using Nodes = std::vector<Queue::Node>;
   struct Backend {
     std::uint32_t cap = 0;  // 0: none
     std::uint32_t running = 0;
@@ -324,23 +343,23 @@ class Admission {
   static Nodes make_nodes(Waiter& waiter, std::size_t count) {
     Nodes nodes;
     nodes.reserve(count);
-    Queue made;
-    for (; nodes.size() < count; nodes.push_back(made.extract(0))) made.emplace(0, &waiter);
+    while (nodes.size() < count) nodes.push_back(Queue::make_node(waiter));
     return nodes;
   }
 
   // REQUIRES: mutex_ held.
   void join_queues(Waiter& waiter, Nodes& nodes) {
     for (std::size_t i = 0; i < waiter.candidates.size(); ++i) {
-      nodes[i].key() = waiter.arrival;
       at(waiter.candidates[i]).queue.insert(std::move(nodes[i]));
     }
+    waiter.claim->flow->waiting += 1;
     waiting_ += 1;
   }
 
   // REQUIRES: mutex_ held.
   void leave_queues(Waiter& waiter) {
-    for (const BackendId candidate : waiter.candidates) at(candidate).queue.erase(waiter.arrival);
+    for (const BackendId candidate : waiter.candidates) at(candidate).queue.erase(waiter);
+    waiter.claim->flow->waiting -= 1;
     waiting_ -= 1;
   }
 
@@ -361,12 +380,13 @@ class Admission {
     if (held) free_place(std::move(lock), *held);
   }
 
-  // Grants a place to the request that has waited longest, if there is room and one waits. REQUIRES: mutex_ held.
+  // Grants a place to the request that goes next, if there is room and one waits. REQUIRES: mutex_ held.
   std::optional<Wakeup> grant_next(BackendId id) {
     Backend& backend = at(id);
     if (!backend.room() || backend.queue.empty()) return std::nullopt;
-    Waiter& waiter = *backend.queue.begin()->second;
+    Waiter& waiter = backend.queue.next(clock_.now());
     leave_queues(waiter);
+    clock_.charge(*waiter.claim);
     backend.running += 1;
     waiter.granted = id;
     return waiter.wakeup;
@@ -395,6 +415,8 @@ class Admission {
   std::uint32_t queue_size_ = 0;
   std::uint32_t waiting_ = 0;
   std::uint64_t arrivals_ = 0;
+  FairClock clock_;
+  Flow unclaimed_;
 };
 
 }  // namespace nexus

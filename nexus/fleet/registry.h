@@ -25,6 +25,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
+#include "nexus/fleet/fair_queue.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
@@ -86,10 +87,16 @@ struct ModelEntry {
   bool is_alias() const { return name != target; }
 };
 
+// What the requests of a key share; it lasts as long as the key's name is in the file, and as its requests.
+struct KeyState {
+  Flow flow;
+};
+
 // A client's key as workers see it.
 struct KeyView {
   KeyId id{};
-  std::string_view name;  // of the snapshot's settings
+  const ApiKey* settings = nullptr;  // the snapshot's
+  std::shared_ptr<KeyState> state;
 };
 
 struct Snapshot {
@@ -365,17 +372,21 @@ class Registry {
   }
 
  private:
-  // The first [metrics] keys names that ever were in the file have ids of their own.
+  // A key keeps its state while its name is in the file. The first [metrics] keys names that ever were in the file have
+  // ids of their own.
   std::shared_ptr<const std::vector<KeyView>> keys_of(const Settings& settings) {
     auto made = std::make_shared<std::vector<KeyView>>();
     made->reserve(settings.server.api_keys.size());
+    std::unordered_map<std::string_view, const KeyView*> known;
+    for (const KeyView& old : *keys_) known.emplace(old.settings->name, &old);
     for (const ApiKey& key : settings.server.api_keys) {
       KeyId id = key_names_.find(key.name);
       if (id == KeyId::none && key.name != key_names_.name(KeyId::none)) {
         const bool room = key_names_.size() < settings.metrics.keys + kOwnKeyNames;
         id = room ? key_names_.intern(key.name) : KeyId::other;
       }
-      made->push_back({id, key.name});
+      const auto old = known.find(key.name);
+      made->push_back({id, &key, old != known.end() ? old->second->state : std::make_shared<KeyState>()});
     }
     return made;
   }

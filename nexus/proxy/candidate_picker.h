@@ -152,8 +152,9 @@ class CandidatePicker {
     needs_ = needs;
   }
 
-  // Starts a request, after look_at().
-  void begin() {
+  // Starts a request, after look_at(). `claim` is its own until leave().
+  void begin(Claim& claim) {
+    claim_ = &claim;
     tried_.clear();
     tries_ = primary_tries_ = fallback_tries_ = 0;
     backend_ = nullptr;
@@ -192,7 +193,7 @@ class CandidatePicker {
   Next wait_in_queue(Handle owner, KeyId key) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
-      switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place)) {
+      switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place, claim_)) {
         case Admission::Outcome::full: return snapshot_->settings->queue.size == 0 ? Next::no_queue : Next::queue_full;
         case Admission::Outcome::queued: queued = true; break;
         case Admission::Outcome::entered:
@@ -301,7 +302,7 @@ class CandidatePicker {
       return false;
     }
     Admission::Place place;
-    if (!context_.shared.admission.try_enter(backend.id, backend.max_pending, place)) {
+    if (!context_.shared.admission.try_enter(backend.id, backend.max_pending, place, claim_)) {
       full_.push_back(backend.id);
       return false;
     }
@@ -379,6 +380,7 @@ class CandidatePicker {
   const Snapshot* snapshot_ = nullptr;
   const ModelEntry* entry_ = nullptr;
   RouteNeeds needs_;
+  Claim* claim_ = nullptr;  // of the request to its turn
   Choice choice_;
   const BackendView* backend_ = nullptr;
   Admission::Place place_;  // on backend_, if it has a cap

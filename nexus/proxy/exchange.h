@@ -78,9 +78,10 @@ class Exchange {
     context_.take_request_id(view.base, view.fields, summary_.request_id);
   }
 
-  // The client's key, by its place in the settings' api_keys: from here on the request counts under it.
-  void use_key(std::optional<std::size_t> index) {
-    key_.enter(context_, index);
+  // The client's key, by its place in the settings' api_keys, and a number of the client's host: from here on the
+  // request counts under it.
+  void use_key(std::optional<std::size_t> index, std::size_t host) {
+    key_.enter(context_, index, host);
     summary_.record.key = key_.id();
   }
 
@@ -229,7 +230,7 @@ class Exchange {
         return refuse(ApiError::overload, true);
       }
     }
-    picker_.begin();
+    picker_.begin(key_.claim(context_, request_.body_bytes));
     prepare_choice();
     go(State::choosing);
   }

@@ -273,7 +273,7 @@ void Exchange<Net>::commit() {
   assert(attempt_.upstream() == nullptr);
   leave_backend();
   overall_place_.reset();
-  key_.leave();
+  key_.leave(context_.shared.admission, summary_.record);
   if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
   summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
   if (context_.log.wants_access()) log_access();

@@ -171,8 +171,9 @@ struct Session {
       : handle(handle_in),
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
+        host(host_number(peer)),
         timer(handle_in),
-        body(context, host_number(peer)),
+        body(context, host),
         exchange(handle_in, context, pool, connection) {}
 
   // The request in `input`, for the exchange.
@@ -219,6 +220,7 @@ struct Session {
   Connection<Net> connection;
   std::string client_name;
   bool metrics_only;   // accepted on metrics_listen
+  std::size_t host;    // a number of the client's
   bool asked = false;  // a request has come on it
   SessionState state = SessionState::reading_head;
   Timer timer;

@@ -342,7 +342,7 @@ class SessionDriver {
     if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
     session.key_checked = !server.api_keys.empty();
     const FoundKey key = find_key(server, view, session.certificate_name);
-    session.exchange.use_key(key.index);
+    session.exchange.use_key(key.index, session.host);
     if (!key.authorized) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;

@@ -31,8 +31,8 @@ export const tls_ports = new Map();
 
 export class RawClient {
   // `secure`: options of tls.connect(); then the connection speaks TLS.
-  static connect(port, { host = '127.0.0.1', pause = false, secure = tls_ports.has(port) ? {} : null } = {}) {
-    const raw = net.connect({ port: tls_ports.get(port) ?? port, host, noDelay: true, allowHalfOpen: true });
+  static connect(port, { host = '127.0.0.1', from, pause = false, secure = tls_ports.has(port) ? {} : null } = {}) {
+    const raw = net.connect({ port: tls_ports.get(port) ?? port, host, localAddress: from, noDelay: true, allowHalfOpen: true });
     const trusts = () => ({ ca: fs.readFileSync(authority().pem), servername: 'localhost' });
     const socket = secure ? tls.connect({ socket: raw, allowHalfOpen: true, ...trusts(), ...secure }) : raw;
     return within(5_000, new Promise((done, fail) => {

@@ -1,7 +1,7 @@
 // Clients' keys by their names: in the log, in the metrics, in the queue.
 import fs from 'node:fs';
 import path from 'node:path';
-import { assert, chat, get, group, pair, parse_metrics, post, test, until } from './harness.mjs';
+import { RawClient, assert, chat, get, group, pair, parse_metrics, post, settings, sleep, test, until } from './harness.mjs';
 
 const chat_path = '/v1/chat/completions';
 const keys = { alice: 'sk-alice-0123456789', bob: 'sk-bob-0123456789' };
@@ -46,5 +46,63 @@ group('names of keys', () => {
     const { nexus } = await pair(t);
     await post(nexus.port, chat_path, chat());
     assert.ok(!(await get(nexus.port, '/metrics')).text.includes('nexus_key_'));
+  });
+});
+
+// Sends requests one after the other until over().
+async function keep_asking(nexus, who, over, { headers = {}, from } = {}, on_sent = () => {}) {
+  const client = await RawClient.connect(nexus.port, { from });
+  while (!over()) {
+    on_sent();
+    client.send('POST', chat_path, { 'Content-Type': 'application/json', ...headers }, chat('m1', { user: who }));
+    const answer = await client.response(20_000);
+    assert.equal(answer.status, 200, answer.text);
+  }
+  client.close();
+}
+
+// 64 clients that never pause, and one who asks 20 times; returns how many requests of the others began between each of
+// his and its beginning at the backend.
+async function overtaken(t, { nexus, backend }, many, one) {
+  const started = [];
+  const answer = backend.answer;
+  backend.answer = async (request, ...rest) => {
+    started.push(request.json.user);
+    await sleep(15 * settings.slow);
+    return answer(request, ...rest);
+  };
+  let asked = 0;
+  const sent_at = [];
+  const over = () => asked >= 20;
+  const crowd = Array.from({ length: 64 }, () => keep_asking(nexus, 'many', over, many));
+  await until(() => started.length > 20, 'a crowd');
+  await keep_asking(nexus, 'one', over, one, () => { asked += 1; sent_at.push(started.length); });
+  await Promise.all(crowd);
+  const began_at = started.flatMap((who, at) => (who === 'one' ? [at] : []));
+  return sent_at.map((at, i) => began_at[i] - at).sort((a, b) => a - b);
+}
+const places = 4;
+const crowded = { queue: { size: 200, timeout: '20s' }, backend: { max_pending: places } };
+
+group('the queue is shared between keys', () => {
+  test('beside a key with 64 connections, the one request of another waits at most one service time', { limit_ms: 60_000 }, async (t) => {
+    const fleet = await pair(t, {}, { ...crowded, server: { api_keys_file: file_of(t) } });
+    const waits = await overtaken(t, fleet, as('alice'), as('bob'));
+    assert.ok(waits[10] <= places, `half of its requests were overtaken by ${waits[10]} or more`);
+    assert.ok(waits.at(-1) <= 3 * places, `one was overtaken by ${waits.at(-1)}`);   // requests on their way are in no queue yet
+  });
+
+  test('a key of a lower priority number goes first', { limit_ms: 60_000 }, async (t) => {
+    const fleet = await pair(t, {}, { ...crowded, server: { api_keys_file: file_of(t, { bob: 'priority=10 weight=1' }) } });
+    const waits = await overtaken(t, fleet, as('alice'), as('bob'));
+    assert.ok(waits[10] <= 2, `half of its requests were overtaken by ${waits[10]} or more`);
+  });
+
+  test('fair_by = address shares it between the addresses of clients without a key', { limit_ms: 60_000 }, async (t) => {
+    const fleet = await pair(t, {}, { ...crowded, keys: { fair_by: 'address' } });
+    const waits = await overtaken(t, fleet, {}, { from: '127.0.0.2' });
+    assert.ok(waits[10] <= places, `half of its requests were overtaken by ${waits[10]} or more`);
+    const all = await overtaken(t, await pair(t, {}, crowded), {}, { from: '127.0.0.2' });
+    assert.ok(all[10] > 30, `without it the order is that of arrival (${all[10]})`);
   });
 });

@@ -1,7 +1,7 @@
 // What a reload does to the keys that need the whole daemon. The table of all keys, and a drive of each of the others, is
 // tests/hostile/reload_keys.h; it has a row for each name below.
 import fs from 'node:fs';
-import { RawClient, assert, authority, certificate, chat, fingerprint, get, group, has_openssl, make_authority, make_certificate, pair, post, start_backend, start_nexus, test, until } from './harness.mjs';
+import { RawClient, assert, authority, certificate, chat, fingerprint, get, group, has_openssl, make_authority, make_certificate, pair, parse_metrics, post, start_backend, start_nexus, test, until } from './harness.mjs';
 import { free_port } from './daemon.mjs';
 
 const path = '/v1/chat/completions';
@@ -227,5 +227,33 @@ group('a reload of each key', () => {
     await until(async () => (await ask(400).catch(() => ({}))).status === 200, 'the new delay');
     await held.read_through(Buffer.from('[DONE]'), 30_000);
     assert.ok(performance.now() - began > 2 * 500, 'the old request keeps its connection and its delay');
+  });
+
+  test('[keys] fair_by: for new requests', { limit_ms: 20_000 }, async (t) => {
+    // One place, and three who wait: two of an address and then one of another, which goes second only if addresses take turns.
+    const { nexus, backend } = await pair(t, {}, { queue: { size: 9 }, backend: { max_pending: 1 } });
+    const order = async (number) => {
+      const begun = [];
+      let open_gate;
+      const gate = new Promise((done) => { open_gate = done; });
+      const answer = backend.answer;
+      backend.answer = async (request, ...rest) => { begun.push(request.json.user); await gate; return answer(request, ...rest); };
+      const clients = [];
+      for (const [user, from] of [['held', '127.0.0.1'], ['a', '127.0.0.1'], ['b', '127.0.0.1'], ['c', '127.0.0.2']]) {
+        const client = await RawClient.connect(nexus.port, { from });
+        client.send('POST', path, { 'Content-Type': 'application/json' }, chat('m1', { user }));
+        clients.push(client);
+        await until(async () => (await page(nexus)).sum('nexus_pending_requests') === clients.length, `${clients.length} pending (${number})`);
+      }
+      open_gate();
+      for (const client of clients) assert.equal((await client.response()).status, 200);
+      backend.answer = answer;
+      return begun.join(' ');
+    };
+    const page = async ({ port }) => parse_metrics((await get(port, '/metrics')).text);
+    assert.equal(await order(1), 'held a b c');
+    nexus.reload({ queue: { size: 9 }, keys: { fair_by: 'address' }, backends: [{ name: 'b1', url: backend.url, type: 'generic', max_pending: 1 }] });
+    await nexus.logged(/ reloaded/);
+    assert.equal(await order(2), 'held c a b');
   });
 });

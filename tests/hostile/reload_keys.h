@@ -608,6 +608,7 @@ inline void add_routing_rows(ReloadRows& rows) {
                      return s.result();
                    }},
                   {{"backend b1", "max_pending = 1"}, {"queue", "size = 9"}}});
+  rows.push_back({"keys", "fair_by", When::new_requests, "", "", "", "", {}});
   rows.push_back({"fallbacks", "MODEL", When::at_once, "", "x = m", "404", "200", late_post(with_body(body_for("x")))});
   rows.push_back({"aliases", "NAME", When::at_once, "", "x = m", "404", "200", late_post(with_body(body_for("x")))});
   rows.push_back(

@@ -95,6 +95,7 @@ class Policy {
     std::int64_t number = -1;
     std::string model;
     bool untried = false;  // it waits for its first backend
+    KeyId key{};
     std::uint64_t since = 0;
   };
 
@@ -220,7 +221,7 @@ class Policy {
 
   // ---- the queue ----
 
-  // A place goes to the request that has waited longest for it.
+  // Of the requests of a key, a place goes to the one that has waited longest for it.
   void look_at_queue(std::uint32_t worker, std::uint64_t turn, const Snapshot& fleet) {
     std::vector<Waiting>& before = waiting_[worker];
     std::vector<Waiting> now;
@@ -238,7 +239,7 @@ class Policy {
       const auto known =
           std::find_if(before.begin(), before.end(), [&](const Waiting& one) { return one.number == number; });
       const std::uint64_t since = known == before.end() ? turn : known->since;
-      now.push_back({number, summary.model, summary.record.backend == BackendId::none, since});
+      now.push_back({number, summary.model, summary.record.backend == BackendId::none, summary.record.key, since});
     });
     last_turns_[worker] = turn;
     for (const Waiting& went : before) {
@@ -257,7 +258,7 @@ class Policy {
   Api api_of(std::int64_t number) const { return ledger_.requests[static_cast<std::size_t>(number)].api->api; }
 
   void check_order(const Waiting& went, BackendId backend, const Waiting& waits, const Snapshot& fleet) {
-    if (waits.since >= went.since || waits.since <= unsettled_ || !waits.untried) return;
+    if (waits.since >= went.since || waits.since <= unsettled_ || !waits.untried || waits.key != went.key) return;
     const bool could = std::any_of(fleet.backends.begin(), fleet.backends.end(), [&](const BackendView& view) {
       return view.id == backend && serves(fleet, view, waits.model, api_of(waits.number));
     });

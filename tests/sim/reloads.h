@@ -72,7 +72,10 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"server", "metrics_listen", nullptr},  // a restart changes it
     {"server", "api_keys_file",
      [](const Drawn& d) {
-       d.s.server.api_keys = d.dice.one_in(2) ? std::vector<ApiKey>{} : std::vector<ApiKey>{{"sim", "sk-sim"}};
+       d.s.server.api_keys.clear();
+       if (d.dice.one_in(2)) return;
+       const KeyOptions options{.weight = d.number(1, 3), .priority = d.number(0, 2) * 50};
+       d.s.server.api_keys = {{"sim", "sk-sim", options}};
      }},
     {"server", "ollama_admin",
      [](const Drawn& d) { d.s.server.ollama_admin = d.dice.one_in(2) ? "" : d.backend().name; }},
@@ -107,6 +110,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "weight_latency", [](const Drawn& d) { d.s.routing.weight_latency = d.number(0, 100); }},
     {"queue", "size", [](const Drawn& d) { d.s.queue.size = d.dice.one_in(2) ? d.number(1, 20) : 0; }},
     {"queue", "timeout", [](const Drawn& d) { d.s.queue.timeout_ns = d.span(10 * kMs, 2 * kSecond); }},
+    {"keys", "fair_by", nullptr},  // the order of the queue is judged by its default
     {"fallbacks", "MODEL",
      [](const Drawn& d) {
        d.s.fallbacks = d.dice.one_in(2) ? Fallbacks{} : Fallbacks{{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};

@@ -1,0 +1,116 @@
+// key_file.h
+// Owns:     the lines of api_keys_file, `name key option=value…`, and the table of their options.
+// Promises: no message quotes any part of a line but the name of an option that is known: all else may be a key. An
+//           option that a line lacks has its value of [keys], if that section has it.
+// Leaves:   what the options mean to their users; comparing keys to server/client_keys.h.
+// Threads:  any.
+// Tested by: tests/config_test.cpp, tests/fuzz/config.h
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "nexus/base/limits.h"
+#include "nexus/base/text.h"
+#include "nexus/config/settings.h"
+#include "nexus/config/values.h"
+
+namespace nexus::config {
+
+// An option with a number; [keys] has a default for each.
+struct KeyOption {
+  std::string_view name;
+  std::uint64_t least, most;
+  std::uint64_t KeyOptions::*field;
+};
+
+inline constexpr std::array kKeyOptions{
+    KeyOption{"weight", 1, 1000, &KeyOptions::weight},
+    KeyOption{"priority", 0, kMaxKeyPriority, &KeyOptions::priority},
+};
+
+// Reads `option=value` into `key`. Returns a problem, or an empty text.
+inline std::string read_key_option(std::string_view word, ApiKey& key) {
+  const std::size_t equals = word.find('=');
+  const std::string_view name = word.substr(0, equals);
+  const auto option =
+      std::find_if(kKeyOptions.begin(), kKeyOptions.end(), [&](const KeyOption& row) { return row.name == name; });
+  if (equals == std::string_view::npos || option == kKeyOptions.end()) {
+    std::string known;
+    for (const KeyOption& row : kKeyOptions) known.append(known.empty() ? "" : ", ").append(row.name).append("=");
+    return "expected an option behind the key, one of " + known;
+  }
+  const unsigned bit = 1u << static_cast<unsigned>(option - kKeyOptions.begin());
+  if ((key.given & bit) != 0) return std::string(name) + " is repeated on this line";
+  key.given |= bit;
+  const auto number = parse_number(word.substr(equals + 1));
+  if (!number || *number < option->least || *number > option->most) {
+    return std::string(name) + ": expected a number, " + std::to_string(option->least) + " to " +
+           std::to_string(option->most);
+  }
+  key.options.*option->field = *number;
+  return {};
+}
+
+// The word up to the next blank, which is taken off `rest`.
+inline std::string_view next_word(std::string_view& rest) {
+  rest = trim_blanks(rest);
+  const std::string_view word = rest.substr(0, std::min(rest.find_first_of(" \t"), rest.size()));
+  rest.remove_prefix(word.size());
+  return word;
+}
+
+// Reads one line into `key`. Returns a problem, or an empty text.
+inline std::string read_key_line(std::string_view line, ApiKey& key) {
+  const std::string_view name = next_word(line), secret = next_word(line);
+  if (secret.empty()) return "expected `name key`";
+  if (!is_backend_name(name)) return "expected a name of 1 to 64 letters, digits and . _ : - before the key";
+  if (secret.size() < kMinClientKeyBytes || secret.size() > kMaxClientKeyBytes || !is_visible_ascii(secret)) {
+    return "expected a key of 8 to 512 visible ASCII characters";
+  }
+  key.name = name;
+  key.key = secret;
+  for (std::string_view word; !(word = next_word(line)).empty();) {
+    if (std::string problem = read_key_option(word, key); !problem.empty()) return problem;
+  }
+  return {};
+}
+
+inline void read_client_keys(std::string_view text, const std::string& file, std::vector<ConfigError>& errors,
+                             std::vector<ApiKey>& keys) {
+  std::unordered_map<std::string, int> lines_of_names, lines_of_keys;
+  bool full = false;
+  read_lines(text, errors, [&](int number, std::string_view line) {
+    const auto report = [&](std::string message) { errors.push_back({file, number, std::move(message)}); };
+    ApiKey key;
+    if (std::string problem = read_key_line(line, key); !problem.empty()) return report(std::move(problem));
+    if (keys.size() == kMaxClientKeys) {
+      if (!std::exchange(full, true)) report(at_most(kMaxClientKeys, "keys"));
+      return;
+    }
+    const auto [same_name, name_is_new] = lines_of_names.emplace(key.name, number);
+    if (!name_is_new) return report("this name is already used on line " + std::to_string(same_name->second));
+    const auto [same_key, key_is_new] = lines_of_keys.emplace(key.key, number);
+    if (!key_is_new) return report("this key is already used on line " + std::to_string(same_key->second));
+    keys.push_back(std::move(key));
+  });
+  if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
+}
+
+// What a line does not say is as [keys] says.
+inline void fill_key_options(const KeyOptions& defaults, std::vector<ApiKey>& keys) {
+  for (ApiKey& key : keys) {
+    for (std::size_t i = 0; i < kKeyOptions.size(); ++i) {
+      if ((key.given & 1u << i) == 0) key.options.*kKeyOptions[i].field = defaults.*kKeyOptions[i].field;
+    }
+  }
+}
+
+}  // namespace nexus::config
