@@ -375,6 +375,9 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"queue", "size", "0", "1000000", "", "1000001"},
       {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
       {"metrics", "keys", "0", "10000", "", "10001"},
+      {"keys", "max_pending", "0", "1000000", "", "1000001"},
+      {"keys", "rpm", "0", "1000M", "", "1000000001"},
+      {"keys", "tpm", "0", "1000000k", "", "1000000001"},
       {"backend b", "priority", "0", "100", "", "101"},
       {"backend b", "max_pending", "0", "1000000", "", "1000001"},
       {"backend b", "context_length", "1", "1G", "0", "1073741825"},
@@ -400,7 +403,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
   }
   std::size_t counted = 0;
   for (const config::ConfigKey& row : config::kConfigKeys) {
-    for (const auto& kind : {config::kNumber, config::kSize, config::kDuration})
+    for (const auto& kind : {config::kNumber, config::kPerMinute, config::kSize, config::kDuration})
       counted += row.kind.parse == kind.parse;
   }
   CHECK_EQ(counted, limits.size());  // context_length is in the rows only, token_delay in its own test
@@ -1074,7 +1077,9 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   const std::string bad_key = "/k:1: expected a key of 8 to 512 visible ASCII characters\n";
   const std::string bad_name = "/k:1: expected a name of 1 to 64 letters, digits and . _ : - before the key\n";
   const std::string shape = "/k:1: expected `name key`\n";
-  const std::string options = "weight=, priority=";
+  const std::string models =
+      "/k:1: models: expected a comma-separated list of models, each with or without a * at its end\n";
+  const std::string options = "weight=, priority=, max_pending=, rpm=, tpm=, models=";
   const std::vector<NamePair> rows{
       {"", "/k: expected at least one line `name key`\n"},
       {"# none\n", "/k: expected at least one line `name key`\n"},
@@ -1094,6 +1099,10 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
       {"a 12345678 weight=", "/k:1: weight: expected a number, 1 to 1000\n"},
       {"a 12345678\nb 87654321 priority=101", "/k:2: priority: expected a number, 0 to 100\n"},
       {"a 12345678 weight=2 weight=3", "/k:1: weight is repeated on this line\n"},
+      {"a 12345678 models=a models=b", "/k:1: models is repeated on this line\n"},
+      {"a 12345678 tpm=1000001k", "/k:1: tpm: expected a number, 0 to 1000000000\n"},
+      {"a 12345678 models=", models},
+      {"a 12345678 models=a,,b", models},
       {"a 12345678\nb 87654321\na 11111111", "/k:3: this name is already used on line 1\n"},
       {"a 12345678\nb 12345678", "/k:2: this key is already used on line 1\n"},
   };
@@ -1117,6 +1126,22 @@ TEST_CASE("options behind a key are read, and a key without them has the default
   CHECK(keys[0].options.priority == 0);
   CHECK(keys[1].options == KeyOptions{});
   CHECK(KeyOptions{}.weight == 1);
+  const auto limited = parse_config(
+      "[keys]\nrpm = 60\nmax_pending = 3\n[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",
+      fake_environment({}, {{"/k", "a 12345678 rpm=0 tpm=100k models=llama3:70b,qwen2:*\nb 87654321 max_pending=4"}}));
+  REQUIRE(limited.ok());
+  const ApiKey &a = limited.settings.server.api_keys[0], &b = limited.settings.server.api_keys[1];
+  CHECK(a.options.rpm == 0);
+  CHECK(a.options.tpm == 100'000);
+  CHECK(a.options.max_pending == 3);
+  CHECK(b.options.rpm == 60);
+  CHECK(b.options.tpm == 0);
+  CHECK(b.options.max_pending == 4);
+  CHECK(a.may_use("llama3:70b"));
+  CHECK(a.may_use("qwen2:7b"));
+  CHECK_FALSE(a.may_use("llama3:8b"));
+  CHECK_FALSE(a.may_use("qwen"));
+  CHECK(b.may_use("anything"));
   CHECK(KeyOptions{}.priority == 50);
 }
 

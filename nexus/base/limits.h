@@ -39,8 +39,11 @@ constexpr std::size_t kMaxBackendKeyBytes = 4096;  // a token that carries claim
 
 constexpr std::uint32_t kMaxKeyPriority = 100;
 constexpr std::uint32_t kDefaultKeyPriority = 50;
-constexpr std::uint64_t kMaxFairCost = 1u << 20;  // tokens of a request that count for its turn, whatever is said
-constexpr std::size_t kAddressFlows = 1'024;      // clients without a key, by address: some share a flow
+constexpr std::uint32_t kFirstKeyPlaces = 1u << 31;     // ids from here on are of keys' max_pending, not of backends
+constexpr std::uint64_t kMaxPerMinute = 1'000'000'000;  // requests or tokens of a key
+constexpr std::uint64_t kExpectedCompletion = 1'024;    // tokens, of an answer to come, for a limit by the minute
+constexpr std::uint64_t kMaxFairCost = 1u << 20;        // tokens of a request that count for its turn, whatever is said
+constexpr std::size_t kAddressFlows = 1'024;            // clients without a key, by address: some share a flow
 
 // ---- names, for the life of the process ----
 

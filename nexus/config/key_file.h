@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -34,7 +35,40 @@ struct KeyOption {
 inline constexpr std::array kKeyOptions{
     KeyOption{"weight", 1, 1000, &KeyOptions::weight},
     KeyOption{"priority", 0, kMaxKeyPriority, &KeyOptions::priority},
+    KeyOption{"max_pending", 0, 1'000'000, &KeyOptions::max_pending},
+    KeyOption{"rpm", 0, kMaxPerMinute, &KeyOptions::rpm},
+    KeyOption{"tpm", 0, kMaxPerMinute, &KeyOptions::tpm},
 };
+
+// The number of an option; `k` stands for 1000 and `M` for 1000000.
+constexpr std::optional<std::uint64_t> parse_key_number(std::string_view text) {
+  return parse_with_unit(text, {{"k", 1000}, {"M", 1'000'000}, {"", 1}});
+}
+
+// Returns a problem, or an empty text.
+inline std::string read_key_number(const KeyOption& option, std::string_view text, ApiKey& key) {
+  const auto number = parse_key_number(text);
+  if (!number || *number < option.least || *number > option.most) {
+    return std::string(option.name) + ": expected a number, " + std::to_string(option.least) + " to " +
+           std::to_string(option.most);
+  }
+  key.options.*option.field = *number;
+  return {};
+}
+
+// The same. A model ends with `*` for all that begin with the rest.
+inline std::string read_key_models(std::string_view text, ApiKey& key) {
+  const std::string problem = "models: expected a comma-separated list of models, each with or without a * at its end";
+  while (!text.empty()) {
+    const std::string_view model = text.substr(0, text.find(','));
+    text.remove_prefix(std::min(model.size() + 1, text.size()));
+    const std::string_view start = model.ends_with('*') ? model.substr(0, model.size() - 1) : model;
+    if (model.empty() || (!start.empty() && !is_model_name(start))) return problem;
+    if (key.models.size() == kMaxModelsPerList) return "models: " + at_most(kMaxModelsPerList, "models");
+    key.models.emplace_back(model);
+  }
+  return key.models.empty() ? problem : "";
+}
 
 // Reads `option=value` into `key`. Returns a problem, or an empty text.
 inline std::string read_key_option(std::string_view word, ApiKey& key) {
@@ -42,21 +76,17 @@ inline std::string read_key_option(std::string_view word, ApiKey& key) {
   const std::string_view name = word.substr(0, equals);
   const auto option =
       std::find_if(kKeyOptions.begin(), kKeyOptions.end(), [&](const KeyOption& row) { return row.name == name; });
-  if (equals == std::string_view::npos || option == kKeyOptions.end()) {
+  const bool models = name == "models";
+  if (equals == std::string_view::npos || (option == kKeyOptions.end() && !models)) {
     std::string known;
-    for (const KeyOption& row : kKeyOptions) known.append(known.empty() ? "" : ", ").append(row.name).append("=");
-    return "expected an option behind the key, one of " + known;
+    for (const KeyOption& row : kKeyOptions) known.append(row.name).append("=, ");
+    return "expected an option behind the key, one of " + known + "models=";
   }
   const unsigned bit = 1u << static_cast<unsigned>(option - kKeyOptions.begin());
   if ((key.given & bit) != 0) return std::string(name) + " is repeated on this line";
   key.given |= bit;
-  const auto number = parse_number(word.substr(equals + 1));
-  if (!number || *number < option->least || *number > option->most) {
-    return std::string(name) + ": expected a number, " + std::to_string(option->least) + " to " +
-           std::to_string(option->most);
-  }
-  key.options.*option->field = *number;
-  return {};
+  const std::string_view value = word.substr(equals + 1);
+  return models ? read_key_models(value, key) : read_key_number(*option, value, key);
 }
 
 // The word up to the next blank, which is taken off `rest`.

@@ -91,6 +91,7 @@ struct ValueKind {
 };
 
 constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>};
+constexpr ValueKind kPerMinute{"a number (or with k, M), ", parse_ranged<parse_key_number>};
 constexpr ValueKind kNumberOrAuto{"", [](std::string_view text, std::string_view range) {
                                     constexpr std::string_view automatic = "auto, or ";
                                     if (text == "auto") return std::optional<std::uint64_t>(kAutomatic);
@@ -302,6 +303,9 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
     {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},
 
+    {"keys", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.keys.defaults.max_pending); }},
+    {"keys", "rpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.rpm); }},
+    {"keys", "tpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.tpm); }},
     {"keys", "fair_by", kChoice, "key", "key, address", [](V& v) { v.to(v.s.keys.fair_by); }},
 
     {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.s.fallbacks); }},

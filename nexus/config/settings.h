@@ -133,6 +133,9 @@ enum class StreamUsage : std::uint8_t { by_kind, ask, as_is };  // by_kind: ask,
 struct KeyOptions {
   std::uint64_t weight = 1;                      // its share of the turns where requests wait
   std::uint64_t priority = kDefaultKeyPriority;  // lower first
+  std::uint64_t max_pending = 0;                 // requests at once; here and below, 0: no limit
+  std::uint64_t rpm = 0;                         // requests a minute
+  std::uint64_t tpm = 0;                         // tokens a minute
   bool operator==(const KeyOptions&) const = default;
 };
 
@@ -140,8 +143,16 @@ struct ApiKey {
   std::string name;
   std::string key;
   KeyOptions options{};
-  unsigned given = 0;  // bits of the options that its line has
+  std::vector<std::string> models{};  // that it may use, `*` at the end for any rest; empty: all
+  unsigned given = 0;                 // bits of the options that its line has
   bool operator==(const ApiKey&) const = default;
+
+  bool may_use(std::string_view model) const {
+    return models.empty() || std::any_of(models.begin(), models.end(), [model](std::string_view allowed) {
+             return allowed.ends_with('*') ? model.starts_with(allowed.substr(0, allowed.size() - 1))
+                                           : model == allowed;
+           });
+  }
 };
 
 class TlsServer;  // net/tls_context.h

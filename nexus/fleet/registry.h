@@ -26,6 +26,7 @@
 #include "nexus/config/settings.h"
 #include "nexus/fleet/circuit_breaker.h"
 #include "nexus/fleet/fair_queue.h"
+#include "nexus/fleet/key_limits.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
@@ -90,6 +91,8 @@ struct ModelEntry {
 // What the requests of a key share; it lasts as long as the key's name is in the file, and as its requests.
 struct KeyState {
   Flow flow;
+  MinuteBucket requests, tokens;
+  BackendId places{};  // what its max_pending counts on, for admission.h: no backend has this id
 };
 
 // A client's key as workers see it.
@@ -277,6 +280,7 @@ class Registry {
   const ModelNames& model_names() const { return models_; }
   const BackendNames& backend_names() const { return backend_names_; }
   const KeyNames& key_names() const { return key_names_; }
+  const std::vector<KeyView>& keys() const { return *keys_; }
 
   // The backend that a check of `epoch` was for, or nullptr if it is gone.
   Backend* find_epoch(std::uint64_t epoch) {
@@ -386,7 +390,12 @@ class Registry {
         id = room ? key_names_.intern(key.name) : KeyId::other;
       }
       const auto old = known.find(key.name);
-      made->push_back({id, &key, old != known.end() ? old->second->state : std::make_shared<KeyState>()});
+      if (old != known.end()) {
+        made->push_back({id, &key, old->second->state});
+        continue;
+      }
+      made->push_back({id, &key, std::make_shared<KeyState>()});
+      made->back().state->places = BackendId{kFirstKeyPlaces + key_states_++};
     }
     return made;
   }
@@ -476,6 +485,7 @@ class Registry {
   BackendNames backend_names_;
   KeyNames key_names_;
   std::shared_ptr<const std::vector<KeyView>> keys_;
+  std::uint32_t key_states_ = 0;
   std::uint64_t version_ = 0;
   std::uint64_t epochs_ = 0;
   std::uint64_t servers_ = 0;

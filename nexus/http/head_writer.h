@@ -122,15 +122,20 @@ inline void append_field(std::string& out, std::string_view name, std::string_vi
 constexpr std::uint32_t kNeverForwarded =
     kHopByHop | set_of(Field::content_length, Field::x_nexus, Field::x_request_id, Field::underscore_twin);
 
+constexpr bool tells_rate(std::string_view name) {
+  return starts_with_ignoring_case(name, "x-ratelimit-") || starts_with_ignoring_case(name, "anthropic-ratelimit-");
+}
+
 // Copies all fields but those in the set `removed` and those that Connection names. Adjacent lines are copied at once:
-// the parser has checked that each is `name: value` and nothing else.
-inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed) {
+// the parser has checked that each is `name: value` and nothing else. `without_rates`: nor those that tell of limits.
+inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed, bool without_rates = false) {
   const FieldTable& fields = *head.fields;
   std::size_t run_from = fields.count > 0 ? fields.rows[0].name_at : 0;
   for (std::uint32_t i = 0; i < fields.count; ++i) {
     const FieldRow& row = fields.rows[i];
     bool skip = (removed & bit_of(row.field)) != 0;
     if (fields.connection_names && row.field == Field::other) skip = named_by_connection(head, name_of(head.base, row));
+    if (without_rates && row.field == Field::other) skip |= tells_rate(name_of(head.base, row));
     if (!skip) continue;
     out.add(std::string_view(head.base + run_from, row.name_at - run_from));
     run_from = i + 1 < fields.count ? fields.rows[i + 1].name_at : head.head_bytes - 2;
@@ -172,6 +177,7 @@ struct ClientHead {
   std::string_view fallback_model;  // empty: no fallback
   std::string_view date_line;       // used if the backend gave no Date
   std::string_view cors_lines;      // whole lines, instead of the backend's; empty: the backend's are passed on
+  std::string_view rate_lines;      // the same
   Framing framing;                  // towards the client
   bool http_1_0 = false;
   bool keep_alive = true;
@@ -186,13 +192,13 @@ inline void append_response_head(std::string& out, const HeadView& response, con
                                  const ClientHead& to) {
   detail::Cursor cursor(out, response.head_bytes + to.backend_line.size() + to.request_id.size() +
                                  to.route_reason.size() + to.fallback_model.size() + to.date_line.size() +
-                                 to.cors_lines.size() + detail::kOwnLinesBytes);
+                                 to.cors_lines.size() + to.rate_lines.size() + detail::kOwnLinesBytes);
   cursor.add("HTTP/1.1 ").number(head.status).add(" ");
   cursor.add(std::string_view(response.base + head.reason_at, head.reason_bytes)).add("\r\n");
   const std::uint32_t removed = to.cors_lines.empty() ? 0 : bit_of(Field::access_control);
-  detail::add_fields(cursor, response, detail::kNeverForwarded | removed);
+  detail::add_fields(cursor, response, detail::kNeverForwarded | removed, !to.rate_lines.empty());
   if (!response.fields->has(Field::date)) cursor.add(to.date_line);
-  cursor.add(to.cors_lines).add(to.backend_line).field("X-Nexus-Route-Reason: ", to.route_reason);
+  cursor.add(to.cors_lines).add(to.rate_lines).add(to.backend_line).field("X-Nexus-Route-Reason: ", to.route_reason);
   if (!to.fallback_model.empty()) cursor.field("X-Nexus-Fallback-Model: ", to.fallback_model);
   cursor.field("X-Request-Id: ", to.request_id).add(connection_line(to.http_1_0, to.keep_alive));
   if (to.framing.kind == Framing::Kind::length) {

@@ -92,9 +92,13 @@ enum class Limit : std::uint8_t {
   descriptors,
   ports,
   memory,
-  log_volume
+  log_volume,
+  key_requests,
+  key_tokens,
+  key_concurrency,
+  key_model
 };
-inline constexpr std::array<std::string_view, 25> kLimitNames{"max_connections",
+inline constexpr std::array<std::string_view, 29> kLimitNames{"max_connections",
                                                               "max_header",
                                                               "max_fields",
                                                               "max_body",
@@ -118,13 +122,17 @@ inline constexpr std::array<std::string_view, 25> kLimitNames{"max_connections",
                                                               "descriptors",
                                                               "ports",
                                                               "memory",
-                                                              "log_volume"};
+                                                              "log_volume",
+                                                              "key_requests",
+                                                              "key_tokens",
+                                                              "key_concurrency",
+                                                              "key_model"};
 
 constexpr std::string_view name_of(ErrorType x) { return kErrorTypeNames[static_cast<std::size_t>(x)]; }
 constexpr std::string_view name_of(AttemptOutcome x) { return kAttemptOutcomeNames[static_cast<std::size_t>(x)]; }
 
 static_assert(name_of(ErrorType::other) == "other" && name_of(AttemptOutcome::cancelled) == "cancelled");
-static_assert(static_cast<std::size_t>(Limit::log_volume) + 1 == kLimitNames.size());
+static_assert(static_cast<std::size_t>(Limit::key_model) + 1 == kLimitNames.size());
 
 // The error type of a backend's answer, by its status.
 constexpr ErrorType error_of_status(std::uint16_t status) {

@@ -84,11 +84,11 @@ inline bool is_available(const Snapshot& snapshot, const ModelEntry& entry) {
                      [&](const Offer& offer) { return snapshot.backends[offer.backend].healthy; });
 }
 
-// The names of the available models, as far as they fit into a message.
-inline std::string list_available(const Snapshot& snapshot) {
+// The names of the available models that a key may use, as far as they fit into a message.
+inline std::string list_available(const Snapshot& snapshot, const ApiKey* key = nullptr) {
   std::vector<std::string_view> names;
   for (const auto& [name, entry] : snapshot.models) {
-    if (is_available(snapshot, entry)) names.push_back(name);
+    if (is_available(snapshot, entry) && (key == nullptr || key->may_use(name))) names.push_back(name);
   }
   std::sort(names.begin(), names.end());
   std::string list;
@@ -101,8 +101,9 @@ inline std::string list_available(const Snapshot& snapshot) {
 }
 
 // The message of a 404.
-inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked) {
-  const std::string& names = snapshot.available_names;
+inline std::string unknown_model_message(const Snapshot& snapshot, std::string_view asked, const ApiKey* key) {
+  const bool all = key == nullptr || key->models.empty();
+  const std::string names = all ? snapshot.available_names : list_available(snapshot, key);
   std::string message = "The model '";
   message.append(asked).append("' is not available here. ");
   if (names.empty()) return message + "No model is available now: see /health.";
@@ -152,9 +153,11 @@ class CandidatePicker {
     needs_ = needs;
   }
 
-  // Starts a request, after look_at(). `claim` is its own until leave().
-  void begin(Claim& claim) {
+  // Starts a request, after look_at(). `claim` is its own until end(), and `of_key` the limit of
+  // its key's requests at once.
+  void begin(Claim& claim, Admission::Cap of_key) {
     claim_ = &claim;
+    of_key_ = of_key;
     tried_.clear();
     tries_ = primary_tries_ = fallback_tries_ = 0;
     backend_ = nullptr;
@@ -177,7 +180,7 @@ class CandidatePicker {
         case RouteOutcome::not_capable: return Next::not_capable;
       }
     }
-    return pick();
+    return enter_key() ? pick() : Next::all_full;
   }
 
   // True if next() would find an untried candidate; a full one counts if its queue can be joined.
@@ -193,20 +196,22 @@ class CandidatePicker {
   Next wait_in_queue(Handle owner, KeyId key) {
     for (bool queued = false; !queued;) {
       Admission::Place place;
-      switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place, claim_)) {
+      switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place,
+                                                waits_for_key() ? nullptr : claim_)) {
         case Admission::Outcome::full: return snapshot_->settings->queue.size == 0 ? Next::no_queue : Next::queue_full;
         case Admission::Outcome::queued: queued = true; break;
         case Admission::Outcome::entered:
           if (const Next next = use(std::move(place)); next != Next::all_full) return next;
       }
     }
-    queued_ = count_queued(context_.slab, full_.front(), entry_->id, key, context_.now);
+    queued_ =
+        count_queued(context_.slab, waits_for_key() ? BackendId::none : full_.front(), entry_->id, key, context_.now);
     return Next::all_full;
   }
 
   // Uses the place that was granted while the request was queued, if any: then as next().
   std::optional<Next> take_grant() {
-    decline_ejected();
+    if (!waits_for_key()) decline_ejected();
     std::optional<Admission::Place> place = context_.shared.admission.take_grant(ticket_);
     if (!place) return std::nullopt;
     leave_queue();
@@ -219,6 +224,7 @@ class CandidatePicker {
   // While queued: checks whether ejected backends are usable again, or the fleet has changed. As next() if that gave a
   // place, or if no candidate is left; else the place in the queue is kept.
   std::optional<Next> look_again() {
+    if (waits_for_key()) return take_grant();
     const bool no_cap = gather_usable();
     if (no_cap || context_.choices.empty()) {
       leave_queue();
@@ -244,7 +250,25 @@ class CandidatePicker {
     permit_ = CircuitBreaker::Permit();
   }
 
+  // The request is over: it does not count on its key's max_pending any more.
+  void end() {
+    leave();
+    key_place_ = Admission::Place();
+  }
+
+  // True if the request waits, or would have to, for another one of its key.
+  bool waits_for_key() const { return full_.size() == 1 && full_.front() == of_key_.backend && of_key_.places > 0; }
+
  private:
+  // Takes the request's place among those of its key, once. False if there is none: full_ then has it.
+  bool enter_key() {
+    if (of_key_.places == 0 || key_place_.held()) return true;
+    if (context_.shared.admission.try_enter(of_key_.backend, of_key_.places, key_place_)) return true;
+    full_.assign(1, of_key_.backend);
+    passed_over_ejected_ = false;
+    return false;
+  }
+
   struct Tried {
     std::uint64_t server;
     ModelId model;
@@ -351,6 +375,11 @@ class CandidatePicker {
   // Uses a place. A backend that was ejected meanwhile frees its places fast because it fails; it must not drain the
   // queue, so another usable backend is preferred.
   Next use(Admission::Place place) {
+    if (waits_for_key()) {
+      key_place_ = std::move(place);
+      full_.clear();
+      return next();
+    }
     find_choices(context_.turn++);
     for (const Choice& choice : context_.choices) {
       const BackendView& backend = snapshot_->backends[choice.backend];
@@ -383,7 +412,9 @@ class CandidatePicker {
   Claim* claim_ = nullptr;  // of the request to its turn
   Choice choice_;
   const BackendView* backend_ = nullptr;
-  Admission::Place place_;  // on backend_, if it has a cap
+  Admission::Cap of_key_{};     // of the key's requests at once
+  Admission::Place key_place_;  // one of these
+  Admission::Place place_;      // on backend_, if it has a cap
   CircuitBreaker::Permit permit_;
   Admission::Ticket ticket_;  // while queued
   QueuedCount queued_;

@@ -58,7 +58,7 @@ class Exchange {
   // Of text buffers, between two requests.
   std::size_t kept_bytes() const {
     return attempt_.kept_bytes() + summary_.request_id.capacity() + summary_.model.capacity() + reason_.capacity() +
-           kept_.backend.capacity() + kept_.model_used.capacity();
+           kept_.backend.capacity() + kept_.model_used.capacity() + key_.kept_bytes();
   }
 
   // The request's head is complete. `client_name` is the client's address, for the log; `cors_lines` stay in place
@@ -218,6 +218,7 @@ class Exchange {
     summary_.model.assign(facts_.model.substr(0, kMaxModelBytes));
     entry_ = snapshot_->find(facts_.model);
     summary_.record.stream = facts_.stream;
+    if (!key_.may_use(facts_.model)) return refuse_by_key(Limit::key_model, ApiError::model_not_found);
     if (entry_ == nullptr && !snapshot_->discovering) return refuse_unknown_model();
     if (endpoint_->model == Model::of_admin && snapshot_->admin == BackendId::none)
       return refuse(ApiError::admin_refused, true);
@@ -230,7 +231,10 @@ class Exchange {
         return refuse(ApiError::overload, true);
       }
     }
-    picker_.begin(key_.claim(context_, request_.body_bytes));
+    if (const auto refusal = key_.charge(context_, *endpoint_, {request_.body, request_.body_bytes}))
+      return refuse_by_key(*refusal == ApiError::key_requests ? Limit::key_requests : Limit::key_tokens, *refusal);
+    client_.set_rate_lines(key_.rate_lines());
+    picker_.begin(key_.claim(context_, request_.body_bytes), key_.places());
     prepare_choice();
     go(State::choosing);
   }
@@ -273,9 +277,13 @@ class Exchange {
     refuse(error, true, {}, error == ApiError::no_model ? "model" : "");
   }
 
+  // Because of a limit of the client's key.
+  [[gnu::cold]] void refuse_by_key(Limit limit, ApiError error);
+
   [[gnu::cold]] void refuse_unknown_model() {
     if (snapshot_->discovering) return refuse(ApiError::no_healthy_backend, true);
-    refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, summary_.model), "model");
+    refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, summary_.model, key_.settings()),
+           "model");
   }
 
   // Sends an error of Nexus's own in place of a response. `keep_alive` only if the request's body was read whole.
@@ -302,6 +310,8 @@ class Exchange {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return begin_waiting();
       case Next::no_queue:
+        if (picker_.waits_for_key())
+          return refuse_by_key(Limit::key_concurrency, ApiError::key_concurrency), Step::again;
         context_.slab.limit_hit(Limit::backend_max_pending);
         refuse(ApiError::backends_full, true);
         break;

@@ -269,9 +269,18 @@ void Exchange<Net>::give_kept_answer() {
 }
 
 template <class Net>
+void Exchange<Net>::refuse_by_key(Limit limit, ApiError error) {
+  context_.slab.limit_hit(limit);
+  client_.set_rate_lines(key_.rate_lines());
+  if (error != ApiError::model_not_found) return refuse(error, true, key_.message());
+  refuse(error, true, unknown_model_message(*snapshot_, summary_.model, key_.settings()), "model");
+}
+
+template <class Net>
 void Exchange<Net>::commit() {
   assert(attempt_.upstream() == nullptr);
   leave_backend();
+  picker_.end();
   overall_place_.reset();
   key_.leave(context_.shared.admission, summary_.record);
   if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();

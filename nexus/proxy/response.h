@@ -341,6 +341,7 @@ class ClientResponse {
   // `cors_lines`: of the response's head; they stay in place until it was written.
   void open(bool http_1_0, bool keep_alive, std::string_view cors_lines) {
     cors_lines_ = cors_lines;
+    rate_lines_ = {};
     http_1_0_ = http_1_0;
     keep_alive_ = keep_alive;
   }
@@ -348,6 +349,9 @@ class ClientResponse {
   bool http_1_0() const { return http_1_0_; }
   bool keep_alive() const { return keep_alive_; }
   std::string_view cors_lines() const { return cors_lines_; }
+  // Of the limits of the client's key; they stay in place too.
+  std::string_view rate_lines() const { return rate_lines_; }
+  void set_rate_lines(std::string_view lines) { rate_lines_ = lines; }
   bool cut() const { return cut_; }
   bool has_begun() const { return begun_; }  // a first byte was written
   bool waits() const { return connection_.pending() > 0; }
@@ -421,6 +425,7 @@ class ClientResponse {
     answer.request_id = text.request_id;
     answer.date_line = context_.date_line();
     answer.cors_lines = cors_lines_;
+    answer.extra_fields = rate_lines_;
     answer.http_1_0 = http_1_0_;
     answer.keep_alive = keep_alive_;
     context_.text.clear();
@@ -470,7 +475,7 @@ class ClientResponse {
 
   WorkerContext<Net>& context_;
   Connection<Net>& connection_;
-  std::string_view cors_lines_;
+  std::string_view cors_lines_, rate_lines_;
   bool http_1_0_ = false;
   bool keep_alive_ = true;
   bool cut_ = false;

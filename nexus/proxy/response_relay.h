@@ -66,6 +66,7 @@ class ResponseRelay {
     to.fallback_model = route.fallback_model;
     to.date_line = context_.date_line();
     to.cors_lines = client_.cors_lines();
+    to.rate_lines = client_.rate_lines();
     to.framing = response_.framing();
     to.http_1_0 = client_.http_1_0();
     to.keep_alive = client_.keep_alive() && !says_close_;

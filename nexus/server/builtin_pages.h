@@ -83,9 +83,9 @@ class BuiltinPages {
     }
     switch (kind) {
       case PageKind::health: answer_health(session); break;
-      case PageKind::models: begin_model_page(session, list_kind(session)); break;
-      case PageKind::tags: begin_model_page(session, ModelListKind::ollama); break;
-      case PageKind::model: answer_model(session, path); break;
+      case PageKind::models: begin_model_page(session, base, list_kind(session)); break;
+      case PageKind::tags: begin_model_page(session, base, ModelListKind::ollama); break;
+      case PageKind::model: answer_model(session, base, path); break;
       case PageKind::running:
       case PageKind::version:
       case PageKind::metrics:
@@ -285,13 +285,26 @@ class BuiltinPages {
   static ModelListKind list_kind(const SessionT& session) {
     return session.fields->has(Field::anthropic_version) ? ModelListKind::anthropic : ModelListKind::openai;
   }
-  void begin_model_page(SessionT& session, ModelListKind kind) {
+  // The client's key, if it may not use every model.
+  const ApiKey* narrow_key(const SessionT& session, const char* base) const {
+    const ServerSettings& server = context_.settings().server;
+    const auto index =
+        find_key(server, HeadView{base, session.fields.get(), session.head.head_bytes}, session.certificate_name).index;
+    return index && !server.api_keys[*index].models.empty() ? &server.api_keys[*index] : nullptr;
+  }
+
+  void begin_model_page(SessionT& session, const char* base, ModelListKind kind) {
+    if (const ApiKey* key = narrow_key(session, base)) {
+      auto page = std::make_shared<TextBuffer>();
+      page->add(render_models(*context_.snapshot, kind, key));
+      return begin_page(session, std::move(page), PageKind::models);
+    }
     begin_page(session, context_.snapshot->model_pages[static_cast<std::size_t>(kind)], PageKind::models);
   }
 
-  void answer_model(SessionT& session, std::string_view path) {
+  void answer_model(SessionT& session, const char* base, std::string_view path) {
     std::string body;
-    if (!render_model(body, *context_.snapshot, path, list_kind(session))) {
+    if (!render_model(body, *context_.snapshot, path, list_kind(session), narrow_key(session, base))) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
       return answer_error(session, ApiError::model_not_found, {},
                           "The model '" + id + "' is not available here. GET /v1/models lists those that are.",

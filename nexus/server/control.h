@@ -265,6 +265,9 @@ class Control {
       }
       caps.push_back({backend.id, backend.settings.max_pending});
     }
+    for (const KeyView& key : registry_.keys()) {
+      caps.push_back({key.state->places, static_cast<std::uint32_t>(key.settings->options.max_pending)});
+    }
     admission_.configure(caps, registry_.settings().queue.size);
     unpublished_ = true;
   }

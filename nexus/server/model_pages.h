@@ -42,9 +42,10 @@ inline void append_model(std::string& out, ModelListKind kind, std::string_view 
 
 // GET /v1/models, as OpenAI's or Anthropic's clients read it, and /api/tags: each model and alias that a healthy
 // backend serves, by id, once.
-inline std::string render_models(const Snapshot& snapshot, ModelListKind kind) {
+inline std::string render_models(const Snapshot& snapshot, ModelListKind kind, const ApiKey* key = nullptr) {
   std::vector<std::pair<std::string_view, const Offer*>> rows;
   for (const auto& [name, entry] : snapshot.models) {
+    if (key != nullptr && !key->may_use(name)) continue;
     if (const Offer* offer = listed_offer(snapshot, entry)) rows.emplace_back(name, offer);
   }
   std::sort(rows.begin(), rows.end());
@@ -95,9 +96,10 @@ inline std::string unescape_path(std::string_view text) {
 
 // GET /v1/models/{id}: the model's entry in the list, also under a name that the list does not have. False if there is
 // none.
-inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path, ModelListKind kind) {
+inline bool render_model(std::string& out, const Snapshot& snapshot, std::string_view path, ModelListKind kind,
+                         const ApiKey* key) {
   const std::string id = unescape_path(path.substr(kModelPrefix.size()));
-  const ModelEntry* entry = snapshot.find(id);
+  const ModelEntry* entry = key != nullptr && !key->may_use(id) ? nullptr : snapshot.find(id);
   const Offer* offer = entry == nullptr ? nullptr : snapshot.preferred_offer(*entry);
   if (offer == nullptr) return false;
   append_model(out, kind, id, *offer, snapshot);

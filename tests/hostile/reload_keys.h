@@ -608,6 +608,28 @@ inline void add_routing_rows(ReloadRows& rows) {
                      return s.result();
                    }},
                   {{"backend b1", "max_pending = 1"}, {"queue", "size = 9"}}});
+  const std::string by_key = [] {
+    std::string bytes = with_body(body_for("m"));
+    return bytes.insert(bytes.find("\r\n") + 2, "Authorization: Bearer sk-client-0123456789\r\n");
+  }();
+  const Lines with_keys{{"server", "api_keys_file = /keys"}};
+  // The second of two requests, the first of which has ended, or goes on.
+  const auto second = [=](bool held) {
+    return Seen{[=](Scene& s) {
+                  s.serve = [=](const auto&) { return held ? no_answer() : json_answer(kGoodBody); };
+                  s.other = &s.gateway.connect();
+                  s.gateway.send(*s.other, by_key);
+                  s.send(by_key.substr(0, by_key.size() - 1));
+                },
+                [=](Scene& s) {
+                  s.send(by_key.substr(by_key.size() - 1));
+                  return s.result();
+                }};
+  };
+  rows.push_back({"keys", "max_pending", When::new_requests, "max_pending = 0", "max_pending = 1", "nothing", "429",
+                  second(true), with_keys});
+  rows.push_back({"keys", "rpm", When::new_requests, "rpm = 0", "rpm = 1", "200", "429", second(false), with_keys});
+  rows.push_back({"keys", "tpm", When::new_requests, "tpm = 0", "tpm = 1", "200", "429", second(false), with_keys});
   rows.push_back({"keys", "fair_by", When::new_requests, "", "", "", "", {}});
   rows.push_back({"fallbacks", "MODEL", When::at_once, "", "x = m", "404", "200", late_post(with_body(body_for("x")))});
   rows.push_back({"aliases", "NAME", When::at_once, "", "x = m", "404", "200", late_post(with_body(body_for("x")))});

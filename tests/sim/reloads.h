@@ -74,7 +74,10 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
      [](const Drawn& d) {
        d.s.server.api_keys.clear();
        if (d.dice.one_in(2)) return;
-       const KeyOptions options{.weight = d.number(1, 3), .priority = d.number(0, 2) * 50};
+       const KeyOptions options{.weight = d.number(1, 3), .priority = d.number(0, 2) * 50,
+                                .max_pending = d.dice.one_in(2) ? d.number(1, 4) : 0,
+                                .rpm = d.dice.one_in(3) ? d.number(1, 3000) : 0,
+                                .tpm = d.dice.one_in(3) ? d.number(1, 300'000) : 0};
        d.s.server.api_keys = {{"sim", "sk-sim", options}};
      }},
     {"server", "ollama_admin",
@@ -110,6 +113,9 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "weight_latency", [](const Drawn& d) { d.s.routing.weight_latency = d.number(0, 100); }},
     {"queue", "size", [](const Drawn& d) { d.s.queue.size = d.dice.one_in(2) ? d.number(1, 20) : 0; }},
     {"queue", "timeout", [](const Drawn& d) { d.s.queue.timeout_ns = d.span(10 * kMs, 2 * kSecond); }},
+    {"keys", "max_pending", nullptr},  // the options of the key, above, change it and the next two
+    {"keys", "rpm", nullptr},
+    {"keys", "tpm", nullptr},
     {"keys", "fair_by", nullptr},  // the order of the queue is judged by its default
     {"fallbacks", "MODEL",
      [](const Drawn& d) {
