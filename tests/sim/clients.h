@@ -356,8 +356,10 @@ class Clients {
     if (strptime(text.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &date) == nullptr) {
       return ledger_.wrong("client %u: Date: %s", who, text.c_str());
     }
-    const Ns age = clients_[who].began_at - Ns{timegm(&date)} * kSecond;
-    if (clients_[who].began_at > 0 && (age < 0 || age > kOldestDate)) {
+    // An answer that was kept while another backend was tried is as old as that took.
+    const Ns began = clients_[who].began_at, age = began - Ns{timegm(&date)} * kSecond;
+    const Ns kept = request.asked_at < 0 ? kNever / 2 : std::max<Ns>(began - request.asked_at, 0);
+    if (began > 0 && (age < 0 || age > kOldestDate + kept)) {
       ledger_.wrong("client %u: the Date of a response is %lld ms old", who,
                     static_cast<long long>(age / kMillisecond));
     }

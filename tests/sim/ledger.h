@@ -238,7 +238,9 @@ class Ledger {
     }
     const std::uint16_t expected = request.expected_status;
     // A request can fail before Nexus checks it: it arrives too slowly, or there is no place, memory or backend.
-    const bool not_looked_at = request.status == 408 || request.status == 503 || request.status == 504;
+    // While models are still discovered, a key's minute is charged before its model is known to be unknown.
+    const bool charged = request.status == 429 && expected == 404 && !request.line_key.empty();
+    const bool not_looked_at = request.status == 408 || request.status == 503 || request.status == 504 || charged;
     if (expected != 0 && request.status != expected && !not_looked_at) {
       wrong("r%u: status %u for a request that is to get %u", n, request.status, expected);
     }
