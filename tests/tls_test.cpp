@@ -52,6 +52,7 @@ struct Pipe {
     std::string received;
     bool fin = false;     // behind these
     bool broken = false;  // it cannot send any more
+    bool reset = false;   // behind what was received
     std::size_t sent = 0;
   };
   End ends[3];
@@ -65,6 +66,7 @@ struct Pipe {
   IoResult read(Socket socket, char* into, std::size_t bytes) {
     End& end = ends[socket.fd];
     const std::size_t count = std::min({bytes, end.received.size(), most_read});
+    if (count == 0 && end.reset) return {IoResult::Kind::failed, 0, ECONNRESET};
     if (count == 0 && end.fin) return {IoResult::Kind::eof, 0, 0};
     if (count == 0) empty_reads += 1;
     if (count == 0) return {IoResult::Kind::again, 0, 0};
@@ -111,8 +113,8 @@ struct Pair {
 
   void tell(Connection<Pipe>& whom, int fd) {
     Event event;
-    event.readable = !net.ends[fd].received.empty() || net.ends[fd].fin;
-    event.hangup = net.ends[fd].fin;
+    event.hangup = net.ends[fd].fin || net.ends[fd].reset;
+    event.readable = !net.ends[fd].received.empty() || event.hangup;
     event.writable = net.room > net.ends[3 - fd].received.size();
     whom.note(event);
   }
@@ -445,6 +447,27 @@ TEST_CASE("a peer that speaks HTTP in clear, or closes, is told apart from a fai
   CHECK(end_with("", true) == std::pair(TlsOutcome::closed, false));
   CHECK(end_with(std::string("\x16\x03\x01\x00\x10", 5), true) == std::pair(TlsOutcome::closed, false));
   CHECK(end_with(std::string("\x15\x03\x01\x00\x02\x02\x28", 7), false) == std::pair(TlsOutcome::failed, false));
+}
+
+TEST_CASE("a reset in the handshake is told apart from a message that is refused, also if its alert cannot be sent") {
+  const auto end_with = [&](std::string_view bytes, bool reset, bool broken) {
+    Pair pair;
+    REQUIRE(pair.server.adopt(pair.net, {2}, {}, a_server()) == SocketOutcome::ok);
+    pair.net.ends[2].received = bytes;
+    pair.net.ends[2].reset = reset;
+    pair.net.ends[2].broken = broken;
+    pair.tell(pair.server, 2);
+    const IoResult shaken = pair.server.establish(pair.net);
+    REQUIRE(shaken.kind == IoResult::Kind::failed);
+    return std::pair(*pair.server.handshake_outcome(), std::string(pair.server.why(shaken)));
+  };
+  const std::pair reset(TlsOutcome::closed, std::string(strerror(ECONNRESET)));
+  CHECK(end_with("", true, false) == reset);
+  CHECK(end_with({"\x16\x03\x01\x00\x10", 5}, true, false) == reset);
+  // A hello of four bytes: it is too short.
+  const auto refused = end_with({"\x16\x03\x01\x00\x08\x01\x00\x00\x04\x03\x03\x00\x00", 13}, false, false);
+  CHECK(refused.first == TlsOutcome::failed);
+  CHECK(end_with({"\x16\x03\x01\x00\x08\x01\x00\x00\x04\x03\x03\x00\x00", 13}, false, true) == refused);
 }
 
 TEST_CASE("a peer that sends key updates without data between them is cut off") {

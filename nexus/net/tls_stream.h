@@ -254,6 +254,8 @@ class TlsStream {
     return {IoResult::Kind::failed, 0, error_};
   }
 
+  bool broke() const { return socket_.read_error != 0 || socket_.write_error != 0; }
+
   TlsOutcome outcome_of_failure(int reason) const {
     switch (reason) {
       case SSL_R_CERTIFICATE_VERIFY_FAILED:
@@ -261,11 +263,14 @@ class TlsStream {
       case SSL_R_TLSV1_ALERT_UNKNOWN_CA:
       case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
       case SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED:
+      case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
       case SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN:
+      case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
       case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED: return TlsOutcome::certificate;
       case SSL_R_HTTP_REQUEST:
       case SSL_R_WRONG_VERSION_NUMBER: return TlsOutcome::closed;
-      default: return socket_.at_end || error_ != 0 ? TlsOutcome::closed : TlsOutcome::failed;
+      case 0: return broke() || socket_.at_end ? TlsOutcome::closed : TlsOutcome::failed;
+      default: return socket_.at_end ? TlsOutcome::closed : TlsOutcome::failed;
     }
   }
 
@@ -276,7 +281,11 @@ class TlsStream {
       return "it does not speak TLS on this port";
     }
     if (reason == ERR_R_MALLOC_FAILURE) return "out of memory";
-    if (error_ != 0) return strerror(error_);
+    if (reason == 0 && broke()) return strerror(error_);  // else it did not get our alert, which says more
+    if (reason == SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED) return "it wants a certificate: set tls_certificate";
+    if (reason == SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE && client_ != nullptr) {
+      return "it refuses the handshake: it wants a certificate (tls_certificate), or has no cipher in common with us";
+    }
     if (socket_.at_end)
       return established_ ? "it closed without close_notify" : "it closed the connection in the handshake";
     const char* text = ERR_reason_error_string(ERR_peek_error());
