@@ -63,6 +63,19 @@ export function make_certificate({ name = 'localhost', names = ['DNS:localhost',
   return { pem, key, both };
 }
 
+// One that is valid from 2049 on: `openssl x509` of version 3.0 makes those of today only. → { pem, key }: paths.
+export function make_future_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], by = authority() } = {}) {
+  const at = `future-${count++}`;
+  const [key, pem, request, conf, index] = ['key', 'pem', 'csr', 'conf', 'index'].map((kind) => place(`${at}.${kind}`));
+  fs.writeFileSync(index, '');
+  fs.writeFileSync(conf, `[ca]\ndefault_ca = a\n[a]\ndatabase = ${index}\nnew_certs_dir = ${path.dirname(index)}\nrand_serial = yes\n` +
+    `default_md = sha256\npolicy = p\nx509_extensions = e\n[p]\ncommonName = supplied\n[e]\nsubjectAltName = ${names.join(',')}\n`);
+  openssl('req', ...new_key, '-keyout', key, '-out', request, '-subj', `/CN=${name}`);
+  openssl('ca', '-batch', '-notext', '-config', conf, '-in', request, '-cert', by.pem, '-keyfile', by.key, '-out', pem,
+          '-startdate', '20490101000000Z', '-enddate', '20491231000000Z');
+  return { pem, key };
+}
+
 // The one that tests use which do not care.
 let common;
 export const certificate = () => (common ??= shared('NEXUS_TEST_CERTIFICATE', make_certificate));
