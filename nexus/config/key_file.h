@@ -134,7 +134,7 @@ inline void read_client_keys(std::string_view text, const std::string& file, std
   if (keys.empty() && errors.empty()) errors.push_back({file, 0, "expected at least one line `name key`"});
 }
 
-// What a line does not say is as [keys] says.
+// [keys] has the value of each option that a line leaves out.
 inline void fill_key_options(const KeyOptions& defaults, std::vector<ApiKey>& keys) {
   for (ApiKey& key : keys) {
     for (std::size_t i = 0; i < kKeyOptions.size(); ++i) {

@@ -63,7 +63,7 @@ inline ConfigEnvironment with_variables(ConfigEnvironment base, Variables variab
 
 }  // namespace config
 
-// Where hosts keep the certificates that they trust: Debian and Alpine, RHEL (old and new), SUSE, others.
+// The files in which hosts keep the certificates that they trust: Debian and Alpine, RHEL (old and new), SUSE, others.
 inline constexpr std::array<const char*, 5> kSystemCa{
     "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"};

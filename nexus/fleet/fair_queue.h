@@ -3,7 +3,7 @@
 //           counter of Sheng et al., "Fairness in Serving LLMs", with the start tags of start-time fair queueing).
 // Promises: of the keys of the most urgent class, the one that was served least goes next, its requests in the order of
 //           their arrival; with one key that is the order of arrival. A key that did not wait has saved no credit. A
-//           request that has waited for kAgedWait of its time is of the most urgent class.
+//           request that has waited for half of [queue] timeout is of the most urgent class.
 // Leaves:   places, tickets and the mutex that guards all of it to admission.h.
 // Threads:  whoever holds the mutex of its Admission.
 // Tested by: tests/fair_queue_test.cpp, tests/admission_test.cpp, tests/sim
@@ -35,7 +35,7 @@ struct KeylessFlows {
   std::array<Flow, kAddressFlows> by_address;  // by a hash of the host: a few may share one
 };
 
-// What a request asks of its flow. It belongs to the request and outlives its tickets.
+// A request's claim to a turn of its flow. It belongs to the request and outlives its tickets.
 struct Claim {
   Flow* flow = nullptr;
   std::uint32_t priority = kDefaultKeyPriority;  // lower first
@@ -50,13 +50,13 @@ struct Claim {
   }
 };
 
-// What one request costs. A completion token takes a step of the model, a prompt token a part of one.
+// The cost of one request. A completion token takes a step of the model, a prompt token a part of one.
 constexpr std::uint64_t fair_cost(std::uint64_t prompt_tokens, std::uint64_t completion_tokens) {
   constexpr std::uint64_t kCompletionWeight = 2;
   return std::min(prompt_tokens, kMaxFairCost) + kCompletionWeight * std::min(completion_tokens, kMaxFairCost);
 }
 
-// What the flows of one Admission share.
+// The state that the flows of one Admission share.
 class FairClock {
  public:
   // A flow of which nothing waits is served as much as whoever went last: it has saved nothing.

@@ -88,7 +88,7 @@ struct ModelEntry {
   bool is_alias() const { return name != target; }
 };
 
-// What the requests of a key share; it lasts as long as the key's name is in the file, and as its requests.
+// The state that the requests of a key share; it lasts as long as the key's name is in the file, and as its requests.
 struct KeyState {
   Flow flow;
   MinuteBucket requests, tokens;

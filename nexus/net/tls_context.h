@@ -147,7 +147,7 @@ inline std::string library_error() {
   return reason == nullptr ? "unknown error" : reason;
 }
 
-// What is wrong with `certificate`, by the error of its verification (X509_STORE_CTX_get_error(3)).
+// Says in words why `certificate` is refused, by the error of its verification (X509_STORE_CTX_get_error(3)).
 [[gnu::cold]] inline std::string verify_problem(int error, const X509* certificate, std::string_view expected_name) {
   if (certificate == nullptr) return X509_verify_cert_error_string(error);
   const std::string issuer = one_line(X509_get_issuer_name(certificate));

@@ -30,7 +30,7 @@
 
 namespace nexus {
 
-// What a later connection to the same backend resumes with, once. Empty if there is nothing.
+// The session that a later connection to the same backend resumes, or nothing.
 using TlsTicket = tls::Owned<SSL_SESSION, SSL_SESSION_free>;
 
 class TlsStream {

@@ -164,7 +164,8 @@ group('tls for clients', () => {
 group('tls and the end of a response', () => {
   // The kinds of the records that a client gets, seen by a relay in between: close_notify is an alert, which in TLS 1.2 has
   // a type of its own, 21.
-  async function kinds_at_end(port, send) {
+  // `on_begun` is called when the client has got a first event.
+  async function kinds_at_end(port, send, on_begun = () => {}) {
     const kinds = [];
     let rest = Buffer.alloc(0);
     let over;
@@ -184,7 +185,10 @@ group('tls and the end of a response', () => {
     const options = { ca: fs.readFileSync(authority().pem), servername: 'localhost', maxVersion: 'TLSv1.2' };
     const socket = tls.connect({ port: relay.address().port, host: '127.0.0.1', ...options }, () => socket.write(send));
     let text = '';
-    socket.on('data', (data) => { text += data; });
+    socket.on('data', (data) => {
+      text += data;
+      if (text.includes('begun')) on_begun();
+    });
     socket.on('error', () => {});
     await within(5_000, ended, 'the end of the connection');
     relay.close();
@@ -200,15 +204,16 @@ group('tls and the end of a response', () => {
     const whole = await kinds_at_end(port, ask({}));
     assert.match(whole.text, /"usage"/);
     assert.ok(whole.alert, `the last record is an alert: ${JSON.stringify(whole.kinds)}`);
+    let break_off;
     mock.answer = (request, reply) => {
       reply.stream();
       reply.piece(sse(chat_chunk('m1', 'begun', {}, true)));
-      setTimeout(() => reply.reset(), 50);
+      break_off = () => reply.reset();
     };
-    const cut = await kinds_at_end(port, ask({ stream: true }));
+    const cut = await kinds_at_end(port, ask({ stream: true }), () => break_off());
     assert.match(cut.text, /begun/);
     assert.ok(!cut.alert, `no alert: ${JSON.stringify(cut.kinds)}`);
-    const old = await kinds_at_end(port, ask({ stream: true }, '1.0'));
+    const old = await kinds_at_end(port, ask({ stream: true }, '1.0'), () => break_off());
     assert.ok(!old.alert, 'a body that lasts until the end of the connection is cut without it');
   });
 
@@ -220,7 +225,7 @@ group('tls and the end of a response', () => {
     mock.answer = (request, reply) => {
       reply.raw(`HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n${framing}\r\n${body}`);
       if (notify) reply.fin();
-      else setTimeout(() => reply.socket.raw.end(), 50);
+      else reply.socket.write('', () => reply.socket.raw.end());   // once its bytes are gone
     };
     const outcomes = async () => parse_metrics((await get(nexus.port, '/metrics')).text);
     const good = await post(port, path, chat(), secure);

@@ -221,7 +221,7 @@ group('tls faults of backends', () => {
       reply.stream();
       reply.piece(sse(chat_chunk('m1', 'one', {}, true)));
       if (last) reply.finish();
-      setTimeout(() => reply.socket.raw.end(), 50);
+      reply.socket.write('', () => reply.socket.raw.end());   // once its bytes are gone
     };
     const whole = await post(port, path, chat('m1', { stream: true }), secure);
     assert.ok(whole.complete);
