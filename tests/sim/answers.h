@@ -314,12 +314,21 @@ class AnswerMaker {
     }
     if (!dice_.chance(manners_.slow) && !(events && dice_.one_in(8))) return;
     std::size_t at = 0;
+    if (dice_.one_in(10)) return drip(answer);
     for (std::uint32_t i = dice_.number(1, 6); i > 0 && at < answer.bytes.size(); --i) {
       at += dice_.skewed(0, static_cast<std::uint32_t>(answer.bytes.size() - at));
       answer.pauses.push_back({at, dice_.span(0, dice_.one_in(8) ? kSecond : 50 * kMillisecond)});
     }
     const auto earlier = [](const Answer::Pause& a, const Answer::Pause& b) { return a.at < b.at; };
     std::stable_sort(answer.pauses.begin(), answer.pauses.end(), earlier);
+  }
+
+  // A little at a time, for longer than a client that takes nothing is kept.
+  void drip(Answer& answer) {
+    const std::size_t step = answer.bytes.size() / 100 + 1;
+    const Ns span = dice_.span(kMillisecond, 60 * kMillisecond);
+    answer.pauses.clear();
+    for (std::size_t at = answer.body_at; at < answer.bytes.size(); at += step) answer.pauses.push_back({at, span});
   }
 
  public:

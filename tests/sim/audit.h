@@ -289,10 +289,15 @@ class Audit {
       if (!request.attempts.empty()) ledger_.wrong("r%u: came to a backend and was not counted", n);
       if (request.status != 0 && request.counted)
         ledger_.wrong("r%u: answered with %u and not counted", n, request.status);
+      check_drained(request, n);
       return;
     }
     if (!request.counted && request.kind != Request::Kind::completion && request.kind != Request::Kind::wrong) {
       return ledger_.wrong("r%u: counted, though it is no request", n);
+    }
+    if (request.line_key != "-" && !request.key.empty() && request.line_key != request.key) {
+      return ledger_.wrong("r%u: counted for the key %s, sent with %.*s", n, request.line_key.c_str(),
+                           static_cast<int>(request.key.size()), request.key.data());
     }
     // An attempt may arrive twice: over a reused connection that was already closed, and again over a new one.
     if (request.attempts.size() > 2 * request.line_attempts) {
@@ -306,6 +311,16 @@ class Audit {
     }
     if (request.status == 0) return check_unanswered(request, n);
     check_answered(request, n);
+  }
+
+  // A drain waits for the first request of each connection that there is.
+  void check_drained(const Request& request, unsigned n) {
+    const bool first = request.kind == Request::Kind::completion && !request.kept && !request.pipelined;
+    const bool before = request.asked_at >= 0 && request.asked_at < ledger_.drained_at;
+    if (!ledger_.draining || ledger_.stopped || !ledger_.takes_all || !first || !before || request.client_left) return;
+    if (request.status == 0 && !ledger_.memory_faults) {
+      ledger_.wrong("r%u: was sent before the drain began, and got no answer", n);
+    }
   }
 
   void check_unanswered(const Request& request, unsigned n) {
@@ -337,8 +352,30 @@ class Audit {
     } else if (!request.client_left && !request.line_cut && !ledger_.stopped && !ledger_.draining) {
       ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
     }
+    check_error(request, n);
     if (request.attempt >= 0 && request.backend != request.line_backend) {
       ledger_.wrong("r%u: answered by %s, counted for %s", n, request.backend.c_str(), request.line_backend.c_str());
+    }
+  }
+
+  // The type that the status of an answer is counted under, and no 400 of Nexus's own for a request without a fault.
+  void check_error(const Request& request, unsigned n) {
+    if (!request.whole || request.client_left || ledger_.stopped || request.line_status == 499) return;
+    const std::string& error = request.line_error;
+    if (request.attempt < 0) {
+      const bool well = request.kind == Request::Kind::completion && request.status == 400;
+      if (well && request.received.find("No backend's copy of this model") == std::string::npos) {
+        ledger_.wrong("r%u: 400 for a request without a fault: %.200s", n, request.received.c_str());
+      }
+      return;
+    }
+    const unsigned status = request.status;
+    const bool of_backend = status >= 500 || status == 408 || status == 429;
+    if (of_backend && error != "backend_error" && error != "timeout" && error != "parse_error") {
+      ledger_.wrong("r%u: a backend's %u is counted as %s", n, status, error.c_str());
+    }
+    if (!of_backend && status / 100 == 4 && error != "bad_request") {
+      ledger_.wrong("r%u: a backend's %u is counted as %s", n, status, error.c_str());
     }
   }
   static std::size_t sent_bytes(const Request& request) { return request.received.size(); }

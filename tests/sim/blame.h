@@ -42,6 +42,7 @@ class Blame {
     lower(least_.head_bytes, std::size_t{settings.server.max_header_bytes});
     lower(least_.eject_after, settings.health.eject_after);
     lower(least_.failures, settings.health.failures);
+    lower(least_.recoveries, settings.health.recoveries);
     longest_check_ns_ = std::max(longest_check_ns_, settings.health.timeout_ns);
     request_timeout_ |= settings.upstream.request_timeout_ns > 0;
   }
@@ -96,7 +97,7 @@ class Blame {
   struct Least {
     Ns connect_ns = kNever, first_byte_ns = kNever, stall_ns = kNever, check_ns = kNever;
     std::size_t head_bytes = SIZE_MAX;
-    std::uint32_t eject_after = UINT32_MAX, failures = UINT32_MAX;
+    std::uint32_t eject_after = UINT32_MAX, failures = UINT32_MAX, recoveries = UINT32_MAX;
   };
   // A connection, or a connect(), as it showed itself in this turn.
   struct Seen {
@@ -268,10 +269,11 @@ class Blame {
   // ---- health checks, after a turn of control ----
 
   void check_health() {
-    std::array<std::uint32_t, kAddresses> failed_now{};
+    std::array<std::uint32_t, kAddresses> failed_now{}, good_now{};
     for (const Seen& seen : seen_) {
       const std::uint32_t good = bit(AttemptOutcome::ok);
       if ((seen.reasons & ~good) != 0 && (seen.reasons & good) == 0) failed_now[seen.server] += 1;
+      if ((seen.reasons & good) != 0) good_now[seen.server] += 1;
     }
     const Registry& registry = gateway_.control().registry();
     const bool reloaded = std::exchange(settings_, &registry.settings()) != &registry.settings();
@@ -281,17 +283,30 @@ class Blame {
       const std::uint32_t before_servers = std::exchange(checked.servers, servers_of(backend));
       auto failed = static_cast<std::uint32_t>(std::count(names_.failed.begin(), names_.failed.end(), backend.epoch));
       for (std::uint32_t server = 0; server < kAddresses; ++server) {
-        if (((before_servers | checked.servers) >> server & 1u) != 0) failed += failed_now[server];
+        if (((before_servers | checked.servers) >> server & 1u) == 0) continue;
+        failed += failed_now[server];
+        checked.good += good_now[server];
       }
       checked.failed += failed;
       const Health before = std::exchange(checked.health, backend.health);
       if (before == backend.health) continue;
       const std::uint32_t total = std::exchange(checked.failed, failed);  // these may have come behind the change
       const std::uint32_t needed = before == Health::unknown || reloaded ? 1 : least_.failures;
+      const std::uint32_t good = std::exchange(checked.good, 0);
+      const bool first_up = backend.health == Health::healthy && !std::exchange(checked.was_up, true);
+      const std::uint32_t wanted = first_up || before == Health::unknown || reloaded ? 1 : least_.recoveries;
+      if (backend.health == Health::healthy && good < wanted && is_checked(registry)) {
+        ledger_.wrong("%s is healthy after %u good checks, at least %u are needed", backend.settings.name.c_str(), good,
+                      wanted);
+      }
       if (backend.health != Health::unhealthy || total >= needed) continue;
       ledger_.wrong("%s is unhealthy after %u failed checks of its own, at least %u are needed",
                     backend.settings.name.c_str(), total, needed);
     }
+  }
+  // A name that moves brings another server, whose checks are counted anew.
+  bool is_checked(const Registry& registry) const {
+    return registry.settings().health.enabled && names_.lookups() == 0 && !ledger_.memory_faults;
   }
   static std::uint32_t servers_of(const Registry::Backend& backend) {
     std::uint32_t servers = backend.address ? 1u << server_at(*backend.address) : 0;
@@ -301,7 +316,9 @@ class Blame {
 
   struct Checked {
     Health health = Health::unknown;
-    std::uint32_t failed = 0;   // checks of its servers and lookups of its name, since its health changed last
+    std::uint32_t good = 0;    // checks, since its health changed last
+    std::uint32_t failed = 0;  // checks of its servers and lookups of its name, since its health changed last
+    bool was_up = false;
     std::uint32_t servers = 0;  // a bit for each of its addresses
   };
 

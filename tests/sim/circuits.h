@@ -37,14 +37,17 @@ struct Breaker {
 
 class Circuits {
  public:
-  // The fleet that the workers were given last.
-  void note(const Snapshot& fleet) {
+  // The fleet that the workers were given last. False if a backend at another address has kept its breaker: what was
+  // true of one server says nothing of another.
+  bool note(const Snapshot& fleet) {
     std::vector<Breaker> next;
+    bool well = true;
     for (const BackendView& view : fleet.backends) {
       if (!view.address) continue;
       const auto known = std::find_if(all_.begin(), all_.end(),
                                       [&](const Breaker& breaker) { return breaker.circuit == view.circuit; });
       if (known != all_.end()) {
+        well &= known->server == server_at(*view.address);
         next.push_back(*known);
         continue;
       }
@@ -55,6 +58,7 @@ class Circuits {
       made.lax = std::any_of(all_.begin(), all_.end(), [&](const Breaker& old) { return old.backend == view.id; });
     }
     all_ = std::move(next);
+    return well;
   }
 
   void begin_turn(Ns now) {

@@ -94,7 +94,8 @@ class Clients {
   }
 
  private:
-  static constexpr Ns kOldestDate = 20 * kSecond;  // the head of a response may have waited for its first event
+  static constexpr Ns kOldestDate = 20 * kSecond;    // the head of a response may have waited for its first event
+  static constexpr Ns kOldestOwnDate = 6 * kSecond;  // and one of Nexus's own for the client to read the one before
   enum Timer : std::uint64_t { kVisit, kAsk, kRead, kSendBody, kAbort, kLeave };
   enum class Abort : std::uint8_t { none, shut, close, reset };
 
@@ -347,6 +348,9 @@ class Clients {
       ledger_.wrong("client %u: a backend has set a field of Nexus's own", who);
     }
     if (answer.status == 204 && answer.has("Content-Length")) ledger_.wrong("client %u: 204 with a length", who);
+    if (answer.has("X-Nexus-Route-Reason") && !is_reason(answer.value("X-Nexus-Route-Reason"))) {
+      ledger_.wrong("client %u: a route reason that is none: %s", who, answer.value("X-Nexus-Route-Reason").c_str());
+    }
     const bool own = !answer.has("X-Sim") && request.kind == Request::Kind::completion;
     const bool busy = answer.status == 503 || (answer.status == 429 && own);
     if (own && busy && !answer.has("Retry-After"))
@@ -359,10 +363,27 @@ class Clients {
     // An answer that was kept while another backend was tried is as old as that took.
     const Ns began = clients_[who].began_at, age = began - Ns{timegm(&date)} * kSecond;
     const Ns kept = request.asked_at < 0 ? kNever / 2 : std::max<Ns>(began - request.asked_at, 0);
-    if (began > 0 && (age < 0 || age > kOldestDate + kept)) {
+    const Ns oldest = answer.has("X-Sim") ? kOldestDate + kept : kOldestOwnDate;
+    if (began > 0 && (age < 0 || age > oldest)) {
       ledger_.wrong("client %u: the Date of a response is %lld ms old", who,
                     static_cast<long long>(age / kMillisecond));
     }
+  }
+
+  // One reason and what belongs to it, as `least pending 2`; behind `retry after` and an outcome, for a second attempt.
+  static bool is_reason(std::string_view text) {
+    constexpr std::string_view kRetry = "retry after ";
+    if (text.starts_with(kRetry)) {
+      const std::size_t comma = text.find(", ");
+      if (comma == std::string_view::npos) return false;
+      const std::string_view outcome = text.substr(kRetry.size(), comma - kRetry.size());
+      const auto& outcomes = kAttemptOutcomeNames;
+      if (std::find(outcomes.begin(), outcomes.end(), outcome) == outcomes.end()) return false;
+      text.remove_prefix(comma + 2);
+    }
+    std::string_view name = text.substr(0, text.find_last_not_of("0123456789.") + 1);
+    if (name.ends_with(' ')) name.remove_suffix(1);
+    return std::find(kRouteReasonNames.begin(), kRouteReasonNames.end(), name) != kRouteReasonNames.end();
   }
 
   void check_whose(std::uint32_t who, std::size_t number, Request& request) {

@@ -48,8 +48,8 @@ class Fleet {
     return fate;
   }
 
-  // The request `number` with this head and model has come whole, or `first` on its connection.
-  std::function<void(LinkId id, std::size_t number, const rfc9112::Message& head, std::string_view model, bool first,
+  // The request `number` with this head has come whole, or `first` on its connection.
+  std::function<void(LinkId id, std::size_t number, const rfc9112::Message& head, const Arrived& arrived, bool first,
                      const Flow::Mark& sent)>
       on_request;
 
@@ -124,6 +124,14 @@ class Fleet {
     const Talk& talk = talks_[id];
     if (talk.begins_at == kNoPosition || talk.settled) return {nullptr, 0, talk.overlong, false};
     return {&talk.answer, talk.begins_at, talk.overlong, talk.head_seen};
+  }
+  // True if Nexus has read the newest answer whole, and the connection could serve another request.
+  bool is_idle(LinkId id) const {
+    if (!wire_.at(id).connected || id >= talks_.size()) return false;
+    const Talk& talk = talks_[id];
+    const bool kept = talk.answer.end == Answer::End::keep && !talk.overlong && !talk.unasked && !talk.peer_done;
+    return talk.settled && kept && talk.phase == Phase::reading && !talk.answered_early && talk.input.empty() &&
+           wire_.at(id).to_peer.held() == 0;
   }
   // At the end of a turn in which Nexus has read from the connection.
   void note_read(LinkId id) {
@@ -240,8 +248,8 @@ class Fleet {
     }
     // A backend with a key of its own gets that one. Nexus forwards a client's key only if it has none of its own.
     const std::string key = head.value_or_empty("Authorization");
-    return head.minor == 1 &&
-           (key.empty() || key.starts_with("Bearer sk-of-") || key == "Bearer sk-client" || key == "Bearer sk-sim");
+    return head.minor == 1 && (key.empty() || key.starts_with("Bearer sk-of-") || key == "Bearer sk-client" ||
+                               key == "Bearer sk-sim" || key == "Bearer sk-rest");
   }
 
   void die(std::uint32_t server) {
@@ -311,12 +319,13 @@ class Fleet {
     Attempt attempt;
     attempt.server = talk.server;
     attempt.sent_at = talk.begun.at;
+    const bool by_client = request.body.options == BodyParts::Options::yes;
     if (!talk.answered_early && talk.begun.at > 0)
-      on_request(id, static_cast<std::size_t>(number), talk.head, model_of(talk), talk.served == 0, talk.begun);
+      on_request(id, static_cast<std::size_t>(number), talk.head, {model_of(talk), asked && !by_client},
+                 talk.served == 0, talk.begun);
     talk.number = number;
     answers_.attempt_number_ = request.attempts.size();
     // A backend that did not read the body can't know if usage was requested, and sends none.
-    const bool by_client = request.body.options == BodyParts::Options::yes;
     talk.answer = answers_.make(request_id, static_cast<std::size_t>(number), *request.api, request.body.stream,
                                 asked && !talk.answered_early, by_client, attempt);
     request.attempts.push_back(std::move(attempt));

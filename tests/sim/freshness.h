@@ -25,7 +25,12 @@ class Freshness {
 
   // After a turn of the control thread.
   void note(const SnapshotPtr& published) {
-    if (published_.empty() || published_.back().snapshot != published) published_.push_back({wire_.now(), published});
+    if (!published_.empty() && published_.back().snapshot == published) return;
+    published_.push_back({wire_.now(), published});
+    const std::vector<BackendSettings>& settings = published->settings->backends;
+    if (published->backends.size() != settings.size())
+      return ledger_.wrong("the fleet has not the configured backends");
+    for (std::size_t i = 0; i < settings.size(); ++i) check_view(published->backends[i], settings[i]);
   }
 
   // Before a turn of a worker: the connections that it has.
@@ -49,18 +54,20 @@ class Freshness {
     if (!known) ledger_.wrong("a request goes to %s, which no fleet of now has", to_string(address).c_str());
   }
 
-  // A request has come to `server`; `model` is that of its body. `first`: of its connection. `slack`: how long a write
-  // may have waited for the kernel.
-  void on_request(const Link& link, const Address& server, const rfc9112::Message& head, std::string_view model,
-                  bool first, Ns sent_at, Ns slack) {
+  // A request has come to `server`; `arrived` has the model of its body. `first`: of its connection. `slack`: how long
+  // a write may have waited for the kernel.
+  void on_request(const Link& link, const Address& server, const rfc9112::Message& head, const Request& request,
+                  const Arrived& arrived, bool first, Ns sent_at, Ns slack) {
+    const std::string_view model = arrived.model;
     if (ledger_.memory_faults) return;
     const Ns from = first ? link.made_at : sent_at - slack, to = first ? link.made_at : sent_at;
     if (first && connects_again(link)) return;
     const std::string key = head.value_or_empty("Authorization");
     const bool own_key = key.starts_with("Bearer sk-of-");
     const bool right = any_view(from, to, [&](const BackendView& backend, const Snapshot& snapshot) {
-      return backend.healthy && backend.address == server && offers(snapshot, backend, model) &&
-             head.target.starts_with(backend.base_path + "/") && head.target[backend.base_path.size() + 1] != 'b' &&
+      return backend.healthy && backend.address == server && offers(snapshot, backend, model, request) &&
+             (backend.ask_usage || !arrived.usage_added) && head.target.starts_with(backend.base_path + "/") &&
+             head.target[backend.base_path.size() + 1] != 'b' &&
              (own_key ? backend.request_lines.find(key + "\r\n") != std::string::npos
                       : !backend.has_key && (key.empty() || snapshot.settings->server.api_keys.empty()));
     });
@@ -117,6 +124,21 @@ class Freshness {
     std::uint32_t server;
   };
 
+  // What the workers see of a backend is what is configured now.
+  void check_view(const BackendView& view, const BackendSettings& settings) {
+    const auto address = parse_address(settings.address.host, settings.address.port);
+    const bool there = !address || view.address == address;  // a name may stand for any
+    const bool key = view.has_key == !settings.api_key.empty() &&
+                     (!view.has_key || view.request_lines.find(settings.api_key + "\r\n") != std::string::npos);
+    const bool usage =
+        settings.stream_usage == StreamUsage::by_kind || view.ask_usage == (settings.stream_usage == StreamUsage::ask);
+    const bool same = view.name == settings.name && view.priority == settings.priority &&
+                      view.max_pending == settings.max_pending && view.base_path == settings.base_path;
+    if (there && key && usage && same) return;
+    ledger_.wrong("%s is not as it is configured: %s%s%s%s", settings.name.c_str(), there ? "" : "address ",
+                  key ? "" : "key ", usage ? "" : "usage ", same ? "" : "priority, cap or path");
+  }
+
   bool is_open(const Link& link) const {
     return link.live && link.to_backend && link.nexus_open && link.loop == worker_;
   }
@@ -162,11 +184,18 @@ class Freshness {
     return published_[i].at <= to && (i + 1 == published_.size() || published_[i + 1].at >= from);
   }
 
-  static bool offers(const Snapshot& snapshot, const BackendView& backend, std::string_view model) {
+  // True if the backend has the model, with what the request needs.
+  static bool offers(const Snapshot& snapshot, const BackendView& backend, std::string_view model,
+                     const Request& request) {
     const ModelEntry* entry = snapshot.find(model);
     if (entry == nullptr) return false;
-    return std::any_of(entry->offers.begin(), entry->offers.end(),
-                       [&](const Offer& offer) { return &snapshot.backends[offer.backend] == &backend; });
+    return std::any_of(entry->offers.begin(), entry->offers.end(), [&](const Offer& offer) {
+      const Capabilities& can = offer.capabilities;
+      const Needs& needs = request.needs;
+      const bool able = (can.vision || !needs.vision) && (can.tools || !needs.tools) && (can.json_mode || !needs.json);
+      const bool fits = can.context_tokens == 0 || request.sent_body.size() / kBytesPerToken <= can.context_tokens;
+      return &snapshot.backends[offer.backend] == &backend && able && fits;
+    });
   }
 
   Ledger& ledger_;

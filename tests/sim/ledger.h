@@ -85,6 +85,17 @@ struct BodyParts {
   }
 };
 
+// A request as it came to a backend.
+struct Arrived {
+  std::string_view model;
+  bool usage_added = false;  // it asks for usage, and its client did not
+};
+
+// The capabilities that a request needs of its backend.
+struct Needs {
+  bool vision = false, tools = false, json = false;
+};
+
 struct Request {
   enum class Kind : std::uint8_t { completion, page, wrong, malformed };
   Kind kind = Kind::completion;
@@ -97,6 +108,8 @@ struct Request {
   bool pipelined = false;             // sent before the response to the one before it
   std::string_view page;              // the path, for Kind::page
   std::uint16_t expected_status = 0;  // for Kind::wrong; 0: any
+  std::string_view key;               // the name of the key that the client gave; empty: none or a wrong one
+  Needs needs;
   BodyParts body;
   std::string sent_body;  // as rendered, for Kind::wrong too
   std::uint32_t client = 0;
@@ -158,7 +171,9 @@ class Ledger {
   bool memory_faults = false;
   bool gentle = false;  // see swarm.h
   bool draining = false;
-  bool stopped = false;  // Nexus was stopped
+  Ns drained_at = kNever;  // when the drain began
+  bool takes_all = false;  // no connection is refused for want of something on this host
+  bool stopped = false;    // Nexus was stopped
 
   [[gnu::format(printf, 2, 3)]] void wrong(const char* format, ...) {
     if (!first_wrong_.empty()) return;

@@ -79,6 +79,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
                                 .rpm = d.dice.one_in(3) ? d.number(1, 3000) : 0,
                                 .tpm = d.dice.one_in(3) ? d.number(1, 300'000) : 0};
        d.s.server.api_keys = {{"sim", "sk-sim", options}};
+       if (!d.dice.one_in(3)) d.s.server.api_keys.push_back({"rest", "sk-rest", {}});
      }},
     {"server", "ollama_admin",
      [](const Drawn& d) { d.s.server.ollama_admin = d.dice.one_in(2) ? "" : d.backend().name; }},
@@ -119,11 +120,11 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"keys", "fair_by", nullptr},  // the order of the queue is judged by its default
     {"fallbacks", "MODEL",
      [](const Drawn& d) {
-       d.s.fallbacks = d.dice.one_in(2) ? Fallbacks{} : Fallbacks{{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};
+       d.s.fallbacks = d.dice.one_in(2) ? Fallbacks{} : Fallbacks{{"m1", {"m2"}}, {"m3", {"a3", "m4", "m0"}}};
      }},
     {"aliases", "NAME",
      [](const Drawn& d) {
-       d.s.aliases = d.dice.one_in(3) ? std::vector<NamePair>{} : std::vector<NamePair>{{"a0", "m0"}, {"a1", "a0"}};
+       d.s.aliases = d.dice.one_in(3) ? std::vector<NamePair>{} : std::vector<NamePair>{{"a0", "m0"}, {"a1", "a0"}, {"a3", "m3"}};
      }},
     {"metrics", "enabled", [](const Drawn& d) { d.s.metrics.enabled = !d.dice.one_in(3); }},
     {"metrics", "labels", [](const Drawn& d) { d.s.metrics.labels = static_cast<LabelMode>(d.number(0, 1)); }},

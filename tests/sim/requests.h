@@ -74,8 +74,11 @@ class RequestMaker {
     body.options = dice_.one_in(2) || !request.api->takes_options ? BodyParts::Options::absent
                                                                   : static_cast<BodyParts::Options>(dice_.number(0, 5));
     const std::size_t bytes = dice_.chance(habits_.large_body) ? dice_.number(5'000, 250'000) : dice_.skewed(0, 1000);
+    const std::string text = "\"" + std::string(pattern_of(number * 7, bytes)) + "\"";
+    const std::string needs = draw_needs(request);
+    const std::string parts = R"([{"type":"image_url","image_url":{"url":"x"}},{"type":"text","text":)" + text + "}]";
     const std::string content =
-        R"("messages":[{"role":"user","content":")" + std::string(pattern_of(number * 7, bytes)) + R"("}])";
+        R"("messages":[{"role":"user","content":)" + (request.needs.vision ? parts : text) + "}]" + needs;
     if (dice_.one_in(2)) {
       body.before = content + ",";
       body.after = R"("n":1)";
@@ -85,6 +88,18 @@ class RequestMaker {
     if (dice_.one_in(4)) body.before.insert(0, "\n ");
     request.sent_body = body.render(body.model, false);
     pad(request);
+  }
+
+  // Draws what the request needs of its backend. Returns the members that say so, behind the messages.
+  std::string draw_needs(Request& request) {
+    if (request.api->path != kApiRows[0].path || !dice_.one_in(4)) return {};
+    Needs& needs = request.needs;
+    needs = {dice_.one_in(2), dice_.one_in(2), dice_.one_in(2)};
+    std::string out;
+    if (needs.tools) out += R"(,"tools":[{"type":"function","function":{"name":"f"}}])";
+    if (needs.json)
+      out += R"(,"response_format":{"type":")" + std::string(dice_.one_in(2) ? "json_object\"}" : "json_schema\"}");
+    return out;
   }
 
   // Sometimes as large as a body may be, or larger by a byte.
@@ -104,10 +119,12 @@ class RequestMaker {
     request.counted = true;
     out.append("POST ").append(request.api->path).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
     out.append("Host: nexus\r\nContent-Type: application/json\r\n");
-    if (dice_.one_in(20))
+    if (dice_.one_in(20)) {
       out.append("Authorization: Bearer sk-client\r\n");
-    else if (!dice_.one_in(20))
-      out.append("Authorization: Bearer sk-sim\r\n");
+    } else if (!dice_.one_in(20)) {
+      request.key = dice_.one_in(4) ? "rest" : "sim";
+      out.append("Authorization: Bearer sk-").append(request.key).append("\r\n");
+    }
     write_id(out, id, http_1_0, keep_alive);
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
     const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);

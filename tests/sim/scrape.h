@@ -59,6 +59,7 @@ class Scrape {
     check_tokens(page, "prompt", lines.prompts);
     check_tokens(page, "completion", lines.completions);
     check_whole(page);
+    check_rejections(page);
     check_gauges(page);
     check_stats(lines);
   }
@@ -132,6 +133,23 @@ class Scrape {
     at_least("nexus_fallbacks_total", page.sum("nexus_fallbacks_total"), fallbacks);
     at_least("nexus_time_to_first_token_seconds", page.sum("nexus_time_to_first_token_seconds_count"), streams);
   }
+  // Requests that are refused for their head, path or method are counted by that alone.
+  void check_rejections(const exposition::Reader& page) {
+    std::map<std::string, std::uint64_t> least;
+    std::uint64_t unsure = 0;
+    for (const Request& request : ledger_.requests) {
+      const bool wrong = request.kind == Request::Kind::wrong || request.kind == Request::Kind::malformed;
+      if (request.status == 431) least["header_too_large"] += 1;
+      if (request.status == 400 && request.kind == Request::Kind::malformed) least["malformed"] += 1;
+      if (request.status == 405) least["method"] += 1;
+      if (request.status == 404 && request.lines == 0 && wrong) least["unknown_path"] += 1;
+      unsure += request.status == 408 || request.status == 0 ? 1 : 0;
+    }
+    for (const char* reason : {"header_too_large", "malformed", "method", "unknown_path"}) {
+      within(reason, page.sum("nexus_http_rejections_total", {{"reason", reason}}), least[reason], unsure);
+    }
+  }
+
   void within(const char* what, double shown, std::uint64_t least, std::uint64_t more) {
     at_least(what, shown, least);
     if (shown <= static_cast<double>(least + more)) return;

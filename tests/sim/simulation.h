@@ -24,6 +24,7 @@
 #include "swarm.h"
 #include "tests/lib/faults.h"
 #include "tests/lib/gateway.h"
+#include "upkeep.h"
 
 namespace nexus::sim {
 
@@ -64,6 +65,7 @@ class Simulation {
         clients_(wire_, ledger_, dice_, swarm_),
         blame_(ledger_, wire_, fleet_, names_, gateway_, circuits_, slack()),
         policy_(ledger_, wire_, freshness_, gateway_, circuits_),
+        upkeep_(ledger_, wire_, fleet_, gateway_, slack()),
         settings_(first_settings(seed, canary)),
         gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
         audit_(ledger_, gateway_, wire_),
@@ -78,11 +80,12 @@ class Simulation {
     };
     wire_.on_backend_read = [this](LinkId link) { blame_.on_read(link); };
     wire_.on_backend_close = [this](LinkId link) { blame_.on_close(link); };
-    fleet_.on_request = [this](LinkId id, std::size_t number, const rfc9112::Message& head, std::string_view model,
+    fleet_.on_request = [this](LinkId id, std::size_t number, const rfc9112::Message& head, const Arrived& arrived,
                                bool first, const Flow::Mark& sent) {
       const Link& link = wire_.at(id);
-      freshness_.on_request(link, address_of_server(link.peer), head, model, first, sent.at, slack());
-      policy_.on_request(link, number, model, first, sent);
+      const Request& request = ledger_.requests[number];
+      freshness_.on_request(link, address_of_server(link.peer), head, request, arrived, first, sent.at, slack());
+      policy_.on_request(link, number, arrived.model, first, sent);
     };
     clients_.max_body_bytes(settings_->server.max_body_bytes);
     blame_.note(*settings_);
@@ -93,6 +96,9 @@ class Simulation {
     audit_.note_caps(*settings_);
     ledger_.memory_faults = swarm_.memory_fails || faults().failing_allocation > 0;
     ledger_.gentle = swarm_.gentle;
+    ledger_.takes_all = swarm_.weather.accept_fails.never() && swarm_.weather.watch_fails.never() &&
+                        swarm_.most_descriptors == SIZE_MAX && swarm_.reloads == 0 &&
+                        settings_->server.max_connections > swarm_.clients;
   }
 
   // One seed in twenty speaks TLS: to clients, to backends, or to both.
@@ -171,7 +177,10 @@ class Simulation {
   void on_script(std::uint32_t step) {
     switch (step) {
       case kReload: reload_in_.push_back(draw_state(dice_)); return;
-      case kDrain: ledger_.draining = true; return gateway_.drain();
+      case kDrain:
+        ledger_.draining = true;
+        ledger_.drained_at = wire_.now();
+        return gateway_.drain();
       case kStop: ledger_.stopped = true; return gateway_.stop();
       case kLack: return begin_lack();
       case kLackEnds: wire_.connect_error = 0; return;
@@ -371,6 +380,7 @@ class Simulation {
     blame_.end_turn(loop);
     if (in_control_) names_.end_turn(gateway_.control().registry(), *gateway_.control().published());
     policy_.end_turn(loop);
+    if (!in_control_) upkeep_.end_turn(loop);
     if (in_control_) note_published();
     in_control_ = false;
   }
@@ -380,7 +390,7 @@ class Simulation {
     published_ = published;
     audit_.check_caps_in_force(*published);
     freshness_.note(published);
-    circuits_.note(*published);
+    if (!circuits_.note(*published)) ledger_.wrong("a backend has another address and its old breaker");
     blame_.note(*published);
   }
 
@@ -460,6 +470,7 @@ class Simulation {
   Circuits circuits_;
   Blame blame_;
   Policy policy_;
+  Upkeep upkeep_;
   std::shared_ptr<const Settings> settings_;
   Gateway gateway_;
   Audit audit_;

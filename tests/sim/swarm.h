@@ -371,7 +371,7 @@ class SettingsMaker {
     server.body_timeout_ns = dice_.span(200 * kMillisecond, 3 * kSecond);
     server.idle_timeout_ns = dice_.span(50 * kMillisecond, 3 * kSecond);
     server.write_timeout_ns = dice_.span(200 * kMillisecond, 3 * kSecond);
-    if (dice_.one_in(5)) server.api_keys = {{"sim", "sk-sim"}};
+    if (dice_.one_in(5)) server.api_keys = {{"sim", "sk-sim"}, {"rest", "sk-rest"}};
   }
   void upstream() {
     UpstreamSettings& upstream = settings_.upstream;
@@ -388,8 +388,8 @@ class SettingsMaker {
     settings_.routing.retries = dice_.number(0, 4);
     settings_.queue.size = dice_.one_in(2) ? dice_.number(1, 20) : 0;
     settings_.queue.timeout_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
-    if (!dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
-    if (dice_.one_in(3)) settings_.fallbacks = {{"m1", {"m2"}}, {"m3", {"m4", "m0"}}};
+    if (!dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}, {"a3", "m3"}};
+    if (dice_.one_in(3)) settings_.fallbacks = {{"m1", {"m2"}}, {"m3", {"a3", "m4", "m0"}}};
   }
   void add(std::uint32_t server, BackendKind kind, std::uint32_t cap, std::vector<std::string> models) {
     BackendSettings backend;
@@ -412,6 +412,10 @@ class SettingsMaker {
     if (dice_.one_in(3)) backend.api_key = "sk-of-" + backend.name;
     backend.stream_usage = static_cast<StreamUsage>(dice_.number(0, 2));
     if (dice_.one_in(2)) backend.models = some_models();
+    for (Capability* which : {&backend.vision, &backend.tools, &backend.json_mode}) {
+      if (dice_.one_in(6)) *which = {true, some_models()};
+    }
+    if (dice_.one_in(8)) backend.context_length = {{"*", dice_.number(10, 1000)}};
     settings_.backends.push_back(std::move(backend));
   }
   void settle(BackendSettings& backend) {
