@@ -52,29 +52,26 @@ const shared = (name, make) => {
 let usual;
 export const authority = () => (usual ??= shared('NEXUS_TEST_AUTHORITY', make_authority));
 
-// → { pem, key, both }: paths; `both` has the certificate, its issuer and the key in one file.
-export function make_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], days = 100, by = authority() } = {}) {
+// `valid`: the first and the last day; `openssl x509` takes none before version 3.4, and no past one from there on, so it is
+// `openssl ca`. → { pem, key, both }: paths; `both` has the certificate, its issuer and the key in one file.
+export function make_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], days = 100, valid, by = authority() } = {}) {
   const at = `certificate-${count++}`;
-  const [key, pem, both, request, extensions] = ['key', 'pem', 'both', 'csr', 'ext'].map((kind) => place(`${at}.${kind}`));
-  fs.writeFileSync(extensions, names.length ? `subjectAltName=${names.join(',')}\n` : '');
+  const [key, pem, both, request, conf, index] = ['key', 'pem', 'both', 'csr', 'conf', 'index'].map((kind) => place(`${at}.${kind}`));
+  const [first, last] = valid ?? [new Date(Date.now() - 60_000), new Date(Date.now() + days * 86_400_000)];
+  const stamp = (date) => new Date(date).toISOString().replace(/[-:T]|\.\d+/g, '');
+  fs.writeFileSync(index, '');
+  fs.writeFileSync(conf, `[ca]\ndefault_ca = a\n[a]\ndatabase = ${index}\nnew_certs_dir = ${path.dirname(index)}\nrand_serial = yes\n` +
+    'default_md = sha256\npolicy = p\nx509_extensions = e\nunique_subject = no\n[p]\ncommonName = supplied\n[e]\n' +
+    (names.length ? `subjectAltName = ${names.join(',')}\n` : ''));
   openssl('req', ...new_key, '-keyout', key, '-out', request, '-subj', `/CN=${name}`);
-  openssl('x509', '-req', '-in', request, '-CA', by.pem, '-CAkey', by.key, '-set_serial', String(count), '-days', String(days), '-extfile', extensions, '-out', pem);
+  openssl('ca', '-batch', '-notext', '-config', conf, '-in', request, '-cert', by.pem, '-keyfile', by.key, '-out', pem,
+          '-startdate', stamp(first), '-enddate', stamp(last));
   fs.writeFileSync(both, [pem, by.pem, key].map((file) => fs.readFileSync(file, 'utf8')).join(''));
   return { pem, key, both };
 }
 
-// One that is valid from 2049 on: `openssl x509` of version 3.0 makes those of today only. → { pem, key }: paths.
-export function make_future_certificate({ name = 'localhost', names = ['DNS:localhost', 'IP:127.0.0.1'], by = authority() } = {}) {
-  const at = `future-${count++}`;
-  const [key, pem, request, conf, index] = ['key', 'pem', 'csr', 'conf', 'index'].map((kind) => place(`${at}.${kind}`));
-  fs.writeFileSync(index, '');
-  fs.writeFileSync(conf, `[ca]\ndefault_ca = a\n[a]\ndatabase = ${index}\nnew_certs_dir = ${path.dirname(index)}\nrand_serial = yes\n` +
-    `default_md = sha256\npolicy = p\nx509_extensions = e\n[p]\ncommonName = supplied\n[e]\nsubjectAltName = ${names.join(',')}\n`);
-  openssl('req', ...new_key, '-keyout', key, '-out', request, '-subj', `/CN=${name}`);
-  openssl('ca', '-batch', '-notext', '-config', conf, '-in', request, '-cert', by.pem, '-keyfile', by.key, '-out', pem,
-          '-startdate', '20490101000000Z', '-enddate', '20491231000000Z');
-  return { pem, key };
-}
+export const expired = { valid: ['2020-01-01', '2020-12-31'] };
+export const not_yet_valid = { valid: ['2049-01-01', '2049-12-31'] };
 
 // The one that tests use which do not care.
 let common;

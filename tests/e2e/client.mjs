@@ -41,7 +41,7 @@ export class RawClient {
         client.raw = raw;
         done(client);
       });
-      for (const one of [raw, socket]) one.once('error', fail);
+      for (const one of [raw, socket]) one.on('error', fail); // the one below TLS tells its end for itself
     }), `connect to ${host}:${port}`);
   }
 

@@ -3,7 +3,7 @@
 import fs from 'node:fs';
 import tls from 'node:tls';
 import net from 'node:net';
-import { RawClient, assert, authority, certificate, chat, chat_answer, chat_chunk, fingerprint, free_port, get, group, has_openssl, make_authority, make_certificate,
+import { RawClient, assert, authority, certificate, chat, chat_answer, chat_chunk, expired, fingerprint, free_port, get, group, has_openssl, make_authority, make_certificate,
          page_after, parse_metrics, post, run_nexus, sse, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const path = '/v1/chat/completions';
@@ -252,7 +252,7 @@ group('tls to backends', () => {
   });
 
   const faults = [
-    ['expired', () => make_certificate({ days: -1 }), /its certificate CN=localhost expired on \d{4}-\d\d-\d\d/],
+    ['expired', () => make_certificate(expired), /its certificate CN=localhost expired on \d{4}-\d\d-\d\d/],
     ['for another name', () => make_certificate({ names: ['DNS:gpu.example.org'] }), /its certificate is for gpu\.example\.org, not for 127\.0\.0\.1: set tls_name/],
     ['of an unknown issuer', () => make_certificate({ by: make_authority('Somebody else') }), /the issuer of its certificate is unknown: CN=Somebody else; set tls_ca/],
     ['self-signed', () => make_authority('alone', ['IP:127.0.0.1']), /its certificate is self-signed/],
@@ -295,7 +295,7 @@ group('tls to backends', () => {
   test('a backend that speaks in clear on an https url, and one that speaks TLS on an http url, are told in words', async (t) => {
     if_openssl(t);
     const refuse = (answer) => new Promise((done) => {
-      const server = net.createServer((socket) => socket.once('data', () => socket.end(answer)));
+      const server = net.createServer((socket) => socket.on('error', () => {}).once('data', () => socket.end(answer)));
       server.listen(0, '127.0.0.1', () => done(server));
       t.after(() => server.close());
     });
@@ -311,7 +311,7 @@ group('tls to backends', () => {
 group('tls and reloads', () => {
   test('a new certificate is shown to new connections while a stream goes on; an unfit one is refused and named', async (t) => {
     if_openssl(t);
-    const [first, second, old] = [make_certificate(), make_certificate(), make_certificate({ days: -1 })];
+    const [first, second, old] = [make_certificate(), make_certificate(), make_certificate(expired)];
     const file = t.file('c.pem', fs.readFileSync(first.both));
     const { nexus, port, mock, conf } = await over_tls(t, { server: { tls_certificate: file, tls_key: undefined } });
     const seen = async () => within(5_000, new Promise((done, fail) => {
@@ -355,7 +355,7 @@ group('tls and reloads', () => {
 
   test('an expired certificate is used at the start, with a warning; nexus -t refuses it; one that expires soon is warned of', async (t) => {
     if_openssl(t);
-    const old = make_certificate({ days: -1 });
+    const old = make_certificate(expired);
     const soon = make_certificate({ days: 5, names: ['DNS:soon.example.org'] });
     const { nexus, port } = await over_tls(t, { server: { tls_certificate: [old.both, soon.both], tls_key: undefined } });
     await nexus.logged(/a certificate of the listeners has expired.*certificate=localhost/);

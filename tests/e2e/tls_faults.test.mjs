@@ -4,7 +4,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import tls from 'node:tls';
 import { RawClient, assert, authority, certificate, chat, chat_chunk, free_port, get, group, has_openssl, make_authority, make_certificate,
-         make_future_certificate, page_after, parse_metrics, post, run_nexus, seeded, sse, start_backend, start_nexus, test, until, within } from './harness.mjs';
+         not_yet_valid, page_after, parse_metrics, post, run_nexus, seeded, sse, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const path = '/v1/chat/completions';
 const secure = { secure: {} };
@@ -118,7 +118,7 @@ group('tls faults of clients', () => {
 group('tls faults of backends', () => {
   test('a certificate that is not valid yet: check and log say so, and ask for the clock', async (t) => {
     if (!has_openssl) t.skip('openssl is not installed');
-    const { nexus, port, mocks } = await front(t, { b1: { secure: show(make_future_certificate()) } }, { ready: 'up' });
+    const { nexus, port, mocks } = await front(t, { b1: { secure: show(make_certificate(not_yet_valid)) } }, { ready: 'up' });
     await nexus.logged(/its certificate is not valid before 2049-01-01 00:00 UTC: is this host's clock right\?/);
     assert.equal((await post(port, path, chat(), secure)).status, 503);
     const check = await run_nexus(['check', nexus.conf_path]);
