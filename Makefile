@@ -81,7 +81,7 @@ CXXFLAGS_ALL := -std=c++20 $(OPTIMISE) $(WARNINGS) -pthread -DSIMDJSON_DEVELOPME
 THIRD_PARTY := $(patsubst -fstack-protector,-fstack-protector-strong,$(OPTIMISE)) -w -DLLHTTP_STRICT_MODE=1
 LDFLAGS_ALL := $(LINK_MODE) -pthread $(FOREIGN:%=-L%/lib/$(CROSS)) $(LDFLAGS)
 # The option for a static library that OpenSSL may need, if it is here: from Debian 13 on. Asked when it links.
-if_static = $(if $(filter /%,$(shell $(CXX) $(FOREIGN:%=-B%/lib/$(CROSS)) -print-file-name=lib$(1).a)),-l$(1))
+if_static = $(if $(filter /%,$(shell $(CXX) $(FOREIGN:%=-B%/lib/$(CROSS)) -print-file-name=lib$(1).a 2>/dev/null)),-l$(1))
 OPENSSL = $(if $(NO_TLS),,-lssl -lcrypto $(call if_static,z) $(call if_static,zstd))
 LDLIBS = $(if $(LLHTTP),,-lllhttp) -lcares $(OPENSSL)
 

@@ -123,7 +123,7 @@ class Child {
   pid_t pid_;
 };
 
-// The daemon built beside this program, or an empty text.
+// The daemon built beside this program, or what runs it in an emulator (tests/run.sh), or an empty text.
 std::string daemon_binary() {
   std::array<char, 4096> path{};
   const ssize_t bytes = ::readlink("/proc/self/exe", path.data(), path.size() - 1);
@@ -131,7 +131,9 @@ std::string daemon_binary() {
   std::string folder(path.data(), static_cast<std::size_t>(bytes));
   for (int up = 0; up < 2; ++up) {
     folder.resize(folder.rfind('/'));
-    if (::access((folder + "/nexus").c_str(), X_OK) == 0) return folder + "/nexus";
+    for (const char* name : {"/nexus-emulated", "/nexus"}) {
+      if (::access((folder + name).c_str(), X_OK) == 0) return folder + name;
+    }
   }
   return {};
 }
