@@ -303,6 +303,7 @@ TEST_CASE("a configuration that spells out every default of the table equals the
   CHECK_EQ(got.routing.weight_latency, want.routing.weight_latency);
   CHECK_EQ(got.queue.size, want.queue.size);
   CHECK_EQ(got.queue.timeout_ns, want.queue.timeout_ns);
+  CHECK(got.keys.defaults == want.keys.defaults);
   CHECK_EQ(got.metrics.enabled, want.metrics.enabled);
   CHECK(got.metrics.labels == want.metrics.labels);
   CHECK(got.log.level == want.log.level);
@@ -375,6 +376,8 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"queue", "size", "0", "1000000", "", "1000001"},
       {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
       {"metrics", "keys", "0", "10000", "", "10001"},
+      {"keys", "weight", "1", "1000", "0", "1001"},
+      {"keys", "priority", "0", "100", "", "101"},
       {"keys", "max_pending", "0", "1000000", "", "1000001"},
       {"keys", "rpm", "0", "1000M", "", "1000000001"},
       {"keys", "tpm", "0", "1000000k", "", "1000000001"},
@@ -1127,16 +1130,25 @@ TEST_CASE("options behind a key are read, and a key without them has the default
   CHECK(keys[1].options == KeyOptions{});
   CHECK(KeyOptions{}.weight == 1);
   const auto limited = parse_config(
-      "[keys]\nrpm = 60\nmax_pending = 3\n[server]\napi_keys_file = /k\n[backend b]\ntype = echo", "n",
-      fake_environment({}, {{"/k", "a 12345678 rpm=0 tpm=100k models=llama3:70b,qwen2:*\nb 87654321 max_pending=4"}}));
+      "[keys]\nrpm = 60\nmax_pending = 3\nweight = 2\npriority = 0\n[server]\napi_keys_file = /k\n[backend b]\ntype = "
+      "echo",
+      "n",
+      fake_environment(
+          {},
+          {{"/k",
+            "a 12345678 rpm=0 tpm=100k models=llama3:70b,qwen2:*\nb 87654321 max_pending=4 weight=1 priority=50"}}));
   REQUIRE(limited.ok());
   const ApiKey &a = limited.settings.server.api_keys[0], &b = limited.settings.server.api_keys[1];
   CHECK(a.options.rpm == 0);
   CHECK(a.options.tpm == 100'000);
   CHECK(a.options.max_pending == 3);
+  CHECK(a.options.weight == 2);
+  CHECK(a.options.priority == 0);
   CHECK(b.options.rpm == 60);
   CHECK(b.options.tpm == 0);
   CHECK(b.options.max_pending == 4);
+  CHECK(b.options.weight == 1);
+  CHECK(b.options.priority == 50);
   CHECK(a.may_use("llama3:70b"));
   CHECK(a.may_use("qwen2:7b"));
   CHECK_FALSE(a.may_use("llama3:8b"));

@@ -22,7 +22,8 @@ nexus::ConfigEnvironment environment() {
           },
           [](const std::string& path) {
             const bool of_clients = path == "/keys";
-            return std::optional<std::string>(of_clients ? "client sk-client-0123456789"
+            return std::optional<std::string>(of_clients ? "client sk-client-0123456789\n"
+                                                           "fixed sk-fixed-0123456789 weight=1 priority=50"
                                                          : path.substr(1) + "-key-of-a-backend");
           }};
 }

@@ -303,6 +303,8 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
     {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},
 
+    {"keys", "weight", kNumber, "1", "1 to 1000", [](V& v) { v.to(v.s.keys.defaults.weight); }},
+    {"keys", "priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.s.keys.defaults.priority); }},
     {"keys", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.keys.defaults.max_pending); }},
     {"keys", "rpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.rpm); }},
     {"keys", "tpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.tpm); }},

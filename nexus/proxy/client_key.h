@@ -45,7 +45,7 @@ class ClientKey {
     claim_.flow = view_ != nullptr                           ? &view_->state->flow
                   : settings.keys.fair_by == FairBy::address ? &keyless.by_address[host_ % kAddressFlows]
                                                              : &keyless.all;
-    claim_.weight = view_ == nullptr ? 1 : static_cast<std::uint32_t>(options.weight);
+    claim_.weight = static_cast<std::uint32_t>(options.weight);
     claim_.priority = static_cast<std::uint32_t>(options.priority);
     claim_.cost = fair_cost(body_bytes / kBytesPerToken, 0);
     claim_.now_ns = context.now;

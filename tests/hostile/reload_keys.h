@@ -135,6 +135,10 @@ inline std::string body_for(const std::string& model, const std::string& more = 
 }
 inline const std::string kHeld = with_body(body_for("m", R"(,"user":"hold")"));
 
+inline std::string with_key(const std::string& name, const std::string& body) {
+  return with_body(body, "Authorization: Bearer sk-" + name + "-0123456789\r\n");
+}
+
 // A request whose last byte comes after the reload.
 inline Seen late_post(
     const std::string& text, std::function<std::string(Scene&)> tell = [](Scene& s) { return s.result(); }) {
@@ -479,6 +483,37 @@ inline std::string who(Scene& s) {
   return s.answer.value_or_empty("X-Nexus-Backend");
 }
 
+// A request of the key `client`, which has no options of its own, and one of `fixed`, which has some, wait for the only
+// place; the result is the one that gets it. `client` was served more before. The reload comes amid its request that
+// waits if `waiting`, else amid the one before.
+inline Seen turns(bool waiting) {
+  const auto request = [](const std::string& name, const std::string& user, std::size_t bytes) {
+    return with_key(name, body_for("m", R"(,"user":")" + user + R"(","x":")" + std::string(bytes, 'x') + "\""));
+  };
+  const std::string first = request("client", "first", 600), last = request("client", "client", 0);
+  const auto hold = [=](Scene& s) {
+    s.other = &s.gateway.connect();
+    s.gateway.send(*s.other, request("fixed", "hold", 0));
+  };
+  return {[=](Scene& s) {
+            s.serve = [](const rfc9112::Message& message) {
+              return message.body.find("first") == std::string::npos ? no_answer() : json_answer("{}");
+            };
+            s.gateway.send(s.gateway.connect(), request("fixed", "first", 400));
+            if (waiting) s.send(first), hold(s);
+            s.send((waiting ? last : first).substr(0, (waiting ? last : first).size() - 1));
+          },
+          [=](Scene& s) {
+            s.send("}");
+            if (!waiting) hold(s), s.send(last);
+            s.gateway.send(s.gateway.connect(), request("fixed", "fixed", 0));
+            s.gateway.net.break_off(*s.other);
+            s.settle();
+            const std::string body = s.last_request().body;
+            return std::string(body.find("client") != std::string::npos ? "client" : "fixed");
+          }};
+}
+
 inline void add_routing_rows(ReloadRows& rows) {
   const auto first_fails = [](Scene& s) {
     s.serve = [](const rfc9112::Message& message) {
@@ -608,10 +643,7 @@ inline void add_routing_rows(ReloadRows& rows) {
                      return s.result();
                    }},
                   {{"backend b1", "max_pending = 1"}, {"queue", "size = 9"}}});
-  const std::string by_key = [] {
-    std::string bytes = with_body(body_for("m"));
-    return bytes.insert(bytes.find("\r\n") + 2, "Authorization: Bearer sk-client-0123456789\r\n");
-  }();
+  const std::string by_key = with_key("client", body_for("m"));
   const Lines with_keys{{"server", "api_keys_file = /keys"}};
   // The second of two requests, the first of which has ended, or goes on.
   const auto second = [=](bool held) {
@@ -626,6 +658,11 @@ inline void add_routing_rows(ReloadRows& rows) {
                   return s.result();
                 }};
   };
+  const Lines one_place{{"server", "api_keys_file = /keys"}, {"backend b1", "max_pending = 1"}, {"queue", "size = 9"}};
+  rows.push_back(
+      {"keys", "weight", When::new_requests, "weight = 1", "weight = 2", "fixed", "client", turns(false), one_place});
+  rows.push_back({"keys", "priority", When::new_requests, "priority = 50", "priority = 49", "fixed", "client",
+                  turns(true), one_place});
   rows.push_back({"keys", "max_pending", When::new_requests, "max_pending = 0", "max_pending = 1", "nothing", "429",
                   second(true), with_keys});
   rows.push_back({"keys", "rpm", When::new_requests, "rpm = 0", "rpm = 1", "200", "429", second(false), with_keys});

@@ -114,7 +114,9 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "weight_latency", [](const Drawn& d) { d.s.routing.weight_latency = d.number(0, 100); }},
     {"queue", "size", [](const Drawn& d) { d.s.queue.size = d.dice.one_in(2) ? d.number(1, 20) : 0; }},
     {"queue", "timeout", [](const Drawn& d) { d.s.queue.timeout_ns = d.span(10 * kMs, 2 * kSecond); }},
-    {"keys", "max_pending", nullptr},  // the options of the key, above, change it and the next two
+    {"keys", "weight", nullptr},  // the options of the key, above, change it and the next four
+    {"keys", "priority", nullptr},
+    {"keys", "max_pending", nullptr},
     {"keys", "rpm", nullptr},
     {"keys", "tpm", nullptr},
     {"keys", "fair_by", nullptr},  // the order of the queue is judged by its default
