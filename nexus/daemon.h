@@ -251,8 +251,8 @@ class Daemon {
     const SnapshotPtr snapshot = control_->begin(settings_);
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);
-    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
-      return control_->post(Control<EpollNet>::AskPage{worker, session, number, kind}) !=
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, WantedPage page) {
+      return control_->post(Control<EpollNet>::AskPage{worker, session, number, std::move(page)}) !=
              Control<EpollNet>::Posted::no_memory;
     };
     shared_.ask_check = [this](BackendId backend) { control_->post(Control<EpollNet>::CheckSoon{backend}); };

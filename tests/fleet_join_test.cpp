@@ -14,9 +14,9 @@ using nexus::PageKind;
 
 namespace {
 
-std::string joined(PageKind kind, const std::vector<std::string>& pages) {
+std::string joined(PageKind kind, const std::vector<std::string>& pages, const nexus::ApiKey* key = nullptr) {
   nexus::JsonReader json;
-  return join_pages(json, kind, pages);
+  return join_pages(json, kind, pages, key);
 }
 
 }  // namespace
@@ -37,6 +37,23 @@ TEST_CASE("a page that is not a list of models adds nothing to the others") {
         R"({"models":[]})", R"({"models":[ ]} )", R"({"models":[1,]})", R"({"models":null})", R"({"models":[{}]}})"}) {
     CAPTURE(std::string(page));
     CHECK(joined(PageKind::running, {page, good, page}) == good);
+  }
+}
+
+TEST_CASE("a key with models of its own is told of these alone, byte for byte") {
+  const nexus::ApiKey key{.name = "k", .key = "12345678", .models = {"a", "big:*"}};
+  const auto told = [&](const std::vector<std::string>& pages) { return joined(PageKind::running, pages, &key); };
+  CHECK(told({R"({"models":[{"name":"b"}, { "x":[{"name":"b"}], "name" : "a" } ,{"name":"big:7b","y":{}}]})",
+              R"({"more":[1],"models":[{"name":"b"},{"name":"big:8b"}]})"}) ==
+        R"({"models":[{ "x":[{"name":"b"}], "name" : "a" },{"name":"big:7b","y":{}},{"name":"big:8b"}]})");
+  const std::string good = R"({"models":[{"name":"a"}]})";
+  for (const char* page :
+       {"", "[]", R"({"models":{}})", R"({"models":[{}]})", R"({"models":[{"name":7}]})", R"({"models":["a"]})",
+        R"({"models":[{"name":"a"},1]})", R"({"models":[{"name":"a"})", R"({"models":[{"name":"a",}]})",
+        R"({"models":[{"name":"a","x":[}]})", R"({"models":[{"model":"a"}]})", R"({"models":[{"name":"ab"}]})",
+        R"({"models":[{"name":"a"}]]})", R"({"models":[{"name":"a"}}]})"}) {
+    CAPTURE(std::string(page));
+    CHECK(told({page, good, page}) == good);
   }
 }
 

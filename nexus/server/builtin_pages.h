@@ -63,7 +63,7 @@ class BuiltinPages {
 
   // Answers a request that is not for a proxied endpoint. Returns the page to ask the control thread for, if it needs
   // one.
-  std::optional<PageKind> answer(SessionT& session, const char* base, std::string_view path) {
+  std::optional<WantedPage> answer(SessionT& session, const char* base, std::string_view path) {
     const RequestHead& head = session.head;
     context_.take_request_id(base, session.fields.get(), session.request_id);
     const Listens on = use_of_listener(session.metrics_only, context_.settings().server);
@@ -86,14 +86,11 @@ class BuiltinPages {
       case PageKind::models: begin_model_page(session, base, list_kind(session)); break;
       case PageKind::tags: begin_model_page(session, base, ModelListKind::ollama); break;
       case PageKind::model: answer_model(session, base, path); break;
-      case PageKind::running:
+      case PageKind::running: return wait_for(session, {kind, narrow_key(session, base)});
       case PageKind::version:
       case PageKind::metrics:
       case PageKind::stats:
-      case PageKind::status:
-        session.state = State::waiting_page;
-        arm(session, context_.now + kPageTime);
-        return kind;
+      case PageKind::status: return wait_for(session, {kind});
       case PageKind::none:
       case PageKind::endpoint:
       case PageKind::server: assert(false);
@@ -286,17 +283,24 @@ class BuiltinPages {
     return session.fields->has(Field::anthropic_version) ? ModelListKind::anthropic : ModelListKind::openai;
   }
   // The client's key, if it may not use every model.
-  const ApiKey* narrow_key(const SessionT& session, const char* base) const {
-    const ServerSettings& server = context_.settings().server;
-    const auto index =
-        find_key(server, HeadView{base, session.fields.get(), session.head.head_bytes}, session.certificate_name).index;
-    return index && !server.api_keys[*index].models.empty() ? &server.api_keys[*index] : nullptr;
+  std::shared_ptr<const ApiKey> narrow_key(const SessionT& session, const char* base) const {
+    const std::shared_ptr<const Settings>& settings = context_.snapshot->settings;
+    const HeadView head{base, session.fields.get(), session.head.head_bytes};
+    const auto index = find_key(settings->server, head, session.certificate_name).index;
+    if (!index || settings->server.api_keys[*index].models.empty()) return nullptr;
+    return {settings, &settings->server.api_keys[*index]};
+  }
+
+  WantedPage wait_for(SessionT& session, WantedPage page) {
+    session.state = State::waiting_page;
+    arm(session, context_.now + kPageTime);
+    return page;
   }
 
   void begin_model_page(SessionT& session, const char* base, ModelListKind kind) {
-    if (const ApiKey* key = narrow_key(session, base)) {
+    if (const auto key = narrow_key(session, base)) {
       auto page = std::make_shared<TextBuffer>();
-      page->add(render_models(*context_.snapshot, kind, key));
+      page->add(render_models(*context_.snapshot, kind, key.get()));
       return begin_page(session, std::move(page), PageKind::models);
     }
     begin_page(session, context_.snapshot->model_pages[static_cast<std::size_t>(kind)], PageKind::models);
@@ -304,7 +308,7 @@ class BuiltinPages {
 
   void answer_model(SessionT& session, const char* base, std::string_view path) {
     std::string body;
-    if (!render_model(body, *context_.snapshot, path, list_kind(session), narrow_key(session, base))) {
+    if (!render_model(body, *context_.snapshot, path, list_kind(session), narrow_key(session, base).get())) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
       return answer_error(session, ApiError::model_not_found, {},
                           "The model '" + id + "' is not available here. GET /v1/models lists those that are.",

@@ -41,7 +41,7 @@ class Control {
     std::uint32_t worker = 0;
     Handle session;
     std::uint32_t number = 0;  // of the session's question; the answer carries it
-    PageKind kind = PageKind::metrics;
+    WantedPage page;
   };
   struct Reload {
     std::shared_ptr<const Settings> settings;  // null: the new configuration was refused
@@ -191,7 +191,7 @@ class Control {
   }
 
   void on_message(AskPage& ask) {
-    if (!join_.joins(ask.kind)) return tell(ask, page_of(ask.kind));
+    if (!join_.joins(ask.page.kind)) return tell(ask, page_of(ask.page.kind));
     join_.ask(ask, registry_, prober_, json_, now_, probe_done(), teller());
   }
 
@@ -203,7 +203,7 @@ class Control {
     typename Worker<Net>::RenderedPage page;
     page.session = ask.session;
     page.number = ask.number;
-    page.kind = ask.kind;
+    page.kind = ask.page.kind;
     page.body = std::move(body);
     const auto posted = workers_[ask.worker]->post(std::move(page));
     if (posted == Worker<Net>::Posted::no_memory) slab_.limit_hit(Limit::memory);  // its session waits in vain

@@ -1,8 +1,9 @@
 // fleet_join.h
 // Owns:     pages that are asked of each backend that serves Ollama's API, when a client asks for them, and joined:
 //           the models that are loaded (/api/ps), and the version (/api/version).
-// Promises: all who ask while the backends are being asked get the same page; it has what those told that answered
-//           within health.timeout; an entry is passed on byte for byte; JSON is valid whatever a backend says.
+// Promises: all who ask while the backends are being asked get the same page, but for the models that their keys may
+//           not use; it has what those told that answered within health.timeout; an entry is passed on byte for byte;
+//           JSON is valid whatever a backend says.
 // Leaves:   asking to prober.h, the clients to control.h.
 // Threads:  control's.
 // Tested by: tests/fleet_join_test.cpp
@@ -33,17 +34,45 @@ struct JoinedPage {
 inline constexpr std::array<JoinedPage, 2> kJoinedPages{
     {{PageKind::running, "/api/ps"}, {PageKind::version, "/api/version"}}};
 
-// Appends the elements of the list `models` of a page, each of which is valid JSON.
-inline void append_running(JsonReader& json, std::string_view page, std::string& out) {
+// True if an element of a list of models is one that the key may use.
+inline bool is_allowed(JsonReader& json, JsonReader::Object& element, const ApiKey& key) {
+  bool allowed = false;
+  const bool whole = json.each_member(element, [&](std::string_view field, JsonReader::Value value) {
+    std::string_view name;
+    if (field == "name" && json.read_name(value, name)) allowed = key.may_use(name);
+    return true;
+  });
+  return whole && allowed;
+}
+
+// Those elements of a list that are models which the key may use.
+inline std::string allowed_elements(JsonReader& json, simdjson::ondemand::array& list, const ApiKey& key) {
+  std::string elements;
+  for (auto element : list) {
+    JsonReader::Object object;
+    std::string_view text;
+    if (element.get_object().get(object) || object.raw_json().get(text) || object.reset().error()) return {};
+    if (is_allowed(json, object, key)) elements.append(elements.empty() ? "" : ",").append(trim_json_end(text));
+  }
+  return elements;
+}
+
+// Appends the elements of the list `models` of a page, each of which is valid JSON; with a key, the models that it may
+// use.
+inline void append_running(JsonReader& json, std::string_view page, const ApiKey* allowed, std::string& out) {
   JsonReader::Object object;
   if (!json.open(page, object)) return;
   std::string elements;
   const bool whole = json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     simdjson::ondemand::array list;
     std::string_view text;
-    if (key != "models" || value.get_array().get(list) || list.raw_json().get(text)) return true;
-    text = trim_json_end(text);
-    elements = text.substr(1, text.size() - 2);
+    if (key != "models" || value.get_array().get(list)) return true;
+    if (allowed != nullptr) {
+      elements = allowed_elements(json, list, *allowed);
+    } else if (!list.raw_json().get(text)) {
+      text = trim_json_end(text);
+      elements = text.substr(1, text.size() - 2);
+    }
     return true;
   });
   if (!whole || !json.at_end() || !json.is_valid("[" + elements + "]")) return;
@@ -88,18 +117,19 @@ inline std::string lowest_version(JsonReader& json, const std::vector<std::strin
   return lowest;
 }
 
-inline std::string join_pages(JsonReader& json, PageKind kind, const std::vector<std::string>& pages) {
+inline std::string join_pages(JsonReader& json, PageKind kind, const std::vector<std::string>& pages,
+                              const ApiKey* key = nullptr) {
   if (kind == PageKind::version) return R"({"version":)" + json_string(lowest_version(json, pages)) + "}";
   std::string models;
   for (std::string page : pages) {
     const std::size_t bytes = page.size();
     page.resize(bytes + kPaddingBytes);
-    append_running(json, {page.data(), bytes}, models);
+    append_running(json, {page.data(), bytes}, key, models);
   }
   return R"({"models":[)" + models + "]}";
 }
 
-// `Ask`: who waits for a page; it has a `kind`.
+// `Ask`: who waits for a page; its `page` is a WantedPage.
 template <class Net, class Ask>
 class FleetJoin {
  public:
@@ -111,7 +141,7 @@ class FleetJoin {
   template <class Done, class Tell>
   void ask(const Ask& ask, const Registry& registry, Prober<Net>& prober, JsonReader& json, Ns now, Done&& done,
            Tell&& tell) {
-    Join& join = join_of(ask.kind);
+    Join& join = join_of(ask.page.kind);
     join.waiting.push_back(ask);
     if (join.missing > 0) return;
     join.missing = 1;  // not over before all are asked
@@ -121,7 +151,7 @@ class FleetJoin {
       if (settings.kind == BackendKind::echo || (apis & bit_of(Api::ollama)) == 0) continue;
       if (backend.health != Health::healthy || !backend.address) continue;
       join.missing += 1;
-      prober.start(order_for(ask.kind, backend, registry.settings().health.timeout_ns), now, done);
+      prober.start(order_for(ask.page.kind, backend, registry.settings().health.timeout_ns), now, done);
     }
     end_one(join, json, tell);
   }
@@ -161,10 +191,16 @@ class FleetJoin {
   template <class Tell>
   void end_one(Join& join, JsonReader& json, Tell&& tell) {
     if (--join.missing > 0) return;
-    auto page = std::make_shared<TextBuffer>();
-    page->add(join_pages(json, join.kind, join.pages));
-    join.pages.clear();
-    for (const Ask& ask : std::exchange(join.waiting, {})) tell(ask, page);
+    const std::vector<std::string> pages = std::exchange(join.pages, {});
+    const auto made = [&](const ApiKey* key) {
+      auto page = std::make_shared<TextBuffer>();
+      page->add(join_pages(json, join.kind, pages, key));
+      return page;
+    };
+    const auto whole = made(nullptr);
+    for (const Ask& ask : std::exchange(join.waiting, {})) {
+      tell(ask, ask.page.key == nullptr ? whole : made(ask.page.key.get()));
+    }
   }
 
   std::array<Join, kJoinedPages.size()> joins_;

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -34,6 +35,12 @@ enum class PageKind : std::uint8_t {
   endpoint,
   server
 };
+// A page that the control thread makes.
+struct WantedPage {
+  PageKind kind = PageKind::metrics;
+  std::shared_ptr<const ApiKey> key{};  // it has only the models that this key may use; null: all
+};
+
 constexpr std::size_t kPageKinds = static_cast<std::size_t>(PageKind::server) + 1;
 
 constexpr std::string_view kModelPrefix = "/v1/models/";

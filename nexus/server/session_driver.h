@@ -32,7 +32,7 @@ class SessionDriver {
   using SessionT = Session<Net>;
   using State = SessionState;
   // Asks the control thread for a page. False if there is no memory for the message.
-  using AskPage = std::function<bool(std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind)>;
+  using AskPage = std::function<bool(std::uint32_t worker, Handle session, std::uint32_t number, WantedPage page)>;
 
   // `ask_page` may be set until the first session is added.
   SessionDriver(Context& context, Placement& placement, Acceptor<Net>& acceptor, const AskPage& ask_page,
@@ -309,8 +309,8 @@ class SessionDriver {
     const Listens on = use_of_listener(session.metrics_only, server);
     const Endpoint* endpoint = find_endpoint(path, on);
     if (endpoint != nullptr && endpoint->serves(session.head.method)) return on_endpoint(session, *endpoint, base);
-    const auto page = pages_.answer(session, base, path);
-    if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *page)) return;
+    auto page = pages_.answer(session, base, path);
+    if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *std::move(page))) return;
     context_.slab.limit_hit(Limit::memory);
     pages_.answer_error(session, ApiError::out_of_memory);
   }

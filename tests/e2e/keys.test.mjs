@@ -1,7 +1,7 @@
 // Clients' keys by their names: in the log, in the metrics, in the queue.
 import fs from 'node:fs';
 import path from 'node:path';
-import { RawClient, assert, assert_error, chat, get, group, pair, parse_metrics, post, settings, sleep, test, until } from './harness.mjs';
+import { RawClient, answer_probe, assert, assert_error, chat, get, group, pair, parse_metrics, post, settings, sleep, test, until } from './harness.mjs';
 
 const OpenAI = await import('openai').then((m) => m.default, () => null);
 const chat_path = '/v1/chat/completions';
@@ -199,6 +199,16 @@ group('limits of keys', () => {
     assert.equal((await post(nexus.port, chat_path, chat('big:70b'), as('alice'))).status, 200);
     assert.equal((await post(nexus.port, chat_path, chat('m2'), as('bob'))).status, 200);
     await until(async () => (await page_of(nexus)).value('nexus_limit_rejections_total', { limit: 'key_model' }) === 1, 'counted as a limit');
+  });
+
+  test('the models that Ollama has loaded are told to a key if it may use them', async (t) => {
+    const loaded = ['m1', 'm2', 'big:70b'].map((name) => ({ name, model: name, size_vram: 7 }));
+    const probe = (req, reply, backend) => (req.path === '/api/ps' ? reply.json({ models: loaded }) : answer_probe(req, reply, backend));
+    const { nexus } = await start(t, { alice: 'models=m1,big:*' }, {}, { kind: 'ollama', models: ['m1', 'm2', 'big:70b'], probe });
+    // All at once, so that the backends are asked once for all of them.
+    const names = await Promise.all(['alice', 'bob', 'alice'].map(async (who) => (await get(nexus.port, '/api/ps', as(who))).json.models.map((m) => m.name)));
+    assert.deepEqual(names, [['m1', 'big:70b'], ['m1', 'm2', 'big:70b'], ['m1', 'big:70b']]);
+    assert.equal((await get(nexus.port, '/api/version', as('alice'))).status, 200);
   });
 
   test('Anthropic’s API gets its own body and fields', async (t) => {

@@ -50,8 +50,9 @@ class Gateway {
                                             hooks(wire), wire.now());
     SnapshotPtr snapshot = first_ = control_->begin(settings);
     peers_.placement.loads = std::vector<WorkerLoad>(workers);
-    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, PageKind kind) {
-      return control_->post(SimControl::AskPage{worker, session, number, kind}) != SimControl::Posted::no_memory;
+    peers_.ask_page = [this](std::uint32_t worker, Handle session, std::uint32_t number, WantedPage page) {
+      return control_->post(SimControl::AskPage{worker, session, number, std::move(page)}) !=
+             SimControl::Posted::no_memory;
     };
     shared_.ask_check = [this](BackendId backend) {
       if (control_ != nullptr) control_->post(SimControl::CheckSoon{backend});
