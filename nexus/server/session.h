@@ -7,7 +7,8 @@
 //           fields.
 // Leaves:   the grammar to http/head_parser.h; driving it, time limits and responses to session_driver.h.
 // Threads:  its worker's.
-// Tested by: tests/worker_test.cpp, tests/sim, tests/hostile, tests/hostile_requests_test.cpp
+// Tested by: tests/worker_test.cpp, tests/sim, tests/hostile, tests/hostile_requests_test.cpp,
+//           tests/next_request_test.cpp
 #pragma once
 
 #include <algorithm>

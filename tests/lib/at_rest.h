@@ -76,6 +76,9 @@ class LeftOver {
       }
       note("requests pending of a key", of_key, registry.key_names().name(KeyId{i}));
     }
+    for (const KeyView& key : registry.keys()) {
+      note("places taken of a key", gateway_.admission().running_on(key.state->places), key.settings->name);
+    }
   }
 
   void look_at_workers() {

@@ -4,7 +4,7 @@
 // Promises: a backend is ejected by its first failure, and stays so for the whole test. Each backend has its own port.
 // Leaves:   what the far ends do to the tests.
 // Threads:  one.
-// Tested by: tests/endings_test.cpp, tests/apis_test.cpp
+// Tested by: tests/endings_test.cpp, tests/apis_test.cpp, tests/next_request_test.cpp
 #pragma once
 
 #include <functional>
@@ -32,8 +32,8 @@ class Stage {
  public:
   static constexpr std::uint16_t kFirstPort = 8001;
 
-  explicit Stage(std::size_t backends = 1, const std::function<void(Settings&)>& change = {})
-      : gateway_(net.wire, settings(backends, change), 1, 7) {
+  explicit Stage(std::size_t backends = 1, const std::function<void(Settings&)>& change = {}, LogRings* rings = nullptr)
+      : gateway_(net.wire, settings(backends, change), 1, 7, rings) {
     net.wire.on_ready = [this](std::uint32_t loop, LinkId link) { gateway_.net(loop).make_ready(link); };
     settle();
   }
@@ -117,6 +117,7 @@ class Stage {
   }
   const Slab& slab() const { return *gateway_.metrics().slabs().back(); }
   const Registry& registry() const { return gateway_.control().registry(); }
+  const Gateway& gateway() const { return gateway_; }
 
  private:
   static std::shared_ptr<const Settings> settings(std::size_t backends, const std::function<void(Settings&)>& change) {
