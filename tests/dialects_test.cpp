@@ -113,6 +113,10 @@ std::vector<Stream> streams() {
        R"(data: {"type":"response.incomplete","response":{"usage":{"input_tokens":1,"output_tokens":2}}})"
        "\n\n",
        {1, 2, -1, 1, false, true}},
+      {"responses with types that are parts of an end mark",
+       Dialect::responses,
+       kResponseBegin + event("completed", "") + event("response", "") + event("response.completed response", ""),
+       {-1, -1, -1, 4, false, false}},
       {"responses that failed",
        Dialect::responses,
        kResponseBegin + completed("response.failed", R"({"code":"server_error","message":"x"})"),

@@ -110,6 +110,18 @@ TEST_CASE("near the limit a thread reserves only what it needs") {
   first.give_back(kStep);
 }
 
+TEST_CASE("another thread's reserve is left to it as long as there is room without it") {
+  BodyBudget budget(kStep + 10);
+  ThreadBudget first(budget), second(budget);
+  REQUIRE(first.take(1));
+  first.give_back(1);
+  CHECK(second.take(10));
+  CHECK(budget.used() == kStep + 10);  // nobody's reserve has become smaller
+  CHECK(second.take(1));
+  CHECK(budget.used() == kStep + 10);  // that of `first` is the second's now
+  second.give_back(11);
+}
+
 TEST_CASE("a reserve of another thread is no reason for a refusal") {
   BodyBudget budget(4 * kStep);
   std::vector<std::unique_ptr<ThreadBudget>> threads;

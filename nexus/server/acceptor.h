@@ -4,7 +4,7 @@
 //           resumes by itself.
 // Leaves:   the accepted connection to worker.h.
 // Threads:  its worker's; the counts of WorkerLoad and Placement are shared by all workers.
-// Tested by: tests/sim, tests/e2e/limits.test.mjs
+// Tested by: tests/client_limits_test.cpp, tests/sim, tests/e2e/limits.test.mjs
 #pragma once
 
 #include <atomic>

@@ -5,7 +5,7 @@
 //           failed is no request.
 // Leaves:   heads, bodies and responses to session_driver.h.
 // Threads:  its worker's.
-// Tested by: tests/worker_test.cpp, tests/sim, tests/hostile, tests/e2e/tls.test.mjs
+// Tested by: tests/worker_test.cpp, tests/client_limits_test.cpp, tests/sim, tests/hostile, tests/e2e/tls.test.mjs
 #pragma once
 
 #include "nexus/server/session_driver.h"

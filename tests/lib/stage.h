@@ -4,7 +4,7 @@
 // Promises: a backend is ejected by its first failure, and stays so for the whole test. Each backend has its own port.
 // Leaves:   what the far ends do to the tests.
 // Threads:  one.
-// Tested by: tests/endings_test.cpp, tests/apis_test.cpp, tests/next_request_test.cpp
+// Tested by: tests/endings_test.cpp, tests/apis_test.cpp, tests/next_request_test.cpp, tests/client_limits_test.cpp
 #pragma once
 
 #include <functional>
