@@ -5,7 +5,7 @@
 // Leaves:   reading the request, and the connection afterwards, to server/session_driver.h; choosing to
 //           candidate_picker.h; a try at one backend to attempt.h; the response's bytes to response.h.
 // Threads:  its worker's. The session that owns it calls it for each event and looks at state() afterwards.
-// Tested by: tests/sim, tests/hostile, tests/hostile_reload_test.cpp, tests/next_request_test.cpp, tests/e2e
+// Tested by: tests/courses_test.cpp, tests/next_request_test.cpp, tests/hostile_reload_test.cpp, tests/sim, tests/e2e
 //
 // drive() runs one step after the other until one has to wait. No step calls another step; go() alone changes the
 // state. Every failure is a row of kEndings (exchange_state.h), acted on by end().

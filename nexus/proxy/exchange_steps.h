@@ -4,7 +4,7 @@
 // Promises: a step does not block and calls no other step; it leaves the state with go() or end().
 // Leaves:   the order of the steps, choosing a backend, and the ends to exchange.h. Users of Exchange include this.
 // Threads:  its worker's.
-// Tested by: tests/sim, tests/hostile
+// Tested by: tests/courses_test.cpp, tests/sim, tests/hostile
 #pragma once
 
 #include <cstring>

@@ -5,7 +5,7 @@
 //           large body is read while it comes; a body that has begun must go on (kLeastBodyBytes).
 // Leaves:   reading the socket to server/session_driver.h, the meaning to api/request_json.h, api/incremental_json.h.
 // Threads:  one worker's.
-// Tested by: tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
+// Tested by: tests/courses_test.cpp, tests/hostile_requests_test.cpp, tests/sim, tests/e2e/limits.test.mjs
 #pragma once
 
 #include <algorithm>

@@ -6,7 +6,7 @@
 //           not.
 // Leaves:   framing to http/body_framing.h, token counts to api/usage_scan.h, decisions and deadlines to exchange.h.
 // Threads:  a part of one exchange.
-// Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
+// Tested by: tests/courses_test.cpp, tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
 #include <algorithm>

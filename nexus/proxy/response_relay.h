@@ -4,7 +4,7 @@
 //           backend told it.
 // Leaves:   the bytes to response.h; retries, deadlines and failures to exchange.h.
 // Threads:  a part of one exchange.
-// Tested by: tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
+// Tested by: tests/courses_test.cpp, tests/hostile_answers_test.cpp, tests/sim, tests/e2e/stream.test.mjs
 #pragma once
 
 #include <string_view>

@@ -3,7 +3,7 @@
 // Promises: a large body is never copied; the request can be sent from any offset on, and again to another backend.
 // Leaves:   reading the body to api/request_json.h, sending to attempt.h.
 // Threads:  a part of one exchange.
-// Tested by: tests/hostile, tests/sim, tests/e2e/usage.test.mjs
+// Tested by: tests/courses_test.cpp, tests/hostile, tests/sim, tests/e2e/usage.test.mjs
 #pragma once
 
 #include <sys/uio.h>
