@@ -175,6 +175,9 @@ retries = 1
 weight_priority = 2
 weight_load = 3
 weight_latency = 4
+affinity = session
+affinity_headers = X-A, b_c
+affinity_slack = 7%
 [queue]
 size = 19
 timeout = 20s
@@ -233,6 +236,9 @@ context_length = a 8k, b 100
   CHECK_EQ(s.routing.weight_priority, 2);
   CHECK_EQ(s.routing.weight_load, 3);
   CHECK_EQ(s.routing.weight_latency, 4);
+  CHECK(s.routing.affinity == nexus::Affinity::session);
+  CHECK(s.routing.affinity_headers == std::vector<std::string>{"x-a", "b_c"});
+  CHECK_EQ(s.routing.affinity_slack, 7);
   CHECK_EQ(s.queue.size, 19);
   CHECK_EQ(s.queue.timeout_ns, 20 * kSecond);
   CHECK_FALSE(s.metrics.enabled);
@@ -301,6 +307,9 @@ TEST_CASE("a configuration that spells out every default of the table equals the
   CHECK_EQ(got.routing.weight_priority, want.routing.weight_priority);
   CHECK_EQ(got.routing.weight_load, want.routing.weight_load);
   CHECK_EQ(got.routing.weight_latency, want.routing.weight_latency);
+  CHECK(got.routing.affinity == want.routing.affinity);
+  CHECK(got.routing.affinity_headers == want.routing.affinity_headers);
+  CHECK_EQ(got.routing.affinity_slack, want.routing.affinity_slack);
   CHECK_EQ(got.queue.size, want.queue.size);
   CHECK_EQ(got.queue.timeout_ns, want.queue.timeout_ns);
   CHECK(got.keys.defaults == want.keys.defaults);
@@ -373,6 +382,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"routing", "weight_priority", "0", "100", "", "101"},
       {"routing", "weight_load", "0", "100", "", "101"},
       {"routing", "weight_latency", "0", "100", "", "101"},
+      {"routing", "affinity_slack", "0%", "1000%", "25", "1001%"},
       {"queue", "size", "0", "1000000", "", "1000001"},
       {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
       {"metrics", "keys", "0", "10000", "", "10001"},
@@ -406,7 +416,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
   }
   std::size_t counted = 0;
   for (const config::ConfigKey& row : config::kConfigKeys) {
-    for (const auto& kind : {config::kNumber, config::kPerMinute, config::kSize, config::kDuration})
+    for (const auto& kind : {config::kNumber, config::kPerMinute, config::kPercent, config::kSize, config::kDuration})
       counted += row.kind.parse == kind.parse;
   }
   CHECK_EQ(counted, limits.size());  // context_length is in the rows only, token_delay in its own test
@@ -531,6 +541,22 @@ TEST_CASE("every word of a choice is its value of the enum") {
       {"[log]\nformat = text, json", "n:2: format: expected one of text, json, not 'text, json'\n"},
       {"[health]\nenabled = maybe", "n:2: enabled: expected yes or no, not 'maybe'\n"},
   });
+}
+
+TEST_CASE("affinity_headers are names of fields that do not differ in each request") {
+  const std::string head = "[routing]\naffinity_headers = ", why = "n:2: affinity_headers: ";
+  CHECK(accepted(head + "none").routing.affinity_headers.empty());
+  check_rows({
+      {head + "X-Request-ID", why + "'X-Request-ID' differs in each request\n"},
+      {head + "a, x-client-request-id", why + "'x-client-request-id' differs in each request\n"},
+      {head + "a, A", why + "'A' is listed twice\n"},
+      {head + "a b", why + "expected names of header fields, not 'a b'\n"},
+      {head + "a,", why + "expected a name before and after every comma\n"},
+      {head + std::string(65, 'a'), why + "expected names of header fields, not '" + std::string(60, 'a') + "...'\n"},
+  });
+  std::string many = "h0";
+  for (int i = 1; i < 33; ++i) many += ", h" + std::to_string(i);
+  check_rows({{head + many, why + "expected at most 32 names\n"}});
 }
 
 TEST_CASE("a line that is neither a section nor a pair is refused with its number") {

@@ -97,6 +97,7 @@ AccessEntry full_entry() {
   entry.path = "/v1/chat/completions";
   entry.model = "gpt-4";
   entry.model_used = "llama3:70b";
+  entry.affinity = "00c0ffee";
   entry.backend = "gpu-box";
   entry.status = 200;
   entry.attempts = 2;
@@ -263,7 +264,8 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
   CHECK(take(ring.access) ==
         "{\"time\":\"2023-11-14T22:13:20.123Z\",\"request_id\":\"r-1\",\"client\":\"127.0.0.1:5000\",\"key\":\"alice\","
         "\"method\":\"POST\",\"path\":\"/v1/chat/completions\",\"model\":\"gpt-4\",\"model_used\":\"llama3:70b\","
-        "\"backend\":\"gpu-box\",\"status\":200,\"error_type\":null,\"attempts\":2,\"bytes\":5120,"
+        "\"backend\":\"gpu-box\",\"affinity\":\"00c0ffee\",\"status\":200,\"error_type\":null,\"attempts\":2,\"bytes\":"
+        "5120,"
         "\"prompt_tokens\":12,\"completion_tokens\":0,\"first_byte_ms\":1.234,\"duration_ms\":2000.000,"
         "\"cut\":false}\n");
   entry = AccessEntry{};
@@ -277,21 +279,23 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
   CHECK(take(ring.access) ==
         "{\"time\":\"2023-11-14T22:13:20.123Z\",\"request_id\":\"\",\"client\":\"\",\"key\":\"\",\"method\":\"\","
         "\"path\":\"\","
-        "\"model\":\"x\\\" \\n\",\"model_used\":\"\",\"backend\":\"\",\"status\":499,"
+        "\"model\":\"x\\\" \\n\",\"model_used\":\"\",\"backend\":\"\",\"affinity\":null,\"status\":499,"
         "\"error_type\":\"client_closed\",\"attempts\":0,\"bytes\":0,\"prompt_tokens\":null,"
         "\"completion_tokens\":null,\"first_byte_ms\":null,\"duration_ms\":0.000,\"cut\":true}\n");
   log.configure({LogLevel::error, LogFormat::text, "a file"});
   log.access(entry);
-  CHECK(take(ring.access) ==
-        "time=2023-11-14T22:13:20.123Z request_id=- client=- key=- method=- path=- model=\"x\\\" \\n\" model_used=- "
-        "backend=- status=499 error_type=client_closed attempts=0 bytes=0 prompt_tokens=- completion_tokens=- "
-        "first_byte_ms=- duration_ms=0.000 cut=true\n");
+  CHECK(
+      take(ring.access) ==
+      "time=2023-11-14T22:13:20.123Z request_id=- client=- key=- method=- path=- model=\"x\\\" \\n\" model_used=- "
+      "backend=- affinity=- status=499 error_type=client_closed attempts=0 bytes=0 prompt_tokens=- completion_tokens=- "
+      "first_byte_ms=- duration_ms=0.000 cut=true\n");
   log.configure({LogLevel::error, LogFormat::text, "stderr"});
   log.access(full_entry());
   CHECK(take(ring.access) ==
         "<6>time=2023-11-14T22:13:20.123Z request_id=r-1 client=127.0.0.1:5000 key=alice method=POST "
-        "path=/v1/chat/completions model=gpt-4 model_used=llama3:70b backend=gpu-box status=200 error_type=- "
-        "attempts=2 bytes=5120 prompt_tokens=12 completion_tokens=0 first_byte_ms=1.234 duration_ms=2000.000 "
+        "path=/v1/chat/completions model=gpt-4 model_used=llama3:70b backend=gpu-box affinity=00c0ffee status=200 "
+        "error_type=- attempts=2 bytes=5120 prompt_tokens=12 completion_tokens=0 first_byte_ms=1.234 "
+        "duration_ms=2000.000 "
         "cut=false\n");
   log.configure({LogLevel::debug, LogFormat::text, "off"});
   log.access(full_entry());

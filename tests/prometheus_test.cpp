@@ -109,6 +109,7 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_client_disconnects_total counter\n"
           "nexus_queue_rejected_total counter\n"
           "nexus_limit_rejections_total counter\n"
+          "nexus_affinity_total counter\n"
           "nexus_http_rejections_total counter\n"
           "nexus_tls_handshakes_total counter\n"
           "nexus_client_connections gauge\n"

@@ -34,6 +34,10 @@ enum class BodyKey : std::uint8_t {
   continuous_usage_stats,
   background,
   previous_response_id,
+  prompt_cache_key,  // this and the next two name a session: the first that is there counts
+  session_id,
+  user_id,
+  metadata,
   other,  // any other member
   none,   // not a member: the body itself
 };
@@ -44,7 +48,7 @@ struct BodyKeyRow {
   BodyKey within;  // the member whose value holds it; none: it stands in the body itself
 };
 
-inline constexpr std::array<BodyKeyRow, 14> kBodyKeys{{
+inline constexpr std::array<BodyKeyRow, 18> kBodyKeys{{
     {"model", BodyKey::model, BodyKey::none},
     {"tools", BodyKey::tools, BodyKey::none},
     {"stream", BodyKey::stream, BodyKey::none},
@@ -59,7 +63,14 @@ inline constexpr std::array<BodyKeyRow, 14> kBodyKeys{{
     {"continuous_usage_stats", BodyKey::continuous_usage_stats, BodyKey::stream_options},
     {"background", BodyKey::background, BodyKey::none},
     {"previous_response_id", BodyKey::previous_response_id, BodyKey::none},
+    {"prompt_cache_key", BodyKey::prompt_cache_key, BodyKey::none},
+    {"session_id", BodyKey::session_id, BodyKey::none},
+    {"user_id", BodyKey::user_id, BodyKey::metadata},
+    {"metadata", BodyKey::metadata, BodyKey::none},
 }};
+
+// True for the members whose own members are read.
+constexpr bool is_read_into(BodyKey key) { return key == BodyKey::stream_options || key == BodyKey::metadata; }
 
 constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
 
@@ -80,9 +91,9 @@ inline BodyKey find_body_key(std::string_view name, BodyKey within) {
     return names;
   }();
   static constexpr auto kRowsOfLength = [] {
-    std::array<std::uint16_t, kLaneBytes> rows{};  // a bit for each row
+    std::array<std::uint32_t, kLaneBytes> rows{};  // a bit for each row
     for (const BodyKeyRow& row : kBodyKeys) {
-      if (row.name.size() < kLaneBytes) rows[row.name.size()] |= static_cast<std::uint16_t>(1u << index_of(row.key));
+      if (row.name.size() < kLaneBytes) rows[row.name.size()] |= 1u << index_of(row.key);
     }
     return rows;
   }();

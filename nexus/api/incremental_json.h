@@ -31,10 +31,10 @@ constexpr std::size_t kShortBytes = 16;  // of a string are scanned byte by byte
 constexpr std::size_t kKeptWordBytes = 128;
 constexpr std::size_t kept_bytes(BodyKey key) { return key == BodyKey::model ? kReadNameBytes + 2 : kKeptWordBytes; }
 
-// Each key stands in the skeleton twice at most, the second time with the value 0; each of its two objects may begin
+// Each key stands in the skeleton twice at most, the second time with the value 0; each of its three objects may begin
 // with a `"":0`.
 inline constexpr std::size_t kSkeletonBytes = [] {
-  std::size_t bytes = 2 * std::string_view(R"({"":0,})").size();
+  std::size_t bytes = 3 * std::string_view(R"({"":0,})").size();
   for (const BodyKeyRow& row : kBodyKeys) bytes += 2 * (row.name.size() + 4) + kept_bytes(row.key) + 1;
   return bytes;
 }();
@@ -73,6 +73,7 @@ class IncrementalJson {
     facts.stream_options_value = span_of(BodyKey::stream_options);
     facts.include_usage_value = span_of(BodyKey::include_usage);
     if (facts.continuous_usage_value.at > 0) facts.continuous_usage_value = span_of(BodyKey::continuous_usage_stats);
+    if (facts.session_key != BodyKey::other) facts.session_value = span_of(facts.session_key);
     facts.has_images = find_images && has_images_;
     facts.json_mode = json_mode_;
     // A name without escapes must lie in the body, which outlives the skeleton; one with escapes lies in the reader.
@@ -215,7 +216,7 @@ class IncrementalJson {
       case '"': return pass(State::in_string);
       case '[': return nest(State::array_begun);
       case '{': {
-        if (key_ == BodyKey::stream_options && time_ == 0) return open_walked();
+        if (is_read_into(key_) && time_ == 0) return open_walked();
         stand_in_ = "{}";
         return nest(State::object_begun);
       }

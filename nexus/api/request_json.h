@@ -47,8 +47,10 @@ struct BodyFacts {
   bool has_tools = false;
   bool json_mode = false;
   bool has_images = false;
-  bool background = false;      // the answer comes at once, and the work goes on
-  std::uint64_t continues = 0;  // the hash of the response's id that it continues; 0: none
+  bool background = false;               // the answer comes at once, and the work goes on
+  BodyKey session_key = BodyKey::other;  // of the member that names the session
+  BodySpan session_value;                // with its quotes
+  std::uint64_t continues = 0;           // the hash of the response's id that it continues; 0: none
 
   void note(Need need) { (need == Need::images ? has_images : json_mode) = true; }
 };
@@ -148,6 +150,10 @@ class BodyPass {
       case BodyKey::stream_options: return read_stream_options(value);
       case BodyKey::background: return read_background(value);
       case BodyKey::previous_response_id: return read_id(value);
+      case BodyKey::prompt_cache_key:
+      case BodyKey::session_id:
+      case BodyKey::user_id: note_session(key, value.raw_json_token()); return true;
+      case BodyKey::metadata: return read_metadata(value);
       default: return read_needs(key, value);
     }
   }
@@ -194,6 +200,17 @@ class BodyPass {
     if (!json_.read_word(value, id)) return true;
     facts_.continues = hash_of(id);
     return true;
+  }
+
+  // Anything but a string names no session, and is left to the backend to refuse.
+  void note_session(BodyKey key, std::string_view token) {
+    if (!token.starts_with('"') || key >= facts_.session_key) return;
+    facts_.session_key = key;
+    facts_.session_value = span_of(token);
+  }
+  bool read_metadata(Value& value) {
+    JsonReader::Object object;
+    return value.get_object().get(object) || read_members(object, BodyKey::metadata);
   }
 
   bool read_needs(BodyKey key, Value& value) {

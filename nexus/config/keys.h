@@ -92,6 +92,7 @@ struct ValueKind {
 
 constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>};
 constexpr ValueKind kPerMinute{"a number (or with k, M), ", parse_ranged<parse_key_number>};
+constexpr ValueKind kPercent{"a percentage, ", parse_ranged<parse_percent>};
 constexpr ValueKind kNumberOrAuto{"", [](std::string_view text, std::string_view range) {
                                     constexpr std::string_view automatic = "auto, or ";
                                     if (text == "auto") return std::optional<std::uint64_t>(kAutomatic);
@@ -221,6 +222,7 @@ struct Value {
   }
 
   void to_backend_name(std::string& name) { name = text == "no" ? "" : text; }
+  void to_headers(std::vector<std::string>& names) { problem = read_affinity_headers(text, names); }
   void to_origins(std::vector<std::string>& origins) { problem = read_origins(text, origins); }
 
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
@@ -245,6 +247,9 @@ using V = Value;
 
 constexpr std::string_view kListenText = "a numeric address:port, [v6]:port, *:port or localhost:port";
 constexpr std::string_view kPemText = "the path of a PEM file";
+constexpr std::string_view kAffinityHeaders =
+    "x-claude-code-session-id, session-id, session_id, x-session-affinity, x-session-id, x-opencode-session, "
+    "x-amp-thread-id, x-openwebui-chat-id, x-conversation-id";
 constexpr std::string_view kCapabilityText = "a comma-separated list of models, *, all or none";
 
 inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
@@ -299,6 +304,10 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"routing", "weight_priority", kNumber, "50", "0 to 100", [](V& v) { v.to(v.s.routing.weight_priority); }},
     {"routing", "weight_load", kNumber, "30", "0 to 100", [](V& v) { v.to(v.s.routing.weight_load); }},
     {"routing", "weight_latency", kNumber, "20", "0 to 100", [](V& v) { v.to(v.s.routing.weight_latency); }},
+    {"routing", "affinity", kChoice, "none", "none, session", [](V& v) { v.to(v.s.routing.affinity); }},
+    {"routing", "affinity_headers", kText, kAffinityHeaders, "a comma-separated list of header fields, or none",
+     [](V& v) { v.to_headers(v.s.routing.affinity_headers); }},
+    {"routing", "affinity_slack", kPercent, "25%", "0% to 1000%", [](V& v) { v.to(v.s.routing.affinity_slack); }},
 
     {"queue", "size", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.queue.size); }},
     {"queue", "timeout", kDuration, "30s", "1ms to 24h", [](V& v) { v.to(v.s.queue.timeout_ns); }},

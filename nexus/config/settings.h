@@ -124,6 +124,7 @@ struct HostPort {
 };
 
 enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least_pending };
+enum class Affinity : std::uint8_t { none, session };
 enum class LabelMode : std::uint8_t { sanitize, raw };
 enum class LogLevel : std::uint8_t { error, warning, info, debug };
 enum class LogFormat : std::uint8_t { text, json };
@@ -234,6 +235,11 @@ struct RoutingSettings {
   std::uint32_t weight_priority = 50;
   std::uint32_t weight_load = 30;
   std::uint32_t weight_latency = 20;
+  Affinity affinity = Affinity::none;
+  std::vector<std::string> affinity_headers{"x-claude-code-session-id", "session-id",          "session_id",
+                                            "x-session-affinity",       "x-session-id",        "x-opencode-session",
+                                            "x-amp-thread-id",          "x-openwebui-chat-id", "x-conversation-id"};
+  std::uint32_t affinity_slack = 25;  // percent above the average load
 };
 
 struct QueueSettings {

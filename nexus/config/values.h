@@ -107,6 +107,12 @@ constexpr std::optional<std::uint64_t> parse_number(std::string_view text) {
   return parse_decimal(text);
 }
 
+// `25%`.
+constexpr std::optional<std::uint64_t> parse_percent(std::string_view text) {
+  if (!text.ends_with('%')) return std::nullopt;
+  return parse_number(text.substr(0, text.size() - 1));
+}
+
 struct Unit {
   std::string_view suffix;
   std::uint64_t factor;
@@ -374,6 +380,23 @@ inline std::string read_origins(std::string_view text, std::vector<std::string>&
     }
     if (!seen.insert(origin).second) return in_quotes(item) + " is listed twice";
     return seen.contains("*") && seen.size() > 1 ? "* must be the only item" : "";
+  });
+}
+
+// Reads different names of header fields, in order; `none` alone for an empty list.
+inline std::string read_affinity_headers(std::string_view text, std::vector<std::string>& names) {
+  names.clear();
+  if (text == "none") return {};
+  return read_list(text, [&](std::string_view item) -> std::string {
+    std::string name(item);
+    std::transform(name.begin(), name.end(), name.begin(), to_lower);
+    if (names.size() == kMaxAffinityHeaders) return at_most(kMaxAffinityHeaders, "names");
+    if (name.size() > kMaxBackendNameBytes || !consists_of(name, "!#$%&'*+-.^_`|~"))
+      return "expected names of header fields, not " + in_quotes(item);
+    if (name == "x-request-id" || name == "x-client-request-id") return in_quotes(item) + " differs in each request";
+    if (std::find(names.begin(), names.end(), name) != names.end()) return in_quotes(item) + " is listed twice";
+    names.push_back(std::move(name));
+    return {};
   });
 }
 

@@ -24,6 +24,7 @@
 #include "nexus/base/limits.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
+#include "nexus/fleet/affinity.h"
 #include "nexus/fleet/circuit_breaker.h"
 #include "nexus/fleet/fair_queue.h"
 #include "nexus/fleet/key_limits.h"
@@ -48,6 +49,7 @@ struct Capabilities {
 struct BackendView {
   BackendId id{};
   std::string name;
+  std::uint64_t affinity = 0;               // affinity_hash() of its name
   std::optional<Address> address;           // none until its host name is resolved
   std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
   std::shared_ptr<ServerFacts> facts;       // of the same
@@ -442,6 +444,7 @@ class Registry {
     BackendView view;
     view.id = backend.id;
     view.name = from.name;
+    view.affinity = affinity_hash(from.name);
     view.address = backend.address;
     view.circuit = backend.circuit;
     view.facts = backend.facts;

@@ -3,7 +3,8 @@
 // Promises: a pure function of its arguments: every candidate is healthy and has the needed capabilities, none is
 //           listed twice for one model, ejected ones come last within their model, and equal candidates share the load
 //           evenly. The only memory used is the caller's `out`, which keeps its capacity between calls.
-// Leaves:   load to slab.h and latency to worker_context.h; ejection to circuit_breaker.h; hard caps to admission.h;
+// Leaves:   load to slab.h and latency to worker_context.h; keys and their hashes to affinity.h; ejection to
+// circuit_breaker.h; hard caps to admission.h;
 //           retries to candidate_picker.h.
 // Threads:  any; a snapshot is immutable.
 // Tested by: tests/router_test.cpp
@@ -20,8 +21,10 @@
 #include "nexus/base/clock.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
+#include "nexus/fleet/affinity.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/ids.h"
+#include "nexus/metrics/slab.h"
 
 namespace nexus {
 
@@ -33,6 +36,7 @@ struct RouteNeeds {
   bool tools = false;
   bool json_mode = false;
   std::uint64_t context_tokens = 0;  // an estimate
+  std::uint64_t affinity = 0;        // the key of its session; 0: none
 };
 
 // The current load of a backend.
@@ -51,15 +55,16 @@ enum class RouteReason : std::uint8_t {
   only_candidate,
   alias,
   fallback,
+  affinity,  // the key of the session chose among several
 };
-inline constexpr std::array<std::string_view, 8> kRouteReasonNames{
-    "smart", "round robin", "priority", "random", "least pending", "only candidate", "alias", "fallback"};
+inline constexpr std::array<std::string_view, 9> kRouteReasonNames{
+    "smart", "round robin", "priority", "random", "least pending", "only candidate", "alias", "fallback", "affinity"};
 constexpr std::string_view to_string(RouteReason reason) { return kRouteReasonNames[static_cast<std::size_t>(reason)]; }
 
 constexpr RouteReason reason_of(Strategy strategy) { return static_cast<RouteReason>(strategy); }
 static_assert(reason_of(Strategy::smart) == RouteReason::smart && reason_of(Strategy::random) == RouteReason::random);
 static_assert(reason_of(Strategy::least_pending) == RouteReason::least_pending &&
-              to_string(RouteReason::fallback) == "fallback");
+              to_string(RouteReason::affinity) == "affinity");
 
 // A backend to try, and the model to request from it.
 struct Choice {
@@ -68,6 +73,8 @@ struct Choice {
   const std::string* model_name = nullptr;  // lives as long as the snapshot
   bool fallback = false;
   bool ejected = false;  // a last resort: sorted behind the others of its model
+  bool by_key = false;   // ranked by the session's key: sorted before the others of its model
+  AffinityOutcome affinity{};
   RouteReason reason{};
   std::int64_t pending = 0;  // from load_of; 0 if this is the model's only candidate
   Ns latency_ns = 0;         // the same
@@ -110,10 +117,24 @@ struct Seen {
   }
 };
 
-// Appends the offers of one model that can serve the request.
-inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs, bool fallback,
+// The backend where a key belongs: the first in its order, among all that could serve the request if they were usable.
+struct Home {
+  std::uint32_t backend = UINT32_MAX;
+  std::uint32_t priority = UINT32_MAX;
+  std::uint64_t rank = 0;
+
+  void note(std::uint32_t index, const BackendView& view, std::uint64_t key) {
+    const std::uint64_t its = affinity_rank(key, view.affinity, false);
+    if (backend == UINT32_MAX || std::tie(view.priority, its) < std::tie(priority, rank))
+      *this = {index, view.priority, its};
+  }
+};
+
+// Appends the offers of one model that can serve the request. Returns the home of its key, if it has one.
+inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs, bool fallback,
                            Seen& seen, std::vector<Choice>& out) {
   const std::size_t first = out.size();
+  Home home;
   for (const Offer& offer : entry.offers) {
     seen.offered = true;
     const BackendView& backend = snapshot.backends[offer.backend];
@@ -124,6 +145,7 @@ inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     const bool capable = can_serve(offer.capabilities, needs);
     seen.healthy |= healthy;
     seen.capable |= capable;
+    if (needs.affinity != 0 && capable) home.note(offer.backend, backend, needs.affinity);
     if (!healthy || !capable) continue;
     // Offers are in the order of the backends, so duplicates are adjacent.
     if (out.size() > first && out.back().backend == offer.backend) continue;
@@ -134,6 +156,7 @@ inline void add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     choice.fallback = fallback;
     out.push_back(choice);
   }
+  return home;
 }
 
 // The `smart` score, from 0 (worst) to kScoreScale, in integers so that equal candidates compare equal. Latency is
@@ -204,15 +227,40 @@ inline void share_evenly(Choice* first, std::size_t count, std::uint64_t turn, s
 }
 
 inline bool better(const Choice& a, const Choice& b) {
-  return std::tie(a.ejected, a.rank, a.backend) < std::tie(b.ejected, b.rank, b.backend);
+  return std::tie(a.ejected, b.by_key, a.rank, a.backend) < std::tie(b.ejected, a.by_key, b.rank, b.backend);
 }
 
-inline bool equally_good(const Choice& a, const Choice& b) { return a.ejected == b.ejected && a.rank == b.rank; }
+inline bool equally_good(const Choice& a, const Choice& b) {
+  return a.ejected == b.ejected && a.by_key == b.by_key && a.rank == b.rank;
+}
+
+// Ranks the usable candidates of the best priority by the session's key: those that have more than their share of the
+// load behind the others.
+inline void rank_by_key(const Snapshot& snapshot, std::uint32_t slack, std::uint64_t key, Choice* first, Choice* last) {
+  std::uint32_t best = UINT32_MAX;
+  for (const Choice* choice = first; choice != last; ++choice) {
+    if (!choice->ejected) best = std::min(best, snapshot.backends[choice->backend].priority);
+  }
+  std::int64_t in_flight = 0;
+  std::size_t count = 0;
+  for (Choice* choice = first; choice != last; ++choice) {
+    choice->by_key = !choice->ejected && snapshot.backends[choice->backend].priority == best;
+    in_flight += choice->by_key ? std::max<std::int64_t>(choice->pending, 0) : 0;
+    count += choice->by_key ? 1 : 0;
+  }
+  const std::int64_t bound = affinity_bound(in_flight, std::max<std::size_t>(count, 1), slack);
+  for (Choice* choice = first; choice != last; ++choice) {
+    if (!choice->by_key) continue;
+    const BackendView& backend = snapshot.backends[choice->backend];
+    const bool full = backend.max_pending > 0 && choice->pending >= backend.max_pending;
+    choice->rank = affinity_rank(key, backend.affinity, full || choice->pending > bound);
+  }
+}
 
 // Sorts the candidates from out[begin] on, all of one model, best first.
 template <class LoadOf>
-void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t turn, std::uint64_t random_bits,
-           LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
+void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t key, std::uint64_t turn,
+           std::uint64_t random_bits, LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
   const std::size_t count = out.size() - begin;
   if (count < 2) return;
   Choice* const first = out.data() + begin;
@@ -229,6 +277,7 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64
     const std::uint32_t priority = snapshot.backends[choice->backend].priority;
     choice->rank = rank_of(*choice, smart, priority, random_bits, static_cast<std::uint64_t>(choice - first));
   }
+  if (key != 0) rank_by_key(snapshot, routing.affinity_slack, key, first, last);
   std::sort(first, last, better);
   for (Choice* run = first; run != last;) {
     Choice* end = run + 1;
@@ -242,6 +291,18 @@ inline RouteReason reason_for(const ModelEntry& requested, bool fallback, std::s
   if (fallback) return RouteReason::fallback;
   if (requested.is_alias()) return RouteReason::alias;
   return candidates == 1 ? RouteReason::only_candidate : reason_of(strategy);
+}
+
+// Tells each of the candidates of one model if it is where the key belongs, and if not, why.
+inline void note_affinity(const Home& home, bool has_key, Choice* first, Choice* last) {
+  const bool usable =
+      std::any_of(first, last, [&](const Choice& choice) { return choice.backend == home.backend && !choice.ejected; });
+  for (Choice* choice = first; choice != last; ++choice) {
+    choice->affinity = !has_key                          ? AffinityOutcome::no_key
+                       : choice->backend == home.backend ? AffinityOutcome::kept
+                       : usable                          ? AffinityOutcome::moved_load
+                                                         : AffinityOutcome::moved_health;
+  }
 }
 
 // True if `entry`, the n-th fallback of `requested`, resolves to the same model as `requested` or an earlier fallback.
@@ -270,10 +331,15 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
   route_detail::Seen seen;
   const auto add = [&](const ModelEntry& entry, bool fallback) {
     const std::size_t begin = out.size();
-    route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
-    route_detail::order(snapshot, routing, turn, random_bits, load_of, begin, out);
+    const auto home = route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
+    route_detail::order(snapshot, routing, needs.affinity, turn, random_bits, load_of, begin, out);
     const RouteReason reason = route_detail::reason_for(requested, fallback, out.size() - begin, routing.strategy);
-    for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
+    for (std::size_t i = begin; i < out.size(); ++i) {
+      const bool by_key = out[i].by_key && reason == reason_of(routing.strategy);
+      out[i].reason = by_key ? RouteReason::affinity : reason;
+    }
+    if (routing.affinity == Affinity::none) return;
+    route_detail::note_affinity(home, needs.affinity != 0, out.data() + begin, out.data() + out.size());
   };
   add(requested, false);
   for (std::size_t i = 0; i < requested.fallbacks.size(); ++i) {
@@ -284,10 +350,12 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
   return out.empty() ? seen.outcome() : RouteOutcome::ok;
 }
 
-// Appends the value of X-Nexus-Route-Reason: `only candidate`, `least pending 2`, `smart 0.85`, …
+// Appends the value of X-Nexus-Route-Reason: `only candidate`, `least pending 2`, `smart 0.85`, `affinity moved`, …
 inline void append_reason(std::string& out, const Choice& choice) {
   out += to_string(choice.reason);
-  if (choice.reason == RouteReason::least_pending) {
+  if (choice.reason == RouteReason::affinity) {
+    if (choice.affinity != AffinityOutcome::kept) out += " moved";
+  } else if (choice.reason == RouteReason::least_pending) {
     out.append(" ").append(Digits(choice.rank).view());
   } else if (choice.reason == RouteReason::smart) {
     const std::uint64_t hundredths = (route_detail::kScoreScale - choice.rank) / (route_detail::kScoreScale / 100);

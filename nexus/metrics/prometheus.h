@@ -413,6 +413,8 @@ class PrometheusPage {
             kQueueRejectionNames, &ThreadCounters::queue_rejections);
     by_name("nexus_limit_rejections_total", "Requests and connections rejected or cut by a limit.", "limit",
             kLimitNames, &ThreadCounters::limits);
+    by_name("nexus_affinity_total", "Requests with [routing] affinity that got a backend, by their key.", "outcome",
+            kAffinityOutcomeNames, &ThreadCounters::affinity, 1);  // without `none`
     by_name("nexus_http_rejections_total", "Requests refused for their head, path or method.", "reason",
             kHttpRejectionNames, &ThreadCounters::http_rejections);
 

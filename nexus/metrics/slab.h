@@ -67,6 +67,12 @@ inline constexpr std::array<std::string_view, 5> kHttpRejectionNames{"malformed"
 enum class QueueRejection : std::uint8_t { full, timeout };
 inline constexpr std::array<std::string_view, 2> kQueueRejectionNames{"full", "timeout"};
 
+// Where a request went for the key of its session: to the backend of its key, elsewhere because that has too much to
+// do, or because it cannot be used.
+enum class AffinityOutcome : std::uint8_t { none, kept, moved_load, moved_health, no_key };
+inline constexpr std::array<std::string_view, 5> kAffinityOutcomeNames{"none", "kept", "moved_load", "moved_health",
+                                                                       "no_key"};
+
 enum class Limit : std::uint8_t {
   max_connections,
   max_header,
@@ -160,8 +166,9 @@ struct RequestRecord {
   Ns first_byte_ns = -1;  // time to first token; recorded for streams only
   Ns per_token_ns = -1;   // recorded for streams only
   Ns overhead_ns = -1;
-  std::int64_t cached_tokens = -1;  // of prompt_tokens; negative: unknown
-  std::uint8_t endpoint = 0;        // row of the table of endpoints
+  std::int64_t cached_tokens = -1;                   // of prompt_tokens; negative: unknown
+  std::uint8_t endpoint = 0;                         // row of the table of endpoints
+  AffinityOutcome affinity = AffinityOutcome::none;  // of the last choice; none: [routing] affinity is off
   KeyId key = KeyId::none;
 };
 
@@ -235,6 +242,7 @@ struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or back
   std::array<Counter, kHttpRejectionNames.size()> http_rejections;
   std::array<Counter, kQueueRejectionNames.size()> queue_rejections;
   std::array<Counter, kLimitNames.size()> limits;
+  std::array<Counter, kAffinityOutcomeNames.size()> affinity;
   std::array<Counter, kTlsSideNames.size() * kTlsOutcomes> tls_handshakes;  // by side, then outcome
 };
 
@@ -322,6 +330,7 @@ class alignas(kCacheAlign) Slab {
     if (r.stream && r.first_byte_ns >= 0) pair.first_token.observe(r.first_byte_ns, pair.first_token_sum);
     if (r.stream && r.per_token_ns >= 0) pair.per_token.observe(r.per_token_ns, pair.per_token_sum);
     if (r.overhead_ns >= 0) thread_.overhead.observe(r.overhead_ns);
+    if (r.affinity != AffinityOutcome::none) count(thread_.affinity, r.affinity);
   }
 
   // For errors, disconnects, fallbacks and missing usage. All cells are looked up first, so that nothing is counted if

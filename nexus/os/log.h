@@ -37,6 +37,7 @@ struct AccessEntry {
   std::string_view model;       // in the client's request
   std::string_view model_used;  // in the request to the backend
   std::string_view backend;
+  std::string_view affinity;  // of a hash of the session's key; empty: it has none
   unsigned status = 0;
   std::string_view error_type;  // empty: success
   std::uint32_t attempts = 0;
@@ -181,6 +182,7 @@ class Log {
     text("model", entry.model);
     text("model_used", entry.model_used);
     text("backend", entry.backend);
+    entry.affinity.empty() ? absent("affinity") : text("affinity", entry.affinity);
     number("status", entry.status);
     entry.error_type.empty() ? absent("error_type") : text("error_type", entry.error_type);
     number("attempts", entry.attempts);

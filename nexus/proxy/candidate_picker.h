@@ -166,6 +166,7 @@ class CandidatePicker {
   const BackendView* backend() const { return backend_; }  // the last one chosen
   const Choice& choice() const { return choice_; }
   std::uint32_t tries() const { return tries_; }
+  std::uint64_t affinity() const { return needs_.affinity; }
   CircuitBreaker::Permit& permit() { return permit_; }
 
   // Chooses the next candidate and takes its place; it counts as tried from here on.
@@ -338,6 +339,8 @@ class CandidatePicker {
 
   void take(const Choice& choice, Admission::Place place, CircuitBreaker::Permit permit) {
     choice_ = choice;
+    // Its first choice has failed: that was not load.
+    if (tries_ > 0 && choice_.affinity == AffinityOutcome::moved_load) choice_.affinity = AffinityOutcome::moved_health;
     backend_ = &snapshot_->backends[choice.backend];
     place_ = std::move(place);
     permit_ = std::move(permit);

@@ -254,15 +254,7 @@ class Exchange {
     return true;
   }
 
-  void prepare_choice() {
-    // A key that may be one of Nexus's own is not passed on.
-    request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
-    RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
-    const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
-    if (id != 0) needs.only = context_.shared.response_ids.find(id);
-    if (endpoint_->model == Model::of_admin) needs.only = snapshot_->admin;
-    picker_.look_at(*snapshot_, entry_, needs);
-  }
+  void prepare_choice();
 
   // True if another candidate may be tried. A request whose work goes on after its answer is not sent twice.
   bool another() {

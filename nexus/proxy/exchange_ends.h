@@ -306,7 +306,9 @@ template <class Net>
 void Exchange<Net>::log_access() {
   AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
   entry.key = key_.name();
+  const Digits affinity(picker_.affinity() >> 32 | 1ull << 32, 16);  // eight behind the 1
   if (attempt_.backend() != nullptr) {
+    if (picker_.affinity() != 0) entry.affinity = affinity.view().substr(1);
     entry.model_used = *picker_.choice().model_name;
     entry.attempts = picker_.tries();
   }

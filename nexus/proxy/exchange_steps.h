@@ -15,7 +15,20 @@
 
 namespace nexus {
 
-// ---- waiting for a backend ----
+// ---- choosing a backend, and waiting for one ----
+
+template <class Net>
+void Exchange<Net>::prepare_choice() {
+  // A key that may be one of Nexus's own is not passed on.
+  request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
+  RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
+  const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
+  if (id != 0) needs.only = context_.shared.response_ids.find(id);
+  if (endpoint_->model == Model::of_admin) needs.only = snapshot_->admin;
+  needs.affinity = affinity_key(snapshot_->settings->routing, request_.base, *request_.fields,
+                                {request_.body, request_.body_bytes}, facts_, key_.name());
+  picker_.look_at(*snapshot_, entry_, needs);
+}
 
 template <class Net>
 Step Exchange<Net>::expect_or_refuse(Next next) {
@@ -55,6 +68,7 @@ Step Exchange<Net>::begin_attempt() {
   const Choice& choice = picker_.choice();
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
+  summary_.record.affinity = choice.affinity;
   answer_failed_ = keeping_ = false;
   doubt_ = Doubt::none;
   adds_usage_event_ = !asked_without_usage_ && asks_for_usage(*endpoint_, backend, facts_);

@@ -46,6 +46,7 @@ const families = [
   ['nexus_backend_in_flight', 'gauge', ['backend']],
   ['nexus_limit_rejections_total', 'counter', ['limit']],
   ['nexus_http_rejections_total', 'counter', ['reason']],
+  ['nexus_affinity_total', 'counter', ['outcome']],
   ['nexus_backend_up', 'gauge', ['backend']],
   ['nexus_backend_ejected', 'gauge', ['backend']],
   ['nexus_client_connections', 'gauge', []],

@@ -614,6 +614,29 @@ inline void add_routing_rows(ReloadRows& rows) {
                      return who(s);
                    }},
                   weights("weight_priority = 10", "weight_load = 1")});
+  const std::string of_session = with_body(body_for("m"), "Session-Id: s\r\n");
+  const auto why = [](Scene& s) {
+    s.result();
+    return s.answer.value_or_empty("X-Nexus-Route-Reason");
+  };
+  rows.push_back({"routing", "affinity", When::at_once, "affinity = none", "affinity = session", "priority", "affinity",
+                  late_post(of_session, why), by_priority});
+  rows.push_back({"routing", "affinity_headers", When::at_once, "affinity_headers = none",
+                  "affinity_headers = session-id", "priority", "affinity", late_post(of_session, why),
+                  by_priority + Lines{{"routing", "affinity = session"}}});
+  const auto fourth = [=](Scene& s) {  // of a session whose backend has three in flight, and the other none
+    for (int i = 0; i < 3; ++i) {
+      s.other = &s.gateway.connect();
+      s.gateway.send(*s.other, with_body(body_for("m", R"(,"user":"hold")"), "Session-Id: s\r\n"));
+    }
+    s.send(of_session);
+    return why(s);
+  };
+  rows.push_back({"routing", "affinity_slack", When::at_once, "affinity_slack = 0%", "affinity_slack = 1000%",
+                  "affinity moved", "affinity", after(fourth),
+                  Lines{{"routing", "affinity = session"},
+                        {"backend b2", "url = http://10.0.0.2:8001"},
+                        {"backend b2", "models = m"}}});
   rows.push_back({"queue",
                   "size",
                   When::at_once,

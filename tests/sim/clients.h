@@ -383,6 +383,7 @@ class Clients {
     }
     std::string_view name = text.substr(0, text.find_last_not_of("0123456789.") + 1);
     if (name.ends_with(' ')) name.remove_suffix(1);
+    if (name == "affinity moved") return true;
     return std::find(kRouteReasonNames.begin(), kRouteReasonNames.end(), name) != kRouteReasonNames.end();
   }
 

@@ -112,6 +112,10 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "weight_priority", [](const Drawn& d) { d.s.routing.weight_priority = d.number(1, 100); }},
     {"routing", "weight_load", [](const Drawn& d) { d.s.routing.weight_load = d.number(0, 100); }},
     {"routing", "weight_latency", [](const Drawn& d) { d.s.routing.weight_latency = d.number(0, 100); }},
+    {"routing", "affinity", [](const Drawn& d) { d.s.routing.affinity = static_cast<Affinity>(d.number(0, 1)); }},
+    {"routing", "affinity_headers",
+     [](const Drawn& d) { d.s.routing.affinity_headers = {d.dice.one_in(2) ? "x-session-id" : "session-id"}; }},
+    {"routing", "affinity_slack", [](const Drawn& d) { d.s.routing.affinity_slack = d.number(0, 200); }},
     {"queue", "size", [](const Drawn& d) { d.s.queue.size = d.dice.one_in(2) ? d.number(1, 20) : 0; }},
     {"queue", "timeout", [](const Drawn& d) { d.s.queue.timeout_ns = d.span(10 * kMs, 2 * kSecond); }},
     {"keys", "weight", nullptr},  // the options of the key, above, change it and the next four

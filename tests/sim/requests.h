@@ -126,6 +126,7 @@ class RequestMaker {
       out.append("Authorization: Bearer sk-").append(request.key).append("\r\n");
     }
     write_id(out, id, http_1_0, keep_alive);
+    if (dice_.one_in(2)) out.append("X-Session-Id: s").append(std::to_string(dice_.number(0, 9))).append("\r\n");
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
     const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
     const bool expects = may_expect && dice_.chance(habits_.expect_continue);

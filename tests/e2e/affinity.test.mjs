@@ -1,0 +1,111 @@
+// Requests of one session find the same backend, through any gateway, as long as it is there and not too busy.
+import { RawClient, assert, chat, group, post, start_nexus, test } from './harness.mjs';
+import { add_gate, completions, fails_with, reason_of, served_by, start_fleet } from './fleet.mjs';
+
+const on = { routing: { affinity: 'session', weight_latency: 0 } };
+const three = () => ({ a: {}, b: {}, c: {} });
+const in_session = (id, name = 'X-Session-Id') => ({ headers: { [name]: id } });
+const sessions = Array.from({ length: 24 }, (_, i) => `session-${i}`);
+
+// session → the backend of each of its requests; `times` requests each, one after the other.
+async function homes_of(ask, times = 1) {
+  const homes = {};
+  for (let i = 0; i < times; i++) for (const id of sessions) (homes[id] ??= []).push(served_by(await ask(id)));
+  return homes;
+}
+const outcomes = (page) => Object.fromEntries(['kept', 'moved_load', 'moved_health', 'no_key'].map((outcome) => [outcome, page.value('nexus_affinity_total', { outcome })]));
+
+group('affinity', () => {
+  test('sessions stay on their backends, spread over all, and every request is counted and logged by a hash', async (t) => {
+    const fleet = await start_fleet(t, three(), on);
+    const homes = await homes_of((id) => fleet.ask('m1', {}, in_session(id)), 4);
+    for (const served of Object.values(homes)) assert.equal(new Set(served).size, 1, `${served}`);
+    assert.equal(new Set(Object.values(homes).flat()).size, 3);
+    assert.equal(reason_of(await fleet.ask('m1', {}, in_session(sessions[0]))), 'affinity');
+    assert.match(reason_of(await fleet.ask('m1')), /^smart /);
+    const page = await fleet.page_of_all();
+    assert.deepEqual(outcomes(page), { kept: 97, moved_load: 0, moved_health: 0, no_key: 1 });
+    await fleet.balance();
+    const hashes = new Map();
+    for (const line of fleet.log()) {
+      if (line.affinity === null) continue;
+      assert.match(line.affinity, /^[0-9a-f]{8}$/);
+      hashes.set(line.affinity, new Set([...(hashes.get(line.affinity) ?? []), line.backend]));
+    }
+    assert.equal(hashes.size, sessions.length);
+    for (const backends of hashes.values()) assert.equal(backends.size, 1);
+    assert.equal(fleet.log().filter((line) => line.affinity === null).length, 1);
+    assert.ok(!JSON.stringify(fleet.log()).includes('session-'), 'no name of a session is in the log');
+  });
+
+  test('two gateways agree, and a lost backend moves its own sessions alone, which then come back', { limit_ms: 30_000 }, async (t) => {
+    const fleet = await start_fleet(t, three(), { ...on, health: { interval: '100ms', failures: 1, recoveries: 1 } });
+    const other = await start_nexus(t, { ...on, backends: [...fleet.conf.backends].reverse() });
+    fleet.moved = true;   // not all requests at the backends are this gateway's
+    const ask = (id) => fleet.ask('m1', {}, in_session(id));
+    const before = await homes_of(ask);
+    assert.deepEqual(await homes_of((id) => post(other.port, completions, chat(), in_session(id))), before);
+    await fleet.mocks.b.stop();
+    await fleet.reaches('nexus_backend_up', 0, { backend: 'b' });
+    const without = await homes_of(ask);
+    for (const id of sessions) {
+      if (before[id][0] === 'b') assert.notEqual(without[id][0], 'b');
+      else assert.deepEqual(without[id], before[id], id);
+    }
+    const lost = sessions.filter((id) => before[id][0] === 'b').length;
+    assert.ok(lost > 0 && lost < sessions.length);
+    assert.equal(reason_of(await ask(sessions.find((id) => before[id][0] === 'b'))), 'affinity moved');
+    await fleet.mocks.b.start();
+    await fleet.reaches('nexus_backend_up', 1, { backend: 'b' });
+    assert.deepEqual(await homes_of(ask), before);
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3 * sessions.length - lost, moved_load: 0, moved_health: lost + 1, no_key: 0 });
+  });
+
+  test('a session whose backend has too much to do, or fails, goes to the next in its order', async (t) => {
+    const fleet = await start_fleet(t, three(), { routing: { ...on.routing, affinity_slack: '0%' }, health: { eject_after: 1000 } });
+    const first = served_by(await fleet.ask('m1', {}, in_session('s')));
+    const home = add_gate(fleet.mocks[first]);
+    const held = [];
+    for (let i = 0; i < 2; i++) {
+      const client = await RawClient.connect(fleet.port);
+      fleet.asked += 1;
+      client.send('POST', completions, { 'Content-Type': 'application/json', 'X-Session-Id': 's' }, chat('m1', { held: true }));
+      held.push(client);
+      await home.request(2 + i);
+    }
+    const moved = await fleet.ask('m1', {}, in_session('s'));
+    assert.notEqual(served_by(moved), first);
+    assert.equal(reason_of(moved), 'affinity moved');
+    home.open_gate();
+    for (const client of held) assert.equal(served_by(await client.response()), first);
+    for (const client of held) client.close();
+    await fleet.pending(0);
+    home.answer = fails_with(500);
+    const retried = await fleet.ask('m1', {}, in_session('s'));
+    assert.equal(served_by(retried), served_by(moved), 'both are the second in its order');
+    assert.equal(reason_of(retried), 'retry after status_5xx, affinity moved');
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3, moved_load: 1, moved_health: 1, no_key: 0 });
+  });
+
+  test('the list of header fields is configurable, a request id is never a session, and the body names one too', async (t) => {
+    const fleet = await start_fleet(t, three(), { routing: { ...on.routing, affinity_headers: 'x-mine, x-other' } });
+    const reason = async (more, headers) => reason_of(await fleet.ask('m1', more, { headers })).replace(/ .*/, '');
+    assert.equal(await reason({}, { 'X-Mine': 's' }), 'affinity');
+    assert.equal(await reason({}, { 'x-other': 's' }), 'affinity');
+    assert.equal(await reason({ prompt_cache_key: 's' }), 'affinity');
+    assert.equal(await reason({ metadata: { user_id: 's' } }), 'affinity');
+    for (const headers of [{ 'X-Session-Id': 's' }, { 'X-Request-Id': 's' }, { 'X-Mine': 's'.repeat(257) }, { 'X-Mine': '' }]) assert.equal(await reason({}, headers), 'smart');
+    // A body that is read while it comes names the same session.
+    const large = await fleet.ask('m1', { text: 'x'.repeat(300_000), prompt_cache_key: 's' });
+    assert.equal(served_by(large), served_by(await fleet.ask('m1', {}, { headers: { 'X-Mine': 's' } })));
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 6, moved_load: 0, moved_health: 0, no_key: 4 });
+  });
+
+  test('without affinity nothing is counted, and no line has a hash', async (t) => {
+    const fleet = await start_fleet(t, three(), { routing: { strategy: 'round_robin' } });
+    for (let i = 0; i < 3; i++) assert.equal(reason_of(await fleet.ask('m1', {}, in_session('s'))), 'round robin');
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 0, moved_load: 0, moved_health: 0, no_key: 0 });
+    await fleet.balance();
+    for (const line of fleet.log()) assert.equal(line.affinity, null);
+  });
+});
