@@ -113,6 +113,28 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     CHECK(world.text().find(R"("requests":{"total":4,"success":2,"errors":2})") != std::string::npos);
   }
 
+  TEST_CASE("keys are listed by their requests once there are some, with the mean of the waits in the queue") {
+    World world;
+    Slab& slab = world.metrics.add_slab();
+    for (const char* name : {"other", "alice", "bob", "idle"}) world.keys.intern(name);
+    const BackendId backend = world.register_backend("b");
+    RequestRecord r = served(world.models.intern("m"), backend, 1);
+    r.key = world.keys.find("alice");
+    r.completion_tokens = 5;
+    slab.record(r);
+    slab.record(r);
+    slab.key_cells(world.keys.find("bob")).pending.add(1);
+    slab.key_cells(r.key).queue_waits.add(2);
+    slab.key_cells(r.key).queue_wait_ns.add(2'500'500 * kMicrosecond);
+    const std::string page = world.text();
+    CHECK(page.substr(page.find(R"("keys")")) ==
+          R"("keys":[{"name":"alice","requests":2,"errors":0,"pending":0,"prompt_tokens":0,"completion_tokens":10,)"
+          R"("queued":2,"average_queue_wait_ms":1250.3},)"
+          R"({"name":"bob","requests":0,"errors":0,"pending":1,"prompt_tokens":0,"completion_tokens":0,)"
+          R"("queued":0,"average_queue_wait_ms":0.0}]})"
+          "\n");
+  }
+
   TEST_CASE("names are escaped for JSON, not sanitised") {
     World world;
     Slab& slab = world.metrics.add_slab();

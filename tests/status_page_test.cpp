@@ -135,11 +135,32 @@ TEST_CASE("a hostile name is text, in the table that needs no script") {
 TEST_CASE("a row has a cell under each title, and many rows are cut with a word on it") {
   const std::string page = status_page(stats_of(1));
   CHECK(times(page, "<td data-title=") == 5);
-  CHECK(times(page, "<th scope=\"col\">") == 6 + 5);
+  CHECK(times(page, "<th scope=\"col\">") == 6 + 5 + 7);
   CHECK(page.find("<td data-title=\"Requests\"><b>10</b></td>") != std::string::npos);
   const std::string many = status_page(stats_of(kMaxStatusRows + 7));
   CHECK(times(many, "<tr><th scope=\"row\">") == kMaxStatusRows);
   CHECK(many.find("and 7 more") != std::string::npos);
+}
+
+TEST_CASE("keys have a table if there are some, with what they use and the mean of their waits") {
+  Stats stats = stats_of(1);
+  CHECK(status_page(stats).find("<div id=\"by_key\" hidden>") != std::string::npos);
+  StatsRow row;
+  row.name = "alice";
+  row.requests = 9;
+  row.pending = 2;
+  row.prompt_tokens = 300;
+  stats.keys = {row, row};
+  stats.keys[1].durations = 4;
+  stats.keys[1].duration_sum_ns = 6 * kSecond;
+  const std::string page = status_page(stats);
+  CHECK(page.find("<div id=\"by_key\" >") != std::string::npos);
+  const std::string used =
+      "<bdi>alice</bdi></th><td data-title=\"Pending\"><b>2</b></td><td data-title=\"Requests\"><b>9</b></td>"
+      "<td data-title=\"Errors\"><b>0</b></td><td data-title=\"Tokens in\"><b>300</b></td>"
+      "<td data-title=\"Tokens out\"><b>0</b></td><td data-title=\"Mean wait\"><b>";
+  CHECK(page.find(used + "-</b></td></tr>") != std::string::npos);
+  CHECK(page.find(used + "1.50 s</b></td></tr>") != std::string::npos);
 }
 
 TEST_CASE("without a script the page shows the totals of /v1/stats") {

@@ -189,6 +189,30 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
   }
 }
 
+TEST_CASE("keys have a table if there are some, and it fits 80 columns") {
+  const auto with_keys = [](const char* keys) {
+    return kStats.substr(0, kStats.size() - 1) + R"(,"keys":[)" + keys + "]}";
+  };
+  const std::string stats =
+      with_keys(R"({"name":"al.ice","requests":20,"errors":1,"pending":2,"prompt_tokens":50,"completion_tokens":400},)"
+                R"({"name":"none","requests":10,"errors":2,"pending":0,"prompt_tokens":5,"completion_tokens":40})");
+  const auto waits = [](const char* sum, const char* count) {
+    const std::string wait = "nexus_key_queue_wait_seconds_";
+    return wait + "sum{key=\"al_ice\"} " + sum + "\n" + wait + "count{key=\"al_ice\"} " + count + "\n";
+  };
+  const Rates since_start = compute_rates(start_of(read_pages(stats, "", 0)), read_pages(stats, waits("6", "4"), 0));
+  const std::string page = top_page(since_start, "http://x:1", 80, 24);
+  CHECK(page.substr(page.find("\nKEY")) ==
+        "\nKEY     PENDING  REQ/S  ERR/S    WAIT  TOK/S  REQUESTS  ERRORS  TOKENS\n"
+        "al.ice        2   0.20   0.01  1.50 s   4.00        20       1     450\n"
+        "none          0   0.10   0.02       -   0.40        10       2      45\n");
+  CHECK(top_page(since_start, "http://x:1", 80, 10).find("5 more lines\n") != std::string::npos);
+  const Scrape before = read_pages(stats, waits("6", "4"), 0), after = read_pages(stats, waits("7", "8"), kSecond);
+  CHECK(*compute_rates(before, after).by_key[0].wait_s == doctest::Approx(0.25));
+  CHECK(top_page(compute_rates(before, read_pages(kStats, "", kSecond)), "x", 0, 0).find("KEY") == std::string::npos);
+  CHECK_FALSE(read_scrape(with_keys(R"({"requests":1})"), "", 0));
+}
+
 TEST_CASE("an ejected backend is shown with the time that is left and the reason") {
   Rates rates;
   rates.fleet.backends = rates.fleet.backends_healthy = 3;

@@ -37,14 +37,15 @@ struct ScrapedHistogram {
   double count() const { return buckets.empty() ? 0 : buckets.rbegin()->second; }
 };
 
-// One backend, one model, or all requests.
+// One backend, model or client's key, or all requests.
 struct ScrapedEntry {
   std::string name;
-  bool healthy = true;                // of a backend, as the next three lines
-  std::string ejected_why;            // empty: it is not ejected
-  std::uint64_t ejected_seconds = 0;  // time left
-  std::int64_t pending = 0, queue_depth = 0;
-  std::uint64_t requests = 0, errors = 0, completion_tokens = 0;
+  bool healthy = true;                        // of a backend, as the next three lines
+  std::string ejected_why;                    // empty: it is not ejected
+  std::uint64_t ejected_seconds = 0;          // time left
+  std::int64_t pending = 0, queue_depth = 0;  // the first also of a key
+  std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
+  double waits = 0, wait_sum_s = 0;  // in the queue, of a key
   ScrapedHistogram duration, first_token;
 };
 
@@ -57,7 +58,7 @@ struct Scrape {
   Ns at_ns = 0;
   ScrapedFleet fleet;
   ScrapedEntry all;
-  std::vector<ScrapedEntry> by_backend, by_model;  // in the order of /v1/stats
+  std::vector<ScrapedEntry> by_backend, by_model, by_key;  // in the order of /v1/stats
 };
 
 namespace detail {
@@ -103,6 +104,7 @@ inline bool read_entries(simdjson::dom::array list, std::string_view key, std::v
     entry.name = name;
     read_field(object, "requests", entry.requests);
     read_field(object, "errors", entry.errors);
+    read_field(object, "prompt_tokens", entry.prompt_tokens);
     read_field(object, "completion_tokens", entry.completion_tokens);
     read_field(object, "pending", entry.pending);
     read_field(object, "healthy", entry.healthy);
@@ -119,11 +121,13 @@ inline bool read_entries(simdjson::dom::array list, std::string_view key, std::v
 inline bool read_stats(std::string_view text, Scrape& sample) {
   simdjson::dom::parser parser;
   simdjson::dom::object page, requests;
-  simdjson::dom::array backends, models;
+  simdjson::dom::array backends, models, keys;
   if (parser.parse(text.data(), text.size()).get_object().get(page)) return false;
   if (page["requests"].get_object().get(requests)) return false;
   if (page["backends"].get_array().get(backends) || page["models"].get_array().get(models)) return false;
   if (!read_entries(backends, "id", sample.by_backend) || !read_entries(models, "name", sample.by_model)) return false;
+  if (page["keys"].get_array().get(keys) == simdjson::SUCCESS && !read_entries(keys, "name", sample.by_key))
+    return false;
   read_field(page, "uptime_seconds", sample.fleet.uptime_s);
   read_field(requests, "total", sample.all.requests);
   read_field(requests, "errors", sample.all.errors);
@@ -148,8 +152,17 @@ inline ByLabel by_label(std::vector<ScrapedEntry>& entries) {
   return map;
 }
 
-// Adds one line of /metrics to all requests, to its backend and to its model.
-inline void read_line(std::string_view line, const ByLabel& backends, const ByLabel& models, Scrape& sample) {
+// The entries of a sample, by the label that names them.
+struct Labelled {
+  std::array<std::pair<std::string_view, ByLabel>, 3> of;
+  explicit Labelled(Scrape& sample)
+      : of{{{"backend", by_label(sample.by_backend)},
+            {"model", by_label(sample.by_model)},
+            {"key", by_label(sample.by_key)}}} {}
+};
+
+// Adds one line of /metrics to all requests, and to its backend, model or key.
+inline void read_line(std::string_view line, const Labelled& entries, Scrape& sample) {
   static constexpr std::array<std::pair<std::string_view, std::int64_t ScrapedFleet::*>, 4> kGauges{{
       {"nexus_backends_total", &ScrapedFleet::backends},
       {"nexus_backends_healthy", &ScrapedFleet::backends_healthy},
@@ -168,18 +181,23 @@ inline void read_line(std::string_view line, const ByLabel& backends, const ByLa
   const auto histogram = name == "nexus_request_duration_seconds_bucket"      ? &ScrapedEntry::duration
                          : name == "nexus_time_to_first_token_seconds_bucket" ? &ScrapedEntry::first_token
                                                                               : nullptr;
-  if (histogram == nullptr && name != "nexus_queue_depth") return;
+  const auto sum = name == "nexus_key_queue_wait_seconds_sum"     ? &ScrapedEntry::wait_sum_s
+                   : name == "nexus_key_queue_wait_seconds_count" ? &ScrapedEntry::waits
+                                                                  : nullptr;
+  if (histogram == nullptr && sum == nullptr && name != "nexus_queue_depth") return;
   if (histogram != nullptr && !read_sample_value(label_value(labels, "le"), bound)) return;
   const auto add = [&](ScrapedEntry& entry) {
     if (histogram != nullptr) {
       (entry.*histogram).buckets[bound] += value;
+    } else if (sum != nullptr) {
+      entry.*sum += value;
     } else {
       entry.queue_depth += whole(value);
     }
   };
   add(sample.all);
-  for (const auto& [map, label] : {std::pair{&backends, "backend"}, std::pair{&models, "model"}}) {
-    const auto [first, last] = map->equal_range(std::string(label_value(labels, label)));
+  for (const auto& [label, map] : entries.of) {
+    const auto [first, last] = map.equal_range(std::string(label_value(labels, label)));
     for (auto at = first; at != last; ++at) add(*at->second);
   }
 }
@@ -191,10 +209,10 @@ inline std::optional<Scrape> read_scrape(std::string_view stats, std::string_vie
   Scrape sample;
   sample.at_ns = at_ns;
   if (!detail::read_stats(stats, sample)) return std::nullopt;
-  const detail::ByLabel backends = detail::by_label(sample.by_backend), models = detail::by_label(sample.by_model);
+  const detail::Labelled entries(sample);
   while (!metrics.empty()) {
     const std::size_t end = std::min(metrics.find('\n'), metrics.size());
-    detail::read_line(metrics.substr(0, end), backends, models, sample);
+    detail::read_line(metrics.substr(0, end), entries, sample);
     metrics.remove_prefix(std::min(end + 1, metrics.size()));
   }
   return sample;
@@ -233,13 +251,14 @@ struct RateRow {
   double requests_per_s = 0, errors_per_s = 0;
   double tokens_per_s = 0;  // completion tokens
   std::optional<double> p50_s, p95_s, first_token_s;
+  std::optional<double> wait_s;  // mean
 };
 
 struct Rates {
   double seconds = 0;  // between the samples
   ScrapedFleet fleet;
   RateRow all;
-  std::vector<RateRow> by_backend, by_model;
+  std::vector<RateRow> by_backend, by_model, by_key;
 };
 
 namespace detail {
@@ -250,13 +269,15 @@ inline RateRow rate_row(const ScrapedEntry& before, const ScrapedEntry& now, dou
     return seconds > 0 ? static_cast<double>(more) / seconds : 0;
   };
   const ScrapedHistogram duration = difference(before.duration, now.duration);
+  const double waits = now.waits - before.waits, wait_sum_s = now.wait_sum_s - before.wait_sum_s;
   return {.now = now,
           .requests_per_s = rate(&ScrapedEntry::requests),
           .errors_per_s = rate(&ScrapedEntry::errors),
           .tokens_per_s = rate(&ScrapedEntry::completion_tokens),
           .p50_s = quantile(duration, 0.5),
           .p95_s = quantile(duration, 0.95),
-          .first_token_s = quantile(difference(before.first_token, now.first_token), 0.5)};
+          .first_token_s = quantile(difference(before.first_token, now.first_token), 0.5),
+          .wait_s = waits > 0 ? std::optional(std::max(wait_sum_s, 0.0) / waits) : std::nullopt};
 }
 
 inline std::vector<RateRow> rate_rows(const std::vector<ScrapedEntry>& before, const std::vector<ScrapedEntry>& now,
@@ -289,7 +310,8 @@ inline Rates compute_rates(const Scrape& earlier, const Scrape& now) {
           .fleet = now.fleet,
           .all = detail::rate_row(before.all, now.all, seconds),
           .by_backend = detail::rate_rows(before.by_backend, now.by_backend, seconds),
-          .by_model = detail::rate_rows(before.by_model, now.by_model, seconds)};
+          .by_model = detail::rate_rows(before.by_model, now.by_model, seconds),
+          .by_key = detail::rate_rows(before.by_key, now.by_key, seconds)};
 }
 
 }  // namespace nexus

@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -44,10 +46,17 @@ inline std::string html_text(std::string_view text) {
   return out;
 }
 
-inline std::string status_rows(const std::vector<StatsRow>& rows, bool backends) {
+inline std::string mean_wait_text(const StatsRow& key) {
+  const double waits = static_cast<double>(key.durations), sum_ns = static_cast<double>(key.duration_sum_ns);
+  return seconds_text(waits > 0 ? std::optional(sum_ns / static_cast<double>(kSecond) / waits) : std::nullopt);
+}
+
+enum class StatusTable : std::uint8_t { backends, models, keys };
+
+inline std::string status_rows(const std::vector<StatsRow>& rows, StatusTable table) {
   std::string out;
-  const auto cell = [&out](std::string_view title, auto value) {
-    out.append("<td data-title=\"").append(title).append("\"><b>").append(std::to_string(value)).append("</b></td>");
+  const auto cell = [&out](std::string_view title, std::string_view text) {
+    out.append("<td data-title=\"").append(title).append("\"><b>").append(text).append("</b></td>");
   };
   for (std::size_t i = 0; i < std::min(rows.size(), kMaxStatusRows); ++i) {
     const StatsRow& row = rows[i];
@@ -56,13 +65,15 @@ inline std::string status_rows(const std::vector<StatsRow>& rows, bool backends)
     const std::string state =
         state_text(row.healthy, "down", ejected ? name_of(row.ejected_why) : "", ejected_seconds(row));
     out += "<tr><th scope=\"row\"><bdi>" + html_text(escape_for_terminal(row.name, 1024)) + "</bdi>";
-    if (backends) out.append("<span class=\"state ").append(kind).append("\">").append(state).append("</span>");
+    if (table == StatusTable::backends)
+      out.append("<span class=\"state ").append(kind).append("\">").append(state).append("</span>");
     out += "</th>";
-    if (backends) cell("Pending", row.pending);
-    cell("Requests", row.requests);
-    cell("Errors", row.errors);
-    cell("Tokens in", row.prompt_tokens);
-    cell("Tokens out", row.completion_tokens);
+    if (table != StatusTable::models) cell("Pending", std::to_string(row.pending));
+    cell("Requests", std::to_string(row.requests));
+    cell("Errors", std::to_string(row.errors));
+    cell("Tokens in", std::to_string(row.prompt_tokens));
+    cell("Tokens out", std::to_string(row.completion_tokens));
+    if (table == StatusTable::keys) cell("Mean wait", mean_wait_text(row));
     out += "</tr>\n";
   }
   return out;
@@ -93,9 +104,12 @@ inline void write_status_page(TextBuffer& page, const Stats& stats, std::string_
       {"errors", std::to_string(stats.all.errors)},
       {"version", detail::html_text(version)},
       {"more_backends", detail::more_rows(stats.backends)},
-      {"backends", detail::status_rows(stats.backends, true)},
+      {"backends", detail::status_rows(stats.backends, detail::StatusTable::backends)},
       {"more_models", detail::more_rows(stats.models)},
-      {"models", detail::status_rows(stats.models, false)},
+      {"models", detail::status_rows(stats.models, detail::StatusTable::models)},
+      {"no_keys", stats.keys.empty() ? "hidden" : ""},
+      {"more_keys", detail::more_rows(stats.keys)},
+      {"keys", detail::status_rows(stats.keys, detail::StatusTable::keys)},
   };
   std::string_view rest = kStatusPage;
   for (std::size_t open; (open = rest.find("{{")) != std::string_view::npos;) {

@@ -52,21 +52,45 @@ inline std::string top_head(const Rates& rates, std::string_view where) {
   return out;
 }
 
-inline std::string top_table(const std::vector<RateRow>& rates, bool backends) {
-  std::vector<std::vector<std::string>> rows{{backends ? "BACKEND" : "MODEL", "STATE", "PENDING", "QUEUE", "REQ/S",
-                                              "ERR/S", "P50", "P95", "FIRST", "TOK/S", "REQUESTS", "ERRORS"}};
-  for (const RateRow& row : rates) {
-    const std::string why = escape_for_terminal(row.now.ejected_why);
-    rows.push_back({escape_for_terminal(row.now.name, 48),
-                    state_text(row.now.healthy, "DOWN", why, row.now.ejected_seconds), std::to_string(row.now.pending),
-                    std::to_string(row.now.queue_depth), rate_text(row.requests_per_s), rate_text(row.errors_per_s),
-                    seconds_text(row.p50_s), seconds_text(row.p95_s), first_token_text(row.first_token_s),
-                    rate_text(row.tokens_per_s), std::to_string(row.now.requests), std::to_string(row.now.errors)});
+enum TopTable : unsigned { of_backends = 1, of_models = 2, of_keys = 4, of_all = 7 };
+
+struct TopColumn {
+  std::string_view title;
+  unsigned tables;  // that have it
+  std::string (*text)(const RateRow& row);
+};
+
+constexpr std::array kTopColumns = std::to_array<TopColumn>({
+    {"STATE", of_backends,
+     [](const RateRow& row) {
+       return state_text(row.now.healthy, "DOWN", escape_for_terminal(row.now.ejected_why), row.now.ejected_seconds);
+     }},
+    {"PENDING", of_backends | of_keys, [](const RateRow& row) { return std::to_string(row.now.pending); }},
+    {"QUEUE", of_backends, [](const RateRow& row) { return std::to_string(row.now.queue_depth); }},
+    {"REQ/S", of_all, [](const RateRow& row) { return rate_text(row.requests_per_s); }},
+    {"ERR/S", of_all, [](const RateRow& row) { return rate_text(row.errors_per_s); }},
+    {"P50", of_backends | of_models, [](const RateRow& row) { return seconds_text(row.p50_s); }},
+    {"P95", of_backends | of_models, [](const RateRow& row) { return seconds_text(row.p95_s); }},
+    {"FIRST", of_backends | of_models, [](const RateRow& row) { return first_token_text(row.first_token_s); }},
+    {"WAIT", of_keys, [](const RateRow& row) { return seconds_text(row.wait_s); }},
+    {"TOK/S", of_all, [](const RateRow& row) { return rate_text(row.tokens_per_s); }},
+    {"REQUESTS", of_all, [](const RateRow& row) { return std::to_string(row.now.requests); }},
+    {"ERRORS", of_all, [](const RateRow& row) { return std::to_string(row.now.errors); }},
+    {"TOKENS", of_keys,
+     [](const RateRow& row) { return std::to_string(row.now.prompt_tokens + row.now.completion_tokens); }},
+});
+
+inline std::string top_table(const std::vector<RateRow>& rates, TopTable table, std::string name) {
+  std::vector<std::vector<std::string>> rows{{std::move(name)}};
+  for (const RateRow& row : rates) rows.push_back({escape_for_terminal(row.now.name, 48)});
+  std::string alignment = "l";
+  for (const TopColumn& column : kTopColumns) {
+    if ((column.tables & table) == 0) continue;
+    alignment += column.title == "STATE" ? 'l' : 'r';
+    rows[0].emplace_back(column.title);
+    for (std::size_t i = 0; i < rates.size(); ++i) rows[i + 1].push_back(column.text(rates[i]));
   }
-  if (!backends) {  // a model has no state, and no queue of its own
-    for (auto& row : rows) row.erase(row.begin() + 1, row.begin() + 4);
-  }
-  return in_columns(rows, backends ? "llrrrrrrrrrr" : "lrrrrrrrr");
+  return in_columns(rows, alignment);
 }
 
 // Cuts the text to a screen; 0 means no limit.
@@ -86,9 +110,11 @@ inline std::string fit(std::string_view text, std::size_t width, std::size_t hei
 
 // The whole page. `width` and `height` are those of the screen, or 0.
 inline std::string top_page(const Rates& rates, std::string_view where, std::size_t width, std::size_t height) {
-  return detail::fit(detail::top_head(rates, where) + "\n" + detail::top_table(rates.by_backend, true) + "\n" +
-                         detail::top_table(rates.by_model, false),
-                     width, height);
+  std::string page = detail::top_head(rates, where) + "\n" +
+                     detail::top_table(rates.by_backend, detail::of_backends, "BACKEND") + "\n" +
+                     detail::top_table(rates.by_model, detail::of_models, "MODEL");
+  if (!rates.by_key.empty()) page += "\n" + detail::top_table(rates.by_key, detail::of_keys, "KEY");
+  return detail::fit(page, width, height);
 }
 
 // Puts the terminal into raw input and its alternate screen until destroyed.

@@ -21,7 +21,7 @@
 
 namespace nexus {
 
-// Totals of one backend, of one model, or of all requests.
+// Totals of one backend, model or client's key, or of all requests.
 struct StatsRow {
   std::string_view name;  // as configured or discovered, not sanitised; owned by the name table
   bool listed = false;
@@ -29,9 +29,9 @@ struct StatsRow {
   bool healthy = false;     // of a backend
   Ns ejected_ns = -1;       // of a backend: time left; -1: not ejected
   AttemptOutcome ejected_why{};
-  std::int64_t pending = 0;  // of a backend
+  std::int64_t pending = 0;  // of a backend or key
   std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
-  std::uint64_t durations = 0, duration_sum_ns = 0;
+  std::uint64_t durations = 0, duration_sum_ns = 0;  // of requests; of a key: of their waits in the queue
 
   void add(const PairCounters& counters) {
     counters.statuses.for_each([this](const StatusCounters::Count& count) {
@@ -119,6 +119,8 @@ inline void add_keys(Stats& stats, const Metrics& metrics, const KeyNames& keys)
       row.errors += cells->errors.read();  // before the requests, which are counted first
       row.requests += cells->all_requests();
       row.pending += cells->pending.read_signed();
+      row.durations += cells->queue_waits.read();
+      row.duration_sum_ns += cells->queue_wait_ns.read();
       row.prompt_tokens += cells->prompt_tokens.read();
       row.completion_tokens += cells->completion_tokens.read();
     }
@@ -167,14 +169,17 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
 // The page at /v1/stats.
 inline void write_stats(TextBuffer& page, const Stats& stats) {
   JsonWriter json(page);
+  const auto write_average = [&](std::string_view name, const StatsRow& row) {
+    const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
+    json.key(name).literal(Digits(tenths / 10).view());
+    page.add(".").add_number(tenths % 10);
+  };
   const auto write_rows = [&](std::string_view array, const std::vector<StatsRow>& rows, std::string_view name,
                               std::string_view average, bool of_backends) {
     json.key(array).begin_array();
     for (const StatsRow& row : rows) {
       json.begin_object().field(name, row.name).field("requests", row.requests);
-      const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
-      json.key(average).literal(Digits(tenths / 10).view());
-      page.add(".").add_number(tenths % 10);
+      write_average(average, row);
       if (of_backends) {
         json.field("pending", row.pending).field("healthy", row.healthy);
         if (row.ejected_ns >= 0) {
@@ -200,7 +205,9 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
     for (const StatsRow& row : stats.keys) {
       json.begin_object().field("name", row.name).field("requests", row.requests).field("errors", row.errors);
       json.field("pending", row.pending).field("prompt_tokens", row.prompt_tokens);
-      json.field("completion_tokens", row.completion_tokens).end_object();
+      json.field("completion_tokens", row.completion_tokens).field("queued", row.durations);
+      write_average("average_queue_wait_ms", row);
+      json.end_object();
     }
     json.end_array();
   }

@@ -32,8 +32,9 @@ const page_texts = `(() => {
     cells: Object.fromEntries([...row.cells].slice(1).map((cell) => [cell.dataset.title, cell.querySelector('b').textContent])),
     lines: row.querySelectorAll('svg').length,
   }));
+  const table = (id) => (document.getElementById(id).checkVisibility() ? rows(id) : null);
   return { title: document.title, state: text('state'), total: text('total'), success: text('success'), errors: text('errors'),
-           live: text('live'), models: text('model_count'), backends: rows('backends'), rows: rows('models'),
+           live: text('live'), models: text('model_count'), backends: rows('backends'), rows: rows('models'), keys: table('keys'),
            images: document.images.length, scripts: document.scripts.length, wide: document.documentElement.scrollWidth };
 })()`;
 
@@ -109,6 +110,48 @@ group('status page', () => {
       await browser.view({ width });
       assert.ok(await browser.evaluate('document.documentElement.scrollWidth') <= width, `it scrolls sideways at ${width}`);
     }
+  });
+
+  test('with named keys it has a table of what each uses, with scripts and without', { limit_ms: 90_000 }, async (t) => {
+    if (!chromium()) t.skip('chromium is not installed');
+    const keys = { alice: 'sk-alice-0123456789', bob: 'sk-bob-0123456789' };
+    const file = t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join(''));
+    const pages = await free_port();   // where a browser needs no key
+    const nexus = await start_nexus(t, { server: { api_keys_file: file, metrics_listen: `127.0.0.1:${pages}` }, queue: { size: 9 }, backends: [{ name: 'e', type: 'echo', max_pending: 1 }] }, { ready: 'no' });
+    await until(async () => (await get(pages, '/health').catch(() => ({}))).status === 200, 'a healthy backend');
+    const ask = async (name) => assert.equal((await post(nexus.port, '/v1/chat/completions', chat('echo'), { headers: { Authorization: `Bearer ${keys[name]}` } })).status, 200);
+    const browser = await Browser.start(t);
+    await browser.view({ width: 1280, scripts: false });
+    const url = `http://127.0.0.1:${pages}/`;
+    const stats = async () => (await get(pages, '/v1/stats')).json.keys;
+    const shows = async (what) => {
+      const expected = (await stats()).map((k) => [k.name, k.pending, k.requests, k.errors].map(String));
+      const read = async () => ((await browser.evaluate(page_texts)).keys ?? []).map((r) => [r.name, r.cells.Pending, r.cells.Requests, r.cells.Errors]);
+      await until(async () => JSON.stringify(await read()) === JSON.stringify(expected), what, 15_000);
+    };
+    const open = async (scripts) => {
+      await browser.view({ width: 1280, scripts });
+      await browser.open(url);
+    };
+    await open(true);
+    assert.equal((await browser.evaluate(page_texts)).keys, null, 'no table before the first request');
+    await Promise.all(['alice', 'alice', 'alice', 'bob'].map(ask));   // on one place: three wait
+    await until(async () => (await stats()).reduce((sum, k) => sum + k.requests, 0) === 4, 'four requests counted');
+    await shows('the table drawn');
+    const waits = (await stats()).filter((k) => k.queued > 0).map((k) => k.name);
+    assert.ok(waits.length > 0);
+    const mean = async (name) => (await browser.evaluate(page_texts)).keys.find((r) => r.name === name).cells['Mean wait'];
+    for (const name of waits) assert.match(await mean(name), /^[\d.]+ m?s$/);
+    assert.ok((await browser.evaluate(page_texts)).keys.every((row) => row.lines === 4), 'each number has its line');
+    assert.deepEqual(browser.complaints, []);
+    await browser.view({ width: 1280, scripts: false });
+    await browser.open(url);
+    await sleep(300);
+    await browser.view({ width: 1280, scripts: true });   // to be asked; the page's own has not run
+    await shows('the table as it came');
+    for (const name of waits) assert.match(await mean(name), /^[\d.]+ m?s$/);
+    await browser.view({ width: 390 });
+    assert.ok(await browser.evaluate('document.documentElement.scrollWidth') <= 390, 'it scrolls sideways at 390');
   });
 
   test('its policy lets no other script run, and it says when the server is gone', { limit_ms: 90_000 }, async (t) => {

@@ -45,6 +45,34 @@ group('nexus top', () => {
     assert.match(without.stderr, /NEXUS_API_KEY/);
   });
 
+  test('with named keys it has a table of what each uses, on a screen of 80 by 24 too', async (t) => {
+    const backend = await start_backend(t);
+    const keys = { alice: 'sk-alice-0123456789', bob: 'sk-bob-0123456789' };
+    const file = t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join(''));
+    const nexus = await start_nexus(t, { server: { api_keys_file: file }, backends: [{ name: 'b1', mock: backend }] });
+    const as = (name) => ({ headers: { Authorization: `Bearer ${keys[name]}` } });
+    for (const name of ['alice', 'alice', 'bob']) assert.equal((await post(nexus.port, '/v1/chat/completions', chat(), as(name))).status, 200);
+    const url = `http://127.0.0.1:${nexus.port}`, env = { NEXUS_API_KEY: keys.bob };
+    const r = await run_nexus(['top', url], { env });
+    const stats = (await get(nexus.port, '/v1/stats', as('bob'))).json;
+    assert.match(r.stdout, /\nKEY +PENDING +REQ\/S +ERR\/S +WAIT +TOK\/S +REQUESTS +ERRORS +TOKENS\n/);
+    for (const key of stats.keys) {
+      const tokens = key.prompt_tokens + key.completion_tokens;
+      assert.ok(tokens > 0);
+      assert.match(r.stdout, new RegExp(`\\n${key.name} +0 .* - .* ${key.requests} +0 +${tokens}\\n`));
+    }
+    assert.deepEqual(stats.keys.map((key) => [key.name, key.requests]), [['alice', 2], ['bob', 1]]);
+    if (spawnSync('script', ['--version']).error) t.skip('script(1), which makes a terminal, is not installed');
+    const child = spawn('script', ['-qec', `stty rows 24 cols 80; exec '${settings.nexus}' top ${url}`, '/dev/null'], { stdio: ['pipe', 'pipe', 'pipe'], env: { ...process.env, ...env, TERM: 'xterm', SHELL: '/bin/sh' } });
+    t.after(() => child.kill('SIGKILL'));
+    let screen = '';
+    child.stdout.on('data', (d) => { screen += d; });
+    await until(() => /\n\s*bob .*J/s.test(screen), () => `the keys on ${JSON.stringify(screen)}`);
+    child.stdin.write('q');
+    const lines = screen.slice(screen.indexOf('\u001b[H')).split('\u001b[J')[0].replaceAll(/\u001b\[./g, '').split(/\r*\n/);
+    assert.ok(lines.length <= 24 && lines.every((line) => line.length <= 80), JSON.stringify(lines));
+  });
+
   test('where nobody answers it says so and exits 1; a URL that is none exits 2', async () => {
     const r = await run_nexus(['top', `http://127.0.0.1:${await free_port()}`]);
     assert.equal(r.code, 1);

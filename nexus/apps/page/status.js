@@ -8,7 +8,7 @@
 
   // ---- reading the two pages ----
 
-  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, duration: new Map(), first: new Map() });
+  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, duration: new Map(), first: new Map(), waits: 0, wait_sum: 0 });
   const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true, ejected: s.ejected ?? null });
 
   // The label value of a name, unless labels are raw (see sanitize_label in labels.h).
@@ -28,12 +28,12 @@
     return by_label;
   }
 
-  const LINE = /^nexus_(request_duration_seconds_bucket|time_to_first_token_seconds_bucket|queue_depth|client_connections|models_available|backends_total|backends_healthy)(?:\{(.*)\})? (\S+)$/gm;
+  const LINE = /^nexus_(key_queue_wait_seconds_sum|key_queue_wait_seconds_count|request_duration_seconds_bucket|time_to_first_token_seconds_bucket|queue_depth|client_connections|models_available|backends_total|backends_healthy)(?:\{(.*)\})? (\S+)$/gm;
   const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
   const unescaped = (text) => text.replace(/\\(.)/g, (_, c) => (c === 'n' ? '\n' : c));
 
   function read_metrics(text, sample) {
-    const backends = index(sample.backends), models = index(sample.models);
+    const backends = index(sample.backends), models = index(sample.models), keys = index(sample.keys);
     for (const [, family, labels = '', number] of text.matchAll(LINE)) {
       const value = Number(number);
       const label = {};
@@ -42,6 +42,8 @@
       if (family === 'queue_depth') {
         sample.all.queue += value;
         for (const entry of of_backend) entry.queue += value;
+      } else if (family.startsWith('key_')) {
+        for (const entry of keys.get(label.key) ?? []) entry[family.endsWith('sum') ? 'wait_sum' : 'waits'] += value;
       } else if (family.endsWith('_bucket')) {
         const bound = label.le === '+Inf' ? Infinity : Number(label.le);
         const which = family.startsWith('request') ? 'duration' : 'first';
@@ -63,9 +65,10 @@
   async function take_sample() {
     const [stats_text, metrics] = await Promise.all([text_of('v1/stats'), text_of('metrics')]);
     const stats = JSON.parse(stats_text);
-    const sample = { at: performance.now(), stats, all: blank(), backends: new Map(), models: new Map() };
+    const sample = { at: performance.now(), stats, all: blank(), backends: new Map(), models: new Map(), keys: new Map() };
     for (const b of stats.backends) sample.backends.set(b.id, from_stats(b));
     for (const m of stats.models) sample.models.set(m.name, from_stats(m));
+    for (const k of stats.keys ?? []) sample.keys.set(k.name, from_stats(k));
     sample.all.requests = stats.requests.total;
     sample.all.errors = stats.requests.errors;
     for (const b of sample.backends.values()) {
@@ -98,7 +101,7 @@
 
   // The state at the start of the process, when every count was 0.
   const start_of = (sample) =>
-    ({ at: sample.at - 1000 * Math.max(sample.stats.uptime_seconds, 1), all: blank(), backends: new Map(), models: new Map() });
+    ({ at: sample.at - 1000 * Math.max(sample.stats.uptime_seconds, 1), all: blank(), backends: new Map(), models: new Map(), keys: new Map() });
 
   const numbers_of = (before, after, seconds) => ({
     rate: (after.requests - before.requests) / seconds,
@@ -109,6 +112,7 @@
     p95: quantile(before.duration, after.duration, 0.95),
     first: quantile(before.first, after.first, 0.5),
     tokens: (after.tokens - before.tokens) / seconds,
+    wait: after.waits > before.waits ? (after.wait_sum - before.wait_sum) / (after.waits - before.waits) : null,
     sum: after.requests,
     failed: after.errors,
   });
@@ -140,6 +144,7 @@
     ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
   ];
   const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
+  const OF_KEYS = [...METRICS.filter(([key]) => !/^(queue|p50|p95|first)$/.test(key)), ['wait', 'Mean wait', time_text, false]];
 
   // ---- drawing ----
 
@@ -231,7 +236,7 @@
 
   // Puts the columns and tiles of this script in the place of the server's tables.
   function take_over() {
-    for (const [kind, metrics] of [['backends', METRICS], ['models', OF_MODELS]]) {
+    for (const [kind, metrics] of [['backends', METRICS], ['models', OF_MODELS], ['keys', OF_KEYS]]) {
       const row = make('tr');
       for (const title of ['Name', ...metrics.map(([, title]) => title)]) row.append(make('th', title));
       for (const head of row.children) head.scope = 'col';
@@ -249,7 +254,7 @@
     }
   }
 
-  const tables = { backends: new Map(), models: new Map() };   // rows by name
+  const tables = { backends: new Map(), models: new Map(), keys: new Map() };   // rows by name
 
   function draw_table(kind, metrics, before, after, seconds) {
     const body = element(kind), rows = tables[kind];
@@ -289,6 +294,8 @@
     METRICS.forEach(([key, , text, has_line]) => has_line && fill(element(`all_${key}`), key, numbers[key], text, history[key]));
     draw_table('backends', METRICS, before.backends, after.backends, seconds);
     draw_table('models', OF_MODELS, before.models, after.models, seconds);
+    draw_table('keys', OF_KEYS, before.keys, after.keys, seconds);
+    element('by_key').hidden = after.keys.size === 0;
     for (const [key, kept] of histories) if (kept.seen !== step) histories.delete(key);
     const minutes = Math.ceil(Math.min(Math.max(step - 2, 30), KEPT) * STEP_MS / 60000);
     element('span').textContent = `Rates and quantiles of the last ${Math.round(seconds)} s, lines of the last ${minutes} min.`;
