@@ -5,11 +5,14 @@ import { close_to, need_program, only_value, repository, repository_file, run_be
 
 const endpoint = '/v1/chat/completions';
 const fast = { 'scrape_interval: 15s': 'scrape_interval: 200ms\n  scrape_timeout: 200ms' };
-const metrics_of = async (nexus) => parse_metrics((await get(nexus.port, '/metrics')).text);
+const metrics_of = async (nexus) => parse_metrics((await get(nexus.pages ?? nexus.port, '/metrics')).text);
+const alice = { headers: { Authorization: 'Bearer sk-alice-0123456789' } };
 
-// Requests to each in turn, one of ten an error at the backend.
+// Requests to each in turn, one of ten an error at the backend; two at once, of which one waits.
 async function some_load(fleet, count) {
-  for (let i = 0; i < count; i++) await post(fleet[i % fleet.length].port, endpoint, chat('m1', { n: i, stream: i % 4 === 0 }));
+  for (let i = 0; i < count; i += 4) {
+    await Promise.all([0, 1, 2, 3].map((j) => post(fleet[j % fleet.length].port, endpoint, chat('m1', { n: i + j, stream: j === 0 }), alice)));
+  }
 }
 
 async function two_hosts(t) {
@@ -19,8 +22,10 @@ async function two_hosts(t) {
     return answer_plainly(incoming, reply);
   };
   const backend = await start_backend(t, { kind: 'vllm', answer });
-  const conf = () => ({ backends: [{ name: 'gpu', mock: backend }], routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' } });
-  const fleet = [await start_nexus(t, conf()), await start_nexus(t, conf())];
+  const conf = (pages) => ({ server: { api_keys_file: t.file('keys', 'alice sk-alice-0123456789\n'), metrics_listen: `127.0.0.1:${pages}` }, queue: { size: 9 }, backends: [{ name: 'gpu', mock: backend, max_pending: 1 }], routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' } });
+  const start = async (pages) => Object.assign(await start_nexus(t, conf(pages), { ready: 'no' }), { pages });
+  const fleet = [await start(await free_port()), await start(await free_port())];
+  for (const { pages } of fleet) await until(async () => (await get(pages, '/health').catch(() => ({}))).json?.status === 'healthy', 'a healthy backend');
   await some_load(fleet, 20);   // every series is there before the first scrape
   return fleet;
 }
@@ -38,6 +43,8 @@ async function check_recorded(fleet, prometheus, before, labels) {
     ['model:nexus_requests:rate5m', ',model="m1"', 'nexus_requests_total', { model: 'm1' }],
     ['backend:nexus_requests:rate5m', ',backend="gpu"', 'nexus_requests_total', { backend: 'gpu' }],
     ['fleet:nexus_errors:rate5m', '', 'nexus_errors_total', {}],
+    ['key:nexus_requests:rate5m', ',key="alice"', 'nexus_key_requests_total', { key: 'alice' }],
+    ['key_type:nexus_tokens:rate5m', ',key="alice",type="completion"', 'nexus_key_tokens_total', { key: 'alice', type: 'completion' }],
     ['type:nexus_tokens:rate5m', ',type="completion"', 'nexus_tokens_total_sum', { type: 'completion' }],
   ];
   for (const [rule, more, name, of] of checks) {
@@ -46,6 +53,9 @@ async function check_recorded(fleet, prometheus, before, labels) {
     // rate() stretches what it saw by up to an interval on each side: 20 % covers that.
     close_to((await recorded(rule, more)) * window, expected, 0.2, rule);
   }
+  const waits = async (part) => increase(`nexus_key_queue_wait_seconds_${part}`, { key: 'alice' });
+  close_to(await recorded('key:nexus_queue_wait_seconds:mean_rate5m', ',key="alice"'), (await waits('sum')) / (await waits('count')), 0.2, 'the mean wait');
+  assert.equal(await recorded('key:nexus_refused:ratio_rate5m', ',key="alice"'), 0);
   close_to(await recorded('fleet:nexus_errors:ratio_rate5m'), 0.1, 0.1, 'the share of errors');
   assert.equal(await recorded('backend:nexus_backend_up:avg', ',backend="gpu"'), 1);
   assert.equal(await recorded('fleet:nexus_pending_requests:sum'), 0);
@@ -69,7 +79,7 @@ group('more than one host', () => {
       'evaluation_interval: 15s': 'evaluation_interval: 200ms',
       '- nexus-recording.yml': `- ${repository}/contrib/prometheus/nexus-recording.yml`,
       '- nexus-alerts.yml': `- ${repository}/contrib/prometheus/nexus-alerts.yml`,
-      "['127.0.0.1:8000']": `[${fleet.map((n) => `'127.0.0.1:${n.port}'`)}]`,
+      "['127.0.0.1:8000']": `[${fleet.map((n) => `'127.0.0.1:${n.pages}'`)}]`,
     });
     const prometheus = await start_prometheus(t, config);
     await until(async () => (await prometheus.query('up{job="nexus"} == 1')).length === 2, 'both scraped', 20_000);
@@ -86,7 +96,7 @@ group('more than one host', () => {
     // One gone: it is missed, and the other's figures stay.
     await fleet[1].stop();
     await until(async () => (await prometheus.query('fleet:nexus_instances_up:sum')).some((s) => s.value[1] === '1'), 'one of two seen', 5_000);
-    await until(async () => (await prometheus.api('alerts')).alerts.some((a) => a.labels.alertname === 'NexusDown' && a.labels.instance.endsWith(`:${fleet[1].port}`)), 'NexusDown pending', 5_000);
+    await until(async () => (await prometheus.api('alerts')).alerts.some((a) => a.labels.alertname === 'NexusDown' && a.labels.instance.endsWith(`:${fleet[1].pages}`)), 'NexusDown pending', 5_000);
   });
 
   test('an agent on each host writes to the site’s Prometheus, which records the same sums', { calm: true, limit_ms: 90_000 }, async (t) => {
@@ -98,7 +108,7 @@ rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml ]
     for (const [i, nexus] of fleet.entries()) {
       await start_prometheus(t, with_replaced(repository_file('contrib/prometheus/agent/prometheus-agent.yml'), {
         ...fast,
-        "['127.0.0.1:8000']": `['127.0.0.1:${nexus.port}']`,
+        "['127.0.0.1:8000']": `['127.0.0.1:${nexus.pages}']`,
         'instance: edge-1': `instance: edge-${i + 1}`,
         'http://metrics.example:9090/': `http://127.0.0.1:${site.port}/`,
       }), { agent: true });

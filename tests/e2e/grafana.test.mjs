@@ -4,6 +4,8 @@ import { RawClient, answer_plainly, assert, chat, get, group, parse_metrics, pos
 import { close_to, need_program, only_value, repository_file, start_prometheus } from './prometheus.mjs';
 
 const endpoint = '/v1/chat/completions';
+const keys = { alice: 'sk-alice-0123456789', bob: 'sk-bob-0123456789' };
+const as = (name) => ({ headers: { Authorization: `Bearer ${keys[name]}` } });
 const dashboard = () => JSON.parse(repository_file('contrib/grafana/nexus.json'));
 const drawn = (d) => d.panels.filter((p) => p.type !== 'row');
 
@@ -14,16 +16,16 @@ const all = { job: '.*', instance: '.*', backend: '.*', model: '.*', __rate_inte
 // A load that moves every counter: plain and streamed answers, errors, fallbacks, a queue in which requests wait and from
 // which they are turned away, clients that leave, a body over the limit, a head that is no HTTP.
 async function one_round(nexus, n) {
-  const ask = (model, more) => post(nexus.port, endpoint, chat(model, more));
+  const ask = (model, more) => post(nexus.port, endpoint, chat(model, more), as(n % 2 ? 'bob' : 'alice'));
   await Promise.all([ask('m1', { n }), ask('m1', { n, stream: true }), ask('m1', { n, fail: true }), ask('big', { n, stream: true })]);
   await Promise.all(Array.from({ length: 6 }, () => ask('narrow', { slow: true })));
-  await post(nexus.port, endpoint, 'x'.repeat(20_000)).catch(() => {});
+  await post(nexus.port, endpoint, 'x'.repeat(20_000), as('bob')).catch(() => {});
   const garbage = await RawClient.connect(nexus.port);
   garbage.write('GARBAGE\r\n\r\n');
   await garbage.ended().catch(() => {});
   garbage.close();
   const leaver = await RawClient.connect(nexus.port);
-  leaver.send('POST', endpoint, {}, chat('narrow', { slow: true, stream: true }));
+  leaver.send('POST', endpoint, as('bob').headers, chat('narrow', { slow: true, stream: true }));
   await sleep(5);
   leaver.reset();
 }
@@ -39,7 +41,7 @@ async function start_load(t) {
     backends.push({ name, mock: await start_backend(t, { kind: 'vllm', models, answer }), ...more });
   }
   const nexus = await start_nexus(t, {
-    server: { max_body: '16k' }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
+    server: { max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
     routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' },
   });
   let over = false;
@@ -95,7 +97,7 @@ group('grafana', () => {
     const load = await start_load(t);
     await until(() => load.rounds() >= 3, 'three rounds of load', 20_000);   // every series is there before the first scrape
     const prometheus = await start_prometheus(t, `global: { scrape_interval: 200ms, scrape_timeout: 200ms }
-scrape_configs: [ { job_name: nexus, static_configs: [ { targets: [ "127.0.0.1:${load.nexus.port}" ] } ] } ]
+scrape_configs: [ { job_name: nexus, authorization: { credentials: ${keys.bob} }, static_configs: [ { targets: [ "127.0.0.1:${load.nexus.port}" ] } ] } ]
 `);
     await until(async () => (await prometheus.query('up == 1')).length === 1, 'scraped', 20_000);
     const begun = load.rounds();
@@ -134,7 +136,7 @@ scrape_configs: [ { job_name: nexus, static_configs: [ { targets: [ "127.0.0.1:$
     // At rest, what stands there is what Nexus says.
     await load.stop();
     await sleep(700);
-    const page = parse_metrics((await get(load.nexus.port, '/metrics')).text);
+    const page = parse_metrics((await get(load.nexus.port, '/metrics', as('bob'))).text);
     const shown = async (title) => only_value(await prometheus.query(filled(drawn(d).find((p) => p.title === title).targets[0].expr, all)), title);
     assert.equal(await shown('Backends healthy'), 3);
     assert.equal(await shown('Backends registered'), 3);
