@@ -90,8 +90,9 @@ class AnswerMaker {
   // Often a bound of a histogram.
   std::int64_t draw_count() {
     constexpr auto& kBounds = kTokenBounds.upper;
-    if (dice_.one_in(4)) return static_cast<std::int64_t>(kBounds[dice_.index(kBounds.size())]);
-    return dice_.number(0, 5000);
+    const bool usual = most_tokens_ == kMostTokens;
+    if (usual && dice_.one_in(4)) return static_cast<std::int64_t>(kBounds[dice_.index(kBounds.size())]);
+    return dice_.number(usual ? 0 : most_tokens_ / 2, most_tokens_);
   }
   static Counts counts_of(const Attempt& attempt) { return {attempt.prompt_tokens, attempt.completion_tokens}; }
 
@@ -333,6 +334,7 @@ class AnswerMaker {
 
  public:
   std::size_t attempt_number_ = 0;  // of the response being made
+  std::uint32_t most_tokens_ = kMostTokens;
 
  private:
   Dice& dice_;

@@ -325,6 +325,7 @@ class Fleet {
                  talk.served == 0, talk.begun);
     talk.number = number;
     answers_.attempt_number_ = request.attempts.size();
+    answers_.most_tokens_ = request.most_tokens;
     // A backend that did not read the body can't know if usage was requested, and sends none.
     talk.answer = answers_.make(request_id, static_cast<std::size_t>(number), *request.api, request.body.stream,
                                 asked && !talk.answered_early, by_client, attempt);

@@ -39,6 +39,7 @@ enum class Scale : std::uint8_t {
   whole,
   small,
   leavers,
+  crowd,   // two keys whose requests always wait
   reload,  // a backend with a cap is added before the first checks have ended
 };
 

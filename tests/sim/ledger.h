@@ -19,6 +19,7 @@
 
 namespace nexus::sim {
 
+constexpr std::uint32_t kMostTokens = 5000;
 constexpr std::int64_t kTokensUnsure = -2;  // the usage may or may not lie before the cut
 
 // One arrival of a request at a backend, and the response to it.
@@ -110,6 +111,7 @@ struct Request {
   std::uint16_t expected_status = 0;  // for Kind::wrong; 0: any
   std::string_view key;               // the name of the key that the client gave; empty: none or a wrong one
   Needs needs;
+  std::uint32_t most_tokens = kMostTokens;  // of each kind, in an answer to it
   BodyParts body;
   std::string sent_body;  // as rendered, for Kind::wrong too
   std::uint32_t client = 0;

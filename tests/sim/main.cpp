@@ -241,6 +241,14 @@ Tally run_every_failure(LogRings& rings) {
   return tally;
 }
 
+// Two keys that always wait: is the queue fair?
+bool is_fair(std::uint64_t seed, LogRings& rings) {
+  const Outcome outcome = Simulation(seed, Canary::none, rings, Scale::crowd).run();
+  if (!outcome.wrong.empty())
+    std::printf("FAILED: %s; replay: sim --crowd %llu\n", outcome.wrong.c_str(), static_cast<unsigned long long>(seed));
+  return outcome.wrong.empty();
+}
+
 int test(LogRings& rings) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   constexpr std::uint64_t kFixedSeeds = 100;  // each takes ten times as long
@@ -256,6 +264,8 @@ int test(LogRings& rings) {
   for (auto canary = 1; canary < static_cast<int>(Canary::count); ++canary) {
     count(is_noticed(static_cast<Canary>(canary), rings));
   }
+  constexpr std::uint64_t kCrowds = 40;
+  for (std::uint64_t seed = 1; seed <= kCrowds; ++seed) count(is_fair(seed, rings));
   const Tally every = run_every_failure(rings);
   passed += static_cast<unsigned>(every.seeds - every.failed);
   failed += static_cast<unsigned>(every.failed);
@@ -289,6 +299,7 @@ int main(int argc, char** argv) {
   const bool traces = argc == 3 && what == "--traces";
   if (argc == 2 && what == "--test") return test(rings);
   if (argc == 2 && what == "--failures") return run_every_failure(rings).failed == 0 ? 0 : 1;
+  if (argc == 3 && what == "--crowd") return is_fair(std::strtoull(argv[2], nullptr, 10), rings) ? 0 : 1;
   if (argc == 6 && what == "--failure") {
     const std::string_view name = argv[2];
     const Scale scale = name == "leavers" ? Scale::leavers : name == "reload" ? Scale::reload : Scale::small;

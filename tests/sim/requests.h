@@ -119,7 +119,11 @@ class RequestMaker {
     request.counted = true;
     out.append("POST ").append(request.api->path).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
     out.append("Host: nexus\r\nContent-Type: application/json\r\n");
-    if (dice_.one_in(20)) {
+    if (habits_.crowded) {
+      request.key = request.client % 2 == 0 ? "sim" : "rest";
+      request.most_tokens = request.client % 2 == 0 ? 200 : 4000;
+      out.append("Authorization: Bearer sk-").append(request.key).append("\r\n");
+    } else if (dice_.one_in(20)) {
       out.append("Authorization: Bearer sk-client\r\n");
     } else if (!dice_.one_in(20)) {
       request.key = dice_.one_in(4) ? "rest" : "sim";

@@ -14,6 +14,7 @@
 #include "blame.h"
 #include "circuits.h"
 #include "clients.h"
+#include "fairness.h"
 #include "fleet.h"
 #include "freshness.h"
 #include "kinds.h"
@@ -103,6 +104,7 @@ class Simulation {
 
   // One seed in twenty speaks TLS: to clients, to backends, or to both.
   std::shared_ptr<const Settings> first_settings(std::uint64_t seed, Canary canary) {
+    if (scale_ == Scale::crowd) return settings_maker_.crowd();
     if (scale_ != Scale::whole) return settings_maker_.small();
     if (seed % 20 == 0 && canary == Canary::none) {
       const std::uint64_t third = seed / 20 % 3;
@@ -156,6 +158,7 @@ class Simulation {
       case Scale::whole: break;
       case Scale::small: return SwarmMaker::make_small();
       case Scale::leavers: return SwarmMaker::make_leavers();
+      case Scale::crowd: return SwarmMaker::make_crowd();
       case Scale::reload: return SwarmMaker::make_reload();
     }
     return SwarmMaker(dice_).make();
@@ -261,9 +264,15 @@ class Simulation {
     if (ledger_.ok()) blame_.check_cancelled();
     if (ledger_.ok()) policy_.check_at_end();
     if (ledger_.ok()) Scrape(ledger_, gateway_).check();
+    if (ledger_.ok() && scale_ == Scale::crowd) check_fairness();
     if (ledger_.ok() && reloads_of_run_ == 0) check_limits();
     gateway_.end_control();
     if (ledger_.ok()) audit_.check_closed();
+  }
+
+  void check_fairness() {
+    const std::size_t contended = Fairness::check(ledger_, *settings_, swarm_.latency_ns);
+    if (contended < swarm_.requests / 2) ledger_.wrong("only %zu requests began while both keys waited", contended);
   }
 
   // What a configuration that was never changed says of each request.

@@ -52,6 +52,7 @@ struct Habits {
   Rate half_closes;  // sends a FIN after the request and keeps reading
   Rate slow_reader, stalled_reader, stalled_sender;
   Rate large_body;
+  bool crowded = false;  // every second client has the second key, and gets long answers
 };
 
 struct Swarm {
@@ -158,6 +159,20 @@ class SwarmMaker {
     swarm.gap_ns = kMillisecond;
     swarm.habits = Habits{};
     swarm.habits.aborts_sending = per_mille(1000);
+    return swarm;
+  }
+
+  // Clients of two keys that ask again at once, and never find a place free.
+  static Swarm make_crowd() {
+    Swarm swarm;
+    swarm.gentle = true;
+    swarm.workers = 2;
+    swarm.clients = 12;
+    swarm.requests = 400;
+    swarm.latency_ns = 50 * kMicrosecond;
+    swarm.weather.edge_delay_ns = 100 * kMicrosecond;
+    swarm.manners.slow = per_mille(1000);
+    swarm.habits.crowded = true;
     return swarm;
   }
 
@@ -321,6 +336,20 @@ class SettingsMaker {
     add(0, BackendKind::ollama, 1, {});
     add(1, BackendKind::vllm, 1, {"m0", "m1", "m2", "m3", "m4"});
     add(2, BackendKind::openai, 0, {"m5"});
+    return std::make_shared<const Settings>(settings_);
+  }
+  // One backend with two places, and a queue for all; the second key has three times the weight of the first.
+  std::shared_ptr<const Settings> crowd() {
+    settings_.server.api_keys = {{"sim", "sk-sim", {.weight = 1}}, {"rest", "sk-rest", {.weight = 3}}};
+    settings_.log.level = LogLevel::error;
+    settings_.log.access = "stderr";
+    settings_.health.enabled = false;
+    settings_.queue.size = 100;
+    settings_.queue.timeout_ns = 3600 * kSecond;  // no request becomes urgent by its age
+    settings_.upstream.first_byte_timeout_ns = settings_.upstream.stall_timeout_ns = 3600 * kSecond;
+    settings_.server.idle_timeout_ns = kSecond;
+    settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
+    add(0, BackendKind::generic, 2, {"m0", "m1", "m2", "m3", "m4", "m5"});
     return std::make_shared<const Settings>(settings_);
   }
   // The small settings with one more backend, which has a cap.
