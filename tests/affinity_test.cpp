@@ -13,6 +13,7 @@
 #include <random>
 #include <set>
 
+#include "nexus/api/incremental_json.h"
 #include "nexus/fleet/router.h"
 
 using namespace nexus;
@@ -83,9 +84,10 @@ struct Request {
     head += name + value;
     return *this;
   }
-  Request& with_body(const std::string& members) {
-    body = R"({"model":"m")" + members + "}" + std::string(kPaddingBytes, ' ');
-    REQUIRE_FALSE(read_body(json, kEndpoints.front(), text(), facts));
+  Request& with_body(const std::string& members, const Endpoint& endpoint = kEndpoints.front(),
+                     const std::string& model = "m") {
+    body = R"({"model":")" + model + "\"" + members + "}" + std::string(kPaddingBytes, ' ');
+    REQUIRE_FALSE(read_body(json, endpoint, text(), facts));
     return *this;
   }
   std::string_view text() const { return {body.data(), body.size() - std::min(body.size(), kPaddingBytes)}; }
@@ -281,6 +283,107 @@ TEST_CASE("affinity: without a field a member of the body names the session") {
     CHECK(key_of_body(members) == 0);
   }
   CHECK(Request().field("Session-Id", "abc").with_body(R"(,"prompt_cache_key":"second")").key() == key);
+}
+
+namespace {
+
+// The key of a conversation of these members, read at once and in small pieces.
+std::uint64_t key_of_conversation(const std::string& members, Affinity affinity = Affinity::prefix,
+                                  const Endpoint& endpoint = kEndpoints.front()) {
+  Request request;
+  request.routing.affinity = affinity;
+  request.with_body(members, endpoint);
+  const std::uint64_t key = request.key();
+  IncrementalJson pieces;
+  pieces.start(endpoint);
+  for (std::size_t at = 0; at < request.text().size(); at += 100) pieces.feed(request.json, request.body.data(), at);
+  REQUIRE_FALSE(pieces.read(request.json, request.text(), request.facts));
+  CHECK(request.key() == key);
+  return key;
+}
+
+std::string message(const std::string& role, const std::string& content, bool sorted = false) {
+  return sorted ? R"({"content":")" + content + R"(","role":")" + role + "\"}"
+                : R"({"role":")" + role + R"(","content":")" + content + "\"}";
+}
+
+const Endpoint& endpoint_of(std::string_view path) {
+  return *std::find_if(kEndpoints.begin(), kEndpoints.end(), [&](const Endpoint& row) { return row.path == path; });
+}
+
+}  // namespace
+
+TEST_CASE("affinity: all requests of a conversation have the same prefix, and others another one") {
+  const std::string text(300, 'x');
+  for (const bool sorted : {false, true}) {
+    const std::string turn = R"(,"messages":[)" + message("system", text + R"(\"user\")", sorted) + " , " +
+                             message("user", R"(a\\)" + text, sorted);
+    const std::uint64_t key = key_of_conversation(turn + "]");
+    CHECK(key != 0);
+    CHECK(key_of_conversation(turn + " ],\"n\":1") == key);
+    const std::string second = turn + "," + message("assistant", "b", sorted) + "," + message("user", "c", sorted);
+    CHECK(key_of_conversation(second + "]") == key);
+    CHECK(key_of_conversation(second + R"(],"tools":[{}],"temperature":1)") == key);
+    CHECK(key_of_conversation(R"(,"messages":[)" + message("system", text, sorted) + "," +
+                              message("user", "other" + text, sorted) + "]") != key);
+  }
+}
+
+TEST_CASE("affinity: the first message of the user is found behind 30 KiB of instructions, and of it the end counts") {
+  const std::string system(30'000, 's'), long_text(3000, 'u');
+  const auto key = [&](const std::string& first, const std::string& more = "") {
+    return key_of_conversation(R"(,"messages":[)" + message("system", system) + "," + message("user", first) + more +
+                               "]");
+  };
+  CHECK(key("a") != key("b"));
+  CHECK(key("a") == key("a", "," + message("assistant", "x")));
+  CHECK(key(long_text.substr(2000) + "a") != key(long_text.substr(2000) + "b"));
+  CHECK(key("aa") != key("a"));
+  // Beyond 32 KiB nothing is scanned.
+  CHECK(key(long_text + "a") == key(long_text + "b"));
+}
+
+TEST_CASE("affinity: a prefix has the model, the instructions of each API, and the parts of messages") {
+  const std::string text(300, 'x'), parts = R"([{"type":"text","text":")" + text + R"("},{"type":"image"}])";
+  const auto anthropic = [&](const std::string& system, const std::string& more) {
+    return key_of_conversation(R"(,"system":[{"type":"text","text":")" + system +
+                                   R"("}],"messages":[{"role":"user","content":)" + parts + "}" + more + "]",
+                               Affinity::prefix, endpoint_of("/v1/messages"));
+  };
+  CHECK(anthropic("a", "") == anthropic("a", "," + message("assistant", "b")));
+  CHECK(anthropic("a", "") != anthropic("b", ""));
+  const auto responses = [&](const std::string& members) {
+    return key_of_conversation(members, Affinity::prefix, endpoint_of("/v1/responses"));
+  };
+  CHECK(responses(R"(,"instructions":"a","input":")" + text + "\"") !=
+        responses(R"(,"instructions":"b","input":")" + text + "\""));
+  CHECK(responses(R"(,"input":[)" + message("user", text) + "]") ==
+        responses(R"(,"input":[)" + message("user", text) + ",{}]"));
+  const std::string prompt(1100, 'p');
+  CHECK(key_of_conversation(R"(,"prompt":")" + prompt + "\"", Affinity::prefix, endpoint_of("/v1/completions")) ==
+        key_of_conversation(R"(,"prompt":")" + prompt + "more\"", Affinity::prefix, endpoint_of("/v1/completions")));
+  Request one, other;
+  for (Request* request : {&one, &other}) request->routing.affinity = Affinity::prefix;
+  one.with_body(R"(,"messages":[)" + message("user", text) + "]");
+  other.with_body(R"(,"messages":[)" + message("user", text) + "]", kEndpoints.front(), "n");
+  CHECK(one.key() != other.key());
+  CHECK(one.key("alice") != one.key("bob"));
+}
+
+TEST_CASE("affinity: short conversations, embeddings and other values have no prefix; a session goes before it") {
+  const std::string text(300, 'x'), turns = R"(,"messages":[)" + message("user", text) + "]";
+  CHECK(key_of_conversation(R"(,"messages":[)" + message("user", "Hi") + "]") == 0);
+  CHECK(key_of_conversation("") == 0);
+  CHECK(key_of_conversation(R"(,"input":")" + text + "\"", Affinity::prefix, endpoint_of("/v1/embeddings")) == 0);
+  CHECK(key_of_conversation(turns, Affinity::session) == 0);
+  const std::string named = R"(,"session_id":"s")" + turns;
+  CHECK(key_of_conversation(turns, Affinity::session_prefix) == key_of_conversation(turns));
+  CHECK(key_of_conversation(named, Affinity::session_prefix) == key_of_body(R"(,"session_id":"s")"));
+  CHECK(key_of_conversation(named) == key_of_conversation(turns));
+  for (const char* odd : {"[[[]]]", "{}", "[]", "7", "\"\\\\\"", "[\"user\"]", "[{}]", "[{\"role\":\"user\"}]"}) {
+    CAPTURE(odd);
+    CHECK(key_of_conversation(R"(,"messages":)" + std::string(odd) + R"(,"system":")" + text + "\"") != 0);
+  }
 }
 
 TEST_CASE("affinity: the same name of two clients is two sessions") {

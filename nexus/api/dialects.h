@@ -38,6 +38,9 @@ enum class BodyKey : std::uint8_t {
   session_id,
   user_id,
   metadata,
+  prompt,
+  system,
+  instructions,
   other,  // any other member
   none,   // not a member: the body itself
 };
@@ -48,7 +51,7 @@ struct BodyKeyRow {
   BodyKey within;  // the member whose value holds it; none: it stands in the body itself
 };
 
-inline constexpr std::array<BodyKeyRow, 18> kBodyKeys{{
+inline constexpr std::array<BodyKeyRow, 21> kBodyKeys{{
     {"model", BodyKey::model, BodyKey::none},
     {"tools", BodyKey::tools, BodyKey::none},
     {"stream", BodyKey::stream, BodyKey::none},
@@ -67,10 +70,19 @@ inline constexpr std::array<BodyKeyRow, 18> kBodyKeys{{
     {"session_id", BodyKey::session_id, BodyKey::none},
     {"user_id", BodyKey::user_id, BodyKey::metadata},
     {"metadata", BodyKey::metadata, BodyKey::none},
+    {"prompt", BodyKey::prompt, BodyKey::none},
+    {"system", BodyKey::system, BodyKey::none},
+    {"instructions", BodyKey::instructions, BodyKey::none},
 }};
 
 // True for the members whose own members are read.
 constexpr bool is_read_into(BodyKey key) { return key == BodyKey::stream_options || key == BodyKey::metadata; }
+
+// The parts of a conversation: the turns, and what the model is told before them.
+constexpr bool is_turns(BodyKey key) {
+  return key == BodyKey::messages || key == BodyKey::input || key == BodyKey::prompt;
+}
+constexpr bool is_system(BodyKey key) { return key == BodyKey::system || key == BodyKey::instructions; }
 
 constexpr std::size_t index_of(BodyKey key) { return static_cast<std::size_t>(key); }
 

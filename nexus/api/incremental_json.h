@@ -74,6 +74,8 @@ class IncrementalJson {
     facts.include_usage_value = span_of(BodyKey::include_usage);
     if (facts.continuous_usage_value.at > 0) facts.continuous_usage_value = span_of(BodyKey::continuous_usage_stats);
     if (facts.session_key != BodyKey::other) facts.session_value = span_of(facts.session_key);
+    if (facts.turns_key != BodyKey::other) facts.turns_value = span_of(facts.turns_key);
+    if (facts.system_key != BodyKey::other) facts.system_value = span_of(facts.system_key);
     facts.has_images = find_images && has_images_;
     facts.json_mode = json_mode_;
     // A name without escapes must lie in the body, which outlives the skeleton; one with escapes lies in the reader.

@@ -50,7 +50,11 @@ struct BodyFacts {
   bool background = false;               // the answer comes at once, and the work goes on
   BodyKey session_key = BodyKey::other;  // of the member that names the session
   BodySpan session_value;                // with its quotes
-  std::uint64_t continues = 0;           // the hash of the response's id that it continues; 0: none
+  BodyKey turns_key = BodyKey::other;    // of a conversation; here and below, the last member of the kind counts
+  BodySpan turns_value;
+  BodyKey system_key = BodyKey::other;
+  BodySpan system_value;
+  std::uint64_t continues = 0;  // the hash of the response's id that it continues; 0: none
 
   void note(Need need) { (need == Need::images ? has_images : json_mode) = true; }
 };
@@ -215,6 +219,11 @@ class BodyPass {
 
   bool read_needs(BodyKey key, Value& value) {
     std::string_view text;
+    if (endpoint_.streams != Streams::never && (is_turns(key) || is_system(key))) {
+      if (value.raw_json().get(text)) return fail(ApiError::bad_json);
+      (is_turns(key) ? facts_.turns_key : facts_.system_key) = key;
+      (is_turns(key) ? facts_.turns_value : facts_.system_value) = span_of(text);
+    }
     for (const NeedMark& row : endpoint_.row().marks) {
       if (row.within != key || row.mark.empty() || (row.need == Need::images && !find_images_)) continue;
       if (text.empty() && value.raw_json().get(text)) return fail(ApiError::bad_json);

@@ -124,7 +124,7 @@ struct HostPort {
 };
 
 enum class Strategy : std::uint8_t { smart, round_robin, priority, random, least_pending };
-enum class Affinity : std::uint8_t { none, session };
+enum class Affinity : std::uint8_t { none, session, prefix, session_prefix };
 enum class LabelMode : std::uint8_t { sanitize, raw };
 enum class LogLevel : std::uint8_t { error, warning, info, debug };
 enum class LogFormat : std::uint8_t { text, json };

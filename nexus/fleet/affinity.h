@@ -16,6 +16,7 @@
 
 #include "nexus/api/request_json.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/http/head_parser.h"
@@ -27,12 +28,16 @@ namespace nexus {
 inline std::uint64_t affinity_hash(std::string_view text, std::uint64_t seed = 0) {
   __extension__ using Wide = unsigned __int128;
   std::uint64_t state = seed ^ text.size();
-  for (std::size_t at = 0; at < text.size(); at += sizeof(std::uint64_t)) {
+  const auto add = [&state](const char* at, std::size_t bytes) {
     std::uint64_t word = 0;
-    std::memcpy(&word, text.data() + at, std::min(sizeof word, text.size() - at));
+    std::memcpy(&word, at, bytes);
     const Wide product = Wide{state ^ word ^ 0xa0761d6478bd642f} * 0xe7037ed1a0b428db;
     state = static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
-  }
+  };
+  constexpr std::size_t kWord = sizeof(std::uint64_t);
+  std::size_t at = 0;
+  for (; at + kWord <= text.size(); at += kWord) add(text.data() + at, kWord);
+  if (at < text.size()) add(text.data() + at, text.size() - at);
   return mix(state);
 }
 
@@ -59,14 +64,70 @@ inline std::string_view session_member(std::string_view body, const BodyFacts& f
   return body.substr(span.at + 1, span.bytes - 2);
 }
 
+// The end of the first message of the user in the turns of a conversation, a JSON text, as far as it is scanned: all
+// requests of the conversation have the same bytes before it. A string is a whole prompt. Behind the text kPaddingBytes
+// must be readable.
+inline std::size_t opening_end(std::string_view turns) {
+  const char* const base = turns.data();
+  const std::size_t end = std::min(turns.size(), kScannedOpening);
+  if (turns.starts_with('"')) return std::min(end, kHashedOpening);
+  std::size_t depth = 0;
+  bool of_user = false;
+  for (std::size_t at = 0; at < end; ++at) {
+    switch (base[at]) {
+      case '[':
+      case '{': depth += 1; break;
+      case ']':
+      case '}':
+        depth -= depth > 0 ? 1 : 0;
+        if (depth == 1 && of_user) return at + 1;
+        if (depth == 0) return at;
+        break;
+      case '"': {
+        const std::size_t begin = at + 1;
+        const TextRun run = skip_text(base, begin, end, false);
+        for (at = run.at + (run.escaped ? 1 : 0); at < end; at += 2) {
+          at = static_cast<std::size_t>(find_either(base + at, base + end, '"', '\\') - base);
+          if (at >= end || base[at] == '"') break;
+        }
+        of_user |= depth == 2 && at < end && turns.substr(begin, at - begin) == "user";
+        break;
+      }
+      default: break;
+    }
+  }
+  return end;
+}
+
+// A hash of the beginning of a conversation: the model, what it is told first, and the turns up to the first message of
+// the user. Of long texts it takes the beginning, the end and the length. 0 if the conversation is short.
+inline std::uint64_t opening_hash(std::string_view body, const BodyFacts& facts, std::uint64_t seed) {
+  const auto text_of = [body](const BodySpan& span) { return body.substr(span.at, span.bytes); };
+  const auto add = [&seed](std::string_view text) {
+    seed = affinity_hash(text.substr(0, kHashedOpening), seed + text.size());
+    if (text.size() <= kHashedOpening) return;
+    const std::size_t rest = std::min(text.size() - kHashedOpening, kHashedOpening);
+    seed = affinity_hash(text.substr(text.size() - rest), seed);
+  };
+  if (facts.turns_value.bytes + facts.system_value.bytes < kLeastOpening) return 0;
+  add(text_of(facts.model_value));
+  add(text_of(facts.system_value));
+  const std::string_view turns = text_of(facts.turns_value);
+  add(turns.substr(0, opening_end(turns)));
+  return seed;
+}
+
 // The key of a request; 0 if it has none. Requests of different clients, by the name of their key, do not meet.
 inline std::uint64_t affinity_key(const RoutingSettings& routing, const char* head, const FieldTable& fields,
                                   std::string_view body, const BodyFacts& facts, std::string_view client) {
   if (routing.affinity == Affinity::none) return 0;
-  std::string_view session = session_field(routing.affinity_headers, head, fields);
-  if (session.empty()) session = session_member(body, facts);
-  if (session.empty()) return 0;
-  return std::max<std::uint64_t>(affinity_hash(session, affinity_hash(client)), 1);
+  const std::uint64_t seed = affinity_hash(client);
+  if (routing.affinity != Affinity::prefix) {
+    std::string_view session = session_field(routing.affinity_headers, head, fields);
+    if (session.empty()) session = session_member(body, facts);
+    if (!session.empty()) return std::max<std::uint64_t>(affinity_hash(session, seed), 1);
+  }
+  return routing.affinity == Affinity::session ? 0 : opening_hash(body, facts, seed);
 }
 
 // Bounded load: the most requests in flight that a backend may have if it is to get one more for its key's sake:

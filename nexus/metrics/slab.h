@@ -73,6 +73,8 @@ enum class AffinityOutcome : std::uint8_t { none, kept, moved_load, moved_health
 inline constexpr std::array<std::string_view, 5> kAffinityOutcomeNames{"none", "kept", "moved_load", "moved_health",
                                                                        "no_key"};
 
+constexpr bool is_keyed(AffinityOutcome x) { return x != AffinityOutcome::none && x != AffinityOutcome::no_key; }
+
 enum class Limit : std::uint8_t {
   max_connections,
   max_header,

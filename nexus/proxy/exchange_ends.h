@@ -308,7 +308,7 @@ void Exchange<Net>::log_access() {
   entry.key = key_.name();
   const Digits affinity(picker_.affinity() >> 32 | 1ull << 32, 16);  // eight behind the 1
   if (attempt_.backend() != nullptr) {
-    if (picker_.affinity() != 0) entry.affinity = affinity.view().substr(1);
+    if (is_keyed(summary_.record.affinity)) entry.affinity = affinity.view().substr(1);
     entry.model_used = *picker_.choice().model_name;
     entry.attempts = picker_.tries();
   }

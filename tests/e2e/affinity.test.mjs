@@ -101,6 +101,26 @@ group('affinity', () => {
     assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 6, moved_load: 0, moved_health: 0, no_key: 4 });
   });
 
+  test('session_prefix: without a name of a session the beginning of the conversation decides, in every turn', async (t) => {
+    const fleet = await start_fleet(t, three(), { routing: { ...on.routing, affinity: 'session_prefix' } });
+    const opening = (i) => [{ role: 'system', content: 'You are terse. '.repeat(30) }, { role: 'user', content: `Question ${i}` }];
+    const homes = [];
+    for (let i = 0; i < 12; i++) {
+      const messages = opening(i);
+      const served = [];
+      for (let turn = 0; turn < 3; turn++) {
+        served.push(served_by(await fleet.ask('m1', { messages })));
+        messages.push({ role: 'assistant', content: `Answer ${turn}` }, { role: 'user', content: 'x'.repeat(turn * 100_000) });   // the last comes in pieces
+      }
+      assert.equal(new Set(served).size, 1, `${served}`);
+      homes.push(served[0]);
+    }
+    assert.equal(new Set(homes).size, 3);
+    assert.equal(served_by(await fleet.ask('m1', { messages: opening(0) }, in_session('s'))), served_by(await fleet.ask('m1', {}, in_session('s'))));
+    await fleet.ask('m1');   // too short to matter
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 38, moved_load: 0, moved_health: 0, no_key: 1 });
+  });
+
   test('without affinity nothing is counted, and no line has a hash', async (t) => {
     const fleet = await start_fleet(t, three(), { routing: { strategy: 'round_robin' } });
     for (let i = 0; i < 3; i++) assert.equal(reason_of(await fleet.ask('m1', {}, in_session('s'))), 'round robin');

@@ -25,6 +25,9 @@ inline void check_same_facts(const nexus::BodyFacts& facts, const nexus::BodyFac
   check(same_span(facts.include_usage_value, wanted.include_usage_value), "include_usage stands elsewhere");
   check(same_span(facts.continuous_usage_value, wanted.continuous_usage_value),
         "continuous_usage_stats stands elsewhere");
+  check(same_span(facts.session_value, wanted.session_value), "the name of the session stands elsewhere");
+  check(same_span(facts.turns_value, wanted.turns_value), "the turns of the conversation stand elsewhere");
+  check(same_span(facts.system_value, wanted.system_value), "the instructions stand elsewhere");
   check(facts.has_tools == wanted.has_tools, "tools differ");
   check(facts.json_mode == wanted.json_mode, "json_mode differs");
   check(facts.has_images == wanted.has_images, "images differ");

@@ -134,6 +134,7 @@ struct Request {
   std::uint16_t line_status = 0;
   std::string line_error, line_backend, line_model, line_key;
   std::uint32_t line_attempts = 0;
+  bool line_keyed = false;  // it has the hash of a session
   std::uint64_t line_bytes = 0;
   std::int64_t line_prompt_tokens = -1, line_completion_tokens = -1;
   bool line_cut = false;

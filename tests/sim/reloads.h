@@ -112,7 +112,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "weight_priority", [](const Drawn& d) { d.s.routing.weight_priority = d.number(1, 100); }},
     {"routing", "weight_load", [](const Drawn& d) { d.s.routing.weight_load = d.number(0, 100); }},
     {"routing", "weight_latency", [](const Drawn& d) { d.s.routing.weight_latency = d.number(0, 100); }},
-    {"routing", "affinity", [](const Drawn& d) { d.s.routing.affinity = static_cast<Affinity>(d.number(0, 1)); }},
+    {"routing", "affinity", [](const Drawn& d) { d.s.routing.affinity = static_cast<Affinity>(d.number(0, 3)); }},
     {"routing", "affinity_headers",
      [](const Drawn& d) { d.s.routing.affinity_headers = {d.dice.one_in(2) ? "x-session-id" : "session-id"}; }},
     {"routing", "affinity_slack", [](const Drawn& d) { d.s.routing.affinity_slack = d.number(0, 200); }},

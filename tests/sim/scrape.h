@@ -56,6 +56,8 @@ class Scrape {
     }
     same("nexus_client_disconnects_total", page.sum("nexus_client_disconnects_total"), lines.left);
     same("nexus_backend_attempts_total", page.sum("nexus_backend_attempts_total"), lines.attempts);
+    const double keyless = page.sum("nexus_affinity_total", {{"outcome", "no_key"}});
+    same("nexus_affinity_total of requests with a key", page.sum("nexus_affinity_total") - keyless, lines.keyed);
     check_tokens(page, "prompt", lines.prompts);
     check_tokens(page, "completion", lines.completions);
     check_whole(page);
@@ -66,7 +68,7 @@ class Scrape {
 
  private:
   struct Lines {
-    std::uint64_t requests = 0, failed = 0, left = 0, attempts = 0;
+    std::uint64_t requests = 0, failed = 0, left = 0, attempts = 0, keyed = 0;
     std::map<std::string, std::uint64_t> errors;
     std::map<unsigned, std::uint64_t> statuses;
     std::vector<std::int64_t> prompts, completions;
@@ -75,6 +77,7 @@ class Scrape {
       requests += 1;
       statuses[request.line_status] += 1;
       attempts += request.line_attempts;
+      keyed += request.line_keyed ? 1 : 0;
       if (request.line_error != "-") {
         failed += 1;
         errors[request.line_error] += 1;

@@ -415,7 +415,7 @@ class SettingsMaker {
   void routing() {
     settings_.routing.strategy = static_cast<Strategy>(dice_.number(0, 4));
     settings_.routing.retries = dice_.number(0, 4);
-    settings_.routing.affinity = static_cast<Affinity>(dice_.number(0, 1));
+    settings_.routing.affinity = static_cast<Affinity>(dice_.number(0, 3));
     settings_.queue.size = dice_.one_in(2) ? dice_.number(1, 20) : 0;
     settings_.queue.timeout_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
     if (!dice_.one_in(3)) settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}, {"a3", "m3"}};
