@@ -49,9 +49,11 @@ struct Gateway {
   }
   BackendView& backend(std::size_t i) { return snapshot.backends[i]; }
 
-  const Choice& choose(std::uint64_t key) const {
+  // `seen_at`: if not given, of a backend that is gone.
+  const Choice& choose(std::uint64_t key, std::uint16_t seen_at = 2) const {
     RouteNeeds needs;
     needs.affinity = key;
+    needs.seen_at = seen_at;
     const auto load_of = [&](const BackendView& view) { return loads[index_of(view.id) - 1]; };
     turn += 1;
     route(snapshot, *snapshot.find("m"), needs, routing, turn, mix(turn), load_of, out);
@@ -234,6 +236,52 @@ TEST_CASE("affinity: priority, health, ejection and caps decide before the key, 
   CHECK(gateway.out[1].backend == next);
   CHECK(gateway.out[2].backend == home);
   CHECK(gateway.out[2].reason == RouteReason::smart);
+}
+
+TEST_CASE("affinity: a new key goes to an idle backend if its first is busy, and stays where it was seen") {
+  Gateway gateway({0, 1, 2, 3});
+  const std::uint64_t key = key_of(0);
+  const std::uint32_t home = gateway.choose(key).backend, next = gateway.out[1].backend, third = gateway.out[2].backend;
+  const auto mark = [&](std::uint32_t backend) { return backend_mark(gateway.backend(backend).affinity); };
+  CHECK(gateway.choose(key, 0).backend == home);
+  gateway.loads[home].pending = gateway.loads[next].pending = 1;
+  CHECK(gateway.choose(key, 0).backend == third);
+  CHECK(gateway.out[0].affinity == AffinityOutcome::moved_load);
+  CHECK(gateway.out[1].affinity == AffinityOutcome::moved_load);
+  CHECK(gateway.choose(key).backend == home);
+  CHECK(gateway.choose(key, mark(third)).backend == third);
+  CHECK(gateway.out[0].affinity == AffinityOutcome::kept);
+  gateway.loads[third].pending = 1;
+  CHECK(gateway.choose(key, mark(third)).backend == third);
+  gateway.loads[third].pending = 9;  // the bound holds there too
+  CHECK(gateway.choose(key, mark(third)).backend == home);
+  CHECK(gateway.out[0].affinity == AffinityOutcome::moved_load);
+  gateway.backend(third).healthy = false;
+  CHECK(gateway.choose(key, mark(third)).backend == home);
+  CHECK(gateway.out[0].affinity == AffinityOutcome::moved_health);
+  for (BackendLoad& load : gateway.loads) load.pending = 1;  // nobody is idle
+  CHECK(gateway.choose(key, 0).backend == home);
+}
+
+TEST_CASE("affinity: the table of keys forgets after 10 minutes, and one key may take the place of another") {
+  RecentKeys keys;
+  constexpr Ns kStart = 1'000'000 * kSecond;
+  const std::uint64_t key = key_of(0), other_tag = key ^ std::uint64_t{1} << 63, neighbour = key ^ 1;
+  CHECK(keys.find(key, kStart) == 0);
+  CHECK(keys.find(0, 0) == 0);
+  keys.note(key, 7, kStart);
+  CHECK(keys.find(key, kStart) == 7);
+  CHECK(keys.find(key, kStart + kSeenLately - 8 * kSecond) == 7);
+  CHECK(keys.find(key, kStart + kSeenLately + 8 * kSecond) == 0);
+  CHECK(keys.find(other_tag, kStart) == 0);
+  CHECK(keys.find(neighbour, kStart) == 0);
+  keys.note(neighbour, 9, kStart);
+  keys.note(key, 7, kStart + kSeenLately);
+  CHECK(keys.find(key, kStart + 2 * kSeenLately - 8 * kSecond) == 7);
+  keys.note(other_tag, 0xffff, kStart + kSeenLately);
+  CHECK(keys.find(other_tag, kStart + kSeenLately) == 0xffff);
+  CHECK(keys.find(key, kStart + kSeenLately) == 0);
+  CHECK(keys.find(neighbour, kStart) == 9);
 }
 
 TEST_CASE("affinity: the first listed field that a request has names its session, in any case") {

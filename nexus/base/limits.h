@@ -54,6 +54,7 @@ constexpr std::size_t kMaxKeyNames = 10'002;             // `none` and `other` i
 constexpr std::size_t kMaxModelsPerBackend = 10'000;     // the rest of a longer list is ignored
 constexpr std::size_t kMaxEndpoints = 64;                // rows of the table of endpoints, each counted by status
 constexpr std::size_t kResponseIds = 1u << 17;           // of stored responses whose backend is remembered: 1 MiB
+constexpr std::size_t kRecentKeys = 1u << 14;            // of sessions that were seen lately: 128 KiB
 constexpr std::size_t kMaxModelEntryBytes = 8u << 10;    // of a model's own entry; a larger one is not passed on
 constexpr std::size_t kMaxModelEntriesBytes = 1u << 20;  // of all entries of one backend, likewise
 
@@ -136,6 +137,7 @@ constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's message, whi
 
 constexpr Ns kStaleWindow = kSecond;                // a reused connection that closes so soon was closed before
 constexpr Ns kLatencyLife = 60 * kSecond;           // of a measured time to first byte
+constexpr Ns kSeenLately = 600 * kSecond;           // a session may still be in a backend's cache
 constexpr Ns kMaxEjection = 60 * kSecond;           // the doubling stops here, or at eject_time if that is longer
 constexpr Ns kMaxRetryAfter = 300 * kSecond;        // a longer Retry-After of a backend is cut to this
 constexpr Ns kRecheckEjected = 100 * kMillisecond;  // how often a queued request re-checks ejected backends

@@ -1,15 +1,21 @@
 // affinity.h
-// Owns:     the key by which the requests of one session find the same backend, and the order of equal backends by it.
-// Promises: pure functions that give the same on every machine: several Nexus whose files name the backends alike agree
-//           without talking; without one of n backends only its own keys move. The text of a key is not kept.
+// Owns:     the key by which the requests of one session find the same backend, the order of equal backends by it, and
+//           the table of the keys that were seen lately.
+// Promises: functions that give the same on every machine: several Nexus whose files name the backends alike agree
+//           without talking; without one of n backends only its own keys move. A lost entry of the table costs a miss
+//           in a backend's cache. The text of a key is not kept.
 // Leaves:   choosing to router.h, the members of a body to api/request_json.h, names of fields to config/keys.h.
 // Threads:  any.
 // Tested by: tests/affinity_test.cpp, tests/router_test.cpp, tests/e2e/affinity.test.mjs
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -137,10 +143,52 @@ constexpr std::int64_t affinity_bound(std::int64_t in_flight, std::size_t n, std
   return ((100 + std::int64_t{slack}) * (in_flight + 1) + whole - 1) / whole;
 }
 
-// Rendezvous hashing: the place of a backend, by the hash of its name, in the order for a key. The lowest is the first;
-// `passed_over`: it is behind all others.
-constexpr std::uint64_t affinity_rank(std::uint64_t key, std::uint64_t backend, bool passed_over) {
-  return mix(key ^ backend) >> 1 | std::uint64_t{passed_over} << 63;
+// Stands for a backend where 16 bits must do, by the hash of its name; never 0.
+constexpr std::uint16_t backend_mark(std::uint64_t backend) { return static_cast<std::uint16_t>(backend >> 48 | 1); }
+
+// Rendezvous hashing: the place of a backend, by the hash of its name, in the order for a key. The lowest is the first:
+// that where the key was seen lately, if it is there. `passed_over`: it is behind all others.
+constexpr std::uint64_t affinity_rank(std::uint64_t key, std::uint16_t seen_at, std::uint64_t backend,
+                                      bool passed_over) {
+  const std::uint64_t place = seen_at == backend_mark(backend) ? 0 : mix(key ^ backend) >> 1;
+  return place | std::uint64_t{passed_over} << 63;
 }
+
+// The backends of the keys that were seen within kSeenLately, as far as the table has room: a new key takes the place
+// of an old one. Any thread; an entry is one atomic word, and publishes nothing else.
+class RecentKeys {
+ public:
+  RecentKeys() : words_(static_cast<std::uint64_t*>(std::calloc(kRecentKeys, sizeof(std::uint64_t)))) {
+    if (words_ == nullptr) throw std::bad_alloc();
+  }
+
+  // The mark of the key's backend; 0 if the key was not seen lately.
+  std::uint16_t find(std::uint64_t key, Ns now) const {
+    const std::uint64_t word = at(key).load(std::memory_order_relaxed);
+    const auto age = static_cast<std::uint8_t>(tick_of(now) - word);
+    return (word ^ key) >> kTagShift == 0 && age <= kSeenLately / kTick ? static_cast<std::uint16_t>(word >> 8) : 0;
+  }
+
+  void note(std::uint64_t key, std::uint16_t mark, Ns now) {
+    const std::uint64_t word = key >> kTagShift << kTagShift | std::uint64_t{mark} << 8 | tick_of(now);
+    if (at(key).load(std::memory_order_relaxed) != word) at(key).store(word, std::memory_order_relaxed);
+  }
+
+ private:
+  struct Free {
+    void operator()(std::uint64_t* words) const { std::free(words); }
+  };
+  static constexpr Ns kTick =
+      8 * kSecond;                      // after 256 of these, 34 minutes, an old key may seem new: that does no harm
+  static constexpr int kTagShift = 24;  // 40 bits of the key, the mark, the tick
+  static_assert(kSeenLately / kTick < 128 && (kRecentKeys & (kRecentKeys - 1)) == 0);
+
+  static std::uint8_t tick_of(Ns now) { return static_cast<std::uint8_t>(now / kTick); }
+  std::atomic_ref<std::uint64_t> at(std::uint64_t key) const {
+    return std::atomic_ref(words_.get()[key & (kRecentKeys - 1)]);
+  }
+
+  std::unique_ptr<std::uint64_t, Free> words_;  // zero pages, until affinity is on
+};
 
 }  // namespace nexus

@@ -37,6 +37,7 @@ struct RouteNeeds {
   bool json_mode = false;
   std::uint64_t context_tokens = 0;  // an estimate
   std::uint64_t affinity = 0;        // the key of its session; 0: none
+  std::uint16_t seen_at = 0;         // the backend_mark() of where that was seen lately; 0: nowhere
 };
 
 // The current load of a backend.
@@ -123,8 +124,8 @@ struct Home {
   std::uint32_t priority = UINT32_MAX;
   std::uint64_t rank = 0;
 
-  void note(std::uint32_t index, const BackendView& view, std::uint64_t key) {
-    const std::uint64_t its = affinity_rank(key, view.affinity, false);
+  void note(std::uint32_t index, const BackendView& view, const RouteNeeds& needs) {
+    const std::uint64_t its = affinity_rank(needs.affinity, needs.seen_at, view.affinity, false);
     if (backend == UINT32_MAX || std::tie(view.priority, its) < std::tie(priority, rank))
       *this = {index, view.priority, its};
   }
@@ -145,7 +146,7 @@ inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     const bool capable = can_serve(offer.capabilities, needs);
     seen.healthy |= healthy;
     seen.capable |= capable;
-    if (needs.affinity != 0 && capable) home.note(offer.backend, backend, needs.affinity);
+    if (needs.affinity != 0 && capable) home.note(offer.backend, backend, needs);
     if (!healthy || !capable) continue;
     // Offers are in the order of the backends, so duplicates are adjacent.
     if (out.size() > first && out.back().backend == offer.backend) continue;
@@ -235,31 +236,35 @@ inline bool equally_good(const Choice& a, const Choice& b) {
 }
 
 // Ranks the usable candidates of the best priority by the session's key: those that have more than their share of the
-// load behind the others.
-inline void rank_by_key(const Snapshot& snapshot, std::uint32_t slack, std::uint64_t key, Choice* first, Choice* last) {
+// load behind the others, and for a new key all that are busy, if one is idle.
+inline void rank_by_key(const Snapshot& snapshot, std::uint32_t slack, const RouteNeeds& needs, Choice* first,
+                        Choice* last) {
   std::uint32_t best = UINT32_MAX;
   for (const Choice* choice = first; choice != last; ++choice) {
     if (!choice->ejected) best = std::min(best, snapshot.backends[choice->backend].priority);
   }
   std::int64_t in_flight = 0;
   std::size_t count = 0;
+  bool idle = false;
   for (Choice* choice = first; choice != last; ++choice) {
     choice->by_key = !choice->ejected && snapshot.backends[choice->backend].priority == best;
     in_flight += choice->by_key ? std::max<std::int64_t>(choice->pending, 0) : 0;
     count += choice->by_key ? 1 : 0;
+    idle |= choice->by_key && choice->pending <= 0;
   }
-  const std::int64_t bound = affinity_bound(in_flight, std::max<std::size_t>(count, 1), slack);
+  const bool is_new = needs.seen_at == 0;
+  const std::int64_t bound = is_new && idle ? 0 : affinity_bound(in_flight, std::max<std::size_t>(count, 1), slack);
   for (Choice* choice = first; choice != last; ++choice) {
     if (!choice->by_key) continue;
     const BackendView& backend = snapshot.backends[choice->backend];
     const bool full = backend.max_pending > 0 && choice->pending >= backend.max_pending;
-    choice->rank = affinity_rank(key, backend.affinity, full || choice->pending > bound);
+    choice->rank = affinity_rank(needs.affinity, needs.seen_at, backend.affinity, full || choice->pending > bound);
   }
 }
 
 // Sorts the candidates from out[begin] on, all of one model, best first.
 template <class LoadOf>
-void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64_t key, std::uint64_t turn,
+void order(const Snapshot& snapshot, const RoutingSettings& routing, const RouteNeeds& needs, std::uint64_t turn,
            std::uint64_t random_bits, LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
   const std::size_t count = out.size() - begin;
   if (count < 2) return;
@@ -277,7 +282,7 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, std::uint64
     const std::uint32_t priority = snapshot.backends[choice->backend].priority;
     choice->rank = rank_of(*choice, smart, priority, random_bits, static_cast<std::uint64_t>(choice - first));
   }
-  if (key != 0) rank_by_key(snapshot, routing.affinity_slack, key, first, last);
+  if (needs.affinity != 0) rank_by_key(snapshot, routing.affinity_slack, needs, first, last);
   std::sort(first, last, better);
   for (Choice* run = first; run != last;) {
     Choice* end = run + 1;
@@ -332,7 +337,7 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
   const auto add = [&](const ModelEntry& entry, bool fallback) {
     const std::size_t begin = out.size();
     const auto home = route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
-    route_detail::order(snapshot, routing, needs.affinity, turn, random_bits, load_of, begin, out);
+    route_detail::order(snapshot, routing, needs, turn, random_bits, load_of, begin, out);
     const RouteReason reason = route_detail::reason_for(requested, fallback, out.size() - begin, routing.strategy);
     for (std::size_t i = begin; i < out.size(); ++i) {
       const bool by_key = out[i].by_key && reason == reason_of(routing.strategy);

@@ -347,6 +347,10 @@ class CandidatePicker {
     tried_.push_back({backend_->circuit->server(), choice.model});
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
     tries_ += 1;
+    if (needs_.affinity == 0) return;
+    // It stays where it was seen first, even if another one serves it meanwhile.
+    const std::uint16_t its = needs_.seen_at != 0 ? needs_.seen_at : backend_mark(backend_->affinity);
+    context_.shared.recent_keys.note(needs_.affinity, its, context_.now);
   }
 
   // Collects in full_ the backends that may be tried and are not ejected. True if one of them has no cap, so that there

@@ -27,6 +27,7 @@ void Exchange<Net>::prepare_choice() {
   if (endpoint_->model == Model::of_admin) needs.only = snapshot_->admin;
   needs.affinity = affinity_key(snapshot_->settings->routing, request_.base, *request_.fields,
                                 {request_.body, request_.body_bytes}, facts_, key_.name());
+  if (needs.affinity != 0) needs.seen_at = context_.shared.recent_keys.find(needs.affinity, context_.now);
   picker_.look_at(*snapshot_, entry_, needs);
 }
 

@@ -129,7 +129,8 @@ struct Shared {
   std::function<void(BackendId)> ask_check = [](BackendId) {};  // of a backend; `none`: of all that are not up
   std::atomic<Ns> next_stray_log_ns{0};                         // relaxed: only the number is shared
   ResponseIds response_ids{};
-  KeylessFlows keyless{};  // guarded by admission's mutex
+  RecentKeys recent_keys{};  // of affinity
+  KeylessFlows keyless{};    // guarded by admission's mutex
 };
 
 // A snapshot in use by one worker, with a reference count of its own, without atomics: an exchange keeps the one of its

@@ -1,5 +1,5 @@
 // Requests of one session find the same backend, through any gateway, as long as it is there and not too busy.
-import { RawClient, assert, chat, group, post, start_nexus, test } from './harness.mjs';
+import { RawClient, assert, chat, get, group, parse_metrics, post, start_nexus, test, until } from './harness.mjs';
 import { add_gate, completions, fails_with, reason_of, served_by, start_fleet } from './fleet.mjs';
 
 const on = { routing: { affinity: 'session', weight_latency: 0 } };
@@ -8,9 +8,15 @@ const in_session = (id, name = 'X-Session-Id') => ({ headers: { [name]: id } });
 const sessions = Array.from({ length: 24 }, (_, i) => `session-${i}`);
 
 // session → the backend of each of its requests; `times` requests each, one after the other.
-async function homes_of(ask, times = 1) {
+async function homes_of(port, ask, times = 1) {
   const homes = {};
-  for (let i = 0; i < times; i++) for (const id of sessions) (homes[id] ??= []).push(served_by(await ask(id)));
+  for (let i = 0; i < times; i++) {
+    for (const id of sessions) {
+      (homes[id] ??= []).push(served_by(await ask(id)));
+      // A new session goes to an idle backend: its own must not seem to be busy still.
+      await until(async () => parse_metrics((await get(port, '/metrics')).text).sum('nexus_pending_requests') === 0, 'nothing in flight');
+    }
+  }
   return homes;
 }
 const outcomes = (page) => Object.fromEntries(['kept', 'moved_load', 'moved_health', 'no_key'].map((outcome) => [outcome, page.value('nexus_affinity_total', { outcome })]));
@@ -18,7 +24,7 @@ const outcomes = (page) => Object.fromEntries(['kept', 'moved_load', 'moved_heal
 group('affinity', () => {
   test('sessions stay on their backends, spread over all, and every request is counted and logged by a hash', async (t) => {
     const fleet = await start_fleet(t, three(), on);
-    const homes = await homes_of((id) => fleet.ask('m1', {}, in_session(id)), 4);
+    const homes = await homes_of(fleet.port, (id) => fleet.ask('m1', {}, in_session(id)), 4);
     for (const served of Object.values(homes)) assert.equal(new Set(served).size, 1, `${served}`);
     assert.equal(new Set(Object.values(homes).flat()).size, 3);
     assert.equal(reason_of(await fleet.ask('m1', {}, in_session(sessions[0]))), 'affinity');
@@ -43,11 +49,11 @@ group('affinity', () => {
     const other = await start_nexus(t, { ...on, backends: [...fleet.conf.backends].reverse() });
     fleet.moved = true;   // not all requests at the backends are this gateway's
     const ask = (id) => fleet.ask('m1', {}, in_session(id));
-    const before = await homes_of(ask);
-    assert.deepEqual(await homes_of((id) => post(other.port, completions, chat(), in_session(id))), before);
+    const before = await homes_of(fleet.port, ask);
+    assert.deepEqual(await homes_of(other.port, (id) => post(other.port, completions, chat(), in_session(id))), before);
     await fleet.mocks.b.stop();
     await fleet.reaches('nexus_backend_up', 0, { backend: 'b' });
-    const without = await homes_of(ask);
+    const without = await homes_of(fleet.port, ask);
     for (const id of sessions) {
       if (before[id][0] === 'b') assert.notEqual(without[id][0], 'b');
       else assert.deepEqual(without[id], before[id], id);
@@ -57,7 +63,7 @@ group('affinity', () => {
     assert.equal(reason_of(await ask(sessions.find((id) => before[id][0] === 'b'))), 'affinity moved');
     await fleet.mocks.b.start();
     await fleet.reaches('nexus_backend_up', 1, { backend: 'b' });
-    assert.deepEqual(await homes_of(ask), before);
+    assert.deepEqual(await homes_of(fleet.port, ask), before);
     assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3 * sessions.length - lost, moved_load: 0, moved_health: lost + 1, no_key: 0 });
   });
 
@@ -85,6 +91,32 @@ group('affinity', () => {
     assert.equal(served_by(retried), served_by(moved), 'both are the second in its order');
     assert.equal(reason_of(retried), 'retry after status_5xx, affinity moved');
     assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3, moved_load: 1, moved_health: 1, no_key: 0 });
+  });
+
+  test('a new session goes to an idle backend if its own is busy, and stays there', async (t) => {
+    const fleet = await start_fleet(t, three(), on);
+    const homes = await homes_of(fleet.port, (id) => fleet.ask('m1', {}, in_session(id)));
+    const busy = add_gate(fleet.mocks.a);
+    const held = await RawClient.connect(fleet.port);
+    fleet.asked += 1;
+    const at_a = sessions.find((id) => homes[id][0] === 'a');
+    held.send('POST', completions, { 'Content-Type': 'application/json', 'X-Session-Id': at_a }, chat('m1', { held: true }));
+    await fleet.pending(1, { backend: 'a' });
+    assert.equal(served_by(await fleet.ask('m1', {}, in_session(at_a))), 'a', 'it is no new session');
+    const news = Array.from({ length: 12 }, (_, i) => `new-${i}`);
+    const placed = {};
+    for (const id of news) {
+      placed[id] = served_by(await fleet.ask('m1', {}, in_session(id)));
+      assert.notEqual(placed[id], 'a');
+      await fleet.pending(1);
+    }
+    busy.open_gate();
+    assert.equal(served_by(await held.response()), 'a');
+    held.close();
+    await fleet.pending(0);
+    for (const id of news) assert.equal(served_by(await fleet.ask('m1', {}, in_session(id))), placed[id]);
+    const { kept, moved_load } = outcomes(await fleet.page_of_all());
+    assert.ok(moved_load > 0 && kept + moved_load === sessions.length + 26, `${kept} kept, ${moved_load} moved`);
   });
 
   test('the list of header fields is configurable, a request id is never a session, and the body names one too', async (t) => {
