@@ -3,6 +3,9 @@
 // Method: one gateway on a scripted network; the fleet or the configuration changes while a request is under way.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <map>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -357,4 +360,179 @@ TEST_CASE("a page that comes too late is not the answer to the next question") {
   REQUIRE(read.messages.size() == 2);
   CHECK(read.messages[1].value("Content-Type") == "application/json");
   CHECK(read.messages[1].body.find("uptime_seconds") != std::string::npos);
+}
+
+namespace {
+
+// One place of a key, two of the backend, and a queue.
+GatewayOptions with_keys(const std::vector<nexus::ApiKey>& keys) {
+  return {.edit = [keys](Settings& s) {
+    s.server.api_keys = keys;
+    s.backends[0].max_pending = 2;
+    s.queue.size = 9;
+  }};
+}
+std::string as(const std::string& name) { return ask("Authorization: Bearer sk-" + name + "\r\n"); }
+nexus::ApiKey key(const std::string& name, nexus::KeyOptions options = {}, std::vector<std::string> models = {}) {
+  return {name, "sk-" + name, options, std::move(models)};
+}
+
+// Backends that answer when they are told to.
+struct Held {
+  Gateway& gateway;
+  std::map<const Peer*, std::size_t> answered;
+
+  explicit Held(Gateway& g) : gateway(g) {
+    gateway.answer = [](const rfc9112::Message&) { return silent(); };
+  }
+  bool answer_one() {
+    for (Peer& peer : gateway.net.peers) {
+      if (!peer.to_backend || peer.ended || peer.finished) continue;
+      if (rfc9112::read_requests(peer.received).messages.size() == answered[&peer]) continue;
+      answered[&peer] += 1;
+      gateway.net.send(peer, good_answer());
+      gateway.settle();
+      return true;
+    }
+    return false;
+  }
+};
+
+std::uint64_t requests_of(const Gateway& gateway, std::uint32_t first_key, std::uint32_t last_key) {
+  std::uint64_t sum = 0;
+  for (std::uint32_t i = first_key; i <= last_key; ++i) {
+    if (const nexus::KeyCounters* cells = gateway.slab().key(nexus::KeyId{i})) sum += cells->all_requests();
+  }
+  return sum;
+}
+
+}  // namespace
+
+TEST_CASE("requests of a key that a reload removes or limits anew run out under their old limits") {
+  const nexus::ApiKey alice = key("alice", {.max_pending = 1}), bob = key("bob");
+  struct Row {
+    const char* after;
+    std::vector<nexus::ApiKey> keys;
+    int next_status;                // of one more request with that key
+    std::uint64_t counted_for_her;  // with that one
+  };
+  nexus::ApiKey renamed = alice;
+  renamed.name = "carol";
+  const std::vector<Row> rows{
+      {"she is removed", {bob}, 401, 3},
+      {"all are removed", {}, 200, 3},
+      {"she has another name", {renamed, bob}, 200, 3},
+      {"she has no limit", {key("alice"), bob}, 200, 4},
+      {"she has three places", {key("alice", {.max_pending = 3}), bob}, 200, 4},
+      {"she has one request a minute", {key("alice", {.max_pending = 1, .rpm = 1, .tpm = 1}), bob}, 200, 4},
+      {"she may use other models", {key("alice", {.max_pending = 1}, {"x"}), bob}, 404, 4},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.after);
+    Gateway gateway(with_keys({alice, bob}));
+    Held held(gateway);
+    std::vector<Peer*> clients;
+    for (const char* name : {"alice", "alice", "bob", "bob", "alice"}) {  // the 2nd waits for the 1st, the 4th for all
+      clients.push_back(&gateway.connect());
+      gateway.send(*clients.back(), as(name) + kBody.substr(0, clients.size() < 5 ? kBody.size() : 4));
+    }
+    REQUIRE(requests_at(gateway, kFirst).size() == 2);
+    gateway.reload(with_keys(row.keys));
+    for (const Peer* client : clients) CHECK(client->received.empty());
+    gateway.send(*clients.back(), kBody.substr(4));
+    Peer& next = gateway.connect();
+    gateway.send(next, as("alice") + kBody);
+    while (held.answer_one()) {
+    }
+    for (const Peer* client : clients) CHECK(statuses(*client) == Statuses{200});
+    CHECK(statuses(next) == Statuses{row.next_status});
+    CHECK(requests_of(gateway, 2, 2) == row.counted_for_her);
+    CHECK(requests_of(gateway, 3, 3) == 2);
+    CHECK(gateway.left_over().empty());
+  }
+}
+
+TEST_CASE("a removed key that comes back begins anew") {
+  const std::vector<nexus::ApiKey> keys{key("alice", {.rpm = 1}), key("bob")};
+  Gateway gateway(with_keys(keys));
+  Peer& client = gateway.connect();
+  for (int i = 0; i < 2; ++i) gateway.send(client, as("alice") + kBody);
+  gateway.reload(with_keys(keys));
+  gateway.send(client, as("alice") + kBody);
+  CHECK(statuses(client) == Statuses{200, 429, 429});
+  gateway.reload(with_keys({key("bob")}));
+  gateway.reload(with_keys(keys));
+  gateway.send(client, as("alice") + kBody);
+  CHECK(statuses(client) == Statuses{200, 429, 429, 200});
+}
+
+TEST_CASE("what is kept for the places of keys does not grow with the reloads") {
+  const auto nth = [](int i) { return with_keys({key("k" + std::to_string(i), {.max_pending = 1})}); };
+  Gateway gateway(nth(0));
+  Held held(gateway);
+  Peer &runs = gateway.connect(), &waits = gateway.connect();
+  for (Peer* client : {&runs, &waits}) gateway.send(*client, as("k0") + kBody);
+  for (int i = 1; i <= 100; ++i) {
+    gateway.reload(nth(i));
+    gateway.send(gateway.connect(), as("k" + std::to_string(i - 1)) + kBody);
+  }
+  CHECK(gateway.kept_places() <= 4);  // of the backend, the key, the one before, and the one whose requests go on
+  CHECK(requests_at(gateway, kFirst).size() == 1);
+  while (held.answer_one()) {
+  }
+  CHECK(statuses(runs) == Statuses{200});
+  CHECK(statuses(waits) == Statuses{200});
+  for (int i = 0; i < 2; ++i) gateway.reload(nth(0));
+  CHECK(gateway.kept_places() <= 3);
+}
+
+TEST_CASE("no order of requests, responses, clients that leave, and reloads of their keys loses a place or a count") {
+  std::map<int, int> seen;  // statuses
+  for (unsigned seed = 1; seed <= 40; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 random(seed);
+    const auto below = [&](unsigned n) { return static_cast<std::uint64_t>(random() % n); };
+    const std::vector<std::string> names{"alice", "bob", "carol"};
+    const auto drawn = [&] {
+      std::vector<nexus::ApiKey> keys;
+      for (const std::string& name : names) {
+        if (below(4) > 0)
+          keys.push_back(key(name, {1 + below(3), 50 * below(3), below(3), 3 * below(3), 40 * below(3)}));
+      }
+      return with_keys(keys);
+    };
+    Gateway gateway(drawn());
+    Held held(gateway);
+    std::vector<Peer*> clients, uploading;
+    const auto finish_one = [&] {
+      gateway.send(*uploading.back(), kBody.substr(4));
+      uploading.pop_back();
+    };
+    for (int step = 0; step < 80; ++step) {
+      const std::uint64_t what = below(8);
+      if (what == 0) gateway.reload(drawn());
+      if (what == 1 && !clients.empty()) {
+        gateway.net.break_off(*clients[below(static_cast<unsigned>(clients.size()))]);
+        gateway.settle();
+      }
+      if (what == 2) held.answer_one();
+      if (what == 3) gateway.pass(kSecond / 4);
+      if (what == 4 && !uploading.empty()) finish_one();
+      if (what < 5) continue;
+      clients.push_back(&gateway.connect());
+      if (what == 5) uploading.push_back(clients.back());
+      gateway.send(*clients.back(), as(names[below(3)]) + kBody.substr(0, what == 5 ? 4 : kBody.size()));
+    }
+    while (!uploading.empty()) finish_one();
+    while (held.answer_one()) {
+    }
+    for (const Peer* client : clients) {
+      const Statuses got = statuses(*client);
+      CHECK((client->finished ? got.size() <= 1 : got.size() == 1));
+      for (const int status : got) seen[status] += 1;
+    }
+    CHECK(requests_of(gateway, 0, 4) == clients.size());
+    CHECK(gateway.left_over().empty());
+  }
+  for (const int status : {200, 401, 429}) CHECK(seen[status] > 40);
 }

@@ -184,6 +184,16 @@ class Admission {
     for (const Wakeup& wakeup : granted) wake_(wakeup.worker, wakeup.waiter);
   }
 
+  // Drops what is kept for a backend that nobody names any more. False while a request holds a place there or waits.
+  bool forget(BackendId backend) {
+    const std::lock_guard lock(mutex_);
+    const auto found = backends_.find(backend);
+    if (found == backends_.end()) return true;
+    if (found->second.running > 0 || !found->second.queue.empty()) return false;
+    backends_.erase(found);
+    return true;
+  }
+
   // Enters if there is room. `cap` is the snapshot's max_pending of that backend: 0 always enters, with an empty place.
   // While requests wait for this backend there is no room: the next free place is theirs. Without a `claim`, here and
   // in enqueue(), the request costs nothing, and all such requests have one flow.
@@ -287,6 +297,11 @@ class Admission {
   std::uint32_t cap_of(BackendId backend) const {
     const std::lock_guard lock(mutex_);
     return knows(backend) ? at(backend).cap : 0;
+  }
+  // For the tests: the number of backends and keys of which something is kept.
+  std::size_t kept() const {
+    const std::lock_guard lock(mutex_);
+    return backends_.size();
   }
   // The number of places in use, including those granted but not taken yet.
   std::uint32_t running_on(BackendId backend) const {
@@ -411,7 +426,7 @@ class Admission {
 
   const Wake wake_;
   mutable std::mutex mutex_;               // guards all below
-  std::map<BackendId, Backend> backends_;  // each that has or had a cap
+  std::map<BackendId, Backend> backends_;  // each that has or had a cap, until forget()
   std::uint32_t queue_size_ = 0;
   std::uint32_t waiting_ = 0;
   std::uint64_t arrivals_ = 0;

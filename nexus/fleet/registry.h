@@ -26,8 +26,7 @@
 #include "nexus/config/settings.h"
 #include "nexus/fleet/affinity.h"
 #include "nexus/fleet/circuit_breaker.h"
-#include "nexus/fleet/fair_queue.h"
-#include "nexus/fleet/key_limits.h"
+#include "nexus/fleet/key_states.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/epoll.h"
 
@@ -88,20 +87,6 @@ struct ModelEntry {
   std::vector<std::string> fallbacks;  // models to try if no offer can serve the request
 
   bool is_alias() const { return name != target; }
-};
-
-// The state that the requests of a key share; it lasts as long as the key's name is in the file, and as its requests.
-struct KeyState {
-  Flow flow;
-  MinuteBucket requests, tokens;
-  BackendId places{};  // what its max_pending counts on, for admission.h: no backend has this id
-};
-
-// A client's key as workers see it.
-struct KeyView {
-  KeyId id{};
-  const ApiKey* settings = nullptr;  // the snapshot's
-  std::shared_ptr<KeyState> state;
 };
 
 struct Snapshot {
@@ -219,20 +204,14 @@ class Registry {
     Health to = Health::unknown;
   };
 
-  Registry()
-      : models_("unknown", kMaxModelNames),
-        backend_names_("none", kMaxBackendNames),
-        key_names_("none", kMaxKeyNames),
-        keys_(std::make_shared<std::vector<KeyView>>()) {
-    key_names_.intern("other");
-  }
+  Registry() : models_("unknown", kMaxModelNames), backend_names_("none", kMaxBackendNames) {}
 
   // Applies a configuration. Backends of the same name, type and url keep their health, models and address; other
   // limits of ejection begin anew. Changes nothing if it throws std::bad_alloc.
   void configure(std::shared_ptr<const Settings> settings) {
     const HealthSettings &before = settings_->health, &after = settings->health;
     const bool ejects_anew = before.eject_after != after.eject_after || before.eject_time_ns != after.eject_time_ns;
-    auto keys = keys_of(*settings);
+    auto keys = keys_.views_of(*settings);
     std::vector<Backend> next;
     std::vector<Backend*> known;
     next.reserve(settings->backends.size());
@@ -263,7 +242,7 @@ class Registry {
       if (!after.enabled) next[i].health = Health::healthy;
     }
     backends_ = std::move(next);
-    keys_ = std::move(keys);
+    keys_.use(std::move(keys));
     settings_ = std::move(settings);
   }
 
@@ -281,8 +260,8 @@ class Registry {
   const std::vector<Backend>& backends() const { return backends_; }
   const ModelNames& model_names() const { return models_; }
   const BackendNames& backend_names() const { return backend_names_; }
-  const KeyNames& key_names() const { return key_names_; }
-  const std::vector<KeyView>& keys() const { return *keys_; }
+  KeyStates& keys() { return keys_; }
+  const KeyStates& keys() const { return keys_; }
 
   // The backend that a check of `epoch` was for, or nullptr if it is gone.
   Backend* find_epoch(std::uint64_t epoch) {
@@ -343,7 +322,7 @@ class Registry {
     auto made = std::make_shared<Snapshot>();
     made->version = ++version_;
     made->settings = settings_;
-    made->keys = keys_;
+    made->keys = keys_.views();
     for (const Backend& backend : backends_) {
       made->backends.push_back(view_of(backend));
       made->any_vision_stated |= backend.settings.vision.stated;
@@ -378,30 +357,6 @@ class Registry {
   }
 
  private:
-  // A key keeps its state while its name is in the file. The first [metrics] keys names that ever were in the file have
-  // ids of their own.
-  std::shared_ptr<const std::vector<KeyView>> keys_of(const Settings& settings) {
-    auto made = std::make_shared<std::vector<KeyView>>();
-    made->reserve(settings.server.api_keys.size());
-    std::unordered_map<std::string_view, const KeyView*> known;
-    for (const KeyView& old : *keys_) known.emplace(old.settings->name, &old);
-    for (const ApiKey& key : settings.server.api_keys) {
-      KeyId id = key_names_.find(key.name);
-      if (id == KeyId::none && key.name != key_names_.name(KeyId::none)) {
-        const bool room = key_names_.size() < settings.metrics.keys + kOwnKeyNames;
-        id = room ? key_names_.intern(key.name) : KeyId::other;
-      }
-      const auto old = known.find(key.name);
-      if (old != known.end()) {
-        made->push_back({id, &key, old->second->state});
-        continue;
-      }
-      made->push_back({id, &key, std::make_shared<KeyState>()});
-      made->back().state->places = BackendId{kFirstKeyPlaces + key_states_++};
-    }
-    return made;
-  }
-
   static bool is_same(const BackendSettings& a, const BackendSettings& b) {
     return a.name == b.name && a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
   }
@@ -486,9 +441,7 @@ class Registry {
   std::vector<Backend> backends_;
   ModelNames models_;
   BackendNames backend_names_;
-  KeyNames key_names_;
-  std::shared_ptr<const std::vector<KeyView>> keys_;
-  std::uint32_t key_states_ = 0;
+  KeyStates keys_;
   std::uint64_t version_ = 0;
   std::uint64_t epochs_ = 0;
   std::uint64_t servers_ = 0;

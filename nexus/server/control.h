@@ -265,10 +265,11 @@ class Control {
       }
       caps.push_back({backend.id, backend.settings.max_pending});
     }
-    for (const KeyView& key : registry_.keys()) {
+    for (const KeyView& key : *registry_.keys().views()) {
       caps.push_back({key.state->places, static_cast<std::uint32_t>(key.settings->options.max_pending)});
     }
     admission_.configure(caps, registry_.settings().queue.size);
+    registry_.keys().forget_gone([this](BackendId places) { return admission_.forget(places); });
     unpublished_ = true;
   }
 

@@ -60,12 +60,12 @@ class PageRenderer {
     const BackendNames& backends = registry_.backend_names();
     if (kind == PageKind::metrics) {
       metrics_memory_.take_back(prometheus_page_.page());
-      prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends, registry_.key_names(),
+      prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends, registry_.keys().names(),
                               registry_.settings().metrics.labels);
       return metrics_memory_.lend(prometheus_page_.page());
     }
     stats_memory_.take_back(stats_page_);
-    const Stats stats = collect_stats(metrics_, fleet, models, backends, registry_.key_names());
+    const Stats stats = collect_stats(metrics_, fleet, models, backends, registry_.keys().names());
     kind == PageKind::stats ? write_stats(stats_page_, stats) : write_status_page(stats_page_, stats, kVersion);
     return stats_memory_.lend(stats_page_);
   }

@@ -156,6 +156,8 @@ std::uint64_t Gateway::limit_hits(nexus::Limit limit) const {
   return sum;
 }
 
+std::size_t Gateway::kept_places() const { return nexus_->gateway.admission().kept(); }
+
 std::string Gateway::left_over() const {
   return nexus::sim::is_at_rest(nexus_->gateway) ? nexus::sim::left_over(nexus_->gateway) : std::string();
 }

@@ -73,6 +73,7 @@ class Gateway {
   std::size_t client_sessions() const;
   std::size_t unsent_page_bytes() const;
   std::uint64_t limit_hits(nexus::Limit limit) const;  // of all threads
+  std::size_t kept_places() const;                     // backends and keys of which admission.h keeps something
   // Lists each thing that is not given back though no request is under way; empty while one is. The destructor ends the
   // process if there is anything.
   std::string left_over() const;

@@ -69,15 +69,15 @@ class LeftOver {
 
   void look_at_keys() {
     const Registry& registry = gateway_.control().registry();
-    for (std::uint32_t i = 0; i < registry.key_names().size(); ++i) {
+    for (std::uint32_t i = 0; i < registry.keys().names().size(); ++i) {
       std::uint64_t of_key = 0;
       for (const auto& slab : gateway_.metrics().slabs()) {
         if (const KeyCounters* cells = slab->key(KeyId{i})) of_key += cells->pending.read();
       }
-      note("requests pending of a key", of_key, registry.key_names().name(KeyId{i}));
+      note("requests pending of a key", of_key, registry.keys().names().name(KeyId{i}));
     }
-    for (const KeyView& key : registry.keys()) {
-      note("places taken of a key", gateway_.admission().running_on(key.state->places), key.settings->name);
+    for (const KeyView& key : *registry.keys().views()) {
+      note("places of a key taken", gateway_.admission().running_on(key.state->places), key.settings->name);
     }
   }
 

@@ -210,7 +210,7 @@ class Audit {
           if (count > 0) sums.errors[std::string(kErrorTypeNames[type])] += count;
         }
       }
-      for (std::uint32_t i = 0; i < registry.key_names().size(); ++i) {
+      for (std::uint32_t i = 0; i < registry.keys().names().size(); ++i) {
         const KeyCounters* cells = slab->key(KeyId{i});
         if (cells == nullptr || cells->all_requests() == 0) continue;
         auto& key = sums.keys[i != 0];

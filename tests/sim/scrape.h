@@ -30,9 +30,9 @@ class Scrape {
     fleet_.endpoints = paths_;
     PrometheusPage page;
     text_ = page.render(gateway.metrics(), fleet_, ProcessStats{}, registry_.model_names(), registry_.backend_names(),
-                        registry_.key_names(), LabelMode::sanitize);
+                        registry_.keys().names(), LabelMode::sanitize);
     stats_ = collect_stats(gateway.metrics(), fleet_, registry_.model_names(), registry_.backend_names(),
-                           registry_.key_names());
+                           registry_.keys().names());
   }
 
   void check() {
