@@ -293,7 +293,9 @@ class Blame {
       const std::uint32_t total = std::exchange(checked.failed, failed);  // these may have come behind the change
       const std::uint32_t needed = before == Health::unknown || reloaded ? 1 : least_.failures;
       const std::uint32_t good = std::exchange(checked.good, 0);
-      const bool first_up = backend.health == Health::healthy && !std::exchange(checked.was_up, true);
+      // One that is healthy because checks are off has passed none.
+      const bool passed = backend.health == Health::healthy && good > 0;
+      const bool first_up = passed && !std::exchange(checked.was_up, true);
       const std::uint32_t wanted = first_up || before == Health::unknown || reloaded ? 1 : least_.recoveries;
       if (backend.health == Health::healthy && good < wanted && is_checked(registry)) {
         ledger_.wrong("%s is healthy after %u good checks, at least %u are needed", backend.settings.name.c_str(), good,

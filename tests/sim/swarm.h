@@ -371,7 +371,7 @@ class SettingsMaker {
   // The settings with a few random changes.
   std::shared_ptr<const Settings> next(ReloadCoverage::Keys& changed) {
     if (dice_.one_in(3)) change_backends();
-    const std::uint32_t most = dice_.one_in(3) ? 100 : 8;  // so that make test sees each key in each state
+    const std::uint32_t most = dice_.one_in(2) ? 100 : 8;  // so that make test sees each key in each state
     for (std::uint32_t changes = dice_.number(1, most); changes > 0; --changes) {
       std::size_t key = dice_.index(kKeyChanges.size());
       while (kKeyChanges[key].change == nullptr) key = (key + 1) % kKeyChanges.size();
