@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -259,7 +260,10 @@ TEST_CASE("a key is found by its whole name, in the object that it belongs to") 
       name[i] ^= 1;
       CHECK(nexus::find_body_key(Padded(name).view(), row.within) == BodyKey::other);
       const std::string_view part = row.name.substr(0, i);
-      if (part != "stream") CHECK(nexus::find_body_key(Padded(part).view(), row.within) == BodyKey::other);
+      const bool is_one = std::any_of(nexus::kBodyKeys.begin(), nexus::kBodyKeys.end(), [&](const auto& other) {
+        return other.name == part && other.within == row.within;
+      });
+      if (!is_one) CHECK(nexus::find_body_key(Padded(part).view(), row.within) == BodyKey::other);
     }
     CHECK(nexus::find_body_key(Padded(std::string(row.name) + "x").view(), row.within) == BodyKey::other);
   }
