@@ -6,6 +6,7 @@
 #   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
 #   make bench-proxy QUICK=1    each part once and short, to see that everything works
 #   make bench-proxy WRITE=1    also writes bench/RESULTS.md and bench/results.svg
+#   make bench-affinity         sessions over four replicas with a cache of prompts, beside HAProxy's consistent hash
 #   make bench-proxy ONLY=small,streams   some parts alone (small half large streams idle calls start threads tls tls-idle stalls)
 
 HELP_MORE += 'make bench        every benchmark; make bench-proxy: beside nginx and HAProxy (QUICK=1, WRITE=1, ONLY=parts)'
@@ -60,3 +61,7 @@ bench-instructions: $(BENCH)/sse_backend $(if $(NEXUS),,$(BENCH)/nexus) | $(BENC
 
 bench-proxy: $(B)/nexus $(BENCH_TOOLS) | $(BENCH_DEPS)
 	@$(NODE) bench/proxy_bench.mjs --nexus $(B)/nexus --bin $(BENCH) --only '$(ONLY)' $(if $(QUICK),--quick) $(if $(WRITE),--write)
+
+.PHONY: bench-affinity
+bench-affinity: $(B)/nexus | $(BENCH_DEPS)
+	@$(NODE) bench/affinity.mjs --nexus $(B)/nexus $(if $(QUICK),--quick)
