@@ -352,7 +352,7 @@ class IncrementalJson {
       const char c = body_[at_];
       if (c == '"' && !escaped) return true;
       if (static_cast<unsigned char>(c) < ' ') return fail();
-      ascii_ = ascii_ && c > 0;
+      ascii_ = ascii_ && static_cast<unsigned char>(c) < 0x80;
       escaped = c == '\\' && !escaped;
     }
     if (escaped) at_ -= 1;  // read the backslash again together with the byte that it escapes

@@ -62,6 +62,7 @@ export function make_certificate({ name = 'localhost', names = ['DNS:localhost',
   fs.writeFileSync(index, '');
   fs.writeFileSync(conf, `[ca]\ndefault_ca = a\n[a]\ndatabase = ${index}\nnew_certs_dir = ${path.dirname(index)}\nrand_serial = yes\n` +
     'default_md = sha256\npolicy = p\nx509_extensions = e\nunique_subject = no\n[p]\ncommonName = supplied\n[e]\n' +
+    'basicConstraints = CA:FALSE\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid\n' + // Python 3.13 wants them
     (names.length ? `subjectAltName = ${names.join(',')}\n` : ''));
   openssl('req', ...new_key, '-keyout', key, '-out', request, '-subj', `/CN=${name}`);
   openssl('ca', '-batch', '-notext', '-config', conf, '-in', request, '-cert', by.pem, '-keyfile', by.key, '-out', pem,
