@@ -1,8 +1,8 @@
 // courses_test.cpp
 // Goal:   whichever course a request takes, the client, the backends, the access log and /metrics tell the same of it.
 // Method: each course of lib/courses.h and of the table below is driven on a gateway of its own, and all that is seen
-//         of it is compared with its part of tests/courses.txt. Each line there was read and found right when it was
-//         written. A failure prints the whole part as it is now.
+//         of it is compared with its part of tests/courses.txt, which was made by a run: it tells a change, not that
+//         each line is right. Read what a failure prints, the whole part as it is now, before it goes there.
 #include <algorithm>
 #include <fstream>
 #include <map>
@@ -64,6 +64,13 @@ Peer& another(Scene& scene, const std::string& text, std::size_t n = 0) {
   scene.say(peer, text);
   if (n != 0) scene.say(*scene.backend(n), answer(kUsage));
   return peer;
+}
+// A request on which backend 1 fails and 2 answers, and a time behind it.
+void eject_first(Scene& scene, Ns then) {
+  another(scene, ask(sim::kAsk));
+  reset(scene, 1);
+  scene.say(*scene.backend(2), answer(kUsage));
+  scene.pass(then);
 }
 std::string nested(std::size_t levels) {
   return R"({"model":"m","x":)" + std::string(levels - 1, '[') + std::string(levels - 1, ']') + "}";
@@ -276,10 +283,7 @@ std::vector<OwnCourse> own_courses() {
        }},
       {"a trial that streams, and a request beside it", ejects(1),
        [](Scene& scene, Peer& client) {
-         another(scene, ask(sim::kAsk));
-         reset(scene, 1);
-         scene.say(*scene.backend(2), answer(kUsage));
-         scene.pass(2100 * kMillisecond);
+         eject_first(scene, 2100 * kMillisecond);
          scene.say(client, ask(sim::kAskStream));
          Peer& streams = *scene.backend(1);
          scene.say(streams, kStream + kToken);
@@ -288,10 +292,7 @@ std::vector<OwnCourse> own_courses() {
        }},
       {"a trial whose client leaves, and the next one", ejects(1),
        [](Scene& scene, Peer& client) {
-         another(scene, ask(sim::kAsk));
-         reset(scene, 1);
-         scene.say(*scene.backend(2), answer(kUsage));
-         scene.pass(2100 * kMillisecond);
+         eject_first(scene, 2100 * kMillisecond);
          leave(scene, another(scene, ask(sim::kAsk)));
          scene.say(client, ask(sim::kAsk));
          scene.say(*scene.backend(1), answer(kUsage));

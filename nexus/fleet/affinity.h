@@ -178,8 +178,8 @@ class RecentKeys {
   struct Free {
     void operator()(std::uint64_t* words) const { std::free(words); }
   };
-  static constexpr Ns kTick =
-      8 * kSecond;                      // after 256 of these, 34 minutes, an old key may seem new: that does no harm
+  // Ages wrap after 256 ticks, 34 minutes: an old key may seem to be seen lately then, which does no harm.
+  static constexpr Ns kTick = 8 * kSecond;
   static constexpr int kTagShift = 24;  // 40 bits of the key, the mark, the tick
   static_assert(kSeenLately / kTick < 128 && (kRecentKeys & (kRecentKeys - 1)) == 0);
 

@@ -1,8 +1,7 @@
 // key_states.h
 // Owns:     what the requests of each client's key share, over all reloads: its turns, limits and id in the metrics.
 // Promises: a key keeps its state while its name is in the file; the first [metrics] keys names that ever were in it
-// have
-//           ids of their own. The state of a key that was removed lasts as long as its requests.
+//           have ids of their own. The state of a key that was removed lasts as long as its requests.
 // Leaves:   the file to config/key_file.h; using the state to proxy/client_key.h.
 // Threads:  KeyStates: control's. A KeyState is shared; fair_queue.h and key_limits.h say how.
 // Tested by: tests/registry_test.cpp, tests/hostile_reload_test.cpp

@@ -3,9 +3,8 @@
 // Promises: a pure function of its arguments: every candidate is healthy and has the needed capabilities, none is
 //           listed twice for one model, ejected ones come last within their model, and equal candidates share the load
 //           evenly. The only memory used is the caller's `out`, which keeps its capacity between calls.
-// Leaves:   load to slab.h and latency to worker_context.h; keys and their hashes to affinity.h; ejection to
-// circuit_breaker.h; hard caps to admission.h;
-//           retries to candidate_picker.h.
+// Leaves:   load to slab.h, latency to worker_context.h, keys and their hashes to affinity.h, ejection to
+//           circuit_breaker.h, hard caps to admission.h, retries to candidate_picker.h.
 // Threads:  any; a snapshot is immutable.
 // Tested by: tests/router_test.cpp
 #pragma once

@@ -67,8 +67,8 @@ inline constexpr std::array<std::string_view, 5> kHttpRejectionNames{"malformed"
 enum class QueueRejection : std::uint8_t { full, timeout };
 inline constexpr std::array<std::string_view, 2> kQueueRejectionNames{"full", "timeout"};
 
-// Where a request went for the key of its session: to the backend of its key, elsewhere because that has too much to
-// do, or because it cannot be used.
+// A request with the key of a session went to the backend of its key (kept), or to another one because that has too
+// much to do (moved_load) or cannot be used (moved_health).
 enum class AffinityOutcome : std::uint8_t { none, kept, moved_load, moved_health, no_key };
 inline constexpr std::array<std::string_view, 5> kAffinityOutcomeNames{"none", "kept", "moved_load", "moved_health",
                                                                        "no_key"};

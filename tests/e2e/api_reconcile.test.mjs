@@ -3,11 +3,15 @@
 import path from 'node:path';
 import { answers, unknown_path } from './api_shapes.mjs';
 import { Ledger, label_of, totals } from './ledger.mjs';
-import { RawClient, assert, get, group, request_bytes, seeded, settings, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
+import { RawClient, assert, get, group, request_bytes, seeded, settings, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const model_of = (row) => row.ask.model;
 // Rows whose first event tells no count: a stream that breaks behind it has told none.
 const breakable = answers.filter((r) => r.streams && !['/v1/messages', '/completion', '/infill'].includes(r.path) && !r.name.startsWith('vLLM, counts in each chunk'));
+
+// Requests that a backend has, and the streams that it breaks once the client has got their beginning; by request id.
+const held = new Set();
+const broken = new Map();
 
 // A backend's part of the plan is in the request's fields.
 async function act(request, reply) {
@@ -19,14 +23,13 @@ async function act(request, reply) {
     case 'error': return reply.json({ error: { message: 'boom' } }, 500);
     case 'refuse': return reply.json({ error: { message: 'no' } }, 422);
     case 'reset': return reply.reset();
-    case 'hang': return undefined;
+    case 'hang': held.add(request.headers.get('x-request-id')); return undefined;
     case 'break':
     case 'endless': {
       reply.head(200, { 'Content-Type': row.type, 'Transfer-Encoding': 'chunked' });
       reply.piece((row.type === 'application/x-ndjson' ? /^.*?\n/s : /^.*?\n\r?\n/s).exec(text)[0]);
-      if (request.headers.get('x-do') === 'endless') return undefined;
-      await sleep(10);
-      return reply.reset();
+      if (request.headers.get('x-do') === 'break') broken.set(request.headers.get('x-request-id'), reply);
+      return undefined;
     }
     default:
   }
@@ -55,7 +58,7 @@ async function run_request(client, r) {
   client.method = 'POST';
   client.write(request_bytes('POST', r.path, r.headers, r.body));
   if (r.kind === 'leave waiting') {
-    await sleep(15);
+    await until(() => held.has(r.id), 'a backend has it');
     client.close();
     return { status: 499, whole: false };
   }
@@ -66,7 +69,10 @@ async function run_request(client, r) {
     return { status: 200, whole: false };
   }
   let bytes = 0;
-  for (let p = await client.piece(20_000); p !== null; p = await client.piece(20_000)) bytes += p.length;
+  for (let p = await client.piece(20_000); p !== null; p = await client.piece(20_000)) {
+    bytes += p.length;
+    broken.get(r.id)?.reset();
+  }
   return { status: head.status, whole: client.body.done, bytes, backend: head.headers.get('x-nexus-backend'), closing: /close/i.test(head.headers.get('connection')) };
 }
 

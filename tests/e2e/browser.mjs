@@ -8,7 +8,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { find_program } from './prometheus.mjs';
-import { sleep, within } from './runner.mjs';
+import { within } from './runner.mjs';
 
 // The name of an installed Chromium, or ''.
 export const chromium = () => ['chromium', 'chromium-browser', 'google-chrome'].find(find_program) ?? '';
@@ -26,13 +26,7 @@ export class Browser {
     t.after(async () => {
       browser.child.kill('SIGKILL');
       await exited;
-      for (let attempt = 0; attempt < 20; attempt++) {   // its helpers may still be writing
-        try {
-          return fs.rmSync(folder, { recursive: true, force: true });
-        } catch {
-          await sleep(100);
-        }
-      }
+      fs.rmSync(folder, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 }); // its helpers may still be writing
     });
     browser.listen();
     const { targetInfos } = await browser.call('Target.getTargets');
