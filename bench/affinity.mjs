@@ -1,6 +1,7 @@
 // affinity.mjs
 // Owns:     the benchmark of sessions that stay where their cache is: scripted replicas with a cache of prompts, clients
-//           that talk in turns, Nexus with and without affinity, and HAProxy's consistent hash as the peer.
+//           that talk in turns, Nexus with and without affinity, and HAProxy's consistent hash as the peer; and that of
+//           two keys that share a backend.
 // Promises: a replica works on one prompt at a time, for a time by each token that it has not in its cache; what is
 //           cached is told in `usage`, as vLLM does; "best" is the share of a cache that all replicas had in common.
 // Leaves:   the processes to rig.mjs, the cost of a request to instructions.mjs.
@@ -93,10 +94,11 @@ class Replica {
 
 const replicas = Array.from({ length: kReplicas }, (_, i) => new Replica(`r${i}`));
 
-async function nexus(routing, among = replicas) {
+// `routing`: lines of [routing]; `more`: lines behind those of the backends.
+async function nexus(routing, among = replicas, more = '') {
   const port = await free_port(), file = path.join(dir, `affinity-${port}.conf`);
   const backends = among.map((r) => `[backend ${r.name}]\nurl = http://127.0.0.1:${r.port}\ntype = vllm\n`);
-  fs.writeFileSync(file, `[server]\nlisten = 127.0.0.1:${port}\n[routing]\n${routing}\n[log]\naccess = off\n${backends.join('')}`);
+  fs.writeFileSync(file, `[server]\nlisten = 127.0.0.1:${port}\n[routing]\n${routing}\n[log]\naccess = off\n${backends.join('')}${more}`);
   const child = await start([binary, file], port, { cores: '0' });
   await healthy(port);
   return { port, stop: () => stop(child) };
@@ -273,6 +275,65 @@ async function agreement(keys) {
     `${kReplicas} replicas ${moved} move (${percent(moved / keys)}), ${one.filter((at, i) => at !== fewer[i] && at !== replicas[0].name).length} of them from another one.`);
 }
 
+// ---- two keys on one backend -----------------------------------------------------------------------------------------
+
+const kPlaces = 4, kServiceMs = 50, kCrowd = 64;
+
+// 64 clients of one key and one of another, none of which pauses, on a backend with four places: the requests that all
+// had served in a second, and how long those of the one waited beyond their service.
+async function beside_a_crowd(keys, seconds) {
+  const server = http.createServer((request, response) => {
+    request.on('end', async () => {
+      await sleep(kServiceMs);
+      response.end(JSON.stringify({ choices: [], usage: { prompt_tokens: 10, completion_tokens: 10 } }));
+    }).resume();
+  });
+  server.keepAliveTimeout = 600_000;
+  await new Promise((done) => server.listen(0, '127.0.0.1', done));
+  const places = `max_pending = ${kPlaces}\nmodels = bench-7b\n[queue]\nsize = 200\ntimeout = 60s\n`;
+  const names = { crowd: 'sk-crowd-0123456789', one: 'sk-one-0123456789' };
+  const file = path.join(dir, 'keys');
+  fs.writeFileSync(file, Object.entries(names).map((pair) => `${pair.join(' ')}\n`).join(''));
+  const front = await nexus('', [{ name: 'one', port: server.address().port }], `${places}${keys ? `[server]\napi_keys_file = ${file}\n` : ''}`);
+  const until = performance.now() + seconds * 1000;
+  const waits = [];
+  let served = 0;
+  const client = async (who) => {
+    while (performance.now() < until) {
+      const began = performance.now();
+      const { status } = await plainly(front.port, names[who]);
+      if (status !== 200) throw new Error(`${who}: ${status}`);
+      served += performance.now() < until ? 1 : 0;
+      if (who === 'one') waits.push(performance.now() - began - kServiceMs);
+    }
+  };
+  await Promise.all([...Array.from({ length: kCrowd }, () => client('crowd')), client('one')]);
+  await front.stop();
+  server.close();
+  waits.sort((a, b) => a - b);
+  return { rate: served / seconds, waits };
+}
+
+function plainly(port, key) {
+  const body = '{"model":"bench-7b","messages":[{"role":"user","content":"Hello"}]}';
+  const headers = { Authorization: `Bearer ${key}`, 'Content-Type': 'application/json', 'Content-Length': body.length };
+  return new Promise((done, fail) => {
+    http.request({ agent, port, host: '127.0.0.1', method: 'POST', path: '/v1/chat/completions', headers }, (response) => {
+      response.on('end', () => done({ status: response.statusCode })).resume();
+    }).on('error', fail).end(body);
+  });
+}
+
+async function two_keys(seconds) {
+  console.log(`\n### ${kCrowd} clients beside one, on a backend with max_pending = ${kPlaces} that takes ${kServiceMs} ms\n`);
+  row(['', 'requests/s of all', 'wait of the one: p50 ms', 'p99 ms']);
+  row(['---', '--:', '--:', '--:']);
+  for (const keys of [false, true]) {
+    const { rate, waits } = await beside_a_crowd(keys, seconds);
+    row([keys ? 'a key each' : 'no keys: the order of arrival', rate.toFixed(1), ms(waits[waits.length >> 1]), ms(waits[Math.floor(0.99 * waits.length)])]);
+  }
+}
+
 for (const replica of replicas) await replica.begin();
 const version = (command, args) => execFileSync(command, args, { encoding: 'utf8' }).split('\n')[0];
 console.log(`${os.cpus()[0].model}, ${os.cpus().length} cores; ${version(binary, ['--version'])}; ${version('haproxy', ['-v'])}; Node ${process.version}`);
@@ -283,5 +344,6 @@ await conversations([...sessions, ...others], quick ? [8] : [4, 16, 64]);
 await hot_prompt([sticky('session', 'least_pending'), plain('least_pending'), peer]);
 await lost_replica([sessions[0], peer, plain('least_pending')], quick ? 8 : 32);
 await agreement(quick ? 50 : 400);
+await two_keys(quick ? 3 : 20);
 for (const replica of replicas) replica.server.close();
 process.exit(0);

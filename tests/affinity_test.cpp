@@ -1,8 +1,7 @@
 // affinity_test.cpp
-// Goal:   requests of one session find the same backend, several gateways agree, and no backend gets more than its
-// share. Method: thousands of keys over fleets with and without one backend, counted; arrivals and ends drawn at random
-// against
-//         the bound; heads and bodies with and without names of a session.
+// Goal:   requests of one session find the same backend, several gateways agree, and no backend gets too much.
+// Method: thousands of keys over fleets with and without one backend, counted; arrivals and ends drawn at random,
+//         against the bound; heads and bodies with and without names of a session.
 #include "nexus/fleet/affinity.h"
 
 #include <doctest/doctest.h>
@@ -360,6 +359,18 @@ const Endpoint& endpoint_of(std::string_view path) {
 }
 
 }  // namespace
+
+TEST_CASE("affinity: a string ends at the first quote that no backslash stands before, of an even number of them") {
+  std::mt19937 dice(1);
+  for (int i = 0; i < 2000; ++i) {
+    std::string text(dice() % 40, 'a');
+    for (char& c : text) c = "\"\\a"[dice() % 3];
+    std::size_t end = 0;
+    while (end < text.size() && text[end] != '"') end += text[end] == '\\' ? 2 : 1;
+    CAPTURE(text);
+    CHECK(string_end(text.data(), 0, text.size()) == std::min(end, text.size()));
+  }
+}
 
 TEST_CASE("affinity: all requests of a conversation have the same prefix, and others another one") {
   const std::string text(300, 'x');

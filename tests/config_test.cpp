@@ -1055,7 +1055,8 @@ TEST_CASE("a mistake of another program's habits is answered with the way to wri
 
 TEST_CASE("the environment file of a service gives variables as systemd reads them, before the environment's own") {
   const auto variables = config::read_environment_file(
-      "# a comment\n; another\n\n  A = 1 \r\nB=\"two words\"\nC='3'\nD=\nnothing\nE=a=b#c\nA=last\nF=\"half\n");
+      "# a comment\n#Z=26\n; another\n;Y=25\n\n  A = 1 \r\nB=\"two "
+      "words\"\nC='3'\nD=\nnothing\nE=a=b#c\nA=last\nF=\"half\n");
   CHECK(variables ==
         config::Variables{{"A", "last"}, {"B", "two words"}, {"C", "3"}, {"D", ""}, {"E", "a=b#c"}, {"F", "\"half"}});
   const ConfigEnvironment env = config::with_variables(fake_environment({{"A", "own"}, {"G", "own"}}), variables);
@@ -1101,6 +1102,7 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   CHECK_EQ(all_messages(good), "/k:4: expected `name key`\n");
   CHECK(good.settings.server.api_keys == std::vector<ApiKey>{{"alice", "sk-alice1"}, {"bob", "sk-bob#23"}});
   CHECK(parse_keys("a 12345678").ok());
+  CHECK(parse_keys("a 12345678 weight=1000 priority=100 max_pending=1000000 rpm=1000000k tpm=1000000k").ok());
   CHECK(parse_keys("a " + std::string(512, 'k')).ok());
   CHECK(parse_keys(std::string(64, 'a') + " 12345678").ok());
   const std::string bad_key = "/k:1: expected a key of 8 to 512 visible ASCII characters\n";

@@ -27,6 +27,7 @@ struct Probing {
     order.wants_models = !fixed_list;
     order.addresses = {Address{}};
     order.host = "b";
+    order.lines = "Authorization: Bearer k\r\n";
     order.timeout_ns = kSecond;
     std::optional<ProbeResult> result;
     const auto done = [&](ProbeResult&& ended) { result = std::move(ended); };
@@ -35,7 +36,11 @@ struct Probing {
     for (const std::string& answer : answers) {
       turn(done);
       REQUIRE(script.peers.size() > connections);
-      script.send(script.peers[connections++], answer);
+      sim::Peer& peer = script.peers[connections++];
+      CHECK(peer.received.find("\r\nAuthorization: Bearer k\r\n") != std::string::npos);
+      script.wire.advance(net.now() + delay_ns);
+      script.send(peer, answer);
+      if (ends) script.finish(peer);
       for (int turns = 0; turns < 2000 && !result && script.peers.size() == connections; ++turns) turn(done);
     }
     REQUIRE(result.has_value());
@@ -59,6 +64,8 @@ struct Probing {
     wheel.fire(net.now(), [&](Handle token) { prober.on_deadline(token, net.now(), done); });
   }
 
+  Ns delay_ns = 0;    // before each answer
+  bool ends = false;  // the backend's FIN follows each answer
   sim::Script script;
   SimNet net{script.wire, 0};
   TimerWheel wheel{net.now()};
@@ -125,6 +132,29 @@ TEST_CASE("a list of models that is too large to be read is one that is cut, an 
   const ProbeResult health = Probing().ask(BackendKind::llamacpp, {large});
   CHECK_FALSE(health.models_cut);
   CHECK_FALSE(health.passed);
+}
+
+TEST_CASE("an answer that ends before its length is no answer, one without a length ends with its connection") {
+  Probing cut, open, second;
+  cut.ends = open.ends = second.ends = true;
+  const std::string head = "HTTP/1.1 200 OK\r\n", list = R"({"data":[{"id":"m"}]})";
+  const ProbeResult failed = cut.ask(BackendKind::vllm, {head + "Content-Length: 100\r\n\r\n" + list});
+  CHECK_FALSE(failed.passed);
+  CHECK(failed.models.empty());
+  CHECK(names(open.ask(BackendKind::vllm, {head + "\r\n" + list})) == std::vector<std::string>{"m"});
+  const ProbeResult unread =
+      second.ask(BackendKind::llamacpp, {answer("ok"), head + "Content-Length: 100\r\n\r\n" + list});
+  CHECK(unread.passed);
+  CHECK_FALSE(unread.models_read);
+}
+
+TEST_CASE("the round trip of a check is that of its first request") {
+  for (const auto& [kind, answers] : {std::pair(BackendKind::vllm, std::vector{kModels}),
+                                      std::pair(BackendKind::llamacpp, std::vector{answer("ok"), kModels})}) {
+    Probing probing;
+    probing.delay_ns = 100 * kMillisecond;
+    CHECK(probing.ask(kind, answers).round_trip_ns == 100 * kMillisecond);
+  }
 }
 
 TEST_CASE("interim heads before the answer are skipped, but not without end") {

@@ -170,7 +170,9 @@ TEST_CASE("a body may be nested to kMaxJsonDepth, and no deeper") {
   };
   for (const auto& [open, close] : {std::pair('[', ']'), std::pair('{', '}')}) {
     CHECK(read_body(nested(nexus::kMaxJsonDepth - 1, open, close)).error == std::nullopt);
-    CHECK(read_body(nested(nexus::kMaxJsonDepth, open, close)).error == std::nullopt);
+    const std::string deepest = nested(nexus::kMaxJsonDepth, open, close);
+    CHECK(read_body(deepest).error == std::nullopt);
+    CHECK(read_body(deepest.substr(0, deepest.size() - 1) + R"(,"y":[{},[]]})").error == std::nullopt);
     CHECK(read_body(nested(nexus::kMaxJsonDepth + 1, open, close)).error == ApiError::too_deep);
     CHECK(read_body(nested(200'000, open, close)).error == ApiError::too_deep);
   }

@@ -83,7 +83,10 @@ class ThreadBudget {
   explicit ThreadBudget(BodyBudget& shared) : shared_(shared), reserve_(shared.join().bytes) {}
   ThreadBudget(const ThreadBudget&) = delete;
   ThreadBudget& operator=(const ThreadBudget&) = delete;
-  ~ThreadBudget() { shared_.give_back(reserve_.exchange(0, std::memory_order_relaxed)); }
+  ~ThreadBudget() {
+    assert(std::all_of(held_by_.begin(), held_by_.end(), [](std::size_t bytes) { return bytes == 0; }));
+    shared_.give_back(reserve_.exchange(0, std::memory_order_relaxed));
+  }
 
   // For a body that holds `own` bytes. `client`: a hash of the client's address; addresses with the same remainder
   // share a part.

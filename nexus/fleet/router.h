@@ -338,11 +338,11 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
     const auto home = route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
     route_detail::order(snapshot, routing, needs, turn, random_bits, load_of, begin, out);
     const RouteReason reason = route_detail::reason_for(requested, fallback, out.size() - begin, routing.strategy);
-    for (std::size_t i = begin; i < out.size(); ++i) {
-      const bool by_key = out[i].by_key && reason == reason_of(routing.strategy);
-      out[i].reason = by_key ? RouteReason::affinity : reason;
-    }
+    for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
     if (routing.affinity == Affinity::none) return;
+    for (std::size_t i = begin; i < out.size(); ++i) {
+      if (out[i].by_key && reason == reason_of(routing.strategy)) out[i].reason = RouteReason::affinity;
+    }
     route_detail::note_affinity(home, needs.affinity != 0, out.data() + begin, out.data() + out.size());
   };
   add(requested, false);

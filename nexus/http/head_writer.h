@@ -126,16 +126,22 @@ constexpr bool tells_rate(std::string_view name) {
   return starts_with_ignoring_case(name, "x-ratelimit-") || starts_with_ignoring_case(name, "anthropic-ratelimit-");
 }
 
+[[gnu::noinline]] inline bool removed_by_name(const HeadView& head, std::string_view name, bool without_rates) {
+  if (without_rates && tells_rate(name)) return true;
+  return head.fields->connection_names && named_by_connection(head, name);
+}
+
 // Copies all fields but those in the set `removed` and those that Connection names. Adjacent lines are copied at once:
 // the parser has checked that each is `name: value` and nothing else. `without_rates`: nor those that tell of limits.
 inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed, bool without_rates = false) {
   const FieldTable& fields = *head.fields;
+  const bool by_name = fields.connection_names || without_rates;
   std::size_t run_from = fields.count > 0 ? fields.rows[0].name_at : 0;
   for (std::uint32_t i = 0; i < fields.count; ++i) {
     const FieldRow& row = fields.rows[i];
     bool skip = (removed & bit_of(row.field)) != 0;
-    if (fields.connection_names && row.field == Field::other) skip = named_by_connection(head, name_of(head.base, row));
-    if (without_rates && row.field == Field::other) skip |= tells_rate(name_of(head.base, row));
+    if (by_name && row.field == Field::other) [[unlikely]]
+      skip = removed_by_name(head, name_of(head.base, row), without_rates);
     if (!skip) continue;
     out.add(std::string_view(head.base + run_from, row.name_at - run_from));
     run_from = i + 1 < fields.count ? fields.rows[i + 1].name_at : head.head_bytes - 2;

@@ -27,6 +27,7 @@
 #include "nexus/fleet/admission.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/fleet/router.h"
+#include "nexus/proxy/client_key.h"
 #include "nexus/proxy/upstream_request.h"
 #include "nexus/proxy/worker_context.h"
 
@@ -153,11 +154,11 @@ class CandidatePicker {
     needs_ = needs;
   }
 
-  // Starts a request, after look_at(). `claim` is its own until end(), and `of_key` the limit of
-  // its key's requests at once.
-  void begin(Claim& claim, Admission::Cap of_key) {
-    claim_ = &claim;
-    of_key_ = of_key;
+  // Starts a request, after look_at(). `key` is its own until end().
+  void begin(ClientKey& key, std::size_t body_bytes) {
+    key_ = &key;
+    body_bytes_ = body_bytes;
+    of_key_ = key.places();
     tried_.clear();
     tries_ = primary_tries_ = fallback_tries_ = 0;
     backend_ = nullptr;
@@ -198,7 +199,7 @@ class CandidatePicker {
     for (bool queued = false; !queued;) {
       Admission::Place place;
       switch (context_.shared.admission.enqueue(full_, context_.worker, owner, ticket_, place,
-                                                waits_for_key() ? nullptr : claim_)) {
+                                                waits_for_key() ? nullptr : claim())) {
         case Admission::Outcome::full: return snapshot_->settings->queue.size == 0 ? Next::no_queue : Next::queue_full;
         case Admission::Outcome::queued: queued = true; break;
         case Admission::Outcome::entered:
@@ -261,6 +262,8 @@ class CandidatePicker {
   bool waits_for_key() const { return full_.size() == 1 && full_.front() == of_key_.backend && of_key_.places > 0; }
 
  private:
+  Claim* claim() { return &key_->claim(context_, body_bytes_); }
+
   // Takes the request's place among those of its key, once. False if there is none: full_ then has it.
   bool enter_key() {
     if (of_key_.places == 0 || key_place_.held()) return true;
@@ -327,7 +330,8 @@ class CandidatePicker {
       return false;
     }
     Admission::Place place;
-    if (!context_.shared.admission.try_enter(backend.id, backend.max_pending, place, claim_)) {
+    if (backend.max_pending > 0 &&
+        !context_.shared.admission.try_enter(backend.id, backend.max_pending, place, claim())) {
       full_.push_back(backend.id);
       return false;
     }
@@ -416,7 +420,8 @@ class CandidatePicker {
   const Snapshot* snapshot_ = nullptr;
   const ModelEntry* entry_ = nullptr;
   RouteNeeds needs_;
-  Claim* claim_ = nullptr;  // of the request to its turn
+  ClientKey* key_ = nullptr;
+  std::size_t body_bytes_ = 0;
   Choice choice_;
   const BackendView* backend_ = nullptr;
   Admission::Cap of_key_{};     // of the key's requests at once

@@ -36,9 +36,10 @@ class ClientKey {
     count_ = count_key(context.slab, id());
   }
 
-  // The request looks for a backend: its claim, for all its attempts.
+  // Its claim to a turn, for all its attempts, from the first time that the request finds a cap.
   template <class Net>
   Claim& claim(WorkerContext<Net>& context, std::size_t body_bytes) {
+    if (claim_.flow != nullptr) return claim_;
     const Settings& settings = context.settings();
     KeylessFlows& keyless = context.shared.keyless;
     const KeyOptions& options = view_ == nullptr ? settings.keys.defaults : view_->settings->options;
@@ -50,7 +51,6 @@ class ClientKey {
     claim_.cost = fair_cost(body_bytes / kBytesPerToken, 0);
     claim_.now_ns = context.now;
     claim_.aged_after_ns = settings.queue.timeout_ns / 2;
-    claim_.charged = false;
     return claim_;
   }
 
@@ -111,7 +111,8 @@ class ClientKey {
 
   // Prepares for the next request.
   void forget() {
-    claim_ = Claim();
+    if (claim_.flow != nullptr) claim_ = Claim();
+    if (view_ == nullptr) return;
     lines_.clear();
     message_.clear();
     view_ = nullptr;

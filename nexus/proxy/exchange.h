@@ -234,7 +234,7 @@ class Exchange {
     if (const auto refusal = key_.charge(context_, *endpoint_, {request_.body, request_.body_bytes}))
       return refuse_by_key(*refusal == ApiError::key_requests ? Limit::key_requests : Limit::key_tokens, *refusal);
     client_.set_rate_lines(key_.rate_lines());
-    picker_.begin(key_.claim(context_, request_.body_bytes), key_.places());
+    picker_.begin(key_, request_.body_bytes);
     prepare_choice();
     go(State::choosing);
   }

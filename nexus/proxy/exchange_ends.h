@@ -306,9 +306,10 @@ template <class Net>
 void Exchange<Net>::log_access() {
   AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
   entry.key = key_.name();
-  const Digits affinity(picker_.affinity() >> 32 | 1ull << 32, 16);  // eight behind the 1
+  const bool keyed = attempt_.backend() != nullptr && is_keyed(summary_.record.affinity);
+  const Digits affinity(keyed ? picker_.affinity() >> 32 | 1ull << 32 : 0, 16);  // eight behind the 1
+  if (keyed) entry.affinity = affinity.view().substr(1);
   if (attempt_.backend() != nullptr) {
-    if (is_keyed(summary_.record.affinity)) entry.affinity = affinity.view().substr(1);
     entry.model_used = *picker_.choice().model_name;
     entry.attempts = picker_.tries();
   }

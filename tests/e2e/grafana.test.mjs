@@ -42,7 +42,7 @@ async function start_load(t) {
   }
   const nexus = await start_nexus(t, {
     server: { max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
-    routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' },
+    routing: { retries: 0, affinity: 'session' }, health: { eject_after: 1000, interval: '300ms' },
   });
   let over = false;
   let rounds = 0;
