@@ -36,7 +36,8 @@ export function make_authority(name = 'Nexus test authority', names = []) {
   const at = `authority-${count++}`;
   const [key, pem] = [place(`${at}.key`), place(`${at}.pem`)];
   const alternatives = names.length ? ['-addext', `subjectAltName=${names.join(',')}`] : [];
-  openssl('req', '-x509', ...new_key, '-keyout', key, '-out', pem, '-days', '100', '-subj', `/CN=${name}`, ...alternatives);
+  const usage = ['-addext', 'keyUsage=critical,digitalSignature,keyCertSign']; // Python 3.13 wants it
+  openssl('req', '-x509', ...new_key, '-keyout', key, '-out', pem, '-days', '100', '-subj', `/CN=${name}`, ...usage, ...alternatives);
   return { pem, key };
 }
 

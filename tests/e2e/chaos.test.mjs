@@ -7,7 +7,7 @@ const visibly_cut = (answer) => !answer.complete || /"error"/.test(answer.text);
 
 group('chaos', () => {
   test('a backend killed with SIGKILL under 500 requests: only the streams that had begun are lost, and they are visibly cut', { limit_ms: 60_000, serial: true }, async (t) => {
-    const fleet = await start_fleet(t, { victim: { child: {} }, survivor: {} }, { routing: { strategy: 'round_robin' } });
+    const fleet = await start_fleet(t, { victim: { child: {} }, survivor: {} }, { routing: { strategy: 'round_robin' }, upstream: { connect_timeout: '20s' } });
     const { victim, survivor } = fleet.mocks;
     add_gate(survivor);
     const total = scaled(500, 200);

@@ -179,7 +179,8 @@ group('tls faults of backends', () => {
     let how = null;
     const inner = await start_backend(t, { secure: {} });
     const breaking = await bare_server(t, (near) => {
-      if (how) return near.once('data', () => how(near));
+      const breaks = how; // as it is now: the next round may begin before the data comes
+      if (breaks) return near.once('data', () => breaks(near));
       const far = net.connect(inner.port, '127.0.0.1');
       far.on('error', () => {});
       near.pipe(far);
