@@ -120,6 +120,7 @@ group('api forms', () => {
   test('openai: transcriptions, plain and streamed, translations, and edits of an image', async (t) => {
     const OpenAI = await import('openai').then((m) => m, () => null);
     if (!OpenAI) t.skip('npm package openai is not installed (cd tests && npm ci)');
+    globalThis.File ??= (await import('node:buffer')).File; // the SDK wants it there, and Node 18 does not have it there
     const { nexus, backend, ledger } = await counting(t);
     const client = new OpenAI.default({ baseURL: `http://127.0.0.1:${nexus.port}/v1`, apiKey: 'sk-test', maxRetries: 0 });
     const sound = () => OpenAI.toFile(sly_sound, 'a.wav', { type: 'audio/wav' });

@@ -85,6 +85,7 @@ export class Backend {
       };
       socket.on('end', end);
       socket.on('close', end);
+      socket.raw?.on('close', end); // Node 18 does not tell it of the TLS socket
     });
     socket.setMaxListeners(0);   // each waiting request adds one or two
     this.connections.push(connection);
