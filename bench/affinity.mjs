@@ -94,12 +94,12 @@ class Replica {
 
 const replicas = Array.from({ length: kReplicas }, (_, i) => new Replica(`r${i}`));
 
-// `routing`: lines of [routing]; `more`: lines behind those of the backends.
-async function nexus(routing, among = replicas, more = '') {
+// `routing` and `server`: lines of these sections; `more`: lines behind those of the backends.
+async function nexus(routing, among = replicas, { server = '', more = '' } = {}) {
   const port = await free_port(), file = path.join(dir, `affinity-${port}.conf`);
   const backends = among.map((r) => `[backend ${r.name}]\nurl = http://127.0.0.1:${r.port}\ntype = vllm\n`);
-  fs.writeFileSync(file, `[server]\nlisten = 127.0.0.1:${port}\n[routing]\n${routing}\n[log]\naccess = off\n${backends.join('')}${more}`);
-  const child = await start([binary, file], port, { cores: '0' });
+  fs.writeFileSync(file, `[server]\nlisten = 127.0.0.1:${port}\n${server}[routing]\n${routing}\n[log]\naccess = off\n${backends.join('')}${more}`);
+  const child = await start([binary, '-c', file], port, { cores: '0' });
   await healthy(port);
   return { port, stop: () => stop(child) };
 }
@@ -290,11 +290,12 @@ async function beside_a_crowd(keys, seconds) {
   });
   server.keepAliveTimeout = 600_000;
   await new Promise((done) => server.listen(0, '127.0.0.1', done));
-  const places = `max_pending = ${kPlaces}\nmodels = bench-7b\n[queue]\nsize = 200\ntimeout = 60s\n`;
+  const more = `max_pending = ${kPlaces}\nmodels = bench-7b\n[queue]\nsize = 200\ntimeout = 60s\n`;
   const names = { crowd: 'sk-crowd-0123456789', one: 'sk-one-0123456789' };
   const file = path.join(dir, 'keys');
   fs.writeFileSync(file, Object.entries(names).map((pair) => `${pair.join(' ')}\n`).join(''));
-  const front = await nexus('', [{ name: 'one', port: server.address().port }], `${places}${keys ? `[server]\napi_keys_file = ${file}\n` : ''}`);
+  const only = { name: 'only', port: server.address().port };
+  const front = await nexus('', [only], { server: keys ? `api_keys_file = ${file}\n` : '', more });
   const until = performance.now() + seconds * 1000;
   const waits = [];
   let served = 0;
