@@ -352,8 +352,9 @@ class CandidatePicker {
     (choice.fallback ? fallback_tries_ : primary_tries_) += 1;
     tries_ += 1;
     if (needs_.affinity == 0) return;
-    // It stays where it was seen first, even if another one serves it meanwhile.
-    const std::uint16_t its = needs_.seen_at != 0 ? needs_.seen_at : backend_mark(backend_->affinity);
+    // It stays where load has moved it: its prompt is in the cache there. After a failure it comes back.
+    const bool stays = needs_.seen_at != 0 && choice_.affinity != AffinityOutcome::moved_load;
+    const std::uint16_t its = stays ? needs_.seen_at : backend_mark(backend_->affinity);
     context_.shared.recent_keys.note(needs_.affinity, its, context_.now);
   }
 

@@ -67,7 +67,7 @@ group('affinity', () => {
     assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3 * sessions.length - lost, moved_load: 0, moved_health: lost + 1, no_key: 0 });
   });
 
-  test('a session whose backend has too much to do, or fails, goes to the next in its order', async (t) => {
+  test('a session goes to the next in its order if its backend has too much to do, and stays there; if that fails, it comes back', async (t) => {
     const fleet = await start_fleet(t, three(), { routing: { ...on.routing, affinity_slack: '0%' }, health: { eject_after: 1000 } });
     const first = served_by(await fleet.ask('m1', {}, in_session('s')));
     const home = add_gate(fleet.mocks[first]);
@@ -86,11 +86,17 @@ group('affinity', () => {
     for (const client of held) assert.equal(served_by(await client.response()), first);
     for (const client of held) client.close();
     await fleet.pending(0);
-    home.answer = fails_with(500);
+    const next = fleet.mocks[served_by(moved)], answer = next.answer;
+    const stays = await fleet.ask('m1', {}, in_session('s'));
+    assert.equal(served_by(stays), served_by(moved), 'its prompt is in the cache there');
+    assert.equal(reason_of(stays), 'affinity');
+    next.answer = fails_with(500);
     const retried = await fleet.ask('m1', {}, in_session('s'));
-    assert.equal(served_by(retried), served_by(moved), 'both are the second in its order');
+    assert.equal(served_by(retried), first, 'the first in its order');
     assert.equal(reason_of(retried), 'retry after status_5xx, affinity moved');
-    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 3, moved_load: 1, moved_health: 1, no_key: 0 });
+    next.answer = answer;
+    assert.equal(served_by(await fleet.ask('m1', {}, in_session('s'))), served_by(moved));
+    assert.deepEqual(outcomes(await fleet.page_of_all()), { kept: 5, moved_load: 1, moved_health: 1, no_key: 0 });
   });
 
   test('a new session goes to an idle backend if its own is busy, and stays there', async (t) => {
