@@ -6,7 +6,7 @@
 #   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
 #   make bench-proxy QUICK=1    each part once and short, to see that everything works
 #   make bench-proxy WRITE=1    also writes bench/RESULTS.md and bench/results.svg
-#   make bench-affinity         sessions over four replicas with a cache of prompts, beside HAProxy's consistent hash
+#   make bench-affinity         sessions over four replicas with a cache of prompts, beside HAProxy's consistent hash: bench/AFFINITY.md
 #   make bench-proxy ONLY=small,streams   some parts alone (small half large streams idle calls start threads tls tls-idle stalls)
 
 HELP_MORE += 'make bench        every benchmark; make bench-proxy: beside nginx and HAProxy (QUICK=1, WRITE=1, ONLY=parts)'
