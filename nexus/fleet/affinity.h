@@ -22,6 +22,7 @@
 
 #include "nexus/api/request_json.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/config/settings.h"
 #include "nexus/http/head_parser.h"
@@ -69,21 +70,21 @@ inline std::string_view session_member(std::string_view body, const BodyFacts& f
   return body.substr(span.at + 1, span.bytes - 2);
 }
 
-// The closing quote of a JSON string, or `end` if it is not before that; `begin` is behind the opening quote.
+// The closing quote of a JSON string, or `end` if it is not before that; `begin` is behind the opening quote. Behind
+// `end` kPaddingBytes must be readable.
 inline std::size_t string_end(const char* base, std::size_t begin, std::size_t end) {
-  for (std::size_t at = begin; at < end; ++at) {
-    const void* const quote = std::memchr(base + at, '"', end - at);
-    if (quote == nullptr) return end;
-    at = static_cast<std::size_t>(static_cast<const char*>(quote) - base);
-    std::size_t run = at;  // of backslashes
-    while (run > begin && base[run - 1] == '\\') --run;
-    if ((at - run) % 2 == 0) return at;
+  const TextRun run = skip_text(base, begin, end, false);
+  std::size_t at = run.at + (run.escaped ? 1 : 0);
+  for (; at < end; at += 2) {
+    at = static_cast<std::size_t>(find_either(base + at, base + end, '"', '\\') - base);
+    if (at >= end || base[at] == '"') break;
   }
-  return end;
+  return std::min(at, end);
 }
 
 // The end of the first message of the user in the turns of a conversation, a JSON text, as far as it is scanned: all
-// requests of the conversation have the same bytes before it. A string is a whole prompt.
+// requests of the conversation have the same bytes before it. A string is a whole prompt. Behind the text kPaddingBytes
+// must be readable.
 inline std::size_t opening_end(std::string_view turns) {
   const char* const base = turns.data();
   const std::size_t end = std::min(turns.size(), kScannedOpening);
