@@ -126,6 +126,7 @@ constexpr bool tells_rate(std::string_view name) {
   return starts_with_ignoring_case(name, "x-ratelimit-") || starts_with_ignoring_case(name, "anthropic-ratelimit-");
 }
 
+// True if Connection names the field, or if it tells of limits and these are to be left out. Rare, so not inlined.
 [[gnu::noinline]] inline bool removed_by_name(const HeadView& head, std::string_view name, bool without_rates) {
   if (without_rates && tells_rate(name)) return true;
   return head.fields->connection_names && named_by_connection(head, name);
