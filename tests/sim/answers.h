@@ -49,6 +49,7 @@ class AnswerMaker {
     Answer answer;
     api_ = &api;
     number_ = number;
+    usage_end_ = 0;
     attempt.status = draw_status();
     const bool events = stream && attempt.status == 200;
     if (attempt.status == 204) {
@@ -137,6 +138,7 @@ class AnswerMaker {
       out +=
           event_text(*api_, "", R"("id":")" + name + R"(","choices":[],)" + usage_text(*api_, counts_of(attempt)), end);
       if (!by_client) attempt.extra_bytes = out.size() - attempt.extra_at;
+      usage_end_ = out.size();
     }
     if (error_at == events) out += error_event(*api_, dice_.one_in(4), end);
     if (events > 0 || openai || ends) out += closing_events(*api_, id, counts_of(attempt), ends, end);
@@ -194,12 +196,14 @@ class AnswerMaker {
     if (framing != Framing::chunked) {
       answer.first_at = out.size() + first;
       answer.first_end = out.size() + first_end;
+      usage_end_ += usage_end_ > 0 ? out.size() : 0;
       out += attempt.payload;
       return;
     }
     std::string_view rest = attempt.payload;
     const bool broken = dice_.chance(manners_.malformed_body);
     const bool by_event = events && dice_.one_in(2);
+    std::size_t usage_sent = 0;
     while (!rest.empty()) {
       std::size_t bytes = dice_.skewed(1, static_cast<std::uint32_t>(rest.size()));
       if (by_event && rest.find("\n\n") != std::string_view::npos) bytes = rest.find("\n\n") + 2;
@@ -209,8 +213,10 @@ class AnswerMaker {
       out.append(size).append(dice_.one_in(30) ? ";x=y\r\n" : "\r\n").append(rest.substr(0, bytes)).append("\r\n");
       if (first >= at && first < at + bytes) answer.first_at = out.size() - 2 - bytes + (first - at);
       if (first_end > at && first_end <= at + bytes) answer.first_end = out.size();
+      if (usage_end_ > at && usage_end_ <= at + bytes) usage_sent = out.size();
       rest.remove_prefix(bytes);
     }
+    usage_end_ = usage_sent;
     if (broken) {
       constexpr std::string_view kBroken[] = {"zz\r\n", "\r\n", "5\n12345\r\n", "-1\r\n", "10000000000000000\r\n"};
       out.append(kBroken[dice_.index(std::size(kBroken))]);
@@ -270,6 +276,7 @@ class AnswerMaker {
       } else {
         attempt.may_be_whole = false;
         by_fin = by_fin && !(until_close && in_extra);
+        attempt.told_before_end = by_fin && !stall && usage_end_ > 0 && keep >= usage_end_;
       }
       answer.bytes.resize(keep);
       answer.whole_bytes = attempt.may_be_whole ? keep : Answer::kNever;
@@ -341,6 +348,7 @@ class AnswerMaker {
   const Manners& manners_;
   const ApiRow* api_ = &kApiRows[0];
   std::size_t number_ = 0;
+  std::size_t usage_end_ = 0;  // of a stream's event with the usage, in the payload and then in the answer; 0: none
   std::uint32_t interim_ = 0;
 };
 

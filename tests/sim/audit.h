@@ -79,6 +79,7 @@ class Audit {
       const std::int64_t here = gateway_.metrics().pending(id);
       if (here < 0) ledger_.wrong("pending of %s is %lld", names.name(id).c_str(), static_cast<long long>(here));
       pending += here;
+      check_queue(id);
       const auto cap = caps_.find(names.name(id));
       if (cap != caps_.end() && cap->second > 0) check_cap(id, cap->second, here);
     }
@@ -128,6 +129,9 @@ class Audit {
       expect_zero("queue depth", queued);
     }
     expect_zero("requests in the queue", gateway_.admission().waiting());
+    if (!ledger_.draining) {
+      expect_zero("clients that nobody accepts", static_cast<std::int64_t>(wire_.listener.backlog.size()));
+    }
     for (const auto& worker : gateway_.each_worker()) {
       expect_zero("client connections", static_cast<std::int64_t>(worker->sessions().live()));
       expect_zero("backend connections", static_cast<std::int64_t>(worker->sessions().pool().open()));
@@ -148,11 +152,14 @@ class Audit {
 
   // ---- at the end ----
 
-  void check_counts() {
+  // `slack_ns`: how late a worker may hear of a drain.
+  void check_counts(Ns slack_ns) {
     Totals lines;
     for (std::size_t i = 0; i < ledger_.requests.size() && ledger_.ok(); ++i) {
       const Request& request = ledger_.requests[i];
       check_request(request, static_cast<unsigned>(i));
+      const bool late = ledger_.draining && request.began_at > ledger_.drained_at + slack_ns;
+      if (late && !request.attempts.empty()) ledger_.wrong("r%zu: came to a backend, though Nexus drains", i);
       if (ledger_.gentle) check_gentle(request, static_cast<unsigned>(i));
       if (request.lines == 1) lines.add(request);
       happened.add(request);
@@ -255,6 +262,15 @@ class Audit {
     if (value != 0) ledger_.wrong("at rest: %s is %lld, not 0", what, static_cast<long long>(value));
   }
 
+  // Nobody waits for a backend that has a place free.
+  void check_queue(BackendId id) {
+    const Admission& admission = gateway_.admission();
+    const std::uint32_t waiting = admission.waiting_for(id), cap = admission.cap_of(id);
+    if (waiting == 0 || (cap > 0 && admission.running_on(id) >= cap)) return;
+    ledger_.wrong("%u requests wait for %s, which runs %u and has a cap of %u", waiting,
+                  gateway_.control().registry().backend_names().name(id).c_str(), admission.running_on(id), cap);
+  }
+
   void check_cap(BackendId id, std::uint32_t cap, std::int64_t pending) {
     const std::uint32_t running = gateway_.admission().running_on(id);
     const auto& name = gateway_.control().registry().backend_names().name(id);
@@ -313,10 +329,10 @@ class Audit {
     check_answered(request, n);
   }
 
-  // A drain waits for the first request of each connection that there is.
+  // A drain waits for the first request of each connection that is there when it begins.
   void check_drained(const Request& request, unsigned n) {
     const bool first = request.kind == Request::Kind::completion && !request.kept && !request.pipelined;
-    const bool before = request.asked_at >= 0 && request.asked_at < ledger_.drained_at;
+    const bool before = request.asked_at >= 0 && request.asked_at + ledger_.way_ns < ledger_.drained_at;
     if (!ledger_.draining || ledger_.stopped || !ledger_.takes_all || !first || !before || request.client_left) return;
     if (request.status == 0 && !ledger_.memory_faults) {
       ledger_.wrong("r%u: was sent before the drain began, and got no answer", n);
@@ -348,6 +364,8 @@ class Audit {
                       static_cast<unsigned long long>(request.line_bytes));
       }
       check_tokens(request, n);
+    } else if (was_told(request)) {
+      check_tokens(request, n);
       // A drain waits a second for the rest of a refused body, then resets: the client may have read a part by then.
     } else if (!request.client_left && !request.line_cut && !ledger_.stopped && !ledger_.draining) {
       ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
@@ -377,6 +395,11 @@ class Audit {
     if (!of_backend && status / 100 == 4 && error != "bad_request") {
       ledger_.wrong("r%u: a backend's %u is counted as %s", n, status, error.c_str());
     }
+  }
+  // True if the stream broke off behind its usage.
+  static bool was_told(const Request& request) {
+    return request.attempt >= 0 && request.line_cut && request.line_error == "backend_error" &&
+           request.attempts[static_cast<std::size_t>(request.attempt)].told_before_end;
   }
   static std::size_t sent_bytes(const Request& request) { return request.received.size(); }
 
@@ -419,7 +442,7 @@ class Audit {
     request.line_error = value("error_type");
     request.line_backend = value("backend");
     request.line_key = value("key");
-    request.line_keyed = value("affinity") != "-";
+    request.line_affinity = value("affinity");
     request.line_attempts = static_cast<std::uint32_t>(std::max<std::int64_t>(0, number("attempts")));
     request.line_bytes = static_cast<std::uint64_t>(number("bytes"));
     request.line_prompt_tokens = number("prompt_tokens");

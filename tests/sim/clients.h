@@ -28,7 +28,10 @@ class Clients {
         clients_(swarm.clients),
         left_(swarm.requests) {}
 
-  void max_body_bytes(std::size_t bytes) { maker_.max_body_bytes = bytes; }
+  void limits(const ServerSettings& server) {
+    maker_.max_body_bytes = server.max_body_bytes;
+    maker_.max_header_bytes = swarm_.gentle ? 0 : server.max_header_bytes;
+  }
   void start() {
     for (std::uint32_t i = 0; i < clients_.size(); ++i) set_timer(i, kVisit, dice_.span(0, 20 * kMillisecond));
   }
@@ -197,6 +200,7 @@ class Clients {
     const bool alone = client.at_once == 1;
     const RequestMaker::Made made = maker_.make(client.out, who, client.http_1_0, client.keep_alive, alone);
     Request& request = ledger_.requests[made.number];
+    request.began_at = wire_.now();
     request.kept = client.answered;
     request.pipelined = !client.waiting.empty();
     client.waiting.push_back(made.number);
@@ -347,6 +351,10 @@ class Clients {
     if (request.backend == "forged" || request.fallback_model == "forged") {
       ledger_.wrong("client %u: a backend has set a field of Nexus's own", who);
     }
+    const std::string origin = answer.value_or_empty("Access-Control-Allow-Origin");
+    if (!origin.empty() && origin != "*" && !request.cross_origin) {
+      ledger_.wrong("client %u: a page may read a response that it did not ask for", who);
+    }
     if (answer.status == 204 && answer.has("Content-Length")) ledger_.wrong("client %u: 204 with a length", who);
     if (answer.has("X-Nexus-Route-Reason") && !is_reason(answer.value("X-Nexus-Route-Reason"))) {
       ledger_.wrong("client %u: a route reason that is none: %s", who, answer.value("X-Nexus-Route-Reason").c_str());
@@ -390,7 +398,7 @@ class Clients {
   void check_whose(std::uint32_t who, std::size_t number, Request& request) {
     const rfc9112::Message& answer = clients_[who].reader.message;
     const std::string mark = answer.value_or_empty("X-Sim");
-    const std::string id = Ledger::id_of(number);
+    const std::string id = ledger_.id_of(number);
     if (!mark.empty()) {
       if (mark.substr(0, mark.find('/')) != id) {
         return ledger_.wrong("client %u: the response to %.20s for %s", who, mark.c_str(), id.c_str());
@@ -440,7 +448,12 @@ class Clients {
   // Nexus's FIN has arrived, after all its bytes.
   void on_end(std::uint32_t who) {
     Client& client = clients_[who];
-    if (client.reader.end()) finish_answer(who);
+    const TlsPeer* tls = wire_.at(client.link).tls.get();
+    const bool begun = !client.reader.idle(), whole = client.reader.end();
+    if (tls != nullptr && tls->was_told_end() && begun && !whole) {
+      ledger_.wrong("client %u: TLS says the end within a response", who);
+    }
+    if (whole) finish_answer(who);
     end_visit(who, false);
   }
 

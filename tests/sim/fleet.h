@@ -6,6 +6,7 @@
 // Threads:  one.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <string_view>
@@ -130,8 +131,22 @@ class Fleet {
     if (!wire_.at(id).connected || id >= talks_.size()) return false;
     const Talk& talk = talks_[id];
     const bool kept = talk.answer.end == Answer::End::keep && !talk.overlong && !talk.unasked && !talk.peer_done;
-    return talk.settled && kept && talk.phase == Phase::reading && !talk.answered_early && talk.input.empty() &&
+    return kept && is_done_with(id);
+  }
+  // True if Nexus has read the newest answer whole and has asked for nothing since.
+  bool is_done_with(LinkId id) const {
+    if (!wire_.at(id).connected || id >= talks_.size()) return false;
+    const Talk& talk = talks_[id];
+    return talk.settled && talk.phase == Phase::reading && !talk.answered_early && !talk.deaf && talk.input.empty() &&
            wire_.at(id).to_peer.held() == 0;
+  }
+  // True if Nexus waits for the first byte that means something in an answer of this server.
+  bool owes_first(std::uint32_t server) const {
+    return std::any_of(servers_[server].links.begin(), servers_[server].links.end(), [this](LinkId id) {
+      const Conduct now = conduct(id);
+      return wire_.at(id).nexus_open && now.answer != nullptr &&
+             wire_.at(id).to_nexus.read < now.begins + now.answer->first_end;
+    });
   }
   // At the end of a turn in which Nexus has read from the connection.
   void note_read(LinkId id) {
@@ -145,6 +160,8 @@ class Fleet {
   std::uint64_t connections() const { return connections_; }
   std::uint64_t arrivals() const { return arrivals_; }
   std::uint64_t unasked() const { return unasked_; }
+  // Checks that were answered well, or begun to be.
+  std::uint64_t good_probes() const { return good_probes_; }
   std::size_t open() const {
     std::size_t open = 0;
     for (const Server& server : servers_) open += server.links.size();
@@ -243,7 +260,7 @@ class Fleet {
     for (const char* name : {"Content-Length", "Host", "X-Request-Id", "Via"}) {
       if (head.all(name).size() != 1) return false;
     }
-    for (const char* name : {"Transfer-Encoding", "X-Hop", "Expect", "Connection"}) {
+    for (const char* name : {"Transfer-Encoding", "X-Hop", "Expect", "Connection", "Accept-Encoding"}) {
       if (head.has(name)) return false;
     }
     // A backend with a key of its own gets that one. Nexus forwards a client's key only if it has none of its own.
@@ -296,6 +313,7 @@ class Fleet {
     talk.answer.body_at = talk.answer.whole_bytes - body.size();
     talk.number = -1;
     talk.answer.garbled = dice_.chance(manners_.malformed_head);
+    good_probes_ += fails || talk.answer.garbled ? 0 : 1;
     if (talk.answer.garbled) talk.answer.bytes[dice_.index(8)] = '?';
     if (dice_.chance(manners_.truncated)) talk.answer.bytes.resize(dice_.index(talk.answer.bytes.size()));
     if (dice_.chance(manners_.stall)) talk.answer.end = Answer::End::stall;
@@ -458,6 +476,7 @@ class Fleet {
   std::uint64_t connections_ = 0;
   std::uint64_t arrivals_ = 0;
   std::uint64_t unasked_ = 0;
+  std::uint64_t good_probes_ = 0;
 };
 
 }  // namespace nexus::sim

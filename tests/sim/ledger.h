@@ -34,8 +34,9 @@ struct Attempt {
   bool in_disguise = false;   // if complete, it is an error nonetheless: nothing was said, or an error event
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
-  bool lacks_end = false;      // a stream without its end mark
-  bool is_cut_unseen = false;  // no reader can tell that something is missing, and neither can the counts
+  bool told_before_end = false;  // the usage of a stream, which then ended too soon
+  bool lacks_end = false;        // a stream without its end mark
+  bool is_cut_unseen = false;    // no reader can tell that something is missing, and neither can the counts
 
   // The part of the payload that the client must get.
   std::string expected() const {
@@ -105,7 +106,10 @@ struct Request {
   bool http_1_0 = false;
   bool expects_continue = false;
   bool chunked = false;
-  bool kept = false;                  // not the first one on its connection
+  bool kept = false;          // not the first one on its connection
+  bool cross_origin = false;  // it names the page that it comes from
+  std::int32_t talk = -1;     // the conversation that it is a turn of; -1: none
+  std::size_t head_bytes = 0;
   bool pipelined = false;             // sent before the response to the one before it
   std::string_view page;              // the path, for Kind::page
   std::uint16_t expected_status = 0;  // for Kind::wrong; 0: any
@@ -124,6 +128,7 @@ struct Request {
   bool whole = false;
   std::int32_t attempt = -1;  // the attempt whose response it is; -1: Nexus's own
   Ns answered_at = -1;        // when Nexus wrote the first byte
+  Ns began_at = -1;           // the client had sent no byte of the request before that
   Ns asked_at = -1;           // when the client had sent the last byte of the request
   std::string received;       // the body
   std::string backend, fallback_model;
@@ -132,9 +137,8 @@ struct Request {
   // The request's log line:
   std::uint32_t lines = 0;
   std::uint16_t line_status = 0;
-  std::string line_error, line_backend, line_model, line_key;
+  std::string line_error, line_backend, line_model, line_key, line_affinity;
   std::uint32_t line_attempts = 0;
-  bool line_keyed = false;  // it has the hash of a session
   std::uint64_t line_bytes = 0;
   std::int64_t line_prompt_tokens = -1, line_completion_tokens = -1;
   bool line_cut = false;
@@ -172,9 +176,11 @@ class Ledger {
   std::vector<Request> requests;
   std::uint64_t answers = 0;  // complete ones
   bool memory_faults = false;
-  bool gentle = false;  // see swarm.h
+  bool long_ids = false;  // some are
+  bool gentle = false;    // see swarm.h
   bool draining = false;
   Ns drained_at = kNever;  // when the drain began
+  Ns way_ns = 0;           // the longest time that a client's bytes are on their way
   bool takes_all = false;  // no connection is refused for want of something on this host
   bool stopped = false;    // Nexus was stopped
 
@@ -191,9 +197,15 @@ class Ledger {
   bool ok() const { return first_wrong_.empty(); }
   const std::string& first_wrong() const { return first_wrong_; }
 
-  static std::string id_of(std::size_t number) { return "r" + std::to_string(number); }
+  // Some are as long as a client's id may be, if memory for it is sure.
+  std::string id_of(std::size_t number) const {
+    std::string id = "r" + std::to_string(number);
+    if (number % 8 == 3 && long_ids) id.resize(kMaxRequestIdBytes, '.');
+    return id;
+  }
   // The number of a request by its id, or -1.
   std::int64_t number_of(std::string_view id) const {
+    if (id.size() == kMaxRequestIdBytes) id = id.substr(0, id.find_last_not_of('.') + 1);
     if (id.size() < 2 || id.size() > 9 || id[0] != 'r') return -1;
     std::int64_t number = 0;
     for (const char c : id.substr(1)) {

@@ -17,7 +17,8 @@ class RequestMaker {
  public:
   RequestMaker(Ledger& ledger, Dice& dice, const Habits& habits) : ledger_(ledger), dice_(dice), habits_(habits) {}
 
-  std::size_t max_body_bytes = SIZE_MAX;  // of the first configuration
+  // Of the first configuration. 0: no head comes near it.
+  std::size_t max_body_bytes = SIZE_MAX, max_header_bytes = 0;
 
   struct Made {
     std::size_t number;
@@ -31,7 +32,7 @@ class RequestMaker {
     request.client = client;
     request.http_1_0 = http_1_0;
     const std::size_t number = ledger_.requests.size();
-    const std::string id = Ledger::id_of(number);
+    const std::string id = ledger_.id_of(number);
     const std::size_t from = out.size();
     Made made{number, 0, false};
     if (dice_.chance(habits_.page)) {
@@ -43,6 +44,7 @@ class RequestMaker {
     } else {
       made.head_bytes = write_completion(out, request, id, http_1_0, keep_alive, may_expect);
     }
+    request.head_bytes = made.head_bytes;
     ledger_.requests.push_back(std::move(request));
     return made;
   }
@@ -77,8 +79,8 @@ class RequestMaker {
     const std::string text = "\"" + std::string(pattern_of(number * 7, bytes)) + "\"";
     const std::string needs = draw_needs(request);
     const std::string parts = R"([{"type":"image_url","image_url":{"url":"x"}},{"type":"text","text":)" + text + "}]";
-    const std::string content =
-        R"("messages":[{"role":"user","content":)" + (request.needs.vision ? parts : text) + "}]" + needs;
+    const std::string turn = R"({"role":"user","content":)" + (request.needs.vision ? parts : text) + "}";
+    const std::string content = R"("messages":[)" + draw_talk(request) + turn + "]" + needs;
     if (dice_.one_in(2)) {
       body.before = content + ",";
       body.after = R"("n":1)";
@@ -88,6 +90,19 @@ class RequestMaker {
     if (dice_.one_in(4)) body.before.insert(0, "\n ");
     request.sent_body = body.render(body.model, false);
     pad(request);
+  }
+
+  // Draws the conversation that the request goes on with. Returns what was said before.
+  std::string draw_talk(Request& request) {
+    if (!dice_.one_in(4)) return {};
+    request.talk = static_cast<std::int32_t>(dice_.number(0, 3));
+    const std::string opening = std::to_string(request.talk) + std::string(300, 'o');  // long enough for affinity
+    std::string out = R"({"role":"user","content":")" + opening + R"("},)";
+    for (std::uint32_t i = dice_.number(1, 3); i > 0; --i) {
+      if (i > 1) out += R"({"role":"user","content":"go on"},)";
+      out += R"({"role":"assistant","content":")" + std::to_string(dice_.number(0, 9)) + R"("},)";
+    }
+    return out;
   }
 
   // Draws what the request needs of its backend. Returns the members that say so, behind the messages.
@@ -131,21 +146,35 @@ class RequestMaker {
     }
     write_id(out, id, http_1_0, keep_alive);
     if (dice_.one_in(2)) out.append("X-Session-Id: s").append(std::to_string(dice_.number(0, 9))).append("\r\n");
+    request.cross_origin = dice_.one_in(8);
+    if (request.cross_origin) out.append("Origin: https://page\r\n");
+    if (dice_.one_in(8)) out.append("Accept-Encoding: gzip\r\n");
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
     const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
     const bool expects = may_expect && dice_.chance(habits_.expect_continue);
     request.expects_continue = expects && !http_1_0;  // RFC 9110 10.1.1: no answer to an HTTP/1.0 client
     if (expects) out.append("Expect: 100-continue\r\n");
     if (!chunked) {
-      out.append("Content-Length: ").append(std::to_string(request.sent_body.size())).append("\r\n\r\n");
-      const std::size_t head_bytes = out.size() - from;
+      out.append("Content-Length: ").append(std::to_string(request.sent_body.size())).append("\r\n");
+      const std::size_t head_bytes = end_head(out, from);
       out += request.sent_body;
       return head_bytes;
     }
-    out.append("Transfer-Encoding: chunked\r\n\r\n");
-    const std::size_t head_bytes = out.size() - from;
+    out.append("Transfer-Encoding: chunked\r\n");
+    const std::size_t head_bytes = end_head(out, from);
     write_chunks(out, request.sent_body);
     return head_bytes;
+  }
+
+  // Sometimes the head is as large as it may be, or larger by a byte. Returns its bytes.
+  std::size_t end_head(std::string& out, std::size_t from) {
+    constexpr std::string_view kPad = "X-Pad: \r\n";
+    const std::size_t wanted = max_header_bytes + (dice_.one_in(2) ? 1 : 0), is = out.size() + 2 - from;
+    if (is + kPad.size() <= wanted && dice_.one_in(max_header_bytes < 2000 ? 4 : 60)) {
+      out.append(kPad).insert(out.size() - 2, wanted - is - kPad.size(), 'x');
+    }
+    out += "\r\n";
+    return out.size() - from;
   }
 
   void write_chunks(std::string& out, std::string_view body) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "fleet.h"
 #include "ledger.h"
 #include "tests/lib/exposition_parser.h"
 #include "tests/lib/gateway.h"
@@ -20,7 +21,8 @@ namespace nexus::sim {
 
 class Scrape {
  public:
-  Scrape(Ledger& ledger, const Gateway& gateway) : ledger_(ledger), registry_(gateway.control().registry()) {
+  Scrape(Ledger& ledger, const Gateway& gateway, const Fleet& servers)
+      : ledger_(ledger), gateway_(gateway), servers_(servers), registry_(gateway.control().registry()) {
     fleet_.backends.reserve(registry_.backends().size());
     for (const Registry::Backend& backend : registry_.backends()) {
       const bool healthy = backend.health == Health::healthy && backend.address.has_value();
@@ -33,6 +35,25 @@ class Scrape {
                         registry_.keys().names(), LabelMode::sanitize);
     stats_ = collect_stats(gateway.metrics(), fleet_, registry_.model_names(), registry_.backend_names(),
                            registry_.keys().names());
+  }
+
+  // While requests run: what the page says of now is so.
+  void check_now() {
+    const exposition::Reader page(text_);
+    std::uint64_t connections = 0, queued = 0, in_flight = 0, ending = 0;
+    for (const auto& worker : gateway_.each_worker()) {
+      connections += worker->sessions().live();
+      worker->sessions().each([&](const auto& session) {
+        const ExchangeState state = session.exchange.state();
+        queued += state == ExchangeState::queued ? 1 : 0;
+        in_flight += state >= ExchangeState::connecting && state <= ExchangeState::streaming ? 1 : 0;
+        ending += state == ExchangeState::finishing ? 1 : 0;
+      });
+    }
+    shows("nexus_client_connections", page, connections);
+    shows("nexus_queue_depth", page, queued);
+    within("nexus_backend_in_flight", page.sum("nexus_backend_in_flight"), in_flight, ending);
+    within("nexus_pending_requests", page.sum("nexus_pending_requests"), queued + in_flight, ending);
   }
 
   void check() {
@@ -77,7 +98,7 @@ class Scrape {
       requests += 1;
       statuses[request.line_status] += 1;
       attempts += request.line_attempts;
-      keyed += request.line_keyed ? 1 : 0;
+      keyed += request.line_affinity != "-" ? 1 : 0;
       if (request.line_error != "-") {
         failed += 1;
         errors[request.line_error] += 1;
@@ -88,6 +109,10 @@ class Scrape {
     }
   };
 
+  void shows(const char* name, const exposition::Reader& page, std::uint64_t there) {
+    if (page.sum(name) == static_cast<double>(there)) return;
+    ledger_.wrong("%s is %.0f, and %llu are there", name, page.sum(name), static_cast<unsigned long long>(there));
+  }
   void same(const char* what, double shown, std::uint64_t lines) {
     if (shown == static_cast<double>(lines)) return;
     ledger_.wrong("%s is %.0f, the log says %llu", what, shown, static_cast<unsigned long long>(lines));
@@ -146,7 +171,8 @@ class Scrape {
       if (request.status == 400 && request.kind == Request::Kind::malformed) least["malformed"] += 1;
       if (request.status == 405) least["method"] += 1;
       if (request.status == 404 && request.lines == 0 && wrong) least["unknown_path"] += 1;
-      unsure += request.status == 408 || request.status == 0 ? 1 : 0;
+      // Without memory for its answer, one that was counted gets 503.
+      unsure += request.status == 408 || request.status == 503 || request.status == 0 ? 1 : 0;
     }
     for (const char* reason : {"header_too_large", "malformed", "method", "unknown_path"}) {
       within(reason, page.sum("nexus_http_rejections_total", {{"reason", reason}}), least[reason], unsure);
@@ -168,6 +194,11 @@ class Scrape {
     same("nexus_backend_in_flight", page.sum("nexus_backend_in_flight"), 0);
     same("nexus_queue_depth", page.sum("nexus_queue_depth"), 0);
     same("nexus_client_connections", page.sum("nexus_client_connections"), 0);
+    const double passed = page.sum("nexus_backend_latency_seconds_count");
+    if (passed > static_cast<double>(servers_.good_probes())) {
+      ledger_.wrong("nexus_backend_latency_seconds counts %.0f checks, %llu were answered", passed,
+                    static_cast<unsigned long long>(servers_.good_probes()));
+    }
   }
 
   void check_stats(const Lines& lines) {
@@ -181,10 +212,19 @@ class Scrape {
       const bool ordered = i == 0 || stats_.models[i - 1].requests >= stats_.models[i].requests;
       if (!ordered) ledger_.wrong("/v1/stats: the models are not in order of their requests");
     }
+    for (const StatsRow& row : stats_.backends) {
+      const auto& registered = registry_.backends();
+      const bool known = std::any_of(registered.begin(), registered.end(),
+                                     [&](const auto& backend) { return backend.settings.name == row.name; });
+      if (!known && row.name != "none")
+        ledger_.wrong("/v1/stats: %s is shown as one of the fleet", std::string(row.name).c_str());
+    }
     if (backends > lines.requests || models > lines.requests) ledger_.wrong("/v1/stats: a request counts twice");
   }
 
   Ledger& ledger_;
+  const Gateway& gateway_;
+  const Fleet& servers_;
   const Registry& registry_;
   std::array<std::string_view, kEndpoints.size()> paths_{};
   FleetView fleet_;

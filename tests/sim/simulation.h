@@ -18,6 +18,7 @@
 #include "fleet.h"
 #include "freshness.h"
 #include "kinds.h"
+#include "limits.h"
 #include "names.h"
 #include "policy.h"
 #include "reloads.h"
@@ -66,7 +67,7 @@ class Simulation {
         clients_(wire_, ledger_, dice_, swarm_),
         blame_(ledger_, wire_, fleet_, names_, gateway_, circuits_, slack()),
         policy_(ledger_, wire_, freshness_, gateway_, circuits_),
-        upkeep_(ledger_, wire_, fleet_, gateway_, slack()),
+        upkeep_(ledger_, wire_, fleet_, gateway_, circuits_, slack()),
         settings_(first_settings(seed, canary)),
         gateway_(wire_, settings_, swarm_.workers, seed, &rings, canary),
         audit_(ledger_, gateway_, wire_),
@@ -88,7 +89,7 @@ class Simulation {
       freshness_.on_request(link, address_of_server(link.peer), head, request, arrived, first, sent.at, slack());
       policy_.on_request(link, number, arrived.model, first, sent);
     };
-    clients_.max_body_bytes(settings_->server.max_body_bytes);
+    clients_.limits(settings_->server);
     blame_.note(*settings_);
     policy_.note(*settings_);
     end_turn(gateway_.workers());  // the first checks have begun
@@ -96,7 +97,9 @@ class Simulation {
     wire_.most_descriptors = swarm_.most_descriptors;
     audit_.note_caps(*settings_);
     ledger_.memory_faults = swarm_.memory_fails || faults().failing_allocation > 0;
+    ledger_.long_ids = scale_ == Scale::whole && !ledger_.memory_faults;
     ledger_.gentle = swarm_.gentle;
+    ledger_.way_ns = swarm_.latency_ns + swarm_.jitter_ns + swarm_.most_pieces * swarm_.gap_ns;
     ledger_.takes_all = swarm_.weather.accept_fails.never() && swarm_.weather.watch_fails.never() &&
                         swarm_.most_descriptors == SIZE_MAX && swarm_.reloads == 0 &&
                         settings_->server.max_connections > swarm_.clients;
@@ -240,7 +243,7 @@ class Simulation {
     calm_ = true;
     const Ns until = wire_.now() + kCalm;
     while (ledger_.ok() && wire_.now() < until && !gateway_.workers_ended() &&
-           !(gateway_.is_empty() && names_.idle())) {
+           !(gateway_.is_empty() && names_.idle() && (ledger_.draining || wire_.listener.backlog.empty()))) {
       step(until);
     }
     if (ledger_.ok() && !gateway_.workers_ended()) audit_.check_rest();
@@ -259,13 +262,13 @@ class Simulation {
     clients_.calm();
     deliver_all();
     clients_.end_all();
-    audit_.check_counts();
+    audit_.check_counts(slack());
     if (ledger_.ok()) freshness_.check_refusals();
     if (ledger_.ok()) blame_.check_cancelled();
     if (ledger_.ok()) policy_.check_at_end();
-    if (ledger_.ok()) Scrape(ledger_, gateway_).check();
+    if (ledger_.ok()) Scrape(ledger_, gateway_, fleet_).check();
     if (ledger_.ok() && scale_ == Scale::crowd) check_fairness();
-    if (ledger_.ok() && reloads_of_run_ == 0) check_limits();
+    if (ledger_.ok() && reloads_of_run_ == 0) Limits(ledger_, *settings_, slack()).check();
     gateway_.end_control();
     if (ledger_.ok()) audit_.check_closed();
   }
@@ -273,28 +276,6 @@ class Simulation {
   void check_fairness() {
     const std::size_t contended = Fairness::check(ledger_, *settings_, swarm_.latency_ns);
     if (contended < swarm_.requests / 2) ledger_.wrong("only %zu requests began while both keys waited", contended);
-  }
-
-  // What a configuration that was never changed says of each request.
-  void check_limits() {
-    const std::size_t max_body = settings_->server.max_body_bytes;
-    const Ns most = settings_->upstream.request_timeout_ns;
-    for (std::size_t i = 0; i < ledger_.requests.size(); ++i) {
-      const Request& request = ledger_.requests[i];
-      if (request.kind != Request::Kind::completion || request.lines != 1 || request.client_left) continue;
-      const unsigned n = static_cast<unsigned>(i);
-      const bool too_large = request.sent_body.size() > max_body;
-      if (too_large ? request.attempt >= 0 || !request.attempts.empty() : request.status == 413) {
-        ledger_.wrong("r%u: %u for a body of %zu bytes, max_body is %zu", n, request.status, request.sent_body.size(),
-                      max_body);
-      }
-      const bool at_once = request.kept && !request.pipelined;  // others wait for a place, or for one before them
-      const Ns took = request.answered_at - request.asked_at;
-      if (most > 0 && at_once && request.asked_at >= 0 && took > most + 2 * slack() && !ledger_.memory_faults) {
-        ledger_.wrong("r%u: answered after %lld ms, request_timeout is %lld ms", n,
-                      static_cast<long long>(took / kMillisecond), static_cast<long long>(most / kMillisecond));
-      }
-    }
   }
 
   // Delivers everything in transit; nobody answers any more.
@@ -371,6 +352,7 @@ class Simulation {
     check_servers();
     not_before_[loop] = wire_.now() + (swarm_.turn_ns > 0 ? dice_.span(0, swarm_.turn_ns) : 0);
     if (dice_.chance(swarm_.late_turn)) not_before_[loop] += dice_.span(0, swarm_.late_by_ns);
+    if (turns_ % 1024 == 0 && !ledger_.memory_faults) Scrape(ledger_, gateway_, fleet_).check_now();
     if (turns_ % 16 == 0 && wire_.all_links() > 0)
       audit_.check_blocked(static_cast<LinkId>(dice_.index(wire_.all_links())), slack());
   }
