@@ -134,11 +134,12 @@ TEST_CASE("a refused body is read away in shares of a turn") {
   Peer& other = gateway.connect();
   gateway.send(refused, head_of(60u << 20));
   CHECK(refused.received.starts_with("HTTP/1.1 413"));
-  gateway.net.send(refused, std::string(8u << 20, 'x'));
+  gateway.net.wire.peer_send(refused.link, std::string(8u << 20, 'x'));  // Script's own ends with Nexus's FIN
   gateway.net.send(other, kHealth);
   const auto unread = [&] { return gateway.net.wire.at(refused.link).to_nexus.unread(); };
   gateway.net.deliver();
   const std::size_t before = unread();
+  CHECK(before > 3 * nexus::kRoomyBlock);
   gateway.turn();
   CHECK(answers(other) == 1);
   CHECK(before - unread() <= 2 * nexus::kRoomyBlock);
@@ -183,6 +184,18 @@ TEST_CASE("max_fields has its own error, and holds for backends too") {
   CHECK(garbled.starts_with("HTTP/1.1 502"));
   CHECK(garbled.find("max_fields") != std::string::npos);
   CHECK(gateway.limit_hits(Limit::max_fields) == 2);
+}
+
+TEST_CASE("a head of exactly max_header is served, and one that is a byte longer is refused") {
+  constexpr std::size_t kMost = 2'000;
+  const std::string begin = "GET /health HTTP/1.1\r\nHost: a\r\nX: ", end = "\r\n\r\n";
+  for (const std::size_t bytes : {kMost, kMost + 1}) {
+    Gateway gateway(options([](nexus::Settings& s) { s.server.max_header_bytes = kMost; }));
+    Peer& client = gateway.connect();
+    gateway.send(client, begin + std::string(bytes - begin.size() - end.size(), 'x') + end);
+    CHECK(client.received.starts_with(bytes == kMost ? "HTTP/1.1 200" : "HTTP/1.1 431"));
+    CHECK(gateway.limit_hits(Limit::max_header) == (bytes == kMost ? 0 : 1));
+  }
 }
 
 TEST_CASE("max_header holds for the heads of backends too") {
