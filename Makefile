@@ -56,7 +56,7 @@ ifneq ($(DEV),)
   LINK_MODE := -static
 else ifeq ($(SAN),)
   B := build$(CROSS:%=/%)
-  OPTIMISE := -O2 $(HARDENING)
+  OPTIMISE := -O3 $(HARDENING)
   LINK_MODE := $(HARDENED_LINK)
 # Without vptr: its check opens a pipe, so it cries wolf in the test that leaves no descriptor. Nothing here is virtual.
 else ifeq ($(SAN),address)
@@ -217,7 +217,7 @@ endif
 
 # The daemon as one source file, with this command in its first lines. (g++ forgets "-x c" after each file.)
 SINGLE := build/nexus.single
-SINGLE_COMMAND = $(CXX) -std=c++20 -O2 -w $(NO_TLS:%=-DNEXUS_NO_TLS) $(HARDENING) $(HARDENED_LINK) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
+SINGLE_COMMAND = $(CXX) -std=c++20 -O3 -w $(NO_TLS:%=-DNEXUS_NO_TLS) $(HARDENING) $(HARDENED_LINK) -pthread -DSIMDJSON_DEVELOPMENT_CHECKS=0 -DLLHTTP_STRICT_MODE=1 \
   -I$(SIMDJSON) $(LLHTTP_INCLUDES:-isystem=-I) $(SINGLE).cpp $(SIMDJSON)/simdjson.cpp \
   $(if $(LLHTTP),$(addprefix -x c ,$(LLHTTP_SOURCES)) -x none) $(LDLIBS) -o $(SINGLE)
 single: $(READY)

@@ -184,8 +184,11 @@ inline Field classify_underscored(std::string_view name) {
 
 inline Field classify_field(std::string_view name) {
   if (name.empty()) return Field::other;
+  const Field field = detail::classify_dashed(name);
+  const bool by_prefix = field == Field::x_nexus || field == Field::access_control;  // an underscore may follow
+  if (field != Field::other && !by_prefix) return field;
   const bool underscore = std::memchr(name.data(), '_', name.size()) != nullptr;
-  return underscore ? detail::classify_underscored(name) : detail::classify_dashed(name);
+  return underscore ? detail::classify_underscored(name) : field;
 }
 
 // The position of a field's name and value, as offsets from the head's first byte: the buffer may move.

@@ -69,7 +69,8 @@ inline constexpr auto kMethods = std::to_array<std::pair<std::string_view, llhtt
 constexpr std::uint8_t kInTarget = 1;
 constexpr std::uint8_t kInHostName = 2;
 constexpr std::uint8_t kInIpv6 = 4;
-constexpr std::uint8_t kInToken = 8;  // RFC 9110 5.6.2
+constexpr std::uint8_t kInToken = 8;      // RFC 9110 5.6.2
+constexpr std::uint8_t kAsItStands = 16;  // any byte but `%`
 inline constexpr auto kBytePlaces = [] {
   std::array<std::uint8_t, 256> places{};
   for (std::size_t at = 0x21; at < 0x7f; ++at) {
@@ -81,35 +82,46 @@ inline constexpr auto kBytePlaces = [] {
     const bool host_name = alphanumeric || is_in("-._~");
     const bool ipv6 = is_digit(c) || (lower >= 'a' && lower <= 'f') || is_in(":.");
     const bool token = alphanumeric || is_in("!#$%&'*+-.^_`|~");
-    places[at] =
-        static_cast<std::uint8_t>(target * kInTarget + host_name * kInHostName + ipv6 * kInIpv6 + token * kInToken);
+    places[at] = static_cast<std::uint8_t>(target * kInTarget + host_name * kInHostName + ipv6 * kInIpv6 +
+                                           token * kInToken + (c != '%') * kAsItStands);
   }
   return places;
 }();
 
-inline bool all_may_be(std::uint8_t place, std::string_view text) {
-  return std::all_of(text.begin(), text.end(),
-                     [place](char c) { return (kBytePlaces[static_cast<unsigned char>(c)] & place) != 0; });
+constexpr bool may_be(std::uint8_t place, char c) { return (kBytePlaces[static_cast<unsigned char>(c)] & place) != 0; }
+
+// The places in which each byte of the text may occur.
+inline std::uint8_t places_of(std::string_view text) {
+  unsigned places = 0xff;
+  for (const char c : text) places &= kBytePlaces[static_cast<unsigned char>(c)];
+  return static_cast<std::uint8_t>(places);
 }
+inline bool all_may_be(std::uint8_t place, std::string_view text) { return (places_of(text) & place) != 0; }
 
 // RFC 9110 7.2: host [":" port], with no user, path, list or space in it.
 inline const char* check_host(std::string_view host) {
   if (host.empty() || host[0] == ':') return "Host is empty";
   const bool v6 = host[0] == '[';
-  const std::size_t end = v6 ? host.find(']') : std::min(host.find(':'), host.size());
-  if (end == std::string_view::npos || (v6 && end < 3)) return "Host is not a host";
-  const std::string_view name = v6 ? host.substr(1, end - 1) : host.substr(0, end);
-  if (!all_may_be(v6 ? kInIpv6 : kInHostName, name)) return "Host is not a host";
-  const std::string_view port = host.substr(v6 ? end + 1 : end);  // with its colon
-  if (port.empty()) return nullptr;
-  const bool valid = port[0] == ':' && port.size() <= 6 && std::all_of(port.begin() + 1, port.end(), is_digit);
-  return valid ? nullptr : "Host is not a host";
+  std::size_t end = v6 ? 1 : 0;  // of the name
+  while (end < host.size() && may_be(v6 ? kInIpv6 : kInHostName, host[end])) ++end;
+  if (v6) {
+    if (end < 3 || end == host.size() || host[end] != ']') return "Host is not a host";
+    end += 1;
+  }
+  if (end == host.size()) return nullptr;
+  if (host[end] != ':' || host.size() - end > 6) return "Host is not a host";
+  for (std::size_t at = end + 1; at < host.size(); ++at) {
+    if (!is_digit(host[at])) return "Host is not a host";
+  }
+  return nullptr;
 }
 
 // Origin form (RFC 9112 3.2.1), and nothing that another parser could read differently.
 inline const char* check_path(std::string_view target) {
   if (target.empty() || target[0] != '/') return "the target is not an absolute path";
-  if (!all_may_be(kInTarget, target)) return "a byte in the target that must be escaped";
+  const std::uint8_t places = places_of(target);
+  if ((places & kInTarget) == 0) return "a byte in the target that must be escaped";
+  if ((places & kAsItStands) != 0) return nullptr;
   for (std::size_t i = target.find('%'); i != std::string_view::npos; i = target.find('%', i + 1)) {
     const std::string_view hex = target.substr(i + 1, 2);
     if (hex.size() != 2 || hex_value(hex[0]) < 0 || hex_value(hex[1]) < 0) return "a broken escape in the target";
@@ -146,7 +158,7 @@ inline const char* check_target(std::uint8_t method, std::string_view& target) {
 // `HTTP/1.x`.
 inline LineResult read_version(std::string_view text, bool& http_1_0) {
   const bool well_formed =
-      text.size() == 8 && text.starts_with("HTTP/") && is_digit(text[5]) && text[6] == '.' && is_digit(text[7]);
+      text.size() == 8 && begins_with(text, "HTTP/") && is_digit(text[5]) && text[6] == '.' && is_digit(text[7]);
   if (!well_formed) return {"the version is not HTTP/1.1 or HTTP/1.0"};
   if (text[5] != '1') return {"the version is not HTTP/1.1 or HTTP/1.0", HeadError::bad_version};
   http_1_0 = text[7] == '0';
@@ -161,7 +173,6 @@ inline LineResult read_start_line(std::string_view line, RequestLine& out) {
   const std::size_t target_end = method_end == std::string_view::npos ? method_end : line.find(' ', method_end + 1);
   if (target_end == std::string_view::npos) return {"the request line has no target or no version"};
   const std::string_view method = line.substr(0, method_end);
-  if (method.empty() || !detail::all_may_be(detail::kInToken, method)) return {"the method is not a token"};
   const LineResult version = detail::read_version(line.substr(target_end + 1), out.http_1_0);
   if (version.why != nullptr) return version;
   const auto* known = std::find_if(detail::kMethods.begin(), detail::kMethods.end(),
@@ -169,6 +180,7 @@ inline LineResult read_start_line(std::string_view line, RequestLine& out) {
   if (known != detail::kMethods.end()) {
     out.method = static_cast<std::uint8_t>(known->second);
   } else {
+    if (method.empty() || !detail::all_may_be(detail::kInToken, method)) return {"the method is not a token"};
     out.method = HTTP_GET;  // only the target's form depends on it
     out.refusal = HeadError::unknown_method;
   }

@@ -98,13 +98,18 @@ inline bool is_request_id(std::string_view id) {
   return std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
 }
 
-// The two hex digits of every byte.
-inline constexpr auto kHexPairs = [] {
-  constexpr std::string_view kHex = "0123456789abcdef";
-  std::array<std::array<char, 2>, 256> pairs{};
-  for (std::size_t i = 0; i < 256; ++i) pairs[i] = {kHex[i >> 4], kHex[i & 15]};
-  return pairs;
-}();
+// The eight hex digits of a number, the highest first in the highest byte: each nibble gets a byte, and the ones above
+// nine are moved on to the letters.
+constexpr std::uint64_t hex_digits_of(std::uint32_t number) {
+  constexpr std::uint64_t kEach = 0x0101010101010101;
+  std::uint64_t nibbles = number;
+  nibbles = (nibbles | nibbles << 16) & 0x0000ffff0000ffff;
+  nibbles = (nibbles | nibbles << 8) & 0x00ff00ff00ff00ff;
+  nibbles = (nibbles | nibbles << 4) & 0x0f * kEach;
+  const std::uint64_t letters = (nibbles + 6 * kEach) >> 4 & kEach;
+  return nibbles + '0' * kEach + letters * ('a' - '0' - 10);
+}
+static_assert(hex_digits_of(0x09afbe10) == 0x3039616662653130);
 
 // Grows `list` so that `list[index]` exists. False if memory is short.
 template <class T>
@@ -276,12 +281,14 @@ struct WorkerContext {
       id.assign(value_of(base, *row));
       return;
     }
-    id.clear();  // if memory is short, the request has no id
-    id.resize(32);
-    for (std::size_t i = 0; i < 32; i += 16) {
-      std::uint64_t bits = random.next();
-      for (std::size_t j = 0; j < 16; j += 2, bits >>= 8) std::memcpy(&id[i + j], kHexPairs[bits & 255].data(), 2);
+    std::array<std::uint64_t, 4> digits;
+    for (std::size_t i = 0; i < digits.size(); i += 2) {
+      const std::uint64_t bits = random.next();
+      digits[i] = hex_digits_of(static_cast<std::uint32_t>(bits));
+      digits[i + 1] = hex_digits_of(static_cast<std::uint32_t>(bits >> 32));
     }
+    id.clear();  // if memory is short, the request has no id
+    id.append(reinterpret_cast<const char*>(digits.data()), sizeof digits);
   }
 
   // Logs that this host lacks what a connection to a backend needs; at most one line in kLackLogInterval.

@@ -45,7 +45,8 @@ class Limits {
     const std::size_t most = settings_.server.max_body_bytes;
     const bool too_large = request.sent_body.size() > most;
     if (!(too_large ? request.attempt >= 0 || !request.attempts.empty() : request.status == 413)) return;
-    ledger_.wrong("r%u: %u for a body of %zu bytes, max_body is %zu", n, request.status, request.sent_body.size(), most);
+    ledger_.wrong("r%u: %u for a body of %zu bytes, max_body is %zu", n, request.status, request.sent_body.size(),
+                  most);
   }
 
   void check_time(const Request& request, unsigned n) {
@@ -64,8 +65,7 @@ class Limits {
     for (const Request& request : ledger_.requests) {
       const std::string_view key = request.line_affinity;
       if (request.talk < 0 || request.lines != 1 || key == "-") continue;
-      const auto [at, first] =
-          seen.try_emplace({request.talk, request.api, request.line_key, request.body.model}, key);
+      const auto [at, first] = seen.try_emplace({request.talk, request.api, request.line_key, request.body.model}, key);
       if (!first && at->second != key) ledger_.wrong("two turns of a conversation have different keys for affinity");
     }
   }
