@@ -1,7 +1,8 @@
 # Benchmarks. They need an idle machine, and two cores for the proxies; bench-instructions needs neither.
 #
 #   make bench                  everything but bench-instructions
-#   make bench-instructions     instructions per request, by source file (NEXUS=path measures another binary)
+#   make bench-instructions     instructions per request, by source file, per chunk, prompt and line (NEXUS=path measures another
+#                               binary; CHECK=1 fails 2 % above bench/instructions.json, WRITE=1 sets it)
 #   make bench-metrics          the cost of recording a request and of rendering a line, beside prometheus-cpp
 #   make bench-proxy            Nexus beside a blind forwarder, nginx and HAProxy: one table
 #   make bench-proxy QUICK=1    each part once and short, to see that everything works
@@ -25,9 +26,14 @@ BENCH_PACKAGES := $(strip \
   $(call lacks,/usr/include/prometheus/registry.h,prometheus-cpp-dev))
 BENCH_DEPS := $(if $(BUILD_PACKAGES)$(BENCH_PACKAGES),deps-bench)
 
-.PHONY: deps-bench
+COUNTER_PACKAGES := $(strip $(call lacks_command,wrk,wrk) $(call lacks_command,valgrind,valgrind) $(call lacks_command,$(NODE),nodejs))
+COUNTER_DEPS := $(if $(COUNTER_PACKAGES),deps-counter)
+
+.PHONY: deps-bench deps-counter
 deps-bench: | $(BUILD_DEPS)
 	@tools/packages.sh $(BENCH_PACKAGES)
+deps-counter:
+	@tools/packages.sh $(COUNTER_PACKAGES)
 
 $(BENCH)/%: $(B)/obj/bench/%.o
 	@mkdir -p $(@D)
@@ -56,8 +62,8 @@ $(BENCH)/nexus: $(B)/obj/bench/nexus.o $(LIBS)
 	$(link)
 
 .PHONY: bench-instructions
-bench-instructions: $(BENCH)/sse_backend $(if $(NEXUS),,$(BENCH)/nexus) | $(BENCH_DEPS)
-	@$(NODE) bench/instructions.mjs --nexus $(or $(NEXUS),$(BENCH)/nexus) --bin $(BENCH)
+bench-instructions: $(BENCH)/sse_backend $(BENCH)/sse_client $(if $(NEXUS),,$(BENCH)/nexus) | $(COUNTER_DEPS)
+	@$(NODE) bench/instructions.mjs --nexus $(or $(NEXUS),$(BENCH)/nexus) --bin $(BENCH) $(if $(CHECK),--check) $(if $(WRITE),--write)
 
 bench-proxy: $(B)/nexus $(BENCH_TOOLS) | $(BENCH_DEPS)
 	@$(NODE) bench/proxy_bench.mjs --nexus $(B)/nexus --bin $(BENCH) --only '$(ONLY)' $(if $(QUICK),--quick) $(if $(WRITE),--write)

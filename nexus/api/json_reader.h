@@ -126,7 +126,8 @@ class JsonReader {
       text = text.substr(0, N);
       return true;
     }
-    if (std::memchr(text.data(), '\\', text.size()) == nullptr) return true;
+    const char* const end = text.data() + text.size();
+    if (find_either(text.data(), end, '\\', '\\') == end) return true;
     std::uint8_t* to = room.data();
     return small_.unescape(raw, to, false).get(text) == simdjson::SUCCESS;
   }

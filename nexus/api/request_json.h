@@ -110,7 +110,7 @@ class BodyPass {
     facts_ = BodyFacts{};
     if (nests_deeper(body_, kMaxJsonDepth)) return ApiError::too_deep;
     // A byte order mark is no JSON (RFC 8259 8.1), though simdjson would skip it.
-    if (body_.starts_with("\xef\xbb\xbf")) return ApiError::bad_json;
+    if (begins_with(body_, "\xef\xbb\xbf")) return ApiError::bad_json;
     JsonReader::Object object;
     if (!json_.open(body_, object)) {
       return json_.out_of_memory() ? ApiError::out_of_memory : ApiError::bad_json;
