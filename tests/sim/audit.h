@@ -407,10 +407,12 @@ class Audit {
     if (request.attempt < 0 || request.status / 100 != 2) return;
     const Attempt& attempt = request.attempts[static_cast<std::size_t>(request.attempt)];
     if (attempt.prompt_tokens == kTokensUnsure || request.client_left) return;
-    // Without memory for a usage in two pieces Nexus reads no usage, but never a wrong one.
-    if (ledger_.memory_faults && request.line_prompt_tokens == -1 && request.line_completion_tokens == -1) return;
-    if (attempt.prompt_tokens != request.line_prompt_tokens ||
-        attempt.completion_tokens != request.line_completion_tokens) {
+    // Without memory for a usage in two pieces Nexus reads no usage, but never a wrong one. A stream may have several.
+    const auto same = [this](std::int64_t told, std::int64_t counted) {
+      return told == counted || (ledger_.memory_faults && counted == -1);
+    };
+    if (!same(attempt.prompt_tokens, request.line_prompt_tokens) ||
+        !same(attempt.completion_tokens, request.line_completion_tokens)) {
       ledger_.wrong("r%u: its backend told %lld tokens, counted are %lld", n,
                     static_cast<long long>(attempt.prompt_tokens), static_cast<long long>(request.line_prompt_tokens));
     }

@@ -182,6 +182,7 @@ class Ledger {
   Ns drained_at = kNever;  // when the drain began
   Ns way_ns = 0;           // the longest time that a client's bytes are on their way
   bool takes_all = false;  // no connection is refused for want of something on this host
+  bool reads_all = false;  // no read finds nothing although bytes are there
   bool stopped = false;    // Nexus was stopped
 
   [[gnu::format(printf, 2, 3)]] void wrong(const char* format, ...) {

@@ -51,7 +51,8 @@ class Limits {
 
   void check_time(const Request& request, unsigned n) {
     const Ns most = settings_.upstream.request_timeout_ns;
-    const bool at_once = request.kept && !request.pipelined;  // others wait for a place, or for one before them
+    // Others wait for a place, or for one before them, and some for a late turn after each read that finds nothing.
+    const bool at_once = request.kept && !request.pipelined && ledger_.reads_all;
     const Ns took = request.answered_at - request.asked_at;
     if (most == 0 || !at_once || request.asked_at < 0 || took <= most + 2 * slack_ns_ || ledger_.memory_faults) return;
     ledger_.wrong("r%u: answered after %lld ms, request_timeout is %lld ms", n,

@@ -99,6 +99,7 @@ class Simulation {
     ledger_.memory_faults = swarm_.memory_fails || faults().failing_allocation > 0;
     ledger_.long_ids = scale_ == Scale::whole && !ledger_.memory_faults;
     ledger_.gentle = swarm_.gentle;
+    ledger_.reads_all = swarm_.weather.eagain_read.never();
     ledger_.way_ns = swarm_.latency_ns + swarm_.jitter_ns + swarm_.most_pieces * swarm_.gap_ns;
     ledger_.takes_all = swarm_.weather.accept_fails.never() && swarm_.weather.watch_fails.never() &&
                         swarm_.most_descriptors == SIZE_MAX && swarm_.reloads == 0 &&
