@@ -95,7 +95,6 @@ class Policy {
     std::int64_t number = -1;
     std::string model;
     bool untried = false;  // it waits for its first backend
-    KeyId key{};
     std::uint64_t since = 0;
   };
 
@@ -239,7 +238,7 @@ class Policy {
       const auto known =
           std::find_if(before.begin(), before.end(), [&](const Waiting& one) { return one.number == number; });
       const std::uint64_t since = known == before.end() ? turn : known->since;
-      now.push_back({number, summary.model, summary.record.backend == BackendId::none, summary.record.key, since});
+      now.push_back({number, summary.model, summary.record.backend == BackendId::none, since});
     });
     last_turns_[worker] = turn;
     for (const Waiting& went : before) {
@@ -257,8 +256,12 @@ class Policy {
 
   Api api_of(std::int64_t number) const { return ledger_.requests[static_cast<std::size_t>(number)].api->api; }
 
+  std::string_view key_of(std::int64_t number) const { return ledger_.requests[static_cast<std::size_t>(number)].key; }
+
   void check_order(const Waiting& went, BackendId backend, const Waiting& waits, const Snapshot& fleet) {
-    if (waits.since >= went.since || waits.since <= unsettled_ || !waits.untried || waits.key != went.key) return;
+    // Several keys may share an id; and a request that is tried again has its key's place, for which others may wait.
+    const bool alike = waits.untried && went.untried && key_of(waits.number) == key_of(went.number);
+    if (waits.since >= went.since || waits.since <= unsettled_ || !alike) return;
     const bool could = std::any_of(fleet.backends.begin(), fleet.backends.end(), [&](const BackendView& view) {
       return view.id == backend && serves(fleet, view, waits.model, api_of(waits.number));
     });

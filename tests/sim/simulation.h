@@ -219,6 +219,7 @@ class Simulation {
   }
   void reload(const std::shared_ptr<const Settings>& next) {
     reloads_of_run_ += 1;
+    if (wire_.story != nullptr) std::fprintf(wire_.story, "%14sreload\n", "");
     audit_.note_caps(*next);
     blame_.note(*next);
     policy_.note(*next);
