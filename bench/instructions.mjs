@@ -63,9 +63,10 @@ function read_profile(file) {
 }
 
 // What is counted: a load of so many seconds on a port; how many there were of it.
+// Chunks come so slowly that each has a turn of its own, also on a slow machine.
 const loads = {
   request: async (port, seconds) => (await wrk(port, { connections: 64, seconds })).requests,
-  'SSE chunk': async (port, seconds) => (await streams(options.bin, port, { count: 32, chunks: 50, pace_us: 20_000, seconds })).chunks,
+  'SSE chunk': async (port, seconds) => (await streams(options.bin, port, { count: 16, chunks: 25, pace_us: 40_000, seconds })).chunks,
   'prompt of 100 kB': async (port, seconds) => (await wrk(port, { connections: 8, seconds, prompt_bytes: 100_000 })).requests,
   'line of /metrics': async (port, seconds) => {
     const page = await (await fetch(`http://127.0.0.1:${port}/metrics`, { headers: { Connection: 'close' } })).text();

@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <string_view>
 #include <utility>
@@ -23,6 +22,7 @@
 #include "nexus/api/dialects.h"
 #include "nexus/base/buffer.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/simd.h"
 
 namespace nexus {
 

@@ -55,11 +55,7 @@ constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 // True for the bytes of a field value or a reason phrase (RFC 9110 5.5): tab, space, visible ASCII, and above 0x7f.
 constexpr bool is_field_text(char c) { return c == '\t' || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7f); }
 
-// Comparisons with a constant text, which need no call.
-template <std::size_t N>
-inline bool equals(std::string_view text, const char (&constant)[N]) {
-  return text.size() == N - 1 && std::memcmp(text.data(), constant, N - 1) == 0;
-}
+// As starts_with(), without a call.
 template <std::size_t N>
 inline bool begins_with(std::string_view text, const char (&constant)[N]) {
   return text.size() >= N - 1 && std::memcmp(text.data(), constant, N - 1) == 0;

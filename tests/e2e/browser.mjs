@@ -21,12 +21,12 @@ export class Browser {
       '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
       '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage', '--hide-scrollbars', '--remote-debugging-pipe',
       `--user-data-dir=${folder}`, `--window-size=${width},${height}`, 'about:blank',
-    ], { stdio: ['ignore', 'ignore', 'ignore', 'pipe', 'pipe'] });
+    ], { stdio: ['ignore', 'ignore', 'ignore', 'pipe', 'pipe'], detached: true }); // its helpers are of its group
     const exited = new Promise((done) => browser.child.on('close', done));
     t.after(async () => {
-      browser.child.kill('SIGKILL');
+      if (browser.child.exitCode === null && browser.child.signalCode === null) process.kill(-browser.child.pid, 'SIGKILL');
       await exited;
-      fs.rmSync(folder, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 }); // its helpers may still be writing
+      fs.rmSync(folder, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 }); // its helpers may still be ending
     });
     browser.listen();
     const { targetInfos } = await browser.call('Target.getTargets');

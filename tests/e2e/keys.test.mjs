@@ -83,7 +83,7 @@ async function overtaken(t, { nexus, backend }, many, one, answer = backend.answ
   return sent_at.map((at, i) => began_at[i] - at).sort((a, b) => a - b);
 }
 const places = 4;
-const crowded = { queue: { size: 200, timeout: '20s' }, backend: { max_pending: places } };
+const crowded = { queue: { size: 200, timeout: '50s' }, backend: { max_pending: places } };
 
 group('the queue is shared between keys', () => {
   test('beside a key with 64 connections, the one request of another waits at most one service time', { limit_ms: 60_000 }, async (t) => {

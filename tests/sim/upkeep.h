@@ -4,7 +4,7 @@
 //           let go of the connection to a backend that a request gives back while it drains, and of one on which
 //           something comes that nobody asked for.
 // Promises: judges after each turn, by the deadlines and states of the sessions and by what the servers know of their
-//           connections. What an event, a late turn or a message may still change is wrong only if it lasts.
+//           connections. A state that a pending event, turn or message may end is wrong only if it lasts.
 // Leaves:   what is left at rest to audit.h.
 // Threads:  one.
 #pragma once
@@ -41,7 +41,7 @@ class Upkeep {
   }
 
  private:
-  // What holds at each look, by a key, and since when.
+  // Conditions, each by a key, and since when each has held at every look.
   template <class Key>
   class Lasting {
    public:
