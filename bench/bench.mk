@@ -32,7 +32,7 @@ COUNTER_DEPS := $(if $(COUNTER_PACKAGES),deps-counter)
 .PHONY: deps-bench deps-counter
 deps-bench: | $(BUILD_DEPS)
 	@tools/packages.sh $(BENCH_PACKAGES)
-deps-counter:
+deps-counter: | $(BUILD_DEPS)
 	@tools/packages.sh $(COUNTER_PACKAGES)
 
 $(BENCH)/%: $(B)/obj/bench/%.o

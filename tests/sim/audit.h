@@ -366,8 +366,8 @@ class Audit {
       check_tokens(request, n);
     } else if (was_told(request)) {
       check_tokens(request, n);
-      // A drain waits a second for the rest of a refused body, then resets: the client may have read a part by then.
     } else if (!request.client_left && !request.line_cut && !ledger_.stopped && !ledger_.draining) {
+      // Not in a drain, which waits a second for the rest of a refused body, and then resets.
       ledger_.wrong("r%u: %u, whole for the log, and its client got a part", n, request.status);
     }
     check_error(request, n);

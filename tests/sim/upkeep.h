@@ -92,16 +92,23 @@ class Upkeep {
     return static_cast<LinkId>(std::stoul(port) - 1024);
   }
 
-  // An idle connection with bytes on it cannot be used again, and takes up a place.
-  void check_unread(std::uint32_t worker) {
-    std::vector<Life> unread;
-    for (std::size_t i = 0; i < wire_.all_links(); ++i) {
-      const auto id = static_cast<LinkId>(i);
+  // The worker's open connections to backends of which this holds.
+  template <class Holds>
+  std::vector<Life> upstreams_of(std::uint32_t worker, Holds&& holds) const {
+    std::vector<Life> found;
+    for (LinkId id = 0; id < wire_.all_links(); ++id) {
       const Link& link = wire_.at(id);
       const bool here =
           link.live && link.to_backend && link.nexus_open && link.loop == static_cast<std::int32_t>(worker);
-      if (here && link.to_nexus.unread() > 0 && fleet_.is_done_with(id)) unread.emplace_back(id, link.generation);
+      if (here && holds(id)) found.emplace_back(id, link.generation);
     }
+    return found;
+  }
+
+  // An idle connection with bytes on it cannot be used again, and takes up a place.
+  void check_unread(std::uint32_t worker) {
+    const std::vector<Life> unread = upstreams_of(
+        worker, [this](LinkId id) { return wire_.at(id).to_nexus.unread() > 0 && fleet_.is_done_with(id); });
     if (const auto life = unread_[worker].note(unread, wire_.now(), slack_ns_)) {
       ledger_.wrong("an idle connection to server %u is kept with bytes on it", wire_.at(life->first).peer);
     }
@@ -143,37 +150,25 @@ class Upkeep {
 
   // Those that were idle when the drain began may stay until its end.
   void check_drain(std::uint32_t worker) {
-    std::vector<Idle> idle;
-    for (std::size_t i = 0; i < wire_.all_links(); ++i) {
-      const auto id = static_cast<LinkId>(i);
-      const Link& link = wire_.at(id);
-      const bool here =
-          link.live && link.to_backend && link.nexus_open && link.loop == static_cast<std::int32_t>(worker);
-      if (here && fleet_.is_idle(id)) idle.push_back({id, link.generation});
-    }
+    std::vector<Life> idle = upstreams_of(worker, [this](LinkId id) { return fleet_.is_idle(id); });
     Drained& drained = drained_[worker];
-    for (const Idle& one : idle) {
+    for (const Life& one : idle) {
       const bool before = contains(drained.at_first, one), again = contains(drained.idle, one);
       if (drained.turns < kKnowsOfIt || before || !again) continue;
-      ledger_.wrong("a worker that drains keeps an idle connection to server %u", wire_.at(one.link).peer);
+      ledger_.wrong("a worker that drains keeps an idle connection to server %u", wire_.at(one.first).peer);
     }
     if (drained.turns <= kKnowsOfIt) drained.at_first = idle;
     drained.turns += 1;
     drained.idle.swap(idle);
   }
 
-  struct Idle {
-    LinkId link;
-    std::uint32_t generation;
-    bool operator==(const Idle&) const = default;
-  };
   struct Drained {
     std::uint32_t turns = 0;  // since the drain
-    std::vector<Idle> idle;   // at the end of the last one
-    std::vector<Idle> at_first;
+    std::vector<Life> idle;   // at the end of the last one
+    std::vector<Life> at_first;
   };
   static constexpr std::uint32_t kKnowsOfIt = 2;  // turns
-  static bool contains(const std::vector<Idle>& all, const Idle& one) {
+  static bool contains(const std::vector<Life>& all, const Life& one) {
     return std::find(all.begin(), all.end(), one) != all.end();
   }
 
