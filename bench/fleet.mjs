@@ -15,10 +15,15 @@ export async function start_backends(bin) {
   return { ...ports, small: ports.backend, stream: ports.stream_backend, children: [nginx, streams] };
 }
 
+// `count` backend sections more, with models of their own, or all with the same ones.
+function wide_sections(count, { backend, models_of = (i) => [`wide-${i}`] }) {
+  return Array.from({ length: count }, (_, i) => `\n[backend wide-${i}]\nurl = http://127.0.0.1:${backend}\ntype = generic\nmodels = ${models_of(i).join(', ')}\n`).join('');
+}
+
 // The command of a proxy, for the ports that it is to take.
 function command_of(name, bin, nexus, values) {
   switch (name) {
-    case 'nexus': return [nexus, '-c', configure('nexus.conf', values)];
+    case 'nexus': return [nexus, '-c', configure(values.conf ?? 'nexus.conf', values, wide_sections(values.backends_count ?? 0, values))];
     case 'nginx': return ['nginx', '-c', configure('nginx.conf', values)];
     case 'haproxy': return ['haproxy', '-db', '-f', configure('haproxy.cfg', values)];
   }
@@ -38,7 +43,8 @@ export class Proxy {
   }
 }
 
-export async function start_proxy(name, { bin, nexus, backends, cores = '0', threads = 1 }) {
+// `more`, for Nexus: `conf`, the configuration, and what wide_sections() is to add.
+export async function start_proxy(name, { bin, nexus, backends, cores = '0', threads = 1, ...more }) {
   const small = await free_port();
   if (name === 'floor') {
     const stream = await free_port();
@@ -49,17 +55,17 @@ export async function start_proxy(name, { bin, nexus, backends, cores = '0', thr
     ]);
   }
   const stream = name === 'nexus' ? small : await free_port(); // Nexus tells them apart by the model asked for
-  const values = { ...backends, small, stream, threads };
+  const values = { ...backends, small, stream, threads, ...more };
   const child = await start(command_of(name, bin, nexus, values), small, { cores });
   if (name === 'nexus') await healthy(small);
   return new Proxy(name, small, stream, [child]);
 }
 
 // For start_time: a command that is not started here.
-export async function cold_command(name, { bin, nexus, backends }) {
+export async function cold_command(name, { bin, nexus, backends, ...more }) {
   const small = await free_port();
   if (name === 'floor') return { port: small, command: [path.join(bin, 'blind'), String(small), String(backends.backend)] };
-  const values = { ...backends, small, stream: await free_port(), threads: 1 };
+  const values = { ...backends, small, stream: await free_port(), threads: 1, ...more };
   return { port: small, command: command_of(name, bin, nexus, values) };
 }
 
@@ -74,15 +80,15 @@ export async function start_page_server(text) {
 }
 
 // A Nexus of `backends_count` × `models_each` models, each on one backend; they all are the same nginx.
-export async function start_wide_nexus({ nexus, backends, backends_count, models_each, cores = '0' }) {
-  const small = await free_port();
-  const file = configure('nexus.conf', { ...backends, small, stream: small, threads: 1 });
-  const models = (i) => Array.from({ length: models_each }, (_, j) => `wide-${i}-${j}`);
-  const text = fs.readFileSync(file, 'utf8').replace('bench-7b\n', `bench-7b\n\n${Array.from({ length: backends_count }, (_, i) =>
-    `[backend wide-${i}]\nurl = http://127.0.0.1:${backends.backend}\ntype = generic\nmodels = ${models(i).join(', ')}\n`).join('\n')}\n`);
-  fs.writeFileSync(file, text);
-  const proxy = new Proxy('nexus', small, small, [await start([nexus, '-c', file], small, { cores })]);
-  await healthy(small);
-  proxy.models = Array.from({ length: backends_count }, (_, i) => models(i)).flat();
+export async function start_wide_nexus({ models_each, ...context }) {
+  const models_of = (i) => Array.from({ length: models_each }, (_, j) => `wide-${i}-${j}`);
+  const proxy = await start_proxy('nexus', { ...context, models_of });
+  proxy.models = Array.from({ length: context.backends_count }, (_, i) => models_of(i)).flat();
   return proxy;
+}
+
+// A Nexus with so many backends that all have bench-7b, and the first with `models` models in all.
+export async function start_sized_nexus(context, { backends_count, models }) {
+  const models_of = (i) => (i === 0 ? Array.from({ length: models - 1 }, (_, j) => `wide-${j}`) : []).concat('bench-7b');
+  return start_proxy('nexus', { ...context, conf: 'sized-nexus.conf', backends_count, models_of });
 }

@@ -7,7 +7,7 @@ import path from 'node:path';
 import { draw } from './chart.mjs';
 import { kNames, start_backends, start_proxy } from './fleet.mjs';
 import { kParts } from './proxy_cases.mjs';
-import { machine, page, table, versions } from './proxy_report.mjs';
+import { machine, page, quietness, table, versions } from './proxy_report.mjs';
 import { dir } from './rig.mjs';
 
 const here = path.dirname(new URL(import.meta.url).pathname);
@@ -67,8 +67,9 @@ context.backends = await start_backends(context.bin);
 context.proxies = {};
 for (const name of kNames) context.proxies[name] = await start_proxy(name, context);
 
-const results = { date: new Date().toISOString().slice(0, 16).replace('T', ' '), machine: machine(), versions: versions(nexus), quick, busy, rounds: context.rounds, seconds: context.seconds, parts: [] };
+const results = { date: new Date().toISOString().slice(0, 16).replace('T', ' '), machine: machine(), versions: versions(nexus), quick, busy, quiet: [await quietness(context.bin)], rounds: context.rounds, seconds: context.seconds, parts: [] };
 for (const part of parts) results.parts.push({ name: part.name, title: part.title, rows: await part.run(context) });
+results.quiet.push(await quietness(context.bin));
 
 fs.writeFileSync(path.join(context.bin, 'results.json'), JSON.stringify(results, null, 1));
 console.log(table(results));

@@ -1,22 +1,31 @@
 // proxy_cases.mjs
 // Owns:     what the proxy benchmark measures: one function a part of the table.
 // Promises: the proxies take turns within a round, and a ratio to the floor is one of the same round; what is reported is
-//           the median over the rounds.
+//           the median over the rounds. Rounds go on until Nexus's ratio is known to 3 %, or the row says that it is not.
 // Leaves:   processes and load to rig.mjs and fleet.mjs, the table to proxy_report.mjs.
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { kNames, cold_command, start_page_server, start_proxy, start_wide_nexus } from './fleet.mjs';
+import { kNames, start_page_server, start_proxy, start_wide_nexus } from './fleet.mjs';
+import { growth, memory, start_and_size } from './growth_cases.mjs';
+import { count_calls, cpu_seconds, median, resident_kb, run, sleep, spread_of_median, stop, streams, thread_cpu_seconds, wrk } from './rig.mjs';
 import { idle_tls, over_tls } from './tls_cases.mjs';
-import { count_calls, cpu_seconds, hold_streams, median, most_connections, resident_kb, run, sleep, stop, streams, thread_cpu_seconds, wrk } from './rig.mjs';
 
 const others = kNames.filter((name) => name !== 'floor');
+const kSteady = 0.03; // the spread of a ratio that is known well enough
+const kMoreRounds = 4; // times the rounds that are asked for, at most
 
-// Takes turns: measure(name) for every name, `rounds` times. By name: a list of results.
-async function in_turns(context, label, names, rounds, seconds, measure) {
+// The ratios of a proxy to the floor, round by round.
+const ratios_of = (all, name, key) => all[name].map((r, i) => r[key] / all.floor[i][key]);
+
+// Takes turns: measure(name) for every name, `rounds` times, and with `key` on until Nexus's ratio to the floor is steady in it.
+// By name: a list of results.
+async function in_turns(context, label, names, rounds, seconds, measure, key = '') {
   const all = Object.fromEntries(names.map((name) => [name, []]));
-  for (let round = 0; round < rounds; ++round) {
-    context.progress(`${label}, round ${round + 1} of ${rounds}`, seconds * names.length);
+  const most = key && !context.quick ? kMoreRounds * rounds : rounds;
+  for (let round = 0; round < most; ++round) {
+    if (round >= rounds && spread_of_median(ratios_of(all, 'nexus', key)) < kSteady) break;
+    context.progress(`${label}, round ${round + 1} of ${round < rounds ? rounds : `at most ${most}`}`, round < rounds ? seconds * names.length : 0);
     for (const name of names) all[name].push(await measure(name));
   }
   return all;
@@ -29,7 +38,9 @@ function row(label, unit, all, key, { wanted = '', ratio = true, minus } = {}) {
   if (minus) delete values[minus];
   const out = { label, unit, wanted, values };
   if (ratio && all.floor) {
-    out.ratios = Object.fromEntries(others.filter((name) => all[name]).map((name) => [name, median(all[name].map((r, i) => r[key] / all.floor[i][key]))]));
+    out.ratios = Object.fromEntries(others.filter((name) => all[name]).map((name) => [name, median(ratios_of(all, name, key))]));
+    out.spread = spread_of_median(ratios_of(all, 'nexus', key));
+    if (out.spread >= kSteady) out.note = `unsteady: Nexus ÷ floor is known to ± ${Math.round(100 * out.spread)} % after ${all.nexus.length} rounds`;
   }
   return out;
 }
@@ -44,30 +55,45 @@ async function with_cpu(pid, load, counted) {
 
 // ---- requests ----
 
-async function small_requests(context) {
-  const { proxies, backends, rounds, seconds } = context;
+// Nexus with the README's configuration in the place of the shortest one.
+async function readme_requests(context) {
+  const proxies = { ...context.proxies, nexus: await start_proxy('nexus', { ...context, conf: 'README.md' }) };
   const rows = [];
-  for (const [connections, wanted] of [[1, ''], [64, 'Nexus ≤ 1.10 × floor'], [512, 'Nexus ≤ 1.15 × floor']]) {
-    const label = `230-byte requests, ${connections} ${connections === 1 ? 'connection' : 'connections'}`;
-    const names = connections === 1 ? ['direct', ...kNames] : kNames;
-    const all = await in_turns(context, label, names, rounds, seconds, (name) => {
-      const load = { connections, seconds };
-      if (name === 'direct') return wrk(backends.small, load);
-      return with_cpu(proxies[name].pid(), () => wrk(proxies[name].small, load), 'requests');
-    });
-    const { direct, ...proxied } = all;
-    rows.push(row(`${label}: CPU`, 'µs', proxied, 'cpu_us', { wanted }));
-    if (connections === 1) {
-      rows.push(row(`${label}: added p50`, 'µs', all, 'p50_us', { minus: 'direct', ratio: false }));
-      rows.push(row(`${label}: added p99`, 'µs', all, 'p99_us', { minus: 'direct', ratio: false, wanted: 'no worse than the peers' }));
-      continue;
-    }
-    rows.push(row(`${label}: throughput`, '1/s', proxied, 'rate', { wanted: connections === 64 ? 'Nexus ≥ 1.2 × HAProxy' : '' }));
-    rows.at(-1).note = `Nexus ÷ HAProxy ${median(all.nexus.map((r, i) => r.rate / all.haproxy[i].rate)).toFixed(2)}; CPU of the proxy's core in use: ` +
-      kNames.map((name) => `${name} ${Math.round(100 * median(all[name].map((r) => r.busy)))} %`).join(', ');
-    rows.push(row(`${label}: p50 at saturation`, 'µs', proxied, 'p50_us', { ratio: false }));
-    rows.push(row(`${label}: p99 at saturation`, 'µs', proxied, 'p99_us', { ratio: false, wanted: 'no worse than the peers' }));
+  for (const connections of [64, 512]) rows.push((await requests({ ...context, proxies }, connections, `README's configuration, ${connections} connections`))[0]);
+  await proxies.nexus.stop();
+  return rows;
+}
+
+async function small_requests(context) {
+  const rows = [];
+  for (const connections of [1, 64, 256, 512, 2000]) {
+    rows.push(...await requests(context, connections, `230-byte requests, ${connections.toLocaleString('en')} ${connections === 1 ? 'connection' : 'connections'}`));
   }
+  return rows;
+}
+
+async function requests(context, connections, label) {
+  const { proxies, backends, rounds, seconds } = context;
+  const wanted = `below both peers, ≤ ${connections === 1 ? '1.15' : '1.12'} × floor`;
+  const rows = [];
+  const names = connections === 1 ? ['direct', ...kNames] : kNames;
+  const all = await in_turns(context, label, names, rounds, seconds, (name) => {
+    const load = { connections, seconds };
+    if (name === 'direct') return wrk(backends.small, load);
+    return with_cpu(proxies[name].pid(), () => wrk(proxies[name].small, load), 'requests');
+  }, 'cpu_us');
+  const { direct, ...proxied } = all;
+  rows.push(row(`${label}: CPU`, 'µs', proxied, 'cpu_us', { wanted }));
+  if (connections === 1) {
+    rows.push(row(`${label}: added p50`, 'µs', all, 'p50_us', { minus: 'direct', ratio: false }));
+    rows.push(row(`${label}: added p99`, 'µs', all, 'p99_us', { minus: 'direct', ratio: false, wanted: 'no worse than the peers' }));
+    return rows;
+  }
+  rows.push(row(`${label}: throughput`, '1/s', proxied, 'rate', { ratio: false, wanted: connections === 64 ? 'Nexus ≥ 1.2 × HAProxy' : '' }));
+  rows.at(-1).note = `Nexus ÷ HAProxy ${median(all.nexus.map((r, i) => r.rate / all.haproxy[i].rate)).toFixed(2)}; CPU of the proxy's core in use: ` +
+    kNames.map((name) => `${name} ${Math.round(100 * median(all[name].map((r) => r.busy)))} %`).join(', ');
+  rows.push(row(`${label}: p50 at saturation`, 'µs', proxied, 'p50_us', { ratio: false }));
+  rows.push(row(`${label}: p99 at saturation`, 'µs', proxied, 'p99_us', { ratio: false, wanted: 'no worse than the peers' }));
   return rows;
 }
 
@@ -87,9 +113,9 @@ async function large_prompts(context) {
     const label = `${name_of_size} prompts, ${connections} connections`;
     const load = { connections, seconds, prompt_bytes, model: 'bench-stream' };
     const all = await in_turns(context, label, kNames, rounds, seconds, (name) =>
-      with_cpu(proxies[name].pid('stream'), () => wrk(proxies[name].stream, load), 'requests'));
+      with_cpu(proxies[name].pid('stream'), () => wrk(proxies[name].stream, load), 'requests'), 'cpu_us');
     rows.push(row(`${label}: CPU`, 'µs', all, 'cpu_us', { wanted }));
-    rows.push(row(`${label}: throughput`, '1/s', all, 'rate'));
+    rows.push(row(`${label}: throughput`, '1/s', all, 'rate', { ratio: false }));
   }
   return rows;
 }
@@ -107,14 +133,14 @@ async function event_streams(context) {
     return { ...result, load_us: ((cpu_seconds(backend_pid) - before + result.client_cpu_seconds) / result.chunks) * 1e6 };
   };
   const paced = { count: 64, chunks: 200, pace_us: 4000, seconds };
-  let all = await in_turns(context, '64 streams of 200 chunks, one each 4 ms', kNames, rounds, seconds + 0.8, measure(paced));
-  rows.push(row('64 streams of 200 chunks, 16,000 chunks/s: CPU a chunk', 'µs', all, 'cpu_us', { wanted: 'Nexus ≤ 1.2 × floor' }));
+  let all = await in_turns(context, '64 streams of 200 chunks, one each 4 ms', kNames, rounds, seconds + 0.8, measure(paced), 'cpu_us');
+  rows.push(row('64 streams of 200 chunks, 16,000 chunks/s: CPU a chunk', 'µs', all, 'cpu_us', { wanted: 'Nexus ≤ 1.10 × floor' }));
   // Half of Nexus's core, unless the load's own core can't make so many: then what takes 70 % of that one.
   const per_chunk_us = Math.max(median(all.nexus.map((r) => r.cpu_us)) / 0.5, median(all.nexus.map((r) => r.load_us)) / 0.7);
 
-  all = await in_turns(context, '16 streams of 200 chunks, flat out', kNames, rounds, seconds, measure({ count: 16, chunks: 200, pace_us: 0, seconds }));
+  all = await in_turns(context, '16 streams of 200 chunks, flat out', kNames, rounds, seconds, measure({ count: 16, chunks: 200, pace_us: 0, seconds }), 'cpu_us');
   rows.push(row('16 streams of 200 chunks, flat out: CPU a chunk', 'µs', all, 'cpu_us'));
-  rows.push(row('16 streams of 200 chunks, flat out: throughput', 'chunks/s', all, 'rate'));
+  rows.push(row('16 streams of 200 chunks, flat out: throughput', 'chunks/s', all, 'rate', { ratio: false }));
 
   const count = 256;
   const pace_us = Math.max(2000, Math.round(count * per_chunk_us));
@@ -127,29 +153,6 @@ async function event_streams(context) {
   const [wake, wake_p99] = (await run([path.join(bin, 'wake_time'), '3'], { cores: '0' })).trim().split(' ');
   rows.at(-1).note = `${rate.toLocaleString('en')} chunks/s: Nexus's core is ${Math.round(100 * median(all.nexus.map((r) => r.busy)))} % in use; direct p99 ${Math.round(median(all.direct.map((r) => r.p99_us)))} µs; a process that sleeps on that core wakes ${wake} µs late, p99 ${wake_p99}`;
   return rows;
-}
-
-// Fresh processes: what a stream that waits costs.
-async function idle_streams(context) {
-  const { bin, quick } = context;
-  const count = Math.min(quick ? 2_000 : 10_000, most_connections);
-  const out = { label: `${count.toLocaleString('en')} idle streams: resident memory each`, unit: 'kB', wanted: 'Nexus < 6 kB', values: {} };
-  const rest = { label: 'resident memory at rest', unit: 'MB', wanted: 'Nexus < 6 MB', values: {} };
-  for (const name of kNames) {
-    context.progress(`${count} idle streams: ${name}`, 2 + count / 5000);
-    const proxy = await start_proxy(name, context);
-    await wrk(name === 'floor' ? proxy.stream : proxy.small, { connections: 1, seconds: 1, model: name === 'floor' ? 'bench-stream' : 'bench-7b' });
-    await sleep(100);
-    const before = resident_kb(proxy.pid('stream'));
-    const release = await hold_streams(bin, proxy.stream, count);
-    await sleep(200);
-    out.values[name] = (resident_kb(proxy.pid('stream')) - before) / count;
-    rest.values[name] = before / 1024;
-    await release();
-    await proxy.stop();
-  }
-  rest.note = 'after a second of requests on one connection';
-  return [out, rest];
 }
 
 // ---- what a request takes beside time ----
@@ -180,23 +183,6 @@ async function system_calls(context) {
   }
   rows[3].note = `opening and closing the 64 connections included; ${named.join('; ')}`;
   return rows;
-}
-
-async function start_and_size(context) {
-  const { bin, nexus, rounds } = context;
-  const started = { label: 'start to first request served', unit: 'ms', wanted: 'Nexus < 20 ms', values: {} };
-  for (const name of kNames) {
-    context.progress(`start: ${name}`, 0.3 * rounds);
-    const times = [];
-    for (let i = 0; i < rounds; ++i) {
-      const { port, command } = await cold_command(name, context);
-      times.push(Number(await run([path.join(bin, 'start_time'), String(port), ...command], { cores: '0,1' })) / 1000);
-    }
-    started.values[name] = median(times);
-  }
-  const size = { label: 'size of the binary', unit: 'MB', wanted: 'Nexus < 4 MB', values: { nexus: fs.statSync(nexus).size / 2 ** 20 } };
-  size.note = 'static; the peers are linked with shared libraries';
-  return [started, size];
 }
 
 // ---- Nexus alone ----
@@ -328,13 +314,15 @@ async function scrapes(context, wide, text, lines) {
 
 // In the order of the table. `cost(c)`: seconds that the part takes, for the estimate of what is left.
 export const kParts = [
-  { name: 'small', title: 'Small requests', run: small_requests, cost: (c) => c.rounds * c.seconds * 13 },
+  { name: 'readme', title: "With the README's configuration", run: readme_requests, cost: (c) => c.rounds * c.seconds * 8 },
+  { name: 'small', title: 'Small requests', run: small_requests, cost: (c) => c.rounds * c.seconds * 21 },
   { name: 'half', title: 'Latency below saturation', run: half_load, cost: (c) => c.rounds * c.seconds * 5 },
   { name: 'large', title: 'Large prompts', run: large_prompts, cost: (c) => c.rounds * c.seconds * 8 },
   { name: 'streams', title: 'Event streams', run: event_streams, cost: (c) => c.rounds * (c.seconds * 13 + 13) },
-  { name: 'idle', title: 'Memory', run: idle_streams, cost: (c) => 4 * (2 + (c.quick ? 0.4 : 2)) },
+  { name: 'idle', title: 'Memory', run: memory, cost: (c) => (c.quick ? 15 : 60) },
   { name: 'calls', title: 'System calls', run: system_calls, cost: (c) => 4 * (c.quick ? 1.5 : 2.5) },
-  { name: 'start', title: 'Start and size', run: start_and_size, cost: (c) => 1.2 * c.rounds },
+  { name: 'start', title: 'Start and size', run: start_and_size, cost: (c) => 1.5 * c.rounds },
+  { name: 'growth', title: 'Growth', run: growth, cost: (c) => (c.rounds * c.seconds + 1) * 5 },
   { name: 'threads', title: 'Two threads', run: two_threads, cost: (c) => c.rounds * c.seconds * 2 + c.seconds + 1 },
   { name: 'tls', title: 'TLS', run: over_tls, cost: (c) => c.rounds * c.seconds * 15 },
   { name: 'tls-idle', title: 'TLS: memory', run: idle_tls, cost: (c) => (c.quick ? 5 : 60) },

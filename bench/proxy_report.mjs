@@ -5,11 +5,19 @@
 import { execFileSync, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
+import path from 'node:path';
 import { kNames } from './fleet.mjs';
+import { conf_text, run } from './rig.mjs';
 
 export function machine() {
   const cpu = os.cpus()[0]?.model.trim() ?? 'unknown CPU';
   return `${cpu}, ${os.cpus().length} cores, ${Math.round(os.totalmem() / 2 ** 30)} GB; Linux ${os.release()}`;
+}
+
+// How late a process that sleeps on the proxies' core wakes, in µs: on a quiet machine few, and the 99th percentile not many more.
+export async function quietness(bin) {
+  const [wake, wake_p99] = (await run([path.join(bin, 'wake_time'), '2'], { cores: '0' })).trim().split(' ');
+  return { wake, wake_p99 };
 }
 
 export function versions(nexus) {
@@ -41,7 +49,7 @@ const header = ['', 'unit', 'floor', 'Nexus', 'nginx', 'HAProxy', 'Nexus ÷ floo
 function cells(row) {
   return [
     row.label, row.unit, ...kNames.map((name) => number(row.values[name], row.digits)),
-    ...kNames.slice(1).map((name) => number(row.ratios?.[name], 2)), row.wanted ?? '',
+    ...kNames.slice(1).map((name) => number(row.ratios?.[name], 2) + (name === 'nexus' && row.spread !== undefined ? ` ± ${(100 * row.spread).toFixed(1)} %` : '')), row.wanted ?? '',
   ];
 }
 
@@ -51,11 +59,11 @@ function columns(lines) {
   return lines.map((line) => line.map((cell, i) => (left(i) ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  ').trimEnd());
 }
 
-const about = (r) => `load average before: ${r.busy.toFixed(1)}; nexus ${r.versions.nexus}, nginx ${r.versions.nginx}, HAProxy ${r.versions.haproxy}, wrk ${r.versions.wrk}, ${r.versions.compiler}`;
+const about = (r) => `load average before: ${r.busy.toFixed(1)}; a process that sleeps wakes ${r.quiet.map((q) => `${q.wake} µs (p99 ${q.wake_p99})`).join(' late before, ')} late after; nexus ${r.versions.nexus}, nginx ${r.versions.nginx}, HAProxy ${r.versions.haproxy}, wrk ${r.versions.wrk}, ${r.versions.compiler}`;
 
 export function table(results) {
   const lines = columns([header, ...results.parts.flatMap((part) => part.rows.map(cells))]);
-  const out = ['', `${results.date}  ${results.machine}`, about(results), `medians of ${results.rounds} rounds of ${results.seconds} s${results.quick ? ' (QUICK: a smoke run, not a measurement)' : ''}`, '', lines.shift()];
+  const out = ['', `${results.date}  ${results.machine}`, about(results), `medians of ${results.rounds} rounds of ${results.seconds} s or more${results.quick ? ' (QUICK: a smoke run, not a measurement)' : ''}`, '', lines.shift()];
   for (const part of results.parts) {
     out.push(`-- ${part.title}`);
     for (const row of part.rows) {
@@ -70,8 +78,9 @@ export function page(results) {
   const out = [
     '# Results of `make bench-proxy`', '',
     `${results.date}. ${results.machine}. ${about(results)}.`, '',
-    `Medians of ${results.rounds} rounds of ${results.seconds} s each, in which the proxies take turns; a ratio is the median of those within one round. The`,
-    'proxy process is pinned to core 0 with one thread for traffic, wrk and the backends to core 1; keep-alive on both sides. CPU is user and system',
+    `Medians of ${results.rounds} rounds of ${results.seconds} s each, in which the proxies take turns; a ratio is the median of those within one round. A ratio`,
+    `of CPU gets up to ${4 * results.rounds} rounds, until its median is known to 3 % (± is half of its 95 % confidence interval). The proxy process`,
+    'is pinned to core 0 with one thread for traffic, wrk and the backends to core 1; keep-alive on both sides. CPU is user and system',
     'time of the whole process, from /proc. *Floor* is `bench/blind.cpp`: it moves bytes and reads nothing. Added latency is what is over the same load',
     'without a proxy. Large prompts and streams have `bench/sse_backend.cpp` as their backend (nginx answers before it has read a body).', '',
     '![CPU time and ratios](results.svg)', '',
@@ -83,6 +92,9 @@ export function page(results) {
     for (const row of part.rows) if (row.note) out.push(`- ${row.label}: ${row.note}`);
     if (part.rows.some((row) => row.note)) out.push('');
   }
+  out.push('## Configurations that were measured', '', "`@` marks the benchmark's own addresses. Nexus, with the README's configuration:", '');
+  out.push('```ini', conf_text('README.md').trimEnd(), '```', '', "Nexus, elsewhere; then the peers', with the upstream keep-alive that their manuals recommend:", '');
+  for (const [name, language] of [['nexus.conf', 'ini'], ['nginx.conf', 'nginx'], ['haproxy.cfg', 'haproxy']]) out.push(`\`\`\`${language}`, conf_text(name).trimEnd(), '```', '');
   return `${out.join('\n').trimEnd()}\n\n${remarks()}`;
 }
 

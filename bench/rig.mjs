@@ -41,11 +41,22 @@ export async function free_port() {
   }
 }
 
-// A file of proxy.conf.d with its @names@ filled in. The path of the result.
-export function configure(name, values) {
+// The example of README.md with the benchmark's addresses in it, and with the backend of streams.
+function readme_conf() {
+  const [, example] = /```ini\n(.*?)```/s.exec(fs.readFileSync(path.join(here, '..', 'README.md'), 'utf8'));
+  return `${example.replace(/^listen = \S+/m, 'listen = 127.0.0.1:@small@').replace(/^url = \S+/gm, 'url = http://127.0.0.1:@backend@')}
+[backend streams]
+url = http://127.0.0.1:@stream_backend@
+models = bench-stream
+`;
+}
+
+export const conf_text = (name) => (name === 'README.md' ? readme_conf() : fs.readFileSync(path.join(here, 'proxy.conf.d', name), 'utf8'));
+
+// A file of proxy.conf.d, or the example of README.md, with its @names@ filled in, and `more` behind it. The path of the result.
+export function configure(name, values, more = '') {
   const all = { dir, descriptors, connections: most_connections, user: process.getuid() === 0 ? 'user root;' : '', ...values };
-  const text = fs.readFileSync(path.join(here, 'proxy.conf.d', name), 'utf8');
-  const filled = text.replace(/@(\w+)@/g, (_, key) => {
+  const filled = (conf_text(name) + more).replace(/@(\w+)@/g, (_, key) => {
     if (!(key in all)) throw new Error(`${name}: no value for @${key}@`);
     return all[key];
   });
@@ -61,7 +72,8 @@ function pinned(cores, command) {
 // Starts a server and waits until its port takes connections.
 export async function start(command, port, { cores = '1' } = {}) {
   const [file, ...args] = pinned(cores, command);
-  const child = spawn(file, args, { stdio: ['ignore', 'ignore', 'pipe'] });
+  const env = { ...process.env, GPU_BOX_KEY: 'sk-of-the-box' }; // for the example of README.md
+  const child = spawn(file, args, { env, stdio: ['ignore', 'ignore', 'pipe'] });
   let said = '';
   child.stderr.on('data', (d) => { said = (said + d).slice(-4000); });
   children.add(child);
@@ -180,9 +192,13 @@ export async function streams(bin, port, { count, chunks, pace_us, seconds }) {
 }
 
 // `count` streams, open and silent after their first chunk, until release() is called.
-export async function hold_streams(bin, port, count) {
-  const silence_us = 3_600_000_000;
-  const [file, ...args] = pinned('1', [path.join(bin, 'sse_client'), ...[port, count, 2, silence_us, 'hold'].map(String)]);
+export const hold_streams = (bin, port, count) => hold(bin, [port, count, 2, 3_600_000_000, 'hold']);
+
+// `count` connections that rest after a request and its answer, until release() is called.
+export const rest_connections = (bin, port, count) => hold(bin, [port, count, 1, 0, 'rest']);
+
+async function hold(bin, load) {
+  const [file, ...args] = pinned('1', [path.join(bin, 'sse_client'), ...load.map(String)]);
   const child = spawn(file, args, { stdio: ['pipe', 'pipe', 'inherit'] });
   children.add(child);
   child.stdin.on('error', () => {}); // it may have ended by itself
@@ -229,5 +245,13 @@ export const median = (values) => {
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 };
+
+// How well the median is known: half the width of its 95 % confidence interval (by order statistics, for any distribution of
+// the values), relative to it. Of up to 5 values, half their range.
+export function spread_of_median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const from = Math.max(0, Math.floor((sorted.length - 1.96 * Math.sqrt(sorted.length)) / 2));
+  return (sorted.at(-1 - from) - sorted[from]) / 2 / median(sorted);
+}
 
 export { sleep };

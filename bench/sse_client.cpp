@@ -8,6 +8,7 @@
 // Leaves:   the pace to sse_backend.
 // usage:    sse_client PORT STREAMS CHUNKS PACE_US SECONDS     new streams on the same connections until SECONDS passed
 //           sse_client PORT STREAMS CHUNKS PACE_US hold        opens them, says "ready", holds them until stdin ends
+//           sse_client PORT STREAMS CHUNKS PACE_US rest        the same, but holds the connections when their streams end
 //           One line of JSON on stdout. Status 1 where a stream was not as it should be.
 #include <poll.h>
 #include <sys/epoll.h>
@@ -98,6 +99,7 @@ struct Plan {
   std::uint64_t chunks;
   std::uint64_t pace_us;
   bool hold;
+  bool rest;
   double seconds;
 };
 
@@ -121,13 +123,13 @@ class Client {
       if (all_here) return hold();
       wait(1000);
     }
-    return report();
+    return plan_.rest && errors_ == 0 ? hold() : report();
   }
 
  private:
   // Spread over one pace (or, where that is long or none, some of them a millisecond).
   void open_all() {
-    const Ns spread_ns = plan_.hold ? static_cast<Ns>(plan_.streams) * 50'000 : static_cast<Ns>(plan_.pace_us) * 1000;
+    const Ns spread_ns = plan_.hold || plan_.rest ? static_cast<Ns>(plan_.streams) * 50'000 : static_cast<Ns>(plan_.pace_us) * 1000;
     for (std::size_t i = 0; i < streams_.size(); ++i) {
       const Ns at_ns = started_ns_ + spread_ns * static_cast<Ns>(i) / static_cast<Ns>(streams_.size());
       do {
@@ -240,11 +242,11 @@ class Client {
   void end(Stream& stream) {
     if (stream.chunks != plan_.chunks || !stream.told_done) return fail("a stream is not whole");
     all_streams_ += 1;
-    if (now_ns() < until_ns_) return send_request(stream);
+    if (!plan_.rest && now_ns() < until_ns_) return send_request(stream);
     ended_ns_ = now_ns();
     stream.over = true;
-    close(stream.fd);
     open_ -= 1;
+    if (!plan_.rest) close(stream.fd);
   }
 
   void fail(const char* why) {
@@ -306,7 +308,7 @@ class Client {
 
 int main(int argc, char** argv) {
   if (argc != 6) {
-    std::fprintf(stderr, "usage: sse_client PORT STREAMS CHUNKS PACE_US SECONDS|hold\n");
+    std::fprintf(stderr, "usage: sse_client PORT STREAMS CHUNKS PACE_US SECONDS|hold|rest\n");
     return 2;
   }
   prctl(PR_SET_TIMERSLACK, 1);
@@ -317,6 +319,7 @@ int main(int argc, char** argv) {
   plan.chunks = std::strtoull(argv[3], nullptr, 10);
   plan.pace_us = std::strtoull(argv[4], nullptr, 10);
   plan.hold = std::string_view(argv[5]) == "hold";
+  plan.rest = std::string_view(argv[5]) == "rest";
   plan.seconds = std::strtod(argv[5], nullptr);
   const auto client = std::make_unique<Client>(plan);
   return client->run() ? 0 : 1;
