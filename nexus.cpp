@@ -249,7 +249,6 @@ void seed_rand() {
 int run(int argc, char** argv) {
   open_standard_descriptors();
   seed_rand();
-  start_tls_library();
   constexpr std::pair<std::string_view, int (*)(const Options&)> kFlags[] = {
       {"-t", test_config},   {"--demo", serve_demo}, {"--version", print_version},
       {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};

@@ -46,6 +46,26 @@ TEST_CASE("a destroyed block is the next one taken of its size") {
   CHECK(pool.kept_bytes() == 0);
 }
 
+TEST_CASE("trim() frees the blocks that were not needed since the last call, of each size") {
+  BlockPool pool;
+  const auto use = [&](std::size_t small, std::size_t large) {
+    std::vector<Block> blocks;
+    for (std::size_t i = 0; i < small; ++i) blocks.push_back(pool.take(4096));
+    for (std::size_t i = 0; i < large; ++i) blocks.push_back(pool.take(16384));
+  };
+  use(5, 3);
+  CHECK(pool.trim() == 0);  // all were in use since the pool was made
+  use(2, 0);
+  CHECK(pool.trim() == 3 * 4096 + 3 * 16384);
+  CHECK(pool.kept_bytes() == 2 * 4096);
+  use(1, 0);
+  CHECK(pool.trim() == 4096);
+  CHECK(pool.trim() == 4096);
+  CHECK(pool.kept_bytes() == 0);
+  use(1, 1);
+  CHECK(pool.kept_bytes() == 4096 + 16384);
+}
+
 TEST_CASE("a pool keeps no more than kKeptBytes") {
   BlockPool pool;
   {

@@ -34,7 +34,7 @@ using Lease = ObjectPool<Counted>::Lease;
 }  // namespace
 
 TEST_CASE("an object that is given back is taken again, as it was left") {
-  ObjectPool<Counted> pool(2);
+  ObjectPool<Counted> pool;
   const Counted* first = nullptr;
   {
     const Lease lease = pool.take();
@@ -50,26 +50,40 @@ TEST_CASE("an object that is given back is taken again, as it was left") {
   CHECK(Counted::living == 2);
 }
 
-TEST_CASE("at most the limit is kept idle: below, at and above it, and with no reserve at all") {
-  for (const std::size_t most : {0u, 1u, 3u}) {
-    for (const std::size_t taken : {most == 0 ? 0 : most - 1, most, most + 1}) {
-      CAPTURE(most);
-      CAPTURE(taken);
-      {
-        ObjectPool<Counted> pool(most);
-        std::vector<Lease> leases;
-        for (std::size_t i = 0; i < taken; ++i) leases.push_back(pool.take());
-        CHECK(Counted::living == static_cast<int>(taken));
-        leases.clear();
-        CHECK(Counted::living == static_cast<int>(taken < most ? taken : most));
-      }
-      CHECK(Counted::living == 0);  // the pool destroys its idle objects
+TEST_CASE("trim() frees the objects that were idle since the last call, and no other") {
+  for (const std::size_t used : {0u, 1u, 3u, 5u}) {
+    CAPTURE(used);
+    {
+      ObjectPool<Counted> pool;
+      std::vector<Lease> leases;
+      for (std::size_t i = 0; i < 5; ++i) leases.push_back(pool.take());
+      leases.clear();
+      CHECK(pool.trim() == 0);  // all were in use since the pool was made
+      for (std::size_t i = 0; i < used; ++i) leases.push_back(pool.take());
+      CHECK(pool.trim() == (5 - used) * sizeof(Counted));
+      CHECK(Counted::living == static_cast<int>(used));
+      leases.clear();
+      CHECK(pool.trim() == 0);  // those were in use
+      CHECK(pool.trim() == used * sizeof(Counted));
+      CHECK(Counted::living == 0);
+      CHECK(pool.take());  // it goes on
     }
+    CHECK(Counted::living == 0);  // the pool destroys its idle objects
   }
 }
 
+TEST_CASE("an object with reset() is reset when it is given back") {
+  struct Reset {
+    int value = 0;
+    void reset() { value = 0; }
+  };
+  ObjectPool<Reset> pool;
+  pool.take()->value = 7;
+  CHECK(pool.take()->value == 0);
+}
+
 TEST_CASE("a lease that is moved, overwritten, moved to itself or given back early gives back once") {
-  ObjectPool<Counted> pool(4);
+  ObjectPool<Counted> pool;
   {
     Lease first = pool.take();
     Lease moved = std::move(first);
@@ -106,7 +120,7 @@ TEST_CASE("an empty lease is harmless") {
 }
 
 TEST_CASE("without memory a lease is empty, and idle objects are still taken") {
-  ObjectPool<Counted> pool(1);
+  ObjectPool<Counted> pool;
   pool.take().reset();
   Counted::no_memory = true;
   const Lease idle = pool.take();
@@ -117,7 +131,7 @@ TEST_CASE("without memory a lease is empty, and idle objects are still taken") {
 }
 
 TEST_CASE("the steady state allocates nothing") {
-  ObjectPool<Counted> pool(2);
+  ObjectPool<Counted> pool;
   { const Lease one = pool.take(), two = pool.take(); }
   Counted::no_memory = true;  // a new object would fail
   for (int i = 0; i < 100; ++i) {

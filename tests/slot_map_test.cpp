@@ -116,6 +116,24 @@ TEST_CASE("each() visits every object once, and the visitor may destroy it") {
   slots.each([&](Thing& thing) { CHECK(thing.number % 2 == 1); });
 }
 
+TEST_CASE("trim() frees the memory that holds no object, and no handle is valid again because of it") {
+  int living = 0;
+  SlotMap<Thing> slots(1);
+  CHECK(slots.trim() == 0);
+  std::vector<Handle> all;
+  for (int i = 0; i < 1000; ++i) all.push_back(slots.make(living, i)->handle);
+  CHECK(slots.trim() == 0);
+  for (int i = 0; i < 999; ++i) slots.destroy(all[static_cast<std::size_t>(i)]);
+  const Thing* const last = slots.get(all.back());
+  CHECK(slots.trim() >= 900 * sizeof(Thing));
+  CHECK(slots.trim() == 0);
+  CHECK(slots.get(all.back()) == last);
+  CHECK(last->number == 999);
+  for (int i = 0; i < 1000; ++i) CHECK(slots.make(living, i) != nullptr);
+  for (int i = 0; i < 999; ++i) CHECK(slots.get(all[static_cast<std::size_t>(i)]) == nullptr);
+  CHECK(living == 1001);
+}
+
 TEST_CASE("handles find what a map would, under any sequence of operations") {
   std::mt19937 random(5);
   int living = 0;

@@ -1,7 +1,7 @@
 // buffer.h
 // Owns:     memory for bytes in flight: a pool of power-of-two blocks, and the buffer that fills one.
 // Promises: a block returns to its pool when its owner is destroyed; the steady state allocates only from the free
-//           lists; every block has kPaddingBytes readable bytes after its capacity (simdjson reads that far); lack of
+//           lists; trim() frees the blocks that were not needed since the last call; every block has kPaddingBytes readable bytes after its capacity (simdjson reads that far); lack of
 //           memory is reported (an empty block, false), never thrown.
 // Leaves:   how much a connection may hold to its owner; the limit over all threads to memory_budget.h.
 // Threads:  a pool and everything from it belong to one thread.
@@ -10,6 +10,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cassert>
@@ -73,6 +74,7 @@ class BlockPool {
     if (free_[size_class] != nullptr) {
       data = pop(free_[size_class]);
       kept_bytes_ -= capacity;
+      spares_[size_class].take();
     } else {
       data = static_cast<char*>(std::malloc(capacity + kPaddingBytes));
       if (data == nullptr) return {};
@@ -85,10 +87,29 @@ class BlockPool {
   std::size_t taken_bytes() const { return taken_bytes_; }
   std::size_t kept_bytes() const { return kept_bytes_; }
 
+  // Frees the blocks that were in a free list since the last call. Returns their size, in bytes.
+  std::size_t trim() {
+    const std::size_t before = kept_bytes_;
+    for (std::size_t i = 0; i < kBlockClasses; ++i) {
+      for (; spares_[i].least > 0; --spares_[i].least, --spares_[i].count) {
+        std::free(pop(free_[i]));
+        kept_bytes_ -= kSmallestBlock << i;
+      }
+      spares_[i].least = spares_[i].count;
+    }
+    return before - kept_bytes_;
+  }
+
  private:
   friend class Block;
   struct Free {
     Free* next;
+  };
+  // The length of a free list, now and at least since the last trim().
+  struct Spares {
+    std::uint32_t count = 0;
+    std::uint32_t least = 0;
+    void take() { least = std::min(least, --count); }
   };
 
   static std::size_t class_of(std::size_t bytes) {
@@ -118,10 +139,12 @@ class BlockPool {
       return;
     }
     kept_bytes_ += bytes;
+    spares_[size_class].count += 1;
     free_[size_class] = new (data) Free{free_[size_class]};
   }
 
   std::array<Free*, kBlockClasses> free_{};
+  std::array<Spares, kBlockClasses> spares_{};
   std::size_t kept_bytes_ = 0;
   std::size_t taken_bytes_ = 0;
 };

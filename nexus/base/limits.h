@@ -102,13 +102,15 @@ constexpr std::size_t kBlockClasses = 20;        // 4 KiB … 2 GiB
 constexpr std::size_t kKeptBytes = 32u << 20;    // the most that a worker's pool keeps in its free lists
 constexpr std::size_t kPageMemory = 64u << 20;   // of rendered pages that clients still read; then no more are rendered
 constexpr std::size_t kKeptTextBytes = 2048;     // of a connection's text buffer between two requests
-constexpr std::size_t kIdleSessionBytes = 4096;  // of a connection's texts together, between two requests
+constexpr std::size_t kIdleSessionBytes = 1024;  // of a connection's texts together, between two requests
+constexpr std::size_t kReturnedBytes = 1u << 20;  // freed at once by a worker; then the system gets free memory back
 constexpr std::size_t kRoomyBlock = 64u << 10;   // for reading a response: most fit in one read
 
 // ---- one turn of a loop: what one session may do before the others get their turn ----
 
 // A session may have a turn by an event and one by reschedule(): a quarter of a megabyte in all, for which the most
 // awkward JSON takes about 3 ms on a slow machine.
+constexpr std::size_t kFirstChecks = 8;  // of backends, that the control thread begins in a millisecond
 constexpr std::uint32_t kClientReadsPerTurn = 1;
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's cache when it is parsed
@@ -148,6 +150,7 @@ constexpr Ns kKeptAnswerTime = 250 * kMillisecond;  // for the rest of an error 
 constexpr Ns kLackLogInterval = 60 * kSecond;       // between two lines about a lack of descriptors or ports
 constexpr Ns kStrayLogInterval = kSecond;           // between two lines about unknown paths and methods
 constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about failed requests to one backend
+constexpr Ns kTrimInterval = 5 * kSecond;            // memory that was not needed for so long is freed
 constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
 constexpr Ns kBodyLook = 10 * kSecond;              // how often a body that has begun must have made progress

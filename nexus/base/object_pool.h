@@ -1,12 +1,14 @@
 // object_pool.h
 // Owns:     objects of one type that are reused: taken, given back, taken again.
-// Promises: the steady state allocates nothing; a Lease gives its object back when it is destroyed; at most `most`
-//           idle objects are kept.
-// Leaves:   resetting a reused object to the caller.
+// Promises: the steady state allocates nothing; a Lease gives its object back when it is destroyed, and resets it if
+//           its type has reset(); trim() frees the idle objects that were not needed since the last call.
+// Leaves:   when to trim to the caller, and how a type without reset() is used again.
 // Threads:  one.
 // Tested by: tests/object_pool_test.cpp
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <new>
 #include <utility>
@@ -24,33 +26,57 @@ class ObjectPool {
  public:
   using Lease = std::unique_ptr<T, GiveBack>;  // a taken object, or nothing
 
-  explicit ObjectPool(std::size_t most) { idle_.reserve(most); }
+  ObjectPool() = default;
   ObjectPool(const ObjectPool&) = delete;
   ObjectPool& operator=(const ObjectPool&) = delete;
 
-  // An idle object or a new one; empty if there is no memory.
-  Lease take() {
+  // An idle object, or a new one made from `args`; empty if there is no memory.
+  template <class... Args>
+  Lease take(Args&&... args) {
     T* object = nullptr;
     if (idle_.empty()) {
-      object = new (std::nothrow) T;
+      object = make(std::forward<Args>(args)...);
     } else {
       object = idle_.back().release();
       idle_.pop_back();
+      least_idle_ = std::min(least_idle_, idle_.size());
     }
     taken_ += object != nullptr;
     return Lease(object, GiveBack{this});
   }
 
   std::size_t taken() const { return taken_; }  // and not given back
+  std::size_t idle() const { return idle_.size(); }
+
+  // Frees the objects that were idle since the last call. Returns their size, in bytes.
+  std::size_t trim() {
+    const std::size_t spare = least_idle_;
+    idle_.erase(idle_.begin(), idle_.begin() + static_cast<std::ptrdiff_t>(spare));
+    least_idle_ = idle_.size();
+    return spare * sizeof(T);
+  }
 
  private:
+  // Also makes room for its return, which must not fail.
+  template <class... Args>
+  T* make(Args&&... args) {
+    try {
+      if (idle_.capacity() <= taken_) idle_.reserve(2 * taken_ + 1);
+    } catch (const std::bad_alloc&) {
+      return nullptr;
+    }
+    return new (std::nothrow) T(std::forward<Args>(args)...);
+  }
+
   void keep(std::unique_ptr<T> object) {
+    if constexpr (requires { object->reset(); }) object->reset();
     taken_ -= 1;
-    if (idle_.size() < idle_.capacity()) idle_.push_back(std::move(object));
+    idle_.push_back(std::move(object));
   }
 
   std::size_t taken_ = 0;
-  std::vector<std::unique_ptr<T>> idle_;  // its capacity is the limit
+  std::size_t least_idle_ = 0;  // since the last trim()
+  std::vector<std::unique_ptr<T>> idle_;
 };
 
 }  // namespace nexus

@@ -1,17 +1,18 @@
 // slot_map.h
 // Owns:     objects of one type at fixed addresses, each named by a slot number and a generation.
 // Promises: get() with the handle of a destroyed object returns nullptr, even if its slot is in use again; objects
-//           never move; the memory of a slot is reused.
+//           never move; the memory of a destroyed object is used again, or freed by trim().
 // Leaves:   the meaning of a handle's kind to worker.h.
 // Threads:  one.
 // Tested by: tests/slot_map_test.cpp
 #pragma once
 
+#include <array>
 #include <cassert>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -38,6 +39,9 @@ class SlotMap {
   explicit SlotMap(std::uint8_t kind) : kind_(kind) {}
   SlotMap(const SlotMap&) = delete;
   SlotMap& operator=(const SlotMap&) = delete;
+  ~SlotMap() {
+    each([](T& object) { std::destroy_at(&object); });
+  }
 
   // A new object, or nullptr if there is no memory for it or its constructor throws std::bad_alloc. The constructor
   // gets the object's handle as its first argument.
@@ -45,15 +49,20 @@ class SlotMap {
   T* make(Args&&... args) {
     try {
       if (free_ == kNone) {
-        slots_.push_back(std::make_unique_for_overwrite<Slot>());
+        slots_.emplace_back();
         free_ = static_cast<std::uint32_t>(slots_.size() - 1);
       }
       const std::uint32_t number = free_;
-      Slot& slot = *slots_[number];
-      T& made = slot.object.emplace(Handle::make(kind_, slot.generation, number), std::forward<Args>(args)...);
-      free_ = slot.next_free;
+      if (number / kChunkSlots == chunks_.size()) chunks_.emplace_back();
+      Chunk& chunk = chunks_[number / kChunkSlots];
+      if (!chunk.room) chunk.room = std::make_unique_for_overwrite<Room>();
+      Slot& slot = slots_[number];
+      const Handle handle = Handle::make(kind_, slot.generation, number);
+      T* const made = std::construct_at(object_at(number), handle, std::forward<Args>(args)...);
+      free_ = std::exchange(slot.next_free, kLive);
+      chunk.live += 1;
       live_ += 1;
-      return &made;
+      return made;
     } catch (const std::bad_alloc&) {
       return nullptr;
     }
@@ -62,41 +71,69 @@ class SlotMap {
   T* get(Handle handle) {
     assert(handle.kind() == kind_);
     if (handle.slot() >= slots_.size()) return nullptr;
-    Slot& slot = *slots_[handle.slot()];
-    return slot.object && slot.generation == handle.generation() ? &*slot.object : nullptr;
+    const Slot& slot = slots_[handle.slot()];
+    return slot.next_free == kLive && slot.generation == handle.generation() ? object_at(handle.slot()) : nullptr;
   }
 
   void destroy(Handle handle) {
-    assert(get(handle) != nullptr);
-    Slot& slot = *slots_[handle.slot()];
-    slot.object.reset();
+    T* const object = get(handle);
+    assert(object != nullptr);
+    std::destroy_at(object);
+    Slot& slot = slots_[handle.slot()];
     slot.generation = (slot.generation + 1) & Handle::kGenerationMask;
     slot.next_free = free_;
     free_ = handle.slot();
+    chunks_[handle.slot() / kChunkSlots].live -= 1;
     live_ -= 1;
   }
 
   std::size_t live() const { return live_; }
 
+  // Frees the memory that holds no object. Returns its size, in bytes.
+  std::size_t trim() {
+    std::size_t freed = 0;
+    for (Chunk& chunk : chunks_) {
+      if (chunk.live > 0 || !chunk.room) continue;
+      chunk.room.reset();
+      freed += sizeof(Room);
+    }
+    return freed;
+  }
+
   // Calls `visit(T&)` for every object; it may destroy that object.
   template <class Visit>
   void each(Visit&& visit) {
-    for (std::size_t i = 0; i < slots_.size(); ++i) {
-      if (slots_[i]->object) visit(*slots_[i]->object);
+    for (std::uint32_t i = 0; i < slots_.size(); ++i) {
+      if (slots_[i].next_free == kLive) visit(*object_at(i));
     }
   }
 
  private:
   static constexpr std::uint32_t kNone = UINT32_MAX;
+  static constexpr std::uint32_t kLive = UINT32_MAX - 1;  // in place of the next free slot: an object is here
+  static constexpr std::uint32_t kChunkSlots = 32;
 
   struct Slot {
-    std::optional<T> object;
     std::uint32_t generation = 0;
     std::uint32_t next_free = kNone;
   };
+  // Objects lie side by side: single ones, spread over the heap, would keep the pages between them from the system.
+  struct Room {
+    alignas(T) std::array<std::byte, kChunkSlots * sizeof(T)> bytes;
+  };
+  struct Chunk {
+    std::unique_ptr<Room> room;
+    std::uint32_t live = 0;
+  };
+
+  T* object_at(std::uint32_t number) {
+    std::byte* const room = chunks_[number / kChunkSlots].room->bytes.data();
+    return std::launder(reinterpret_cast<T*>(room + number % kChunkSlots * sizeof(T)));
+  }
 
   std::uint8_t kind_;
-  std::vector<std::unique_ptr<Slot>> slots_;
+  std::vector<Slot> slots_;
+  std::vector<Chunk> chunks_;
   std::uint32_t free_ = kNone;
   std::size_t live_ = 0;
 };

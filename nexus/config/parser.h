@@ -406,8 +406,12 @@ class ConfigReader {
 inline std::optional<std::string> read_bounded_file(const std::string& path) {
   const std::unique_ptr<FILE, int (*)(FILE*)> file(fopen(path.c_str(), "re"), fclose);
   if (!file) return std::nullopt;
-  std::string text(kMaxConfigFileBytes + 1, '\0');
-  text.resize(fread(text.data(), 1, text.size(), file.get()));
+  std::string text;
+  do {  // memory that is never read into would cost as much time as all else
+    const std::size_t held = text.size();
+    text.resize(std::clamp<std::size_t>(2 * held, 16u << 10, kMaxConfigFileBytes + 1));
+    text.resize(held + fread(text.data() + held, 1, text.size() - held, file.get()));
+  } while (feof(file.get()) == 0 && ferror(file.get()) == 0 && text.size() <= kMaxConfigFileBytes);
   if (ferror(file.get())) return std::nullopt;
   if (text.size() <= kMaxConfigFileBytes) return text;
   errno = EFBIG;

@@ -357,4 +357,11 @@ class HeadReader {
 using RequestReader = HeadReader<RequestHead>;
 using ResponseReader = HeadReader<ResponseHead>;
 
+// What reads one head.
+template <class Head>
+struct HeadParts {
+  HeadReader<Head> reader;
+  FieldTable fields;
+};
+
 }  // namespace nexus

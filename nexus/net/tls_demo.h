@@ -46,6 +46,7 @@ inline std::string fingerprint_of(const X509& certificate) {
 
 // Nothing if the library fails.
 inline std::optional<DemoCertificate> make_demo_certificate() {
+  start_tls_library();
   const tls::Key key(EVP_EC_gen("P-256"));
   const tls::Certificate certificate(X509_new());
   if (!key || !certificate) return std::nullopt;

@@ -24,7 +24,6 @@
 namespace nexus {
 
 inline std::string tls_library() { return "without TLS"; }
-inline void start_tls_library() {}
 
 namespace tls {
 inline std::string date_text(std::int64_t) { return {}; }

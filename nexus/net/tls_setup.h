@@ -33,6 +33,7 @@ inline std::string_view key_text(const TlsCertificate& certificate) {
 
 inline void make_server(ServerSettings& server, std::int64_t now_s, std::vector<TlsProblem>& problems) {
   if (server.tls_listen.empty()) return;
+  start_tls_library();
   std::vector<TlsServer::Pair> pairs;
   for (const TlsCertificate& one : server.tls_certificates) {
     pairs.push_back({one.chain.text, std::string(key_text(one))});
@@ -65,6 +66,7 @@ inline void make_client(BackendSettings& backend, const PemFile& system_ca, Stor
                         std::vector<TlsProblem>& problems) {
   BackendTls& from = backend.tls;
   if (!from.on) return;
+  start_tls_library();
   const PemFile& ca = from.ca_file.path.empty() ? system_ca : from.ca_file;
   TlsClient::Options options;
   options.host = backend.address.host;

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cassert>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -35,9 +36,12 @@ class Attempt {
     failed,  // the backend closed; its last bytes can still be read
   };
 
-  Attempt(Handle owner, Context& context, Pool& pool) : owner_(owner), context_(context), pool_(pool) {}
+  Attempt(Context& context, Pool& pool) : context_(context), pool_(pool) {}
   Attempt(const Attempt&) = delete;
   Attempt& operator=(const Attempt&) = delete;
+
+  // The events of its connections are for `owner`.
+  void attach(Handle owner) { owner_ = owner; }
 
   const BackendView* backend() const { return backend_; }  // the last one tried
   Upstream<Net>* upstream() const { return upstream_; }
@@ -56,7 +60,9 @@ class Attempt {
   // Writes the request as this backend gets it; `model` is empty if it is the client's own.
   void compose(const RequestView& request, const BodyFacts& facts, std::string_view model, bool ask_usage,
                std::string_view request_id) {
-    compose_request(own_, image_, request, facts, *backend_, model, ask_usage, request_id, context_.shared.via_line);
+    if (!own_) own_ = context_.request_texts.take();
+    if (!own_) throw std::bad_alloc();
+    compose_request(*own_, image_, request, facts, *backend_, model, ask_usage, request_id, context_.shared.via_line);
     image_sent_ = 0;
   }
 
@@ -86,7 +92,7 @@ class Attempt {
     const std::size_t share_end = image_sent_ + kSentPerTurn;
     while (image_sent_ < image_.total()) {
       if (image_sent_ == share_end) return Sent::share;
-      const std::size_t count = image_.fill(parts, own_.data(), body, image_sent_, share_end);
+      const std::size_t count = image_.fill(parts, own_->data(), body, image_sent_, share_end);
       const IoResult result = connection().write_some(context_.net, std::span(parts.data(), count));
       if (result.kind == IoResult::Kind::again) return Sent::some;
       if (!result.ok()) {
@@ -139,15 +145,19 @@ class Attempt {
 
   void leave() { pending_.reset(); }
 
+  // The request will not be sent again.
+  void drop_text() {
+    if (own_ && own_->capacity() > kKeptTextBytes) std::string().swap(*own_);  // an assignment would keep the memory
+    own_.reset();
+  }
+
   // Prepares for the next request.
   void reset() {
     backend_ = nullptr;
     snapshot_ = SnapshotUse();
     stale_seen_ = false;
-    if (own_.capacity() > kKeptTextBytes) std::string().swap(own_);  // an assignment would keep the memory
+    drop_text();
   }
-
-  std::size_t kept_bytes() const { return own_.capacity(); }
 
  private:
   Handle owner_;
@@ -156,7 +166,7 @@ class Attempt {
   SnapshotUse snapshot_;
   const BackendView* backend_ = nullptr;
   Upstream<Net>* upstream_ = nullptr;
-  std::string own_;
+  ObjectPool<std::string>::Lease own_;  // what the request consists of besides the client's body
   UpstreamRequest image_;
   std::size_t image_sent_ = 0;
   Ns sent_ns_ = 0;

@@ -89,7 +89,6 @@ class ClientKey {
   }
   const std::string& rate_lines() const { return lines_; }
   const std::string& message() const { return message_; }
-  std::size_t kept_bytes() const { return lines_.capacity() + message_.capacity(); }
 
   // The request is over, and holds no place. What it has cost is known now, or what is estimated stands if it was
   // served. Its id and name stay until forget().

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -37,14 +38,21 @@ class Exchange {
   using State = ExchangeState;
   using Context = WorkerContext<Net>;
 
-  Exchange(Handle owner, Context& context, UpstreamPool<Net>& pool, Connection<Net>& client)
-      : owner_(owner),
-        context_(context),
+  Exchange(Context& context, UpstreamPool<Net>& pool)
+      : context_(context),
         picker_(context),
-        attempt_(owner, context, pool),
-        client_(context, client),
+        attempt_(context, pool),
+        client_(context),
         relay_(context, client_, summary_),
         deadlines_(context, client_) {}
+
+  // It is for the requests of the session `owner` from here on, whose connection is `client`.
+  void attach(Handle owner, Connection<Net>& client) {
+    assert(state_ == State::idle);
+    owner_ = owner;
+    attempt_.attach(owner);
+    client_.attach(client);
+  }
 
   State state() const { return state_; }
   bool active() const { return state_ != State::idle && state_ != State::over; }
@@ -54,12 +62,6 @@ class Exchange {
 
   // For the tests: what is known of the request so far.
   const ExchangeSummary& summary() const { return summary_; }
-
-  // Of text buffers, between two requests.
-  std::size_t kept_bytes() const {
-    return attempt_.kept_bytes() + summary_.request_id.capacity() + summary_.model.capacity() + reason_.capacity() +
-           kept_.backend.capacity() + kept_.model_used.capacity() + key_.kept_bytes();
-  }
 
   // The request's head is complete. `client_name` is the client's address, for the log; `cors_lines` stay in place
   // until the response has begun.
@@ -163,7 +165,8 @@ class Exchange {
     deadlines_.reset();
     last_failure_ = ApiError::no_healthy_backend;
     failure_ = retry_reason_ = {};
-    answer_failed_ = keeping_ = kept_.given = asked_without_usage_ = false;
+    kept_.reset();
+    answer_failed_ = keeping_ = asked_without_usage_ = false;
   }
 
  private:
@@ -478,7 +481,7 @@ class Exchange {
     bool ends_connection = false;
     bool given = false;  // to the client
   };
-  Kept kept_;
+  std::unique_ptr<Kept> kept_;  // rarely
   bool answer_failed_ = false;  // the answer in hand is an error: what became of it is failed_outcome_
   bool keeping_ = false;        // it is not for the client yet, because another backend can be tried
   AttemptOutcome failed_outcome_ = AttemptOutcome::ok;

@@ -247,23 +247,24 @@ void Exchange<Net>::drop_answer() {
 
 template <class Net>
 void Exchange<Net>::keep_answer() {
-  kept_.backend.assign(attempt_.backend()->name);
-  kept_.model_used.assign(*picker_.choice().model_name);
-  kept_.ends_connection = relay_.says_close();
-  kept_.record = summary_.record;
-  kept_.record.status = relay_.response().status();
-  kept_.record.error = ErrorType::backend_error;
-  kept_.record.stream = relay_.response().is_success() && relay_.response().is_stream();
-  note_fallback(kept_.record);
-  relay_.response().note_usage(kept_.record, summary_.complete_ns);
+  kept_ = std::make_unique<Kept>();
+  kept_->backend.assign(attempt_.backend()->name);
+  kept_->model_used.assign(*picker_.choice().model_name);
+  kept_->ends_connection = relay_.says_close();
+  kept_->record = summary_.record;
+  kept_->record.status = relay_.response().status();
+  kept_->record.error = ErrorType::backend_error;
+  kept_->record.stream = relay_.response().is_success() && relay_.response().is_stream();
+  note_fallback(kept_->record);
+  relay_.response().note_usage(kept_->record, summary_.complete_ns);
   client_.keep_held();
 }
 
 template <class Net>
 void Exchange<Net>::give_kept_answer() {
-  kept_.given = true;
-  summary_.record = kept_.record;
-  if (kept_.ends_connection) client_.end_connection();
+  kept_->given = true;
+  summary_.record = kept_->record;
+  if (kept_->ends_connection) client_.end_connection();
   if (!client_.send_kept()) return end(client_ending());
   go(State::finishing);
 }
@@ -314,9 +315,9 @@ void Exchange<Net>::log_access() {
     entry.attempts = picker_.tries();
   }
   if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
-  if (kept_.given) {
-    entry.backend = kept_.backend;
-    entry.model_used = kept_.model_used;
+  if (kept_ && kept_->given) {
+    entry.backend = kept_->backend;
+    entry.model_used = kept_->model_used;
   }
   context_.log.access(entry);
 }

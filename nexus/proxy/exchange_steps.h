@@ -256,6 +256,7 @@ void Exchange<Net>::begin_streaming() {
   relay_.note_begun();
   note_fallback(summary_.record);
   go(State::streaming);
+  attempt_.drop_text();
   if (client_.holds()) client_.send_held();  // the next write to the client reports a failure
 }
 

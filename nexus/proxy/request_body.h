@@ -35,8 +35,7 @@ class RequestBody {
     ApiError refusal{};  // if refused
   };
 
-  // `client`: a hash of the client's address.
-  RequestBody(WorkerContext<Net>& core, std::size_t client) : context_(core), client_(client) {}
+  explicit RequestBody(WorkerContext<Net>& core) : context_(core) {}
   RequestBody(const RequestBody&) = delete;
   RequestBody& operator=(const RequestBody&) = delete;
 
@@ -44,10 +43,12 @@ class RequestBody {
   // What has read the body while it came.
   BodyReaders readers() { return {incremental_.get(), &multipart_}; }
 
-  // The error that is known from the head alone, if any. `most_bytes` holds for the whole body.
+  // The error that is known from the head alone, if any. `client`: a hash of the client's address. `most_bytes` holds
+  // for the whole body.
   std::optional<ApiError> begin(const Endpoint& endpoint, const RequestHead& head, const HeadView& view,
-                                std::size_t most_bytes) {
+                                std::size_t client, std::size_t most_bytes) {
     endpoint_ = &endpoint;
+    client_ = client;
     if (endpoint.body == BodyFormat::multipart) {
       const FieldRow* type = find_field(*view.fields, Field::content_type);
       multipart_.start(boundary_of(type == nullptr ? "" : value_of(view.base, *type)));
@@ -112,13 +113,10 @@ class RequestBody {
 
   // The whole body was read.
   void end_incremental() { incremental_.reset(); }
-  // The body is no longer in `input`.
-  void give_back() {
+  // The body is no longer in `input`. Prepares for the next one.
+  void reset() {
     incremental_.reset();
     share_.give_back();
-  }
-  void reset() {
-    give_back();
     bytes_ = 0;
   }
 
@@ -173,7 +171,7 @@ class RequestBody {
   }
 
   WorkerContext<Net>& context_;
-  const std::size_t client_;
+  std::size_t client_ = 0;
   const Endpoint* endpoint_ = nullptr;
   std::size_t bytes_ = 0;
   std::size_t most_bytes_ = 0;  // [server] max_body when the head came

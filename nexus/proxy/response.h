@@ -224,12 +224,12 @@ class ResponseHeadReader {
   };
 
   // Reads received bytes; once done, the fields are valid until clear().
-  Result feed(ObjectPool<FieldTable>& tables, BlockPool& blocks, const ServerSettings& limits, char* data,
+  Result feed(ObjectPool<HeadParts<ResponseHead>>& heads, BlockPool& blocks, const ServerSettings& limits, char* data,
               std::size_t bytes) {
-    if (!fields_) {
-      fields_ = tables.take();
-      if (!fields_) return failed(Status::out_of_memory);
-      reader_.start(fields_.get(), limits.max_fields);
+    if (!parts_) {
+      parts_ = heads.take();
+      if (!parts_) return failed(Status::out_of_memory);
+      parts_->reader.start(&parts_->fields, limits.max_fields);
     }
     if (!partial_.empty()) {
       if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
@@ -238,7 +238,7 @@ class ResponseHeadReader {
     }
     for (;;) {
       Result told;
-      const HeadResult result = reader_.feed(data, bytes, told.head);
+      const HeadResult result = parts_->reader.feed(data, bytes, told.head);
       if (result.error == HeadError::too_many_fields) return failed(Status::too_many_fields, result.why);
       if (result.status == HeadResult::Status::failed) return failed(Status::failed, result.why);
       const std::size_t head_bytes = result.status == HeadResult::Status::need_more ? bytes : result.head_bytes;
@@ -256,7 +256,7 @@ class ResponseHeadReader {
       }
       data += result.head_bytes;
       bytes -= result.head_bytes;
-      reader_.start(fields_.get(), limits.max_fields);
+      parts_->reader.start(&parts_->fields, limits.max_fields);
       if (bytes == 0) {
         partial_.clear();
         return {};
@@ -264,10 +264,10 @@ class ResponseHeadReader {
     }
   }
 
-  HeadView view(const Result& result) const { return {result.data, fields_.get(), result.head.head_bytes}; }
+  HeadView view(const Result& result) const { return {result.data, &parts_->fields, result.head.head_bytes}; }
 
   void clear() {
-    fields_.reset();
+    parts_.reset();
     partial_.clear();
     interim_heads_ = 0;
   }
@@ -290,8 +290,7 @@ class ResponseHeadReader {
     return {};
   }
 
-  ResponseReader reader_;
-  ObjectPool<FieldTable>::Lease fields_;
+  ObjectPool<HeadParts<ResponseHead>>::Lease parts_;
   Buffer partial_;
   std::uint32_t interim_heads_ = 0;
 };
@@ -332,10 +331,11 @@ inline bool is_path_error(const Endpoint& endpoint, std::string_view held) {
 template <class Net>
 class ClientResponse {
  public:
-  ClientResponse(WorkerContext<Net>& context, Connection<Net>& connection)
-      : context_(context), connection_(connection) {}
+  explicit ClientResponse(WorkerContext<Net>& context) : context_(context) {}
   ClientResponse(const ClientResponse&) = delete;
   ClientResponse& operator=(const ClientResponse&) = delete;
+
+  void attach(Connection<Net>& connection) { connection_ = &connection; }
 
   // Starts a response to a new request.
   // `cors_lines`: of the response's head; they stay in place until it was written.
@@ -354,8 +354,8 @@ class ClientResponse {
   void set_rate_lines(std::string_view lines) { rate_lines_ = lines; }
   bool cut() const { return cut_; }
   bool has_begun() const { return begun_; }  // a first byte was written
-  bool waits() const { return connection_.pending() > 0; }
-  bool out_of_memory() const { return connection_.out_of_memory(); }  // the reason of a failed send
+  bool waits() const { return connection_->pending() > 0; }
+  bool out_of_memory() const { return connection_->out_of_memory(); }  // the reason of a failed send
   std::uint64_t sent_bytes() const { return sent_bytes_; }
 
   // Keeps `write` in place of sending it. False if the budget, memory or kHeldAnswerBytes has no room for it; then only
@@ -376,7 +376,7 @@ class ClientResponse {
   // Sends what is held.
   [[gnu::cold]] bool send_held() {
     sent_bytes_ += held_payload_bytes_;
-    const bool sent = note(connection_.write(context_.net, context_.blocks, held_.view()));
+    const bool sent = note(connection_->write(context_.net, context_.blocks, held_.view()));
     drop_held();
     return sent;
   }
@@ -396,7 +396,7 @@ class ClientResponse {
   bool keeps() const { return !kept_.empty(); }
   [[gnu::cold]] bool send_kept() {
     sent_bytes_ = kept_payload_bytes_;
-    const bool sent = note(connection_.write(context_.net, context_.blocks, kept_.view()));
+    const bool sent = note(connection_->write(context_.net, context_.blocks, kept_.view()));
     drop_kept();
     return sent;
   }
@@ -416,7 +416,7 @@ class ClientResponse {
   // False if the connection or memory failed.
   bool send(ClientWrite& write) {
     sent_bytes_ += write.payload_bytes();
-    return note(connection_.write(context_.net, context_.blocks, write.parts()));
+    return note(connection_->write(context_.net, context_.blocks, write.parts()));
   }
 
   // Sends an error of our own as the whole response.
@@ -431,7 +431,7 @@ class ClientResponse {
     context_.text.clear();
     append_own_error(context_.text, refusal, shape, text, answer, true);
     sent_bytes_ += context_.text.size() - (context_.text.find("\r\n\r\n") + 4);
-    return note(connection_.write(context_.net, context_.blocks, context_.text));
+    return note(connection_->write(context_.net, context_.blocks, context_.text));
   }
 
   // Sends an error as the last event of a chunked stream; the end of the body does not follow. For a client that takes
@@ -441,9 +441,9 @@ class ClientResponse {
     append_error_event(context_.text, row, endpoint.row(), end, {.request_id = request_id});
     ClientWrite write;
     write.add_payload(true, context_.text, {});
-    const std::size_t waiting = connection_.pending();
-    const bool sent = connection_.write(context_.net, context_.blocks, write.parts());
-    if (waiting > 0) waiting_bytes_ += connection_.pending() - waiting;
+    const std::size_t waiting = connection_->pending();
+    const bool sent = connection_->write(context_.net, context_.blocks, write.parts());
+    if (waiting > 0) waiting_bytes_ += connection_->pending() - waiting;
     return sent;
   }
 
@@ -452,8 +452,8 @@ class ClientResponse {
 
   // True if the number of waiting bytes has changed since the last call.
   bool has_moved() {
-    if (connection_.pending() == waiting_bytes_) return false;
-    waiting_bytes_ = connection_.pending();
+    if (connection_->pending() == waiting_bytes_) return false;
+    waiting_bytes_ = connection_->pending();
     return true;
   }
   void forget_waiting() { waiting_bytes_ = 0; }
@@ -474,7 +474,7 @@ class ClientResponse {
   }
 
   WorkerContext<Net>& context_;
-  Connection<Net>& connection_;
+  Connection<Net>* connection_ = nullptr;
   std::string_view cors_lines_, rate_lines_;
   bool http_1_0_ = false;
   bool keep_alive_ = true;

@@ -169,6 +169,8 @@ class UpstreamPool {
   }
 
   std::size_t open() const { return upstreams_.live(); }
+  // Frees the memory of connections that were closed. Returns its size, in bytes.
+  std::size_t trim() { return upstreams_.trim(); }
 
  private:
   static bool belongs(const Upstream<Net>& upstream, const Snapshot& snapshot) {

@@ -197,8 +197,6 @@ struct WorkerContext {
         worker(worker_in),
         now(net_in.now()),
         wheel(now),
-        tables(64),
-        incremental_readers(16),
         budget(shared_in.body_budget),
         random(seed) {
     text.reserve(kTextBytes);
@@ -307,6 +305,9 @@ struct WorkerContext {
     log.event(LogLevel::info, message, {{"client", client}, {"method", method}, {"path", path}});
   }
 
+  // Frees what was not needed since the last call. Returns its size, in bytes.
+  std::size_t trim() { return blocks.trim() + response_heads.trim() + request_texts.trim() + incremental_readers.trim(); }
+
   Net& net;
   Shared& shared;
   Slab& slab;
@@ -316,7 +317,8 @@ struct WorkerContext {
   TimerWheel wheel;
   BlockPool blocks;
   Block scratch_block;
-  ObjectPool<FieldTable> tables;
+  ObjectPool<HeadParts<ResponseHead>> response_heads;
+  ObjectPool<std::string> request_texts;  // what attempts write
   ObjectPool<IncrementalJson> incremental_readers;
   JsonReader json;
   ThreadBudget budget;

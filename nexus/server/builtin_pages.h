@@ -65,7 +65,7 @@ class BuiltinPages {
   // one.
   std::optional<WantedPage> answer(SessionT& session, const char* base, std::string_view path) {
     const RequestHead& head = session.head;
-    context_.take_request_id(base, session.fields.get(), session.request_id);
+    context_.take_request_id(base, session.fields(), session.request_id);
     const Listens on = use_of_listener(session.metrics_only, context_.settings().server);
     const PageKind kind = page_of(path, on);
     if (const auto refusal = refusal_of(session, base, kind)) {
@@ -205,7 +205,7 @@ class BuiltinPages {
     const Settings& settings = context_.settings();
     if (head.refusal == HeadError::unknown_method) return ApiError::unknown_method;
     if (head.method == HTTP_CONNECT) return ApiError::method_not_allowed;
-    const FieldRow* upgrade = head.method == HTTP_GET ? find_field(*session.fields, Field::upgrade) : nullptr;
+    const FieldRow* upgrade = head.method == HTTP_GET ? find_field(*session.fields(), Field::upgrade) : nullptr;
     if (upgrade != nullptr && (kind == PageKind::none || kind == PageKind::endpoint) &&
         equals_ignoring_case(value_of(base, *upgrade), "websocket")) {
       return ApiError::websocket;
@@ -218,7 +218,7 @@ class BuiltinPages {
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
     if (is_look(head, kind)) return std::nullopt;
     if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(settings.server, HeadView{base, session.fields.get(), head.head_bytes},
+        !is_authorized(settings.server, HeadView{base, session.fields(), head.head_bytes},
                        session.certificate_name)) {
       return ApiError::unauthorized;
     }
@@ -247,7 +247,7 @@ class BuiltinPages {
   static ErrorShape shape_of(const SessionT& session, std::string_view path, Listens on) {
     if (const Endpoint* endpoint = find_endpoint(path, on)) return endpoint->row().errors;
     if (path.starts_with("/api/")) return ErrorShape::ollama;
-    return session.fields->has(Field::anthropic_version) ? ErrorShape::anthropic : ErrorShape::openai;
+    return session.fields()->has(Field::anthropic_version) ? ErrorShape::anthropic : ErrorShape::openai;
   }
 
   void note_stray(const SessionT& session, HttpRejection reason, std::string_view path) {
@@ -280,12 +280,12 @@ class BuiltinPages {
 
   // Anthropic's clients say which version of its API they speak.
   static ModelListKind list_kind(const SessionT& session) {
-    return session.fields->has(Field::anthropic_version) ? ModelListKind::anthropic : ModelListKind::openai;
+    return session.fields()->has(Field::anthropic_version) ? ModelListKind::anthropic : ModelListKind::openai;
   }
   // The client's key, if it may not use every model.
   std::shared_ptr<const ApiKey> narrow_key(const SessionT& session, const char* base) const {
     const std::shared_ptr<const Settings>& settings = context_.snapshot->settings;
-    const HeadView head{base, session.fields.get(), session.head.head_bytes};
+    const HeadView head{base, session.fields(), session.head.head_bytes};
     const auto index = find_key(settings->server, head, session.certificate_name).index;
     if (!index || settings->server.api_keys[*index].models.empty()) return nullptr;
     return {settings, &settings->server.api_keys[*index]};

@@ -100,14 +100,21 @@ class Control {
   }
 
   // The simulator calls the next two itself.
-  // The first checks run at once, those after them are spread over the interval.
+  // The first checks run at once, but only kFirstChecks in a millisecond, so that the first backends can serve while
+  // others are checked. Those after them are spread over the interval.
   void check_new_backends() {
     auto& backends = registry_.backends();
     const Ns interval = registry_.settings().health.interval_ns;
     Ns place = 0;
+    std::size_t begun = 0;
+    new_checks_ns_ = kNever;
     for (Registry::Backend& backend : backends) {
       place += 1;
       if (backend.next_check_ns != kNever) continue;
+      if (begun++ == kFirstChecks) {
+        new_checks_ns_ = now_ + kMillisecond;
+        return;
+      }
       backend.next_check_ns = now_ + interval * place / static_cast<Ns>(backends.size());
       backend.next_lookup_ns = now_;
       guarded([&] {
@@ -119,7 +126,8 @@ class Control {
 
   void turn() {
     bool woken = false;
-    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, may_publish() ? hold_until_ns_ : kNever});
+    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, new_checks_ns_});
+    if (may_publish()) deadline = std::min(deadline, hold_until_ns_);
     for (const auto& backend : registry_.backends()) deadline = std::min(deadline, due_ns(backend));
     const std::size_t count = net_.wait(events_, deadline, woken);
     now_ = net_.now();
@@ -129,6 +137,7 @@ class Control {
     for (auto& backend : registry_.backends()) {
       if (now_ >= due_ns(backend)) guarded([&] { check_and_look_up(backend); });
     }
+    if (now_ >= new_checks_ns_) check_new_backends();
     if (woken) take_messages();
     if (now_ >= retry_at_ns_) retry();
     if (may_publish() && (now_ >= hold_until_ns_ || !any_unknown())) publish();
@@ -240,6 +249,7 @@ class Control {
     check_new_backends();
     // The API key, the source of the model list, the interval or the timeout may have changed.
     for (Registry::Backend& backend : registry_.backends()) {
+      if (backend.next_check_ns == kNever) continue;  // its first check is to come
       backend.next_check_ns = std::min(backend.next_check_ns, now_ + registry_.settings().health.interval_ns);
       if (backend.lookup_failed) backend.next_lookup_ns = now_;
       guarded([&] { check_anew(backend); });
@@ -484,6 +494,7 @@ class Control {
   std::array<Event, Net::kMaxEvents> events_;
   SnapshotPtr published_;  // that all workers were given last
   std::atomic<const Settings*> in_force_{nullptr};
+  Ns new_checks_ns_ = kNever;  // when more first checks may begin
   bool unpublished_ = false;  // the registry has changes that the workers' snapshot lacks
   Ns hold_until_ns_ = 0;      // until when publish() may wait for first checks
   bool stopped_ = false;

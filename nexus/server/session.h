@@ -49,24 +49,26 @@ class HeadInput {
   bool started() const { return started_; }      // a first byte of the request line was seen
   std::string_view why() const { return why_; }  // after `malformed`: a constant text
 
-  // Reads the bytes that are new in `input`; `fields` are taken from `tables` with the first of them.
-  Status read(Buffer& input, ObjectPool<FieldTable>& tables, ObjectPool<FieldTable>::Lease& fields, RequestHead& head,
-              std::size_t most_bytes, std::size_t most_fields) {
+  // Reads the bytes that are new in `input`. With the first of them take() is called: it returns the RequestInput to
+  // read with, or nullptr if there is no memory.
+  template <class Take>
+  Status read(Buffer& input, Take&& take, RequestHead& head, std::size_t most_bytes, std::size_t most_fields) {
     skip_empty_line(input);
     if (input.size() == parsed_) return Status::need_more;
     if (!started_) {
-      fields = tables.take();
-      if (!fields) return Status::out_of_memory;
+      auto* const made = take();
+      if (made == nullptr) return Status::out_of_memory;
       started_ = true;
-      reader_.start(fields.get(), most_fields);
+      reader_ = &made->reader;
+      reader_->start(&made->fields, most_fields);
     }
     const bool over = parsed_ > most_bytes;  // a reload has lowered the limit meanwhile
     parsed_ = input.size();
-    const HeadResult result = over ? HeadResult{} : reader_.feed(input.data(), std::min(parsed_, most_bytes), head);
+    const HeadResult result = over ? HeadResult{} : reader_->feed(input.data(), std::min(parsed_, most_bytes), head);
     if (result.status == HeadResult::Status::done) return Status::done;
     if (result.status == HeadResult::Status::need_more) {
       if (parsed_ < most_bytes) return Status::need_more;
-      return reader_.line_bytes() == 0 ? Status::target_too_long : Status::too_large;
+      return reader_->line_bytes() == 0 ? Status::target_too_long : Status::too_large;
     }
     why_ = result.why;
     if (result.error == HeadError::bad_version) return Status::bad_version;
@@ -92,7 +94,7 @@ class HeadInput {
     line_skipped_ = true;
   }
 
-  RequestReader reader_;
+  RequestReader* reader_ = nullptr;  // of the request whose head is read
   std::size_t parsed_ = 0;  // bytes of the input that the reader has seen
   bool started_ = false;
   bool line_skipped_ = false;
@@ -165,26 +167,38 @@ inline std::size_t host_number(const Address& peer) {
   return static_cast<std::size_t>(mix(network));
 }
 
+// What reads one request. Needed until its response has begun.
+template <class Net>
+struct RequestInput : HeadParts<RequestHead> {
+  explicit RequestInput(WorkerContext<Net>& context) : body(context) {}
+  void reset() { body.reset(); }
+
+  RequestBody<Net> body;
+};
+
 template <class Net>
 struct Session {
-  Session(Handle handle_in, WorkerContext<Net>& context, UpstreamPool<Net>& pool, const Address& peer,
-          bool metrics_only_in)
+  Session(Handle handle_in, const Address& peer, bool metrics_only_in)
       : handle(handle_in),
         client_name(to_string(peer)),
         metrics_only(metrics_only_in),
         host(host_number(peer)),
-        timer(handle_in),
-        body(context, host),
-        exchange(handle_in, context, pool, connection) {}
+        timer(handle_in) {}
+
+  // The fields of the head that was read.
+  const FieldTable* fields() const { return &reading->fields; }
+
+  bool exchange_active() const { return exchange && exchange->active(); }
+  ExchangeState exchange_state() const { return exchange ? exchange->state() : ExchangeState::idle; }
 
   // The request in `input`, for the exchange.
   RequestView request() {
     RequestView view;
     view.base = input.data();
     view.head = &head;
-    view.fields = fields.get();
+    view.fields = fields();
     view.body = input.data() + head.head_bytes;
-    view.body_bytes = body.bytes();
+    view.body_bytes = reading->body.bytes();
     view.pass_credentials = !key_checked;
     view.pass_origin = !allows_origin(cors_lines);
     return view;
@@ -193,26 +207,22 @@ struct Session {
   // The response has begun, so the request is not sent again: its memory is given back before what may be a long
   // stream.
   void release_request() {
-    if (request_released) return;
-    request_released = true;
-    input.consume(head.head_bytes + body.bytes());
-    fields.reset();
-    body.give_back();
+    if (!reading) return;
+    input.consume(head.head_bytes + reading->body.bytes());
+    reading.reset();
   }
 
   // The memory of a session between two requests, besides its own fixed size; at most kIdleSessionBytes.
   std::size_t kept_bytes() const {
     return client_name.capacity() + certificate_name.capacity() + cors_lines.capacity() + request_id.capacity() +
-           page_head.capacity() + exchange.kept_bytes();
+           page_head.capacity();
   }
 
-  // Drops the current request (`bytes` of the input) and prepares for the next.
-  void next_request(std::size_t bytes) {
-    input.consume(bytes);
+  // Drops the current request, if it is not released, and prepares for the next.
+  void next_request() {
+    release_request();
+    exchange.reset();
     head_input.reset();
-    fields.reset();
-    body.reset();
-    request_released = false;
     keep_alive = true;
     state = SessionState::reading_head;
   }
@@ -228,15 +238,16 @@ struct Session {
 
   Buffer input;  // the head and body of the current request, and bytes pipelined behind it
   HeadInput head_input;
-  ObjectPool<FieldTable>::Lease fields;  // while there is a request
   RequestHead head;
   std::string certificate_name;  // of its certificate, which was verified: a key's name, maybe
   bool key_checked = false;      // its Authorization field holds a key of Nexus's own
 
-  std::string cors_lines;  // of the response
-  RequestBody<Net> body;
-  bool request_released = false;  // head and body are gone from `input`: the response is on its way
+  // While there is a request: what reads it, until its response has begun and head and body are gone from `input`; and
+  // what handles it.
+  typename ObjectPool<RequestInput<Net>>::Lease reading;
+  typename ObjectPool<Exchange<Net>>::Lease exchange;
 
+  std::string cors_lines;         // of the response
   bool keep_alive = true;         // after a response of our own
   std::string request_id;         // of such a response
   std::uint32_t page_number = 0;  // of the last page asked for: an answer that comes too late carries an earlier one
@@ -245,8 +256,6 @@ struct Session {
   std::size_t page_sent = 0;  // bytes of page_head and page together
   bool page_body = true;      // false for HEAD
   std::size_t lingered_bytes = 0;
-
-  Exchange<Net> exchange;
 };
 
 }  // namespace nexus

@@ -48,6 +48,10 @@ class SessionDriver {
   UpstreamPool<Net>& pool() { return pool_; }
   BuiltinPages<Net>& pages() { return pages_; }
   std::size_t live() const { return sessions_.live(); }
+  // Objects of requests, which no session holds at rest.
+  std::size_t taken_objects() const { return inputs_.taken() + exchanges_.taken(); }
+  // Frees what was not needed since the last call. Returns its size, in bytes.
+  std::size_t trim() { return inputs_.trim() + exchanges_.trim() + sessions_.trim() + pool_.trim(); }
   // For the simulator: calls `visit(const Session&)` for each session.
   template <class Visit>
   void each(Visit&& visit) {
@@ -58,7 +62,7 @@ class SessionDriver {
 
   // Takes over a connection that placement_ has counted for this worker.
   [[gnu::cold]] void add(typename Net::Socket socket, const Address& peer, ListenerUse use) {
-    SessionT* session = sessions_.make(context_, pool_, peer, use.metrics_only);
+    SessionT* session = sessions_.make(peer, use.metrics_only);
     const auto tls = use.tls ? context_.settings().server.tls : nullptr;
     if (session == nullptr || !context_.make_turn(session->handle)) {
       context_.net.close(socket);
@@ -83,7 +87,7 @@ class SessionDriver {
     if (upstream->owner.value == 0) return pool_.on_idle_event(*upstream, event);
     with_session(upstream->owner, [&](SessionT& session) {
       assert(session.state == State::exchanging);
-      session.exchange.on_upstream(event);
+      session.exchange->on_upstream(event);
       drive(session);
     });
   }
@@ -91,7 +95,7 @@ class SessionDriver {
   // The turn that reschedule() asked for.
   void resume(Handle handle) {
     with_session(handle, [&](SessionT& session) {
-      if (session.state == State::exchanging) session.exchange.resume();
+      if (session.state == State::exchanging) session.exchange->resume();
       drive(session);
     });
   }
@@ -103,7 +107,7 @@ class SessionDriver {
   void on_grant(Handle handle) {
     with_session(handle, [&](SessionT& session) {
       if (session.state != State::exchanging) return;
-      session.exchange.on_grant();
+      session.exchange->on_grant();
       drive(session);
     });
   }
@@ -150,7 +154,7 @@ class SessionDriver {
 
   [[gnu::cold]] void close_all() {
     sessions_.each([this](SessionT& session) {
-      session.exchange.give_up();
+      if (session.exchange) session.exchange->give_up();
       client_gone(session);
     });
   }
@@ -174,9 +178,9 @@ class SessionDriver {
     SessionT* session = sessions_.get(handle);
     if (session == nullptr) return context_.slab.limit_hit(Limit::memory);
     try {
-      if (session->exchange.active()) {
+      if (session->exchange_active()) {
         session->state = State::exchanging;
-        session->exchange.on_no_memory();
+        session->exchange->on_no_memory();
       } else {
         context_.slab.limit_hit(Limit::memory);
         const bool reading = session->state == State::reading_head;
@@ -201,8 +205,8 @@ class SessionDriver {
       return client_gone(session);
     }
     if (session.state == State::exchanging) {
-      if (event.writable) session.exchange.resume();  // first: its last byte may just have gone
-      if (event.hangup && session.exchange.active()) return client_gone(session);
+      if (event.writable) session.exchange->resume();  // first: its last byte may just have gone
+      if (event.hangup && session.exchange_active()) return client_gone(session);
     }
     drive(session);
   }
@@ -214,7 +218,7 @@ class SessionDriver {
     TurnShare share;
     Step next = Step::again;
     while (next == Step::again) next = step(session, share);
-    assert(next == Step::over || may_wait(session.state, session.exchange.state()));
+    assert(next == Step::over || may_wait(session.state, session.exchange_state()));
   }
 
   Step step(SessionT& session, TurnShare& share) {
@@ -252,10 +256,10 @@ class SessionDriver {
     if (++share.reads > kClientReadsPerTurn) return next_turn(session);
     const bool in_body = session.state == State::reading_body;
     const std::size_t wanted =
-        in_body ? session.body.room_wanted(session.head, session.input, kFirstReadBytes) : kFirstReadBytes;
+        in_body ? session.reading->body.room_wanted(session.head, session.input, kFirstReadBytes) : kFirstReadBytes;
     if ((session.input.room() == 0 || in_body) && !session.input.reserve(context_.blocks, wanted)) {
       context_.slab.limit_hit(Limit::memory);
-      if (!session.exchange.active()) return begin_linger(session);
+      if (!session.exchange_active()) return begin_linger(session);
       refuse_body(session, ApiError::out_of_memory);
       return Step::again;
     }
@@ -280,13 +284,23 @@ class SessionDriver {
   bool parse_head(SessionT& session) {
     const ServerSettings& server = context_.settings().server;
     const bool was_started = session.head_input.started();
-    const HeadInput::Status status = session.head_input.read(session.input, context_.tables, session.fields,
-                                                             session.head, server.max_header_bytes, server.max_fields);
+    const auto take = [&] { return begin_request(session); };
+    const HeadInput::Status status =
+        session.head_input.read(session.input, take, session.head, server.max_header_bytes, server.max_fields);
     // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
     if (!was_started && session.head_input.started() && session.asked) arm(session, server.header_timeout_ns);
     if (status == HeadInput::Status::need_more) return false;
     status == HeadInput::Status::done ? on_head(session) : refuse_head(session, refusal_of(status));
     return true;
+  }
+
+  // Takes what the next request needs. Null if there is no memory.
+  RequestInput<Net>* begin_request(SessionT& session) {
+    session.reading = inputs_.take(context_);
+    session.exchange = exchanges_.take(context_, pool_);
+    if (!session.reading || !session.exchange) return nullptr;
+    session.exchange->attach(session.handle, session.connection);
+    return session.reading.get();
   }
 
   [[gnu::cold]] void refuse_head(SessionT& session, const HeadRefusal& refusal) {
@@ -305,7 +319,7 @@ class SessionDriver {
     std::string_view path(base + session.head.target_at, session.head.target_bytes);
     path = path.substr(0, path.find('?'));
     const ServerSettings& server = context_.settings().server;
-    write_cors_lines(session.cors_lines, server, {base, session.fields.get(), session.head.head_bytes});
+    write_cors_lines(session.cors_lines, server, {base, session.fields(), session.head.head_bytes});
     const Listens on = use_of_listener(session.metrics_only, server);
     const Endpoint* endpoint = find_endpoint(path, on);
     if (endpoint != nullptr && endpoint->serves(session.head.method)) return on_endpoint(session, *endpoint, base);
@@ -321,36 +335,36 @@ class SessionDriver {
     const RequestHead& head = session.head;
     in_flight_ += 1;
     session.state = State::exchanging;
-    session.exchange.open(endpoint, head, {base, session.fields.get(), head.head_bytes}, session.client_name,
+    session.exchange->open(endpoint, head, {base, session.fields(), head.head_bytes}, session.client_name,
                           session.cors_lines);
-    if (const auto error = error_of_head(session, endpoint, base)) return session.exchange.refuse_unread(*error);
+    if (const auto error = error_of_head(session, endpoint, base)) return session.exchange->refuse_unread(*error);
     session.state = State::reading_body;
     arm_body_deadline(session);
     const bool body_here = session.input.size() > head.head_bytes;
     if (!head.expects_continue || body_here) return;
     if (session.connection.write(context_.net, context_.blocks, "HTTP/1.1 100 Continue\r\n\r\n")) return;
     session.state = State::exchanging;
-    session.exchange.client_failed();
+    session.exchange->client_failed();
   }
 
   // Errors that are known before the body is read.
   std::optional<ApiError> error_of_head(SessionT& session, const Endpoint& endpoint, const char* base) {
     const RequestHead& head = session.head;
-    const HeadView view{base, session.fields.get(), head.head_bytes};
+    const HeadView view{base, session.fields(), head.head_bytes};
     const ServerSettings& server = context_.settings().server;
     if (head.refusal == HeadError::unknown_coding) return ApiError::unknown_coding;
     if (head.refusal == HeadError::bad_expectation) return ApiError::bad_expectation;
     session.key_checked = !server.api_keys.empty();
     const FoundKey key = find_key(server, view, session.certificate_name);
-    session.exchange.use_key(key.index, session.host);
+    session.exchange->use_key(key.index, session.host);
     if (!key.authorized) return ApiError::unauthorized;
     if (context_.draining) return ApiError::draining;
     if (is_loop(view, context_.shared.instance)) return ApiError::loop_detected;
-    return session.body.begin(endpoint, head, view, server.max_body_bytes);
+    return session.reading->body.begin(endpoint, head, view, session.host, server.max_body_bytes);
   }
 
   bool parse_body(SessionT& session) {
-    const typename RequestBody<Net>::Step body = session.body.read(session.head, session.input);
+    const typename RequestBody<Net>::Step body = session.reading->body.read(session.head, session.input);
     switch (body.status) {
       case RequestBody<Net>::Status::need_more: arm_body_deadline(session); return false;
       case RequestBody<Net>::Status::whole: submit(session); break;
@@ -360,51 +374,51 @@ class SessionDriver {
   }
 
   void arm_body_deadline(SessionT& session) {
-    arm_at(session, std::min(session.body.deadline(), session.exchange.deadline()));
+    arm_at(session, std::min(session.reading->body.deadline(), session.exchange->deadline()));
   }
 
   [[gnu::cold]] void refuse_body(SessionT& session, ApiError error) {
     session.state = State::exchanging;
-    session.exchange.refuse_unread(error);
+    session.exchange->refuse_unread(error);
   }
 
   void submit(SessionT& session) {
     session.state = State::exchanging;
     // A FIN behind the request: a client that does not wait for the response has left.
-    if (session.connection.hangup()) return session.exchange.client_left();
-    session.exchange.submit(session.request(), session.body.readers());
-    session.body.end_incremental();
+    if (session.connection.hangup()) return session.exchange->client_left();
+    session.exchange->submit(session.request(), session.reading->body.readers());
+    session.reading->body.end_incremental();
   }
 
   Step follow_exchange(SessionT& session) {
-    if (!session.exchange.active()) return end_exchange(session);
-    if (session.exchange.state() == ExchangeState::streaming) session.release_request();
-    arm_at(session, session.exchange.deadline());
+    if (!session.exchange_active()) return end_exchange(session);
+    if (session.exchange_state() == ExchangeState::streaming) session.release_request();
+    arm_at(session, session.exchange->deadline());
     return Step::wait;
   }
 
   Step end_exchange(SessionT& session) {
     in_flight_ -= 1;
-    const bool keep_alive = session.exchange.keep_alive();
-    const bool cut = session.exchange.cut();
-    const bool whole = !session.exchange.summary().cut_short;
+    const bool keep_alive = session.exchange->keep_alive();
+    const bool cut = session.exchange->cut();
+    const bool whole = !session.exchange->summary().cut_short;
     session.exchange.reset();
     if (cut) {
       session.connection.reset(context_.net);
       return close(session);
     }
     if (!keep_alive) return begin_linger(session, whole);
-    return next_request(session, session.request_released ? 0 : session.head.head_bytes + session.body.bytes());
+    return next_request(session);
   }
 
   Step end_answer(SessionT& session) {
     if (session.connection.failed()) return close(session);
-    return session.keep_alive ? next_request(session, session.head.head_bytes) : begin_linger(session);
+    return session.keep_alive ? next_request(session) : begin_linger(session);
   }
 
   // ---- between requests, and the end: session_ends.h ----
 
-  Step next_request(SessionT& session, std::size_t bytes);
+  Step next_request(SessionT& session);
   // Sends our FIN; from here on received bytes are dropped, up to a bound. `whole`: the response before it is.
   [[gnu::cold]] Step begin_linger(SessionT& session, bool whole = true);
   [[gnu::cold]] Step linger(SessionT& session, TurnShare& share);
@@ -422,6 +436,8 @@ class SessionDriver {
   Acceptor<Net>& acceptor_;
   const AskPage& ask_page_;
   UpstreamPool<Net> pool_;
+  ObjectPool<RequestInput<Net>> inputs_;
+  ObjectPool<Exchange<Net>> exchanges_;
   SlotMap<SessionT> sessions_;
   BuiltinPages<Net> pages_;
   std::size_t in_flight_ = 0;  // exchanges

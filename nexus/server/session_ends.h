@@ -45,8 +45,8 @@ void SessionDriver<Net>::end_handshake(SessionT& session) {
 }
 
 template <class Net>
-Step SessionDriver<Net>::next_request(SessionT& session, std::size_t bytes) {
-  session.next_request(bytes);
+Step SessionDriver<Net>::next_request(SessionT& session) {
+  session.next_request();
   arm(session, context_.settings().server.idle_timeout_ns);
   return Step::again;
 }
@@ -54,8 +54,8 @@ Step SessionDriver<Net>::next_request(SessionT& session, std::size_t bytes) {
 template <class Net>
 Step SessionDriver<Net>::begin_linger(SessionT& session, bool whole) {
   session.input.clear();
-  session.fields.reset();
-  session.body.give_back();
+  session.reading.reset();
+  session.exchange.reset();
   session.lingered_bytes = 0;
   if (session.connection.failed() || session.connection.hangup()) return close(session);
   session.connection.finish(context_.net, whole);
@@ -80,14 +80,14 @@ Step SessionDriver<Net>::linger(SessionT& session, TurnShare& share) {
 
 template <class Net>
 void SessionDriver<Net>::client_gone(SessionT& session) {
-  if (session.exchange.active()) session.exchange.client_left();
-  if (session.exchange.active()) {  // not counted yet: there was no memory
+  if (session.exchange_active()) session.exchange->client_left();
+  if (session.exchange_active()) {  // not counted yet: there was no memory
     session.state = State::exchanging;
-    return arm_at(session, session.exchange.deadline());
+    return arm_at(session, session.exchange->deadline());
   }
-  if (session.exchange.state() == ExchangeState::over) {
+  if (session.exchange_state() == ExchangeState::over) {
     in_flight_ -= 1;
-    if (session.exchange.cut()) session.connection.reset(context_.net);
+    if (session.exchange->cut()) session.connection.reset(context_.net);
     session.exchange.reset();
   }
   close(session);
@@ -95,7 +95,7 @@ void SessionDriver<Net>::client_gone(SessionT& session) {
 
 template <class Net>
 Step SessionDriver<Net>::close(SessionT& session) {
-  assert(!session.exchange.active());
+  assert(!session.exchange_active());
   session.connection.close(context_.net);
   placement_.give_back(context_.worker);
   context_.slab.add_client_connections(-1);
@@ -124,15 +124,15 @@ void SessionDriver<Net>::on_session_deadline(SessionT& session) {
       pages_.refuse_head(session, ApiError::header_timeout);
       break;
     case State::reading_body:
-      if (context_.now < session.exchange.deadline()) {
-        if (session.body.has_time()) return arm_body_deadline(session);
+      if (context_.now < session.exchange->deadline()) {
+        if (session.reading->body.has_time()) return arm_body_deadline(session);
         context_.slab.limit_hit(Limit::body_timeout);
         refuse_body(session, ApiError::body_timeout);
         break;
       }
       session.state = State::exchanging;  // request_timeout has passed
       [[fallthrough]];
-    case State::exchanging: session.exchange.on_deadline(); break;
+    case State::exchanging: session.exchange->on_deadline(); break;
     case State::waiting_page: pages_.answer_error(session, ApiError::metrics_unavailable); break;
     case State::sending_page:
     case State::answering: context_.slab.limit_hit(Limit::write_timeout); [[fallthrough]];

@@ -7,6 +7,8 @@
 // Tested by: tests/worker_test.cpp, tests/sim, tests/hostile
 #pragma once
 
+#include <malloc.h>
+
 #include <array>
 #include <atomic>
 #include <functional>
@@ -25,6 +27,7 @@
 namespace nexus {
 
 constexpr std::uint8_t kDrainTimerKind = 5;  // of a Handle
+constexpr std::uint8_t kTrimTimerKind = 6;
 
 template <class Net>
 class Worker {
@@ -72,7 +75,8 @@ class Worker {
         peers_(peers),
         acceptor_(context_),
         sessions_(context_, peers.placement, acceptor_, peers.ask_page, process_started),
-        drain_timer_(Handle::make(kDrainTimerKind, 0, 0)) {}
+        drain_timer_(Handle::make(kDrainTimerKind, 0, 0)),
+        trim_timer_(Handle::make(kTrimTimerKind, 0, 0)) {}
   ~Worker() { close_all(); }
 
   // Call before run(): accepts connections from this socket. False if the kernel refuses.
@@ -103,6 +107,7 @@ class Worker {
 
   // One wait and the events that it brought. The simulator calls this itself.
   void turn() {
+    turns_ += 1;
     bool woken = false;
     const Ns deadline = context_.again.empty() ? context_.wheel.next() : context_.now;
     const std::size_t count = context_.net.wait(events_, deadline, woken);
@@ -115,6 +120,7 @@ class Worker {
     context_.wheel.fire(context_.now, [this](Handle handle) { on_deadline(handle); });
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) sessions_.look_for_grants();
     if (context_.draining && is_drained()) end_drain();
+    if (!trim_armed_ && trimmed_turn_ != turns_) arm_trim();
     context_.slab.loop_stall(context_.net.now() - turn_began);
   }
 
@@ -123,7 +129,10 @@ class Worker {
   std::size_t armed_timers() const { return context_.wheel.armed(); }
   SessionDriver<Net>& sessions() { return sessions_; }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
-  std::size_t taken_objects() const { return context_.tables.taken() + context_.incremental_readers.taken(); }
+  std::size_t taken_objects() const {
+    return context_.response_heads.taken() + context_.request_texts.taken() + context_.incremental_readers.taken() +
+           sessions_.taken_objects();
+  }
 
  private:
   void dispatch(const Event& event) {
@@ -140,6 +149,7 @@ class Worker {
       case kUpstreamKind: return sessions_.pool().on_deadline(handle);
       case kAcceptTimerKind: return acceptor_.resume();
       case kDrainTimerKind: return on_drain_deadline();
+      case kTrimTimerKind: return trim();
       case kSessionKind: return sessions_.on_deadline(handle);
       default: assert(false);
     }
@@ -205,6 +215,23 @@ class Worker {
     sessions_.add(socket, peer, use);
   }
 
+  // ---- memory ----
+
+  void arm_trim() {
+    context_.wheel.arm(trim_timer_, context_.now + kTrimInterval);
+    trim_armed_ = true;
+  }
+
+  // Frees what no request has needed for a while. Goes on until no other turn comes between and nothing is left to free.
+  [[gnu::cold]] void trim() {
+    const std::size_t freed = context_.trim() + sessions_.trim();
+    const bool rests = turns_ == trimmed_turn_ + 1;
+    trimmed_turn_ = turns_;
+    if (freed >= kReturnedBytes || rests) malloc_trim(0);  // the C library keeps free memory between used pieces
+    trim_armed_ = false;
+    if (freed > 0 || !rests) arm_trim();
+  }
+
   // ---- the end ----
 
   // Wakes the loop, so that is_drained() is asked again. The first time, the connections are accepted that came after
@@ -251,6 +278,10 @@ class Worker {
   Acceptor<Net> acceptor_;
   SessionDriver<Net> sessions_;
   Timer drain_timer_;
+  Timer trim_timer_;
+  bool trim_armed_ = false;
+  std::uint64_t turns_ = 0;
+  std::uint64_t trimmed_turn_ = 0;  // the turn of the last trim()
   std::atomic<bool> grants_missed_{false};
   bool stopped_ = false;
   Ns drain_began_ns_ = 0;
