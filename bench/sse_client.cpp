@@ -8,8 +8,8 @@
 // Leaves:   the pace to sse_backend.
 // usage:    sse_client PORT STREAMS CHUNKS PACE_US SECONDS     new streams on the same connections until SECONDS passed
 //           sse_client PORT STREAMS CHUNKS PACE_US hold        opens them, says "ready", holds them until stdin ends
-//           sse_client PORT STREAMS CHUNKS PACE_US rest        the same, but holds the connections when their streams end
-//           One line of JSON on stdout. Status 1 where a stream was not as it should be.
+//           sse_client PORT STREAMS CHUNKS PACE_US rest        the same, but holds the connections when their streams
+//           end One line of JSON on stdout. Status 1 where a stream was not as it should be.
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
@@ -129,7 +129,8 @@ class Client {
  private:
   // Spread over one pace (or, where that is long or none, some of them a millisecond).
   void open_all() {
-    const Ns spread_ns = plan_.hold || plan_.rest ? static_cast<Ns>(plan_.streams) * 50'000 : static_cast<Ns>(plan_.pace_us) * 1000;
+    const Ns spread_ns =
+        plan_.hold || plan_.rest ? static_cast<Ns>(plan_.streams) * 50'000 : static_cast<Ns>(plan_.pace_us) * 1000;
     for (std::size_t i = 0; i < streams_.size(); ++i) {
       const Ns at_ns = started_ns_ + spread_ns * static_cast<Ns>(i) / static_cast<Ns>(streams_.size());
       do {

@@ -55,7 +55,11 @@ struct Gateway {
     needs.seen_at = seen_at;
     const auto load_of = [&](const BackendView& view) { return loads[index_of(view.id) - 1]; };
     turn += 1;
-    route(snapshot, *snapshot.find("m"), needs, routing, turn, mix(turn), load_of, out);
+    std::vector<Choice> unordered;
+    route(snapshot, *snapshot.find("m"), needs, routing, mix(turn), load_of, unordered);
+    out.clear();
+    BestFirst order(unordered, turn);
+    while (const Choice* choice = order.next()) out.push_back(*choice);
     return out.front();
   }
   std::string name(std::uint64_t key) const { return snapshot.backends[choose(key).backend].name; }

@@ -75,7 +75,13 @@ struct Fleet {
       ++load_calls;
       return loads.at(backend.name);
     };
-    return route(snapshot, *snapshot.find(name), needs, routing, turn, random_bits, load_of, out);
+    std::vector<Choice> unordered;
+    const RouteOutcome outcome = route(snapshot, *snapshot.find(name), needs, routing, random_bits, load_of, unordered);
+    out.clear();
+    BestFirst order(unordered, turn);
+    while (const Choice* choice = order.next()) out.push_back(*choice);
+    REQUIRE(out.size() == unordered.size());
+    return outcome;
   }
 };
 

@@ -1,8 +1,9 @@
 // buffer.h
 // Owns:     memory for bytes in flight: a pool of power-of-two blocks, and the buffer that fills one.
 // Promises: a block returns to its pool when its owner is destroyed; the steady state allocates only from the free
-//           lists; trim() frees the blocks that were not needed since the last call; every block has kPaddingBytes readable bytes after its capacity (simdjson reads that far); lack of
-//           memory is reported (an empty block, false), never thrown.
+//           lists; trim() frees the blocks that were not needed since the last call; every block has kPaddingBytes
+//           readable bytes after its capacity (simdjson reads that far); lack of memory is reported (an empty block,
+//           false), never thrown.
 // Leaves:   how much a connection may hold to its owner; the limit over all threads to memory_budget.h.
 // Threads:  a pool and everything from it belong to one thread.
 // Tested by: tests/buffer_test.cpp

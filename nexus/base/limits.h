@@ -104,7 +104,7 @@ constexpr std::size_t kPageMemory = 64u << 20;   // of rendered pages that clien
 constexpr std::size_t kKeptTextBytes = 2048;     // of a connection's text buffer between two requests
 constexpr std::size_t kIdleSessionBytes = 1024;  // of a connection's texts together, between two requests
 constexpr std::size_t kReturnedBytes = 1u << 20;  // freed at once by a worker; then the system gets free memory back
-constexpr std::size_t kRoomyBlock = 64u << 10;   // for reading a response: most fit in one read
+constexpr std::size_t kRoomyBlock = 64u << 10;    // for reading a response: most fit in one read
 
 // ---- one turn of a loop: what one session may do before the others get their turn ----
 
@@ -150,7 +150,7 @@ constexpr Ns kKeptAnswerTime = 250 * kMillisecond;  // for the rest of an error 
 constexpr Ns kLackLogInterval = 60 * kSecond;       // between two lines about a lack of descriptors or ports
 constexpr Ns kStrayLogInterval = kSecond;           // between two lines about unknown paths and methods
 constexpr Ns kAttemptLogInterval = kSecond;         // between two lines about failed requests to one backend
-constexpr Ns kTrimInterval = 5 * kSecond;            // memory that was not needed for so long is freed
+constexpr Ns kTrimInterval = 5 * kSecond;           // memory that was not needed for so long is freed
 constexpr Ns kPageTime = 30 * kSecond;              // for the control thread to render a page
 constexpr Ns kLingerTime = 5 * kSecond;             // after our FIN, for the client's
 constexpr Ns kBodyLook = 10 * kSecond;              // how often a body that has begun must have made progress

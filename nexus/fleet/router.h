@@ -1,8 +1,9 @@
 // router.h
-// Owns:     the list of backends that a request may be tried on, best first, and the text of X-Nexus-Route-Reason.
-// Promises: a pure function of its arguments: every candidate is healthy and has the needed capabilities, none is
+// Owns:     the list of backends that a request may be tried on, their order, and the text of X-Nexus-Route-Reason.
+// Promises: pure functions of their arguments: every candidate is healthy and has the needed capabilities, none is
 //           listed twice for one model, ejected ones come last within their model, and equal candidates share the load
-//           evenly. The only memory used is the caller's `out`, which keeps its capacity between calls.
+//           evenly. The order is found one by one, because the first is mostly enough. The only memory used is the
+//           caller's `out`, which keeps its capacity between calls.
 // Leaves:   load to slab.h, latency to worker_context.h, keys and their hashes to affinity.h, ejection to
 //           circuit_breaker.h, hard caps to admission.h, retries to candidate_picker.h.
 // Threads:  any; a snapshot is immutable.
@@ -71,9 +72,11 @@ struct Choice {
   std::uint32_t backend = 0;                // index into Snapshot::backends
   ModelId model{};                          // of *model_name
   const std::string* model_name = nullptr;  // lives as long as the snapshot
+  std::uint16_t group = 0;                  // 0: of the model itself; n: of its n-th fallback
   bool fallback = false;
-  bool ejected = false;  // a last resort: sorted behind the others of its model
-  bool by_key = false;   // ranked by the session's key: sorted before the others of its model
+  bool considered = false;  // by BestFirst
+  bool ejected = false;     // a last resort: sorted behind the others of its model
+  bool by_key = false;      // ranked by the session's key: sorted before the others of its model
   AffinityOutcome affinity{};
   RouteReason reason{};
   std::int64_t pending = 0;  // from load_of; 0 if this is the model's only candidate
@@ -93,7 +96,7 @@ namespace route_detail {
 
 constexpr std::uint64_t kPart = 1'000;            // each part of a `smart` score is 0 to this
 constexpr std::uint64_t kScoreScale = 1'000'000;  // the best `smart` score
-constexpr std::uint64_t kRoundsPerDeal = 4;       // rounds of share_evenly() with the same order
+constexpr std::uint64_t kRoundsPerDeal = 4;       // rounds of BestFirst with the same order
 constexpr Ns kNoiseNs = 50 * kMillisecond;        // latencies below this count as equal: models are slower
 
 inline bool can_serve(const Capabilities& has, const RouteNeeds& needs) {
@@ -131,8 +134,8 @@ struct Home {
 };
 
 // Appends the offers of one model that can serve the request. Returns the home of its key, if it has one.
-inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs, bool fallback,
-                           Seen& seen, std::vector<Choice>& out) {
+inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs,
+                           std::uint16_t group, Seen& seen, std::vector<Choice>& out) {
   const std::size_t first = out.size();
   Home home;
   for (const Offer& offer : entry.offers) {
@@ -153,7 +156,8 @@ inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     choice.backend = offer.backend;
     choice.model = entry.target_id;
     choice.model_name = &entry.target;
-    choice.fallback = fallback;
+    choice.group = group;
+    choice.fallback = group > 0;
     out.push_back(choice);
   }
   return home;
@@ -213,25 +217,16 @@ inline std::uint64_t rank_of(const Choice& choice, const Smart& smart, std::uint
   return 0;
 }
 
-// Orders equal candidates: the first by turns, the others at random, so that the retries after a failure are spread
-// too. `turn` counts requests of all models, so it may be in step with one model's requests (every second one, and two
-// backends). Therefore the order changes every kRoundsPerDeal rounds; each round still uses each candidate once.
-inline void share_evenly(Choice* first, std::size_t count, std::uint64_t turn, std::uint64_t salt) {
-  if (count < 2) return;
-  const std::uint64_t deal = turn / (count * kRoundsPerDeal);
-  const std::size_t picked = (turn % count + mix(deal ^ salt << 48) % count) % count;
-  std::swap(first[0], first[picked]);
-  for (std::size_t left = count - 1; left > 1; --left) {
-    std::swap(first[left], first[1 + random_at(turn ^ salt << 48, left) % left]);
-  }
-}
-
-inline bool better(const Choice& a, const Choice& b) {
-  return std::tie(a.ejected, b.by_key, a.rank, a.backend) < std::tie(b.ejected, a.by_key, b.rank, b.backend);
+// True if `a` comes before `b`, by what is not equally good in them.
+inline bool precedes(const Choice& a, const Choice& b) {
+  if (a.group != b.group) return a.group < b.group;
+  if (a.ejected != b.ejected) return b.ejected;
+  if (a.by_key != b.by_key) return a.by_key;
+  return a.rank < b.rank;
 }
 
 inline bool equally_good(const Choice& a, const Choice& b) {
-  return a.ejected == b.ejected && a.by_key == b.by_key && a.rank == b.rank;
+  return a.rank == b.rank && a.ejected == b.ejected && a.by_key == b.by_key && a.group == b.group;
 }
 
 // Ranks the usable candidates of the best priority by the session's key: those that have more than their share of the
@@ -261,10 +256,10 @@ inline void rank_by_key(const Snapshot& snapshot, std::uint32_t slack, const Rou
   }
 }
 
-// Sorts the candidates from out[begin] on, all of one model, best first.
+// Ranks the candidates from out[begin] on, all of one model.
 template <class LoadOf>
-void order(const Snapshot& snapshot, const RoutingSettings& routing, const RouteNeeds& needs, std::uint64_t turn,
-           std::uint64_t random_bits, LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
+void rank(const Snapshot& snapshot, const RoutingSettings& routing, const RouteNeeds& needs, std::uint64_t random_bits,
+          LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
   const std::size_t count = out.size() - begin;
   if (count < 2) return;
   Choice* const first = out.data() + begin;
@@ -282,13 +277,6 @@ void order(const Snapshot& snapshot, const RoutingSettings& routing, const Route
     choice->rank = rank_of(*choice, smart, priority, random_bits, static_cast<std::uint64_t>(choice - first));
   }
   if (needs.affinity != 0) rank_by_key(snapshot, routing.affinity_slack, needs, first, last);
-  std::sort(first, last, better);
-  for (Choice* run = first; run != last;) {
-    Choice* end = run + 1;
-    while (end != last && equally_good(*run, *end)) ++end;
-    share_evenly(run, static_cast<std::size_t>(end - run), turn, static_cast<std::uint64_t>(run - out.data()));
-    run = end;
-  }
 }
 
 inline RouteReason reason_for(const ModelEntry& requested, bool fallback, std::size_t candidates, Strategy strategy) {
@@ -322,22 +310,21 @@ inline bool is_duplicate(const Snapshot& snapshot, const ModelEntry& requested, 
 
 }  // namespace route_detail
 
-// Fills `out` with every backend that `requested` may be tried on, best first; it is empty unless the outcome is `ok`.
-// The model's own backends come before those of its fallbacks, which are used in their order (an alias among them is
-// resolved; a fallback's own fallbacks are ignored). `turn` counts requests and orders equal candidates. `random_bits`
-// is new for each request and used by the strategy `random`. `load_of`: BackendLoad(const BackendView&), called once
-// per candidate of a model that has at least two.
+// Fills `out` with every backend that `requested` may be tried on, for BestFirst; it is empty unless the outcome is
+// `ok`. The model's own backends come before those of its fallbacks, which are used in their order (an alias among them
+// is resolved; a fallback's own fallbacks are ignored). `random_bits` is new for each request and used by the strategy
+// `random`. `load_of`: BackendLoad(const BackendView&), called once per candidate of a model that has at least two.
 template <class LoadOf>
 RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const RouteNeeds& needs,
-                   const RoutingSettings& routing, std::uint64_t turn, std::uint64_t random_bits, LoadOf&& load_of,
+                   const RoutingSettings& routing, std::uint64_t random_bits, LoadOf&& load_of,
                    std::vector<Choice>& out) {
   out.clear();
   route_detail::Seen seen;
-  const auto add = [&](const ModelEntry& entry, bool fallback) {
+  const auto add = [&](const ModelEntry& entry, std::uint16_t group) {
     const std::size_t begin = out.size();
-    const auto home = route_detail::add_candidates(snapshot, entry, needs, fallback, seen, out);
-    route_detail::order(snapshot, routing, needs, turn, random_bits, load_of, begin, out);
-    const RouteReason reason = route_detail::reason_for(requested, fallback, out.size() - begin, routing.strategy);
+    const auto home = route_detail::add_candidates(snapshot, entry, needs, group, seen, out);
+    route_detail::rank(snapshot, routing, needs, random_bits, load_of, begin, out);
+    const RouteReason reason = route_detail::reason_for(requested, group > 0, out.size() - begin, routing.strategy);
     for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
     if (routing.affinity == Affinity::none) return;
     for (std::size_t i = begin; i < out.size(); ++i) {
@@ -345,14 +332,63 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
     }
     route_detail::note_affinity(home, needs.affinity != 0, out.data() + begin, out.data() + out.size());
   };
-  add(requested, false);
+  add(requested, 0);
   for (std::size_t i = 0; i < requested.fallbacks.size(); ++i) {
     const ModelEntry* fallback = snapshot.find(requested.fallbacks[i]);
     if (fallback == nullptr || route_detail::is_duplicate(snapshot, requested, i, *fallback)) continue;
-    add(*fallback, true);
+    add(*fallback, static_cast<std::uint16_t>(i + 1));
   }
   return out.empty() ? seen.outcome() : RouteOutcome::ok;
 }
+
+// Finds the choices of a route one by one, best first.
+class BestFirst {
+ public:
+  // `turn` counts requests and orders equal candidates: the first by turns, the others at random, so that the retries
+  // after a failure are spread too.
+  BestFirst(std::vector<Choice>& choices, std::uint64_t turn) : choices_(choices), turn_(turn) {
+    for (Choice& choice : choices_) choice.considered = false;
+  }
+
+  // The best choice that was not returned yet, or null.
+  const Choice* next() {
+    Choice* best = nullptr;
+    std::size_t equals = 0;
+    for (Choice& choice : choices_) {
+      if (choice.considered) continue;
+      if (best == nullptr || route_detail::precedes(choice, *best)) {
+        best = &choice;
+        equals = 1;
+      } else if (route_detail::equally_good(choice, *best)) {
+        equals += 1;
+      }
+    }
+    if (equals > 1) best = share(best, equals);
+    if (best == nullptr) return nullptr;
+    best->considered = true;
+    considered_ += 1;
+    return last_ = best;
+  }
+
+ private:
+  // One of `equals` choices, of which `first` is the first. The turn counts requests of all models, so it may be in
+  // step with one model's requests (every second one, and two backends). Therefore the order changes every
+  // kRoundsPerDeal rounds; each round still begins with each candidate once.
+  Choice* share(Choice* first, std::size_t equals) const {
+    const std::uint64_t salt = considered_ << 48;
+    const bool begins = last_ == nullptr || !route_detail::equally_good(*last_, *first);
+    const std::uint64_t deal = turn_ / (equals * route_detail::kRoundsPerDeal);
+    std::size_t left = begins ? (turn_ % equals + mix(deal ^ salt) % equals) % equals : mix(turn_ ^ salt) % equals;
+    Choice* choice = first;
+    while (choice->considered || !route_detail::equally_good(*choice, *first) || left-- > 0) ++choice;
+    return choice;
+  }
+
+  std::vector<Choice>& choices_;
+  std::uint64_t turn_;
+  std::uint64_t considered_ = 0;
+  const Choice* last_ = nullptr;
+};
 
 // Appends the value of X-Nexus-Route-Reason: `only candidate`, `least pending 2`, `smart 0.85`, `affinity moved`, …
 inline void append_reason(std::string& out, const Choice& choice) {

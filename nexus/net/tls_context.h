@@ -34,7 +34,8 @@ namespace nexus {
 // The library by name and version, as nexus --version prints it.
 inline std::string tls_library() { return OpenSSL_version(OPENSSL_VERSION); }
 
-// Call before anything else of TLS; a second call does nothing. It takes 2 ms, which a Nexus without TLS need not spend.
+// Call before anything else of TLS; a second call does nothing. It takes 2 ms, which a Nexus without TLS need not
+// spend.
 inline void start_tls_library() { OPENSSL_init_ssl(OPENSSL_INIT_NO_LOAD_CONFIG | OPENSSL_INIT_NO_ATEXIT, nullptr); }
 
 namespace tls {

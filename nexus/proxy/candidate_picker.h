@@ -279,10 +279,11 @@ class CandidatePicker {
   };
 
   RouteOutcome find_choices(std::uint64_t turn) {
+    turn_ = turn;
     context_.choices.clear();
     if (entry_ == nullptr) return RouteOutcome::unknown_model;
     return route(
-        *snapshot_, *entry_, needs_, snapshot_->settings->routing, turn, context_.random.next(),
+        *snapshot_, *entry_, needs_, snapshot_->settings->routing, context_.random.next(),
         [this](const BackendView& backend) { return load_of(backend); }, context_.choices);
   }
 
@@ -315,8 +316,9 @@ class CandidatePicker {
     full_.clear();
     passed_over_ejected_ = false;
     for (const bool last_resort : {false, true}) {
-      for (const Choice& choice : context_.choices) {
-        if (may_try(choice) && enter(choice, last_resort)) return Next::chosen;
+      BestFirst order(context_.choices, turn_);
+      while (const Choice* choice = order.next()) {
+        if (may_try(*choice) && enter(*choice, last_resort)) return Next::chosen;
       }
       if (!full_.empty()) return Next::all_full;
     }
@@ -364,9 +366,10 @@ class CandidatePicker {
     find_choices(context_.turn);
     full_.clear();
     bool no_cap = false;
-    for (const Choice& choice : context_.choices) {
-      const BackendView& backend = snapshot_->backends[choice.backend];
-      if (!may_try(choice) || !usable(backend)) continue;
+    BestFirst order(context_.choices, turn_);
+    while (const Choice* choice = order.next()) {
+      const BackendView& backend = snapshot_->backends[choice->backend];
+      if (!may_try(*choice) || !usable(backend)) continue;
       no_cap |= backend.max_pending == 0;
       full_.push_back(backend.id);
     }
@@ -431,6 +434,7 @@ class CandidatePicker {
   CircuitBreaker::Permit permit_;
   Admission::Ticket ticket_;  // while queued
   QueuedCount queued_;
+  std::uint64_t turn_ = 0;       // of the last choices
   std::vector<BackendId> full_;  // candidates that had no place
   std::vector<Tried> tried_;
   bool passed_over_ejected_ = false;

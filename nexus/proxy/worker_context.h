@@ -306,7 +306,9 @@ struct WorkerContext {
   }
 
   // Frees what was not needed since the last call. Returns its size, in bytes.
-  std::size_t trim() { return blocks.trim() + response_heads.trim() + request_texts.trim() + incremental_readers.trim(); }
+  std::size_t trim() {
+    return blocks.trim() + response_heads.trim() + request_texts.trim() + incremental_readers.trim();
+  }
 
   Net& net;
   Shared& shared;

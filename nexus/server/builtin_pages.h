@@ -218,8 +218,7 @@ class BuiltinPages {
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
     if (is_look(head, kind)) return std::nullopt;
     if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(settings.server, HeadView{base, session.fields(), head.head_bytes},
-                       session.certificate_name)) {
+        !is_authorized(settings.server, HeadView{base, session.fields(), head.head_bytes}, session.certificate_name)) {
       return ApiError::unauthorized;
     }
     const bool shows_metrics = kind == PageKind::metrics || kind == PageKind::stats || kind == PageKind::status;

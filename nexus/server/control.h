@@ -105,23 +105,15 @@ class Control {
   void check_new_backends() {
     auto& backends = registry_.backends();
     const Ns interval = registry_.settings().health.interval_ns;
-    Ns place = 0;
     std::size_t begun = 0;
-    new_checks_ns_ = kNever;
-    for (Registry::Backend& backend : backends) {
-      place += 1;
-      if (backend.next_check_ns != kNever) continue;
-      if (begun++ == kFirstChecks) {
-        new_checks_ns_ = now_ + kMillisecond;
-        return;
-      }
-      backend.next_check_ns = now_ + interval * place / static_cast<Ns>(backends.size());
-      backend.next_lookup_ns = now_;
-      guarded([&] {
-        look_up_if_due(backend);
-        check(backend);
-      });
+    for (std::size_t i = 0; i < backends.size() && begun < kFirstChecks; ++i) {
+      if (backends[i].next_check_ns != kNever) continue;
+      begun += 1;
+      backends[i].next_check_ns = now_ + interval * static_cast<Ns>(i + 1) / static_cast<Ns>(backends.size());
+      backends[i].next_lookup_ns = now_;
+      guarded([&] { look_up_if_due(backends[i]), check(backends[i]); });
     }
+    new_checks_ns_ = begun < kFirstChecks ? kNever : now_ + kMillisecond;
   }
 
   void turn() {
@@ -495,8 +487,8 @@ class Control {
   SnapshotPtr published_;  // that all workers were given last
   std::atomic<const Settings*> in_force_{nullptr};
   Ns new_checks_ns_ = kNever;  // when more first checks may begin
-  bool unpublished_ = false;  // the registry has changes that the workers' snapshot lacks
-  Ns hold_until_ns_ = 0;      // until when publish() may wait for first checks
+  bool unpublished_ = false;   // the registry has changes that the workers' snapshot lacks
+  Ns hold_until_ns_ = 0;       // until when publish() may wait for first checks
   bool stopped_ = false;
   Ns next_lack_log_ns_ = 0;
   Ns retry_at_ns_ = kNever;

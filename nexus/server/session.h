@@ -95,7 +95,7 @@ class HeadInput {
   }
 
   RequestReader* reader_ = nullptr;  // of the request whose head is read
-  std::size_t parsed_ = 0;  // bytes of the input that the reader has seen
+  std::size_t parsed_ = 0;           // bytes of the input that the reader has seen
   bool started_ = false;
   bool line_skipped_ = false;
   std::string_view why_;

@@ -336,7 +336,7 @@ class SessionDriver {
     in_flight_ += 1;
     session.state = State::exchanging;
     session.exchange->open(endpoint, head, {base, session.fields(), head.head_bytes}, session.client_name,
-                          session.cors_lines);
+                           session.cors_lines);
     if (const auto error = error_of_head(session, endpoint, base)) return session.exchange->refuse_unread(*error);
     session.state = State::reading_body;
     arm_body_deadline(session);

@@ -222,7 +222,8 @@ class Worker {
     trim_armed_ = true;
   }
 
-  // Frees what no request has needed for a while. Goes on until no other turn comes between and nothing is left to free.
+  // Frees what no request has needed for a while. Goes on until no other turn comes between and nothing is left to
+  // free.
   [[gnu::cold]] void trim() {
     const std::size_t freed = context_.trim() + sessions_.trim();
     const bool rests = turns_ == trimmed_turn_ + 1;

@@ -226,9 +226,9 @@ class Policy {
     std::vector<Waiting> now;
     std::map<std::int64_t, BackendId> served;  // by request
     gateway_.each_worker()[worker]->sessions().each([&](const auto& session) {
-      const ExchangeState state = session.exchange.state();
+      const ExchangeState state = session.exchange_state();
       if (state < ExchangeState::queued || state > ExchangeState::streaming) return;
-      const ExchangeSummary& summary = session.exchange.summary();
+      const ExchangeSummary& summary = session.exchange->summary();
       const std::int64_t number = ledger_.number_of(summary.request_id);
       if (state == ExchangeState::sending) note_sending(worker, number, turn);
       if (state != ExchangeState::queued) {

@@ -44,7 +44,7 @@ class Scrape {
     for (const auto& worker : gateway_.each_worker()) {
       connections += worker->sessions().live();
       worker->sessions().each([&](const auto& session) {
-        const ExchangeState state = session.exchange.state();
+        const ExchangeState state = session.exchange_state();
         queued += state == ExchangeState::queued ? 1 : 0;
         in_flight += state >= ExchangeState::connecting && state <= ExchangeState::streaming ? 1 : 0;
         ending += state == ExchangeState::finishing ? 1 : 0;

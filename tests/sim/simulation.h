@@ -207,7 +207,7 @@ class Simulation {
   void reload_if_wanted(SimWorker& worker) {
     std::array<bool, kExchangeStateNames.size()> states{};
     worker.sessions().each(
-        [&](const auto& session) { states[static_cast<std::size_t>(session.exchange.state())] = true; });
+        [&](const auto& session) { states[static_cast<std::size_t>(session.exchange_state())] = true; });
     if (!states[static_cast<std::size_t>(reload_in_.back())]) return;
     reload_in_.pop_back();
     ReloadCoverage::Keys changed;
@@ -391,7 +391,7 @@ class Simulation {
   void tell_states(SimWorker& worker) {
     worker.sessions().each([this](const auto& session) {
       if (session.state == SessionState::reading_head) return;
-      const std::string_view own = to_string(session.state), exchange = to_string(session.exchange.state());
+      const std::string_view own = to_string(session.state), exchange = to_string(session.exchange_state());
       std::fprintf(wire_.story, "%14s%s: %.*s, exchange %.*s\n", "", session.client_name.c_str(),
                    static_cast<int>(own.size()), own.data(), static_cast<int>(exchange.size()), exchange.data());
     });

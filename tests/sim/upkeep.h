@@ -70,12 +70,12 @@ class Upkeep {
     std::vector<Life> left;
     std::vector<std::string> hopeless;
     gateway_.each_worker()[worker]->sessions().each([&](const auto& session) {
-      const ExchangeState state = session.exchange.state();
+      const ExchangeState state = session.exchange_state();
       if (state < ExchangeState::queued || state > ExchangeState::streaming) return;
       const LinkId id = link_of(session.client_name);
       const Link& link = wire_.at(id);
       if (link.reset_seen || link.to_nexus.fin_arrived) left.emplace_back(id, link.generation);
-      const ExchangeSummary& summary = session.exchange.summary();
+      const ExchangeSummary& summary = session.exchange->summary();
       const bool waits = state == ExchangeState::queued && fleet->find(summary.model) == nullptr;
       if (waits) hopeless.emplace_back(summary.request_id);
     });
@@ -131,9 +131,9 @@ class Upkeep {
     bool found = false;
     for (const auto& worker : gateway_.each_worker()) {
       worker->sessions().each([&](const auto& session) {
-        const ExchangeState state = session.exchange.state();
+        const ExchangeState state = session.exchange_state();
         const bool waits = state >= ExchangeState::choosing && state <= ExchangeState::holding;
-        found |= waits && session.exchange.summary().record.backend == backend;
+        found |= waits && session.exchange->summary().record.backend == backend;
       });
     }
     return found;
