@@ -87,8 +87,8 @@ export async function start_wide_nexus({ models_each, ...context }) {
   return proxy;
 }
 
-// A Nexus with so many backends that all have bench-7b, and the first with `models` models in all.
-export async function start_sized_nexus(context, { backends_count, models }) {
-  const models_of = (i) => (i === 0 ? Array.from({ length: models - 1 }, (_, j) => `wide-${j}`) : []).concat('bench-7b');
+// A Nexus with so many backends, the first `with_model` of which have bench-7b, and the first `models` models in all.
+export async function start_sized_nexus(context, { backends_count, models, with_model = backends_count }) {
+  const models_of = (i) => (i === 0 ? Array.from({ length: models - 1 }, (_, j) => `wide-${j}`) : []).concat(i < with_model ? 'bench-7b' : `other-${i}`);
   return start_proxy('nexus', { ...context, conf: 'sized-nexus.conf', backends_count, models_of });
 }

@@ -25,7 +25,7 @@ export async function memory(context) {
   const after = { label: 'resident memory after a wave ÷ at rest', unit: '', wanted: 'Nexus ≤ 1.2', values: {}, digits: 2,
     note: `a wave: ${many} streams at once, then ${many} connections that ask again and again for 2 s; read 12 s later` };
   for (const name of kNames) {
-    context.progress(`memory of ${name}`, quick ? 28 : 40);
+    context.progress(`memory of ${name}`, quick ? 40 : 52);
     const proxy = await start_proxy(name, context);
     const pid = proxy.pid('stream');
     await wrk(name === 'floor' ? proxy.stream : proxy.small, { connections: 1, seconds: 1, model: name === 'floor' ? 'bench-stream' : 'bench-7b' });
@@ -36,8 +36,7 @@ export async function memory(context) {
     idle.values[name] = (await settled_kb(pid) - before) / count;
     await release();
     release = await hold_streams(bin, proxy.stream, count);
-    await sleep(200);
-    waiting.values[name] = (resident_kb(pid) - before) / count;
+    waiting.values[name] = (await settled_kb(pid) - before) / count;
     await release();
     await wrk(proxy.stream, { connections: count, seconds: 2, model: 'bench-stream' });
     after.values[name] = await settled_kb(pid) / before;
@@ -71,6 +70,9 @@ export async function start_and_size(context) {
 // Requests of one model while the configuration grows: more backends that have it, or more models beside it.
 const sizes = [
   { label: '1 backend, 1 model', backends_count: 1, models: 1 },
+  { label: '16 backends, one with the model', backends_count: 16, with_model: 1, models: 1 },
+  { label: '256 backends, one with the model', backends_count: 256, with_model: 1, models: 1 },
+  { label: '3 backends with the model', backends_count: 3, models: 1 },
   { label: '16 backends with the model', backends_count: 16, models: 1 },
   { label: '256 backends with the model', backends_count: 256, models: 1 },
   { label: '1,000 models', backends_count: 1, models: 1_000 },
@@ -83,7 +85,7 @@ export async function growth(context) {
   const cpu = sizes.map(() => []);
   const ratios = (i) => cpu[i].map((us, round) => us / cpu[0][round]);
   const steady = () => sizes.every((_, i) => i === 0 || spread_of_median(ratios(i)) < 0.03);
-  for (let round = 0; round < (quick ? 1 : 4 * rounds) && (round < rounds || !steady()); ++round) {
+  for (let round = 0; round < (quick ? 1 : 3 * rounds) && (round < rounds || !steady()); ++round) {
     context.progress(`requests while the configuration grows, round ${round + 1}`, round < rounds ? seconds * sizes.length : 0);
     for (const [i, { proxy }] of sizes.entries()) {
       const before = cpu_seconds(proxy.pid());

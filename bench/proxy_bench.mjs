@@ -60,7 +60,7 @@ const context = {
   nexus,
   bin: path.resolve(options.bin),
   rounds: Number(options.rounds || (quick ? 1 : 5)),
-  seconds: Number(options.seconds || (quick ? 1 : 3)),
+  seconds: Number(options.seconds || (quick ? 1 : 2)),
 };
 context.progress = progress_of(context, parts);
 context.backends = await start_backends(context.bin);

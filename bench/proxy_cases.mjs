@@ -13,7 +13,7 @@ import { idle_tls, over_tls } from './tls_cases.mjs';
 
 const others = kNames.filter((name) => name !== 'floor');
 const kSteady = 0.03; // the spread of a ratio that is known well enough
-const kMoreRounds = 4; // times the rounds that are asked for, at most
+const kMoreRounds = 3; // times the rounds that are asked for, at most
 
 // The ratios of a proxy to the floor, round by round.
 const ratios_of = (all, name, key) => all[name].map((r, i) => r[key] / all.floor[i][key]);
@@ -319,10 +319,10 @@ export const kParts = [
   { name: 'half', title: 'Latency below saturation', run: half_load, cost: (c) => c.rounds * c.seconds * 5 },
   { name: 'large', title: 'Large prompts', run: large_prompts, cost: (c) => c.rounds * c.seconds * 8 },
   { name: 'streams', title: 'Event streams', run: event_streams, cost: (c) => c.rounds * (c.seconds * 13 + 13) },
-  { name: 'idle', title: 'Memory', run: memory, cost: (c) => (c.quick ? 112 : 160) },
+  { name: 'idle', title: 'Memory', run: memory, cost: (c) => (c.quick ? 160 : 208) },
   { name: 'calls', title: 'System calls', run: system_calls, cost: (c) => 4 * (c.quick ? 1.5 : 2.5) },
   { name: 'start', title: 'Start and size', run: start_and_size, cost: (c) => 1.5 * c.rounds },
-  { name: 'growth', title: 'Growth', run: growth, cost: (c) => (c.rounds * c.seconds + 1) * 5 },
+  { name: 'growth', title: 'Growth', run: growth, cost: (c) => (c.rounds * c.seconds + 2) * 8 },
   { name: 'threads', title: 'Two threads', run: two_threads, cost: (c) => c.rounds * c.seconds * 2 + c.seconds + 1 },
   { name: 'tls', title: 'TLS', run: over_tls, cost: (c) => c.rounds * c.seconds * 15 },
   { name: 'tls-idle', title: 'TLS: memory', run: idle_tls, cost: (c) => (c.quick ? 5 : 60) },
