@@ -265,14 +265,14 @@ install: $(B)/nexus
 	install -m 755 $(B)/nexus $(BINDIR)/nexus
 	install -m 644 man/nexus.8 $(MANDIR)/man8/nexus.8
 	install -m 644 man/nexus.conf.5 $(MANDIR)/man5/nexus.conf.5
-	install -m 644 nexus.conf.example $(DOCDIR)/nexus.conf.example
+	install -m 644 nexus.conf.example docs/runbook.md $(DOCDIR)
 	sed 's,/usr/bin/nexus,$(PREFIX)/bin/nexus,' contrib/systemd/nexus.service >$(UNITDIR)/nexus.service
 	chmod 644 $(UNITDIR)/nexus.service
 	install -m 644 contrib/systemd/nexus.socket $(UNITDIR)/nexus.socket
 
 uninstall:
 	rm -f $(BINDIR)/nexus $(MANDIR)/man8/nexus.8 $(MANDIR)/man5/nexus.conf.5 $(UNITDIR)/nexus.service $(UNITDIR)/nexus.socket
-	rm -f $(DOCDIR)/nexus.conf.example
+	rm -f $(DOCDIR)/nexus.conf.example $(DOCDIR)/runbook.md
 	-rmdir $(DOCDIR) 2>/dev/null || true
 
 deb tarball: $(B)/nexus

@@ -3,7 +3,7 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { assert, chat, chat_answer, free_port, get, group, histograms, kill_at_end, page_after, pair, post, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
-import { run_to_end } from './prometheus.mjs';
+import { repository_file, run_to_end } from './prometheus.mjs';
 
 const endpoint = '/v1/chat/completions';
 const repository = path.resolve(path.dirname(new URL(import.meta.url).pathname), '../..');
@@ -69,6 +69,16 @@ function quantile(q, before, after, name) {
 const close_to = (got, expected, tolerance, what) => assert.ok(Math.abs(got - expected) <= tolerance * Math.abs(expected) + 1e-9, `${what}: ${got}, expected ${expected}`);
 
 group('prometheus', () => {
+  test('every alert has a severity, a description and a section of the runbook, and every section an alert', async () => {
+    const rules = repository_file('contrib/prometheus/nexus-alerts.yml').split(/^ {6}- alert: /m).slice(1);
+    const sections = [...repository_file('docs/runbook.md').matchAll(/^## (\w+)$/gm)].map(([, name]) => name);
+    const names = rules.map((rule) => /^\w+/.exec(rule)[0]);
+    assert.deepEqual([...names].sort(), [...sections].sort());
+    rules.forEach((rule, i) => {
+      for (const part of [/^ {8}for: \d+[mh]$/m, /severity: (page|ticket)/, /description: '.{30,}'/, new RegExp(`runbook_url: '.*/runbook\\.md#${names[i].toLowerCase()}'`)]) assert.match(rule, part, names[i]);
+    });
+  });
+
   test('scrapes Nexus without an error, and the README’s queries answer with the right numbers', { calm: true, limit_ms: 60_000 }, async (t) => {
     if (!find('prometheus')) t.skip('prometheus is not installed (apt-get install prometheus)');
     const readme = path.join(repository, 'README.md');
