@@ -13,7 +13,7 @@ import { idle_tls, over_tls } from './tls_cases.mjs';
 
 const others = kNames.filter((name) => name !== 'floor');
 const kSteady = 0.03; // the spread of a ratio that is known well enough
-const kMoreRounds = 3; // times the rounds that are asked for, at most
+const kMoreRounds = 2; // times the rounds that are asked for, at most
 
 // The ratios of a proxy to the floor, round by round.
 const ratios_of = (all, name, key) => all[name].map((r, i) => r[key] / all.floor[i][key]);

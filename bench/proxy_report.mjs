@@ -79,7 +79,7 @@ export function page(results) {
     '# Results of `make bench-proxy`', '',
     `${results.date}. ${results.machine}. ${about(results)}.`, '',
     `Medians of ${results.rounds} rounds of ${results.seconds} s each, in which the proxies take turns; a ratio is the median of those within one round. A ratio`,
-    `of CPU gets up to ${3 * results.rounds} rounds, until its median is known to 3 % (± is half of its 95 % confidence interval). The proxy process`,
+    `of CPU gets up to ${2 * results.rounds} rounds, until its median is known to 3 % (± is half of its 95 % confidence interval). The proxy process`,
     'is pinned to core 0 with one thread for traffic, wrk and the backends to core 1; keep-alive on both sides. CPU is user and system',
     'time of the whole process, from /proc. *Floor* is `bench/blind.cpp`: it moves bytes and reads nothing. Added latency is what is over the same load',
     'without a proxy. Large prompts and streams have `bench/sse_backend.cpp` as their backend (nginx answers before it has read a body).', '',
