@@ -40,7 +40,8 @@ constexpr std::string_view kHelp =
        nexus check [FILE]     probe each backend of FILE once and print the results
        nexus reload PID       make a running Nexus read its file again, and wait for the outcome
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
-       nexus --demo [--tls]   serve a built-in model on 127.0.0.1:8000, without a file; with --tls also on 8443
+       nexus --demo [--port N] [--tls]
+                              serve a built-in model on 127.0.0.1:8000, without a file; with --tls also on 8443
        nexus --version
        nexus --help
 --env-file ENV reads variables for api_key_env, as the systemd service does.
@@ -54,8 +55,7 @@ models = echo
 token_delay = 20ms
 )";
 
-constexpr std::string_view kDemoTls = R"([server]
-tls_listen = 127.0.0.1:8443
+constexpr std::string_view kDemoTls = R"(tls_listen = 127.0.0.1:8443
 tls_certificate = demo
 )";
 
@@ -66,6 +66,7 @@ struct Options {
   std::string url = "http://127.0.0.1:8000";  // for top
   std::string pid{};                          // for reload
   bool tls = false;                           // for --demo
+  std::string port = "8000";                  // the same
 };
 
 std::int64_t wall_seconds() { return wall_now() / kSecond; }
@@ -213,9 +214,16 @@ int serve_demo(const Options& options) {
   }
   ConfigEnvironment environment = system_environment();
   environment.read_file = [&](const std::string&) { return std::optional(certificate->pem); };
-  const std::string text = std::string(kDemoConfig).append(options.tls ? kDemoTls : "");
+  const std::string text = std::string(kDemoConfig) + "[server]\nlisten = 127.0.0.1:" + options.port + "\n" +
+                           std::string(options.tls ? kDemoTls : "");
   const auto read = [&] { return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used); };
-  return serve(read().settings, read, [&](const std::string& address) {
+  ConfigResult first = read();
+  if (!first.ok()) {
+    std::fprintf(stderr, "nexus: --port %s: %s\n", escape_for_terminal(options.port).c_str(),
+                 first.errors.front().message.c_str());
+    return 2;
+  }
+  return serve(std::move(first.settings), read, [&](const std::string& address) {
     print_demo(address);
     if (certificate) print_demo_tls(*certificate);
   });
@@ -275,6 +283,8 @@ int run(int argc, char** argv) {
       options.tls = true;
     } else if (flag != std::end(kFlags)) {
       options.run = flag->second;
+    } else if (argument == "--port" && options.run == serve_demo && i + 1 < argc) {
+      options.port = argv[++i];
     } else if ((argument == "-c" || argument == "--env-file") && i + 1 < argc) {
       (argument == "-c" ? options.config : options.env_file) = argv[++i];
     } else if (!argument.starts_with('-') && (options.run == test_config || options.run == check_fleet)) {

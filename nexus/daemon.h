@@ -26,6 +26,7 @@
 #include "nexus/apps/echo_backend.h"
 #include "nexus/base/limits.h"
 #include "nexus/base/mailbox.h"
+#include "nexus/config/changes.h"
 #include "nexus/config/parser.h"
 #include "nexus/os/log_thread.h"
 #include "nexus/os/reload.h"
@@ -78,6 +79,7 @@ class Daemon {
   void serve(const std::function<ConfigResult()>& read_config) {
     notifier_.ready(status_);
     warn_of_tls();
+    warn_of_open_keys();
     for (;;) {
       const int signal = wait_signal(next_expiry_look_ns_);
       if (signal == 0) warn_of_expiry();
@@ -143,6 +145,13 @@ class Daemon {
         {{"needed", Digits(needed).view()},
          {"limit", Digits(limit.rlim_cur).view()},
          {"max_connections", Digits(settings_->server.max_connections).view()}});
+  }
+
+  void warn_of_open_keys() {
+    for (const std::string& path : config::open_key_files(settings_->given)) {
+      log_.event(LogLevel::warning, "a file with keys can be read by every user of this host: chmod o-r",
+                 {{"file", path}});
+    }
   }
 
   void warn_of_tls() {
@@ -393,12 +402,15 @@ class Daemon {
     if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
     const std::uint64_t needed_before = descriptors_needed(*settings_, workers_.size());
+    const std::string changed = describe_changes(settings_->given, next.given);
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
     if (descriptors_needed(*settings_, workers_.size()) > needed_before) warn_of_few_descriptors();
     warn_of_tls();
+    warn_of_open_keys();
     const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
-    log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note);
+    log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note,
+               {{"changed", changed}});
     return note;
   }
 

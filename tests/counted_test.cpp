@@ -56,9 +56,9 @@ TEST_CASE("the overhead is without the waits for the queue and for a connection"
   ExchangeSummary summary;
   summary.complete_ns = 100;
   summary.begin_wait(110);  // in the queue
-  summary.end_wait(1'000'110);
+  summary.end_wait(ExchangeState::queued, 1'000'110);
   summary.begin_wait(1'000'115);  // for a connection
-  summary.end_wait(3'000'115);
+  summary.end_wait(ExchangeState::connecting, 3'000'115);
   summary.note_request_sent(3'000'120);
   CHECK(summary.record.overhead_ns == 20);
   summary.note_response_sent(4'000'000, 4'000'007);

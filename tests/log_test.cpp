@@ -106,6 +106,15 @@ AccessEntry full_entry() {
   entry.completion_tokens = 0;
   entry.first_byte_ns = 1'234'567;
   entry.duration_ns = 2'000'000'000;
+  entry.endpoint = "chat";
+  entry.stream = true;
+  entry.route = "retry after closed, priority";
+  entry.tries = "a:closed:1 gpu-box:ok:2";
+  entry.request_bytes = 77;
+  entry.cached_tokens = 5;
+  entry.queue_ns = 1'500'000;
+  entry.connect_ns = 250'000;
+  entry.trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
   return entry;
 }
 
@@ -267,7 +276,10 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
         "\"backend\":\"gpu-box\",\"affinity\":\"00c0ffee\",\"status\":200,\"error_type\":null,\"attempts\":2,\"bytes\":"
         "5120,"
         "\"prompt_tokens\":12,\"completion_tokens\":0,\"first_byte_ms\":1.234,\"duration_ms\":2000.000,"
-        "\"cut\":false}\n");
+        "\"cut\":false,\"endpoint\":\"chat\",\"stream\":true,\"route\":\"retry after closed, priority\","
+        "\"tries\":\"a:closed:1 "
+        "gpu-box:ok:2\",\"request_bytes\":77,\"cached_tokens\":5,\"queue_ms\":1.500,\"connect_ms\":0.250,"
+        "\"trace_id\":\"4bf92f3577b34da6a3ce929d0e0e4736\"}\n");
   entry = AccessEntry{};
   entry.wall_ns = kWall;
   entry.model = "x\" \n";
@@ -281,14 +293,18 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
         "\"path\":\"\","
         "\"model\":\"x\\\" \\n\",\"model_used\":\"\",\"backend\":\"\",\"affinity\":null,\"status\":499,"
         "\"error_type\":\"client_closed\",\"attempts\":0,\"bytes\":0,\"prompt_tokens\":null,"
-        "\"completion_tokens\":null,\"first_byte_ms\":null,\"duration_ms\":0.000,\"cut\":true}\n");
+        "\"completion_tokens\":null,\"first_byte_ms\":null,\"duration_ms\":0.000,\"cut\":true,"
+        "\"endpoint\":\"\",\"stream\":false,\"route\":\"\",\"tries\":\"\",\"request_bytes\":0,\"cached_tokens\":null,"
+        "\"queue_ms\":0.000,\"connect_ms\":0.000,\"trace_id\":null}\n");
   log.configure({LogLevel::error, LogFormat::text, "a file"});
   log.access(entry);
   CHECK(
       take(ring.access) ==
       "time=2023-11-14T22:13:20.123Z request_id=- client=- key=- method=- path=- model=\"x\\\" \\n\" model_used=- "
       "backend=- affinity=- status=499 error_type=client_closed attempts=0 bytes=0 prompt_tokens=- completion_tokens=- "
-      "first_byte_ms=- duration_ms=0.000 cut=true\n");
+      "first_byte_ms=- duration_ms=0.000 cut=true endpoint=- stream=false route=- tries=- request_bytes=0 "
+      "cached_tokens=- "
+      "queue_ms=0.000 connect_ms=0.000 trace_id=-\n");
   log.configure({LogLevel::error, LogFormat::text, "stderr"});
   log.access(full_entry());
   CHECK(take(ring.access) ==
@@ -296,7 +312,8 @@ TEST_CASE("log: an access line has every key, in JSON and in text") {
         "path=/v1/chat/completions model=gpt-4 model_used=llama3:70b backend=gpu-box affinity=00c0ffee status=200 "
         "error_type=- attempts=2 bytes=5120 prompt_tokens=12 completion_tokens=0 first_byte_ms=1.234 "
         "duration_ms=2000.000 "
-        "cut=false\n");
+        "cut=false endpoint=chat stream=true route=\"retry after closed, priority\" tries=\"a:closed:1 gpu-box:ok:2\" "
+        "request_bytes=77 cached_tokens=5 queue_ms=1.500 connect_ms=0.250 trace_id=4bf92f3577b34da6a3ce929d0e0e4736\n");
   log.configure({LogLevel::debug, LogFormat::text, "off"});
   log.access(full_entry());
   CHECK(ring.access.empty());

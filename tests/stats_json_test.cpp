@@ -16,6 +16,21 @@ using namespace nexus;
 
 namespace {
 
+// What a process that was never configured says of itself, at the end of the page.
+const std::string kProcess =
+    R"("version":"","configuration":{"loaded":"1970-01-01T00:00:00.000Z","last_reload_ok":true},"loop_stalls":0,)"
+    R"("certificates":[],"failures":[]})"
+    "\n";
+
+// What is told of a backend besides the numbers.
+std::string state_text(std::string_view state, int in_flight, bool registered = true) {
+  return R"("cached_tokens":0,"state":")" + std::string(state) + R"(","why":"","in_flight":)" +
+         std::to_string(in_flight) + R"(,"queued":0,"failed_attempts":{})" +
+         (registered
+              ? R"(,"url":"","type":"","max_pending":0,"state_seconds":0,"last_check_seconds":null,"next_check_seconds":null})"
+              : "}");
+}
+
 struct World {
   Metrics metrics;
   ModelNames models{"unknown", 1000};
@@ -54,8 +69,8 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     world.metrics.add_slab();
     world.fleet.uptime_ns = 61 * kSecond + 999 * kMillisecond;
     CHECK(world.text() ==
-          R"({"uptime_seconds":61,"requests":{"total":0,"success":0,"errors":0},"backends":[],"models":[]}
-)");
+          R"({"uptime_seconds":61,"requests":{"total":0,"success":0,"errors":0},"backends":[],"models":[],)" +
+              kProcess);
   }
 
   TEST_CASE("requests of two threads are written to the letter") {
@@ -74,12 +89,14 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     CHECK(world.text() ==
           R"({"uptime_seconds":0,"requests":{"total":3,"success":2,"errors":1},)"
           R"("backends":[{"id":"ollama-local:11434","requests":2,"average_latency_ms":1250.2,"pending":2,)"
-          R"("healthy":true,"ejected":null,"errors":0,"prompt_tokens":10,"completion_tokens":20}],)"
-          R"("models":[{"name":"llama3:70b","requests":2,"average_duration_ms":1250.2,)"
-          R"("errors":0,"prompt_tokens":10,"completion_tokens":20},)"
-          R"({"name":"unknown","requests":1,"average_duration_ms":0.0,)"
-          R"("errors":1,"prompt_tokens":0,"completion_tokens":0}]})"
-          "\n");
+          R"("healthy":true,"ejected":null,"errors":0,"prompt_tokens":10,"completion_tokens":20,)" +
+              state_text("up", 2) +
+              R"(],)"
+              R"("models":[{"name":"llama3:70b","requests":2,"average_duration_ms":1250.2,)"
+              R"("errors":0,"prompt_tokens":10,"completion_tokens":20},)"
+              R"({"name":"unknown","requests":1,"average_duration_ms":0.0,)"
+              R"("errors":1,"prompt_tokens":0,"completion_tokens":0}],)" +
+              kProcess);
   }
 
   TEST_CASE("an ejected backend says why, and for how many seconds more, rounded up") {
@@ -129,10 +146,10 @@ TEST_SUITE("US1 T005c T017 the page at /v1/stats") {
     const std::string page = world.text();
     CHECK(page.substr(page.find(R"("keys")")) ==
           R"("keys":[{"name":"alice","requests":2,"errors":0,"pending":0,"prompt_tokens":0,"completion_tokens":10,)"
-          R"("queued":2,"average_queue_wait_ms":1250.3},)"
+          R"("queued":2,"average_queue_wait_ms":1250.3,"cached_tokens":0},)"
           R"({"name":"bob","requests":0,"errors":0,"pending":1,"prompt_tokens":0,"completion_tokens":0,)"
-          R"("queued":0,"average_queue_wait_ms":0.0}]})"
-          "\n");
+          R"("queued":0,"average_queue_wait_ms":0.0,"cached_tokens":0}],)" +
+              kProcess);
   }
 
   TEST_CASE("names are escaped for JSON, not sanitised") {
@@ -211,17 +228,59 @@ TEST_SUITE("US4 T054 T060 T061 the breakdown") {
     std::erase_if(world.fleet.backends, [&](const auto& b) { return b.id == removed; });
     CHECK(world.text().find(
               R"("backends":[{"id":"alpha","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":false,)"
-              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0},)"
-              R"({"id":"zeta","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":true,)"
-              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0}],)") != std::string::npos);
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0,)" +
+              state_text("down", 0) +
+              R"(,{"id":"zeta","requests":0,"average_latency_ms":0.0,"pending":0,"healthy":true,)"
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0,)" +
+              state_text("up", 0) + "],") != std::string::npos);
     CHECK(world.text().find(
               R"("removed_backends":[{"id":"mid","requests":1,"average_latency_ms":1.0,"pending":0,"healthy":false,)"
-              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0}])") != std::string::npos);
+              R"("ejected":null,"errors":0,"prompt_tokens":0,"completion_tokens":0,)" +
+              state_text("removed", 0, false) + "]") != std::string::npos);
     // One that was removed stands among the others until its last request has ended.
     slab.add_in_flight(removed, 1);
     CHECK(world.text().find(R"({"id":"mid","requests":1,"average_latency_ms":1.0,"pending":1,)") <
           world.text().find(R"({"id":"zeta")"));
     CHECK(world.text().find("removed_backends") == std::string::npos);
+    CHECK(world.text().find(R"("state":"draining")") != std::string::npos);
+  }
+
+  TEST_CASE(
+      "a backend says its state, since when, why, and what failed there; the last failures are listed, newest first") {
+    World world;
+    Slab& slab = world.metrics.add_slab();
+    const BackendId id = world.register_backend("gpu", false);
+    FleetView::Backend& view = world.fleet.backends[0];
+    view.problem = "connect: refused";
+    view.url = "http://10.0.0.7:8000";
+    view.type = "vllm";
+    view.max_pending = 16;
+    view.state_ns = 185 * kSecond;
+    view.checked_ns = 4 * kSecond;
+    view.next_check_ns = 26 * kSecond;
+    slab.attempt(id, AttemptOutcome::connect_error);
+    slab.attempt(id, AttemptOutcome::connect_error);
+    slab.attempt(id, AttemptOutcome::ok);
+    for (int i = 0; i < 25; ++i) {
+      world.metrics.failures().note(i * kSecond, 502, "backend_error", i == 24 ? BackendId::none : id,
+                                    std::string(100, 'm'), "id-" + std::to_string(i));
+    }
+    const std::string page = world.text();
+    CHECK(
+        page.find(
+            R"("state":"down","why":"connect: refused","in_flight":0,"queued":0,"failed_attempts":{"connect_error":2},)"
+            R"("url":"http://10.0.0.7:8000","type":"vllm","max_pending":16,"state_seconds":185,)"
+            R"("last_check_seconds":4,"next_check_seconds":26})") != std::string::npos);
+    CHECK(page.find(R"("failures":[{"time":"1970-01-01T00:00:24.000Z","model":")" + std::string(64, 'm') +
+                    R"(","backend":"","status":502,"error_type":"backend_error","request_id":"id-24"},)"
+                    R"({"time":"1970-01-01T00:00:23.000Z")") != std::string::npos);
+    CHECK(page.find("id-5\"}]}") != std::string::npos);  // the oldest of twenty
+    view.checked = false;
+    CHECK(world.text().find(R"("state":"unchecked")") != std::string::npos);
+    view.checked = view.healthy = true;
+    view.ejected_ns = kSecond;
+    view.ejected_why = AttemptOutcome::timeout;
+    CHECK(world.text().find(R"("state":"ejected","why":"timeout")") != std::string::npos);
   }
 
   TEST_CASE("models are sorted by requests, most first, then by name: every one on a healthy backend or ever counted") {

@@ -135,7 +135,7 @@ TEST_CASE("a hostile name is text, in the table that needs no script") {
 TEST_CASE("a row has a cell under each title, and many rows are cut with a word on it") {
   const std::string page = status_page(stats_of(1));
   CHECK(times(page, "<td data-title=") == 5);
-  CHECK(times(page, "<th scope=\"col\">") == 6 + 5 + 7);
+  CHECK(times(page, "<th scope=\"col\">") == 6 + 5 + 7 + 6);
   CHECK(page.find("<td data-title=\"Requests\"><b>10</b></td>") != std::string::npos);
   const std::string many = status_page(stats_of(kMaxStatusRows + 7));
   CHECK(times(many, "<tr><th scope=\"row\">") == kMaxStatusRows);
@@ -171,6 +171,7 @@ TEST_CASE("without a script the page shows the totals of /v1/stats") {
   stats.client_connections = 8;
   stats.all.requests = 31;
   stats.all.errors = 4;
+  stats.backends[0].registered = true;
   stats.backends[0].pending = 2;
   stats.backends[0].errors = 5;
   stats.backends[0].prompt_tokens = 6;
@@ -197,7 +198,8 @@ TEST_CASE("without a script the page shows the totals of /v1/stats") {
   stats.backends[0].ejected_why = AttemptOutcome::timeout;
   const std::string with_ejected = status_page(stats);
   CHECK(with_ejected.find("class=\"state some\">1 of 1 backends healthy, 1 ejected<") != std::string::npos);
-  CHECK(with_ejected.find("<span class=\"state some\">ejected 3s: timeout</span>") != std::string::npos);
+  CHECK(with_ejected.find("<span class=\"state some\">ejected for 3s</span><small class=\"why\">timeout</small>") !=
+        std::string::npos);
 }
 
 }  // namespace

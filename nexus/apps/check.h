@@ -19,6 +19,7 @@
 #include "nexus/apps/probe_loop.h"
 #include "nexus/base/limits.h"
 #include "nexus/config/settings.h"
+#include "nexus/fleet/check_words.h"
 
 namespace nexus {
 
@@ -101,12 +102,10 @@ inline void remark_on_models(const CheckState& state, CheckLine& line) {
 
 // Users often copy the address of an endpoint.
 inline void remark_on_url(const CheckState& state, CheckLine& line) {
-  for (const std::string_view path : {"/chat/completions", "/completions", "/embeddings", "/models"}) {
-    if (!state.settings.base_path.ends_with(path)) continue;
-    line.good = false;
-    line.remarks.push_back("its url ends in " + std::string(path) + ", which Nexus adds itself: remove that");
-    return;
-  }
+  std::string remark = nexus::remark_on_url(state.settings);
+  if (remark.empty()) return;
+  line.good = false;
+  line.remarks.push_back(std::move(remark));
 }
 
 }  // namespace detail
@@ -132,12 +131,8 @@ inline CheckLine judge(const CheckState& state) {
   for (const ListedModel& model : own.models) line.models.push_back(model.name);
   const bool needs_no_list = !state.settings.models.empty();
   if (own.status == 401 || own.status == 403) {
-    const bool has_key = !state.settings.api_key.empty();
-    line.good = line.good && needs_no_list && !has_key;
-    const std::string status = " (" + std::to_string(own.status) + ")";
-    line.remarks.push_back(has_key     ? "it rejects the API key" + status
-                           : line.good ? "it requires an API key" + status + ": clients must send theirs"
-                                       : "it requires an API key" + status + ": set api_key_env or api_key_file");
+    line.good = line.good && needs_no_list && state.settings.api_key.empty();
+    line.remarks.push_back(explain_check(state.settings, own));
   } else if (!own.reason.empty()) {
     line.good = line.good && (own.models_read || needs_no_list);
     line.remarks.push_back(escape_for_terminal(own.reason, 120));

@@ -40,13 +40,15 @@ struct ScrapedHistogram {
 // One backend, model or client's key, or all requests.
 struct ScrapedEntry {
   std::string name;
-  bool healthy = true;                        // of a backend, as the next three lines
-  std::string ejected_why;                    // empty: it is not ejected
-  std::uint64_t ejected_seconds = 0;          // time left
+  bool healthy = true;                // of a backend, as the next three lines
+  std::string ejected_why;            // empty: it is not ejected
+  std::uint64_t ejected_seconds = 0;  // time left
+  std::string state, why;             // in words; a Nexus before 0.2 tells neither
+  std::uint64_t state_seconds = 0;
   std::int64_t pending = 0, queue_depth = 0;  // the first also of a key
   std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
   double waits = 0, wait_sum_s = 0;  // in the queue, of a key
-  ScrapedHistogram duration, first_token;
+  ScrapedHistogram duration, first_token, queue_wait, overhead;
 };
 
 struct ScrapedFleet {
@@ -108,6 +110,12 @@ inline bool read_entries(simdjson::dom::array list, std::string_view key, std::v
     read_field(object, "completion_tokens", entry.completion_tokens);
     read_field(object, "pending", entry.pending);
     read_field(object, "healthy", entry.healthy);
+    read_field(object, "state_seconds", entry.state_seconds);
+    std::string_view state, reason;
+    read_field(object, "state", state);
+    read_field(object, "why", reason);
+    entry.state = state;
+    entry.why = reason;
     simdjson::dom::object ejected;
     std::string_view why;
     if (object["ejected"].get_object().get(ejected) || ejected["why"].get_string().get(why)) continue;
@@ -180,6 +188,8 @@ inline void read_line(std::string_view line, const Labelled& entries, Scrape& sa
   const std::string_view labels = line.substr(open + 1, close - open - 1);
   const auto histogram = name == "nexus_request_duration_seconds_bucket"      ? &ScrapedEntry::duration
                          : name == "nexus_time_to_first_token_seconds_bucket" ? &ScrapedEntry::first_token
+                         : name == "nexus_queue_wait_seconds_bucket"          ? &ScrapedEntry::queue_wait
+                         : name == "nexus_overhead_seconds_bucket"            ? &ScrapedEntry::overhead
                                                                               : nullptr;
   const auto sum = name == "nexus_key_queue_wait_seconds_sum"     ? &ScrapedEntry::wait_sum_s
                    : name == "nexus_key_queue_wait_seconds_count" ? &ScrapedEntry::waits
@@ -251,6 +261,7 @@ struct RateRow {
   double requests_per_s = 0, errors_per_s = 0;
   double tokens_per_s = 0;  // completion tokens
   std::optional<double> p50_s, p95_s, first_token_s;
+  std::optional<double> first_token_p95_s, queue_p95_s, overhead_p95_s;
   std::optional<double> wait_s;  // mean
 };
 
@@ -277,6 +288,9 @@ inline RateRow rate_row(const ScrapedEntry& before, const ScrapedEntry& now, dou
           .p50_s = quantile(duration, 0.5),
           .p95_s = quantile(duration, 0.95),
           .first_token_s = quantile(difference(before.first_token, now.first_token), 0.5),
+          .first_token_p95_s = quantile(difference(before.first_token, now.first_token), 0.95),
+          .queue_p95_s = quantile(difference(before.queue_wait, now.queue_wait), 0.95),
+          .overhead_p95_s = quantile(difference(before.overhead, now.overhead), 0.95),
           .wait_s = waits > 0 ? std::optional(std::max(wait_sum_s, 0.0) / waits) : std::nullopt};
 }
 

@@ -20,6 +20,7 @@
 
 #include "build/gen/status_files.h"
 #include "nexus/apps/format.h"
+#include "nexus/base/limits.h"
 #include "nexus/base/text_buffer.h"
 #include "nexus/metrics/stats_json.h"
 
@@ -51,6 +52,52 @@ inline std::string mean_wait_text(const StatsRow& key) {
   return seconds_text(waits > 0 ? std::optional(sum_ns / static_cast<double>(kSecond) / waits) : std::nullopt);
 }
 
+// `down 3m 5s`, and below it why, what it is and where, and when it is checked.
+inline std::string state_cell(const StatsRow& row) {
+  const std::string_view state = state_of(row);
+  const bool ejected = state == "ejected";
+  const std::string_view kind = state == "up" ? "up" : state == "down" || state == "removed" ? "down" : "some";
+  const auto seconds = [](Ns span) { return span_text(static_cast<std::uint64_t>(span / kSecond)); };
+  std::string span = ejected               ? seconds(row.ejected_ns + kSecond - 1)
+                     : row.view != nullptr ? seconds(row.view->state_ns)
+                                           : "";
+  std::string out = "<span class=\"state " + std::string(kind) + "\">" + std::string(state) +
+                    (span.empty() ? "" : (ejected ? " for " : " ") + span) + "</span>";
+  if (!why_of(row).empty())
+    out += "<small class=\"why\">" + html_text(escape_for_terminal(why_of(row), 300)) + "</small>";
+  if (row.view == nullptr) return out;
+  std::string facts = std::string(row.view->type) + (row.view->url.empty() ? "" : " " + row.view->url);
+  if (row.view->max_pending > 0) facts += ", at most " + std::to_string(row.view->max_pending);
+  if (row.view->checked_ns >= 0) facts += ", checked " + seconds(row.view->checked_ns) + " ago";
+  if (row.view->next_check_ns >= 0) facts += ", next in " + seconds(row.view->next_check_ns);
+  return out + "<small class=\"facts\">" + html_text(escape_for_terminal(facts, 300)) + "</small>";
+}
+
+inline std::string failure_rows(const Stats& stats) {
+  std::string out;
+  for (const auto& [one, backend] : stats.failures) {
+    out += "<tr>";
+    for (const std::string& text :
+         {utc_text(one.wall_ns), std::to_string(one.status), std::string(one.error), std::string(one.model.view()),
+          std::string(backend.empty() ? "-" : backend), std::string(one.request_id.view())})
+      out += "<td>" + html_text(escape_for_terminal(text, 128)) + "</td>";
+    out += "</tr>\n";
+  }
+  return out;
+}
+
+// What is wrong with the configuration or a certificate.
+inline std::string notes_of(const FleetView& fleet) {
+  std::string out = fleet.last_reload_ok ? "" : "The last reload failed: see the log. ";
+  for (const FleetView::Certificate& one : fleet.certificates) {
+    const std::int64_t left_s = one.expiry_s - fleet.wall_ns / kSecond;
+    if (left_s * kSecond > kExpiryWarning) continue;
+    out += "The certificate " + one.name +
+           (left_s <= 0 ? " has expired. " : " expires in " + span_text(static_cast<std::uint64_t>(left_s)) + ". ");
+  }
+  return html_text(escape_for_terminal(out, 1000));
+}
+
 enum class StatusTable : std::uint8_t { backends, models, keys };
 
 inline std::string status_rows(const std::vector<StatsRow>& rows, StatusTable table) {
@@ -60,13 +107,8 @@ inline std::string status_rows(const std::vector<StatsRow>& rows, StatusTable ta
   };
   for (std::size_t i = 0; i < std::min(rows.size(), kMaxStatusRows); ++i) {
     const StatsRow& row = rows[i];
-    const bool ejected = row.healthy && row.ejected_ns >= 0;
-    const std::string_view kind = ejected ? "some" : row.healthy ? "up" : "down";
-    const std::string state =
-        state_text(row.healthy, "down", ejected ? name_of(row.ejected_why) : "", ejected_seconds(row));
     out += "<tr><th scope=\"row\"><bdi>" + html_text(escape_for_terminal(row.name, 1024)) + "</bdi>";
-    if (table == StatusTable::backends)
-      out.append("<span class=\"state ").append(kind).append("\">").append(state).append("</span>");
+    if (table == StatusTable::backends) out += state_cell(row);
     out += "</th>";
     if (table != StatusTable::models) cell("Pending", std::to_string(row.pending));
     cell("Requests", std::to_string(row.requests));
@@ -86,6 +128,9 @@ inline std::string more_rows(const std::vector<StatsRow>& rows) {
 }  // namespace detail
 
 inline void write_status_page(TextBuffer& page, const Stats& stats, std::string_view version) {
+  static const FleetView kNone;
+  const FleetView& fleet = stats.fleet == nullptr ? kNone : *stats.fleet;
+  const std::string healthy = std::to_string(stats.healthy) + " of " + std::to_string(stats.registered);
   // By the name between `{{` and `}}` in status.html.
   const std::map<std::string_view, std::string> parts{
       {"style", std::string(kStatusStyle)},
@@ -93,9 +138,13 @@ inline void write_status_page(TextBuffer& page, const Stats& stats, std::string_
       {"state", stats.healthy == 0                                      ? "down"
                 : stats.healthy < stats.registered || stats.ejected > 0 ? "some"
                                                                         : "up"},
-      {"ejected", ejected_text(stats.ejected)},
-      {"healthy", std::to_string(stats.healthy)},
-      {"registered", std::to_string(stats.registered)},
+      {"title", "Nexus: " + healthy + " healthy" + ejected_text(stats.ejected)},
+      {"fleet", healthy + " backends healthy" + ejected_text(stats.ejected)},
+      {"loaded", detail::utc_text(static_cast<Ns>(fleet.last_reload_success_timestamp) * kSecond)},
+      {"stalls", std::to_string(stats.loop_stalls)},
+      {"notes", detail::notes_of(fleet)},
+      {"no_failures", stats.failures.empty() ? "hidden" : ""},
+      {"failures", detail::failure_rows(stats)},
       {"uptime", span_text(stats.uptime_s)},
       {"available", std::to_string(stats.models_available)},
       {"clients", std::to_string(stats.client_connections)},

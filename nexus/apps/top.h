@@ -14,12 +14,15 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <deque>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <vector>
 
 #include "nexus/apps/format.h"
 #include "nexus/apps/probe_loop.h"
@@ -36,19 +39,46 @@ namespace detail {
 
 inline std::string first_token_text(const std::optional<double>& seconds) { return seconds_text(seconds, ">10 min"); }
 
-inline std::string top_head(const Rates& rates, std::string_view where) {
+// The parts on as few lines as fit; 0 means no limit.
+inline std::string in_lines(const std::vector<std::string>& parts, std::size_t width) {
+  std::string out;
+  std::size_t used = 0;
+  for (const std::string& part : parts) {
+    const std::size_t bytes = width_of(part);
+    if (used > 0) {
+      const bool fits = width == 0 || used + 3 + bytes <= width;
+      out += fits ? "   " : "\n";
+      used = fits ? used + 3 : 0;
+    }
+    out += part;
+    used += bytes;
+  }
+  return out + "\n";
+}
+
+// Three lines: what is there; how much is done; and where the time goes: to the models, the queue, or Nexus itself.
+inline std::string top_head(const Rates& rates, std::string_view where, std::size_t width) {
   const RateRow& all = rates.all;
-  std::string out = "nexus at " + escape_for_terminal(where, 128) + ", up " + span_text(rates.fleet.uptime_s) +
-                    "; rates and quantiles of the last " + with_decimals(rates.seconds, 0) + " s\n";
-  out += "backends " + std::to_string(rates.fleet.backends_healthy) + " of " + std::to_string(rates.fleet.backends) +
-         " healthy" + ejected_text(rates.fleet.backends_ejected) + "   models " +
-         std::to_string(rates.fleet.models_available) + "   connections " +
-         std::to_string(rates.fleet.client_connections) + "   requests " + std::to_string(all.now.requests) +
-         "   errors " + std::to_string(all.now.errors) + " (" + percent_text(all.now.errors, all.now.requests) + ")\n";
-  out += rate_text(all.requests_per_s) + " req/s   " + rate_text(all.errors_per_s) + " err/s   pending " +
-         std::to_string(all.now.pending) + "   queue " + std::to_string(all.now.queue_depth) + "   p50 " +
-         seconds_text(all.p50_s) + "   p95 " + seconds_text(all.p95_s) + "   first token " +
-         first_token_text(all.first_token_s) + "   " + rate_text(all.tokens_per_s) + " tok/s\n";
+  const ScrapedFleet& fleet = rates.fleet;
+  const auto count = [](std::string_view what, std::int64_t number) {
+    return std::string(what) + " " + std::to_string(number);
+  };
+  std::string out = "nexus at " + escape_for_terminal(where, 128) + ", up " + span_text(fleet.uptime_s) + "; last " +
+                    with_decimals(rates.seconds, 0) + " s:\n";
+  out += in_lines(
+      {"backends " + std::to_string(fleet.backends_healthy) + " of " + std::to_string(fleet.backends) + " healthy" +
+           ejected_text(fleet.backends_ejected),
+       count("models", fleet.models_available), count("connections", fleet.client_connections),
+       "requests " + std::to_string(all.now.requests),
+       "errors " + std::to_string(all.now.errors) + " (" + percent_text(all.now.errors, all.now.requests) + ")"},
+      width);
+  out += in_lines(
+      {rate_text(all.requests_per_s) + " req/s", rate_text(all.errors_per_s) + " err/s",
+       count("pending", all.now.pending), count("queue", all.now.queue_depth), rate_text(all.tokens_per_s) + " tok/s"},
+      width);
+  out += in_lines({"p95: requests " + seconds_text(all.p95_s), "first token " + first_token_text(all.first_token_p95_s),
+                   "queue " + seconds_text(all.queue_p95_s), "nexus itself " + seconds_text(all.overhead_p95_s)},
+                  width);
   return out;
 }
 
@@ -57,35 +87,64 @@ enum TopTable : unsigned { of_backends = 1, of_models = 2, of_keys = 4, of_all =
 struct TopColumn {
   std::string_view title;
   unsigned tables;  // that have it
+  unsigned spared;  // on a narrow screen the columns with the highest number are left out first; 0: never
   std::string (*text)(const RateRow& row);
 };
 
+// `DOWN 3m 5s`, `ejected 12s`: for how long, or for how much longer.
+inline std::string top_state(const ScrapedEntry& now) {
+  if (now.state.empty())
+    return state_text(now.healthy, "DOWN", escape_for_terminal(now.ejected_why), now.ejected_seconds);
+  if (now.state == "ejected") return "ejected " + span_text(now.ejected_seconds);
+  if (now.state == "up") return "up";
+  return (now.state == "down" ? "DOWN" : escape_for_terminal(now.state, 12)) + " " + span_text(now.state_seconds);
+}
+
 constexpr std::array kTopColumns = std::to_array<TopColumn>({
-    {"STATE", of_backends,
-     [](const RateRow& row) {
-       return state_text(row.now.healthy, "DOWN", escape_for_terminal(row.now.ejected_why), row.now.ejected_seconds);
-     }},
-    {"PENDING", of_backends | of_keys, [](const RateRow& row) { return std::to_string(row.now.pending); }},
-    {"QUEUE", of_backends, [](const RateRow& row) { return std::to_string(row.now.queue_depth); }},
-    {"REQ/S", of_all, [](const RateRow& row) { return rate_text(row.requests_per_s); }},
-    {"ERR/S", of_all, [](const RateRow& row) { return rate_text(row.errors_per_s); }},
-    {"P50", of_backends | of_models, [](const RateRow& row) { return seconds_text(row.p50_s); }},
-    {"P95", of_backends | of_models, [](const RateRow& row) { return seconds_text(row.p95_s); }},
-    {"FIRST", of_backends | of_models, [](const RateRow& row) { return first_token_text(row.first_token_s); }},
-    {"WAIT", of_keys, [](const RateRow& row) { return seconds_text(row.wait_s); }},
-    {"TOK/S", of_all, [](const RateRow& row) { return rate_text(row.tokens_per_s); }},
-    {"REQUESTS", of_all, [](const RateRow& row) { return std::to_string(row.now.requests); }},
-    {"ERRORS", of_all, [](const RateRow& row) { return std::to_string(row.now.errors); }},
-    {"TOKENS", of_keys,
+    {"STATE", of_backends, 0, [](const RateRow& row) { return top_state(row.now); }},
+    {"PENDING", of_backends | of_keys, 0, [](const RateRow& row) { return std::to_string(row.now.pending); }},
+    {"QUEUE", of_backends, 2, [](const RateRow& row) { return std::to_string(row.now.queue_depth); }},
+    {"REQ/S", of_all, 0, [](const RateRow& row) { return rate_text(row.requests_per_s); }},
+    {"ERR/S", of_all, 0, [](const RateRow& row) { return rate_text(row.errors_per_s); }},
+    {"P50", of_backends | of_models, 5, [](const RateRow& row) { return seconds_text(row.p50_s); }},
+    {"P95", of_backends | of_models, 0, [](const RateRow& row) { return seconds_text(row.p95_s); }},
+    {"FIRST", of_backends | of_models, 3, [](const RateRow& row) { return first_token_text(row.first_token_s); }},
+    {"WAIT", of_keys, 0, [](const RateRow& row) { return seconds_text(row.wait_s); }},
+    {"TOK/S", of_all, 4, [](const RateRow& row) { return rate_text(row.tokens_per_s); }},
+    {"REQUESTS", of_all, 6, [](const RateRow& row) { return std::to_string(row.now.requests); }},
+    {"ERRORS", of_all, 7, [](const RateRow& row) { return std::to_string(row.now.errors); }},
+    {"TOKENS", of_keys, 1,
      [](const RateRow& row) { return std::to_string(row.now.prompt_tokens + row.now.completion_tokens); }},
 });
 
-inline std::string top_table(const std::vector<RateRow>& rates, TopTable table, std::string name) {
-  std::vector<std::vector<std::string>> rows{{std::move(name)}};
-  for (const RateRow& row : rates) rows.push_back({escape_for_terminal(row.now.name, 48)});
+// The orders of the rows, which the user goes through: as /v1/stats lists them, or the largest first.
+struct TopOrder {
+  std::string_view name;
+  double (*key)(const RateRow& row);
+};
+inline constexpr auto kTopOrders = std::to_array<TopOrder>({
+    {"as listed", nullptr},
+    {"req/s", [](const RateRow& row) { return row.requests_per_s; }},
+    {"err/s", [](const RateRow& row) { return row.errors_per_s; }},
+    {"pending", [](const RateRow& row) { return static_cast<double>(row.now.pending); }},
+    {"p95", [](const RateRow& row) { return row.p95_s.value_or(-1); }},
+});
+
+inline std::vector<RateRow> in_order(std::vector<RateRow> rows, const TopOrder& order) {
+  if (order.key == nullptr) return rows;
+  std::stable_sort(rows.begin(), rows.end(),
+                   [&](const RateRow& a, const RateRow& b) { return order.key(a) > order.key(b); });
+  return rows;
+}
+
+// A table with names of at most `name_bytes`, without the columns that are spared from `spared` on.
+inline std::string top_table_of(const std::vector<RateRow>& rates, TopTable table, std::string_view name,
+                                std::size_t name_bytes, unsigned spared) {
+  std::vector<std::vector<std::string>> rows{{std::string(name)}};
+  for (const RateRow& row : rates) rows.push_back({escape_for_terminal(row.now.name, name_bytes)});
   std::string alignment = "l";
   for (const TopColumn& column : kTopColumns) {
-    if ((column.tables & table) == 0) continue;
+    if ((column.tables & table) == 0 || column.spared >= spared) continue;
     alignment += column.title == "STATE" ? 'l' : 'r';
     rows[0].emplace_back(column.title);
     for (std::size_t i = 0; i < rates.size(); ++i) rows[i + 1].push_back(column.text(rates[i]));
@@ -93,28 +152,68 @@ inline std::string top_table(const std::vector<RateRow>& rates, TopTable table, 
   return in_columns(rows, alignment);
 }
 
-// Cuts the text to a screen; 0 means no limit.
-inline std::string fit(std::string_view text, std::size_t width, std::size_t height) {
-  const auto lines = static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
-  const std::size_t shown = height > 0 && lines > height ? height - 1 : lines;
-  std::string out;
-  for (std::size_t i = 0; i < shown; ++i) {
-    const std::string_view line = text.substr(0, text.find('\n'));
-    out.append(width > 0 ? cut_to_width(line, width) : line) += '\n';
-    text.remove_prefix(line.size() + 1);
+// The table as it fits: names shrink first, then columns are left out. Below a backend that is not up, why.
+inline std::string top_table(const std::vector<RateRow>& rates, TopTable table, std::string_view name,
+                             std::size_t width) {
+  std::string text;
+  const auto fits = [&](std::size_t name_bytes, unsigned spared) {
+    text = top_table_of(rates, table, name, name_bytes, spared);
+    std::size_t widest = 0;
+    for (std::string_view rest = text; !rest.empty(); rest.remove_prefix(rest.find('\n') + 1))
+      widest = std::max(widest, width_of(rest.substr(0, rest.find('\n'))));
+    return width == 0 || widest <= width;
+  };
+  bool done = false;
+  for (std::size_t name_bytes = 48; !done && name_bytes >= 12; name_bytes -= 4) done = fits(name_bytes, 8);
+  for (unsigned spared = 7; !done && spared > 0; --spared) done = fits(12, spared);
+  std::string out = text.substr(0, text.find('\n') + 1);
+  std::string_view rest = std::string_view(text).substr(out.size());
+  for (const RateRow& row : rates) {
+    const std::size_t bytes = rest.find('\n') + 1;
+    out += rest.substr(0, bytes);
+    rest.remove_prefix(bytes);
+    if (!row.now.why.empty()) out += "  " + escape_for_terminal(row.now.why, 200) + "\n";
   }
-  return shown == lines ? out : out + "\xe2\x80\xa6 " + std::to_string(lines - shown) + " more lines\n";
+  return out;
+}
+
+// Cuts the text to a screen, whose first `fixed` lines stay while the others are scrolled; 0 means no limit.
+inline std::string fit(std::string_view text, std::size_t width, std::size_t height, std::size_t fixed = 0,
+                       std::size_t scrolled = 0) {
+  std::vector<std::string_view> lines;
+  for (; !text.empty(); text.remove_prefix(lines.back().size() + 1)) lines.push_back(text.substr(0, text.find('\n')));
+  if (height > 0 && lines.size() > height && fixed + 1 < height) {
+    const std::size_t most = lines.size() - (height - 1);  // then the last line is seen
+    const auto from = lines.begin() + static_cast<std::ptrdiff_t>(fixed);
+    lines.erase(from, from + static_cast<std::ptrdiff_t>(std::min(scrolled, most)));
+  }
+  const std::size_t shown = height > 0 && lines.size() > height ? height - 1 : lines.size();
+  std::string out;
+  for (std::size_t i = 0; i < shown; ++i) out.append(width > 0 ? cut_to_width(lines[i], width) : lines[i]) += '\n';
+  return shown == lines.size() ? out : out + "\xe2\x80\xa6 " + std::to_string(lines.size() - shown) + " more lines\n";
 }
 
 }  // namespace detail
 
-// The whole page. `width` and `height` are those of the screen, or 0.
-inline std::string top_page(const Rates& rates, std::string_view where, std::size_t width, std::size_t height) {
-  std::string page = detail::top_head(rates, where) + "\n" +
-                     detail::top_table(rates.by_backend, detail::of_backends, "BACKEND") + "\n" +
-                     detail::top_table(rates.by_model, detail::of_models, "MODEL");
-  if (!rates.by_key.empty()) page += "\n" + detail::top_table(rates.by_key, detail::of_keys, "KEY");
-  return detail::fit(page, width, height);
+// What a user has chosen to see. `width` and `height` are those of the screen, or 0.
+struct TopView {
+  std::size_t width = 0, height = 0;
+  std::size_t order = 0;     // of detail::kTopOrders
+  std::size_t scrolled = 0;  // lines
+};
+
+// The whole page.
+inline std::string top_page(const Rates& rates, std::string_view where, const TopView& view) {
+  const detail::TopOrder& order = detail::kTopOrders[view.order];
+  const auto table = [&](const std::vector<RateRow>& rows, detail::TopTable which, std::string_view name) {
+    return "\n" + detail::top_table(detail::in_order(rows, order), which, name, view.width);
+  };
+  std::string page = detail::top_head(rates, where, view.width);
+  if (view.height > 0) page += "sorted " + std::string(order.name) + " (s: sort, j and k: scroll, q: quit)\n";
+  const auto fixed = static_cast<std::size_t>(std::count(page.begin(), page.end(), '\n'));
+  page += table(rates.by_backend, detail::of_backends, "BACKEND") + table(rates.by_model, detail::of_models, "MODEL");
+  if (!rates.by_key.empty()) page += table(rates.by_key, detail::of_keys, "KEY");
+  return detail::fit(page, view.width, view.height, fixed, view.scrolled);
 }
 
 // Puts the terminal into raw input and its alternate screen until destroyed.
@@ -162,23 +261,28 @@ class Terminal {
     put(out + "\x1b[J");
   }
 
-  // Waits until `deadline`, or until the screen is resized. False if the user quits.
-  bool wait(Ns deadline) {
+  enum class Wish : std::uint8_t { none, quit, sort, down, up };
+
+  // Waits until `deadline`, until the screen is resized, or until the user wishes something.
+  Wish wait(Ns deadline) {
     for (;;) {
       const Ns left = deadline - monotonic_now();
-      if (left <= 0) return true;
+      if (left <= 0) return Wish::none;
       std::array<pollfd, 2> entries{pollfd{signal_fd_, POLLIN, 0}, pollfd{has_input_ ? STDIN_FILENO : -1, POLLIN, 0}};
       if (::poll(entries.data(), entries.size(), static_cast<int>(left / kMillisecond) + 1) <= 0) continue;
       if (entries[0].revents != 0) {
         signalfd_siginfo info{};
         if (::read(signal_fd_, &info, sizeof info) != sizeof info) continue;
-        return info.ssi_signo == SIGWINCH;
+        return info.ssi_signo == SIGWINCH ? Wish::none : Wish::quit;
       }
       std::array<char, 64> keys;
       const ssize_t count = ::read(STDIN_FILENO, keys.data(), keys.size());
-      if (count <= 0) return false;  // the terminal is gone
+      if (count <= 0) return Wish::quit;  // the terminal is gone
       const std::string_view typed(keys.data(), static_cast<std::size_t>(count));
-      if (typed.find_first_of("qQ\x03\x04") != std::string_view::npos) return false;
+      if (typed.find_first_of("qQ\x03\x04") != std::string_view::npos) return Wish::quit;
+      if (typed == "j" || typed == "\x1b[B") return Wish::down;
+      if (typed == "k" || typed == "\x1b[A") return Wish::up;
+      if (typed == "s") return Wish::sort;
     }
   }
 
@@ -223,7 +327,7 @@ class Top {
       std::fprintf(stderr, "nexus: %s: %s\n", url_.c_str(), escape_for_terminal(why, 200).c_str());
       return 1;
     }
-    std::fputs(page(0, 0).c_str(), stdout);
+    std::fputs(page({}).c_str(), stdout);
     return 0;
   }
 
@@ -232,17 +336,28 @@ class Top {
   void watch() {
     Terminal terminal;
     std::string why;
+    TopView view;
     Ns next = 0;
-    do {
+    for (Terminal::Wish wish{}; wish != Terminal::Wish::quit; wish = terminal.wait(next)) {
+      follow(wish, view);
       if (monotonic_now() >= next) {
         why = sample();
         next = monotonic_now() + kTopInterval;
       }
-      const auto [width, height] = terminal.size();
-      terminal.draw(why.empty()
-                        ? page(width, height)
-                        : detail::fit(url_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", width, height));
-    } while (terminal.wait(next));
+      std::tie(view.width, view.height) = terminal.size();
+      terminal.draw(why.empty() ? page(view)
+                                : detail::fit(url_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", view.width,
+                                              view.height));
+    }
+  }
+
+  void follow(Terminal::Wish wish, TopView& view) const {
+    if (wish == Terminal::Wish::sort) view.order = (view.order + 1) % detail::kTopOrders.size();
+    if (wish == Terminal::Wish::up && view.scrolled > 0) view.scrolled -= 1;
+    if (wish != Terminal::Wish::down || samples_.empty()) return;
+    const Scrape& last = samples_.back();
+    view.scrolled =
+        std::min(view.scrolled + 1, 8 + 2 * (last.by_backend.size() + last.by_model.size() + last.by_key.size()));
   }
 
   // Finds the address. Returns the reason of a failure, or an empty text.
@@ -281,10 +396,10 @@ class Top {
     return {};
   }
 
-  std::string page(std::size_t width, std::size_t height) const {
+  std::string page(const TopView& view) const {
     const Scrape& last = samples_.back();
     const Scrape first = samples_.size() > 1 ? samples_.front() : start_of(last);
-    return top_page(compute_rates(first, last), url_, width, height);
+    return top_page(compute_rates(first, last), url_, view);
   }
 
   const BackendSettings server_;

@@ -7,6 +7,8 @@
 // Tested by: tests/config_test.cpp, tests/fuzz/config.h
 #pragma once
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -141,6 +143,21 @@ inline void fill_key_options(const KeyOptions& defaults, std::vector<ApiKey>& ke
       if ((key.given & 1u << i) == 0) key.options.*kKeyOptions[i].field = defaults.*kKeyOptions[i].field;
     }
   }
+}
+
+// The files with keys, by their paths in nexus.conf, that every user of this host can read.
+inline std::vector<std::string> open_key_files(const GivenPairs& given) {
+  std::vector<std::string> out;
+  for (const auto& [name, paths] : given) {
+    const std::string_view key = std::string_view(name).substr(name.find("] ") + 2);
+    if (key != "api_keys_file" && key != "api_key_file" && key != "tls_key") continue;
+    for (std::string_view list = paths; !list.empty();) {
+      const std::string path(next_list_element(list));
+      struct stat file {};
+      if (::stat(path.c_str(), &file) == 0 && (file.st_mode & S_IROTH) != 0) out.push_back(path);
+    }
+  }
+  return out;
 }
 
 }  // namespace nexus::config

@@ -238,10 +238,18 @@ class ConfigReader {
       text.empty() ? value.refuse() : row->store(value);
     }
     section_->keys.emplace(key, GivenKey{line_, text, value.problem.empty()});
+    note_given(key, text);
     if (!value.problem.empty()) report((is_free ? in_quotes(key) : std::string(key)) + ": " + value.problem);
     if (is_free && section_->keys.size() == kMaxModelsPerList + 1) {
       report(at_most(kMaxModelsPerList, "lines in this section"));
     }
+  }
+
+  void note_given(std::string_view key, std::string_view text) {
+    std::string name = "[" + std::string(section_->name);
+    if (section_->name == "backend") name += " " + settings_.backends.back().name;
+    std::string& value = settings_.given[name.append("] ").append(key)];
+    value.append(value.empty() ? "" : ", ").append(text);
   }
 
   // ---- relations between keys

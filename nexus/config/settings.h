@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -21,6 +22,7 @@
 
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
@@ -47,6 +49,12 @@ constexpr std::string_view kApiNames =
     "chat, completions, embeddings, responses, messages, rerank, score, tokenize, moderations, speech, transcriptions, "
     "images, llamacpp, ollama";
 inline constexpr std::size_t kApis = static_cast<std::size_t>(Api::ollama) + 1;
+
+constexpr std::string_view name_of(Api api) {
+  std::string_view names = kApiNames;
+  for (auto i = static_cast<std::size_t>(api); i > 0; --i) next_list_element(names);
+  return next_list_element(names);
+}
 
 // A set of APIs: bit_of() each.
 using Apis = std::uint32_t;
@@ -293,6 +301,9 @@ struct BackendSettings {
   Ns token_delay_ns = 20 * kMillisecond;  // echo only
 };
 
+// What the file says, by `[backend gpu-1] url` or `[routing] strategy`; of a key that repeats, all values.
+using GivenPairs = std::map<std::string, std::string>;
+
 using NamePair = std::pair<std::string, std::string>;
 using Fallbacks = std::vector<std::pair<std::string, std::vector<std::string>>>;
 
@@ -309,6 +320,7 @@ struct Settings {
   Fallbacks fallbacks;            // model → models to try, in order
   std::vector<BackendSettings> backends;
   PemFile system_ca;  // the certificates that this host trusts; read if a backend is verified by them
+  GivenPairs given;
 };
 
 // Descriptors that may be open at once: each client sends a request that goes to a backend, as far as the limits allow

@@ -152,6 +152,23 @@ inline std::string other_name(BackendKind kind, std::string_view model) {
   return has_tag ? std::string() : std::string(model).append(kLatest);
 }
 
+// `+phi3, -mistral`: the names in one of two sorted lists alone; of a first list all of them are new. No more than a
+// line of the log shows.
+inline std::string changed_models(const ListedModels* before, const ListedModels& after) {
+  std::string out;
+  const auto add = [&](char sign, const ListedModel& model) {
+    if (out.size() < kMaxLogValueBytes) out.append(out.empty() ? "" : ", ").append(1, sign).append(model.name);
+  };
+  std::size_t at = 0;
+  for (const ListedModel& model : after) {
+    for (; before != nullptr && at < before->size() && (*before)[at].name < model.name; ++at) add('-', (*before)[at]);
+    const bool known = before != nullptr && at < before->size() && (*before)[at].name == model.name;
+    known ? void(++at) : add('+', model);
+  }
+  for (; before != nullptr && at < before->size(); ++at) add('-', (*before)[at]);
+  return out;
+}
+
 class Registry {
  public:
   struct Backend {
@@ -163,6 +180,8 @@ class Registry {
     std::uint32_t failed_checks = 0;                 // since the last one that passed
     std::shared_ptr<const ListedModels> discovered;  // used if the configuration lists no models; null: not read yet
     std::string list_remark;                         // the last problem with its list that was logged
+    std::string problem;                             // of its last check, in words; empty: it passed
+    Ns changed_ns = 0;                               // when its health changed, or it was configured
     std::optional<Address> address;                  // in use
     std::vector<Address> addresses;                  // of its host name
     bool looking_up = false;

@@ -103,6 +103,11 @@ struct HistogramValues {
   std::uint64_t sum = 0;
 
   std::uint64_t count() const { return std::accumulate(buckets.begin(), buckets.end(), std::uint64_t{0}); }
+  // The values above `bound`, which is one of kBounds.
+  std::uint64_t above(std::int64_t bound) const {
+    const auto first = buckets.begin() + static_cast<std::ptrdiff_t>(bucket_of<kBounds>(bound)) + 1;
+    return std::accumulate(first, buckets.end(), std::uint64_t{0});
+  }
 };
 
 // A histogram without its sum: PairCounters keeps the sums of its histograms in one cache line.

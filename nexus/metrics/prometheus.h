@@ -1,5 +1,5 @@
 // prometheus.h
-// Owns:     the page at /metrics: its families, in order, and the adding up of the threads' slabs; FleetView.
+// Owns:     the page at /metrics: its families, in order, and the adding up of the threads' slabs.
 // Promises: every family once, its lines together; no series twice, whatever the names are; a counter never goes back
 //           from one page to the next; recorders are not blocked, not slowed, and not kept from their processor.
 //           Memory is kept for the next page.
@@ -27,6 +27,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/config/settings.h"
 #include "nexus/metrics/exposition.h"
+#include "nexus/metrics/fleet_view.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/metrics/labels.h"
@@ -35,32 +36,6 @@
 #include "nexus/os/procfs.h"
 
 namespace nexus {
-
-// The fleet at one moment, filled from the registry for each page.
-struct FleetView {
-  struct Backend {
-    BackendId id;
-    bool healthy;
-    std::uint32_t max_pending = 0;  // 0: no cap
-    Ns ejected_ns = -1;             // time left; 0: its trial request is running; -1: not ejected
-    AttemptOutcome ejected_why{};
-  };
-  std::vector<Backend> backends;           // registered now, in the order of the configuration
-  std::vector<ModelId> models_on_healthy;  // distinct
-  std::uint64_t models_available = 0;
-  std::uint32_t queue_size = 0;
-  std::span<const std::string_view> endpoints;  // their paths, by RequestRecord::endpoint
-  Ns uptime_ns = 0;
-  bool last_reload_ok = true;
-  double last_reload_success_timestamp = 0;  // seconds since 1970; 0: unknown
-  std::string_view version;
-  std::string_view tls_library;  // by name and version; empty in a build without TLS
-  struct Certificate {
-    std::string name;  // its first
-    std::int64_t expiry_s = 0;
-  };
-  std::vector<Certificate> certificates;  // of the listeners
-};
 
 class PrometheusPage {
  public:

@@ -18,6 +18,7 @@
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
 #include "nexus/metrics/counters.h"
+#include "nexus/metrics/failure_log.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/net/tls_outcome.h"
@@ -381,9 +382,12 @@ class Metrics {
   }
 
   const std::vector<std::unique_ptr<Slab>>& slabs() const { return slabs_; }
+  FailureLog& failures() { return failures_; }
+  const FailureLog& failures() const { return failures_; }
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
+  FailureLog failures_;
 };
 
 }  // namespace nexus

@@ -8,18 +8,24 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "nexus/base/clock.h"
 #include "nexus/base/text_buffer.h"
+#include "nexus/metrics/fleet_view.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
 #include "nexus/metrics/prometheus.h"
 #include "nexus/metrics/slab.h"
+#include "nexus/os/log.h"
 
 namespace nexus {
+
+constexpr Ns kLongTurn = 100 * kMillisecond;  // of an event loop; longer ones hold requests up
 
 // Totals of one backend, model or client's key, or of all requests.
 struct StatsRow {
@@ -29,8 +35,11 @@ struct StatsRow {
   bool healthy = false;     // of a backend
   Ns ejected_ns = -1;       // of a backend: time left; -1: not ejected
   AttemptOutcome ejected_why{};
+  const FleetView::Backend* view = nullptr;  // of a registered backend
+  std::int64_t queued = 0;                   // of a backend
+  std::array<std::uint64_t, kAttemptOutcomeNames.size()> attempts{};
   std::int64_t pending = 0;  // of a backend or key
-  std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0;
+  std::uint64_t requests = 0, errors = 0, prompt_tokens = 0, completion_tokens = 0, cached_tokens = 0;
   std::uint64_t durations = 0, duration_sum_ns = 0;  // of requests; of a key: of their waits in the queue
 
   void add(const PairCounters& counters) {
@@ -44,6 +53,7 @@ struct StatsRow {
     duration_sum_ns += duration.sum;
     prompt_tokens += counters.prompt_sum.read();
     completion_tokens += counters.completion_sum.read();
+    cached_tokens += counters.cached_sum.read();
   }
 
   void add(const StatsRow& other) {
@@ -51,12 +61,14 @@ struct StatsRow {
     errors += other.errors;
     prompt_tokens += other.prompt_tokens;
     completion_tokens += other.completion_tokens;
+    cached_tokens += other.cached_tokens;
     durations += other.durations;
     duration_sum_ns += other.duration_sum_ns;
   }
 };
 
 struct Stats {
+  const FleetView* fleet = nullptr;  // outlives the page
   std::uint64_t uptime_s = 0;
   std::uint64_t registered = 0, healthy = 0, ejected = 0;  // backends; the last: of the healthy ones
   std::uint64_t models_available = 0;
@@ -66,7 +78,27 @@ struct Stats {
   std::vector<StatsRow> removed;   // by name: others that ever served
   std::vector<StatsRow> models;    // by requests, most first, then by name
   std::vector<StatsRow> keys;      // the same; empty unless a file of keys was read
+  std::uint64_t loop_stalls = 0;   // turns of an event loop of more than kLongTurn
+  struct Failure {
+    FailedRequest request;
+    std::string_view backend;  // empty: none
+  };
+  std::vector<Failure> failures;  // the newest first
 };
+
+// The state of a backend in a word, for people.
+constexpr std::string_view state_of(const StatsRow& row) {
+  if (!row.registered) return row.pending > 0 ? "draining" : "removed";
+  if (row.view != nullptr && !row.view->checked) return "unchecked";
+  if (!row.healthy) return "down";
+  return row.ejected_ns >= 0 ? "ejected" : "up";
+}
+
+// The reason of that state, or what is wrong besides; empty if nothing is.
+constexpr std::string_view why_of(const StatsRow& row) {
+  if (row.healthy && row.ejected_ns >= 0) return name_of(row.ejected_why);
+  return row.view == nullptr ? std::string_view() : row.view->problem;
+}
 
 // The time left of an ejection, rounded up.
 constexpr std::uint64_t ejected_seconds(const StatsRow& row) {
@@ -90,6 +122,16 @@ std::vector<StatsRow> rows_by_id(const NameTable<Id>& names) {
   return rows;
 }
 
+inline void add_backend(StatsRow& row, const Metrics& metrics, BackendId id) {
+  row.pending = metrics.pending(id);
+  for (const auto& slab : metrics.slabs()) {
+    const BackendCounters* cells = slab->backend(id);
+    if (cells == nullptr) continue;
+    row.queued += cells->queue_depth.read_signed();
+    for (std::size_t i = 0; i < row.attempts.size(); ++i) row.attempts[i] += cells->attempts[i].read();
+  }
+}
+
 inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fleet) {
   stats.uptime_s = static_cast<std::uint64_t>(fleet.uptime_ns / kSecond);
   stats.registered = fleet.backends.size();
@@ -100,12 +142,18 @@ inline void add_fleet(Stats& stats, const Metrics& metrics, const FleetView& fle
     row.healthy = backend.healthy;
     row.ejected_ns = backend.ejected_ns;
     row.ejected_why = backend.ejected_why;
+    row.view = &backend;
     stats.healthy += backend.healthy ? 1 : 0;
     stats.ejected += backend.healthy && backend.ejected_ns >= 0 ? 1 : 0;
   }
   for (const ModelId id : fleet.models_on_healthy) stats.models[index_of(id)].listed = true;
-  for (std::uint32_t i = 0; i < stats.backends.size(); ++i) stats.backends[i].pending = metrics.pending(BackendId{i});
-  for (const auto& slab : metrics.slabs()) stats.client_connections += slab->thread().client_connections.read_signed();
+  for (std::uint32_t i = 0; i < stats.backends.size(); ++i) add_backend(stats.backends[i], metrics, BackendId{i});
+  for (const auto& slab : metrics.slabs()) {
+    stats.client_connections += slab->thread().client_connections.read_signed();
+    HistogramValues<kLoopStallBounds> turns;
+    slab->thread().loop_stall.add_to(turns);
+    stats.loop_stalls += turns.above(kLongTurn);
+  }
 }
 
 inline void add_keys(Stats& stats, const Metrics& metrics, const KeyNames& keys) {
@@ -123,6 +171,7 @@ inline void add_keys(Stats& stats, const Metrics& metrics, const KeyNames& keys)
       row.duration_sum_ns += cells->queue_wait_ns.read();
       row.prompt_tokens += cells->prompt_tokens.read();
       row.completion_tokens += cells->completion_tokens.read();
+      row.cached_tokens += cells->cached_tokens.read();
     }
   }
   std::erase_if(stats.keys, [](const auto& row) { return row.requests == 0 && row.pending <= 0; });
@@ -133,6 +182,11 @@ inline void add_keys(Stats& stats, const Metrics& metrics, const KeyNames& keys)
 inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const ModelNames& models,
                            const BackendNames& backends, const KeyNames& keys) {
   Stats stats;
+  stats.fleet = &fleet;
+  for (const FailedRequest& one : metrics.failures().newest()) {
+    stats.failures.push_back(
+        {one, one.backend == BackendId::none ? std::string_view() : std::string_view(backends.name(one.backend))});
+  }
   stats.backends = detail::rows_by_id(backends);
   stats.models = detail::rows_by_id(models);
   detail::add_fleet(stats, metrics, fleet);
@@ -166,9 +220,62 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
   return stats;
 }
 
+namespace detail {
+
+inline std::string utc_text(Ns wall_ns) {
+  std::string text;
+  Rfc3339().append(text, wall_ns);
+  return text;
+}
+
+// What only a person asks of a backend.
+inline void write_state(JsonWriter<TextBuffer>& json, const StatsRow& row) {
+  const auto seconds = [&](std::string_view name, Ns span) {
+    span < 0 ? json.key(name).literal("null") : json.field(name, span / kSecond);
+  };
+  json.field("cached_tokens", row.cached_tokens).field("state", state_of(row)).field("why", why_of(row));
+  json.field("in_flight", row.pending - row.queued).field("queued", row.queued);
+  json.key("failed_attempts").begin_object();
+  for (std::size_t i = 0; i < row.attempts.size(); ++i) {
+    const auto outcome = static_cast<AttemptOutcome>(i);
+    if (outcome != AttemptOutcome::ok && row.attempts[i] > 0) json.field(name_of(outcome), row.attempts[i]);
+  }
+  json.end_object();
+  if (row.view == nullptr) return;
+  json.field("url", row.view->url).field("type", row.view->type).field("max_pending", row.view->max_pending);
+  seconds("state_seconds", row.view->state_ns);
+  seconds("last_check_seconds", row.view->checked_ns);
+  seconds("next_check_seconds", row.view->next_check_ns);
+}
+
+// This process, and the requests that failed last.
+inline void write_process(JsonWriter<TextBuffer>& json, const Stats& stats) {
+  const FleetView& fleet = *stats.fleet;
+  json.field("version", fleet.version);
+  json.key("configuration").begin_object();
+  json.field("loaded", utc_text(static_cast<Ns>(fleet.last_reload_success_timestamp) * kSecond));
+  json.field("last_reload_ok", fleet.last_reload_ok).end_object();
+  json.field("loop_stalls", stats.loop_stalls);
+  json.key("certificates").begin_array();
+  for (const FleetView::Certificate& one : fleet.certificates) {
+    json.begin_object().field("name", one.name).field("expires", utc_text(one.expiry_s * kSecond)).end_object();
+  }
+  json.end_array();
+  json.key("failures").begin_array();
+  for (const auto& [one, backend] : stats.failures) {
+    json.begin_object().field("time", utc_text(one.wall_ns)).field("model", one.model.view());
+    json.field("backend", backend);
+    json.field("status", one.status).field("error_type", one.error);
+    json.field("request_id", one.request_id.view()).end_object();
+  }
+  json.end_array();
+}
+
+}  // namespace detail
+
 // The page at /v1/stats.
 inline void write_stats(TextBuffer& page, const Stats& stats) {
-  JsonWriter json(page);
+  JsonWriter<TextBuffer> json(page);
   const auto write_average = [&](std::string_view name, const StatsRow& row) {
     const std::uint64_t tenths = detail::average_tenths_of_ms(row.duration_sum_ns, row.durations);
     json.key(name).literal(Digits(tenths / 10).view());
@@ -190,7 +297,9 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
         }
       }
       json.field("errors", row.errors).field("prompt_tokens", row.prompt_tokens);
-      json.field("completion_tokens", row.completion_tokens).end_object();
+      json.field("completion_tokens", row.completion_tokens);
+      if (of_backends) detail::write_state(json, row);
+      json.end_object();
     }
     json.end_array();
   };
@@ -207,10 +316,11 @@ inline void write_stats(TextBuffer& page, const Stats& stats) {
       json.field("pending", row.pending).field("prompt_tokens", row.prompt_tokens);
       json.field("completion_tokens", row.completion_tokens).field("queued", row.durations);
       write_average("average_queue_wait_ms", row);
-      json.end_object();
+      json.field("cached_tokens", row.cached_tokens).end_object();
     }
     json.end_array();
   }
+  if (stats.fleet != nullptr) detail::write_process(json, stats);
   json.end_object();
   page += '\n';
 }

@@ -46,7 +46,16 @@ struct AccessEntry {
   std::int64_t completion_tokens = -1;  // -1: unknown
   Ns first_byte_ns = -1;                // -1: no byte came
   Ns duration_ns = 0;
-  bool cut = false;  // the response body is truncated
+  bool cut = false;           // the response body is truncated
+  std::string_view endpoint;  // of the path: chat, embeddings, …
+  bool stream = false;
+  std::string_view route;  // the reason of the backend's choice, as the client gets it
+  std::string_view tries;  // `gpu-1:status_5xx:12 gpu-2:ok:340`: each attempt's backend, outcome and milliseconds
+  std::uint64_t request_bytes = 0;  // of the body
+  std::int64_t cached_tokens = -1;  // -1: unknown
+  Ns queue_ns = 0;                  // in the queue
+  Ns connect_ns = 0;                // until connections to backends stood
+  std::string_view trace_id;        // of the client's traceparent; empty: none
 };
 
 namespace detail {
@@ -191,15 +200,23 @@ class Log {
     number("completion_tokens", entry.completion_tokens);
     milliseconds("first_byte_ms", entry.first_byte_ns);
     milliseconds("duration_ms", entry.duration_ns);
-    key("cut");
-    line_ += entry.cut ? "true" : "false";
+    truth("cut", entry.cut);
+    text("endpoint", entry.endpoint);
+    truth("stream", entry.stream);
+    text("route", entry.route);
+    text("tries", entry.tries);
+    number("request_bytes", static_cast<std::int64_t>(entry.request_bytes));
+    number("cached_tokens", entry.cached_tokens);
+    milliseconds("queue_ms", entry.queue_ns);
+    milliseconds("connect_ms", entry.connect_ns);
+    entry.trace_id.empty() ? absent("trace_id") : text("trace_id", entry.trace_id);
     end(ring_->access);
   }
 
  private:
-  // The longest possible line, so that none allocates: an access line with eight values, each byte escaped. Memory is
+  // The longest possible line, so that none allocates: an access line with eleven values, each byte escaped. Memory is
   // used only as far as a line was ever long.
-  static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 8 * kMaxLogValueBytes) + 1024;
+  static constexpr std::size_t kLineBytes = 6 * (kMaxLogMessageBytes + 11 * kMaxLogValueBytes) + 1024;
 
   static constexpr std::array<std::string_view, 4> kLevelNames{"error", "warning", "info", "debug"};
   // sd-daemon(3)'s prefixes, from which journald takes the level. syslog has a notice (5) that Nexus has not.
@@ -257,6 +274,11 @@ class Log {
   void text(std::string_view name, std::string_view content) {
     key(name);
     value(content);
+  }
+
+  void truth(std::string_view name, bool value) {
+    key(name);
+    line_ += value ? "true" : "false";
   }
 
   void absent(std::string_view name) {

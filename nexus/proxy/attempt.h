@@ -54,6 +54,7 @@ class Attempt {
     backend_ = &backend;
     pending_ = count_pending(context_.slab, backend.id);
     open_ = true;
+    began_ns_ = context_.now;
     stale_seen_ = answered_ = send_failed_ = false;
   }
 
@@ -130,7 +131,26 @@ class Attempt {
 
   // Counts the attempt's outcome; only the first call counts.
   void end(AttemptOutcome outcome) {
-    if (std::exchange(open_, false)) context_.slab.attempt(backend_->id, outcome);
+    if (!std::exchange(open_, false)) return;
+    context_.slab.attempt(backend_->id, outcome);
+    Ended& row = ended_[std::min<std::size_t>(ended_count_++, ended_.size() - 1)];
+    row = {backend_->id, static_cast<std::uint32_t>((context_.now - began_ns_) / kMillisecond), outcome};
+  }
+
+  // Each attempt's backend, outcome and milliseconds, as `gpu-1:status_5xx:12 gpu-2:ok:340`, written into `room`. Of
+  // many the last ones are left out but for the very last.
+  std::string_view tries(std::span<char> room) const {
+    std::size_t used = 0;
+    const auto add = [&](std::string_view text) { used += text.copy(room.data() + used, room.size() - used); };
+    for (std::size_t i = 0; i < std::min<std::size_t>(ended_count_, ended_.size()); ++i) {
+      if (i > 0) add(" ");
+      add(name_of_backend(ended_[i].backend));
+      add(":");
+      add(name_of(ended_[i].outcome));
+      add(":");
+      add(Digits(ended_[i].ms).view());
+    }
+    return {room.data(), used};
   }
 
   // Gives the connection back to the pool if `clean` (the response leaves it usable), else closes it.
@@ -156,10 +176,28 @@ class Attempt {
     backend_ = nullptr;
     snapshot_ = SnapshotUse();
     stale_seen_ = false;
+    ended_count_ = 0;
     drop_text();
   }
 
  private:
+  struct Ended {
+    BackendId backend;
+    std::uint32_t ms;
+    AttemptOutcome outcome;
+  };
+
+  // A reload may have removed a backend since.
+  std::string_view name_of_backend(BackendId id) const {
+    for (const Snapshot* snapshot : {snapshot_.get(), context_.snapshot.get()}) {
+      if (snapshot == nullptr) continue;
+      for (const BackendView& backend : snapshot->backends) {
+        if (backend.id == id) return backend.name;
+      }
+    }
+    return "removed";
+  }
+
   Handle owner_;
   Context& context_;
   Pool& pool_;
@@ -171,6 +209,9 @@ class Attempt {
   std::size_t image_sent_ = 0;
   Ns sent_ns_ = 0;
   PendingCount pending_;
+  Ns began_ns_ = 0;
+  std::array<Ended, 4> ended_;  // attempts, the last one in the last row
+  std::uint32_t ended_count_ = 0;
   bool open_ = false;        // its outcome is not counted yet
   bool stale_seen_ = false;  // a reused connection was found closed once already
   bool send_failed_ = false;

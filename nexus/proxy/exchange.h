@@ -78,6 +78,7 @@ class Exchange {
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
     named_id_ = endpoint.id_hash({view.base + head.target_at, head.target_bytes});
     context_.take_request_id(view.base, view.fields, summary_.request_id);
+    if (context_.log.wants_access()) note_trace(view);
   }
 
   // The client's key, by its place in the settings' api_keys, and a number of the client's host: from here on the
@@ -98,6 +99,7 @@ class Exchange {
     assert(state_ == State::reading);
     request_ = request;
     summary_.complete_ns = context_.now;
+    body_bytes_ = request.body_bytes;
     start_routing(readers);
     drive();
   }
@@ -205,7 +207,7 @@ class Exchange {
   Step go(State next) {
     assert(may_follow(state_, next));
     if (state_ == State::expecting || state_ == State::queued || state_ == State::connecting) {
-      summary_.end_wait(context_.now);
+      summary_.end_wait(state_, context_.now);
     }
     state_ = next;
     deadlines_.enter(next);
@@ -447,6 +449,8 @@ class Exchange {
   // A count may be late, but it is never lost.
   Step count();
   void log_access();
+  void note_trace(const HeadView& view);
+  [[gnu::cold]] void note_failed_request();
 
   Handle owner_;
   Context& context_;
@@ -456,6 +460,7 @@ class Exchange {
   const Endpoint* endpoint_ = nullptr;
   SnapshotUse snapshot_;
   RequestView request_;
+  std::size_t body_bytes_ = 0;  // of the request; it is known also when request_ is gone
   BodyFacts facts_;
   std::uint64_t named_id_ = 0;  // the hash of the id in its path; 0: none
   const ModelEntry* entry_ = nullptr;

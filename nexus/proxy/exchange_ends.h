@@ -8,6 +8,8 @@
 // Tested by: tests/endings_test.cpp, tests/sim, tests/hostile
 #pragma once
 
+#include <array>
+
 #include "nexus/proxy/exchange.h"
 
 namespace nexus {
@@ -287,7 +289,31 @@ void Exchange<Net>::commit() {
   if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
   summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
   if (context_.log.wants_access()) log_access();
+  if (error_of(summary_.record) != ErrorType::none) [[unlikely]]
+    note_failed_request();
   go(State::counting);
+}
+
+template <class Net>
+void Exchange<Net>::note_failed_request() {
+  const RequestRecord& record = summary_.record;
+  if (record.disconnect != DisconnectPhase::none) return;
+  context_.shared.metrics.failures().note(context_.net.wall_now(), record.status, name_of(error_of(record)),
+                                          record.backend, summary_.model, summary_.request_id);
+  // Without an access log a failure leaves a line all the same, but no more than one a second.
+  if (context_.log.wants_access() || (record.status < 500 && record.status != 429)) return;
+  if (context_.now < context_.next_failure_log_ns) return void(context_.failures_left_out += 1);
+  context_.next_failure_log_ns = context_.now + kAttemptLogInterval;
+  std::array<char, kMaxLogValueBytes> tries;
+  context_.log.event(LogLevel::warning, "request failed",
+                     {{"request_id", summary_.request_id},
+                      {"key", key_.name()},
+                      {"model", summary_.model},
+                      {"status", Digits(record.status).view()},
+                      {"error_type", name_of(error_of(record))},
+                      {"tries", attempt_.tries(tries)},
+                      {"duration_ms", Digits(static_cast<std::uint64_t>(record.duration_ns / kMillisecond)).view()},
+                      {"left_out", Digits(std::exchange(context_.failures_left_out, 0)).view()}});
 }
 
 template <class Net>
@@ -303,10 +329,30 @@ Step Exchange<Net>::count() {
   return go(State::over);
 }
 
+// W3C Trace Context: `00-<32 hex digits>-<16>-<2>`. A version that is not known may have more behind.
+template <class Net>
+void Exchange<Net>::note_trace(const HeadView& view) {
+  constexpr std::size_t kIdAt = 3, kIdBytes = 32, kLeast = 55;
+  for (const FieldRow& row : *view.fields) {
+    if (row.field != Field::other || !equals_ignoring_case(name_of(view.base, row), "traceparent")) continue;
+    const std::string_view value = value_of(view.base, row);
+    const std::string_view id = value.substr(std::min(kIdAt, value.size()), kIdBytes);
+    const bool known = value.size() >= kLeast && value[2] == '-' && value[kIdAt + kIdBytes] == '-' &&
+                       id.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+    if (known) id.copy(summary_.trace_id.data(), kIdBytes);
+    return;
+  }
+}
+
 template <class Net>
 void Exchange<Net>::log_access() {
   AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
   entry.key = key_.name();
+  entry.endpoint = name_of(endpoint_->api);
+  entry.request_bytes = body_bytes_;
+  entry.route = reason_;
+  std::array<char, kMaxLogValueBytes> tries;
+  entry.tries = attempt_.tries(tries);
   const bool keyed = attempt_.backend() != nullptr && is_keyed(summary_.record.affinity);
   const Digits affinity(keyed ? picker_.affinity() >> 32 | 1ull << 32 : 0, 16);  // eight behind the 1
   if (keyed) entry.affinity = affinity.view().substr(1);

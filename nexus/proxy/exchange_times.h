@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -36,7 +37,9 @@ struct ExchangeSummary {
   Ns complete_ns = 0;  // when the request's body was complete
   Ns ended_ns = -1;    // when the kernel took the last byte
   Ns wait_began_ns = 0;
-  Ns waited_ns = 0;  // for others: a place, a connection
+  Ns waited_ns = 0;                     // for others: a place, a connection
+  Ns queued_ns = 0, connecting_ns = 0;  // of these
+  std::array<char, 32> trace_id{};      // of the client's traceparent; begins with a 0 byte if it has none
   bool overhead_noted = false;
   bool cut_short = false;
 
@@ -45,7 +48,8 @@ struct ExchangeSummary {
     request_id.clear();
     model.clear();
     record = RequestRecord{};
-    started_ns = complete_ns = waited_ns = 0;
+    started_ns = complete_ns = waited_ns = queued_ns = connecting_ns = 0;
+    trace_id[0] = 0;
     ended_ns = -1;
     overhead_noted = cut_short = false;
   }
@@ -55,7 +59,12 @@ struct ExchangeSummary {
 
   // The time between the two is a wait, not a part of the overhead.
   void begin_wait(Ns now) { wait_began_ns = now; }
-  void end_wait(Ns now) { waited_ns += now - wait_began_ns; }
+  void end_wait(ExchangeState state, Ns now) {
+    const Ns span = now - wait_began_ns;
+    waited_ns += span;
+    if (state == ExchangeState::queued) queued_ns += span;
+    if (state == ExchangeState::connecting) connecting_ns += span;
+  }
 
   // Bytes of the response that were received at `received_ns` were sent on at `sent_ns`; the first call counts.
   void note_response_sent(Ns received_ns, Ns sent_ns) {
@@ -82,6 +91,11 @@ struct ExchangeSummary {
     entry.first_byte_ns = first_ns < 0 ? -1 : first_ns - started_ns;
     entry.duration_ns = record.duration_ns;
     entry.cut = cut_short;
+    entry.stream = record.stream;
+    entry.cached_tokens = record.cached_tokens;
+    entry.queue_ns = queued_ns;
+    entry.connect_ns = connecting_ns;
+    if (trace_id[0] != 0) entry.trace_id = {trace_id.data(), trace_id.size()};
     return entry;
   }
 };

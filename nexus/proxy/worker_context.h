@@ -164,6 +164,7 @@ class SnapshotUse {
   }
   const Snapshot* operator->() const { return local_->ptr.get(); }
   const Snapshot& operator*() const { return *local_->ptr; }
+  const Snapshot* get() const { return local_ == nullptr ? nullptr : local_->ptr.get(); }
   SnapshotUse again() const { return SnapshotUse(local_); }
   bool operator==(const SnapshotUse& other) const { return local_ == other.local_; }
 
@@ -330,6 +331,8 @@ struct WorkerContext {
   bool draining = false;
   DateLine date;
   Ns next_lack_log_ns = 0;
+  Ns next_failure_log_ns = 0;
+  std::uint64_t failures_left_out = 0;  // since the last such line
   struct Latency {
     std::uint64_t server = 0;
     Ns smoothed_ns = 0;

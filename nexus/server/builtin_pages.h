@@ -238,6 +238,8 @@ class BuiltinPages {
       const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);
       if (error == ApiError::method_not_allowed) fields = allow_line(kind, find_endpoint(path, on));
     }
+    if (error == ApiError::unauthorized && page_of(path, on) == PageKind::status && wants_html(session))
+      return answer_browser(session);
     if (error == ApiError::websocket) note_stray(session, HttpRejection::method, path);
     answer_error(session, error, fields, message, shape_of(session, path, on));
   }
@@ -247,6 +249,32 @@ class BuiltinPages {
     if (const Endpoint* endpoint = find_endpoint(path, on)) return endpoint->row().errors;
     if (path.starts_with("/api/")) return ErrorShape::ollama;
     return session.fields()->has(Field::anthropic_version) ? ErrorShape::anthropic : ErrorShape::openai;
+  }
+
+  static bool wants_html(const SessionT& session) {
+    const char* const base = session.input.data();
+    return std::any_of(session.fields()->begin(), session.fields()->end(), [&](const FieldRow& row) {
+      return row.field == Field::other && equals_ignoring_case(name_of(base, row), "accept") &&
+             value_of(base, row).find("text/html") != std::string_view::npos;
+    });
+  }
+
+  // For the person behind a browser, which sends no key.
+  [[gnu::cold]] void answer_browser(SessionT& session) {
+    static constexpr std::string_view kText =
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Nexus: a key is needed</title>"
+        "<h1>This page needs an API key</h1><p>Clients of this gateway show a key, and a browser sends none. Give the "
+        "status page an address of its own in <code>nexus.conf</code>, without a key:"
+        "<pre>[server]\nmetrics_listen = 127.0.0.1:8001</pre><p>and open that; from another host through "
+        "<code>ssh -L 8001:127.0.0.1:8001 HOST</code>. Or see the same numbers in a terminal:"
+        "<pre>NEXUS_API_KEY=\xe2\x80\xa6 nexus top URL</pre></html>\n";
+    session.keep_alive = session.head.keep_alive && session.head.framing.kind == Framing::Kind::none;
+    OwnResponse answer = own_response(session, 401);
+    answer.content_type = "text/html; charset=utf-8";
+    context_.text.clear();
+    append_own_head(context_.text, answer, kText.size());
+    if (session.head.method != HTTP_HEAD) context_.text += kText;
+    write(session, context_.text);
   }
 
   void note_stray(const SessionT& session, HttpRejection reason, std::string_view path) {

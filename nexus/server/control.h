@@ -21,6 +21,7 @@
 #include "nexus/base/mailbox.h"
 #include "nexus/base/memory_budget.h"
 #include "nexus/fleet/admission.h"
+#include "nexus/fleet/check_words.h"
 #include "nexus/fleet/prober.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/metrics/slab.h"
@@ -99,9 +100,8 @@ class Control {
     while (!stopped_) turn();
   }
 
-  // The simulator calls the next two itself.
-  // The first checks run at once, but only kFirstChecks in a millisecond, so that the first backends can serve while
-  // others are checked. Those after them are spread over the interval.
+  // The simulator calls the next two itself. The first checks run at once, but only kFirstChecks in a millisecond, so
+  // that the first backends serve meanwhile. Those after them are spread over the interval.
   void check_new_backends() {
     auto& backends = registry_.backends();
     const Ns interval = registry_.settings().health.interval_ns;
@@ -110,7 +110,7 @@ class Control {
       if (backends[i].next_check_ns != kNever) continue;
       begun += 1;
       backends[i].next_check_ns = now_ + interval * static_cast<Ns>(i + 1) / static_cast<Ns>(backends.size());
-      backends[i].next_lookup_ns = now_;
+      backends[i].next_lookup_ns = backends[i].changed_ns = now_;
       guarded([&] { look_up_if_due(backends[i]), check(backends[i]); });
     }
     new_checks_ns_ = begun < kFirstChecks ? kNever : now_ + kMillisecond;
@@ -370,7 +370,7 @@ class Control {
   void note_unresolved(Registry::Backend& backend, const std::string& error) {
     unpublished_ |= !backend.has_models();
     ProbeResult result;
-    result.reason = "host name not resolved: " + error;
+    backend.problem = result.reason = "host name not resolved: " + error;
     if (registry_.settings().health.enabled) note_health(backend, result);
     backend.next_lookup_ns = now_ + registry_.next_check_in(backend, false);
   }
@@ -410,6 +410,7 @@ class Control {
     }
     if (!result.lack.empty()) note_lack(result);
     if (!result.lack.empty() && !result.passed) return check_again_in(*backend, kFirstRecheck);  // it says nothing
+    backend->problem = explain_check(backend->settings, result);
     if (result.passed) note_passed(*backend, result);
     if (registry_.settings().health.enabled) note_health(*backend, result);
     if (result.passed) note_models(*backend, result);
@@ -430,10 +431,11 @@ class Control {
   void note_models(Registry::Backend& backend, ProbeResult& result) {
     const std::string_view name = backend.settings.name;
     if (result.models_cut) slab_.limit_hit(Limit::models);
+    const auto before = backend.discovered;
     if (result.models_read && registry_.set_models(backend, std::move(result.models))) {
       unpublished_ = true;
       log_.event(LogLevel::info, "backend models changed",
-                 {{"backend", name}, {"models", Digits(backend.discovered->size()).view()}});
+                 {{"backend", name}, {"changed", changed_models(before.get(), *backend.discovered)}});
     }
     if (result.reason == backend.list_remark) return;
     backend.list_remark = result.reason;
@@ -454,13 +456,13 @@ class Control {
   void note_health(Registry::Backend& backend, const ProbeResult& result) {
     const Registry::Transition transition = registry_.note_check(backend, result.passed);
     const std::string_view name = backend.settings.name;
-    if (transition.changed) unpublished_ = true;
+    if (transition.changed) unpublished_ = true, backend.changed_ns = now_;
     if (transition.changed && result.passed) {
       log_.event(LogLevel::info, "backend is healthy", {{"backend", name}});
     } else if (!result.passed) {
       log_.event(transition.changed ? LogLevel::warning : LogLevel::debug,
                  transition.changed ? "backend is unhealthy" : "health check failed",
-                 {{"backend", name}, {"why", result.reason}});
+                 {{"backend", name}, {"why", backend.problem}});
     }
   }
 

@@ -54,7 +54,7 @@ class PageRenderer {
 
   // Throws std::bad_alloc; the next page is complete again.
   std::shared_ptr<const TextBuffer> render(PageKind kind, Ns now) {
-    const FleetView fleet = fleet_view(now);
+    const FleetView fleet = fleet_view(now, kind != PageKind::metrics);
     count_dropped_lines();
     const ModelNames& models = registry_.model_names();
     const BackendNames& backends = registry_.backend_names();
@@ -79,12 +79,33 @@ class PageRenderer {
     lines_dropped_ = dropped;
   }
 
-  FleetView fleet_view(Ns now) const {
+  static std::string url_of(const BackendSettings& backend) {
+    if (backend.kind == BackendKind::echo) return {};
+    const auto& [host, port] = backend.address;
+    return (backend.tls.on ? "https://" : "http://") + host_port(host, port) + backend.base_path;
+  }
+
+  // As people read it. Its url without a password, which no BackendSettings holds.
+  static void describe(const Registry::Backend& backend, Ns now, FleetView::Backend& view) {
+    view.checked = backend.health != Health::unknown;
+    view.state_ns = now - backend.changed_ns;
+    if (backend.checked_ns > 0) view.checked_ns = now - backend.checked_ns;
+    if (backend.next_check_ns != kNever) view.next_check_ns = std::max<Ns>(backend.next_check_ns - now, 0);
+    view.problem = backend.problem;
+    view.url = url_of(backend.settings);
+    view.type = name_of(backend.settings.kind);
+  }
+
+  // `for_people`: with what only they read.
+  FleetView fleet_view(Ns now, bool for_people) const {
     FleetView fleet;
     for (const Registry::Backend& backend : registry_.backends()) {
       const bool healthy = backend.health == Health::healthy && backend.address.has_value();
       FleetView::Backend& view = fleet.backends.emplace_back();
-      view = {backend.id, healthy, backend.settings.max_pending};
+      view.id = backend.id;
+      view.healthy = healthy;
+      view.max_pending = backend.settings.max_pending;
+      if (for_people) describe(backend, now, view);
       if (const auto ejection = backend.circuit->ejection(now)) {
         view.ejected_ns = ejection->left_ns;
         view.ejected_why = ejection->why;
@@ -101,6 +122,7 @@ class PageRenderer {
     fleet.queue_size = registry_.settings().queue.size;
     fleet.endpoints = endpoint_paths_;
     fleet.uptime_ns = now - process_started_ns_;
+    fleet.wall_ns = sources_.wall_time();
     fleet.last_reload_ok = last_reload_ok_;
     fleet.last_reload_success_timestamp = static_cast<double>(last_reload_wall_ns_) / static_cast<double>(kSecond);
     fleet.version = kVersion;

@@ -172,7 +172,7 @@ group('a reload of each key', () => {
     const held = post(nexus.port, path, chat()).catch(() => null);
     await backend.request();
     reload({ server: { drain_timeout: '100ms' } });
-    await nexus.logged(/ info reloaded$/m);
+    await nexus.logged(/ info reloaded changed=/);
     nexus.child.kill('SIGTERM');
     await nexus.exits(5_000);
     assert.match(nexus.log(), /drain_timeout reached/);

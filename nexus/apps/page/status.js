@@ -8,8 +8,8 @@
 
   // ---- reading the two pages ----
 
-  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, duration: new Map(), first: new Map(), waits: 0, wait_sum: 0 });
-  const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true, ejected: s.ejected ?? null });
+  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, facts: null, duration: new Map(), first: new Map(), waits: 0, wait_sum: 0 });
+  const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true, ejected: s.ejected ?? null, facts: s });
 
   // The label value of a name, unless labels are raw (see sanitize_label in labels.h).
   const sanitized = (name) => {
@@ -227,11 +227,24 @@
     return row;
   }
 
-  function show_state(row, { healthy, ejected }) {
+  function show_state(row, { healthy, ejected, facts }) {
     const head = row.firstChild;
-    const state = head.querySelector('.state') ?? head.appendChild(make('span'));
-    state.textContent = !healthy ? 'down' : ejected ? `ejected ${span_text(ejected.seconds_left)}: ${ejected.why}` : 'up';
-    state.className = `state ${!healthy ? 'down' : ejected ? 'some' : 'up'}`;
+    const text_in = (name, text, tag = 'small') => {
+      const part = head.querySelector('.' + name) ?? head.appendChild(make(tag, '', name));
+      part.textContent = visible(text);
+      return part;
+    };
+    const word = facts.state ?? (healthy ? 'up' : 'down');
+    const span = ejected ? ` for ${span_text(ejected.seconds_left)}` : facts.state_seconds === undefined ? '' : ` ${span_text(facts.state_seconds)}`;
+    text_in('state', word + span, 'span').className = `state ${word === 'up' ? 'up' : word === 'down' || word === 'removed' ? 'down' : 'some'}`;
+    text_in('why', facts.why ?? '');
+    const details = [`${facts.type ?? ''} ${facts.url ?? ''}`.trim()];
+    if (facts.max_pending) details.push(`at most ${facts.max_pending}`);
+    if (facts.last_check_seconds != null) details.push(`checked ${span_text(facts.last_check_seconds)} ago`);
+    if (facts.next_check_seconds != null) details.push(`next in ${span_text(facts.next_check_seconds)}`);
+    for (const [outcome, count] of Object.entries(facts.failed_attempts ?? {})) details.push(`${count} × ${outcome}`);
+    if (facts.cached_tokens) details.push(`${Math.round(100 * facts.cached_tokens / facts.prompt_tokens)} % of prompt tokens cached`);
+    text_in('facts', details.filter((text) => text !== '').join(', '));
   }
 
   // Puts the columns and tiles of this script in the place of the server's tables.
@@ -276,6 +289,28 @@
     element(`${kind}_more`).textContent = after.size > names.length ? `and ${after.size - names.length} more` : '';
   }
 
+  const local_time = (text) => (text ? new Date(text).toLocaleString() : '-');
+
+  function draw_failures(failures) {
+    element('failed').hidden = failures.length === 0;
+    element('failures').replaceChildren(...failures.map((one) => {
+      const row = make('tr');
+      for (const text of [local_time(one.time), one.status, one.error_type, one.model, one.backend || '-', one.request_id]) row.append(make('td', visible(String(text))));
+      return row;
+    }));
+  }
+
+  // What is wrong with the configuration or a certificate.
+  function notes_of({ configuration, certificates = [] }) {
+    const notes = [];
+    if (configuration && !configuration.last_reload_ok) notes.push('The last reload failed: see the log.');
+    for (const { name, expires } of certificates) {
+      const left = (new Date(expires) - Date.now()) / 1000;
+      if (left <= 14 * 86400) notes.push(visible(`The certificate ${name} ${left <= 0 ? 'has expired' : `expires in ${span_text(Math.round(left))}`}.`));
+    }
+    return notes.join(' ');
+  }
+
   function draw(before, after) {
     const seconds = (after.at - before.at) / 1000;
     const healthy = after.backends_healthy ?? 0, total = after.backends_total ?? 0;
@@ -296,6 +331,10 @@
     draw_table('models', OF_MODELS, before.models, after.models, seconds);
     draw_table('keys', OF_KEYS, before.keys, after.keys, seconds);
     element('by_key').hidden = after.keys.size === 0;
+    draw_failures(after.stats.failures ?? []);
+    element('loaded').textContent = local_time(after.stats.configuration?.loaded);
+    element('stalls').textContent = after.stats.loop_stalls ?? 0;
+    element('notes').textContent = notes_of(after.stats);
     for (const [key, kept] of histories) if (kept.seen !== step) histories.delete(key);
     const minutes = Math.ceil(Math.min(Math.max(step - 2, 30), KEPT) * STEP_MS / 60000);
     element('span').textContent = `Rates and quantiles of the last ${Math.round(seconds)} s, lines of the last ${minutes} min.`;
