@@ -33,7 +33,7 @@ uninstalls() {
 
 check "make install installs" installs
 check "make install puts each file in its place" is_list "$scratch/installed/opt/nexus" ./bin/nexus \
-  ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./share/doc/nexus/nexus.conf.example \
+  ./lib/systemd/system/nexus.service ./lib/systemd/system/nexus.socket ./share/doc/nexus/nexus.conf.example ./share/doc/nexus/runbook.md \
   ./share/man/man5/nexus.conf.5 ./share/man/man8/nexus.8
 check "the installed unit starts the installed binary" \
   starts_nexus_of "$scratch/installed/opt/nexus/lib/systemd/system/nexus.service" /opt/nexus/bin/nexus
@@ -75,7 +75,7 @@ check "make tarball packs an archive" packs
 check "its checksums are right" unpacks
 check "it has binary, manuals, units, example and licenses" is_list "$scratch/local" ./bin/nexus ./lib/systemd/system/nexus.service \
   ./lib/systemd/system/nexus.socket ./share/man/man5/nexus.conf.5 ./share/man/man8/nexus.8 \
-  $(printf './share/doc/nexus/%s ' CHANGELOG.md LICENSE LICENSE.simdjson SECURITY.md SHA256SUMS copyright logrotate nexus.conf.example)
+  $(printf './share/doc/nexus/%s ' CHANGELOG.md LICENSE LICENSE.simdjson SECURITY.md SHA256SUMS copyright logrotate nexus.conf.example runbook.md)
 check "its unit starts the binary in /usr/local" starts_nexus_of "$scratch/local/lib/systemd/system/nexus.service" /usr/local/bin/nexus
 check "the same files make the same archive" is_same_again
 
@@ -86,7 +86,7 @@ if command -v dpkg-deb >/dev/null; then
   check "the package puts each file in its place" is_list "$scratch/deb" ./etc/logrotate.d/nexus ./etc/nexus/nexus.conf \
     ./usr/lib/systemd/system/nexus.service ./usr/lib/systemd/system/nexus.socket \
     ./usr/lib/systemd/system/nexus.service.d/debian.conf ./usr/bin/nexus ./usr/share/doc/nexus/changelog.gz \
-    ./usr/share/doc/nexus/copyright ./usr/share/doc/nexus/nexus.conf.example ./usr/share/lintian/overrides/nexus \
+    ./usr/share/doc/nexus/copyright ./usr/share/doc/nexus/nexus.conf.example ./usr/share/doc/nexus/runbook.md ./usr/share/lintian/overrides/nexus \
     ./usr/share/man/man5/nexus.conf.5.gz ./usr/share/man/man8/nexus.8.gz
   check "the packaged unit starts the packaged binary" \
     starts_nexus_of "$scratch/deb/usr/lib/systemd/system/nexus.service" /usr/bin/nexus

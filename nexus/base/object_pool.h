@@ -20,7 +20,7 @@ template <class T>
 class ObjectPool {
   struct GiveBack {
     ObjectPool* pool = nullptr;
-    void operator()(T* object) const { pool->keep(std::unique_ptr<T>(object)); }
+    void operator()(T* object) const { pool->keep(object); }
   };
 
  public:
@@ -29,6 +29,7 @@ class ObjectPool {
   ObjectPool() = default;
   ObjectPool(const ObjectPool&) = delete;
   ObjectPool& operator=(const ObjectPool&) = delete;
+  ~ObjectPool() { free(idle_.size()); }
 
   // An idle object, or a new one made from `args`; empty if there is no memory.
   template <class... Args>
@@ -37,7 +38,7 @@ class ObjectPool {
     if (idle_.empty()) {
       object = make(std::forward<Args>(args)...);
     } else {
-      object = idle_.back().release();
+      object = idle_.back();
       idle_.pop_back();
       least_idle_ = std::min(least_idle_, idle_.size());
     }
@@ -51,7 +52,7 @@ class ObjectPool {
   // Frees the objects that were idle since the last call. Returns their size, in bytes.
   std::size_t trim() {
     const std::size_t spare = least_idle_;
-    idle_.erase(idle_.begin(), idle_.begin() + static_cast<std::ptrdiff_t>(spare));
+    free(spare);
     least_idle_ = idle_.size();
     return spare * sizeof(T);
   }
@@ -68,15 +69,19 @@ class ObjectPool {
     return new (std::nothrow) T(std::forward<Args>(args)...);
   }
 
-  void keep(std::unique_ptr<T> object) {
+  void free(std::size_t count) {
+    for (; count > 0; --count, idle_.pop_back()) delete idle_.back();
+  }
+
+  void keep(T* object) {
     if constexpr (requires { object->reset(); }) object->reset();
     taken_ -= 1;
-    idle_.push_back(std::move(object));
+    idle_.push_back(object);
   }
 
   std::size_t taken_ = 0;
   std::size_t least_idle_ = 0;  // since the last trim()
-  std::vector<std::unique_ptr<T>> idle_;
+  std::vector<T*> idle_;        // owned
 };
 
 }  // namespace nexus

@@ -58,11 +58,11 @@ class SlotMap {
       if (!chunk.room) chunk.room = std::make_unique_for_overwrite<Room>();
       Slot& slot = slots_[number];
       const Handle handle = Handle::make(kind_, slot.generation, number);
-      T* const made = std::construct_at(object_at(number), handle, std::forward<Args>(args)...);
-      free_ = std::exchange(slot.next_free, kLive);
+      slot.object = std::construct_at(room_of(number), handle, std::forward<Args>(args)...);
+      free_ = slot.next_free;
       chunk.live += 1;
       live_ += 1;
-      return made;
+      return slot.object;
     } catch (const std::bad_alloc&) {
       return nullptr;
     }
@@ -72,7 +72,7 @@ class SlotMap {
     assert(handle.kind() == kind_);
     if (handle.slot() >= slots_.size()) return nullptr;
     const Slot& slot = slots_[handle.slot()];
-    return slot.next_free == kLive && slot.generation == handle.generation() ? object_at(handle.slot()) : nullptr;
+    return slot.generation == handle.generation() ? slot.object : nullptr;
   }
 
   void destroy(Handle handle) {
@@ -81,6 +81,7 @@ class SlotMap {
     std::destroy_at(object);
     Slot& slot = slots_[handle.slot()];
     slot.generation = (slot.generation + 1) & Handle::kGenerationMask;
+    slot.object = nullptr;
     slot.next_free = free_;
     free_ = handle.slot();
     chunks_[handle.slot() / kChunkSlots].live -= 1;
@@ -104,16 +105,16 @@ class SlotMap {
   template <class Visit>
   void each(Visit&& visit) {
     for (std::uint32_t i = 0; i < slots_.size(); ++i) {
-      if (slots_[i].next_free == kLive) visit(*object_at(i));
+      if (slots_[i].object != nullptr) visit(*slots_[i].object);
     }
   }
 
  private:
   static constexpr std::uint32_t kNone = UINT32_MAX;
-  static constexpr std::uint32_t kLive = UINT32_MAX - 1;  // in place of the next free slot: an object is here
   static constexpr std::uint32_t kChunkSlots = 32;
 
   struct Slot {
+    T* object = nullptr;
     std::uint32_t generation = 0;
     std::uint32_t next_free = kNone;
   };
@@ -126,9 +127,9 @@ class SlotMap {
     std::uint32_t live = 0;
   };
 
-  T* object_at(std::uint32_t number) {
+  T* room_of(std::uint32_t number) {
     std::byte* const room = chunks_[number / kChunkSlots].room->bytes.data();
-    return std::launder(reinterpret_cast<T*>(room + number % kChunkSlots * sizeof(T)));
+    return reinterpret_cast<T*>(room + number % kChunkSlots * sizeof(T));
   }
 
   std::uint8_t kind_;

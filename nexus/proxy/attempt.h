@@ -134,7 +134,7 @@ class Attempt {
     if (!std::exchange(open_, false)) return;
     context_.slab.attempt(backend_->id, outcome);
     Ended& row = ended_[std::min<std::size_t>(ended_count_++, ended_.size() - 1)];
-    row = {backend_->id, static_cast<std::uint32_t>((context_.now - began_ns_) / kMillisecond), outcome};
+    row = {backend_->id, outcome, context_.now - began_ns_};
   }
 
   // Each attempt's backend, outcome and milliseconds, as `gpu-1:status_5xx:12 gpu-2:ok:340`, written into `room`. Of
@@ -148,7 +148,7 @@ class Attempt {
       add(":");
       add(name_of(ended_[i].outcome));
       add(":");
-      add(Digits(ended_[i].ms).view());
+      add(Digits(static_cast<std::uint64_t>(ended_[i].span_ns / kMillisecond)).view());
     }
     return {room.data(), used};
   }
@@ -183,8 +183,8 @@ class Attempt {
  private:
   struct Ended {
     BackendId backend;
-    std::uint32_t ms;
     AttemptOutcome outcome;
+    Ns span_ns;
   };
 
   // A reload may have removed a backend since.
