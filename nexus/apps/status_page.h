@@ -86,7 +86,7 @@ inline std::string failure_rows(const Stats& stats) {
   return out;
 }
 
-// What is wrong with the configuration or a certificate.
+// Lists faults of the configuration and of certificates.
 inline std::string notes_of(const FleetView& fleet) {
   std::string out = fleet.last_reload_ok ? "" : "The last reload failed: see the log. ";
   for (const FleetView::Certificate& one : fleet.certificates) {

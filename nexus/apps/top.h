@@ -195,7 +195,7 @@ inline std::string fit(std::string_view text, std::size_t width, std::size_t hei
 
 }  // namespace detail
 
-// What a user has chosen to see. `width` and `height` are those of the screen, or 0.
+// The user's choice of what to see. `width` and `height` are those of the screen, or 0.
 struct TopView {
   std::size_t width = 0, height = 0;
   std::size_t order = 0;     // of detail::kTopOrders

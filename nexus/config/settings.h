@@ -301,7 +301,7 @@ struct BackendSettings {
   Ns token_delay_ns = 20 * kMillisecond;  // echo only
 };
 
-// What the file says, by `[backend gpu-1] url` or `[routing] strategy`; of a key that repeats, all values.
+// The pairs of the file, by `[backend gpu-1] url` or `[routing] strategy`; of a key that repeats, all values.
 using GivenPairs = std::map<std::string, std::string>;
 
 using NamePair = std::pair<std::string, std::string>;

@@ -357,7 +357,7 @@ class HeadReader {
 using RequestReader = HeadReader<RequestHead>;
 using ResponseReader = HeadReader<ResponseHead>;
 
-// What reads one head.
+// The reader of one head, and the table that it fills.
 template <class Head>
 struct HeadParts {
   HeadReader<Head> reader;

@@ -228,7 +228,7 @@ inline std::string utc_text(Ns wall_ns) {
   return text;
 }
 
-// What only a person asks of a backend.
+// The facts of a backend that only a person asks for.
 inline void write_state(JsonWriter<TextBuffer>& json, const StatsRow& row) {
   const auto seconds = [&](std::string_view name, Ns span) {
     span < 0 ? json.key(name).literal("null") : json.field(name, span / kSecond);

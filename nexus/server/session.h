@@ -167,7 +167,7 @@ inline std::size_t host_number(const Address& peer) {
   return static_cast<std::size_t>(mix(network));
 }
 
-// What reads one request. Needed until its response has begun.
+// The readers of one request. Needed until its response has begun.
 template <class Net>
 struct RequestInput : HeadParts<RequestHead> {
   explicit RequestInput(WorkerContext<Net>& context) : body(context) {}

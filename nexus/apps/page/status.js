@@ -300,7 +300,7 @@
     }));
   }
 
-  // What is wrong with the configuration or a certificate.
+  // Lists faults of the configuration and of certificates.
   function notes_of({ configuration, certificates = [] }) {
     const notes = [];
     if (configuration && !configuration.last_reload_ok) notes.push('The last reload failed: see the log.');
