@@ -38,8 +38,11 @@ export async function memory(context) {
     release = await hold_streams(bin, proxy.stream, count);
     waiting.values[name] = (await settled_kb(pid) - before) / count;
     await release();
-    await wrk(proxy.stream, { connections: Math.min(count, 2_000), seconds: 3, model: 'bench-stream' });
-    after.values[name] = await settled_kb(pid) / before;
+    // A peer may still hold the streams of clients that left, and then serve nobody.
+    const refused = await wrk(proxy.stream, { connections: Math.min(count, 2_000), seconds: 3, model: 'bench-stream' }).then(() => '', (error) => error.message);
+    if (refused && name === 'nexus') throw new Error(refused);
+    if (refused) after.note += `; ${name} served none of them`;
+    else after.values[name] = await settled_kb(pid) / before;
     await proxy.stop();
   }
   return [waiting, idle, at_rest, after];

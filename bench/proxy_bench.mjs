@@ -68,9 +68,13 @@ context.proxies = {};
 for (const name of kNames) context.proxies[name] = await start_proxy(name, context);
 
 const results = { date: new Date().toISOString().slice(0, 16).replace('T', ' '), machine: machine(), versions: versions(nexus), quick, busy, quiet: [await quietness(context.bin)], rounds: context.rounds, seconds: context.seconds, parts: [] };
-for (const part of parts) results.parts.push({ name: part.name, title: part.title, rows: await part.run(context) });
+// A part that fails is told of, and costs neither the others nor the page.
+for (const part of parts) {
+  const failed = (error) => [{ label: 'not measured', unit: '', values: {}, note: error.message }];
+  results.parts.push({ name: part.name, title: part.title, rows: await part.run(context).catch(failed) });
+  fs.writeFileSync(path.join(context.bin, 'results.json'), JSON.stringify(results, null, 1));
+}
 results.quiet.push(await quietness(context.bin));
-
 fs.writeFileSync(path.join(context.bin, 'results.json'), JSON.stringify(results, null, 1));
 console.log(table(results));
 if (options.write) {
