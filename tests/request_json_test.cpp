@@ -1,8 +1,10 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
+#include <random>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -422,6 +424,77 @@ TEST_CASE("an answer tells the usage of its outermost object, wherever that stan
     CHECK(found.prompt_tokens == row.prompt);
     CHECK(found.completion_tokens == row.completion);
   }
+}
+
+TEST_CASE("a usage of the usual form is read without simdjson, and read as simdjson reads it") {
+  const nexus::ResponseShape* const shapes[] = {&nexus::row_of(nexus::Dialect::openai).response,
+                                                &nexus::row_of(nexus::Dialect::responses).response,
+                                                &nexus::row_of(nexus::Dialect::messages).response};
+  const auto counts_of = [](const Usage& usage) {
+    return std::array{usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.created_tokens};
+  };
+  const char* const names[] = {"prompt_tokens",
+                               "completion_tokens",
+                               "total_tokens",
+                               "prompt_tokens_details",
+                               "input_tokens",
+                               "output_tokens",
+                               "",
+                               "cache_read_input_tokens",
+                               "cached_tokens",
+                               "input_tokens_details"};
+  const char* const values[] = {"0",
+                                "7",
+                                "12",
+                                "1099511627776",
+                                "1099511627777",
+                                "999999999999999999",
+                                "null",
+                                "{}",
+                                "01",
+                                "-1",
+                                "1.0",
+                                "9223372036854775808",
+                                "true",
+                                "\"7\"",
+                                "[]",
+                                "nul",
+                                "1e2"};
+  std::mt19937 dice(20);
+  const auto one_of = [&](const auto& list) { return list[dice() % std::size(list)]; };
+  const auto members = [&](auto&& self, int depth) -> std::string {
+    std::string text = "{";
+    for (std::size_t i = dice() % 5; i > 0; --i) {
+      text.append("\"").append(one_of(names)).append(dice() % 3 != 0 ? "\":" : "\": ");
+      // Mostly counts, so that whole texts are good often enough.
+      text += depth < 2 && dice() % 6 == 0 ? self(self, depth + 1) : values[dice() % (dice() % 4 == 0 ? 17 : 7)];
+      if (i > 1) text += dice() % 3 != 0 ? "," : ", ";
+    }
+    return text + "}";
+  };
+  int read = 0, deep = 0;
+  for (int i = 0; i < 40'000; ++i) {
+    std::string text = members(members, 0);
+    if (dice() % 4 == 0) text[dice() % text.size()] = "{}\",: 0a\\\n"[dice() % 10];
+    CAPTURE(text);
+    const nexus::ResponseShape& shape = *one_of(shapes);
+    Usage plain{.prompt_tokens = -7};
+    const Padded padded(text);
+    if (!nexus::detail::PlainUsage(shape, padded.view()).read(plain)) {
+      CHECK(plain.prompt_tokens == -7);
+      continue;
+    }
+    read += 1;
+    deep += plain.cached_tokens >= 0 ? 1 : 0;
+    JsonReader::Object object;
+    Usage usage;
+    REQUIRE(reader().open(padded.view(), object));
+    nexus::detail::read_counts(reader(), shape, object, usage);
+    CHECK(reader().at_end());
+    CHECK(counts_of(plain) == counts_of(usage));
+  }
+  CHECK(read > 4'000);
+  CHECK(deep > 100);
 }
 
 TEST_CASE("cached prompt tokens are read where the prompt's details tell them") {

@@ -185,27 +185,107 @@ inline void read_count(JsonReader::Value& value, std::int64_t& count) {
   if (read >= 0 && read <= kMaxTokenCount) count = read;
 }
 
+// The member of the usage that `key` names; null: no count that is read. `deep`: it stands in the details.
+inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_view key, bool deep) {
+  if (key.empty()) return nullptr;
+  if (deep) return key == shape.cached ? &Usage::cached_tokens : nullptr;
+  if (key == shape.prompt) return &Usage::prompt_tokens;
+  if (key == shape.completion) return &Usage::completion_tokens;
+  if (key == shape.details) return nullptr;
+  if (shape.details.empty() && key == shape.cached) return &Usage::cached_tokens;
+  return key == shape.created ? &Usage::created_tokens : nullptr;
+}
+
 inline void read_counts(JsonReader& json, const ResponseShape& shape, JsonReader::Object& object, Usage& usage) {
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     JsonReader::Object details;
-    if (key.empty()) return true;
-    if (key == shape.prompt) {
-      read_count(value, usage.prompt_tokens);
-    } else if (key == shape.completion) {
-      read_count(value, usage.completion_tokens);
-    } else if (key == shape.details && !value.get_object().get(details)) {
+    if (std::int64_t Usage::*const count = count_of(shape, key, false)) {
+      read_count(value, usage.*count);
+    } else if (!key.empty() && key == shape.details && !value.get_object().get(details)) {
       json.each_member(details, [&](std::string_view detail, JsonReader::Value cached) {
-        if (detail == shape.cached) read_count(cached, usage.cached_tokens);
+        if (std::int64_t Usage::*const deep = count_of(shape, detail, true)) read_count(cached, usage.*deep);
         return true;
       });
-    } else if (shape.details.empty() && key == shape.cached) {
-      read_count(value, usage.cached_tokens);
-    } else if (key == shape.created) {
-      read_count(value, usage.created_tokens);
     }
     return true;
   });
 }
+
+// Reads a usage as servers write it: names without escapes, whole numbers, null, details of the same kind, at most a
+// space between two tokens. That takes a third of the instructions of simdjson, which reads every other form.
+class PlainUsage {
+ public:
+  PlainUsage(const ResponseShape& shape, std::string_view text)
+      : shape_(shape), at_(text.data()), end_(text.data() + text.size()) {}
+
+  // False if `text` is not one whole object of this form; then nothing was read.
+  bool read(Usage& usage) {
+    Usage read;
+    if (!members(read, false) || at_ != end_) return false;
+    usage = read;
+    return true;
+  }
+
+ private:
+  static constexpr int kMostDigits = 18;  // fit into 64 bits
+
+  bool take(char mark) {
+    if (at_ == end_ || *at_ != mark) return false;
+    ++at_;
+    return true;
+  }
+  void skip_space() { take(' '); }
+
+  bool members(Usage& usage, bool deep) {
+    if (!take('{')) return false;
+    do {
+      skip_space();
+      std::string_view key;
+      if (!name(key)) return false;
+      skip_space();
+      if (!take(':')) return false;
+      skip_space();
+      if (!value(usage, key, deep)) return false;
+      skip_space();
+    } while (take(','));
+    return take('}');
+  }
+
+  bool name(std::string_view& key) {
+    if (!take('"')) return false;
+    const char* const from = at_;
+    while (at_ != end_ && ((*at_ >= 'a' && *at_ <= 'z') || *at_ == '_')) ++at_;
+    key = {from, static_cast<std::size_t>(at_ - from)};
+    return take('"');
+  }
+
+  bool value(Usage& usage, std::string_view key, bool deep) {
+    constexpr std::string_view kNull = "null";
+    if (at_ == end_) return false;
+    if (*at_ == '{') {
+      Usage ignored;
+      return !deep && members(!key.empty() && key == shape_.details ? usage : ignored, true);
+    }
+    if (std::string_view(at_, static_cast<std::size_t>(end_ - at_)).starts_with(kNull)) {
+      at_ += kNull.size();
+      return true;
+    }
+    const char* const from = at_;
+    std::int64_t number = 0;
+    for (; at_ != end_ && *at_ >= '0' && *at_ <= '9'; ++at_) {
+      if (at_ - from == kMostDigits) return false;
+      number = number * 10 + (*at_ - '0');
+    }
+    if (at_ == from || (*from == '0' && at_ - from > 1)) return false;
+    std::int64_t Usage::*const count = count_of(shape_, key, deep);
+    if (count != nullptr && number <= kMaxTokenCount) usage.*count = number;
+    return true;
+  }
+
+  const ResponseShape& shape_;
+  const char* at_;
+  const char* end_;
+};
 
 // True if `text` ends with `"usage":`, and the first quote is not escaped.
 inline bool ends_with_usage_key(std::string_view text) {
@@ -233,6 +313,7 @@ inline bool read_last_usage(JsonReader& json, const ResponseShape& shape, std::s
     if (brace == nullptr) return false;
     at = static_cast<std::size_t>(static_cast<const char*>(brace) - text.data());
     if (!ends_with_usage_key(text.substr(0, at))) continue;
+    if (PlainUsage(shape, trim_json_end(text.substr(at))).read(usage)) return true;
     JsonReader::Object object;
     if (!json.open(text.substr(at), object)) return false;
     read_counts(json, shape, object, usage);
