@@ -18,6 +18,8 @@ const std::string kStats =
     R"({"id":"gpu-2","requests":10,"average_latency_ms":10.0,"pending":0,"healthy":false,"errors":2,"prompt_tokens":5,"completion_tokens":40}],)"
     R"("models":[{"name":"llama3:70b","requests":30,"average_duration_ms":10.0,"errors":3,"prompt_tokens":55,"completion_tokens":440,"new":[1]}],"more":{}})";
 
+std::string page_of(const Rates& rates, std::string_view where, TopView view) { return top_page(rates, where, view); }
+
 std::string buckets(const std::string& labels, int upto_1, int upto_10, int all) {
   const auto line = [&](const char* le, int count) {
     return "nexus_request_duration_seconds_bucket{" + labels + ",le=\"" + le + "\"} " + std::to_string(count) + "\n";
@@ -169,7 +171,7 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
                               read_pages(kStats, buckets("model=\"llama3_70b\",backend=\"gpu_1\"", 10, 18, 20), 0));
   rates.fleet.backends = 2;
   rates.fleet.backends_healthy = 1;
-  const std::string page = top_page(rates, "http://x:1", {0, 0});
+  const std::string page = page_of(rates, "http://x:1", {0, 0});
   CHECK(page ==
         "nexus at http://x:1, up 1m 40s; last 100 s:\n"
         "backends 1 of 2 healthy   models 0   connections 0   requests 30   errors 3 (10.00%)\n"
@@ -182,7 +184,7 @@ TEST_CASE("the page says what is so, in columns, and fits a screen") {
         "\n"
         "MODEL       REQ/S  ERR/S     P50     P95  FIRST  TOK/S  REQUESTS  ERRORS\n"
         "llama3:70b   0.30   0.03  1.00 s  >5 min      -   4.40        30       3\n");
-  const std::string small = top_page(rates, "http://x:1", {20, 9});
+  const std::string small = page_of(rates, "http://x:1", {20, 9});
   CHECK(std::count(small.begin(), small.end(), '\n') == 9);
   CHECK(small.find(" more lines\n") != std::string::npos);
   for (std::size_t at = 0; at < small.size(); at = small.find('\n', at) + 1) {
@@ -202,15 +204,15 @@ TEST_CASE("keys have a table if there are some, and it fits 80 columns") {
     return wait + "sum{key=\"al_ice\"} " + sum + "\n" + wait + "count{key=\"al_ice\"} " + count + "\n";
   };
   const Rates since_start = compute_rates(start_of(read_pages(stats, "", 0)), read_pages(stats, waits("6", "4"), 0));
-  const std::string page = top_page(since_start, "http://x:1", {80, 24});
+  const std::string page = page_of(since_start, "http://x:1", {80, 24});
   CHECK(page.substr(page.find("\nKEY")) ==
         "\nKEY     PENDING  REQ/S  ERR/S    WAIT  TOK/S  REQUESTS  ERRORS  TOKENS\n"
         "al.ice        2   0.20   0.01  1.50 s   4.00        20       1     450\n"
         "none          0   0.10   0.02       -   0.40        10       2      45\n");
-  CHECK(top_page(since_start, "http://x:1", {80, 10}).find(" more lines\n") != std::string::npos);
+  CHECK(page_of(since_start, "http://x:1", {80, 10}).find(" more lines\n") != std::string::npos);
   const Scrape before = read_pages(stats, waits("6", "4"), 0), after = read_pages(stats, waits("7", "8"), kSecond);
   CHECK(*compute_rates(before, after).by_key[0].wait_s == doctest::Approx(0.25));
-  CHECK(top_page(compute_rates(before, read_pages(kStats, "", kSecond)), "x", {0, 0}).find("KEY") == std::string::npos);
+  CHECK(page_of(compute_rates(before, read_pages(kStats, "", kSecond)), "x", {0, 0}).find("KEY") == std::string::npos);
   CHECK_FALSE(read_scrape(with_keys(R"({"requests":1})"), "", 0));
 }
 
@@ -225,13 +227,13 @@ TEST_CASE("an ejected backend is shown with the time that is left and the reason
     row.now.ejected_seconds = 65;
     rates.by_backend.push_back(row);
   }
-  const std::string page = top_page(rates, "http://x:1", {0, 0});
+  const std::string page = page_of(rates, "http://x:1", {0, 0});
   CHECK(page.find("backends 3 of 3 healthy, 2 ejected   models") != std::string::npos);
   CHECK(page.find("b        up  ") != std::string::npos);
   CHECK(page.find("ejected 1m 5s: connect_error  ") != std::string::npos);
   CHECK(page.find('\x1b') == std::string::npos);
   rates.by_backend[1].now.healthy = false;
-  CHECK(top_page(rates, "http://x:1", {0, 0}).find("b        DOWN  ") != std::string::npos);
+  CHECK(page_of(rates, "http://x:1", {0, 0}).find("b        DOWN  ") != std::string::npos);
 }
 
 TEST_CASE(
@@ -247,20 +249,31 @@ TEST_CASE(
     row.requests_per_s = i;
     rates.by_backend.push_back(row);
   }
-  const std::string page = top_page(rates, "http://x:1", {80, 0});
+  const std::string page = page_of(rates, "http://x:1", {80, 0});
   CHECK(page.find("\na-rather-lon") != std::string::npos);
   CHECK(page.find(" DOWN 3m 5s ") != std::string::npos);
   CHECK(page.find("\n  connect: Connection refused\n") != std::string::npos);
   for (const char* title : {" STATE ", " PENDING ", " REQ/S ", " ERR/S ", " P95"})
     CHECK(page.find(title) != std::string::npos);
-  const std::string wide = top_page(rates, "http://x:1", {200, 0});
+  const std::string wide = page_of(rates, "http://x:1", {200, 0});
   CHECK(wide.find("in-rack-7  up") != std::string::npos);
   CHECK(wide.find("REQUESTS  ERRORS\n") != std::string::npos);
   const auto first_of = [](const std::string& text) { return text.substr(text.find("in-rack-"), 9); };
   CHECK(first_of(wide) == "in-rack-0");
-  CHECK(first_of(top_page(rates, "http://x:1", {200, 0, 1})) == "in-rack-7");  // by req/s
-  CHECK(first_of(top_page(rates, "http://x:1", {200, 12, 0, 4})) == "in-rack-2");
-  CHECK(top_page(rates, "http://x:1", {200, 12, 0, 4}).starts_with("nexus at"));
+  CHECK(first_of(page_of(rates, "http://x:1", {200, 0, 1})) == "in-rack-7");  // by req/s
+  CHECK(first_of(page_of(rates, "http://x:1", {200, 12, 0, 4})) == "in-rack-2");
+  CHECK(page_of(rates, "http://x:1", {200, 12, 0, 4}).starts_with("nexus at"));
+}
+
+TEST_CASE("scrolling ends where the last line is seen, so that one step back moves the page at once") {
+  Rates rates;
+  for (int i = 0; i < 8; ++i) rates.by_backend.emplace_back().now.name = "b" + std::to_string(i);
+  TopView view{80, 12, 0, 1000};
+  const std::string last = top_page(rates, "http://x:1", view);
+  CHECK(view.scrolled < 20);
+  CHECK(last.find("more lines") == std::string::npos);
+  view.scrolled -= 1;
+  CHECK_NE(top_page(rates, "http://x:1", view), last);
 }
 
 TEST_CASE("a hostile name is shown escaped") {
@@ -276,7 +289,7 @@ TEST_CASE("a hostile name is shown escaped") {
     rates.by_backend.push_back(row);
     rates.by_model.push_back(row);
   }
-  const std::string page = top_page(rates, "http://x\x1b[0m", {0, 0});
+  const std::string page = page_of(rates, "http://x\x1b[0m", {0, 0});
   for (const char c : page) CHECK((static_cast<unsigned char>(c) >= 0x20 || c == '\n'));
   CHECK(page.find("\xc2\x9b") == std::string::npos);
   CHECK(page.find("\xe2\x80\xae") == std::string::npos);
@@ -294,7 +307,7 @@ TEST_CASE("a page of anything, cut anywhere, is read without harm") {
   for (std::size_t end = 0; end <= metrics.size(); ++end) {
     const Scrape sample = read_pages(kStats, std::string_view(metrics).substr(0, end), 0);
     CHECK(sample.fleet.backends < 1'000'000);
-    CHECK(top_page(compute_rates(start_of(sample), sample), "x", {0, 0}).size() < 4000);
+    CHECK(page_of(compute_rates(start_of(sample), sample), "x", {0, 0}).size() < 4000);
   }
   for (std::size_t end = 0; end < kStats.size(); ++end) {
     CHECK_FALSE(read_scrape(std::string_view(kStats).substr(0, end), "", 0));

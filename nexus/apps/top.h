@@ -1,6 +1,7 @@
 // top.h
 // Owns:     `nexus top`: the text drawn from a running Nexus, and the terminal that it is drawn on.
-// Promises: top_page() is a pure function; no name from the server reaches the terminal unescaped; the terminal is
+// Promises: top_page() depends on its arguments alone; no name from the server reaches the terminal unescaped; the
+// terminal is
 //           restored at the end, also after a signal; without a terminal one page is printed.
 // Leaves:   numbers to scrape.h, fetching to probe_loop.h.
 // Threads:  the main thread's.
@@ -34,6 +35,13 @@ namespace nexus {
 constexpr Ns kTopInterval = 2 * kSecond;
 constexpr Ns kTopWindow = 10 * kSecond;  // of rates and quantiles
 constexpr Ns kTopFetchTime = 2 * kSecond;
+
+// The user's choice of what to see. `width` and `height` are those of the screen, or 0.
+struct TopView {
+  std::size_t width = 0, height = 0;
+  std::size_t order = 0;     // of detail::kTopOrders
+  std::size_t scrolled = 0;  // lines
+};
 
 namespace detail {
 
@@ -177,15 +185,16 @@ inline std::string top_table(const std::vector<RateRow>& rates, TopTable table, 
   return out;
 }
 
-// Cuts the text to a screen, whose first `fixed` lines stay while the others are scrolled; 0 means no limit.
-inline std::string fit(std::string_view text, std::size_t width, std::size_t height, std::size_t fixed = 0,
-                       std::size_t scrolled = 0) {
+// Cuts the text to the screen, whose first `fixed` lines stay while the others are scrolled, at most to the last line.
+inline std::string fit(std::string_view text, TopView& view, std::size_t fixed = 0) {
+  const auto [width, height] = std::pair(view.width, view.height);
   std::vector<std::string_view> lines;
   for (; !text.empty(); text.remove_prefix(lines.back().size() + 1)) lines.push_back(text.substr(0, text.find('\n')));
   if (height > 0 && lines.size() > height && fixed + 1 < height) {
     const std::size_t most = lines.size() - (height - 1);  // then the last line is seen
     const auto from = lines.begin() + static_cast<std::ptrdiff_t>(fixed);
-    lines.erase(from, from + static_cast<std::ptrdiff_t>(std::min(scrolled, most)));
+    view.scrolled = std::min(view.scrolled, most);
+    lines.erase(from, from + static_cast<std::ptrdiff_t>(view.scrolled));
   }
   const std::size_t shown = height > 0 && lines.size() > height ? height - 1 : lines.size();
   std::string out;
@@ -195,15 +204,8 @@ inline std::string fit(std::string_view text, std::size_t width, std::size_t hei
 
 }  // namespace detail
 
-// The user's choice of what to see. `width` and `height` are those of the screen, or 0.
-struct TopView {
-  std::size_t width = 0, height = 0;
-  std::size_t order = 0;     // of detail::kTopOrders
-  std::size_t scrolled = 0;  // lines
-};
-
 // The whole page.
-inline std::string top_page(const Rates& rates, std::string_view where, const TopView& view) {
+inline std::string top_page(const Rates& rates, std::string_view where, TopView& view) {
   const detail::TopOrder& order = detail::kTopOrders[view.order];
   const auto table = [&](const std::vector<RateRow>& rows, detail::TopTable which, std::string_view name) {
     return "\n" + detail::top_table(detail::in_order(rows, order), which, name, view.width);
@@ -213,7 +215,7 @@ inline std::string top_page(const Rates& rates, std::string_view where, const To
   const auto fixed = static_cast<std::size_t>(std::count(page.begin(), page.end(), '\n'));
   page += table(rates.by_backend, detail::of_backends, "BACKEND") + table(rates.by_model, detail::of_models, "MODEL");
   if (!rates.by_key.empty()) page += table(rates.by_key, detail::of_keys, "KEY");
-  return detail::fit(page, view.width, view.height, fixed, view.scrolled);
+  return detail::fit(page, view, fixed);
 }
 
 // Puts the terminal into raw input and its alternate screen until destroyed.
@@ -327,7 +329,8 @@ class Top {
       std::fprintf(stderr, "nexus: %s: %s\n", url_.c_str(), escape_for_terminal(why, 200).c_str());
       return 1;
     }
-    std::fputs(page({}).c_str(), stdout);
+    TopView all;
+    std::fputs(page(all).c_str(), stdout);
     return 0;
   }
 
@@ -346,18 +349,14 @@ class Top {
       }
       std::tie(view.width, view.height) = terminal.size();
       terminal.draw(why.empty() ? page(view)
-                                : detail::fit(url_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", view.width,
-                                              view.height));
+                                : detail::fit(url_ + ": " + escape_for_terminal(why, 200) + "\n\nq quits\n", view));
     }
   }
 
-  void follow(Terminal::Wish wish, TopView& view) const {
+  static void follow(Terminal::Wish wish, TopView& view) {
     if (wish == Terminal::Wish::sort) view.order = (view.order + 1) % detail::kTopOrders.size();
     if (wish == Terminal::Wish::up && view.scrolled > 0) view.scrolled -= 1;
-    if (wish != Terminal::Wish::down || samples_.empty()) return;
-    const Scrape& last = samples_.back();
-    view.scrolled =
-        std::min(view.scrolled + 1, 8 + 2 * (last.by_backend.size() + last.by_model.size() + last.by_key.size()));
+    if (wish == Terminal::Wish::down) view.scrolled += 1;
   }
 
   // Finds the address. Returns the reason of a failure, or an empty text.
@@ -378,6 +377,7 @@ class Top {
     loop_.start(order);
     while (!result_) loop_.turn();
     if (result_->status == 401) return "an API key is required: set NEXUS_API_KEY";
+    if (result_->status == 403) return "the API key may not read the metrics: it needs admin=1 in api_keys_file";
     if (!result_->passed) return (result_->status == 0 ? "" : path + ": ") + result_->reason;
     page = std::move(result_->page);
     return {};
@@ -396,7 +396,7 @@ class Top {
     return {};
   }
 
-  std::string page(const TopView& view) const {
+  std::string page(TopView& view) const {
     const Scrape& last = samples_.back();
     const Scrape first = samples_.size() > 1 ? samples_.front() : start_of(last);
     return top_page(compute_rates(first, last), url_, view);
