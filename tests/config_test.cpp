@@ -2,6 +2,7 @@
 // Owns:     tests of every accepted and every refused form of nexus.conf; each refusal with its exact line and words.
 // Leaves:   the manual and the example, which must agree with the table, to docs_test.cpp.
 
+#include "nexus/config/changes.h"
 #include "nexus/config/parser.h"
 
 #include <doctest/doctest.h>
@@ -391,6 +392,7 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"keys", "max_pending", "0", "1000000", "", "1000001"},
       {"keys", "rpm", "0", "1000M", "", "1000000001"},
       {"keys", "tpm", "0", "1000000k", "", "1000000001"},
+      {"keys", "admin", "0", "1", "", "2"},
       {"backend b", "priority", "0", "100", "", "101"},
       {"backend b", "max_pending", "0", "1000000", "", "1000001"},
       {"backend b", "context_length", "1", "1G", "0", "1073741825"},
@@ -1110,7 +1112,7 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
   const std::string shape = "/k:1: expected `name key`\n";
   const std::string models =
       "/k:1: models: expected a comma-separated list of models, each with or without a * at its end\n";
-  const std::string options = "weight=, priority=, max_pending=, rpm=, tpm=, models=";
+  const std::string options = "weight=, priority=, max_pending=, rpm=, tpm=, admin=, models=";
   const std::vector<NamePair> rows{
       {"", "/k: expected at least one line `name key`\n"},
       {"# none\n", "/k: expected at least one line `name key`\n"},
@@ -1359,4 +1361,28 @@ TEST_CASE("every key knows how it is stored") {
     CAPTURE(row.key);
     CHECK((row.store != nullptr));
   }
+}
+
+TEST_CASE("a reload names the keys that changed, by section, and whole backends that came or went") {
+  const std::string one = "[backend b1]\nurl = http://h:1\n";
+  const auto change = [&](const std::string& before, const std::string& after) {
+    const auto given = [&](const std::string& text) {
+      const ConfigResult result = nexus::parse_config(one + text, "n", fake_environment());
+      REQUIRE_EQ(all_messages(result), "");
+      return result.settings.given;
+    };
+    return nexus::describe_changes(given(before), given(after));
+  };
+  const std::string other = "[backend b2]\nurl = http://h:2\n", aliased = "[aliases]\nx = m\n";
+  CHECK_EQ(change("", ""), "nothing");
+  CHECK_EQ(change("# a comment\n", "\n"), "nothing");
+  CHECK_EQ(change("", "priority = 7\n"), "[backend b1] priority");
+  CHECK_EQ(change("priority = 7\n", "priority = 8\ntype = vllm\n"), "[backend b1] priority, type");
+  CHECK_EQ(change("priority = 7\n", ""), "[backend b1] priority");
+  CHECK_EQ(change("", other), "[backend b2] added");
+  CHECK_EQ(change(other, ""), "[backend b2] removed");
+  CHECK_EQ(change(other, "[backend b20]\nurl = http://h:2\n"), "[backend b20] added; [backend b2] removed");
+  CHECK_EQ(change("", aliased), "[aliases] x");
+  CHECK_EQ(change("[queue]\nsize = 1\n", "[queue]\nsize = 2\n" + other + aliased),
+           "[aliases] x; [backend b2] added; [queue] size");
 }

@@ -36,6 +36,7 @@ enum class ApiError : std::uint8_t {
   method_not_allowed,
   unauthorized,
   admin_refused,
+  admin_only,
   body_too_large,
   body_timeout,
   body_memory,
@@ -120,6 +121,8 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
     {ApiError::admin_refused, 403, kBadRequest, "admin_refused", ErrorType::bad_request, 0,
      "This changes the models of a server. Send it to the server, or name a backend for it as ollama_admin in "
      "nexus.conf."},
+    {ApiError::admin_only, 403, kBadRequest, "admin_only", ErrorType::bad_request, 0,
+     "This API key may not read the metrics. That needs admin=1 behind the key in api_keys_file."},
     {ApiError::body_too_large, 413, kBadRequest, "body_too_large", ErrorType::bad_request, 0,
      "The request body is larger than max_body. Send a shorter prompt or smaller images."},
     {ApiError::body_timeout, 408, kBadRequest, "body_timeout", ErrorType::bad_request, 0,

@@ -3,7 +3,7 @@
 // Promises: names sections, backends and keys alone, no value: a value may be long, or a secret of its owner.
 // Leaves:   what the file said to parser.h; when a value is in force to nexus.conf(5).
 // Threads:  any.
-// Tested by: tests/e2e/why.test.mjs
+// Tested by: tests/config_test.cpp, tests/e2e/why.test.mjs
 #pragma once
 
 #include <algorithm>

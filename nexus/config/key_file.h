@@ -40,6 +40,7 @@ inline constexpr std::array kKeyOptions{
     KeyOption{"max_pending", 0, 1'000'000, &KeyOptions::max_pending},
     KeyOption{"rpm", 0, kMaxPerMinute, &KeyOptions::rpm},
     KeyOption{"tpm", 0, kMaxPerMinute, &KeyOptions::tpm},
+    KeyOption{"admin", 0, 1, &KeyOptions::admin},
 };
 
 // The number of an option; `k` stands for 1000 and `M` for 1000000.

@@ -318,6 +318,7 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"keys", "max_pending", kNumber, "0", "0 to 1000000", [](V& v) { v.to(v.s.keys.defaults.max_pending); }},
     {"keys", "rpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.rpm); }},
     {"keys", "tpm", kPerMinute, "0", "0 to 1000000000", [](V& v) { v.to(v.s.keys.defaults.tpm); }},
+    {"keys", "admin", kNumber, "1", "0 to 1", [](V& v) { v.to(v.s.keys.defaults.admin); }},
     {"keys", "fair_by", kChoice, "key", "key, address", [](V& v) { v.to(v.s.keys.fair_by); }},
 
     {"fallbacks", "MODEL", kFreeKey, "", "a comma-separated list of models", [](V& v) { v.to(v.s.fallbacks); }},

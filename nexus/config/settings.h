@@ -145,6 +145,7 @@ struct KeyOptions {
   std::uint64_t max_pending = 0;                 // requests at once; here and below, 0: no limit
   std::uint64_t rpm = 0;                         // requests a minute
   std::uint64_t tpm = 0;                         // tokens a minute
+  std::uint64_t admin = 1;                       // 1: it may read the metrics
   bool operator==(const KeyOptions&) const = default;
 };
 

@@ -217,11 +217,14 @@ class BuiltinPages {
     if (asks) return std::nullopt;
     if (head.method != HTTP_GET && head.method != HTTP_HEAD) return ApiError::method_not_allowed;
     if (is_look(head, kind)) return std::nullopt;
-    if (needs_key(kind) && !session.metrics_only &&
-        !is_authorized(settings.server, HeadView{base, session.fields(), head.head_bytes}, session.certificate_name)) {
-      return ApiError::unauthorized;
-    }
     const bool shows_metrics = kind == PageKind::metrics || kind == PageKind::stats || kind == PageKind::status;
+    if (needs_key(kind) && !session.metrics_only) {
+      const HeadView view{base, session.fields(), head.head_bytes};
+      const FoundKey key = find_key(settings.server, view, session.certificate_name);
+      if (!key.authorized) return ApiError::unauthorized;
+      if (shows_metrics && key.index && settings.server.api_keys[*key.index].options.admin == 0)
+        return ApiError::admin_only;
+    }
     if (shows_metrics && !settings.metrics.enabled) return ApiError::metrics_unavailable;
     return std::nullopt;
   }

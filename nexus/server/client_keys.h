@@ -65,10 +65,6 @@ inline FoundKey find_key(const ServerSettings& server, const HeadView& head, std
   return {found, true};
 }
 
-inline bool is_authorized(const ServerSettings& server, const HeadView& head, std::string_view certificate_name) {
-  return find_key(server, head, certificate_name).authorized;
-}
-
 // True if a Via field (RFC 9110 7.6.3) names this process: one of its backends forwards to it.
 inline bool is_loop(const HeadView& head, std::string_view instance) {
   for (const FieldRow& row : *head.fields) {

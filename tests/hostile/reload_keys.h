@@ -704,9 +704,14 @@ inline void add_routing_rows(ReloadRows& rows) {
                   "no",
                   page("/metrics", "backend=\"b_1\""),
                   {{"backend b.1", "url = http://10.0.0.2:8001"}, {"backend b.1", "models = m"}}});
-  const auto page_of_key = after([](Scene& s) {
+  const auto metrics_with_key = [](Scene& s) {
     s.send("GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-client-0123456789\r\n\r\n");
-    s.result();
+    return s.result();
+  };
+  rows.push_back(
+      {"keys", "admin", When::at_once, "admin = 1", "admin = 0", "200", "403", after(metrics_with_key), with_keys});
+  const auto page_of_key = after([=](Scene& s) {
+    metrics_with_key(s);
     return std::string(s.answer.body.find("key=\"client\"") != std::string::npos ? "yes" : "no");
   });
   rows.push_back({"metrics",

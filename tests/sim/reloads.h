@@ -118,11 +118,12 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"routing", "affinity_slack", [](const Drawn& d) { d.s.routing.affinity_slack = d.number(0, 200); }},
     {"queue", "size", [](const Drawn& d) { d.s.queue.size = d.dice.one_in(2) ? d.number(1, 20) : 0; }},
     {"queue", "timeout", [](const Drawn& d) { d.s.queue.timeout_ns = d.span(10 * kMs, 2 * kSecond); }},
-    {"keys", "weight", nullptr},  // the options of the key, above, change it and the next four
+    {"keys", "weight", nullptr},  // the options of the key, above, change it and the next five
     {"keys", "priority", nullptr},
     {"keys", "max_pending", nullptr},
     {"keys", "rpm", nullptr},
     {"keys", "tpm", nullptr},
+    {"keys", "admin", nullptr},
     {"keys", "fair_by", nullptr},  // the order of the queue is judged by its default
     {"fallbacks", "MODEL",
      [](const Drawn& d) {
