@@ -107,7 +107,7 @@ TEST_PACKAGES := $(strip \
   $(call lacks_command,$(NODE),nodejs) $(call lacks_command,mandoc,mandoc) $(call lacks_command,openssl,openssl) $(NPM_PACKAGES))
 # Programs that some tests run beside Nexus: such a test is skipped, with a line, where its program is missing.
 PEER_PACKAGES = $(strip \
-  $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) $(call lacks_command,chromium,chromium) \
+  $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) $(call lacks_command,chromium,chromium) $(call lacks_command,jq,jq) \
   $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy) \
   $(call lacks_command,clang-format,clang-format))
 
@@ -288,7 +288,7 @@ help:
 	@echo 'make lint         check formatting, manuals and house rules; make format: format the C++'
 	@echo 'make single       the whole daemon as one source file, build/nexus.single.cpp'
 	@echo 'make size         lines, files, longest file and function, arrows between folders'
-	@echo 'make deps         install the missing Debian packages; make deps-peers: also nginx, HAProxy, Prometheus, Chromium'
+	@echo 'make deps         install the missing Debian packages; make deps-peers: also nginx, HAProxy, Prometheus, Chromium, jq'
 	@echo 'make install      PREFIX=/usr/local DESTDIR=; make uninstall: take it away again'
 	@echo 'make deb          a Debian package in build/; make tarball: for hosts without Debian, to unpack in /usr/local'
 	@echo 'make clean        remove what was built'

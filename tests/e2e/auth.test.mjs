@@ -1,4 +1,5 @@
-// Who may ask, and whose key travels where.
+// Authorization: keys of clients, keys of backends, and where each is sent.
+import fs from 'node:fs';
 import { assert, assert_error, chat, free_port, get, group, pair, post, run_nexus, start_backend, start_nexus, test, until } from './harness.mjs';
 
 const path = '/v1/chat/completions';
@@ -86,6 +87,39 @@ group('authorization', () => {
       assert.notEqual((await get(nexus.port, p, bearer('sk-alice-0123456789'))).status, 401);
     }
     assert.equal((await get(nexus.port, '/health')).status, 200);
+  });
+
+  test('a key without admin is served and reads no metrics; one with admin=1 and the metrics address do', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\nops sk-ops-0123456789 admin=1\n');
+    const { nexus } = await pair(t, {}, { server: { api_keys_file: file }, keys: { admin: 0 } });
+    assert.equal((await post(nexus.port, path, chat(), bearer('sk-alice-0123456789'))).status, 200);
+    assert.equal((await get(nexus.port, '/v1/models', bearer('sk-alice-0123456789'))).status, 200);
+    for (const p of ['/metrics', '/v1/stats', '/']) {
+      assert_error(await get(nexus.port, p, bearer('sk-alice-0123456789')), 403, 'admin_only');
+      assert.equal((await get(nexus.port, p, bearer('sk-ops-0123456789'))).status, 200);
+      assert.equal((await get(nexus.port, p)).status, 401);
+    }
+  });
+
+  test('a browser without a key gets a page that says how to reach the status page, and a script gets JSON', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\n');
+    const { nexus } = await pair(t, {}, { server: { api_keys_file: file } });
+    const page = await get(nexus.port, '/', { headers: { Accept: 'text/html,application/xhtml+xml,*/*;q=0.8' } });
+    assert.equal(page.status, 401);
+    assert.match(page.headers.get('content-type'), /^text\/html/);
+    assert.match(page.text, /metrics_listen = 127\.0\.0\.1:8001/);
+    assert_error(await get(nexus.port, '/'), 401, 'invalid_api_key');
+    assert_error(await get(nexus.port, '/metrics', { headers: { Accept: 'text/html' } }), 401, 'invalid_api_key');
+  });
+
+  test('a file of keys that every user of the host can read is warned of at the start', async (t) => {
+    const file = t.file('keys', 'alice sk-alice-0123456789\n');
+    for (const [mode, warns] of [[0o644, true], [0o640, false]]) {
+      fs.chmodSync(file, mode);
+      const { nexus } = await pair(t, {}, { server: { api_keys_file: file } });
+      if (warns) await nexus.logged(/a file with keys can be read by every user of this host: chmod o-r file=\S+keys/);
+      else assert.ok(!nexus.log().includes('chmod o-r'), nexus.log());
+    }
   });
 
   test('the metrics address asks for no key', async (t) => {

@@ -276,6 +276,27 @@ group('demo', () => {
   });
 });
 
+group('demo on another port', () => {
+  test('nexus --demo --port N serves there and prints that address; a port that is none is refused with status 2', async (t) => {
+    const port = await free_port();
+    const child = spawn(settings.nexus, ['--demo', '--port', String(port)], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
+    kill_at_end(child);
+    let output = '';
+    for (const stream of [child.stdout, child.stderr]) stream.on('data', (d) => { output += d; });
+    const exited = new Promise((done) => child.on('close', done));
+    await until(async () => (await get(port, '/health')).json.status === 'healthy', () => `the demo healthy; it printed ${output}`);
+    const lines = await until(() => output.match(/curl .*/g), () => `curl lines in ${output}`);
+    for (const line of lines) assert.ok(line.includes(`127.0.0.1:${port}/`), line);
+    child.kill('SIGTERM');
+    assert.equal(await within(5_000, exited, 'the demo to end'), 0);
+    for (const wrong of ['65536', 'x', '-1', '']) {
+      const refused = await run_nexus(['--demo', '--port', wrong]);
+      assert.equal(refused.code, 2, wrong);
+      assert.match(refused.stderr, /--port/);
+    }
+  });
+});
+
 group('echo backend', () => {
   const conf = { backends: [{ name: 'demo', type: 'echo' }] };
 

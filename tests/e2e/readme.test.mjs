@@ -1,7 +1,6 @@
 // The README is run: every block of commands as it stands, every example of a client, the configuration, the samples.
 import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
-import net from 'node:net';
 import path from 'node:path';
 import { assert, chat, free_port, get, group, kill_at_end, parse_metrics, post, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
 import { find_program, need_program, repository, repository_file, run_to_end, with_replaced } from './prometheus.mjs';
@@ -54,7 +53,8 @@ function write_stand_ins(t) {
   return dir;
 }
 
-const may_run = ['make', 'curl', 'nexus', 'systemctl', 'systemd-analyze', 'export'];
+const may_run = ['make', 'curl', 'nexus', 'systemctl', 'systemd-analyze', 'export', 'jq'];
+const may_lack = ['systemd-analyze', 'jq'];
 
 // The commands of a block, each by its first word; comments and continued lines put aside.
 function commands_of(body) {
@@ -64,24 +64,18 @@ function commands_of(body) {
 
 // ---- what stands behind the commands ---------------------------------------------------------------------------------
 
-const is_free = (port) => new Promise((done) => {
-  const server = net.createServer();
-  server.once('error', () => done(false));
-  server.listen(port, '127.0.0.1', () => server.close(() => done(true)));
-});
-
-// `make run` itself where its port is free on this machine, else the same on another one.
+// The same as `make run`, on a port that is free here.
 async function start_demo(t) {
-  if (!(await is_free(8000))) return (await start_nexus(t, demo_conf)).port;
-  const child = spawn(settings.nexus, ['--demo'], { cwd: t.dir(), stdio: 'ignore' });
+  const port = await free_port();
+  const child = spawn(settings.nexus, ['--demo', '--port', String(port)], { cwd: t.dir(), stdio: 'ignore' });
   kill_at_end(child);
   const exited = new Promise((done) => child.on('close', done));
   t.after(async () => {
     child.kill('SIGTERM');
     assert.equal(await within(8_000, exited, 'the demo to end'), 0);
   });
-  await until(async () => (await get(8000, '/health')).json.status === 'healthy', 'the demo healthy');
-  return 8000;
+  await until(async () => (await get(port, '/health')).json.status === 'healthy', 'the demo healthy');
+  return port;
 }
 
 // The README's configuration, with backends that exist here.
@@ -113,6 +107,33 @@ function outside_make() {
   return env;
 }
 
+// Three requests of two users, one of them tried twice, in an access log.
+async function log_a_night(t) {
+  const file = path.join(t.dir(), 'access.log');
+  const broken = await start_backend(t, { answer: (request, reply) => reply.json({}, 503) });
+  const good = await start_backend(t);
+  const nexus = await start_nexus(t, {
+    server: { api_keys_file: t.file('clients', 'alice sk-alice-0123456789\nbob sk-bob-0123456789\n') }, log: { access: file, format: 'json' },
+    routing: { strategy: 'priority' }, backends: [{ name: 'broken', mock: broken, models: 'm1', priority: 1 }, { name: 'good', mock: good, models: 'm1', priority: 2 }],
+  });
+  for (const [name, id] of [['alice', 'r-41'], ['alice', 'r-42'], ['bob', 'r-43']]) {
+    const headers = { Authorization: `Bearer sk-${name}-0123456789`, 'X-Request-Id': id };
+    assert.equal((await post(nexus.port, '/v1/chat/completions', chat('m1'), { headers })).status, 200);
+  }
+  await until(() => fs.readFileSync(file, 'utf8').split('\n').length === 4, 'three lines of the access log');
+  return file;
+}
+
+function check_jq(output) {
+  const [alice, bob, slow] = output.trim().split('\n');
+  assert.match(alice, /^alice\tm1\t2\t[1-9]\d*$/);
+  assert.match(bob, /^bob\tm1\t1\t[1-9]\d*$/);
+  assert.equal(2 * Number(bob.split('\t')[3]), Number(alice.split('\t')[3]), 'each request has the same tokens');
+  const found = JSON.parse(slow);
+  assert.deepEqual(Object.keys(found), ['queue_ms', 'connect_ms', 'first_byte_ms', 'duration_ms', 'tries']);
+  assert.match(found.tries, /^broken:status_5xx:\d+ good:ok:\d+$/);
+}
+
 const prompt_of = (text) => JSON.parse(/-d '(\{.*\})'/.exec(text)[1]).messages[0].content;
 
 async function run_example(t, program, name, text) {
@@ -127,8 +148,8 @@ async function run_example(t, program, name, text) {
 }
 
 group('README', () => {
-  test('is under 250 lines, its blocks are of kinds that are checked, its links lead to files and its make targets exist', { limit_ms: 60_000 }, async () => {
-    assert.ok(repository_file('README.md').split('\n').length <= 250);
+  test('is under 300 lines, its blocks are of kinds that are checked, its links lead to files and its make targets exist', { limit_ms: 60_000 }, async () => {
+    assert.ok(repository_file('README.md').split('\n').length <= 300);
     const headers = new Set(fs.readdirSync(path.join(repository, 'nexus'), { recursive: true }).map((name) => path.basename(name)));
     for (const page of pages) {
       const text = repository_file(page);
@@ -139,6 +160,13 @@ group('README', () => {
       const r = await run_to_end('make', ['-n', ...targets], { cwd: repository, env: outside_make() });
       assert.ok(r.status === 0 && !r.output.includes('Nothing to be done'), `${page}: make -n ${[...targets]}: ${r.output.slice(-300)}`);
     }
+  });
+
+  test('the versions of the clients that it names are those of the tests', () => {
+    const { devDependencies } = JSON.parse(repository_file('tests/package.json'));
+    const text = repository_file('README.md').replace(/\s+/g, ' ');
+    for (const [, name, version] of text.matchAll(/([@a-z/-]+) (\d+\.\d+\.\d+)(?= and |, |\. The)/g)) assert.equal(devDependencies[name], version, name);
+    for (const name of Object.keys(devDependencies)) assert.ok(text.includes(`${name} ${devDependencies[name]}`), name);
   });
 
   test('every block of commands runs as it stands and does what it says', { serial: true, limit_ms: 120_000 }, async (t) => {
@@ -153,21 +181,25 @@ group('README', () => {
       ...inherited, PATH: `${write_stand_ins(t)}:${inherited.PATH}`, WORK: t.dir(), CALLS: calls, REPOSITORY: repository, REAL_MAKE: find_program('make') ?? 'make',
       NEXUS: settings.nexus, DEMO_PORT: String(demo_port), CONF_PORT: String(conf_port), SERVICE_PID: String(service.pid), GPU_BOX_KEY: 'sk-of-the-box',
     };
+    const access_log = await log_a_night(t);
     let unable = '';
     for (const { body } of blocks_of('README.md').filter((block) => block.language === 'sh')) {
       const commands = commands_of(body);
       for (const command of commands) assert.ok(may_run.includes(command), `a command that this test does not know how to run: ${command}`);
-      if (commands.includes('systemd-analyze') && !find_program('systemd-analyze')) {
-        unable = 'systemd-analyze is not installed';
+      const lacking = may_lack.find((command) => commands.includes(command) && !find_program(command));
+      if (lacking) {
+        unable = `${lacking} is not installed`;
         continue;
       }
       const here = body.replaceAll(example_address, `127.0.0.1:${demo_port}`).replaceAll('/etc/nexus/nexus.conf', service.conf_path).replaceAll('/etc/nexus/environment', t.file('environment', '# none\n'))
-                       .replaceAll(' contrib/', ` ${repository}/contrib/`);
+                       .replaceAll(' contrib/', ` ${repository}/contrib/`).replaceAll('/var/log/nexus/access.log', access_log)
+                       .replaceAll(/"2026-11-2\dT(\d\d)"/g, (_, hour) => JSON.stringify(hour === '18' ? '2000' : '3000'));
       const output = await run_block(t, here, env);
       assert.doesNotMatch(output, /"error":/, body);
       if (/chat\/completions/.test(body) && !/stream/.test(body)) assert.ok(output.includes(prompt_of(body)), `the echo of the prompt, in ${output}`);
       if (/"stream":true/.test(body)) assert.match(output, /data: \[DONE\]/);
       if (/nexus check/.test(body)) assert.match(output, /3 of 3 backends are good/);
+      if (/jq/.test(body)) check_jq(output);
       if (/nexus top/.test(body)) assert.match(output, /^echo /m, 'the model’s line');
       if (/systemd-analyze/.test(body)) {
         const [, figure] = /Overall exposure level[^:]*: (\S+)/.exec(output);

@@ -1,6 +1,6 @@
 // Three in the morning: when something fails, the log, the statistics, the status page, `nexus top` and the access log say
 // what, since when, why, and what to do.
-import { assert, chat, free_port, group, get, post, run_nexus, settings, start_backend, start_nexus, test, until } from './harness.mjs';
+import { RawClient, assert, assert_error, chat, free_port, get, group, parse_metrics, post, run_nexus, settings, start_backend, start_nexus, test, until } from './harness.mjs';
 import { start_child_backend } from './fleet.mjs';
 
 const completions = '/v1/chat/completions';
@@ -77,6 +77,27 @@ group('why', () => {
     assert.equal(of(stats, 'keyed').url, keyed.url);
     assert.equal(of(stats, 'keyed').type, 'openai');
     assert.ok(of(stats, 'keyed').next_check_seconds >= 0);
+  });
+
+  test('a full queue reads as full: in the response, the statistics, top and the log', async (t) => {
+    const slow = await start_backend(t, { answer: () => {} });
+    const nexus = await start_nexus(t, { log: { access: 'off' }, queue: { size: 1 }, backends: [{ name: 'small', mock: slow, models: 'm1', max_pending: 1 }] });
+    const held = [];
+    const gauge = async (name) => parse_metrics((await get(nexus.port, '/metrics')).text).sum(name);
+    for (const name of ['nexus_backend_in_flight', 'nexus_queue_depth']) {
+      const client = await RawClient.connect(nexus.port);
+      client.send('POST', completions, { 'Content-Type': 'application/json' }, chat('m1'));
+      held.push(client);
+      await until(async () => (await gauge(name)) === 1, name);
+    }
+    const refused = await post(nexus.port, completions, chat('m1'), { headers: { 'X-Request-Id': 'full-1' } });
+    assert_error(refused, 429, 'queue_full');
+    const { stats, top, all } = await views(nexus, 'small');
+    assert.deepEqual([stats.state, stats.in_flight, stats.queued, stats.max_pending], ['up', 1, 1, 1]);
+    assert.deepEqual([all.failures[0].status, all.failures[0].error_type, all.failures[0].request_id], [429, 'overloaded', 'full-1']);
+    assert.match(top, /^small +up/);
+    await nexus.logged(/request failed request_id=full-1 .*status=429 error_type=overloaded/);
+    for (const client of held) client.close();
   });
 
   test('the last failures are listed with time, model, backend, status, type and id, and not the clients that left', async (t) => {
