@@ -280,7 +280,7 @@ TEST_SUITE("US4 T054 T060 T061 the breakdown") {
     view.checked = view.healthy = true;
     view.ejected_ns = kSecond;
     view.ejected_why = AttemptOutcome::timeout;
-    CHECK(world.text().find(R"("state":"ejected","why":"timeout")") != std::string::npos);
+    CHECK(world.text().find(R"("state":"ejected","why":"its requests fail (timeout): )") != std::string::npos);
   }
 
   TEST_CASE("models are sorted by requests, most first, then by name: every one on a healthy backend or ever counted") {

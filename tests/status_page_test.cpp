@@ -198,7 +198,8 @@ TEST_CASE("without a script the page shows the totals of /v1/stats") {
   stats.backends[0].ejected_why = AttemptOutcome::timeout;
   const std::string with_ejected = status_page(stats);
   CHECK(with_ejected.find("class=\"state some\">1 of 1 backends healthy, 1 ejected<") != std::string::npos);
-  CHECK(with_ejected.find("<span class=\"state some\">ejected for 3s</span><small class=\"why\">timeout</small>") !=
+  CHECK(with_ejected.find(
+            "<span class=\"state some\">ejected for 3s</span><small class=\"why\">its requests fail (timeout): ") !=
         std::string::npos);
 }
 

@@ -94,9 +94,20 @@ constexpr std::string_view state_of(const StatsRow& row) {
   return row.ejected_ns >= 0 ? "ejected" : "up";
 }
 
+// The reason of an ejection, and what to do, in the order of AttemptOutcome.
+inline constexpr std::array<std::string_view, kAttemptOutcomeNames.size()> kEjectionWords{
+    "",
+    "its requests fail (connect_error): it refuses or resets connections",
+    "its requests fail (timeout): it hangs, or needs longer than the timeouts of [upstream]",
+    "its requests fail (bad_response): it does not answer in HTTP",
+    "its requests fail (truncated): it breaks off its responses",
+    "its requests fail (status_429): it wants fewer at once, lower its max_pending",
+    "its requests fail (status_5xx): see its own log",
+    ""};
+
 // The reason of that state, or what is wrong besides; empty if nothing is.
 constexpr std::string_view why_of(const StatsRow& row) {
-  if (row.healthy && row.ejected_ns >= 0) return name_of(row.ejected_why);
+  if (row.healthy && row.ejected_ns >= 0) return kEjectionWords[static_cast<std::size_t>(row.ejected_why)];
   return row.view == nullptr ? std::string_view() : row.view->problem;
 }
 
