@@ -75,10 +75,10 @@ group('health', () => {
     assert.equal(stats_of_dying.ejected.why, 'connect_error');
     assert.ok(stats_of_dying.ejected.seconds_left > 0 && stats_of_dying.ejected.seconds_left <= 60, JSON.stringify(stats_of_dying));
     assert.equal(stats_of_other.ejected, null);
-    assert.match((await get(nexus.port, '/')).text, /2 of 2 backends healthy, 1 ejected.*>ejected for (1m )?\d+s<\/span><small class=\"why\">connect_error</s);
+    assert.match((await get(nexus.port, '/')).text, /2 of 2 backends healthy, 1 ejected.*>ejected for (1m )?\d+s<\/span><small class=\"why\">its requests fail \(connect_error\): /s);
     const top = await run_nexus(['top', `http://127.0.0.1:${nexus.port}`]);
     assert.match(top.stdout, /backends 2 of 2 healthy, 1 ejected/);
-    assert.match(top.stdout, /^dying +ejected (1m )?\d+s .*\n  connect_error$/m);
+    assert.match(top.stdout, /^dying +ejected (1m )?\d+s .*\n  its requests fail \(connect_error\): /m);
     const lines = await until(() => {
       const all = nexus.log().split('\n');
       return all.some((line) => /is ejected/.test(line)) && all;
