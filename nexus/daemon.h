@@ -32,7 +32,7 @@
 #include "nexus/os/reload.h"
 #include "nexus/os/seccomp.h"
 #include "nexus/os/systemd.h"
-#include "nexus/server/control.h"
+#include "nexus/server/control_checks.h"
 #include "nexus/server/worker.h"
 
 namespace nexus {
@@ -254,6 +254,7 @@ class Daemon {
     if (const int error = control_net_.open()) return std::string("epoll: ") + strerror(error);
     Control<EpollNet>::Hooks hooks;
     hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
+    hooks.instance = shared_.instance;
     hooks.pages.log_lines_dropped = [this] { return log_writer_.dropped(); };
     control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
                                                    make_log(), std::move(hooks), started_ns_);

@@ -132,6 +132,21 @@ constexpr std::size_t kMaxCertificates = 64;             // of tls_certificate
 constexpr Ns kExpiryWarning = 14 * 24 * 3600 * kSecond;  // before a certificate of the listeners expires
 constexpr Ns kExpiryLook = 24 * 3600 * kSecond;          // between two looks at that
 
+// ---- traces ----
+
+constexpr std::size_t kMaxSpansWaiting = 2'048;          // for the collector, of all threads; those beyond it are lost
+constexpr std::size_t kSpansPerExport = 512;             // in one request to the collector
+constexpr std::size_t kMaxConversationBytes = 64;        // of a session's name in a span; a longer one is left out
+constexpr std::size_t kMaxCollectorAnswer = 64u << 10;   // of the collector's response
+constexpr std::size_t kMaxResourceAttributes = 64;       // of OTEL_RESOURCE_ATTRIBUTES
+constexpr std::size_t kMaxResourceAttributeBytes = 256;  // of a name and of a value
+constexpr Ns kExportInterval = 5 * kSecond;              // a span waits no longer, if the collector answers
+constexpr Ns kExportTime = 10 * kSecond;                 // for one request to the collector
+constexpr Ns kExportRetry = kSecond;                     // after a failure; doubled up to the next
+constexpr Ns kMaxExportRetry = 30 * kSecond;             // also of the collector's Retry-After
+constexpr Ns kExportPatience = 60 * kSecond;             // then the spans of a request that failed are given up
+constexpr Ns kLastExportTime = 2 * kSecond;              // of a drain: the last spans are sent
+
 // ---- log ----
 
 constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis
@@ -177,6 +192,7 @@ static_assert(kRoomyBlock >= kFirstReadBytes && kRoomyBlock <= kKeptBytes && kSm
 static_assert(kTextBytes >= kListedModelBytes + kMaxRequestIdBytes + kMaxModelBytes, "an error needs no memory");
 static_assert(kReloadAnswer > 2 * (kReloadWait + kSecond), "a signal that was merged with another is sent again");
 static_assert(kHandOverTime <= kFirstRequestTime && kAcceptRest < kLastAccepts && kLastAccepts < kHandOverTime);
+static_assert(kSpansPerExport <= kMaxSpansWaiting && (kMaxSpansWaiting & (kMaxSpansWaiting - 1)) == 0);
 static_assert(kMaxLogValueBytes >= kMaxRequestIdBytes && kMaxLogValueBytes >= kMaxBackendNameBytes);
 
 }  // namespace nexus

@@ -118,6 +118,13 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 inline constexpr std::string_view kHexDigits = "0123456789abcdef";
 
+// The 16 hex digits of a number.
+constexpr std::array<char, 16> hex_of(std::uint64_t number) {
+  std::array<char, 16> digits{};
+  for (std::size_t i = digits.size(); i-- > 0; number >>= 4) digits[i] = kHexDigits[number & 15];
+  return digits;
+}
+
 // 0 to 15, or -1 if `c` is not a hex digit of either case.
 constexpr int hex_value(char c) {
   if (is_digit(c)) return c - '0';

@@ -23,6 +23,7 @@
 #include "nexus/base/text.h"
 #include "nexus/config/key_file.h"
 #include "nexus/config/settings.h"
+#include "nexus/config/trace_values.h"
 #include "nexus/config/values.h"
 
 namespace nexus::config {
@@ -93,6 +94,7 @@ struct ValueKind {
 constexpr ValueKind kNumber{"a number, ", parse_ranged<parse_number>};
 constexpr ValueKind kPerMinute{"a number (or with k, M), ", parse_ranged<parse_key_number>};
 constexpr ValueKind kPercent{"a percentage, ", parse_ranged<parse_percent>};
+constexpr ValueKind kShare{"a share with at most six decimals, ", parse_ranged<parse_share>};
 constexpr ValueKind kNumberOrAuto{"", [](std::string_view text, std::string_view range) {
                                     constexpr std::string_view automatic = "auto, or ";
                                     if (text == "auto") return std::optional<std::uint64_t>(kAutomatic);
@@ -223,6 +225,7 @@ struct Value {
 
   void to_backend_name(std::string& name) { name = text == "no" ? "" : text; }
   void to_headers(std::vector<std::string>& names) { problem = read_affinity_headers(text, names); }
+  void to_collector(TraceSettings& trace) { problem = read_collector(text, trace); }
   void to_origins(std::vector<std::string>& origins) { problem = read_origins(text, origins); }
 
   void to(BackendSettings& backend) { problem = parse_url(text, backend); }
@@ -328,6 +331,9 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.metrics.enabled); }},
     {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.s.metrics.labels); }},
     {"metrics", "keys", kNumber, "200", "0 to 10000", [](V& v) { v.to(v.s.metrics.keys); }},
+
+    {"trace", "endpoint", kText, "", kCollectorText, [](V& v) { v.to_collector(v.s.trace); }},
+    {"trace", "trace_ratio", kShare, "1", "0 to 1", [](V& v) { v.to(v.s.trace.ratio_ppm); }},
 
     {"log", "level", kChoice, "info", "error, warning, info, debug", [](V& v) { v.to(v.s.log.level); }},
     {"log", "format", kChoice, "text", "text, json", [](V& v) { v.to(v.s.log.format); }},

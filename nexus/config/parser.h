@@ -141,6 +141,7 @@ class ConfigReader {
     read_lines(text, errors_, [this](int number, std::string_view line) { read_line(number, line); });
     leave_section();
     fill_key_options(settings_.keys.defaults, settings_.server.api_keys);
+    read_trace_variables(env_, sections_["trace"].find("endpoint") != nullptr, settings_.trace);
     check_aliases();
     check_weights();
     check_body_memory();

@@ -269,6 +269,16 @@ struct MetricsSettings {
   std::uint32_t keys = 200;  // names of clients' keys that have series of their own
 };
 
+struct TraceSettings {
+  HostPort collector;                    // takes OTLP over HTTP; without a host no spans are made
+  std::string base_path;                 // before /v1/traces: "" or "/prefix"
+  std::uint32_t ratio_ppm = 1'000'000;   // of the requests without a traceparent that are sampled
+  std::string service_name = "nexus";    // here and below: of OpenTelemetry's variables alone
+  std::vector<std::pair<std::string, std::string>> attributes{};  // of the resource, besides
+  std::string remark{};                  // why the variables' collector is not used; empty: it is, or none is named
+  bool on() const { return !collector.host.empty(); }
+};
+
 struct LogSettings {
   LogLevel level = LogLevel::info;
   LogFormat format = LogFormat::text;
@@ -316,6 +326,7 @@ struct Settings {
   QueueSettings queue;
   KeysSettings keys;
   MetricsSettings metrics;
+  TraceSettings trace;
   LogSettings log;
   std::vector<NamePair> aliases;  // name → model, in file order
   Fallbacks fallbacks;            // model → models to try, in order

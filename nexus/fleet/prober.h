@@ -1,8 +1,9 @@
 // prober.h
 // Owns:     probes: asking a backend whether it is well and which models it has, in one short HTTP exchange or two;
-//           and fetching one page.
+//           and fetching one page, or posting one JSON text.
 // Promises: every probe ends within its timeout with exactly one result, unless it is cancelled; its memory is bounded;
-//           the addresses of a backend are tried in turn until the probe passes at one.
+//           the addresses of a backend are tried in turn until the probe passes at one. What is posted may have
+//           reached one address only.
 // Leaves:   when to probe, and the consequences, to control.h; the state of a backend to registry.h.
 // Threads:  the control thread; the main thread of `nexus check`.
 // Tested by: tests/prober_test.cpp
@@ -39,6 +40,7 @@ struct ProbeResult {
   bool connected = false;
   std::uint16_t status = 0;  // of the last response; 0: none
   Ns round_trip_ns = 0;
+  std::optional<std::uint64_t> retry_after_s;  // told by the last response
   bool models_read = false;
   bool models_cut = false;  // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
   std::array<std::uint8_t, kTlsOutcomes> handshakes{};  // of TLS, by outcome
@@ -58,6 +60,7 @@ struct ProbeOrder {
   bool wants_models = true;
   bool any_answer = false;  // any but a 5xx proves that the backend lives: its models are known without it
   std::string page;         // a path that is requested instead: the result is its content
+  std::shared_ptr<const std::string> posted;  // JSON for that path; any answer passes then. Null: it is fetched
   std::size_t max_bytes = kMaxProbeBytes;
   Ns timeout_ns = 0;
 };
@@ -222,7 +225,8 @@ class Prober {
       result.connected = probe.connected();
       result.status = probe.status();
     }
-    if (result.passed || probe.now_ns >= probe.deadline_ns) return true;
+    const bool sent = probe.order.posted != nullptr && probe.asked;
+    if (result.passed || sent || probe.now_ns >= probe.deadline_ns) return true;
     return !connect_next(probe);
   }
 
@@ -250,17 +254,23 @@ class Prober {
   }
 
   void ask(Probe& probe) {
-    std::string head = "GET " + probe.order.base_path;
+    const std::string* const posted = probe.order.posted.get();
+    std::string head = (posted == nullptr ? "GET " : "POST ") + probe.order.base_path;
     const std::string_view path = probe.second ? probe.row.models_path : probe.row.health_path;
     head.append(probe.order.page.empty() ? path : probe.order.page).append(" HTTP/1.1\r\n");
     detail::append_field(head, "Host", probe.order.host);
     detail::append_field(head, "User-Agent", std::string("nexus/").append(kVersion));
     detail::append_field(head, "Accept", "application/json");
+    if (posted != nullptr) {
+      detail::append_field(head, "Content-Type", "application/json");
+      detail::append_field(head, "Content-Length", Digits(posted->size()).view());
+    }
     head += probe.order.lines;
     head += "Connection: close\r\n\r\n";
     probe.asked = true;
     wheel_.arm(probe.timer, probe.deadline_ns);
     probe.connection.write(net_, blocks_, head);  // reading the response reports a failure
+    if (posted != nullptr) probe.connection.write(net_, blocks_, *posted);
   }
 
   // True if the probe is over.
@@ -320,12 +330,14 @@ class Prober {
   bool on_answer(Probe& probe) {
     const std::uint16_t status = probe.head.status;
     const bool good = status / 100 == 2;
-    const bool lives = good || (probe.order.any_answer && !probe.second && status < 500);
+    const bool posted = probe.order.posted != nullptr;
+    const bool lives = good || posted || (probe.order.any_answer && !probe.second && status < 500);
     const std::string refusal =
         good ? "" : (probe.second ? "its list of models answered " : "it answered ") + std::to_string(status);
     if (!lives) return end(probe, refusal);
     if (!probe.second) note_passed(probe);
     if (!probe.order.page.empty()) probe.result.page.assign(body_of(probe));
+    if (posted) note_retry_after(probe);
     if (!probe.order.wants_models) return true;
     if (!good) return end(probe, refusal);
     if (!probe.asks_for_models()) {
@@ -343,6 +355,12 @@ class Prober {
     result.lack = {};
     result.address = probe.order.addresses[probe.tried - 1];
     result.round_trip_ns = probe.now_ns - probe.started_ns;
+  }
+
+  // If it is told in seconds.
+  static void note_retry_after(Probe& probe) {
+    const FieldRow* const row = find_field(probe.fields, Field::retry_after);
+    if (row != nullptr) probe.result.retry_after_s = parse_decimal(value_of(probe.input.data(), *row));
   }
 
   static std::string_view body_of(const Probe& probe) {

@@ -53,6 +53,8 @@ struct BackendView {
   std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
   std::shared_ptr<ServerFacts> facts;       // of the same
   std::shared_ptr<const TlsClient> tls;     // null: it speaks in clear
+  HostPort server;                          // as configured, for spans; and what it is:
+  std::string_view provider;
   std::string base_path;
   std::string request_lines;  // sent with every request: Host, and its key if it has one
   std::string response_line;  // sent with every response from it: X-Nexus-Backend
@@ -124,6 +126,11 @@ struct Snapshot {
     return found == models.end() ? nullptr : &found->second;
   }
 };
+
+// gen_ai.provider.name: what a backend is, or whose format it speaks.
+constexpr std::string_view provider_of(BackendKind kind) {
+  return name_of(kind == BackendKind::generic ? BackendKind::openai : kind);
+}
 
 using SnapshotPtr = std::shared_ptr<const Snapshot>;
 
@@ -423,6 +430,8 @@ class Registry {
     view.circuit = backend.circuit;
     view.facts = backend.facts;
     view.tls = from.tls.context;
+    view.server = from.address;
+    view.provider = provider_of(from.kind);
     view.base_path = from.base_path;
     view.has_key = !from.api_key.empty();
     view.request_lines = "Host: " + host_of(from) + "\r\n" + key_lines_of(from);

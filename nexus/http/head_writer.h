@@ -123,6 +123,9 @@ inline void append_field(std::string& out, std::string_view name, std::string_vi
 constexpr std::uint32_t kNeverForwarded =
     kHopByHop | set_of(Field::content_length, Field::x_nexus, Field::x_request_id, Field::underscore_twin);
 
+// Connection may name these: they do not matter to Nexus, or not to the framing and the route.
+constexpr std::uint32_t kRemovedByName = set_of(Field::other, Field::traceparent, Field::tracestate);
+
 constexpr bool tells_rate(std::string_view name) {
   return starts_with_ignoring_case(name, "x-ratelimit-") || starts_with_ignoring_case(name, "anthropic-ratelimit-");
 }
@@ -142,7 +145,7 @@ inline void add_fields(Cursor& out, const HeadView& head, std::uint32_t removed,
   for (std::uint32_t i = 0; i < fields.count; ++i) {
     const FieldRow& row = fields.rows[i];
     bool skip = (removed & bit_of(row.field)) != 0;
-    if (by_name && row.field == Field::other) [[unlikely]]
+    if (by_name && (bit_of(row.field) & kRemovedByName) != 0) [[unlikely]]
       skip = removed_by_name(head, name_of(head.base, row), without_rates);
     if (!skip) continue;
     out.add(std::string_view(head.base + run_from, row.name_at - run_from));
@@ -158,23 +161,21 @@ struct UpstreamHead {
   std::string_view target;
   std::string_view base_path;
   std::string_view backend_lines;  // Host, and Authorization if the backend has a key: whole lines
-  bool pass_credentials = true;    // forward the client's own
-  bool pass_origin = true;
+  std::uint32_t withheld = 0;      // a set of the client's fields that are not forwarded
   std::string_view request_id;
-  std::string_view via_line;
+  std::string_view own_lines;  // Via, and a traceparent of Nexus's own: whole lines
   std::uint64_t content_length = 0;
 };
 
 inline void append_request_head(std::string& out, const HeadView& client, const UpstreamHead& to) {
   // Without Accept-Encoding, because the usage in a compressed response could not be read.
-  std::uint32_t removed = detail::kNeverForwarded | set_of(Field::host, Field::expect, Field::accept_encoding);
-  if (!to.pass_credentials) removed |= kCredentials;
-  if (!to.pass_origin) removed |= bit_of(Field::origin);
+  const std::uint32_t removed =
+      detail::kNeverForwarded | set_of(Field::host, Field::expect, Field::accept_encoding) | to.withheld;
   detail::Cursor cursor(out, client.head_bytes + to.base_path.size() + to.backend_lines.size() + to.request_id.size() +
-                                 to.via_line.size() + detail::kOwnLinesBytes);
+                                 to.own_lines.size() + detail::kOwnLinesBytes);
   cursor.add(to.method).add(" ").add(to.base_path).add(to.target).add(" HTTP/1.1\r\n").add(to.backend_lines);
   detail::add_fields(cursor, client, removed);
-  cursor.field("X-Request-Id: ", to.request_id).add(to.via_line);
+  cursor.field("X-Request-Id: ", to.request_id).add(to.own_lines);
   cursor.field("Content-Length: ", to.content_length).add("\r\n");
 }
 

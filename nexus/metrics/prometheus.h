@@ -404,6 +404,10 @@ class PrometheusPage {
            sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::client_connections));
     single("nexus_log_lines_dropped_total", kCounter, "Log lines that were not written.",
            sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::log_lines_dropped));
+    single("nexus_spans_exported_total", kCounter, "Spans that the collector has taken.",
+           sum_of(Series<ThreadCounters>(threads_), &ThreadCounters::spans_exported));
+    by_name("nexus_spans_dropped_total", "Spans that the collector did not take.", "reason", kSpanLossNames,
+            &ThreadCounters::spans_dropped);
   }
 
   template <const auto& kBounds>

@@ -21,6 +21,7 @@
 #include "nexus/metrics/failure_log.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
+#include "nexus/metrics/span.h"
 #include "nexus/net/tls_outcome.h"
 
 namespace nexus {
@@ -75,6 +76,10 @@ inline constexpr std::array<std::string_view, 5> kAffinityOutcomeNames{"none", "
                                                                        "no_key"};
 
 constexpr bool is_keyed(AffinityOutcome x) { return x != AffinityOutcome::none && x != AffinityOutcome::no_key; }
+
+// A span that the collector did not take: there was no room for it, the collector has refused it, or it did not answer.
+enum class SpanLoss : std::uint8_t { queue_full, refused, unanswered };
+inline constexpr std::array<std::string_view, 3> kSpanLossNames{"queue_full", "refused", "unanswered"};
 
 enum class Limit : std::uint8_t {
   max_connections,
@@ -247,6 +252,8 @@ struct alignas(kCacheAlign) ThreadCounters {  // metrics without a model or back
   std::array<Counter, kLimitNames.size()> limits;
   std::array<Counter, kAffinityOutcomeNames.size()> affinity;
   std::array<Counter, kTlsSideNames.size() * kTlsOutcomes> tls_handshakes;  // by side, then outcome
+  Counter spans_exported;
+  std::array<Counter, kSpanLossNames.size()> spans_dropped;
 };
 
 // All counters of one thread. A gauge is the sum over the slabs, so one thread may add and another subtract.
@@ -289,6 +296,10 @@ class alignas(kCacheAlign) Slab {
   void tls_handshakes(TlsSide side, TlsOutcome outcome, std::uint64_t count) {
     const std::size_t at = static_cast<std::size_t>(side) * kTlsOutcomes + static_cast<std::size_t>(outcome);
     thread_.tls_handshakes[at].add(count);
+  }
+  void spans_exported(std::uint64_t spans) { thread_.spans_exported.add(spans); }
+  void spans_dropped(SpanLoss why, std::uint64_t spans) {
+    thread_.spans_dropped[static_cast<std::size_t>(why)].add(spans);
   }
   void log_dropped(std::uint64_t lines) { thread_.log_lines_dropped.add(lines); }
   void loop_stall(Ns turn_ns) { thread_.loop_stall.observe(turn_ns); }  // one turn of a loop, between two waits
@@ -384,10 +395,12 @@ class Metrics {
   const std::vector<std::unique_ptr<Slab>>& slabs() const { return slabs_; }
   FailureLog& failures() { return failures_; }
   const FailureLog& failures() const { return failures_; }
+  SpanQueue& spans() { return spans_; }
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
   FailureLog failures_;
+  SpanQueue spans_;
 };
 
 }  // namespace nexus

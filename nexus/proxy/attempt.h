@@ -53,17 +53,22 @@ class Attempt {
     snapshot_ = std::move(snapshot);
     backend_ = &backend;
     pending_ = count_pending(context_.slab, backend.id);
-    open_ = true;
+    open_ = Open::yes;
     began_ns_ = context_.now;
     stale_seen_ = answered_ = send_failed_ = false;
   }
 
-  // Writes the request as this backend gets it; `model` is empty if it is the client's own.
+  // A span is made of this attempt, from begin() to end().
+  void make_span() { open_ = Open::with_span; }
+  Ns began_ns() const { return began_ns_; }
+
+  // Writes the request as this backend gets it; `model` is empty if it is the client's own. `own_lines`: of Nexus, in
+  // its head.
   void compose(const RequestView& request, const BodyFacts& facts, std::string_view model, bool ask_usage,
-               std::string_view request_id) {
+               std::string_view request_id, std::string_view own_lines) {
     if (!own_) own_ = context_.request_texts.take();
     if (!own_) throw std::bad_alloc();
-    compose_request(*own_, image_, request, facts, *backend_, model, ask_usage, request_id, context_.shared.via_line);
+    compose_request(*own_, image_, request, facts, *backend_, model, ask_usage, request_id, own_lines);
     image_sent_ = 0;
   }
 
@@ -129,12 +134,16 @@ class Attempt {
     image_sent_ = 0;
   }
 
-  // Counts the attempt's outcome; only the first call counts.
-  void end(AttemptOutcome outcome) {
-    if (!std::exchange(open_, false)) return;
+  // Counts the attempt's outcome; only the first call counts. True if that ends its span.
+  bool end(AttemptOutcome outcome) {
+    const Open was = std::exchange(open_, Open::no);
+    if (was != Open::yes) [[unlikely]] {
+      if (was == Open::no) return false;
+    }
     context_.slab.attempt(backend_->id, outcome);
     Ended& row = ended_[std::min<std::size_t>(ended_count_++, ended_.size() - 1)];
     row = {backend_->id, outcome, context_.now - began_ns_};
+    return was == Open::with_span;
   }
 
   // Each attempt's backend, outcome and milliseconds, as `gpu-1:status_5xx:12 gpu-2:ok:340`, written into `room`. Of
@@ -181,6 +190,8 @@ class Attempt {
   }
 
  private:
+  enum class Open : std::uint8_t { no, yes, with_span };
+
   struct Ended {
     BackendId backend;
     AttemptOutcome outcome;
@@ -212,7 +223,7 @@ class Attempt {
   Ns began_ns_ = 0;
   std::array<Ended, 4> ended_;  // attempts, the last one in the last row
   std::uint32_t ended_count_ = 0;
-  bool open_ = false;        // its outcome is not counted yet
+  Open open_ = Open::no;     // its outcome is not counted yet
   bool stale_seen_ = false;  // a reused connection was found closed once already
   bool send_failed_ = false;
   bool answered_ = false;

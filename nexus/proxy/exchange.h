@@ -78,7 +78,7 @@ class Exchange {
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
     named_id_ = endpoint.id_hash({view.base + head.target_at, head.target_bytes});
     context_.take_request_id(view.base, view.fields, summary_.request_id);
-    if (context_.log.wants_access()) note_trace(view);
+    if (context_.watches) begin_trace(view);
   }
 
   // The client's key, by its place in the settings' api_keys, and a number of the client's host: from here on the
@@ -285,19 +285,7 @@ class Exchange {
 
   // Sends an error of Nexus's own in place of a response. `keep_alive` only if the request's body was read whole.
   [[gnu::cold]] void refuse(ApiError error, bool keep_alive, std::string_view message = {},
-                            std::string_view param = {}) {
-    assert(active());
-    close_upstream();
-    leave_backend();
-    if (client_.keeps()) return give_kept_answer();
-    const ApiErrorRow& row = row_of(error);
-    if (!keep_alive || context_.draining) client_.end_connection();
-    summary_.record.status = row.status;
-    summary_.record.error = row.label;
-    if (!client_.send_error(error, endpoint_->row().errors, {message, param, summary_.request_id}))
-      return end(client_ending());
-    go(State::finishing);
-  }
+                            std::string_view param = {});
 
   // ---- choosing a backend, and waiting for one ----
 
@@ -449,8 +437,20 @@ class Exchange {
   // A count may be late, but it is never lost.
   Step count();
   void log_access();
-  void note_trace(const HeadView& view);
   [[gnu::cold]] void note_failed_request();
+
+  // ---- the trace, and the access log's line: exchange_trace.h ----
+
+  void begin_trace(const HeadView& view);
+  [[gnu::noinline]] std::string_view begin_span();
+  void end_attempt(AttemptOutcome outcome) {
+    if (attempt_.end(outcome)) [[unlikely]]
+      end_span(outcome);
+  }
+  [[gnu::noinline]] void end_span(AttemptOutcome outcome);
+  [[gnu::noinline]] void note_end();
+  template <class Fill>
+  void hand_over_span(Fill&& fill);
 
   Handle owner_;
   Context& context_;

@@ -11,6 +11,7 @@
 #include <array>
 
 #include "nexus/proxy/exchange.h"
+#include "nexus/proxy/exchange_trace.h"
 
 namespace nexus {
 
@@ -68,7 +69,7 @@ void Exchange<Net>::end(Ending ending) {
   if (ending == Ending::client_left && !failed_for_client()) summary_.record.disconnect = disconnect_phase();
   if (row.fault == Fault::backend) note_backend_failure(row.outcome, std::exchange(failure_, {}));
   if (state_ == State::streaming && row.fault != Fault::host) relay_.note_usage();
-  attempt_.end(answer_failed_ ? failed_outcome_ : row.outcome);  // what the backend has answered remains
+  end_attempt(answer_failed_ ? failed_outcome_ : row.outcome);  // what the backend has answered remains
   close_upstream();
   if (client_.has_begun() || !row.error) return cut_response(row);
   leave_backend();
@@ -122,6 +123,21 @@ void Exchange<Net>::note_backend_failure(AttemptOutcome why, std::string_view de
   context_.want_check(backend.id);
 }
 
+template <class Net>
+void Exchange<Net>::refuse(ApiError error, bool keep_alive, std::string_view message, std::string_view param) {
+  assert(active());
+  close_upstream();
+  leave_backend();
+  if (client_.keeps()) return give_kept_answer();
+  const ApiErrorRow& row = row_of(error);
+  if (!keep_alive || context_.draining) client_.end_connection();
+  summary_.record.status = row.status;
+  summary_.record.error = row.label;
+  if (!client_.send_error(error, endpoint_->row().errors, {message, param, summary_.request_id}))
+    return end(client_ending());
+  go(State::finishing);
+}
+
 // ---- responses that the client has not got yet ----
 
 template <class Net>
@@ -135,7 +151,7 @@ template <class Net>
 void Exchange<Net>::note_disguise() {
   note_backend_failure(AttemptOutcome::bad_response, "its 2xx is an error");
   note_failed_answer(AttemptOutcome::bad_response);
-  attempt_.end(failed_outcome_);
+  end_attempt(failed_outcome_);
   if (keeping_ && state_ == State::holding) deadlines_.arm_hold(kKeptAnswerTime);
 }
 
@@ -213,7 +229,7 @@ void Exchange<Net>::ask_next_for_id() {
 template <class Net>
 void Exchange<Net>::end_answered_attempt() {
   if (state_ != State::holding) go(State::holding);
-  attempt_.end(AttemptOutcome::ok);
+  end_attempt(AttemptOutcome::ok);
   const bool reusable = relay_.response().leaves_connection();
   drop_answer();
   release_upstream(reusable);
@@ -232,7 +248,7 @@ void Exchange<Net>::on_hold_deadline() {
 
 template <class Net>
 void Exchange<Net>::leave_failed_answer(bool whole) {
-  attempt_.end(failed_outcome_);
+  end_attempt(failed_outcome_);
   const bool reusable = whole && relay_.response().leaves_connection();
   if (whole) keep_answer();
   drop_answer();
@@ -288,7 +304,7 @@ void Exchange<Net>::commit() {
   key_.leave(context_.shared.admission, summary_.record);
   if (summary_.ended_ns < 0) summary_.ended_ns = context_.net.now();
   summary_.record.duration_ns = summary_.ended_ns - summary_.started_ns;
-  if (context_.log.wants_access()) log_access();
+  if (context_.watches) note_end();
   if (error_of(summary_.record) != ErrorType::none) [[unlikely]]
     note_failed_request();
   go(State::counting);
@@ -327,21 +343,6 @@ Step Exchange<Net>::count() {
     return Step::wait;
   }
   return go(State::over);
-}
-
-// W3C Trace Context: `00-<32 hex digits>-<16>-<2>`. A version that is not known may have more behind.
-template <class Net>
-void Exchange<Net>::note_trace(const HeadView& view) {
-  constexpr std::size_t kIdAt = 3, kIdBytes = 32, kLeast = 55;
-  for (const FieldRow& row : *view.fields) {
-    if (row.field != Field::other || !equals_ignoring_case(name_of(view.base, row), "traceparent")) continue;
-    const std::string_view value = value_of(view.base, row);
-    const std::string_view id = value.substr(std::min(kIdAt, value.size()), kIdBytes);
-    const bool known = value.size() >= kLeast && value[2] == '-' && value[kIdAt + kIdBytes] == '-' &&
-                       id.find_first_not_of("0123456789abcdef") == std::string_view::npos;
-    if (known) id.copy(summary_.trace_id.data(), kIdBytes);
-    return;
-  }
 }
 
 template <class Net>

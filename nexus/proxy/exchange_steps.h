@@ -20,7 +20,7 @@ namespace nexus {
 template <class Net>
 void Exchange<Net>::prepare_choice() {
   // A key that may be one of Nexus's own is not passed on.
-  request_.pass_credentials &= snapshot_->settings->server.api_keys.empty();
+  if (!snapshot_->settings->server.api_keys.empty()) request_.withheld |= kCredentials;
   RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
   const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
   if (id != 0) needs.only = context_.shared.response_ids.find(id);
@@ -74,8 +74,11 @@ Step Exchange<Net>::begin_attempt() {
   doubt_ = Doubt::none;
   adds_usage_event_ = !asked_without_usage_ && asks_for_usage(*endpoint_, backend, facts_);
   const std::string& model = *choice.model_name;
+  std::string_view own_lines = context_.shared.via_line;
+  if (summary_.trace.makes_lines()) [[unlikely]]
+    own_lines = begin_span();
   attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
-                   summary_.request_id);
+                   summary_.request_id, own_lines);
   return attempt_.take_kept() ? begin_sending() : connect();
 }
 
@@ -291,7 +294,7 @@ void Exchange<Net>::end_response() {
   } else {
     note_backend_success();
   }
-  attempt_.end(answer_failed_ ? failed_outcome_ : AttemptOutcome::ok);
+  end_attempt(answer_failed_ ? failed_outcome_ : AttemptOutcome::ok);
   release_upstream(relay_.response().leaves_connection());
   go(State::finishing);
 }

@@ -20,6 +20,7 @@
 #include "nexus/metrics/slab.h"
 #include "nexus/os/log.h"
 #include "nexus/proxy/exchange_state.h"
+#include "nexus/proxy/request_trace.h"
 #include "nexus/proxy/response.h"
 
 namespace nexus {
@@ -39,7 +40,7 @@ struct ExchangeSummary {
   Ns wait_began_ns = 0;
   Ns waited_ns = 0;                     // for others: a place, a connection
   Ns queued_ns = 0, connecting_ns = 0;  // of these
-  std::array<char, 32> trace_id{};      // of the client's traceparent; begins with a 0 byte if it has none
+  RequestTrace trace;
   bool overhead_noted = false;
   bool cut_short = false;
 
@@ -49,7 +50,7 @@ struct ExchangeSummary {
     model.clear();
     record = RequestRecord{};
     started_ns = complete_ns = waited_ns = queued_ns = connecting_ns = 0;
-    trace_id[0] = 0;
+    trace.state = RequestTrace::State::none;
     ended_ns = -1;
     overhead_noted = cut_short = false;
   }
@@ -95,7 +96,7 @@ struct ExchangeSummary {
     entry.cached_tokens = record.cached_tokens;
     entry.queue_ns = queued_ns;
     entry.connect_ns = connecting_ns;
-    if (trace_id[0] != 0) entry.trace_id = {trace_id.data(), trace_id.size()};
+    if (trace.state != RequestTrace::State::none) entry.trace_id = {trace.id.data(), trace.id.size()};
     return entry;
   }
 };

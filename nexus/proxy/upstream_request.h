@@ -31,8 +31,7 @@ struct RequestView {
   const FieldTable* fields = nullptr;
   char* body = nullptr;
   std::size_t body_bytes = 0;
-  bool pass_credentials = true;
-  bool pass_origin = true;
+  std::uint32_t withheld = 0;  // a set of its fields that no backend gets
 };
 
 // The readers of a body that may have read it while it came.
@@ -123,7 +122,7 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
 // client's own.
 inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
                             const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
-                            std::string_view request_id, std::string_view via_line) {
+                            std::string_view request_id, std::string_view own_lines) {
   // Up to three edits, in the order of the body; one that edits nothing stands for none.
   std::string model_json;
   if (!model.empty()) model_json = facts.model_is_json ? json_string(model) : std::string(model);
@@ -140,10 +139,9 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;
-  head.pass_credentials = request.pass_credentials && !backend.has_key;
-  head.pass_origin = request.pass_origin;
+  head.withheld = request.withheld | (backend.has_key ? kCredentials : 0);
   head.request_id = request_id;
-  head.via_line = via_line;
+  head.own_lines = own_lines;
   head.content_length = request.body_bytes;
   for (const BodyEdit& edit : edits) head.content_length += edit.inserted.size() - edit.removed;
   own.clear();

@@ -202,9 +202,12 @@ struct WorkerContext {
         random(seed) {
     text.reserve(kTextBytes);
     use(std::make_unique<LocalSnapshot>(LocalSnapshot{std::move(snapshot_in), 0}));
+    look_at_settings();
   }
 
   void use(std::unique_ptr<LocalSnapshot> next) { snapshot = SnapshotUse(next.release()); }
+  // What the settings say of the log and of spans is in force.
+  void look_at_settings() { watches = log.wants_access() || settings().trace.on(); }
   const Settings& settings() const { return *snapshot->settings; }
 
   // A buffer to receive into, for the present step only. Null if memory is short.
@@ -328,6 +331,7 @@ struct WorkerContext {
   Random random;
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
+  bool watches = false;    // requests leave a line in the access log, or spans
   bool draining = false;
   DateLine date;
   Ns next_lack_log_ns = 0;
@@ -346,6 +350,7 @@ struct WorkerContext {
   std::vector<std::uint32_t> running;
   std::vector<Handle> next_turns;  // by slot; none if it is not scheduled
   std::string text;                // heads and errors are written here; reserved, so that an error needs no memory
+  std::string trace_lines;         // of the request that is being composed
 };
 
 }  // namespace nexus

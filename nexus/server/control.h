@@ -3,7 +3,8 @@
 //           that show the counts of all threads.
 // Promises: workers learn of a change by one message with a complete snapshot; all changes of one turn share one
 //           snapshot; nothing here delays a proxied byte; work that found no memory is retried.
-// Leaves:   probes to prober.h, lookups to resolver.h, the pages' text to page_renderer.h, signals to daemon.h.
+// Leaves:   probes to prober.h, lookups to resolver.h, the pages' text to page_renderer.h, spans to span_exporter.h,
+//           what follows from a lookup and a check to control_checks.h, which its users include; signals to daemon.h.
 // Threads:  run() is the control thread; post() may be called from any thread.
 // Tested by: tests/e2e/health.test.mjs, tests/e2e/lifecycle.test.mjs, tests/e2e/fleet_hosts.test.mjs, tests/sim
 #pragma once
@@ -31,6 +32,7 @@
 #include "nexus/server/builtin_pages.h"
 #include "nexus/server/fleet_join.h"
 #include "nexus/server/page_renderer.h"
+#include "nexus/server/span_exporter.h"
 #include "nexus/server/worker.h"
 
 namespace nexus {
@@ -57,6 +59,7 @@ class Control {
   struct Hooks {
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;  // may throw std::bad_alloc
     PageRenderer::Sources pages;
+    std::string instance{};  // this process, for spans
   };
 
   Control(Net& net, Metrics& metrics, Slab& slab, Admission& admission, BodyBudget& budget, Log log, Hooks hooks,
@@ -72,6 +75,7 @@ class Control {
         prober_(net, wheel_, blocks_, json_),
         resolver_(net, [this](std::uint64_t epoch, const std::vector<Address>& addresses,
                               const std::string& error) { on_resolved(epoch, addresses, error); }),
+        spans_(net, prober_, resolver_, metrics.spans(), slab, log_, json_, hooks_.instance),
         pages_(metrics, slab, registry_, hooks_.pages, process_started) {}
   Control(const Control&) = delete;
   Control& operator=(const Control&) = delete;
@@ -97,7 +101,7 @@ class Control {
 
   void run() {
     check_new_backends();
-    while (!stopped_) turn();
+    while (!stopped_ || spans_.is_flushing(now_)) turn();
   }
 
   // The simulator calls the next two itself. The first checks run at once, but only kFirstChecks in a millisecond, so
@@ -118,7 +122,7 @@ class Control {
 
   void turn() {
     bool woken = false;
-    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, new_checks_ns_});
+    Ns deadline = std::min({wheel_.next(), resolver_.next(), retry_at_ns_, new_checks_ns_, spans_.next()});
     if (may_publish()) deadline = std::min(deadline, hold_until_ns_);
     for (const auto& backend : registry_.backends()) deadline = std::min(deadline, due_ns(backend));
     const std::size_t count = net_.wait(events_, deadline, woken);
@@ -132,6 +136,7 @@ class Control {
     if (now_ >= new_checks_ns_) check_new_backends();
     if (woken) take_messages();
     if (now_ >= retry_at_ns_) retry();
+    spans_.step(now_, probe_done());
     if (may_publish() && (now_ >= hold_until_ns_ || !any_unknown())) publish();
   }
 
@@ -226,7 +231,10 @@ class Control {
     }
   }
 
-  void on_message(Stop&) { stopped_ = true; }
+  void on_message(Stop&) {
+    stopped_ = true;
+    spans_.flush(now_);
+  }
   void on_message(Heartbeat& heartbeat) { heartbeat.answer(); }
 
   // ---- configuration ----
@@ -259,6 +267,7 @@ class Control {
   void take_settings(std::shared_ptr<const Settings> settings) {
     log_.configure(settings->log);
     budget_.set_limit(settings->server.body_memory_bytes);
+    spans_.configure(settings->trace);
     registry_.configure(std::move(settings));
     std::vector<Admission::Cap> caps;
     for (Registry::Backend& backend : registry_.backends()) {
@@ -339,25 +348,7 @@ class Control {
   }
 
   // With an error beside addresses, some are missing: then the one in use stays.
-  void on_resolved(std::uint64_t epoch, const std::vector<Address>& addresses, const std::string& error) {
-    Registry::Backend* backend = registry_.find_epoch(epoch);
-    if (backend == nullptr) return;
-    backend->looking_up = false;
-    const bool had_failed = std::exchange(backend->lookup_failed, addresses.empty());
-    if (addresses.empty()) {
-      log_.event(had_failed ? LogLevel::debug : LogLevel::warning, "DNS lookup failed",
-                 {{"backend", backend->settings.name}, {"host", backend->settings.address.host}, {"why", error}});
-      if (!backend->address) note_unresolved(*backend, error);
-      return;
-    }
-    const bool in_use =
-        backend->address && std::find(addresses.begin(), addresses.end(), *backend->address) != addresses.end();
-    if (backend->address && !in_use && !error.empty()) return;
-    const bool changed = std::exchange(backend->addresses, addresses) != addresses;
-    if (in_use && !(changed && backend->checking)) return;  // it stays, and so do the connections to it
-    if (!in_use) use_address(*backend, addresses.front());
-    check_anew(*backend);  // the one that runs may pass at an address that is gone
-  }
+  void on_resolved(std::uint64_t epoch, const std::vector<Address>& addresses, const std::string& error);
 
   void use_address(Registry::Backend& backend, const Address& address) {
     registry_.set_address(backend, address);
@@ -401,6 +392,7 @@ class Control {
   }
 
   void on_result(ProbeResult&& result) {
+    if (spans_.is_own(result.epoch)) return spans_.on_result(std::move(result), now_);
     if (join_.is_own(result.epoch)) return join_.on_result(std::move(result), json_, teller());
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
@@ -428,43 +420,9 @@ class Control {
     if (backend.address != result.address) use_address(backend, result.address);
   }
 
-  void note_models(Registry::Backend& backend, ProbeResult& result) {
-    const std::string_view name = backend.settings.name;
-    if (result.models_cut) slab_.limit_hit(Limit::models);
-    const auto before = backend.discovered;
-    if (result.models_read && registry_.set_models(backend, std::move(result.models))) {
-      unpublished_ = true;
-      log_.event(LogLevel::info, "backend models changed",
-                 {{"backend", name}, {"changed", changed_models(before.get(), *backend.discovered)}});
-    }
-    if (result.reason == backend.list_remark) return;
-    backend.list_remark = result.reason;
-    if (result.reason.empty()) return;
-    log_.event(LogLevel::warning, result.models_read ? "model list incomplete" : "model list refresh failed",
-               {{"backend", name}, {"why", result.reason}});
-  }
-
-  void note_lack(const ProbeResult& result) {
-    if (result.lack == lack_of(SocketOutcome::no_memory)) slab_.limit_hit(Limit::memory);
-    if (result.lack == lack_of(SocketOutcome::no_descriptor)) slab_.limit_hit(Limit::descriptors);
-    if (result.lack == lack_of(SocketOutcome::no_port)) slab_.limit_hit(Limit::ports);
-    if (now_ < next_lack_log_ns_) return;
-    next_lack_log_ns_ = now_ + kLackLogInterval;
-    log_.event(LogLevel::warning, "cannot check backends", {{"why", result.lack}});
-  }
-
-  void note_health(Registry::Backend& backend, const ProbeResult& result) {
-    const Registry::Transition transition = registry_.note_check(backend, result.passed);
-    const std::string_view name = backend.settings.name;
-    if (transition.changed) unpublished_ = true, backend.changed_ns = now_;
-    if (transition.changed && result.passed) {
-      log_.event(LogLevel::info, "backend is healthy", {{"backend", name}});
-    } else if (!result.passed) {
-      log_.event(transition.changed ? LogLevel::warning : LogLevel::debug,
-                 transition.changed ? "backend is unhealthy" : "health check failed",
-                 {{"backend", name}, {"why", backend.problem}});
-    }
-  }
+  void note_models(Registry::Backend& backend, ProbeResult& result);
+  void note_lack(const ProbeResult& result);
+  void note_health(Registry::Backend& backend, const ProbeResult& result);
 
   Net& net_;
   Slab& slab_;  // this thread's counts
@@ -480,6 +438,7 @@ class Control {
   Prober<Net> prober_;
   FleetJoin<Net, AskPage> join_;
   typename Net::Resolver resolver_;
+  SpanExporter<Net> spans_;
   PageRenderer pages_;
   std::vector<Worker<Net>*> workers_;
   Mailbox<Message> mailbox_;

@@ -199,8 +199,7 @@ struct Session {
     view.fields = fields();
     view.body = input.data() + head.head_bytes;
     view.body_bytes = reading->body.bytes();
-    view.pass_credentials = !key_checked;
-    view.pass_origin = !allows_origin(cors_lines);
+    view.withheld = (key_checked ? kCredentials : 0) | (allows_origin(cors_lines) ? bit_of(Field::origin) : 0);
     return view;
   }
 

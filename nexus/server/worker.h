@@ -177,6 +177,7 @@ class Worker {
     if (!changed) return false;
     sessions_.pool().forget_departed(*context_.snapshot);
     log_.configure(context_.settings().log);
+    context_.look_at_settings();
     return true;
   }
 

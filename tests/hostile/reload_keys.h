@@ -723,6 +723,14 @@ inline void add_routing_rows(ReloadRows& rows) {
                   "yes",
                   page_of_key,
                   {{"server", "api_keys_file = /keys"}}});
+  const auto flags = late_post(with_body(body_for("m")), [](Scene& s) {  // of the traceparent that the backend gets
+    const std::string parent = s.last_request().value_or_empty("traceparent");
+    return parent.empty() ? "none" : parent.substr(parent.size() - 2);
+  });
+  const std::string collector = "endpoint = http://10.0.0.9:4318";
+  rows.push_back({"trace", "endpoint", When::new_requests, "endpoint = off", collector, "none", "01", flags});
+  rows.push_back({"trace", "trace_ratio", When::new_requests, "trace_ratio = 0", "trace_ratio = 1", "00", "01", flags,
+                  {{"trace", collector}}});
   for (const char* key : {"level", "format", "access"}) {
     rows.push_back({"log", key, When::at_once, "", "", "", "", {}});
   }

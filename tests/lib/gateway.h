@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "nexus/server/control.h"
+#include "nexus/server/control_checks.h"
 #include "nexus/server/worker.h"
 #include "tests/lib/faults.h"
 #include "tests/lib/sim_net.h"
