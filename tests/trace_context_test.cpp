@@ -92,7 +92,7 @@ TEST_CASE("a request's parent is that of its one traceparent, in any case") {
 
 TEST_CASE("a request follows its parent, sampled or not, whatever the ratio says") {
   Random random(7);
-  for (const std::uint8_t flags : {0, 1, 2, 3}) {
+  for (std::uint8_t flags = 0; flags <= kKnownFlags; ++flags) {
     TraceParent client;
     client.trace_id.fill('a');
     client.span_id = 5;
