@@ -35,9 +35,9 @@ std::string forwarded(const std::string& lines, bool pass_credentials = true) {
   to.target = "/v1/x";
   to.base_path = "/base";
   to.backend_lines = "Host: b\r\n";
-  to.pass_credentials = pass_credentials;
+  to.withheld = pass_credentials ? 0 : kCredentials;
   to.request_id = "id";
-  to.via_line = "Via: 1.1 nexus\r\n";
+  to.own_lines = "Via: 1.1 nexus\r\n";
   to.content_length = 3;
   std::string out = "before ";
   append_request_head(out, request.view(), to);
@@ -175,7 +175,7 @@ TEST_CASE(
   const Parsed<RequestHead> request("POST / HTTP/1.1\r\nHost: h\r\nOrigin: page\r\n\r\n");
   for (const bool pass : {true, false}) {
     UpstreamHead upstream;
-    upstream.pass_origin = pass;
+    upstream.withheld = pass ? 0 : bit_of(Field::origin);
     out.clear();
     append_request_head(out, request.view(), upstream);
     CHECK((out.find("Origin: page\r\n") != std::string::npos) == pass);
@@ -199,7 +199,7 @@ TEST_CASE("the longest values fit the measured room") {
   const std::string target = "/" + large;
   upstream.method = "UNSUBSCRIBE";
   upstream.target = target;
-  upstream.base_path = upstream.backend_lines = upstream.request_id = upstream.via_line = large;
+  upstream.base_path = upstream.backend_lines = upstream.request_id = upstream.own_lines = large;
   upstream.content_length = UINT64_MAX;
   std::string out;
   append_request_head(out, request.view(), upstream);

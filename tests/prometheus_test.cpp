@@ -114,6 +114,8 @@ TEST_SUITE("US1 T016 the page at /metrics") {
           "nexus_tls_handshakes_total counter\n"
           "nexus_client_connections gauge\n"
           "nexus_log_lines_dropped_total counter\n"
+          "nexus_spans_exported_total counter\n"
+          "nexus_spans_dropped_total counter\n"
           "nexus_build_info gauge\n"
           "nexus_config_last_reload_successful gauge\n"
           "nexus_config_last_reload_success_timestamp_seconds gauge\n"

@@ -47,6 +47,8 @@ const families = [
   ['nexus_limit_rejections_total', 'counter', ['limit']],
   ['nexus_http_rejections_total', 'counter', ['reason']],
   ['nexus_affinity_total', 'counter', ['outcome']],
+  ['nexus_spans_exported_total', 'counter', []],
+  ['nexus_spans_dropped_total', 'counter', ['reason']],
   ['nexus_backend_up', 'gauge', ['backend']],
   ['nexus_backend_ejected', 'gauge', ['backend']],
   ['nexus_client_connections', 'gauge', []],
