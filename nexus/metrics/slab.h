@@ -396,6 +396,7 @@ class Metrics {
   FailureLog& failures() { return failures_; }
   const FailureLog& failures() const { return failures_; }
   SpanQueue& spans() { return spans_; }
+  const SpanQueue& spans() const { return spans_; }
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;

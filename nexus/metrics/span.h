@@ -127,6 +127,9 @@ class SpanQueue {
     return static_cast<std::size_t>(tail_.load(std::memory_order_relaxed) - head_.load(std::memory_order_relaxed));
   }
 
+  // For the simulator: all that ever found room.
+  std::uint64_t pushed() const { return tail_.load(std::memory_order_relaxed); }
+
  private:
   static std::size_t slot(std::uint64_t position) { return static_cast<std::size_t>(position) % kMaxSpansWaiting; }
 

@@ -441,7 +441,7 @@ class Exchange {
 
   // ---- the trace, and the access log's line: exchange_trace.h ----
 
-  void begin_trace(const HeadView& view);
+  [[gnu::noinline]] void begin_trace(const HeadView& view);
   [[gnu::noinline]] std::string_view begin_span();
   void end_attempt(AttemptOutcome outcome) {
     if (attempt_.end(outcome)) [[unlikely]]

@@ -136,7 +136,7 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"metrics", "enabled", [](const Drawn& d) { d.s.metrics.enabled = !d.dice.one_in(3); }},
     {"metrics", "labels", [](const Drawn& d) { d.s.metrics.labels = static_cast<LabelMode>(d.number(0, 1)); }},
     {"metrics", "keys", [](const Drawn& d) { d.s.metrics.keys = d.number(0, 3); }},
-    {"trace", "endpoint", nullptr},     // the fleet has no collector; spans are on in some runs (swarm.h)
+    {"trace", "endpoint", nullptr},     // the fleet has no collector; spans are on in some runs (simulation.h)
     {"trace", "trace_ratio", nullptr},  // the same
     {"log", "level", [](const Drawn& d) { d.s.log.level = static_cast<LogLevel>(d.number(0, 3)); }},
     {"log", "format", nullptr},  // the audit reads the lines

@@ -79,6 +79,7 @@ class Scrape {
     same("nexus_backend_attempts_total", page.sum("nexus_backend_attempts_total"), lines.attempts);
     const double keyless = page.sum("nexus_affinity_total", {{"outcome", "no_key"}});
     same("nexus_affinity_total of requests with a key", page.sum("nexus_affinity_total") - keyless, lines.keyed);
+    if (gateway_.control().published()->settings->trace.on()) check_spans(page, lines);
     check_tokens(page, "prompt", lines.prompts);
     check_tokens(page, "completion", lines.completions);
     check_whole(page);
@@ -88,6 +89,14 @@ class Scrape {
   }
 
  private:
+  struct Lines;
+  // Each request has one span and each attempt another one, whether they found room or not.
+  void check_spans(const exposition::Reader& page, const Lines& lines) {
+    const double lost = page.sum("nexus_spans_dropped_total", {{"reason", "queue_full"}});
+    const auto made = static_cast<double>(gateway_.metrics().spans().pushed()) + lost;
+    same("the number of spans", made, lines.requests + static_cast<std::uint64_t>(page.sum("nexus_backend_attempts_total")));
+  }
+
   struct Lines {
     std::uint64_t requests = 0, failed = 0, left = 0, attempts = 0, keyed = 0;
     std::map<std::string, std::uint64_t> errors;

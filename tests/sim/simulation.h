@@ -53,6 +53,7 @@ class Simulation {
         settings_maker_(dice_),
         wire_(seed ^ 0x5eed,
               [this](const Address& address) {
+                if (address.port == kCollectorPort) return ConnectFate{ConnectFate::Kind::refused_at_once, 0, {}};
                 const ConnectFate fate = fleet_.fate_of(address, swarm_.draw_shape(dice_));
                 freshness_.on_connect(address, fate.backend);
                 if (fate.kind == ConnectFate::Kind::refused_at_once) blame_.on_refused_at_once(fate.backend);
@@ -106,7 +107,7 @@ class Simulation {
                         settings_->server.max_connections > swarm_.clients;
   }
 
-  // One seed in twenty speaks TLS: to clients, to backends, or to both.
+  // One seed in twenty speaks TLS: to clients, to backends, or to both. One in ten makes spans.
   std::shared_ptr<const Settings> first_settings(std::uint64_t seed, Canary canary) {
     if (scale_ == Scale::crowd) return settings_maker_.crowd();
     if (scale_ != Scale::whole) return settings_maker_.small();
@@ -118,6 +119,7 @@ class Simulation {
       wire_.tls_backends = third != 1 ? &world : nullptr;
       settings_maker_.speak_tls(wire_.tls_clients, wire_.tls_backends);
     }
+    if (seed % 10 == 3 && canary == Canary::none) settings_maker_.make_spans();
     return settings_maker_.first(swarm_.gentle);
   }
 

@@ -293,6 +293,9 @@ inline Address address_of_server(std::uint32_t server) {
 inline std::uint32_t server_at(const Address& address) { return address.ip[3] - 1u; }
 
 // Makes configurations: the first one, and those of the reloads.
+constexpr const char* kCollectorHost = "10.0.0.98";
+constexpr std::uint16_t kCollectorPort = 4318;
+
 class SettingsMaker {
  public:
   explicit SettingsMaker(Dice& dice) : dice_(dice) {}
@@ -318,6 +321,9 @@ class SettingsMaker {
     for (std::uint32_t i = 0; i < count; ++i) add_backend();
     return now();
   }
+
+  // Every request is sampled, and the collector is dead.
+  void make_spans() { settings_.trace.collector = {kCollectorHost, kCollectorPort}; }
 
   // One worker whose backends are often full; one model has a fallback, another an alias; health checks are on.
   std::shared_ptr<const Settings> small() {
