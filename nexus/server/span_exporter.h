@@ -1,9 +1,9 @@
 // span_exporter.h
 // Owns:     the way of the spans from the workers' queue to the collector: batches, requests, tries, losses.
-// Promises: at most one request is on its way, and one batch is held beside the queue, so memory is bounded, whatever the
-//           collector does; a client never waits for it. A batch is sent again only if the collector cannot have it (it
-//           was not reached) or asks for that (429, 502, 503, 504), for at most kExportPatience. Each span is counted
-//           once, as exported or as dropped. A line a minute at most tells of failures, and one of their end.
+// Promises: at most one request is on its way, and one batch is held beside the queue, so memory is bounded whatever
+//           the collector does; a client never waits for it. A batch is sent again only if the collector cannot have
+//           it (it was not reached) or asks for that (429, 502, 503, 504), for at most kExportPatience. Each span is
+//           counted once, as exported or as dropped. A line a minute at most tells of failures, and one of their end.
 // Leaves:   HTTP to fleet/prober.h, the JSON to metrics/otlp_json.h, names to net/resolver.h.
 // Threads:  control's.
 // Tested by: tests/span_exporter_test.cpp, tests/e2e/trace.test.mjs
