@@ -295,5 +295,5 @@ help:
 	@$(if $(HELP_MORE),printf '%s\n' $(HELP_MORE))
 
 # Fragments add targets of their own, with a line each for help: HELP_MORE += 'make bench        …'
--include bench/bench.mk tests/tests.mk tests/fuzz.mk tests/soak.mk tests/mutants.mk
+-include bench/bench.mk tests/tests.mk tests/fuzz.mk tests/soak.mk tests/night.mk tests/mutants.mk
 -include $(shell find $(B)/obj -name '*.d' 2>/dev/null)

@@ -1,7 +1,8 @@
 // The dashboard in contrib/grafana: well formed, and every expression in it answers with data from a real Prometheus that
 // scrapes a Nexus under a load in which everything happens that the dashboard shows.
 import { RawClient, answer_plainly, assert, chat, get, group, parse_metrics, post, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
-import { close_to, need_program, only_value, repository_file, start_prometheus } from './prometheus.mjs';
+import { start_hurried_prometheus } from './alerts.mjs';
+import { close_to, need_program, only_value, repository_file } from './prometheus.mjs';
 
 const endpoint = '/v1/chat/completions';
 const keys = { alice: 'sk-alice-0123456789', bob: 'sk-bob-0123456789' };
@@ -11,10 +12,11 @@ const drawn = (d) => d.panels.filter((p) => p.type !== 'row');
 
 // What Grafana puts in place of its variables; a name that it does not know it leaves alone, such as label_replace()'s $1.
 const filled = (text, values) => text.replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
-const all = { job: '.*', instance: '.*', backend: '.*', model: '.*', __rate_interval: '1m' };
+const all = { job: '.*', instance: '.*', backend: '.*', model: '.*', objective: '99.5', __rate_interval: '1m', __range: '1m' };
 
-// A load that moves every counter: plain and streamed answers, errors, fallbacks, a queue in which requests wait and from
-// which they are turned away, clients that leave, a body over the limit, a head that is no HTTP.
+// A load that moves every counter, before three backends that are well and one that is down: plain and streamed answers,
+// errors, fallbacks, a queue in which requests wait and from which they are turned away, clients that leave, a body over
+// the limit, a head that is no HTTP.
 async function one_round(nexus, n) {
   const ask = (model, more) => post(nexus.port, endpoint, chat(model, more), as(n % 2 ? 'bob' : 'alice'));
   await Promise.all([ask('m1', { n }), ask('m1', { n, stream: true }), ask('m1', { n, fail: true }), ask('big', { n, stream: true })]);
@@ -40,10 +42,14 @@ async function start_load(t) {
   for (const [name, models, more] of [['main', ['m1'], {}], ['spare', ['small'], {}], ['narrow', ['narrow'], { max_pending: 1 }]]) {
     backends.push({ name, mock: await start_backend(t, { kind: 'vllm', models, answer }), ...more });
   }
+  const lost = await start_backend(t, { models: ['gone'] });
+  await lost.stop();
+  backends.push({ name: 'lost', url: lost.url, type: 'generic', models: 'gone' });
   const nexus = await start_nexus(t, {
     server: { max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
     routing: { retries: 0, affinity: 'session' }, health: { eject_after: 1000, interval: '300ms' },
-  });
+  }, { ready: 'up' });
+  await until(async () => (await get(nexus.port, '/health')).json.backends.healthy === 3, 'three healthy backends');
   let over = false;
   let rounds = 0;
   const done = (async () => { for (; !over; rounds++) await one_round(nexus, rounds); })();
@@ -79,6 +85,24 @@ group('grafana', () => {
     }
   });
 
+  test('its thresholds are those of the alerts, and those of what is up are shares of what is registered', () => {
+    const rules = repository_file('contrib/prometheus/nexus-alerts.yml').split(/^ {6}- alert: /m).slice(1);
+    const rule_of = (alert) => rules.find((rule) => rule.startsWith(`${alert}\n`));
+    const panel = (title) => drawn(dashboard()).find((p) => p.title === title).fieldConfig.defaults;
+    const last = (title) => panel(title).thresholds.steps.at(-1);
+    for (const [alert, ...titles] of [['NexusQueueNearlyFull', 'Queue used', 'Queue, in percent of its size'], ['NexusBackendNearlyFull', 'Fullest backend', 'Backends, in percent of max_pending'],
+                                      ['NexusLoopStalls', 'Loops held up'], ['NexusFaultRatioHigh', 'Faults']]) {
+      for (const title of titles) {
+        assert.equal(last(title).color, 'red');
+        assert.match(rule_of(alert), new RegExp(`> ${last(title).value}\\b`), title);
+      }
+    }
+    for (const title of ['Instances up', 'Backends healthy']) {
+      assert.equal(panel(title).unit, 'percentunit');
+      assert.deepEqual(last(title), { color: 'green', value: 1 }, title);
+    }
+  });
+
   test('the columns of its tables are its queries, each named once', () => {
     for (const panel of drawn(dashboard()).filter((p) => p.type === 'table')) {
       const named = panel.transformations.find((one) => one.id === 'organize').options.renameByName;
@@ -96,10 +120,11 @@ group('grafana', () => {
     const d = dashboard();
     const load = await start_load(t);
     await until(() => load.rounds() >= 3, 'three rounds of load', 20_000);   // every series is there before the first scrape
-    const prometheus = await start_prometheus(t, `global: { scrape_interval: 200ms, scrape_timeout: 200ms }
-scrape_configs: [ { job_name: nexus, authorization: { credentials: ${keys.bob} }, static_configs: [ { targets: [ "127.0.0.1:${load.nexus.port}" ] } ] } ]
-`);
+    const prometheus = await start_hurried_prometheus(t, { port: load.nexus.port, key: keys.bob, factor: 75 });
     await until(async () => (await prometheus.query('up == 1')).length === 1, 'scraped', 20_000);
+    load.nexus.reload('nothing that is a configuration');
+    const firing = async () => (await prometheus.query('ALERTS{alertstate="firing"}')).map((s) => s.metric.alertname);
+    for (const name of ['NexusReloadFailed', 'NexusBackendDown']) await until(async () => (await firing()).includes(name), `${name} to fire`, 20_000);
     const begun = load.rounds();
     await sleep(3_000);
     await until(() => load.rounds() >= begun + 5, 'five rounds more', 20_000);
@@ -113,6 +138,8 @@ scrape_configs: [ { job_name: nexus, authorization: { credentials: ${keys.bob} }
         const numbers = result.map((s) => Number(s.value[1])).filter((n) => !Number.isNaN(n));
         if (numbers.length === 0) empty.push(`${panel.title} ${refId}: ${expression}`);
         for (const s of result) for (const label of labels_in(legendFormat)) assert.ok(label in s.metric, `${panel.title} shows the label ${label}, in ${JSON.stringify(s.metric)}`);
+        const mapped = panel.fieldConfig.defaults.mappings?.flatMap((one) => Object.keys(one.options));
+        if (mapped) for (const s of result) assert.ok(mapped.includes(s.value[1]), `${panel.title} has a word for ${s.value[1]} of ${JSON.stringify(s.metric)}`);
         if (panel.type === 'stat') assert.equal(result.length, 1, `${panel.title} shows one number`);
         if (panel.type === 'table') {
           const key = panel.transformations.find((one) => one.id === 'joinByField').options.byField;
@@ -138,11 +165,26 @@ scrape_configs: [ { job_name: nexus, authorization: { credentials: ${keys.bob} }
     await sleep(700);
     const page = parse_metrics((await get(load.nexus.port, '/metrics', as('bob'))).text);
     const shown = async (title) => only_value(await prometheus.query(filled(drawn(d).find((p) => p.title === title).targets[0].expr, all)), title);
-    assert.equal(await shown('Backends healthy'), 3);
-    assert.equal(await shown('Backends registered'), 3);
+    assert.equal(await shown('Instances up'), 1);
+    assert.equal(await shown('Backends healthy'), 3 / 4);
+    assert.equal(await shown('Backends registered'), 4);
+    assert.equal(await shown('Last reload'), 0);
+    assert.equal(await shown('Queue used'), 0);
+    assert.equal(await shown('Fullest backend'), 0);
+    assert.equal(await shown('Alerts firing'), (await firing()).length);
+    const timeline = async (title) => (await prometheus.query(filled(drawn(d).find((p) => p.title === title).targets[0].expr, all)));
+    assert.deepEqual((await timeline('Backends: up, ejected, down')).map((s) => [s.metric.backend, s.value[1]]).sort(), [['lost', '0'], ['main', '2'], ['narrow', '2'], ['spare', '2']]);
+    const subjects = (await timeline('Alerts')).map((s) => `${s.metric.alertname} ${s.metric.subject}`);
+    for (const one of ['NexusBackendDown lost', 'NexusReloadFailed all']) assert.ok(subjects.includes(one), `${one} in ${subjects}`);
     assert.equal(await shown('Models available'), 3);
     assert.equal(await shown('In flight'), 0);
     assert.equal(await shown('Waiting in the queue'), 0);
-    close_to(await shown('Errors'), page.sum('nexus_errors_total') / page.sum('nexus_requests_total'), 0.1, 'the share of errors');
+    const of_types = (types) => types.reduce((sum, error_type) => sum + page.sum('nexus_errors_total', { error_type }), 0);
+    const faults = of_types(['timeout', 'backend_error', 'no_healthy_backend', 'parse_error', 'drain']);
+    const failed = faults + of_types(['overloaded']);
+    assert.ok(faults > 0 && failed > faults && failed < page.sum('nexus_errors_total'), 'some of each');
+    close_to(await shown('Faults'), faults / page.sum('nexus_requests_total'), 0.1, 'the share of faults');
+    const valid = page.sum('nexus_requests_total') - of_types(['bad_request', 'no_backend', 'client_closed']);
+    close_to(await shown('Error budget left'), 1 - failed / valid / 0.005, 0.1, 'what is left of the error budget');
   });
 });

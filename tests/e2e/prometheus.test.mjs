@@ -3,6 +3,7 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { assert, chat, chat_answer, free_port, get, group, histograms, kill_at_end, page_after, pair, post, sleep, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { alert_names } from './alerts.mjs';
 import { repository_file, run_to_end } from './prometheus.mjs';
 
 const endpoint = '/v1/chat/completions';
@@ -77,6 +78,17 @@ group('prometheus', () => {
     rules.forEach((rule, i) => {
       for (const part of [/^ {8}for: \d+[mh]$/m, /severity: (page|ticket)/, /description: '.{30,}'/, new RegExp(`runbook_url: '.*/runbook\\.md#${names[i].toLowerCase()}'`)]) assert.match(rule, part, names[i]);
     });
+  });
+
+  test('each alert has a case in which it fires, one in which it does not, and is silent while clients make mistakes', () => {
+    const cases = repository_file('contrib/prometheus/nexus-alerts.test.yml').split(/^ {2}- name: /m).slice(1);
+    const mistakes = cases.find((one) => one.startsWith('mistakes of clients raise nothing at all'));
+    const about = (text, name) => [...text.matchAll(new RegExp(`alertname: ${name}\\b,?\\s+exp_alerts:(?<silent> \\[\\])?`, 'g'))].map((m) => (m.groups.silent ? 'silent' : 'fires'));
+    for (const name of alert_names()) {
+      const seen = cases.flatMap((one) => (one === mistakes ? [] : about(one, name)));
+      assert.ok(seen.includes('fires') && seen.includes('silent'), `${name}: ${seen}`);
+      assert.deepEqual(about(mistakes, name), ['silent', 'silent'], name);
+    }
   });
 
   test('scrapes Nexus without an error, and the README’s queries answer with the right numbers', { calm: true, limit_ms: 60_000 }, async (t) => {
