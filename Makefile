@@ -109,6 +109,7 @@ TEST_PACKAGES := $(strip \
 PEER_PACKAGES = $(strip \
   $(call lacks_command,curl,curl) $(call lacks_command,prometheus,prometheus) $(call lacks_command,chromium,chromium) $(call lacks_command,jq,jq) \
   $(call lacks,/usr/sbin/nginx,nginx-light) $(call lacks,/usr/sbin/haproxy,haproxy) \
+  $(call lacks,/usr/lib/python3/dist-packages/prometheus_client,python3-prometheus-client) \
   $(call lacks_command,clang-format,clang-format))
 
 # Prerequisites of whatever is built, and of whatever a test needs: empty if nothing is missing.

@@ -185,6 +185,10 @@ timeout = 20s
 [metrics]
 enabled = off
 labels = raw
+openmetrics = yes
+[slo]
+ttft = 2s
+tpot = 100ms
 [log]
 level = debug
 format = json
@@ -244,6 +248,9 @@ context_length = a 8k, b 100
   CHECK_EQ(s.queue.timeout_ns, 20 * kSecond);
   CHECK_FALSE(s.metrics.enabled);
   CHECK(s.metrics.labels == LabelMode::raw);
+  CHECK(s.metrics.openmetrics);
+  CHECK_EQ(s.slo.ttft_ns, 2 * kSecond);
+  CHECK_EQ(s.slo.tpot_ns, 100 * kMillisecond);
   CHECK(s.log.level == LogLevel::debug);
   CHECK(s.log.format == LogFormat::json);
   CHECK_EQ(s.log.access, "/var/log/nexus");
@@ -316,6 +323,9 @@ TEST_CASE("a configuration that spells out every default of the table equals the
   CHECK(got.keys.defaults == want.keys.defaults);
   CHECK_EQ(got.metrics.enabled, want.metrics.enabled);
   CHECK(got.metrics.labels == want.metrics.labels);
+  CHECK_EQ(got.metrics.openmetrics, want.metrics.openmetrics);
+  CHECK_EQ(got.slo.ttft_ns, want.slo.ttft_ns);
+  CHECK_EQ(got.slo.tpot_ns, want.slo.tpot_ns);
   CHECK(got.log.level == want.log.level);
   CHECK(got.log.format == want.log.format);
   CHECK_EQ(got.log.access, want.log.access);
@@ -387,6 +397,8 @@ TEST_CASE("each counted key takes its least and its most and refuses one below a
       {"queue", "size", "0", "1000000", "", "1000001"},
       {"queue", "timeout", "1ms", "24h", "0", "86400001ms"},
       {"metrics", "keys", "0", "10000", "", "10001"},
+      {"slo", "ttft", "0", "24h", "", "86400001ms"},
+      {"slo", "tpot", "0", "24h", "", "86400001ms"},
       {"keys", "weight", "1", "1000", "0", "1001"},
       {"keys", "priority", "0", "100", "", "101"},
       {"keys", "max_pending", "0", "1000000", "", "1000001"},
@@ -587,7 +599,8 @@ TEST_CASE("a line that is neither a section nor a pair is refused with its numbe
 
 TEST_CASE("unknown, repeated and misplaced sections are errors") {
   const std::string all =
-      "[server], [upstream], [health], [routing], [queue], [keys], [fallbacks], [aliases], [metrics], [log], [backend]";
+      "[server], [upstream], [health], [routing], [queue], [keys], [fallbacks], [aliases], [metrics], "
+      "[slo], [log], [backend]";
   check_rows({
       {"[sever]\nthreads = 999\nbroken =", "n:1: unknown section 'sever'; did you mean [server]?\n"},
       {"[tls]\n", "n:1: unknown section 'tls'; expected one of " + all + "\n"},

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <random>
 #include <string>
@@ -37,6 +40,7 @@ struct World {
   FleetView fleet;
   ProcessStats process;
   LabelMode mode = LabelMode::sanitize;
+  MetricsFormat format = MetricsFormat::text;
   PrometheusPage page;
 
   BackendId register_backend(std::string_view name, bool healthy = true) {
@@ -44,7 +48,7 @@ struct World {
     fleet.backends.push_back({id, healthy});
     return id;
   }
-  std::string text() { return std::string(page.render(metrics, fleet, process, models, backends, keys, mode)); }
+  std::string text() { return std::string(page.render(metrics, fleet, process, models, backends, keys, mode, format)); }
   Reader read() {
     Reader reader(text());
     CHECK_MESSAGE(reader.problems.empty(), exposition::joined(reader.problems));
@@ -54,6 +58,60 @@ struct World {
 
 RequestRecord whole(ModelId model, BackendId backend, std::uint16_t status = 200) {
   return {.model = model, .backend = backend, .status = status, .reached_backend = true, .duration_ns = kSecond};
+}
+
+// Everything that a page can show has happened.
+void fill(World& world) {
+  static constexpr std::string_view kPaths[] = {"/v1/chat/completions", "/v1/embeddings"};
+  Slab* slabs[] = {&world.metrics.add_slab(), &world.metrics.add_slab()};
+  const ModelId models[] = {ModelId::unknown, world.models.intern("llama3:70b"), world.models.intern("gpt-4")};
+  const BackendId backends[] = {world.register_backend("gpu-1"), world.register_backend("gpu 2", false)};
+  const KeyId keys[] = {KeyId::none, world.keys.intern("other"), world.keys.intern("alice")};
+  for (int i = 0; i < 60; ++i) {
+    RequestRecord r = whole(models[i % 3], backends[i % 2], i % 7 == 0 ? 503 : 200);
+    r.error = i % 7 == 0 ? ErrorType::backend_error : ErrorType::none;
+    r.duration_ns = (i * i * 137 + 1) * kMillisecond;
+    r.stream = i % 4 != 0;
+    r.first_byte_ns = (i * i * 3 + 1) * kMillisecond;
+    r.per_token_ns = (i * 70 + 1) * kMicrosecond;
+    r.overhead_ns = (i * 900 + 1) * kMicrosecond / 100;
+    r.prompt_tokens = i * i * 40;
+    r.completion_tokens = i % 5 == 0 ? -1 : i * 20;
+    r.cached_tokens = i * 10;
+    r.endpoint = static_cast<std::uint8_t>(i % 2);
+    r.fell_back = i % 9 == 0;
+    r.fallback_to = models[2];
+    r.without_usage = i % 5 == 0;
+    r.without_end = i % 8 == 0;
+    r.affinity = static_cast<AffinityOutcome>(i % 5);
+    r.key = keys[i % 3];
+    Slab& slab = *slabs[i % 2];
+    slab.record(r);
+    slab.attempt(r.backend, static_cast<AttemptOutcome>(i % 8));
+    slab.health_check(r.backend, (i * 7 + 1) * kMillisecond);
+    slab.add_in_flight(r.backend, 1);
+    slab.queue_waits(r.model).observe((i * 50 + 1) * kMillisecond);
+    slab.loop_stall((i * 20 + 1) * kMicrosecond);
+    slab.limit_hit(static_cast<Limit>(i % 29));
+    slab.http_rejected(static_cast<HttpRejection>(i % 5));
+    slab.key_cells(r.key).queue_waits.add(1);
+    slab.key_cells(r.key).queue_wait_ns.add(123'456'789);
+  }
+  world.fleet.backends[0].max_pending = 4;
+  world.fleet.models_available = 2;
+  world.fleet.queue_size = 100;
+  world.fleet.endpoints = kPaths;
+  world.fleet.version = "0.1.0";
+  world.fleet.tls_library = "OpenSSL 3";
+  world.fleet.last_reload_success_timestamp = 1'700'000'000.25;
+  world.fleet.certificates = {{"gpu.example", 1'800'000'000}};
+  world.process = {.cpu_ns = 1'230'000'000,
+                   .resident_bytes = 4096,
+                   .virtual_bytes = 1 << 20,
+                   .open_fds = 9,
+                   .max_fds = 1024,
+                   .start_time_ns = 1'700'000'000'070'000'000,
+                   .threads = 3};
 }
 
 // From the head of a family to the head of the next.
@@ -260,6 +318,153 @@ nexus_requests_total{model="m",backend="b",status="503"} 1
       TextBuffer page;
       CHECK(page.add_seconds(ns).text() == expected);
     }
+  }
+}
+
+TEST_SUITE("the two formats") {
+  // tests/metrics.txt was written before there was another format.
+  TEST_CASE("0.0.4 stays as it was, byte for byte") {
+    World world;
+    fill(world);
+    std::ifstream file("tests/metrics.txt");
+    REQUIRE(file.good());
+    const std::string expected{std::istreambuf_iterator<char>(file), {}};
+    const std::string text = world.text();
+    const auto [here, there] = std::mismatch(text.begin(), text.end(), expected.begin(), expected.end());
+    CAPTURE(text.substr(static_cast<std::size_t>(here - text.begin()), 200));
+    CHECK(text == expected);
+  }
+
+  // Line by line: by a second implementation of the differences, which works on the text.
+  TEST_CASE("OpenMetrics differs in the names of families, in units, in bounds and in the last line alone") {
+    World world;
+    fill(world);
+    std::string expected, unit;
+    const std::string plain = world.text();
+    for (std::size_t at = 0; at < plain.size();) {
+      const std::size_t end = plain.find('\n', at);
+      std::string line = plain.substr(at, end - at);
+      at = end + 1;
+      if (line.starts_with("# ")) {
+        const std::size_t from = 7, to = line.find(' ', from);
+        std::string name = line.substr(from, to - from), rest = line.substr(to);
+        const bool is_counter = plain.find("# TYPE " + name + " counter\n") != std::string::npos;
+        if (name == "nexus_build_info" && rest == " gauge") rest = " info";
+        if (is_counter) name.resize(name.size() - std::string_view("_total").size());
+        if (name == "nexus_build_info") name = "nexus_build";
+        line = line.substr(0, from) + name + rest;
+        for (const std::string word : {"seconds", "bytes"}) {
+          if (name.ends_with("_" + word) && line.starts_with("# TYPE ")) line += "\n# UNIT " + name + " " + word;
+        }
+      } else if (const std::size_t le = line.find("le=\""); le != std::string::npos && line[le + 4] != '+') {
+        const std::size_t from = le + 4, to = line.find('"', from);
+        char text[32];
+        std::snprintf(text, sizeof text, "%g", std::stod(line.substr(from, to - from)));
+        std::string bound = text;
+        if (bound.find_first_of(".e") == std::string::npos) bound += ".0";
+        line = line.substr(0, from) + bound + line.substr(to);
+      }
+      expected += line + "\n";
+    }
+    expected += "# EOF\n";
+    world.format = MetricsFormat::openmetrics;
+    const std::string text = world.text();
+    const auto [here, there] = std::mismatch(text.begin(), text.end(), expected.begin(), expected.end());
+    CAPTURE(text.substr(static_cast<std::size_t>(here - text.begin()), 200));
+    CAPTURE(expected.substr(static_cast<std::size_t>(there - expected.begin()), 200));
+    CHECK(text == expected);
+    world.format = MetricsFormat::text;
+    CHECK(world.text() == plain);  // also after a page of the other format
+  }
+
+  TEST_CASE("OpenMetrics is written to the letter") {
+    World world;
+    Slab& slab = world.metrics.add_slab();
+    world.fleet.version = "0.1.0";
+    RequestRecord r = whole(world.models.intern("m"), world.register_backend("b"));
+    r.overhead_ns = 30 * kMicrosecond;
+    slab.record(r);
+    world.process.cpu_ns = 1'230'000'000;
+    world.format = MetricsFormat::openmetrics;
+    const std::string page = world.text();
+    CHECK(family_text(page, "nexus_requests") ==
+          R"(# HELP nexus_requests Finished requests, by the status sent to the client.
+# TYPE nexus_requests counter
+nexus_requests_total{model="m",backend="b",status="200"} 1
+)");
+    CHECK(
+        family_text(page, "nexus_overhead_seconds") ==
+        R"(# HELP nexus_overhead_seconds Time Nexus added to a request, without its waits for the queue and for a connection.
+# TYPE nexus_overhead_seconds histogram
+# UNIT nexus_overhead_seconds seconds
+nexus_overhead_seconds_bucket{le="1e-05"} 0
+nexus_overhead_seconds_bucket{le="2.5e-05"} 0
+nexus_overhead_seconds_bucket{le="5e-05"} 1
+nexus_overhead_seconds_bucket{le="0.0001"} 1
+nexus_overhead_seconds_bucket{le="0.00025"} 1
+nexus_overhead_seconds_bucket{le="0.0005"} 1
+nexus_overhead_seconds_bucket{le="0.001"} 1
+nexus_overhead_seconds_bucket{le="0.0025"} 1
+nexus_overhead_seconds_bucket{le="0.005"} 1
+nexus_overhead_seconds_bucket{le="0.01"} 1
+nexus_overhead_seconds_bucket{le="0.05"} 1
+nexus_overhead_seconds_bucket{le="0.1"} 1
+nexus_overhead_seconds_bucket{le="+Inf"} 1
+nexus_overhead_seconds_sum 0.00003
+nexus_overhead_seconds_count 1
+)");
+    CHECK(family_text(page, "nexus_build") == R"(# HELP nexus_build Always 1; the version of Nexus is in the label.
+# TYPE nexus_build info
+nexus_build_info{version="_0_1_0",tls_library="_"} 1
+)");
+    CHECK(family_text(page, "process_cpu_seconds") == R"(# HELP process_cpu_seconds User and system CPU time spent.
+# TYPE process_cpu_seconds counter
+# UNIT process_cpu_seconds seconds
+process_cpu_seconds_total 1.23
+# EOF
+)");
+  }
+
+  TEST_CASE("a help text is escaped for OpenMetrics, and a part of a unit is none") {
+    Exposition out;
+    out.begin(MetricsFormat::openmetrics);
+    out.family("a_milliseconds", "gauge", "say \"x\\y\"\nor not");
+    out.sample(1);
+    out.family("b_bytes_total", "counter", "B.");
+    out.sample(2);
+    out.end();
+    CHECK(out.text() ==
+          "# HELP a_milliseconds say \\\"x\\\\y\\\"\\nor not\n# TYPE a_milliseconds gauge\na_milliseconds 1\n"
+          "# HELP b_bytes B.\n# TYPE b_bytes counter\n# UNIT b_bytes bytes\nb_bytes_total 2\n# EOF\n");
+    out.begin(MetricsFormat::text);
+    out.end();
+    CHECK(out.text().empty());
+  }
+
+  TEST_CASE("requests that were judged have both series of their model, and stay when the level is gone") {
+    World world;
+    Slab* slabs[] = {&world.metrics.add_slab(), &world.metrics.add_slab()};
+    RequestRecord r = whole(world.models.intern("gpt-4"), world.register_backend("b"));
+    slabs[0]->record(r);
+    CHECK(family_text(world.text(), "nexus_slo_requests_total") == "absent");
+    world.fleet.has_service_levels = true;
+    CHECK(world.read().family("nexus_slo_requests_total")->samples.empty());
+    r.is_noted = true;
+    r.slo = Slo::met;
+    slabs[0]->record(r);
+    slabs[1]->record(r);
+    r.model = world.models.intern("gpt_4");
+    slabs[1]->record(r);
+    r.model = world.models.intern("other");
+    r.slo = Slo::missed;
+    slabs[1]->record(r);
+    world.fleet.has_service_levels = false;
+    const Reader page = world.read();
+    CHECK(page.text("nexus_slo_requests_total", {{"model", "gpt_4"}, {"met", "yes"}}) == "3");
+    CHECK(page.text("nexus_slo_requests_total", {{"model", "gpt_4"}, {"met", "no"}}) == "0");
+    CHECK(page.text("nexus_slo_requests_total", {{"model", "other"}, {"met", "yes"}}) == "0");
+    CHECK(page.text("nexus_slo_requests_total", {{"model", "other"}, {"met", "no"}}) == "1");
+    CHECK(page.sum("nexus_requests_total") == 5);
   }
 }
 

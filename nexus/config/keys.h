@@ -46,7 +46,7 @@ inline std::string_view nearest_word(std::string_view typed, const Words& words)
   std::string small(typed);
   std::transform(small.begin(), small.end(), small.begin(), to_lower);
   std::string_view meant;
-  std::size_t least = std::min<std::size_t>(3, (typed.size() + 1) / 2 + 1);  // short words are all near one another
+  std::size_t least = std::min<std::size_t>(3, typed.size() / 2 + 1);  // short words are all near one another
   for (std::string_view word : words) {
     const std::size_t distance = edit_distance(small, word);
     if (distance < least) meant = word;
@@ -331,6 +331,10 @@ inline constexpr std::array kConfigKeys = std::to_array<ConfigKey>({
     {"metrics", "enabled", kYesNo, "yes", "yes or no", [](V& v) { v.to(v.s.metrics.enabled); }},
     {"metrics", "labels", kChoice, "sanitize", "sanitize, raw", [](V& v) { v.to(v.s.metrics.labels); }},
     {"metrics", "keys", kNumber, "200", "0 to 10000", [](V& v) { v.to(v.s.metrics.keys); }},
+    {"metrics", "openmetrics", kYesNo, "no", "yes or no", [](V& v) { v.to(v.s.metrics.openmetrics); }},
+
+    {"slo", "ttft", kDuration, "0", "0, or 1ms to 24h", [](V& v) { v.to(v.s.slo.ttft_ns); }},
+    {"slo", "tpot", kDuration, "0", "0, or 1ms to 24h", [](V& v) { v.to(v.s.slo.tpot_ns); }},
 
     {"trace", "endpoint", kText, "", kCollectorText, [](V& v) { v.to_collector(v.s.trace); }},
     {"trace", "trace_ratio", kShare, "1", "0 to 1", [](V& v) { v.to(v.s.trace.ratio_ppm); }},

@@ -267,6 +267,14 @@ struct MetricsSettings {
   bool enabled = true;
   LabelMode labels = LabelMode::sanitize;
   std::uint32_t keys = 200;  // names of clients' keys that have series of their own
+  bool openmetrics = false;  // for a scraper that prefers it
+};
+
+// What a stream is to keep to; 0: no such level.
+struct SloSettings {
+  Ns ttft_ns = 0;  // time to first token
+  Ns tpot_ns = 0;  // time per output token
+  bool on() const { return ttft_ns > 0 || tpot_ns > 0; }
 };
 
 struct TraceSettings {
@@ -327,6 +335,7 @@ struct Settings {
   KeysSettings keys;
   MetricsSettings metrics;
   TraceSettings trace;
+  SloSettings slo;
   LogSettings log;
   std::vector<NamePair> aliases;  // name → model, in file order
   Fallbacks fallbacks;            // model → models to try, in order

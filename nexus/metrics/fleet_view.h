@@ -40,6 +40,7 @@ struct FleetView {
   std::vector<ModelId> models_on_healthy;  // distinct
   std::uint64_t models_available = 0;
   std::uint32_t queue_size = 0;
+  bool has_service_levels = false;
   std::span<const std::string_view> endpoints;  // their paths, by RequestRecord::endpoint
   Ns uptime_ns = 0;
   Ns wall_ns = 0;

@@ -1,10 +1,10 @@
 // prometheus.h
-// Owns:     the page at /metrics: its families, in order, and the adding up of the threads' slabs.
+// Owns:     the page at /metrics: its families, in order.
 // Promises: every family once, its lines together; no series twice, whatever the names are; a counter never goes back
 //           from one page to the next; recorders are not blocked, not slowed, and not kept from their processor.
 //           Memory is kept for the next page.
-// Leaves:   the format to exposition.h, label values to labels.h; sockets, and the 503 if there is no page, to
-//           builtin_pages.h.
+// Leaves:   the format to exposition.h, adding up to series.h, label values to labels.h; sockets, and the 503 if there
+//           is no page, to builtin_pages.h.
 // Threads:  one (control), which also owns the name tables; the slabs may be written meanwhile.
 // Tested by: tests/prometheus_test.cpp, tests/e2e/metrics.test.mjs
 #pragma once
@@ -17,9 +17,9 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
-#include <thread>
 #include <vector>
 
 #include "nexus/base/clock.h"
@@ -32,6 +32,7 @@
 #include "nexus/metrics/ids.h"
 #include "nexus/metrics/labels.h"
 #include "nexus/metrics/process_families.h"
+#include "nexus/metrics/series.h"
 #include "nexus/metrics/slab.h"
 #include "nexus/os/procfs.h"
 
@@ -41,8 +42,8 @@ class PrometheusPage {
  public:
   // The page; it stays as it is until the next call. The name tables must be the same in every call.
   std::string_view render(const Metrics& metrics, const FleetView& fleet, const ProcessStats& process,
-                          const ModelNames& models, const BackendNames& backends, const KeyNames& keys,
-                          LabelMode mode) {
+                          const ModelNames& models, const BackendNames& backends, const KeyNames& keys, LabelMode mode,
+                          MetricsFormat format = MetricsFormat::text) {
     slabs_ = metrics.slabs();
     model_labels_.update(models, mode);
     backend_labels_.update(backends, mode);
@@ -56,8 +57,9 @@ class PrometheusPage {
     threads_.clear();
     for (const auto& slab : slabs_) threads_.push_back({0, &slab->thread()});
 
-    out_.clear();
+    out_.begin(format);
     write_requests();
+    write_service_levels(fleet);
     write_endpoints(fleet, mode);
     if (keys.size() > kOwnKeyNames) write_keys();
     write_fleet(fleet);
@@ -65,6 +67,7 @@ class PrometheusPage {
     write_threads();
     write_daemon(fleet, mode);
     write_process_families(out_, process);
+    out_.end();
     return out_.text();
   }
 
@@ -73,24 +76,8 @@ class PrometheusPage {
 
  private:
   static constexpr std::string_view kCounter = "counter", kGauge = "gauge", kHistogram = "histogram";
-  static constexpr std::size_t kSeriesAtOnce = 64;  // about 20 µs
 
   using Label = Exposition::Label;
-
-  // The counters of one thread, with the key of their series. Several threads, and several names with the same label
-  // value, may share a key; sorting by key puts the sources of a series side by side.
-  template <class Cells>
-  struct Source {
-    std::uint64_t key;  // label groups: first << 32 | second, or the only one
-    const Cells* cells;
-    bool operator<(const Source& other) const { return key < other.key; }
-  };
-  template <class Cells>
-  using Sources = std::vector<Source<Cells>>;
-
-  // All that is added up for one combination of labels. Every value on the page is such a sum.
-  template <class Cells>
-  using Series = std::span<const Source<Cells>>;
 
   struct BackendState {  // of one label value
     bool registered = false;
@@ -144,34 +131,6 @@ class PrometheusPage {
     std::sort(backends_.begin(), backends_.end());
   }
 
-  // visit(first group, second group, series). Yields the processor now and then: a worker on it would wait milliseconds
-  // for a large page.
-  template <class Cells, class Visit>
-  static void for_each_series(const Sources<Cells>& sources, Visit&& visit) {
-    std::size_t visited = 0;
-    for (std::size_t begin = 0, end = 0; begin < sources.size(); begin = end) {
-      while (end < sources.size() && sources[end].key == sources[begin].key) ++end;
-      visit(static_cast<std::uint32_t>(sources[begin].key >> 32), static_cast<std::uint32_t>(sources[begin].key),
-            Series<Cells>(sources).subspan(begin, end - begin));
-      if (++visited % kSeriesAtOnce == 0) std::this_thread::yield();
-    }
-  }
-
-  // The sum of one counter, which `pick` (a member, or a function) finds in the cells.
-  template <class Cells, class Pick>
-  static std::int64_t sum_of(Series<Cells> series, Pick&& pick) {
-    std::int64_t sum = 0;
-    for (const auto& source : series) sum += std::invoke(pick, *source.cells).read_signed();
-    return sum;
-  }
-
-  template <const auto& kBounds, class Cells>
-  static HistogramValues<kBounds> sum_of(Series<Cells> series, Histogram<kBounds> Cells::*histogram) {
-    HistogramValues<kBounds> values;
-    for (const auto& source : series) (source.cells->*histogram).add_to(values);
-    return values;
-  }
-
   // ---- families
 
   void write_requests() {
@@ -203,10 +162,10 @@ class PrometheusPage {
     });
 
     pair_family("nexus_request_duration_seconds", "Time from the complete request head to the last response byte.",
-                &PairCounters::duration, &PairCounters::duration_sum);
+                &PairCounters::duration, &PairCounters::duration_sum, &PairExemplars::duration);
     pair_family("nexus_time_to_first_token_seconds",
                 "Streams: time from the complete request to the first event from the backend that is no comment.",
-                &PairCounters::first_token, &PairCounters::first_token_sum);
+                &PairCounters::first_token, &PairCounters::first_token_sum, &PairExemplars::first_token);
     pair_family("nexus_time_per_output_token_seconds", "Streams with usage: mean time between two output tokens.",
                 &PairCounters::per_token, &PairCounters::per_token_sum);
     out_.family("nexus_tokens_total", kHistogram, "Tokens of each response, from its usage.");
@@ -222,6 +181,28 @@ class PrometheusPage {
       if (sum_of(series, &PairCounters::prompt_sum) == 0) return;
       pair_labels(model, backend, {});
       out_.sample(sum_of(series, &PairCounters::cached_sum));
+    });
+  }
+
+  // Shown where [slo] has a level, and from then on.
+  void write_service_levels(const FleetView& fleet) {
+    const auto judged = [](Series<ModelCounters> series, Slo outcome) {
+      return sum_of(
+          series, [outcome](const ModelCounters& cells) -> auto& {
+            return cells.slo[static_cast<std::size_t>(outcome)];
+          });
+    };
+    const auto all = [&](Series<ModelCounters> series) {
+      return judged(series, Slo::met) + judged(series, Slo::missed);
+    };
+    if (!fleet.has_service_levels && all(models_) == 0) return;
+    out_.family("nexus_slo_requests_total", kCounter, "Requests for streams, by whether they met the service level.");
+    for_each_series(models_, [&](auto, auto model, auto series) {
+      if (all(series) == 0) return;
+      for (const Slo outcome : {Slo::met, Slo::missed}) {
+        sample({{"model", model_labels_.text(model)}, {"met", kSloNames[static_cast<std::size_t>(outcome)]}},
+               judged(series, outcome));
+      }
     });
   }
 
@@ -293,22 +274,39 @@ class PrometheusPage {
 
   template <const auto& kBounds>
   void pair_family(std::string_view name, std::string_view help, Buckets<kBounds> PairCounters::*buckets,
-                   Counter PairCounters::*sum) {
+                   Counter PairCounters::*sum, Exemplars<kBounds> PairExemplars::*exemplars = nullptr) {
     out_.family(name, kHistogram, help);
     for_each_series(pairs_, [&](auto model, auto backend, auto series) {
-      pair_histogram(model, backend, series, buckets, sum, {});
+      pair_histogram(model, backend, series, buckets, sum, {}, exemplars);
     });
   }
 
-  // A series appears with its first observation, and stays.
+  // A series appears with its first observation, and stays. Its exemplars are read before its counts, in which they are
+  // then.
   template <const auto& kBounds>
   void pair_histogram(std::uint32_t model, std::uint32_t backend, Series<PairCounters> series,
-                      Buckets<kBounds> PairCounters::*buckets, Counter PairCounters::*sum, Label last) {
+                      Buckets<kBounds> PairCounters::*buckets, Counter PairCounters::*sum, Label last,
+                      Exemplars<kBounds> PairExemplars::*exemplars = nullptr) {
+    std::optional<typename Exemplars<kBounds>::Newest> newest;
+    if (exemplars != nullptr && out_.format() == MetricsFormat::openmetrics) newest = newest_of(series, exemplars);
     HistogramValues<kBounds> values;
     for (const auto& source : series) (source.cells->*buckets).add_to(values, source.cells->*sum);
     if (values.count() == 0) return;
     pair_labels(model, backend, last);
-    out_.histogram(values);
+    newest ? out_.histogram(values, *newest) : out_.histogram(values);
+  }
+
+  template <const auto& kBounds>
+  static std::optional<typename Exemplars<kBounds>::Newest> newest_of(Series<PairCounters> series,
+                                                                      Exemplars<kBounds> PairExemplars::*exemplars) {
+    std::optional<typename Exemplars<kBounds>::Newest> newest;
+    for (const auto& source : series) {
+      const PairExemplars* all = source.cells->exemplars.load(std::memory_order_acquire);
+      if (all == nullptr) continue;
+      if (!newest) newest.emplace();
+      (all->*exemplars).add_to(*newest);
+    }
+    return newest;
   }
 
   void write_fleet(const FleetView& fleet) {
@@ -429,7 +427,7 @@ class PrometheusPage {
   }
 
   void write_daemon(const FleetView& fleet, LabelMode mode) {
-    out_.family("nexus_build_info", kGauge, "Always 1; the version of Nexus is in the label.");
+    out_.family("nexus_build_info", "info", "Always 1; the version of Nexus is in the label.");
     sample({{"version", label_of(fleet.version, mode)}, {"tls_library", label_of(fleet.tls_library, mode)}}, 1);
     write_certificates(fleet, mode);
     single("nexus_config_last_reload_successful", kGauge, "1 if the last load of the configuration succeeded.",

@@ -8,16 +8,19 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string_view>
 #include <vector>
 
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
 #include "nexus/metrics/counters.h"
+#include "nexus/metrics/exemplars.h"
 #include "nexus/metrics/failure_log.h"
 #include "nexus/metrics/histogram.h"
 #include "nexus/metrics/ids.h"
@@ -74,6 +77,10 @@ inline constexpr std::array<std::string_view, 2> kQueueRejectionNames{"full", "t
 enum class AffinityOutcome : std::uint8_t { none, kept, moved_load, moved_health, no_key };
 inline constexpr std::array<std::string_view, 5> kAffinityOutcomeNames{"none", "kept", "moved_load", "moved_health",
                                                                        "no_key"};
+
+// If a request kept to the service level; none: it is not judged.
+enum class Slo : std::uint8_t { none, met, missed };
+inline constexpr std::array<std::string_view, 3> kSloNames{"none", "yes", "no"};
 
 constexpr bool is_keyed(AffinityOutcome x) { return x != AffinityOutcome::none && x != AffinityOutcome::no_key; }
 
@@ -167,7 +174,9 @@ struct RequestRecord {
   bool stream = false;
   DisconnectPhase disconnect = DisconnectPhase::none;
   bool without_usage = false;
-  bool without_end = false;         // a stream that succeeded without its end mark
+  bool without_end = false;  // a stream that succeeded without its end mark
+  bool by_client = false;    // it failed by what its client did, or for a limit of the client's own key
+  Slo slo = Slo::none;
   std::int64_t prompt_tokens = -1;  // here and below: negative = unknown, not recorded
   std::int64_t completion_tokens = -1;
   Ns duration_ns = 0;     // recorded if the request reached a backend
@@ -177,7 +186,9 @@ struct RequestRecord {
   std::int64_t cached_tokens = -1;                   // of prompt_tokens; negative: unknown
   std::uint8_t endpoint = 0;                         // row of the table of endpoints
   AffinityOutcome affinity = AffinityOutcome::none;  // of the last choice; none: [routing] affinity is off
+  bool is_noted = false;                             // `slo` or `trace` is set
   KeyId key = KeyId::none;
+  const TraceMark* trace = nullptr;  // of a sampled request, for an exemplar; valid until record() returns
 };
 
 // The classes of statuses that a key's requests are counted by.
@@ -210,7 +221,10 @@ struct PairCounters {
   Buckets<kFirstTokenBounds> first_token;
   Buckets<kPerTokenBounds> per_token;
   Counter cached_sum;
-  std::array<Counter, 15> unused;  // a node of PairTable has an odd number of cache lines, to use all sets of the cache
+  std::atomic<PairExemplars*> exemplars{nullptr};  // made for the first sampled request
+  std::array<Counter, 14> unused;  // a node of PairTable has an odd number of cache lines, to use all sets of the cache
+
+  ~PairCounters() { delete exemplars.load(std::memory_order_relaxed); }
 };
 
 struct alignas(kCacheAlign) BackendCounters {
@@ -224,6 +238,7 @@ struct alignas(kCacheAlign) BackendCounters {
 struct alignas(kCacheAlign) ModelCounters {
   std::array<Counter, kErrorTypeNames.size()> errors;
   Histogram<kDurationBounds> queue_wait;
+  std::array<Counter, kSloNames.size()> slo;
 };
 
 struct alignas(kCacheAlign) KeyCounters {
@@ -322,7 +337,7 @@ class alignas(kCacheAlign) Slab {
   [[gnu::always_inline]] static bool is_rare(const RequestRecord& r) {
     const auto flags = static_cast<unsigned>(r.error) | static_cast<unsigned>(r.disconnect) |
                        static_cast<unsigned>(r.without_usage) | static_cast<unsigned>(r.without_end) |
-                       static_cast<unsigned>(r.fell_back);
+                       static_cast<unsigned>(r.fell_back) | static_cast<unsigned>(r.is_noted);
     return (flags | static_cast<unsigned>(r.status < 200) | static_cast<unsigned>(r.status > 299)) != 0;
   }
 
@@ -347,8 +362,8 @@ class alignas(kCacheAlign) Slab {
     if (r.affinity != AffinityOutcome::none) count(thread_.affinity, r.affinity);
   }
 
-  // For errors, disconnects, fallbacks and missing usage. All cells are looked up first, so that nothing is counted if
-  // one can't be allocated.
+  // For errors, disconnects, fallbacks, missing usage, service levels and exemplars. All cells are looked up first, so
+  // that nothing is counted if one can't be allocated.
   [[gnu::noinline]] void record_rare(const RequestRecord& r) {
     const ErrorType error = error_of(r);
     ModelCounters& model = models_.at(index_of(r.model));
@@ -360,6 +375,21 @@ class alignas(kCacheAlign) Slab {
     if (r.without_usage) backend.without_usage.add(1);
     if (r.without_end) backend.without_end.add(1);
     if (fallback != nullptr) fallback->add(1);
+    if (r.slo != Slo::none) count(model.slo, r.slo);
+    if (r.trace != nullptr) keep_exemplars(r);
+  }
+
+  // After the counts, so that no reader sees an exemplar in an empty bucket. Without memory there is none.
+  void keep_exemplars(const RequestRecord& r) {
+    PairCounters& pair = pairs_.at(index_of(r.model), index_of(r.backend));
+    PairExemplars* exemplars = pair.exemplars.load(std::memory_order_relaxed);
+    if (exemplars == nullptr) {
+      exemplars = new (std::nothrow) PairExemplars;
+      if (exemplars == nullptr) return;
+      pair.exemplars.store(exemplars, std::memory_order_release);  // publishes the zeros
+    }
+    if (r.reached_backend) exemplars->duration.put(*r.trace, r.duration_ns);
+    if (r.stream && r.first_byte_ns >= 0) exemplars->first_token.put(*r.trace, r.first_byte_ns);
   }
 
   template <std::size_t N, class Outcome>

@@ -56,6 +56,8 @@ struct AccessEntry {
   Ns queue_ns = 0;                  // in the queue
   Ns connect_ns = 0;                // until connections to backends stood
   std::string_view trace_id;        // of the client's traceparent; empty: none
+  bool has_slo = false;             // there is a service level
+  std::string_view slo;             // if the request met it; empty: it was not judged
 };
 
 namespace detail {
@@ -210,6 +212,7 @@ class Log {
     milliseconds("queue_ms", entry.queue_ns);
     milliseconds("connect_ms", entry.connect_ns);
     entry.trace_id.empty() ? absent("trace_id") : text("trace_id", entry.trace_id);
+    if (entry.has_slo) entry.slo.empty() ? absent("slo") : text("slo", entry.slo);
     end(ring_->access);
   }
 

@@ -269,6 +269,7 @@ class Exchange {
   }
 
   [[gnu::cold]] void refuse_body(ApiError error) {
+    facts_ = BodyFacts();  // they may be of the request before
     if (error == ApiError::too_deep) context_.slab.limit_hit(Limit::json_depth);
     if (error == ApiError::out_of_memory) context_.slab.limit_hit(Limit::memory);
     refuse(error, true, {}, error == ApiError::no_model ? "model" : "");
@@ -391,9 +392,7 @@ class Exchange {
 
   // Ends the attempt in hand, and the exchange if nothing else can be tried. The state is another one afterwards.
   [[gnu::cold]] void end(Ending ending);
-
   [[gnu::cold]] DisconnectPhase disconnect_phase() const;
-
   // `detail` says more than the outcome, for the log.
   [[gnu::cold]] void note_backend_failure(AttemptOutcome why, std::string_view detail,
                                           std::optional<Ns> retry_after = {});
@@ -449,6 +448,7 @@ class Exchange {
   }
   [[gnu::noinline]] void end_span(AttemptOutcome outcome);
   [[gnu::noinline]] void note_end();
+  void end_trace();
   template <class Fill>
   void hand_over_span(Fill&& fill);
 

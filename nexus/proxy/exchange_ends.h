@@ -92,6 +92,7 @@ template <class Net>
 void Exchange<Net>::cut_response(const EndingRow& row) {
   if (!client_.has_begun()) summary_.record.status = 499;
   summary_.record.error = failed_for_client() ? ErrorType::backend_error : row.error_type;
+  summary_.record.by_client = row.fault == Fault::client && !failed_for_client();
   if (!client_.has_begun()) drop_answer();
   summary_.cut_short = true;
   client_.end_connection();
@@ -290,6 +291,7 @@ void Exchange<Net>::give_kept_answer() {
 template <class Net>
 void Exchange<Net>::refuse_by_key(Limit limit, ApiError error) {
   context_.slab.limit_hit(limit);
+  summary_.record.by_client = true;
   client_.set_rate_lines(key_.rate_lines());
   if (error != ApiError::model_not_found) return refuse(error, true, key_.message());
   refuse(error, true, unknown_model_message(*snapshot_, summary_.model, key_.settings()), "model");
@@ -350,6 +352,8 @@ void Exchange<Net>::log_access() {
   AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
   entry.key = key_.name();
   entry.endpoint = name_of(endpoint_->api);
+  entry.has_slo = context_.settings().slo.on();
+  if (summary_.record.slo != Slo::none) entry.slo = kSloNames[static_cast<std::size_t>(summary_.record.slo)];
   entry.request_bytes = body_bytes_;
   entry.route = reason_;
   std::array<char, kMaxLogValueBytes> tries;

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "nexus/fleet/affinity.h"
+#include "nexus/metrics/service_level.h"
 #include "nexus/proxy/exchange.h"
 
 namespace nexus {
@@ -95,12 +96,29 @@ void Exchange<Net>::end_span(AttemptOutcome outcome) {
   });
 }
 
-// The request is over.
+// The request is over: judges it, marks it for an exemplar, and logs it.
 template <class Net>
 void Exchange<Net>::note_end() {
-  if (context_.log.wants_access()) log_access();
+  RequestRecord& record = summary_.record;
+  const SloSettings& levels = context_.settings().slo;
+  // Its body was read, so that it is known what it asked for.
+  if (levels.on() && summary_.complete_ns > 0 && facts_.stream) {
+    const Ns first_ns = relay_.response().first_ns();
+    record.slo = judge(levels, record, first_ns < 0 ? -1 : first_ns - summary_.complete_ns);
+  }
   const RequestTrace& trace = summary_.trace;
-  if (trace.state != RequestTrace::State::sampled) return;
+  if (context_.keeps_exemplars && trace.is_sampled()) {
+    summary_.mark = {trace_number({trace.id.data(), trace.id.size()}), context_.net.wall_now()};
+    record.trace = &summary_.mark;
+  }
+  record.is_noted = record.slo != Slo::none || record.trace != nullptr;
+  if (context_.log.wants_access()) log_access();
+  if (trace.state == RequestTrace::State::sampled) end_trace();
+}
+
+template <class Net>
+void Exchange<Net>::end_trace() {
+  const RequestTrace& trace = summary_.trace;
   const RequestRecord& record = summary_.record;
   hand_over_span([&](SpanRecord& span) {
     span.span_id = trace.server_span;

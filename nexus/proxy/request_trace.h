@@ -38,11 +38,14 @@ struct RequestTrace {
   BoundedText<kMaxConversationBytes> conversation;
 
   bool makes_lines() const { return state >= State::unsampled; }
+  // By the client's trace, or by Nexus's own.
+  bool is_sampled() const { return state != State::none && (flags & kSampled) != 0; }
 
   // The parent that the client names is noted.
   void note(const TraceParent& parent_in) {
     state = State::noted;
     id = parent_in.trace_id;
+    flags = parent_in.flags;
   }
 
   // Spans are made: `client` is the parent, if there is one.

@@ -202,12 +202,15 @@ struct WorkerContext {
         random(seed) {
     text.reserve(kTextBytes);
     use(std::make_unique<LocalSnapshot>(LocalSnapshot{std::move(snapshot_in), 0}));
-    look_at_settings();
   }
 
-  void use(std::unique_ptr<LocalSnapshot> next) { snapshot = SnapshotUse(next.release()); }
-  // What the settings say of the log and of spans is in force.
-  void look_at_settings() { watches = log.wants_access() || settings().trace.on(); }
+  // The log's settings are those of `next`.
+  void use(std::unique_ptr<LocalSnapshot> next) {
+    snapshot = SnapshotUse(next.release());
+    log.configure(settings().log);
+    keeps_exemplars = settings().metrics.openmetrics;
+    watches = log.wants_access() || settings().trace.on() || settings().slo.on() || keeps_exemplars;
+  }
   const Settings& settings() const { return *snapshot->settings; }
 
   // A buffer to receive into, for the present step only. Null if memory is short.
@@ -331,8 +334,9 @@ struct WorkerContext {
   Random random;
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
-  bool watches = false;    // requests leave a line in the access log, or spans
+  bool watches = false;  // requests leave a line in the access log, spans, an exemplar, or are judged
   bool draining = false;
+  bool keeps_exemplars = false;
   DateLine date;
   Ns next_lack_log_ns = 0;
   Ns next_failure_log_ns = 0;

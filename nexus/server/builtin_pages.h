@@ -26,6 +26,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/fleet/registry.h"
 #include "nexus/http/head_writer.h"
+#include "nexus/metrics/negotiation.h"
 #include "nexus/proxy/candidate_picker.h"
 #include "nexus/server/client_keys.h"
 #include "nexus/server/model_pages.h"
@@ -87,11 +88,12 @@ class BuiltinPages {
       case PageKind::tags: begin_model_page(session, base, ModelListKind::ollama); break;
       case PageKind::model: answer_model(session, base, path); break;
       case PageKind::running: return wait_for(session, {kind, narrow_key(session, base)});
+      case PageKind::metrics: return wait_for(session, {choose_format(session, base)});
       case PageKind::version:
-      case PageKind::metrics:
       case PageKind::stats:
       case PageKind::status: return wait_for(session, {kind});
       case PageKind::none:
+      case PageKind::openmetrics:
       case PageKind::endpoint:
       case PageKind::server: assert(false);
     }
@@ -150,7 +152,10 @@ class BuiltinPages {
   [[gnu::cold]] void begin_page(SessionT& session, std::shared_ptr<const TextBuffer> body, PageKind kind) {
     if (body == nullptr) return answer_error(session, ApiError::metrics_unavailable);
     OwnResponse answer = own_response(session, 200);
-    if (kind == PageKind::metrics) answer.content_type = "text/plain; version=0.0.4; charset=utf-8";
+    if (kind == PageKind::metrics || kind == PageKind::openmetrics) {
+      answer.content_type = content_type_of(session.metrics_form);
+      if (context_.settings().metrics.openmetrics) answer.extra_fields = "Vary: Accept\r\n";
+    }
     if (kind == PageKind::status) {
       answer.content_type = "text/html; charset=utf-8";
       answer.extra_fields = kStatusFields;
@@ -254,12 +259,28 @@ class BuiltinPages {
     return session.fields()->has(Field::anthropic_version) ? ErrorShape::anthropic : ErrorShape::openai;
   }
 
+  // take(value) for each Accept field.
+  template <class Take>
+  static void each_accept(const SessionT& session, const char* base, Take&& take) {
+    for (const FieldRow& row : *session.fields()) {
+      if (row.field == Field::other && equals_ignoring_case(name_of(base, row), "accept")) take(value_of(base, row));
+    }
+  }
   static bool wants_html(const SessionT& session) {
-    const char* const base = session.input.data();
-    return std::any_of(session.fields()->begin(), session.fields()->end(), [&](const FieldRow& row) {
-      return row.field == Field::other && equals_ignoring_case(name_of(base, row), "accept") &&
-             value_of(base, row).find("text/html") != std::string_view::npos;
-    });
+    bool wants = false;
+    each_accept(session, session.input.data(),
+                [&wants](std::string_view accept) { wants |= accept.find("text/html") != std::string_view::npos; });
+    return wants;
+  }
+
+  // The form of /metrics that the client prefers.
+  PageKind choose_format(SessionT& session, const char* base) const {
+    MetricsAccept accepts;
+    if (context_.settings().metrics.openmetrics) {
+      each_accept(session, base, [&accepts](std::string_view accept) { accepts.add(accept); });
+    }
+    session.metrics_form = accepts.choice();
+    return session.metrics_form.format == MetricsFormat::text ? PageKind::metrics : PageKind::openmetrics;
   }
 
   // For the person behind a browser, which sends no key.

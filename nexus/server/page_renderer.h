@@ -54,14 +54,16 @@ class PageRenderer {
 
   // Throws std::bad_alloc; the next page is complete again.
   std::shared_ptr<const TextBuffer> render(PageKind kind, Ns now) {
-    const FleetView fleet = fleet_view(now, kind != PageKind::metrics);
+    const bool is_exposition = kind == PageKind::metrics || kind == PageKind::openmetrics;
+    const FleetView fleet = fleet_view(now, !is_exposition);
     count_dropped_lines();
     const ModelNames& models = registry_.model_names();
     const BackendNames& backends = registry_.backend_names();
-    if (kind == PageKind::metrics) {
+    if (is_exposition) {
       metrics_memory_.take_back(prometheus_page_.page());
       prometheus_page_.render(metrics_, fleet, sources_.process_stats(), models, backends, registry_.keys().names(),
-                              registry_.settings().metrics.labels);
+                              registry_.settings().metrics.labels,
+                              kind == PageKind::metrics ? MetricsFormat::text : MetricsFormat::openmetrics);
       return metrics_memory_.lend(prometheus_page_.page());
     }
     stats_memory_.take_back(stats_page_);
@@ -120,6 +122,7 @@ class PageRenderer {
     models.erase(std::unique(models.begin(), models.end()), models.end());
     fleet.models_available = models.size();
     fleet.queue_size = registry_.settings().queue.size;
+    fleet.has_service_levels = registry_.settings().slo.on();
     fleet.endpoints = endpoint_paths_;
     fleet.uptime_ns = now - process_started_ns_;
     fleet.wall_ns = sources_.wall_time();

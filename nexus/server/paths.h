@@ -30,6 +30,7 @@ enum class PageKind : std::uint8_t {
   running,
   version,
   metrics,
+  openmetrics,  // at the path of `metrics`, for a client that prefers it
   stats,
   status,
   endpoint,

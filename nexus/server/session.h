@@ -27,6 +27,7 @@
 #include "nexus/base/text_buffer.h"
 #include "nexus/http/head_parser.h"
 #include "nexus/http/head_writer.h"
+#include "nexus/metrics/negotiation.h"
 #include "nexus/metrics/slab.h"
 #include "nexus/proxy/exchange_steps.h"
 #include "nexus/proxy/request_body.h"
@@ -249,6 +250,7 @@ struct Session {
   std::string cors_lines;         // of the response
   bool keep_alive = true;         // after a response of our own
   std::string request_id;         // of such a response
+  MetricsForm metrics_form;       // of a page of metrics
   std::uint32_t page_number = 0;  // of the last page asked for: an answer that comes too late carries an earlier one
   std::shared_ptr<const TextBuffer> page;
   std::string page_head;

@@ -176,8 +176,6 @@ class Worker {
     }
     if (!changed) return false;
     sessions_.pool().forget_departed(*context_.snapshot);
-    log_.configure(context_.settings().log);
-    context_.look_at_settings();
     return true;
   }
 

@@ -22,7 +22,7 @@ async function two_hosts(t) {
     return answer_plainly(incoming, reply);
   };
   const backend = await start_backend(t, { kind: 'vllm', answer });
-  const conf = (pages) => ({ server: { api_keys_file: t.file('keys', 'alice sk-alice-0123456789\n'), metrics_listen: `127.0.0.1:${pages}` }, queue: { size: 9 }, backends: [{ name: 'gpu', mock: backend, max_pending: 1 }], routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' } });
+  const conf = (pages) => ({ server: { api_keys_file: t.file('keys', 'alice sk-alice-0123456789\n'), metrics_listen: `127.0.0.1:${pages}` }, queue: { size: 9 }, slo: { ttft: '1s' }, backends: [{ name: 'gpu', mock: backend, max_pending: 1 }], routing: { retries: 0 }, health: { eject_after: 1000, interval: '300ms' } });
   const start = async (pages) => Object.assign(await start_nexus(t, conf(pages), { ready: 'no' }), { pages });
   const fleet = [await start(await free_port()), await start(await free_port())];
   for (const { pages } of fleet) await until(async () => (await get(pages, '/health').catch(() => ({}))).json?.status === 'healthy', 'a healthy backend');
@@ -103,7 +103,7 @@ group('more than one host', () => {
     need_program(t, 'prometheus');
     const fleet = await two_hosts(t);
     const site = await start_prometheus(t, `global: { evaluation_interval: 200ms }
-rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml ]
+rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml, ${repository}/contrib/prometheus/nexus-fleet.yml ]
 `, { receiver: true });
     for (const [i, nexus] of fleet.entries()) {
       await start_prometheus(t, with_replaced(repository_file('contrib/prometheus/agent/prometheus-agent.yml'), {
@@ -124,6 +124,13 @@ rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml ]
     const instances = (await site.query('nexus_requests_total')).map((s) => `${s.metric.site} ${s.metric.instance}`);
     assert.deepEqual([...new Set(instances)].sort(), ['cellar edge-1', 'cellar edge-2']);
     await check_recorded(fleet, site, before, { job: 'nexus', site: 'cellar' });
+    // The rules by instance: each has served half, and nothing that they record is left out.
+    for (const s of await site.query('instance:nexus_requests:share_rate5m')) close_to(Number(s.value[1]), 0.5, 0.2, `the share of ${s.metric.instance}`);
+    for (const [, name] of repository_file('contrib/prometheus/nexus-fleet.yml').matchAll(/- record: (\S+)/g)) {
+      const of = (await site.query(name)).map((s) => `${s.metric.site} ${s.metric.instance}`);
+      const streams = /first_token/.test(name);   // all went to the first
+      assert.deepEqual(of.sort(), streams ? ['cellar edge-1'] : ['cellar edge-1', 'cellar edge-2'], name);
+    }
   });
 
   test('HAProxy in front: a Nexus is stopped under load and no request is lost', { calm: true, limit_ms: 60_000 }, async (t) => {

@@ -47,7 +47,7 @@ async function start_load(t) {
   backends.push({ name: 'lost', url: lost.url, type: 'generic', models: 'gone' });
   const nexus = await start_nexus(t, {
     server: { max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
-    routing: { retries: 0, affinity: 'session' }, health: { eject_after: 1000, interval: '300ms' },
+    routing: { retries: 0, affinity: 'session' }, health: { eject_after: 1000, interval: '300ms' }, slo: { ttft: '20ms', tpot: '1s' },
   }, { ready: 'up' });
   await until(async () => (await get(nexus.port, '/health')).json.backends.healthy === 3, 'three healthy backends');
   let over = false;

@@ -51,9 +51,9 @@ export async function run_to_end(binary, args, { input = '', ms = 20_000, ...opt
 
 let started = 0;
 
-// `config` is the text of prometheus.yml. options.agent: agent mode; options.receiver: takes remote writes; options.flags:
-// more of its command line.
-export async function start_prometheus(t, config, { agent = false, receiver = false, flags = [] } = {}) {
+// `config` is the text of prometheus.yml. options.agent: agent mode; options.receiver: takes remote writes; options.features:
+// that are switched on; options.flags: more of its command line.
+export async function start_prometheus(t, config, { agent = false, receiver = false, features = [], flags = [] } = {}) {
   const binary = need_program(t, 'prometheus');
   const port = await free_port();
   const number = ++started;
@@ -61,7 +61,8 @@ export async function start_prometheus(t, config, { agent = false, receiver = fa
   const data = path.join(t.dir(), `prometheus-${number}`);
   const { child, ...program } = run_beside(t, binary, [
     `--config.file=${file}`, `--web.listen-address=127.0.0.1:${port}`, '--log.level=warn',
-    ...(agent ? ['--enable-feature=agent', `--storage.agent.path=${data}`] : [`--storage.tsdb.path=${data}`]),
+    ...[...(agent ? ['agent'] : []), ...features].map((feature) => `--enable-feature=${feature}`),
+    agent ? `--storage.agent.path=${data}` : `--storage.tsdb.path=${data}`,
     ...(receiver ? ['--web.enable-remote-write-receiver'] : []), ...flags]);
   const api = async (what, parameters = {}) => {
     const r = await get(port, `/api/v1/${what}?${new URLSearchParams(parameters)}`);

@@ -49,7 +49,7 @@ inline void write_page(nexus::Exposition& page, const nexus::NameTable<nexus::Mo
   nexus::LabelTable<nexus::ModelId> labels;
   labels.update(names, mode);
   check(labels.ids() == names.size() && labels.groups() <= names.size(), "the table is of another size");
-  page.clear();
+  page.begin(nexus::MetricsFormat::text);
   page.family("fuzz_total", "counter", "Names.");
   for (std::uint32_t group = 0; group < labels.groups(); ++group) {
     std::uint64_t members = 0;

@@ -731,6 +731,26 @@ inline void add_routing_rows(ReloadRows& rows) {
   rows.push_back({"trace", "endpoint", When::new_requests, "endpoint = off", collector, "none", "01", flags});
   rows.push_back({"trace", "trace_ratio", When::new_requests, "trace_ratio = 0", "trace_ratio = 1", "00", "01", flags,
                   {{"trace", collector}}});
+  rows.push_back({"metrics", "openmetrics", When::at_once, "openmetrics = no", "openmetrics = yes", "no", "yes",
+                  after([](Scene& s) {
+                    s.send("GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: application/openmetrics-text\r\n\r\n");
+                    s.result();
+                    return std::string(s.answer.body.ends_with("# EOF\n") ? "yes" : "no");
+                  })});
+  // A request for a stream, which gets this answer, is judged or not.
+  const auto judged = [](const std::string& status) {
+    const Seen post = post_model(R"(,"stream":true)");
+    return Seen{[=](Scene& s) {
+                  s.serve = [=](const auto&) { return json_answer(kGoodBody, status); };
+                  post.begin(s);
+                },
+                [=](Scene& s) {
+                  post.end(s);
+                  return page("/metrics", "nexus_slo_requests_total{").end(s);
+                }};
+  };
+  rows.push_back({"slo", "ttft", When::at_once, "ttft = 0", "ttft = 1h", "no", "yes", judged("200 OK")});
+  rows.push_back({"slo", "tpot", When::at_once, "tpot = 0", "tpot = 1h", "no", "yes", judged("500 Error")});
   for (const char* key : {"level", "format", "access"}) {
     rows.push_back({"log", key, When::at_once, "", "", "", "", {}});
   }

@@ -12,6 +12,8 @@ const all_models = ['m1', 'gpt_4', 'small', 'big', 'narrow'];
 const each = (alert, labels, why) => Object.fromEntries(labels.map((label) => [`${alert} ${label}`, why]));
 
 export const not_played = {
+  NexusSloBurnsFast: 'its windows are five minutes and an hour: with the time to clear, longer than all the rest of the night',
+  NexusSloBurnsSlowly: 'its windows are half an hour and six hours: longer than the night',
   NexusLoopStalls: 'it takes a host without processor time, which cannot be had without disturbing Prometheus and this program',
 };
 

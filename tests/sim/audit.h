@@ -445,6 +445,7 @@ class Audit {
     request.line_backend = value("backend");
     request.line_key = value("key");
     request.line_affinity = value("affinity");
+    request.line_slo = value("slo");
     request.line_attempts = static_cast<std::uint32_t>(std::max<std::int64_t>(0, number("attempts")));
     request.line_bytes = static_cast<std::uint64_t>(number("bytes"));
     request.line_prompt_tokens = number("prompt_tokens");

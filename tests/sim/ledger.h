@@ -137,7 +137,7 @@ struct Request {
   // The request's log line:
   std::uint32_t lines = 0;
   std::uint16_t line_status = 0;
-  std::string line_error, line_backend, line_model, line_key, line_affinity;
+  std::string line_error, line_backend, line_model, line_key, line_affinity, line_slo;
   std::uint32_t line_attempts = 0;
   std::uint64_t line_bytes = 0;
   std::int64_t line_prompt_tokens = -1, line_completion_tokens = -1;

@@ -57,6 +57,7 @@ class RequestMaker {
     request.page = kPaths[dice_.index(std::size(kPaths))];
     out.append("GET ").append(request.page).append(http_1_0 ? " HTTP/1.0\r\n" : " HTTP/1.1\r\n");
     out.append("Host: nexus\r\nAuthorization: Bearer sk-sim\r\n");
+    if (dice_.one_in(2)) out.append("Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n");
     write_id(out, id, http_1_0, keep_alive);
     out += "\r\n";
   }
@@ -149,6 +150,7 @@ class RequestMaker {
     request.cross_origin = dice_.one_in(8);
     if (request.cross_origin) out.append("Origin: https://page\r\n");
     if (dice_.one_in(8)) out.append("Accept-Encoding: gzip\r\n");
+    if (dice_.one_in(4)) out.append("Traceparent: 00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01\r\n");
     if (dice_.one_in(20)) out.append("Connection: X-Hop\r\nX-Hop: for Nexus alone\r\nTE: trailers\r\n");
     const bool chunked = request.chunked = !http_1_0 && dice_.chance(habits_.chunked_body);
     const bool expects = may_expect && dice_.chance(habits_.expect_continue);

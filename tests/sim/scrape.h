@@ -30,6 +30,7 @@ class Scrape {
     }
     std::transform(kEndpoints.begin(), kEndpoints.end(), paths_.begin(), [](const Endpoint& row) { return row.path; });
     fleet_.endpoints = paths_;
+    fleet_.has_service_levels = registry_.settings().slo.on();
     PrometheusPage page;
     text_ = page.render(gateway.metrics(), fleet_, ProcessStats{}, registry_.model_names(), registry_.backend_names(),
                         registry_.keys().names(), LabelMode::sanitize);
@@ -84,6 +85,7 @@ class Scrape {
     check_tokens(page, "completion", lines.completions);
     check_whole(page);
     check_rejections(page);
+    check_levels(page);
     check_gauges(page);
     check_stats(lines);
   }
@@ -186,6 +188,43 @@ class Scrape {
     for (const char* reason : {"header_too_large", "malformed", "method", "unknown_path"}) {
       within(reason, page.sum("nexus_http_rejections_total", {{"reason", reason}}), least[reason], unsure);
     }
+  }
+
+  // A run has service levels throughout, or none (reloads.h). Each request that must be judged has been, once, and no
+  // other one.
+  void check_levels(const exposition::Reader& page) {
+    const bool on = registry_.settings().slo.on();
+    std::uint64_t met = 0, missed = 0;
+    for (std::size_t i = 0; i < ledger_.requests.size(); ++i) {
+      const Request& request = ledger_.requests[i];
+      if (request.lines != 1) continue;
+      const std::string& told = request.line_slo;
+      const bool judged = told == "yes" || told == "no";
+      met += told == "yes" ? 1 : 0;
+      missed += told == "no" ? 1 : 0;
+      if (!judged && told != (on ? "-" : "")) ledger_.wrong("r%zu: slo=%s in its line", i, told.c_str());
+      if (judged && !may_be_judged(request)) ledger_.wrong("r%zu: judged, though it is none of those that are", i);
+      if (on && !judged && must_be_judged(request))
+        ledger_.wrong("r%zu: not judged (%s)", i, request.line_error.c_str());
+      if (told == "yes" && request.line_error != "-") ledger_.wrong("r%zu: failed, and in time", i);
+    }
+    same("nexus_slo_requests_total in time", page.sum("nexus_slo_requests_total", {{"met", "yes"}}), met);
+    same("nexus_slo_requests_total too late", page.sum("nexus_slo_requests_total", {{"met", "no"}}), missed);
+    same("nexus_slo_requests_total", page.sum("nexus_slo_requests_total"), met + missed);
+    const bool shown = page.family("nexus_slo_requests_total") != nullptr;
+    if (shown != on) ledger_.wrong("nexus_slo_requests_total is %s", shown ? "there" : "missing");
+  }
+  static bool may_be_judged(const Request& request) {
+    const std::string& error = request.line_error;
+    return request.kind == Request::Kind::completion && request.body.stream && error != "client_closed" &&
+           error != "bad_request" && error != "no_backend";
+  }
+  // Others may have failed before their body was read, by a limit of their key, or by what their client did.
+  static bool must_be_judged(const Request& request) {
+    const std::string& error = request.line_error;
+    const bool tried = request.line_attempts > 0 && (error == "timeout" || error == "drain");
+    return may_be_judged(request) && (tried || error == "-" || error == "backend_error" || error == "parse_error" ||
+                                      error == "no_healthy_backend");
   }
 
   void within(const char* what, double shown, std::uint64_t least, std::uint64_t more) {

@@ -317,6 +317,8 @@ class SettingsMaker {
     settings_.health.eject_after = dice_.number(1, 8);
     settings_.health.eject_time_ns = dice_.span(10 * kMillisecond, 2 * kSecond);
     routing();
+    if (dice_.one_in(2)) settings_.slo.ttft_ns = dice_.span(kMillisecond, kSecond);
+    settings_.metrics.openmetrics = dice_.one_in(2);
     const std::uint32_t count = dice_.number(1, 4);
     for (std::uint32_t i = 0; i < count; ++i) add_backend();
     return now();
@@ -339,6 +341,8 @@ class SettingsMaker {
     settings_.queue.timeout_ns = 2 * kSecond;
     settings_.aliases = {{"a0", "m0"}, {"a1", "a0"}};
     settings_.fallbacks = {{"m1", {"m5"}}, {"m3", {"m5"}}};
+    settings_.slo = {.ttft_ns = 20 * kMillisecond, .tpot_ns = kMillisecond};
+    settings_.metrics.openmetrics = true;
     add(0, BackendKind::ollama, 1, {});
     add(1, BackendKind::vllm, 1, {"m0", "m1", "m2", "m3", "m4"});
     add(2, BackendKind::openai, 0, {"m5"});
