@@ -88,8 +88,8 @@ struct Exporting {
   Slab slab;
   SpanQueue queue;
   Prober<SimNet> prober{net, wheel, blocks, json};
-  SimNet::Resolver resolver{net, [this](std::uint64_t id, const std::vector<Address>& addresses,
-                                        const std::string& error) {
+  SimNet::Resolver resolver{net,
+                            [this](std::uint64_t id, const std::vector<Address>& addresses, const std::string& error) {
                               exporter.on_resolved(id, addresses, error, net.now());
                             }};
   SpanExporter<SimNet> exporter{net, prober, resolver, queue, slab, log, json, "nexus-1"};
@@ -106,14 +106,19 @@ TEST_CASE("what the collector refuses in part is read from its answer, and never
     std::size_t refused;
   };
   JsonReader json;
-  for (const Row& row : {Row{"", 0}, {"{}", 0}, {R"({"partialSuccess":{}})", 0},
+  for (const Row& row : {Row{"", 0},
+                         {"{}", 0},
+                         {R"({"partialSuccess":{}})", 0},
                          {R"({"partialSuccess":{"rejectedSpans":"3"}})", 3},
                          {R"({"partialSuccess":{"errorMessage":"x","rejectedSpans":4}})", 4},
                          {R"({"partialSuccess":{"rejectedSpans":"0","errorMessage":"a hint"}})", 0},
                          {R"({"partialSuccess":{"rejectedSpans":"-1"}})", 0},
                          {R"({"partialSuccess":{"rejectedSpans":"999999999999999999999"}})", 0},
-                         {R"({"partialSuccess":{"rejectedSpans":"11"}})", 10}, {R"({"partialSuccess":7})", 0},
-                         {R"({"other":{"rejectedSpans":"3"}})", 0}, {"[1]", 0}, {R"({"partialSuccess":{"rejec)", 0},
+                         {R"({"partialSuccess":{"rejectedSpans":"11"}})", 10},
+                         {R"({"partialSuccess":7})", 0},
+                         {R"({"other":{"rejectedSpans":"3"}})", 0},
+                         {"[1]", 0},
+                         {R"({"partialSuccess":{"rejec)", 0},
                          {"\xff\xfe", 0}}) {
     CAPTURE(std::string(row.answer));
     CHECK(refused_spans(json, row.answer, 10) == row.refused);

@@ -42,9 +42,14 @@ TEST_CASE("a well-formed traceparent is read, and one of an unknown version by i
     unsigned flags;
   };
   const std::string middle = "-" + kTrace + "-" + kSpan + "-";
-  for (const Row& row : {Row{"00" + middle + "01", 1}, {"00" + middle + "00", 0}, {"00" + middle + "03", 3},
-                         {"00" + middle + "ff", 3}, {"00" + middle + "09", 1}, {"cc" + middle + "01", 1},
-                         {"01" + middle + "01-more", 1}, {"cc" + middle + "00-what-ever.comes", 0}}) {
+  for (const Row& row : {Row{"00" + middle + "01", 1},
+                         {"00" + middle + "00", 0},
+                         {"00" + middle + "03", 3},
+                         {"00" + middle + "ff", 3},
+                         {"00" + middle + "09", 1},
+                         {"cc" + middle + "01", 1},
+                         {"01" + middle + "01-more", 1},
+                         {"cc" + middle + "00-what-ever.comes", 0}}) {
     CAPTURE(row.value);
     const auto parent = parse_traceparent(row.value);
     REQUIRE(parent.has_value());
@@ -117,7 +122,8 @@ TEST_CASE("without a parent a trace begins, and the ratio says how many are samp
     int least, most;
   };
   constexpr int kRequests = 20'000;
-  for (const Row& row : {Row{0, 0, 0}, {10'000, 130, 270}, {500'000, 9'700, 10'300}, {1'000'000, kRequests, kRequests}}) {
+  for (const Row& row :
+       {Row{0, 0, 0}, {10'000, 130, 270}, {500'000, 9'700, 10'300}, {1'000'000, kRequests, kRequests}}) {
     CAPTURE(row.ratio);
     Random random(99);
     std::set<std::string> ids;

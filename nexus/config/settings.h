@@ -278,12 +278,12 @@ struct SloSettings {
 };
 
 struct TraceSettings {
-  HostPort collector;                    // takes OTLP over HTTP; without a host no spans are made
-  std::string base_path;                 // before /v1/traces: "" or "/prefix"
-  std::uint32_t ratio_ppm = 1'000'000;   // of the requests without a traceparent that are sampled
-  std::string service_name = "nexus";    // here and below: of OpenTelemetry's variables alone
+  HostPort collector;                   // takes OTLP over HTTP; without a host no spans are made
+  std::string base_path;                // before /v1/traces: "" or "/prefix"
+  std::uint32_t ratio_ppm = 1'000'000;  // of the requests without a traceparent that are sampled
+  std::string service_name = "nexus";   // here and below: of OpenTelemetry's variables alone
   std::vector<std::pair<std::string, std::string>> attributes{};  // of the resource, besides
-  std::string remark{};                  // why the variables' collector is not used; empty: it is, or none is named
+  std::string remark{};  // why the variables' collector is not used; empty: it is, or none is named
   bool on() const { return !collector.host.empty(); }
 };
 

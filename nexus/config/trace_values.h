@@ -43,7 +43,8 @@ constexpr std::optional<std::uint64_t> parse_share(std::string_view text) {
 inline std::string read_collector(std::string_view text, TraceSettings& trace) {
   trace.collector = HostPort();
   if (text == "off") return {};
-  if (starts_with_ignoring_case(text, "https://")) return "expected http://: spans are sent in clear, to a collector near by";
+  if (starts_with_ignoring_case(text, "https://"))
+    return "expected http://: spans are sent in clear, to a collector near by";
   if (!starts_with_ignoring_case(text, "http://")) return "expected " + std::string(kCollectorText);
   if (text.find('@') != std::string_view::npos) return "expected a URL without a user or password";
   constexpr std::string_view kPath = "/v1/traces";
@@ -73,7 +74,8 @@ inline std::optional<std::string> percent_decoded(std::string_view text) {
   return out;
 }
 
-// Reads OTEL_RESOURCE_ATTRIBUTES, `name=value,…`; what is unfit is left out. A service.name among them is the service's.
+// Reads OTEL_RESOURCE_ATTRIBUTES, `name=value,…`; what is unfit is left out. A service.name among them is the
+// service's.
 inline void read_resource_attributes(std::string_view list, TraceSettings& trace) {
   while (!list.empty() && trace.attributes.size() < kMaxResourceAttributes) {
     const std::string_view item = next_list_element(list);

@@ -69,8 +69,8 @@ constexpr std::optional<TraceParent> parse_traceparent(std::string_view value) {
 inline std::optional<TraceParent> trace_parent_of(const HeadView& head) {
   const FieldRow* const first = find_field(*head.fields, Field::traceparent);
   if (first == nullptr) return std::nullopt;
-  const bool twice = std::any_of(first + 1, head.fields->end(),
-                                 [](const FieldRow& row) { return row.field == Field::traceparent; });
+  const bool twice =
+      std::any_of(first + 1, head.fields->end(), [](const FieldRow& row) { return row.field == Field::traceparent; });
   return twice ? std::nullopt : parse_traceparent(value_of(head.base, *first));
 }
 

@@ -39,9 +39,7 @@ class Attributes {
   void number(std::string_view name, std::int64_t value) {
     if (value >= 0) begin(name).field("intValue", Digits(value).view()).end_object().end_object();
   }
-  void truth(std::string_view name, bool value) {
-    begin(name).field("boolValue", value).end_object().end_object();
-  }
+  void truth(std::string_view name, bool value) { begin(name).field("boolValue", value).end_object().end_object(); }
   void seconds(std::string_view name, Ns span) {
     if (span < 0) return;
     std::array<char, kNumberBytes> digits;

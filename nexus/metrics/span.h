@@ -46,22 +46,22 @@ struct SpanRecord {
   std::uint64_t span_id = 0;
   std::uint64_t parent_id = 0;  // 0: none
   Kind kind = Kind::server;
-  std::uint8_t flags = 0;       // of the traceparent
-  bool remote_parent = false;   // another process's span
-  bool stream = false;          // asked for
+  std::uint8_t flags = 0;      // of the traceparent
+  bool remote_parent = false;  // another process's span
+  bool stream = false;         // asked for
   bool failed = false;
-  std::uint16_t status = 0;     // 0: none
-  std::uint16_t port = 0;       // of the backend
+  std::uint16_t status = 0;  // 0: none
+  std::uint16_t port = 0;    // of the backend
   Ns began_wall_ns = 0;
   Ns ended_wall_ns = 0;
-  Ns first_chunk_ns = -1;           // here and below: negative = unknown
+  Ns first_chunk_ns = -1;  // here and below: negative = unknown
   std::int64_t input_tokens = -1;
   std::int64_t output_tokens = -1;
   std::int64_t cached_tokens = -1;  // of input_tokens
   // Constants:
   std::string_view method, route;  // of a server's span
   std::string_view operation, provider;
-  std::string_view error;           // its type; empty: none, or the status says it
+  std::string_view error;  // its type; empty: none, or the status says it
   BoundedText<kMaxModelNameBytes> model;
   BoundedText<kMaxConversationBytes> conversation;
   BoundedText<kMaxBackendNameBytes> backend;  // of a client's span, as host and port
@@ -87,8 +87,8 @@ class SpanQueue {
     turns_ = std::move(turns);
   }
 
-  // Calls fill(SpanRecord&), which must set what it wants different from SpanRecord(). False, without a call, if there is
-  // no room.
+  // Calls fill(SpanRecord&), which must set what it wants different from SpanRecord(). False, without a call, if there
+  // is no room.
   template <class Fill>
   bool push(Fill&& fill) {
     if (turns_ == nullptr) return false;

@@ -438,19 +438,18 @@ class Exchange {
   void log_access();
   [[gnu::cold]] void note_failed_request();
 
-  // ---- the trace, and the access log's line: exchange_trace.h ----
-
-  [[gnu::noinline]] void begin_trace(const HeadView& view);
-  [[gnu::noinline]] std::string_view begin_span();
+  // The trace, and the access log's line: exchange_trace.h.
+  [[gnu::cold]] void begin_trace(const HeadView& view);
+  [[gnu::cold]] std::string_view begin_span();
   void end_attempt(AttemptOutcome outcome) {
     if (attempt_.end(outcome)) [[unlikely]]
       end_span(outcome);
   }
-  [[gnu::noinline]] void end_span(AttemptOutcome outcome);
-  [[gnu::noinline]] void note_end();
-  void end_trace();
+  [[gnu::cold]] void end_span(AttemptOutcome outcome);
+  [[gnu::cold]] void end_trace();
   template <class Fill>
   void hand_over_span(Fill&& fill);
+  [[gnu::noinline]] void note_end();
 
   Handle owner_;
   Context& context_;

@@ -2,8 +2,8 @@
 // Owns:     the spans of an exchange: a server's for the request and a client's for each attempt; the trace id in the
 //           access log, and the traceparent that a backend gets.
 // Promises: without [trace] endpoint the two fields are passed on unchanged. A sampled request hands over one server
-//           span, when it is over, and before it one client span an attempt, as a child of that; or it counts that there
-//           was no room. A backend's parent is the span of its own attempt.
+//           span, when it is over, and before it one client span an attempt, as a child of that; or it counts that
+//           there was no room. A backend's parent is the span of its own attempt.
 // Leaves:   sampling and ids to request_trace.h, the queue to metrics/span.h.
 // Threads:  its worker's.
 // Tested by: tests/e2e/trace.test.mjs, tests/sim
@@ -27,8 +27,7 @@ void Exchange<Net>::begin_trace(const HeadView& view) {
   trace.begin(client, settings.ratio_ppm, context_.random);
   if (trace.state != RequestTrace::State::sampled) return;
   trace.to_wall_ns = context_.net.wall_now() - context_.now;
-  const std::string_view session =
-      session_field(context_.settings().routing.affinity_headers, view.base, *view.fields);
+  const std::string_view session = session_field(context_.settings().routing.affinity_headers, view.base, *view.fields);
   if (session.size() <= kMaxConversationBytes) trace.conversation.set(session);
 }
 
@@ -81,8 +80,8 @@ void Exchange<Net>::end_span(AttemptOutcome outcome) {
     span.port = backend.server.port;
     span.model.set(*picker_.choice().model_name);
     span.conversation = trace.conversation;
-    const bool told_by_status = outcome == AttemptOutcome::ok || outcome == AttemptOutcome::status_429 ||
-                                outcome == AttemptOutcome::status_5xx;
+    const bool told_by_status =
+        outcome == AttemptOutcome::ok || outcome == AttemptOutcome::status_429 || outcome == AttemptOutcome::status_5xx;
     if (!told_by_status) span.error = name_of(outcome);
     span.failed = !told_by_status && outcome != AttemptOutcome::cancelled;
     if (!has_head) return;

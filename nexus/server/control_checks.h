@@ -1,5 +1,6 @@
 // control_checks.h
-// Owns:     what the control thread concludes from the end of a lookup and of a check: addresses, health, models, lacks of
+// Owns:     what the control thread concludes from the end of a lookup and of a check: addresses, health, models, lacks
+// of
 //           this host, and the log lines about them.
 // Promises: a change that workers must see leads to a new snapshot; a lack of this host says nothing about a backend.
 // Leaves:   the schedule to control.h, the state to fleet/registry.h. Users of Control include this.

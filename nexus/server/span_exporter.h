@@ -263,7 +263,7 @@ class SpanExporter {
   TraceSettings settings_;
   std::vector<Address> addresses_;
   std::uint64_t epoch_ = std::uint64_t{1} << kOwnBit;  // changes with the collector
-  bool is_name_ = false;  // the collector's host is to be looked up
+  bool is_name_ = false;                               // the collector's host is to be looked up
   Ns next_lookup_ns_ = 0;
   SpanBatch batch_;
   std::shared_ptr<const std::string> posted_;  // the batch that is sent, or will be; null: none

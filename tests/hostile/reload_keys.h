@@ -729,7 +729,14 @@ inline void add_routing_rows(ReloadRows& rows) {
   });
   const std::string collector = "endpoint = http://10.0.0.9:4318";
   rows.push_back({"trace", "endpoint", When::new_requests, "endpoint = off", collector, "none", "01", flags});
-  rows.push_back({"trace", "trace_ratio", When::new_requests, "trace_ratio = 0", "trace_ratio = 1", "00", "01", flags,
+  rows.push_back({"trace",
+                  "trace_ratio",
+                  When::new_requests,
+                  "trace_ratio = 0",
+                  "trace_ratio = 1",
+                  "00",
+                  "01",
+                  flags,
                   {{"trace", collector}}});
   rows.push_back({"metrics", "openmetrics", When::at_once, "openmetrics = no", "openmetrics = yes", "no", "yes",
                   after([](Scene& s) {

@@ -96,7 +96,8 @@ class Scrape {
   void check_spans(const exposition::Reader& page, const Lines& lines) {
     const double lost = page.sum("nexus_spans_dropped_total", {{"reason", "queue_full"}});
     const auto made = static_cast<double>(gateway_.metrics().spans().pushed()) + lost;
-    same("the number of spans", made, lines.requests + static_cast<std::uint64_t>(page.sum("nexus_backend_attempts_total")));
+    same("the number of spans", made,
+         lines.requests + static_cast<std::uint64_t>(page.sum("nexus_backend_attempts_total")));
   }
 
   struct Lines {
