@@ -33,7 +33,7 @@ struct Scene : PoolStage {
     request.fields = &fields;
     request.body = body.data();
     request.body_bytes = body.size();
-    attempt.compose(request, BodyFacts{}, {}, false, "id");
+    attempt.compose(request, BodyFacts{}, {}, false, "id", {});
   }
   void connect() {
     REQUIRE(attempt.connect() == SocketOutcome::ok);

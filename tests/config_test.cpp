@@ -600,7 +600,7 @@ TEST_CASE("a line that is neither a section nor a pair is refused with its numbe
 TEST_CASE("unknown, repeated and misplaced sections are errors") {
   const std::string all =
       "[server], [upstream], [health], [routing], [queue], [keys], [fallbacks], [aliases], [metrics], "
-      "[slo], [log], [backend]";
+      "[slo], [trace], [log], [backend]";
   check_rows({
       {"[sever]\nthreads = 999\nbroken =", "n:1: unknown section 'sever'; did you mean [server]?\n"},
       {"[tls]\n", "n:1: unknown section 'tls'; expected one of " + all + "\n"},
