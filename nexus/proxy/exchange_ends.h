@@ -71,8 +71,8 @@ void Exchange<Net>::end(Ending ending) {
   if (state_ == State::streaming && row.fault != Fault::host) relay_.note_usage();
   end_attempt(answer_failed_ ? failed_outcome_ : row.outcome);  // what the backend has answered remains
   close_upstream();
+  leave_backend();  // its place and its trial do not wait for a slow client
   if (client_.has_begun() || !row.error) return cut_response(row);
-  leave_backend();
   drop_answer();
   if (row.retry && !deadlines_.request_expired() && another()) {
     return try_elsewhere(row.outcome, *row.error);

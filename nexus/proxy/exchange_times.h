@@ -41,7 +41,7 @@ struct ExchangeSummary {
   Ns waited_ns = 0;                     // for others: a place, a connection
   Ns queued_ns = 0, connecting_ns = 0;  // of these
   RequestTrace trace;
-  TraceMark mark;                       // of a sampled trace, when the request has ended
+  TraceMark mark;  // of a sampled trace, when the request has ended
   bool overhead_noted = false;
   bool cut_short = false;
 

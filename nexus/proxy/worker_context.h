@@ -334,7 +334,7 @@ struct WorkerContext {
   Random random;
   SnapshotUse snapshot;
   std::uint64_t turn = 0;  // requests routed
-  bool watches = false;  // requests leave a line in the access log, spans, an exemplar, or are judged
+  bool watches = false;    // requests leave a line in the access log, spans, an exemplar, or are judged
   bool draining = false;
   bool keeps_exemplars = false;
   DateLine date;

@@ -136,13 +136,13 @@ inline constexpr std::array kKeyChanges = std::to_array<KeyChange>({
     {"metrics", "enabled", [](const Drawn& d) { d.s.metrics.enabled = !d.dice.one_in(3); }},
     {"metrics", "labels", [](const Drawn& d) { d.s.metrics.labels = static_cast<LabelMode>(d.number(0, 1)); }},
     {"metrics", "keys", [](const Drawn& d) { d.s.metrics.keys = d.number(0, 3); }},
-    {"trace", "endpoint", nullptr},     // the fleet has no collector; spans are on in some runs (simulation.h)
-    {"trace", "trace_ratio", nullptr},  // the same
     {"metrics", "openmetrics", [](const Drawn& d) { d.s.metrics.openmetrics = !d.s.metrics.openmetrics; }},
     // A run has levels from its first request to its last, or none: so it is known which requests must be judged.
     {"slo", "ttft", [](const Drawn& d) { d.s.slo.ttft_ns = d.s.slo.on() ? d.span(kMs, kSecond) : 0; }},
     {"slo", "tpot",
      [](const Drawn& d) { d.s.slo.tpot_ns = d.s.slo.on() && d.dice.one_in(2) ? d.span(kMs, 50 * kMs) : 0; }},
+    {"trace", "endpoint", nullptr},     // the fleet has no collector; spans are on in some runs (simulation.h)
+    {"trace", "trace_ratio", nullptr},  // the same
     {"log", "level", [](const Drawn& d) { d.s.log.level = static_cast<LogLevel>(d.number(0, 3)); }},
     {"log", "format", nullptr},  // the audit reads the lines
     {"log", "access", nullptr},  // the same
