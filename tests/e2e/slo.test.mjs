@@ -47,10 +47,11 @@ group('slo', () => {
       ['is plain', {}, null],
       ['is plain, and fails', { fails: 500 }, null],
     ];
-    for (const [who, more] of rows) await post(nexus.port, endpoint, chat('m1', { ...more, user: who })).catch(() => {});
-    await post(nexus.port, endpoint, chat('nobody', { stream: true }));
+    const named = (id) => ({ headers: { 'X-Request-Id': String(id) } });   // lines of two threads may change places
+    for (const [i, [, more]] of rows.entries()) await post(nexus.port, endpoint, chat('m1', more), named(i)).catch(() => {});
+    await post(nexus.port, endpoint, chat('nobody', { stream: true }), named('nobody'));
     const leaver = await RawClient.connect(nexus.port);
-    leaver.send('POST', endpoint, { 'Content-Type': 'application/json' }, chat('m2', { stream: true, first_ms: 600 }));
+    leaver.send('POST', endpoint, { 'Content-Type': 'application/json', 'X-Request-Id': 'leaver' }, chat('m2', { stream: true, first_ms: 600 }));
     await sleep(400);   // its first token is late already
     leaver.reset();
 
@@ -60,8 +61,9 @@ group('slo', () => {
     assert.deepEqual(judged(page, 'm2'), [null, null]);
     assert.equal(page.sum('nexus_slo_requests_total'), count('yes') + count('no'));
     await until(() => lines().length === rows.length + 2, 'all lines');
-    rows.forEach(([who, , expected], i) => assert.equal(lines()[i].slo, expected, who));
-    assert.deepEqual(lines().slice(rows.length).map((line) => line.slo), [null, null]);
+    const told = (id) => lines().find((line) => line.request_id === String(id)).slo;
+    rows.forEach(([who, , expected], i) => assert.equal(told(i), expected, who));
+    assert.deepEqual(['nobody', 'leaver'].map(told), [null, null]);
   });
 
   test('under load the counts are the sum of the lines, the streams that the clients saw in time and those that failed', { calm: true, limit_ms: 60_000 }, async (t) => {
