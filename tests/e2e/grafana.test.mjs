@@ -1,6 +1,6 @@
 // The dashboard in contrib/grafana: well formed, and every expression in it answers with data from a real Prometheus that
 // scrapes a Nexus under a load in which everything happens that the dashboard shows.
-import { RawClient, answer_plainly, assert, chat, get, group, parse_metrics, post, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
+import { RawClient, answer_plainly, assert, chat, chat_answer, free_port, get, group, has_openssl, make_certificate, parse_metrics, post, sleep, start_backend, start_nexus, test, until } from './harness.mjs';
 import { start_hurried_prometheus } from './alerts.mjs';
 import { close_to, need_program, only_value, repository_file } from './prometheus.mjs';
 
@@ -36,7 +36,8 @@ async function start_load(t) {
   const answer = async (request, reply) => {
     if (request.json.slow) await sleep(30);
     if (request.json.fail) return reply.json({ error: { message: 'made up' } }, 500);
-    return answer_plainly(request, reply);
+    if (request.json.stream) return answer_plainly(request, reply);
+    return reply.json({ ...chat_answer(request.json.model), usage: { prompt_tokens: 9, completion_tokens: 3, total_tokens: 12, prompt_tokens_details: { cached_tokens: 4 } } });
   };
   const backends = [];
   for (const [name, models, more] of [['main', ['m1'], {}], ['spare', ['small'], {}], ['narrow', ['narrow'], { max_pending: 1 }]]) {
@@ -45,8 +46,9 @@ async function start_load(t) {
   const lost = await start_backend(t, { models: ['gone'] });
   await lost.stop();
   backends.push({ name: 'lost', url: lost.url, type: 'generic', models: 'gone' });
+  const secure = { tls_listen: `127.0.0.1:${await free_port()}`, tls_certificate: make_certificate().both };
   const nexus = await start_nexus(t, {
-    server: { max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
+    server: { ...secure, max_body: '16k', api_keys_file: t.file('keys', Object.entries(keys).map((pair) => pair.join(' ') + '\n').join('')) }, backends, fallbacks: { big: 'small' }, queue: { size: 2, timeout: '5s' },
     routing: { retries: 0, affinity: 'session' }, health: { eject_after: 1000, interval: '300ms' }, slo: { ttft: '20ms', tpot: '1s' },
   }, { ready: 'up' });
   await until(async () => (await get(nexus.port, '/health')).json.backends.healthy === 3, 'three healthy backends');
@@ -117,6 +119,7 @@ group('grafana', () => {
 
   test('every expression parses and answers with data while Nexus is under load, under the labels that are shown', { calm: true, limit_ms: 90_000 }, async (t) => {
     need_program(t, 'prometheus');
+    if (!has_openssl) t.skip('openssl is not installed');
     const d = dashboard();
     const load = await start_load(t);
     await until(() => load.rounds() >= 3, 'three rounds of load', 20_000);   // every series is there before the first scrape

@@ -81,7 +81,7 @@ group('prometheus', () => {
   });
 
   test('each alert has a case in which it fires, one in which it does not, and is silent while clients make mistakes', () => {
-    const cases = repository_file('contrib/prometheus/nexus-alerts.test.yml').split(/^ {2}- name: /m).slice(1);
+    const cases = ['alerts', 'slo'].flatMap((part) => repository_file(`contrib/prometheus/nexus-${part}.test.yml`).split(/^ {2}- name: /m).slice(1));
     const mistakes = cases.find((one) => one.startsWith('mistakes of clients raise nothing at all'));
     const about = (text, name) => [...text.matchAll(new RegExp(`alertname: ${name}\\b,?\\s+exp_alerts:(?<silent> \\[\\])?`, 'g'))].map((m) => (m.groups.silent ? 'silent' : 'fires'));
     for (const name of alert_names()) {

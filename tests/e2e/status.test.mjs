@@ -104,6 +104,8 @@ group('status page', () => {
     assert.ok(page.backends.every((row) => row.lines === 8) && page.rows.every((row) => row.lines === 6), 'each number has its line');
     const first = page.backends.find((row) => row.name === 'first');
     assert.match(first.cells.p50, /ms|s$/, 'quantiles of the last seconds');
+    assert.match(await browser.evaluate("document.getElementById('all_own').textContent"), /^\d+(\.\d+)? ms$/, 'what Nexus itself took');
+    assert.equal(await browser.evaluate("document.getElementById('all_waited').textContent"), '-', 'nobody waited');
     assert.deepEqual([page.images, page.scripts], [0, 1]);
     assert.deepEqual(browser.complaints, []);
     for (const width of [1280, 390]) {

@@ -8,7 +8,7 @@
 
   // ---- reading the two pages ----
 
-  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, facts: null, duration: new Map(), first: new Map(), waits: 0, wait_sum: 0 });
+  const blank = () => ({ requests: 0, errors: 0, tokens: 0, pending: 0, queue: 0, healthy: true, ejected: null, facts: null, duration: new Map(), first: new Map(), waited: new Map(), own: new Map(), waits: 0, wait_sum: 0 });
   const from_stats = (s) => ({ ...blank(), requests: s.requests, errors: s.errors, tokens: s.completion_tokens, pending: s.pending ?? 0, healthy: s.healthy ?? true, ejected: s.ejected ?? null, facts: s });
 
   // The label value of a name, unless labels are raw (see sanitize_label in labels.h).
@@ -28,7 +28,8 @@
     return by_label;
   }
 
-  const LINE = /^nexus_(key_queue_wait_seconds_sum|key_queue_wait_seconds_count|request_duration_seconds_bucket|time_to_first_token_seconds_bucket|queue_depth|client_connections|models_available|backends_total|backends_healthy)(?:\{(.*)\})? (\S+)$/gm;
+  const LINE = /^nexus_(key_queue_wait_seconds_sum|key_queue_wait_seconds_count|(?:request_duration|time_to_first_token|queue_wait|overhead)_seconds_bucket|queue_depth|client_connections|models_available|backends_total|backends_healthy)(?:\{(.*)\})? (\S+)$/gm;
+  const HISTOGRAMS = { request: 'duration', time: 'first', queue: 'waited', overhead: 'own' };
   const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
   const unescaped = (text) => text.replace(/\\(.)/g, (_, c) => (c === 'n' ? '\n' : c));
 
@@ -46,7 +47,7 @@
         for (const entry of keys.get(label.key) ?? []) entry[family.endsWith('sum') ? 'wait_sum' : 'waits'] += value;
       } else if (family.endsWith('_bucket')) {
         const bound = label.le === '+Inf' ? Infinity : Number(label.le);
-        const which = family.startsWith('request') ? 'duration' : 'first';
+        const which = HISTOGRAMS[family.split('_')[0]];
         for (const entry of [sample.all, ...of_backend, ...(models.get(label.model) ?? [])]) {
           entry[which].set(bound, (entry[which].get(bound) ?? 0) + value);
         }
@@ -111,6 +112,8 @@
     p50: quantile(before.duration, after.duration, 0.5),
     p95: quantile(before.duration, after.duration, 0.95),
     first: quantile(before.first, after.first, 0.5),
+    waited: quantile(before.waited, after.waited, 0.95),
+    own: quantile(before.own, after.own, 0.95),
     tokens: (after.tokens - before.tokens) / seconds,
     wait: after.waits > before.waits ? (after.wait_sum - before.wait_sum) / (after.waits - before.waits) : null,
     sum: after.requests,
@@ -143,6 +146,8 @@
     ['first', 'First token', first_token_text, true], ['tokens', 'Tokens/s', rate_text, true],
     ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
   ];
+  // Slow model, full queue, or slow gateway?
+  const OF_ALL = [...METRICS, ['waited', '', time_text, true, 'Queue p95'], ['own', '', time_text, true, 'Nexus itself p95']];
   const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
   const OF_KEYS = [...METRICS.filter(([key]) => !/^(queue|p50|p95|first)$/.test(key)), ['wait', 'Mean wait', time_text, false]];
 
@@ -203,7 +208,7 @@
     if (!histories.has(key)) histories.set(key, {});
     const history = histories.get(key);
     history.seen = step;
-    for (const [metric, , , has_line] of METRICS) {
+    for (const [metric, , , has_line] of OF_ALL) {
       if (!has_line) continue;
       const values = (history[metric] ??= []);
       values.push(numbers[metric]);
@@ -256,7 +261,7 @@
       element(`${kind}_head`).replaceChildren(row);
       element(kind).replaceChildren();
     }
-    for (const [key, title, , has_tile, tile_title = title] of METRICS) {
+    for (const [key, title, , has_tile, tile_title = title] of OF_ALL) {
       if (!has_tile) continue;
       const value = make('dd');
       value.id = `all_${key}`;
@@ -326,7 +331,7 @@
     for (const key of ['total', 'success', 'errors']) element(key).textContent = after.stats.requests[key];
     const numbers = numbers_of(before.all, after.all, seconds);
     const history = remember('all', numbers);
-    METRICS.forEach(([key, , text, has_line]) => has_line && fill(element(`all_${key}`), key, numbers[key], text, history[key]));
+    OF_ALL.forEach(([key, , text, has_line]) => has_line && fill(element(`all_${key}`), key, numbers[key], text, history[key]));
     draw_table('backends', METRICS, before.backends, after.backends, seconds);
     draw_table('models', OF_MODELS, before.models, after.models, seconds);
     draw_table('keys', OF_KEYS, before.keys, after.keys, seconds);
