@@ -270,7 +270,7 @@ struct MetricsSettings {
   bool openmetrics = false;  // for a scraper that prefers it
 };
 
-// What a stream is to keep to; 0: no such level.
+// The service level of streams; 0: no such level.
 struct SloSettings {
   Ns ttft_ns = 0;  // time to first token
   Ns tpot_ns = 0;  // time per output token
