@@ -147,7 +147,7 @@
     ['sum', 'Requests', String, false], ['failed', 'Errors', String, false],
   ];
   // Slow model, full queue, or slow gateway?
-  const OF_ALL = [...METRICS, ['waited', '', time_text, true, 'Queue p95'], ['own', '', time_text, true, 'Nexus itself p95']];
+  const OF_ALL = [...METRICS, ['waited', '', time_text, true, 'Queue p95'], ['own', '', time_text, true, 'Nexus p95']];
   const OF_MODELS = METRICS.filter(([key]) => key !== 'pending' && key !== 'queue');
   const OF_KEYS = [...METRICS.filter(([key]) => !/^(queue|p50|p95|first)$/.test(key)), ['wait', 'Mean wait', time_text, false]];
 
