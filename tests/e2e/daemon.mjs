@@ -179,7 +179,8 @@ export function proc_kilobytes(pid, field) {
   return Number(m[1]);
 }
 
-// Starts a daemon for this test. options.ready: 'all' (backends healthy), 'up' (answers), 'no' (just spawned).
+// Starts a daemon for this test. options.ready: 'all' (backends healthy; with [health] enabled = no they are from the start, and
+// only the models of their sections are known), 'up' (answers), 'no' (just spawned).
 export async function start_nexus(t, conf, { ready = 'all', env = {} } = {}) {
   for (let attempt = 1; ; attempt++) {
     const nexus = new Nexus(t, conf);

@@ -49,6 +49,7 @@ group('a reload of each key', () => {
     await nexus.logged(/ listening .*metrics/);
     nexus.reload({ backends: [{ name: 'b1', url: backend.url, type: 'generic' }] });
     await nexus.logged(new RegExp(`reloaded, except: metrics_listen \\(needs a restart; still 127\\.0\\.0\\.1:${other}\\)`));
+    await until(async () => (await get(other, '/health')).status === 200, 'a healthy backend');
     for (const page of ['/metrics', '/v1/stats', '/', '/health']) {
       assert.equal((await get(nexus.port, page)).status, 404, page);
       assert.equal((await get(other, page)).status, 200, page);
