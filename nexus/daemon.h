@@ -362,10 +362,12 @@ class Daemon {
     open_access_log(settings_->log.access);
     ConfigResult next = read_config();
     const bool ok = next.ok();
+    const std::string changed = ok ? describe_changes(settings_->given, next.settings.given) : "";
     std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
     deliver<Control<EpollNet>::Reload>(*control_, ok ? settings_ : nullptr);
     const bool in_force = wait_until_in_force();
-    if (!in_force && ok) note = "reload not in force yet, see the log" + (note.empty() ? "" : "; " + note);
+    if (ok) log_reload(in_force, note, changed);
+    if (ok && !in_force) note = "reload not in force yet, see the log" + (note.empty() ? "" : "; " + note);
     notifier_.ready(note.empty() ? status_ : status_ + "; " + note);
     ticket_.answer({ok && in_force, note.empty() ? "reloaded" : note});
   }
@@ -403,16 +405,20 @@ class Daemon {
     if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
     const std::uint64_t needed_before = descriptors_needed(*settings_, workers_.size());
-    const std::string changed = describe_changes(settings_->given, next.given);
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
     if (descriptors_needed(*settings_, workers_.size()) > needed_before) warn_of_few_descriptors();
     warn_of_tls();
     warn_of_open_keys();
-    const std::string note = kept.empty() ? "" : "reloaded, except: " + kept;
-    log_.event(kept.empty() ? LogLevel::info : LogLevel::warning, kept.empty() ? "reloaded" : note,
+    return kept.empty() ? "" : "reloaded, except: " + kept;
+  }
+  // `note`: of take_settings(). "reloaded" is said when all workers have the new settings.
+  void log_reload(bool in_force, std::string_view note, const std::string& changed) {
+    const std::string_view done = note.empty() ? "reloaded" : note;
+    constexpr std::string_view kLate =
+        "reload not in force yet: it waits for the first checks of new backends, unless a line above says why";
+    log_.event(in_force && note.empty() ? LogLevel::info : LogLevel::warning, in_force ? done : kLate,
                {{"changed", changed}});
-    return note;
   }
 
   // Puts back the settings that only a restart can change, so that all threads see the values in use, and lists them.
