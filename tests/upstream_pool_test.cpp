@@ -126,6 +126,43 @@ TEST_CASE("a connection whose event was not fetched yet is not taken, but closed
   }
 }
 
+TEST_CASE("a connection of which the last wait has told something is not taken, also before its event is handled") {
+  for (const bool by_bytes : {true, false}) {
+    for (const bool fresh : {true, false}) {
+      CAPTURE(by_bytes);
+      CAPTURE(fresh);
+      PoolStage stage;
+      stage.keep(2);
+      if (by_bytes) {
+        stage.script.send(stage.script.peers[1], "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+      } else {
+        stage.script.finish(stage.script.peers[1]);
+      }
+      stage.script.deliver();
+      stage.note_events();
+      stage.context.events_fresh = fresh;
+      Upstream<sim::SimNet>* taken = stage.take();
+      REQUIRE(taken != nullptr);
+      CHECK(stage.open_ends() == Ends{0});
+      stage.pool.drop(*taken);
+    }
+  }
+}
+
+TEST_CASE(
+    "while the events of a wait are fresh, a connection of which it told nothing is taken without a system call") {
+  PoolStage stage;
+  stage.keep(1);
+  stage.note_events();
+  stage.context.events_fresh = true;
+  stage.script.send(stage.script.peers[0], "x");
+  stage.script.deliver();  // behind the wait: nobody looks
+  Upstream<sim::SimNet>* taken = stage.take();
+  REQUIRE(taken != nullptr);
+  CHECK(stage.open_ends() == Ends{0});
+  stage.pool.drop(*taken);
+}
+
 TEST_CASE("a connection that has unread bytes or its end behind an answer is not kept") {
   for (const bool by_bytes : {true, false}) {
     PoolStage stage;

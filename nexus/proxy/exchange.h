@@ -124,10 +124,9 @@ class Exchange {
     drive();
   }
 
-  // An event of the backend connection in use.
-  void on_upstream(const Event& event) {
+  // An event of the backend connection in use, which has noted it.
+  void on_upstream() {
     assert(attempt_.upstream() != nullptr);
-    attempt_.connection().note(event);
     drive();
   }
 

@@ -1,10 +1,11 @@
 // upstream_pool.h
 // Owns:     the worker's connections to backends: each in use by one exchange, or idle and kept for the next.
 // Promises: an idle connection on which anything comes (bytes, FIN, reset) is closed, if not before, then when it is to
-//           be taken: bytes before the request are no answer to it (RFC 9112 9.2); the most recently used one is taken
-//           first, so that the others can time out; the counts per backend are exact. Unless idle_connections sets a
-//           bound, a connection is kept for idle_timeout: so many are open as were in use at once within that time,
-//           and when there is no descriptor for a new one, idle ones are closed.
+//           be taken: bytes before the request are no answer to it (RFC 9112 9.2). A wait tells of all connections, and
+//           holds for kFreshEvents; later in a turn the kernel is asked about the one that is to be taken. The most
+//           recently used one is taken first, so that the others can time out; the counts per backend are exact. Unless
+//           idle_connections sets a bound, a connection is kept for idle_timeout: so many are open as were in use at
+//           once within that time, and when there is no descriptor for a new one, idle ones are closed.
 // Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
 // Tested by: tests/upstream_pool_test.cpp, tests/sim, tests/e2e/proxy.test.mjs
@@ -54,13 +55,19 @@ class UpstreamPool {
 
   Upstream<Net>* get(Handle handle) { return upstreams_.get(handle); }
 
+  // Records an event of a connection, in use or idle. Call for every event of a wait before any is handled.
+  void note(const Event& event) {
+    if (event.token.kind() != kUpstreamKind) return;
+    if (Upstream<Net>* upstream = upstreams_.get(event.token)) upstream->connection.note(event);
+  }
+
   // An idle connection to `backend` at `address`, or nullptr.
   Upstream<Net>* take_idle(BackendId backend, const Address& address, Handle owner, const SharedTls& tls = nullptr) {
     if (index_of(backend) >= lines_.size()) return nullptr;
     while (Upstream<Net>* upstream = lines_[index_of(backend)].newest) {
       unlink(*upstream);
       const bool same = upstream->address == address && upstream->tls_identity == identity_of(tls);
-      if (same && upstream->connection.is_quiet(context_.net)) {
+      if (same && is_quiet(upstream->connection)) {
         context_.wheel.cancel(upstream->timer);
         upstream->owner = owner;
         return upstream;
@@ -124,10 +131,9 @@ class UpstreamPool {
 
   // Closes an idle connection on which bytes or the end have come: it cannot be used again. TLS has messages of its
   // own, which are none of these.
-  void on_idle_event(Upstream<Net>& upstream, const Event& event) {
+  void on_idle_event(Upstream<Net>& upstream) {
     assert(upstream.owner.value == 0);
-    upstream.connection.note(event);
-    if (!upstream.connection.may_read() && !event.hangup) return;
+    if (!upstream.connection.may_read() && !upstream.connection.hangup()) return;
     if (upstream.connection.tls() != nullptr && upstream.connection.is_quiet(context_.net)) return;
     unlink(upstream);
     drop(upstream);
@@ -173,6 +179,12 @@ class UpstreamPool {
   std::size_t trim() { return upstreams_.trim(); }
 
  private:
+  // True if nothing has come on an idle connection.
+  bool is_quiet(Connection<Net>& connection) {
+    const bool known = context_.events_fresh && !connection.may_read() && !connection.hangup();
+    return known || connection.is_quiet(context_.net);
+  }
+
   static bool belongs(const Upstream<Net>& upstream, const Snapshot& snapshot) {
     return std::any_of(snapshot.backends.begin(), snapshot.backends.end(), [&](const BackendView& backend) {
       return backend.id == upstream.backend && backend.address == upstream.address &&

@@ -336,6 +336,7 @@ struct WorkerContext {
   std::uint64_t turn = 0;  // requests routed
   bool watches = false;    // requests leave a line in the access log, spans, an exemplar, or are judged
   bool draining = false;
+  bool events_fresh = false;  // all were noted that came before the last wait's end, and that was just now
   bool keeps_exemplars = false;
   DateLine date;
   Ns next_lack_log_ns = 0;

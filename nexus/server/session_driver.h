@@ -84,10 +84,10 @@ class SessionDriver {
   void on_upstream(const Event& event) {
     Upstream<Net>* upstream = pool_.get(event.token);
     if (upstream == nullptr) return;
-    if (upstream->owner.value == 0) return pool_.on_idle_event(*upstream, event);
+    if (upstream->owner.value == 0) return pool_.on_idle_event(*upstream);
     with_session(upstream->owner, [&](SessionT& session) {
       assert(session.state == State::exchanging);
-      session.exchange->on_upstream(event);
+      session.exchange->on_upstream();
       drive(session);
     });
   }

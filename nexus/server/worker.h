@@ -112,10 +112,15 @@ class Worker {
     const Ns deadline = context_.again.empty() ? context_.wheel.next() : context_.now;
     const std::size_t count = context_.net.wait(events_, deadline, woken);
     const Ns turn_began = context_.now = context_.net.now();
+    for (std::size_t i = 0; i < count; ++i) sessions_.pool().note(events_[i]);
+    context_.events_fresh = count + (woken ? 1 : 0) < events_.size();  // else the next wait has the others
     // Apply pending messages before handling events, even without a wake-up: a client that saw a backend healthy on one
     // worker must not see it unhealthy on another.
     if (mailbox_.has_any()) take_messages();
-    for (std::size_t i = 0; i < count; ++i) dispatch(events_[i]);
+    for (std::size_t i = 0; i < count; ++i) {
+      context_.events_fresh &= i < kFreshEvents;
+      dispatch(events_[i]);
+    }
     context_.run_rescheduled([this](Handle session) { sessions_.resume(session); });
     context_.wheel.fire(context_.now, [this](Handle handle) { on_deadline(handle); });
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) sessions_.look_for_grants();

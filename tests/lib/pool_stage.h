@@ -12,6 +12,7 @@
 #include <cassert>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,10 +65,7 @@ class PoolStage {
     context.now = net.now();
     for (int i = 0; i < 10; ++i) {
       script.deliver();
-      std::array<Event, SimNet::kMaxEvents> events;
-      bool woken = false;
-      const std::size_t count = net.wait(events, net.now(), woken);
-      for (std::size_t at = 0; at < count; ++at) on_event(events[at]);
+      for (const Event& event : note_events()) on_event(event);
     }
     context.wheel.fire(context.now, [this](Handle handle) { pool.on_deadline(handle); });
     script.deliver();
@@ -75,6 +73,14 @@ class PoolStage {
   void pass(Ns span) {
     script.wire.advance(net.now() + span);
     settle();
+  }
+
+  // One wait. The connections have noted the events, which are not handled yet.
+  std::span<const Event> note_events() {
+    bool woken = false;
+    const std::size_t count = net.wait(events_, net.now(), woken);
+    for (std::size_t at = 0; at < count; ++at) pool.note(events_[at]);
+    return {events_.data(), count};
   }
 
   // A new connection that can be used.
@@ -131,10 +137,10 @@ class PoolStage {
   void on_event(const Event& event) {
     Upstream<SimNet>* upstream = pool.get(event.token);
     if (upstream == nullptr) return;
-    upstream->connection.note(event);
-    if (upstream->owner.value == 0) pool.on_idle_event(*upstream, event);
+    if (upstream->owner.value == 0) pool.on_idle_event(*upstream);
   }
 
+  std::array<Event, SimNet::kMaxEvents> events_;
   std::uint64_t version_ = 0;
 };
 
