@@ -72,6 +72,20 @@ TEST_CASE("trim() frees the objects that were idle since the last call, and no o
   }
 }
 
+TEST_CASE("after a wave trim() gives back the list of idle objects too, and every object in use can be given back") {
+  ObjectPool<Counted> pool;
+  std::vector<Lease> leases;
+  for (std::size_t i = 0; i < 1000; ++i) leases.push_back(pool.take());
+  leases.resize(3);
+  pool.trim();
+  CHECK(pool.trim() >= 997 * sizeof(Counted) + 900 * sizeof(void*));
+  CHECK(pool.trim() == 0);
+  CHECK(pool.taken() == 3);
+  for (std::size_t i = 0; i < 1000; ++i) leases.push_back(pool.take());
+  leases.clear();
+  CHECK(pool.idle() == 1003);
+}
+
 TEST_CASE("an object with reset() is reset when it is given back") {
   struct Reset {
     int value = 0;

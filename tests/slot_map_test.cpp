@@ -9,6 +9,7 @@
 #include <map>
 #include <new>
 #include <random>
+#include <set>
 #include <vector>
 
 using nexus::Handle;
@@ -134,16 +135,50 @@ TEST_CASE("trim() frees the memory that holds no object, and no handle is valid 
   CHECK(living == 1001);
 }
 
+TEST_CASE("trim() gives up the slots behind the last object, and their handles are never given again") {
+  int living = 0;
+  SlotMap<Thing> slots(1);
+  std::set<std::uint64_t> seen;
+  for (int wave = 0; wave < 3; ++wave) {
+    std::vector<Handle> all;
+    for (int i = 0; i < 1000; ++i) {
+      all.push_back(slots.make(living, i)->handle);
+      CHECK(seen.insert(all.back().value).second);
+    }
+    const Thing* const kept = slots.get(all[100]);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (i != 100) slots.destroy(all[i]);
+    }
+    CHECK(slots.trim() >= 900 * (sizeof(Thing) + 2 * sizeof(void*)));
+    CHECK(slots.trim() == 0);
+    CHECK(slots.get(all[100]) == kept);
+    for (const std::uint64_t handle : seen) CHECK((slots.get(Handle{handle}) == kept) == (handle == all[100].value));
+    CHECK(slots.make(living, 0)->handle.slot() == 0);  // the first slots are used first
+    std::size_t count = 0;
+    slots.each([&](Thing& thing) {
+      seen.insert(thing.handle.value);
+      slots.destroy(thing.handle);
+      count += 1;
+    });
+    CHECK(count == 2);
+  }
+  CHECK(living == 0);
+}
+
 TEST_CASE("handles find what a map would, under any sequence of operations") {
   std::mt19937 random(5);
   int living = 0;
   SlotMap<Thing> slots(9);
   std::map<std::uint64_t, int> model;
   std::vector<Handle> all;
+  std::set<std::uint64_t> given;
   for (int step = 0; step < 20'000; ++step) {
-    if (model.size() < 5 || (random() % 2 == 0 && model.size() < 300)) {
+    const bool grows = step / 2'000 % 2 == 0;  // up to 600 objects, and down to a few
+    if (random() % 100 == 0) slots.trim();
+    if (model.size() < 5 || (random() % 4 < (grows ? 3u : 1u) && model.size() < 600)) {
       const Thing* thing = slots.make(living, step);
-      CHECK(model.emplace(thing->handle.value, step).second);  // no handle twice
+      CHECK(model.emplace(thing->handle.value, step).second);
+      CHECK(given.insert(thing->handle.value).second);  // no handle twice
       all.push_back(thing->handle);
     } else {
       const Handle handle = all[random() % all.size()];

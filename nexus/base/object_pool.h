@@ -54,7 +54,7 @@ class ObjectPool {
     const std::size_t spare = least_idle_;
     free(spare);
     least_idle_ = idle_.size();
-    return spare * sizeof(T);
+    return spare * sizeof(T) + shrink();
   }
 
  private:
@@ -69,6 +69,22 @@ class ObjectPool {
     return new (std::nothrow) T(std::forward<Args>(args)...);
   }
 
+  // Gives back the list's own memory if most of it was for objects of a busier time.
+  std::size_t shrink() {
+    const std::size_t needed = taken_ + idle_.size();
+    if (idle_.capacity() <= 4 * needed + kKeptPlaces) return 0;
+    std::vector<T*> smaller;
+    try {
+      smaller.reserve(2 * needed + 1);
+    } catch (const std::bad_alloc&) {
+      return 0;
+    }
+    smaller.assign(idle_.begin(), idle_.end());
+    const std::size_t freed = (idle_.capacity() - smaller.capacity()) * sizeof(T*);
+    idle_.swap(smaller);
+    return freed;
+  }
+
   void free(std::size_t count) {
     for (; count > 0; --count, idle_.pop_back()) delete idle_.back();
   }
@@ -78,6 +94,8 @@ class ObjectPool {
     taken_ -= 1;
     idle_.push_back(object);
   }
+
+  static constexpr std::size_t kKeptPlaces = 64;
 
   std::size_t taken_ = 0;
   std::size_t least_idle_ = 0;  // since the last trim()

@@ -7,6 +7,7 @@
 // Tested by: tests/slot_map_test.cpp
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <cstddef>
@@ -49,7 +50,7 @@ class SlotMap {
   T* make(Args&&... args) {
     try {
       if (free_ == kNone) {
-        slots_.emplace_back();
+        slots_.push_back({nullptr, first_generation_, kNone});
         free_ = static_cast<std::uint32_t>(slots_.size() - 1);
       }
       const std::uint32_t number = free_;
@@ -90,7 +91,8 @@ class SlotMap {
 
   std::size_t live() const { return live_; }
 
-  // Frees the memory that holds no object. Returns its size, in bytes.
+  // Frees the memory that holds no object, and the slots behind the last object if they are many. Returns its size, in
+  // bytes.
   std::size_t trim() {
     std::size_t freed = 0;
     for (Chunk& chunk : chunks_) {
@@ -98,7 +100,7 @@ class SlotMap {
       chunk.room.reset();
       freed += sizeof(Room);
     }
-    return freed;
+    return freed + drop_last_slots();
   }
 
   // Calls `visit(T&)` for every object; it may destroy that object.
@@ -112,6 +114,7 @@ class SlotMap {
  private:
   static constexpr std::uint32_t kNone = UINT32_MAX;
   static constexpr std::uint32_t kChunkSlots = 32;
+  static constexpr std::size_t kKeptChunks = 8;
 
   struct Slot {
     T* object = nullptr;
@@ -127,6 +130,27 @@ class SlotMap {
     std::uint32_t live = 0;
   };
 
+  // Their numbers come back with generations that they have not had. The lowest free slots are then used first, so that
+  // the last ones become free.
+  std::size_t drop_last_slots() {
+    std::size_t used = chunks_.size();
+    while (used > 0 && chunks_[used - 1].live == 0) used -= 1;
+    if (used >= chunks_.size() / 2 || chunks_.size() <= kKeptChunks) return 0;
+    const std::size_t kept = used * kChunkSlots;
+    for (std::size_t i = kept; i < slots_.size(); ++i)
+      first_generation_ = std::max(first_generation_, slots_[i].generation);
+    const std::size_t freed = (slots_.size() - kept) * sizeof(Slot);
+    slots_.resize(kept);
+    chunks_.resize(used);
+    slots_.shrink_to_fit();
+    chunks_.shrink_to_fit();
+    free_ = kNone;
+    for (std::size_t i = kept; i-- > 0;) {
+      if (slots_[i].object == nullptr) slots_[i].next_free = std::exchange(free_, static_cast<std::uint32_t>(i));
+    }
+    return freed;
+  }
+
   T* room_of(std::uint32_t number) {
     std::byte* const room = chunks_[number / kChunkSlots].room->bytes.data();
     return reinterpret_cast<T*>(room + number % kChunkSlots * sizeof(T));
@@ -136,6 +160,7 @@ class SlotMap {
   std::vector<Slot> slots_;
   std::vector<Chunk> chunks_;
   std::uint32_t free_ = kNone;
+  std::uint32_t first_generation_ = 0;  // of a new slot
   std::size_t live_ = 0;
 };
 
