@@ -22,7 +22,7 @@ unsigned bits_of_bytes(const std::string& bytes, Is is) {
 std::string random_bytes(sim::Dice& dice) {
   std::string bytes(kLaneBytes, '\0');
   for (char& c : bytes)
-    c = static_cast<char>(dice.below(4) == 0 ? "[]{}\"\\\n\r\t\x7f\x80\xff\x1f\x20\xdf\xdb"[dice.below(16)]
+    c = static_cast<char>(dice.below(4) == 0 ? "[]{}\"\\\n\r\t\x7f\x80\xff\x1f\x20\xdf\xdb`az_"[dice.below(20)]
                                              : static_cast<char>(dice.below(256)));
   return bytes;
 }
@@ -43,6 +43,8 @@ TEST_CASE("each comparison of a lane says the same of every byte as plain C++ do
     CHECK(lane.control().mask() == bits_of_bytes(bytes, [](unsigned char b) { return b < 0x20; }));
     CHECK(lane.bracket('[').mask() == bits_of_bytes(bytes, [](unsigned char b) { return b == '[' || b == '{'; }));
     CHECK(lane.bracket(']').mask() == bits_of_bytes(bytes, [](unsigned char b) { return b == ']' || b == '}'; }));
+    CHECK(lane.name().mask() ==
+          bits_of_bytes(bytes, [](unsigned char b) { return (b >= 'a' && b <= 'z') || b == '_'; }));
     CHECK(lane.control().without(lane.equal('\t')).mask() ==
           bits_of_bytes(bytes, [](unsigned char b) { return b < 0x20 && b != '\t'; }));
     unsigned expected = 0;

@@ -254,7 +254,7 @@ class PlainUsage {
   bool name(std::string_view& key) {
     if (!take('"')) return false;
     const char* const from = at_;
-    while (at_ != end_ && ((*at_ >= 'a' && *at_ <= 'z') || *at_ == '_')) ++at_;
+    at_ = find_end_of_name(at_, end_);
     key = {from, static_cast<std::size_t>(at_ - from)};
     return take('"');
   }

@@ -62,6 +62,8 @@ class Lane {
   Lane control() const { return Lane(bytes_ <= every(0x1f)); }
   // `[` and `{`, or `]` and `}`: they differ in one bit.
   Lane bracket(char square) const { return Lane((bytes_ & every(char(0xdf))) == every(square)); }
+  // a-z and `_`
+  Lane name() const { return Lane(LaneBytes(bytes_ - every('a')) <= every(25)) | equal('_'); }
   Lane operator|(Lane other) const { return Lane(bytes_ | other.bytes_); }
   Lane operator&(Lane other) const { return Lane(bytes_ & other.bytes_); }
   Lane without(Lane other) const { return Lane(bytes_ & ~other.bytes_); }
@@ -145,6 +147,15 @@ inline const char* find_either(const char* at, const char* end, char one, char o
   for (; at < end; at += kLaneBytes) {
     const Lane lane(at);
     const unsigned mask = before_end((lane.equal(one) | lane.equal(other)).mask(), at, end);
+    if (mask != 0) return at + std::countr_zero(mask);
+  }
+  return end;
+}
+
+// The first byte in [at, end) that is neither a-z nor `_`, or `end`.
+inline const char* find_end_of_name(const char* at, const char* end) {
+  for (; at < end; at += kLaneBytes) {
+    const unsigned mask = before_end(Lane(at).name().mask() ^ 0xffff, at, end);
     if (mask != 0) return at + std::countr_zero(mask);
   }
   return end;
