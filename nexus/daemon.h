@@ -230,9 +230,9 @@ class Daemon {
       add_listener(opened.socket, key, false);
       return {};
     }
-    const bool in_use = opened.error == EADDRINUSE;
     return failed + strerror(opened.error) +
-           (in_use ? " (is another nexus running? change `" + std::string(key.key) + "` or stop it)" : "");
+           (opened.error == EADDRINUSE ? " (is another nexus running? change `" + std::string(key.key) + "` or stop it)"
+                                       : "");
   }
 
   void add_listener(EpollNet::Socket socket, const ListenKey& key, bool passed) {
@@ -412,19 +412,17 @@ class Daemon {
     warn_of_open_keys();
     return kept.empty() ? "" : "reloaded, except: " + kept;
   }
-  // `note`: of take_settings(). "reloaded" is said when all workers have the new settings.
-  void log_reload(bool in_force, std::string_view note, const std::string& changed) {
-    const std::string_view done = note.empty() ? "reloaded" : note;
-    constexpr std::string_view kLate =
-        "reload not in force yet: it waits for the first checks of new backends, unless a line above says why";
-    log_.event(in_force && note.empty() ? LogLevel::info : LogLevel::warning, in_force ? done : kLate,
-               {{"changed", changed}});
+  // `note`: of take_settings(). All workers have the new settings if they are in force.
+  void log_reload(bool in_force, const std::string& note, const std::string& changed) {
+    constexpr std::string_view kLate = "reload not in force yet: new backends are checked, or a line above says why";
+    const std::string_view said = !in_force ? kLate : note.empty() ? "reloaded" : std::string_view(note);
+    log_.event(in_force && note.empty() ? LogLevel::info : LogLevel::warning, said, {{"changed", changed}});
   }
 
   // Puts back the settings that only a restart can change, so that all threads see the values in use, and lists them.
   std::string keep_until_restart(ServerSettings& next) const {
     std::string list;
-    const auto keep = [&](auto& value, const auto& in_use, const char* name, const std::string& text) {
+    const auto keep = [&](auto& value, const auto& in_use, std::string_view name, const std::string& text) {
       if (value == in_use) return;
       value = in_use;
       list += (list.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + text + ")";
@@ -435,9 +433,8 @@ class Daemon {
       return text.empty() ? "none" : text;
     };
     const ServerSettings& now = settings_->server;
-    keep(next.listen, now.listen, "listen", joined(now.listen));
-    keep(next.tls_listen, now.tls_listen, "tls_listen", joined(now.tls_listen));
-    keep(next.metrics_listen, now.metrics_listen, "metrics_listen", joined(now.metrics_listen));
+    for (const ListenKey& row : kListenKeys)
+      keep(next.*row.addresses, now.*row.addresses, row.key, joined(now.*row.addresses));
     keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
     return list;
   }
