@@ -423,8 +423,7 @@ class Daemon {
   std::string keep_until_restart(ServerSettings& next) const {
     std::string list;
     const auto keep = [&](auto& value, const auto& in_use, std::string_view name, const std::string& text) {
-      if (value == in_use) return;
-      value = in_use;
+      if (std::exchange(value, in_use) == in_use) return;
       list += (list.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + text + ")";
     };
     const auto joined = [](const std::vector<HostPort>& all) {
