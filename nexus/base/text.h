@@ -203,8 +203,16 @@ inline std::string host_port(std::string_view host, std::uint16_t port) {
 template <class Out>  // with += for text and for a character
 void append_json_escaped(Out& out, std::string_view text) {
   constexpr std::string_view kEscaped = "\"\\\n\r\t", kLetters = "\"\\nrt";
+  const auto stands_for_itself = [](char c) { return c >= ' ' && c < 0x7f && c != '"' && c != '\\'; };
   while (!text.empty()) {
     const char c = text[0];
+    if (stands_for_itself(c)) {
+      const auto end = std::find_if_not(text.begin(), text.end(), stands_for_itself);
+      const auto run = static_cast<std::size_t>(end - text.begin());
+      out += text.substr(0, run);
+      text.remove_prefix(run);
+      continue;
+    }
     const std::size_t length = read_utf8(text).bytes;
     const std::size_t letter = kEscaped.find(c);
     if (length == 0) {
