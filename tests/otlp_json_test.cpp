@@ -57,6 +57,8 @@ TEST_CASE("a span is written with hex ids, numbers for enums, and decimal text f
   span.first_chunk_ns = 250 * kMillisecond;
   span.input_tokens = 12;
   span.output_tokens = 0;
+  span.reasoning_tokens = 0;
+  span.response_model.set("llama3:70b-q4");
   CHECK(text_of(span) ==
         R"({"traceId":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","spanId":"0123456789abcdef",)"
         R"("parentSpanId":"000000000000000f","flags":257,"name":"chat llama3:70b","kind":3,)"
@@ -66,9 +68,11 @@ TEST_CASE("a span is written with hex ids, numbers for enums, and decimal text f
         R"({"key":"gen_ai.provider.name","value":{"stringValue":"vllm"}},)"
         R"({"key":"gen_ai.request.model","value":{"stringValue":"llama3:70b"}},)"
         R"({"key":"gen_ai.request.stream","value":{"boolValue":true}},)"
+        R"({"key":"gen_ai.response.model","value":{"stringValue":"llama3:70b-q4"}},)"
         R"({"key":"gen_ai.response.time_to_first_chunk","value":{"doubleValue":0.25}},)"
         R"({"key":"gen_ai.usage.input_tokens","value":{"intValue":"12"}},)"
         R"({"key":"gen_ai.usage.output_tokens","value":{"intValue":"0"}},)"
+        R"({"key":"gen_ai.usage.reasoning.output_tokens","value":{"intValue":"0"}},)"
         R"({"key":"server.address","value":{"stringValue":"gpu.lan"}},)"
         R"({"key":"server.port","value":{"intValue":"8000"}},)"
         R"({"key":"nexus.backend","value":{"stringValue":"gpu-1"}}],"status":{}})");

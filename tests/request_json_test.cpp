@@ -431,7 +431,8 @@ TEST_CASE("a usage of the usual form is read without simdjson, and read as simdj
                                                 &nexus::row_of(nexus::Dialect::responses).response,
                                                 &nexus::row_of(nexus::Dialect::messages).response};
   const auto counts_of = [](const Usage& usage) {
-    return std::array{usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.created_tokens};
+    return std::array{usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.created_tokens,
+                      usage.reasoning_tokens};
   };
   const char* const names[] = {"prompt_tokens",
                                "completion_tokens",
@@ -442,7 +443,9 @@ TEST_CASE("a usage of the usual form is read without simdjson, and read as simdj
                                "",
                                "cache_read_input_tokens",
                                "cached_tokens",
-                               "input_tokens_details"};
+                               "input_tokens_details",
+                               "completion_tokens_details",
+                               "reasoning_tokens"};
   const char* const values[] = {"0",
                                 "7",
                                 "12",
@@ -495,6 +498,26 @@ TEST_CASE("a usage of the usual form is read without simdjson, and read as simdj
   }
   CHECK(read > 4'000);
   CHECK(deep > 100);
+}
+
+TEST_CASE("reasoning tokens are read where the completion's details tell them") {
+  struct Row {
+    std::string_view text;
+    std::int64_t reasoning;
+  };
+  const Row rows[] = {
+      {R"({"completion_tokens":9,"completion_tokens_details":{"reasoning_tokens":3,"audio_tokens":0}})", 3},
+      {R"({"completion_tokens":9,"completion_tokens_details":{"reasoning_tokens":3.0}})", 3},  // read by simdjson
+      {R"({"completion_tokens":9,"prompt_tokens_details":{"reasoning_tokens":3}})", -1},
+      {R"({"completion_tokens":9,"reasoning_tokens":3})", -1},
+      {R"({"completion_tokens":9,"completion_tokens_details":null})", -1},
+      {R"({"completion_tokens":9,"completion_tokens_details":{"deep":{"reasoning_tokens":3}}})", -1},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    CHECK(read_usage(row.text).reasoning_tokens == row.reasoning);
+    CHECK(read_usage(row.text).completion_tokens == 9);
+  }
 }
 
 TEST_CASE("cached prompt tokens are read where the prompt's details tell them") {

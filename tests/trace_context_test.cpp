@@ -174,3 +174,26 @@ TEST_CASE("the operation of an endpoint is the convention's word where it has on
     CHECK(operation_of(*found) == row.expected);
   }
 }
+
+TEST_CASE(
+    "the pieces of a response are asked for its model until one tells it, four at most, and each at its beginning") {
+  Random random(1);
+  RequestTrace trace;
+  CHECK_FALSE(trace.wants_model());
+  trace.begin(std::nullopt, 1'000'000, random);
+  for (int piece = 0; piece < 4; ++piece) {
+    CHECK(trace.wants_model());
+    trace.note_model("", true);
+  }
+  CHECK_FALSE(trace.wants_model());
+  trace.expect_answer();
+  CHECK(trace.wants_model());
+  trace.note_model("", false);  // the next one begins within an event
+  CHECK_FALSE(trace.wants_model());
+  trace.expect_answer();
+  trace.note_model("m1", true);
+  CHECK_FALSE(trace.wants_model());
+  CHECK(trace.response_model.view() == "m1");
+  trace.begin(std::nullopt, 0, random);
+  CHECK_FALSE(trace.wants_model());  // not sampled
+}

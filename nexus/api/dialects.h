@@ -140,6 +140,8 @@ struct ResponseShape {
   std::string_view details = {};  // the object that holds `cached`; empty: it stands beside `prompt`
   std::string_view cached = {};   // of the prompt's tokens
   std::string_view created = {};  // that are neither in `prompt` nor in `cached`
+  std::string_view written = {};  // the object that holds `reasoning`
+  static constexpr std::string_view reasoning = "reasoning_tokens";  // of the completion's tokens
   bool adds_up = false;           // `prompt` is without `cached` and `created`; events tell a part of the counts each
   std::string_view end_key = {};  // the member that marks the last event; empty: its data is `end` and no more
   std::string_view end = {};      // the values of end_key, separated by blanks
@@ -173,6 +175,7 @@ inline constexpr std::array kDialects{
                 .completion = "completion_tokens",
                 .details = "prompt_tokens_details",
                 .cached = "cached_tokens",
+                .written = "completion_tokens_details",
                 .end = "[DONE]"},
                {{{BodyKey::messages, "\"image_url\"", Need::images},
                  {BodyKey::response_format, "\"json_object\"", Need::json_mode},
@@ -186,6 +189,7 @@ inline constexpr std::array kDialects{
                 .completion = "output_tokens",
                 .details = "input_tokens_details",
                 .cached = "cached_tokens",
+                .written = "output_tokens_details",
                 .end_key = "type",
                 .end = "response.completed response.incomplete response.failed",
                 .has_ids = true,

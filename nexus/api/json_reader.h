@@ -145,8 +145,9 @@ class JsonReader {
 struct Usage {
   std::int64_t prompt_tokens = -1;
   std::int64_t completion_tokens = -1;
-  std::int64_t cached_tokens = -1;   // of prompt_tokens
-  std::int64_t created_tokens = -1;  // written to the cache, where the API counts them apart
+  std::int64_t cached_tokens = -1;     // of prompt_tokens
+  std::int64_t created_tokens = -1;    // written to the cache, where the API counts them apart
+  std::int64_t reasoning_tokens = -1;  // of completion_tokens
   bool told() const { return prompt_tokens >= 0 || completion_tokens >= 0; }
 
   // Takes later counts. `each`: each of them by itself, for they tell a part of the counts.
@@ -155,8 +156,8 @@ struct Usage {
       *this = later;
       return;
     }
-    for (std::int64_t Usage::*count :
-         {&Usage::prompt_tokens, &Usage::completion_tokens, &Usage::cached_tokens, &Usage::created_tokens}) {
+    for (std::int64_t Usage::*count : {&Usage::prompt_tokens, &Usage::completion_tokens, &Usage::cached_tokens,
+                                       &Usage::created_tokens, &Usage::reasoning_tokens}) {
       if (later.*count >= 0) this->*count = later.*count;
     }
   }
@@ -185,13 +186,27 @@ inline void read_count(JsonReader::Value& value, std::int64_t& count) {
   if (read >= 0 && read <= kMaxTokenCount) count = read;
 }
 
-// The member of the usage that `key` names; null: no count that is read. `deep`: it stands in the details.
-inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_view key, bool deep) {
+// The object in which a count stands.
+enum class UsagePart : std::uint8_t { whole, prompt_details, completion_details, other };
+
+// The object that `key` names in a usage.
+inline UsagePart part_of(const ResponseShape& shape, std::string_view key) {
+  if (key.empty()) return UsagePart::other;
+  if (key == shape.details) return UsagePart::prompt_details;
+  return key == shape.written ? UsagePart::completion_details : UsagePart::other;
+}
+
+// The count that `key` names in `part`; null: none that is read.
+inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_view key, UsagePart part) {
   if (key.empty()) return nullptr;
-  if (deep) return key == shape.cached ? &Usage::cached_tokens : nullptr;
+  switch (part) {
+    case UsagePart::whole: break;
+    case UsagePart::prompt_details: return key == shape.cached ? &Usage::cached_tokens : nullptr;
+    case UsagePart::completion_details: return key == shape.reasoning ? &Usage::reasoning_tokens : nullptr;
+    case UsagePart::other: return nullptr;
+  }
   if (key == shape.prompt) return &Usage::prompt_tokens;
   if (key == shape.completion) return &Usage::completion_tokens;
-  if (key == shape.details) return nullptr;
   if (shape.details.empty() && key == shape.cached) return &Usage::cached_tokens;
   return key == shape.created ? &Usage::created_tokens : nullptr;
 }
@@ -199,14 +214,16 @@ inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_vie
 inline void read_counts(JsonReader& json, const ResponseShape& shape, JsonReader::Object& object, Usage& usage) {
   json.each_member(object, [&](std::string_view key, JsonReader::Value value) {
     JsonReader::Object details;
-    if (std::int64_t Usage::*const count = count_of(shape, key, false)) {
+    if (std::int64_t Usage::*const count = count_of(shape, key, UsagePart::whole)) {
       read_count(value, usage.*count);
-    } else if (!key.empty() && key == shape.details && !value.get_object().get(details)) {
-      json.each_member(details, [&](std::string_view detail, JsonReader::Value cached) {
-        if (std::int64_t Usage::*const deep = count_of(shape, detail, true)) read_count(cached, usage.*deep);
-        return true;
-      });
+      return true;
     }
+    const UsagePart part = part_of(shape, key);
+    if (part == UsagePart::other || value.get_object().get(details)) return true;
+    json.each_member(details, [&](std::string_view detail, JsonReader::Value counted) {
+      if (std::int64_t Usage::*const deep = count_of(shape, detail, part)) read_count(counted, usage.*deep);
+      return true;
+    });
     return true;
   });
 }
@@ -221,7 +238,7 @@ class PlainUsage {
   // False if `text` is not one whole object of this form; then nothing was read.
   bool read(Usage& usage) {
     Usage read;
-    if (!members(read, false) || at_ != end_) return false;
+    if (!members(read, UsagePart::whole) || at_ != end_) return false;
     usage = read;
     return true;
   }
@@ -236,7 +253,7 @@ class PlainUsage {
   }
   void skip_space() { take(' '); }
 
-  bool members(Usage& usage, bool deep) {
+  bool members(Usage& usage, UsagePart part) {
     if (!take('{')) return false;
     do {
       skip_space();
@@ -245,7 +262,7 @@ class PlainUsage {
       skip_space();
       if (!take(':')) return false;
       skip_space();
-      if (!value(usage, key, deep)) return false;
+      if (!value(usage, key, part)) return false;
       skip_space();
     } while (take(','));
     return take('}');
@@ -259,13 +276,10 @@ class PlainUsage {
     return take('"');
   }
 
-  bool value(Usage& usage, std::string_view key, bool deep) {
+  bool value(Usage& usage, std::string_view key, UsagePart part) {
     constexpr std::string_view kNull = "null";
     if (at_ == end_) return false;
-    if (*at_ == '{') {
-      Usage ignored;
-      return !deep && members(!key.empty() && key == shape_.details ? usage : ignored, true);
-    }
+    if (*at_ == '{') return part == UsagePart::whole && members(usage, part_of(shape_, key));
     if (std::string_view(at_, static_cast<std::size_t>(end_ - at_)).starts_with(kNull)) {
       at_ += kNull.size();
       return true;
@@ -277,7 +291,7 @@ class PlainUsage {
       number = number * 10 + (*at_ - '0');
     }
     if (at_ == from || (*from == '0' && at_ - from > 1)) return false;
-    std::int64_t Usage::*const count = count_of(shape_, key, deep);
+    std::int64_t Usage::*const count = count_of(shape_, key, part);
     if (count != nullptr && number <= kMaxTokenCount) usage.*count = number;
     return true;
   }

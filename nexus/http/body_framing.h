@@ -92,6 +92,7 @@ class ClientWrite {
     }
     add(first);
     add(second);
+    newest_ = second;
     if (chunked) add("\r\n");
     payload_bytes_ += bytes;
   }
@@ -114,6 +115,7 @@ class ClientWrite {
     return {parts_.data(), count_};
   }
   std::size_t payload_bytes() const { return payload_bytes_; }
+  std::string_view newest() const { return newest_; }  // the payload that came with the last piece, as it lies there
 
  private:
   std::array<iovec, 8> parts_;
@@ -121,6 +123,7 @@ class ClientWrite {
   std::array<char, 20> size_line_;
   std::size_t size_line_bytes_ = 0;
   std::size_t payload_bytes_ = 0;
+  std::string_view newest_;
   std::size_t total_bytes_ = 0;
   std::array<char, 2048> small_;
 };

@@ -83,10 +83,12 @@ inline void write_attributes(detail::SpanWriter& json, const SpanRecord& span) {
   attributes.text("gen_ai.provider.name", span.provider);
   attributes.text("gen_ai.request.model", span.model.view());
   attributes.truth("gen_ai.request.stream", span.stream);
+  attributes.text("gen_ai.response.model", span.response_model.view());
   attributes.seconds("gen_ai.response.time_to_first_chunk", span.first_chunk_ns);
   attributes.number("gen_ai.usage.input_tokens", span.input_tokens);
   attributes.number("gen_ai.usage.output_tokens", span.output_tokens);
   attributes.number("gen_ai.usage.cache_read.input_tokens", span.cached_tokens);
+  attributes.number("gen_ai.usage.reasoning.output_tokens", span.reasoning_tokens);
   attributes.text("gen_ai.conversation.id", span.conversation.view());
   attributes.text("error.type", error_text(span));
   attributes.text("server.address", span.host.view());

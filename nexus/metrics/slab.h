@@ -184,6 +184,7 @@ struct RequestRecord {
   Ns per_token_ns = -1;   // recorded for streams only
   Ns overhead_ns = -1;
   std::int64_t cached_tokens = -1;                   // of prompt_tokens; negative: unknown
+  std::int64_t reasoning_tokens = -1;                // of completion_tokens; negative: unknown; for spans alone
   std::uint8_t endpoint = 0;                         // row of the table of endpoints
   AffinityOutcome affinity = AffinityOutcome::none;  // of the last choice; none: [routing] affinity is off
   bool is_noted = false;                             // `slo` or `trace` is set

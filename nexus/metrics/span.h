@@ -57,12 +57,14 @@ struct SpanRecord {
   Ns first_chunk_ns = -1;  // here and below: negative = unknown
   std::int64_t input_tokens = -1;
   std::int64_t output_tokens = -1;
-  std::int64_t cached_tokens = -1;  // of input_tokens
+  std::int64_t cached_tokens = -1;     // of input_tokens
+  std::int64_t reasoning_tokens = -1;  // of output_tokens
   // Constants:
   std::string_view method, route;  // of a server's span
   std::string_view operation, provider;
-  std::string_view error;  // its type; empty: none, or the status says it
-  BoundedText<kMaxModelNameBytes> model;
+  std::string_view error;                          // its type; empty: none, or the status says it
+  BoundedText<kMaxModelNameBytes> model;           // asked for
+  BoundedText<kMaxModelNameBytes> response_model;  // as the response tells it
   BoundedText<kMaxConversationBytes> conversation;
   BoundedText<kMaxBackendNameBytes> backend;  // of a client's span, as host and port
   BoundedText<kMaxHostBytes> host;

@@ -36,6 +36,7 @@ template <class Net>
 std::string_view Exchange<Net>::begin_span() {
   RequestTrace& trace = summary_.trace;
   if (trace.state == RequestTrace::State::sampled) attempt_.make_span();
+  trace.expect_answer();
   trace.attempt_span = context_.random.next();
   request_.withheld |= trace.withheld;
   context_.trace_lines = context_.shared.via_line;
@@ -85,6 +86,7 @@ void Exchange<Net>::end_span(AttemptOutcome outcome) {
     if (!told_by_status) span.error = name_of(outcome);
     span.failed = !told_by_status && outcome != AttemptOutcome::cancelled;
     if (!has_head) return;
+    span.response_model = trace.response_model;
     span.status = response.status();
     span.failed |= response.status() >= 400;
     if (span.stream && response.first_ns() >= 0) span.first_chunk_ns = response.first_ns() - attempt_.began_ns();
@@ -92,6 +94,7 @@ void Exchange<Net>::end_span(AttemptOutcome outcome) {
     span.input_tokens = record.prompt_tokens;
     span.output_tokens = record.completion_tokens;
     span.cached_tokens = record.cached_tokens;
+    span.reasoning_tokens = record.reasoning_tokens;
   });
 }
 
@@ -129,6 +132,7 @@ void Exchange<Net>::end_trace() {
     span.route = endpoint_->path;
     span.model.set(summary_.model);
     span.conversation = trace.conversation;
+    if (client_.has_begun()) span.response_model = trace.response_model;
     span.request_id.set(summary_.request_id);
     if (record.disconnect == DisconnectPhase::none || client_.has_begun()) span.status = record.status;
     if (error_of(record) != ErrorType::none) span.error = name_of(error_of(record));
@@ -139,6 +143,7 @@ void Exchange<Net>::end_trace() {
     span.input_tokens = record.prompt_tokens;
     span.output_tokens = record.completion_tokens;
     span.cached_tokens = record.cached_tokens;
+    span.reasoning_tokens = record.reasoning_tokens;
     if (attempt_.backend() != nullptr) span.provider = attempt_.backend()->provider;
   });
 }

@@ -26,6 +26,8 @@ struct RequestTrace {
     sampled,    // and spans are made
   };
 
+  static constexpr std::uint32_t kPiecesForModel = 4;  // of a response
+
   State state = State::none;  // all else has a meaning only if it is not `none`
   bool has_parent = false;
   std::uint8_t flags = 0;
@@ -36,10 +38,26 @@ struct RequestTrace {
   std::uint64_t attempt_span = 0;  // of the last attempt
   Ns to_wall_ns = 0;               // what makes a time of the loop one since 1970, for all spans alike
   BoundedText<kMaxConversationBytes> conversation;
+  BoundedText<kMaxModelNameBytes> response_model;  // of the last attempt
+  std::uint32_t pieces_read = 0;                   // for it
 
   bool makes_lines() const { return state >= State::unsampled; }
   // By the client's trace, or by Nexus's own.
   bool is_sampled() const { return state != State::none && (flags & kSampled) != 0; }
+
+  // An attempt begins. Its first pieces are asked for the model that answers.
+  void expect_answer() {
+    response_model.length = 0;
+    pieces_read = 0;
+  }
+  bool wants_model() const {
+    return state == State::sampled && response_model.length == 0 && pieces_read < kPiecesForModel;
+  }
+  // A piece of the response has told `model`, or none. `goes_on`: the next piece begins with an event or a line.
+  void note_model(std::string_view model, bool goes_on) {
+    response_model.set(model);
+    pieces_read = goes_on ? pieces_read + 1 : kPiecesForModel;
+  }
 
   // The parent that the client names is noted.
   void note(const TraceParent& parent_in) {
@@ -63,6 +81,7 @@ struct RequestTrace {
     }
     server_span = random.next();  // never 0
     conversation.length = 0;
+    expect_answer();
     state = (flags & kSampled) != 0 ? State::sampled : State::unsampled;
   }
 

@@ -109,6 +109,7 @@ class Response {
     record.prompt_tokens = told.prompt_tokens;
     record.completion_tokens = told.completion_tokens;
     if (told.cached_tokens <= told.prompt_tokens) record.cached_tokens = told.cached_tokens;
+    if (told.reasoning_tokens <= told.completion_tokens) record.reasoning_tokens = told.reasoning_tokens;
     if (!record.stream || first_ns_ < 0) return;
     record.first_byte_ns = first_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (last_ns_ - first_ns_) / (told.completion_tokens - 1);
@@ -132,6 +133,7 @@ class Response {
   bool is_stream() const { return UsageScan::is_stream(stream_); }  // of events, or of lines
   StreamEnd stream_end() const { return {scan_.events(), scan_.in_line()}; }
   std::uint64_t take_id() { return scan_.take_id(); }
+  const ResponseShape* shape() const { return endpoint_->response(); }
   const Framing& framing() const { return framing_; }  // towards the client
   bool is_chunked() const { return framing_.kind == Framing::Kind::chunked; }
   bool lasts_until_close() const { return framing_.kind == Framing::Kind::until_close; }

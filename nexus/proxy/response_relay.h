@@ -9,6 +9,7 @@
 
 #include <string_view>
 
+#include "nexus/api/told_model.h"
 #include "nexus/proxy/exchange_times.h"
 #include "nexus/proxy/response.h"
 
@@ -76,7 +77,10 @@ class ResponseRelay {
 
   // Reads a piece of the body into `write`, behind `head`.
   Response::Step read(std::string_view head, char* data, std::size_t bytes, ClientWrite& write) {
-    return response_.feed(context_.blocks, context_.json, context_.now, head, data, bytes, write);
+    const Response::Step step = response_.feed(context_.blocks, context_.json, context_.now, head, data, bytes, write);
+    if (summary_.trace.wants_model()) [[unlikely]]
+      note_model(write.newest());
+    return step;
   }
   // The end of the backend's connection ended the body.
   void read_end(ClientWrite& write) { response_.end(context_.blocks, context_.json, context_.now, write); }
@@ -108,6 +112,14 @@ class ResponseRelay {
   void reset() { response_.reset(); }
 
  private:
+  // `piece`: payload of the response.
+  [[gnu::cold]] void note_model(std::string_view piece) {
+    const ResponseShape* const shape = response_.shape();
+    if (shape == nullptr || !response_.is_success() || piece.empty()) return;
+    summary_.trace.note_model(told_model(context_.json, *shape, response_.is_stream(), piece),
+                              response_.is_stream() && piece.ends_with('\n'));
+  }
+
   RelayOutcome send_end(ClientWrite& write) {
     note_usage();
     const bool good = !response_.is_error_in_disguise(true);

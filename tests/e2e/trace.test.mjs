@@ -171,11 +171,43 @@ group('trace', () => {
 
     const both = {
       'http.response.status_code': 200, 'gen_ai.operation.name': 'chat', 'gen_ai.provider.name': 'vllm', 'gen_ai.request.model': 'm1',
-      'gen_ai.request.stream': false, 'gen_ai.usage.input_tokens': 9, 'gen_ai.usage.output_tokens': 12, 'gen_ai.conversation.id': 'conversation-7',
+      'gen_ai.response.model': 'm1', 'gen_ai.request.stream': false, 'gen_ai.usage.input_tokens': 9, 'gen_ai.usage.output_tokens': 12, 'gen_ai.conversation.id': 'conversation-7',
     };
     assert.deepEqual(server.at, { ...both, 'http.request.method': 'POST', 'http.route': completions, 'nexus.request_id': 'one' });
     assert.deepEqual(client.at, { ...both, 'server.address': '127.0.0.1', 'server.port': backend.port, 'nexus.backend': 'b1' });
   });
+
+  // What a backend answers to m1, and what the spans tell of it.
+  const answers = [
+    ['a completion', completions, (reply) => reply.json({ model: 'm1-2026', choices: [{ message: { content: '"model":"no"' } }],
+      usage: { prompt_tokens: 9, completion_tokens: 12, prompt_tokens_details: { cached_tokens: 4 }, completion_tokens_details: { reasoning_tokens: 7 } } }), ['m1-2026', 4, 7]],
+    ['a stream that begins with comments', completions, (reply) => {
+      reply.stream();
+      for (const piece of [': one\n\n', ': two\n\n', 'data: {"id":"1","model":"m1-2026","choices":[{"delta":{"content":"{"}}]}\n\n',
+        'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":12,"completion_tokens_details":{"reasoning_tokens":7}}}\n\n', 'data: [DONE]\n\n']) reply.piece(piece);
+      reply.finish();
+    }, ['m1-2026', undefined, 7]],
+    ['a response in events', '/v1/responses', (reply) => {
+      reply.stream();
+      reply.piece('event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1","model":"m1-2026"}}\n\n');
+      reply.piece('event: response.completed\ndata: {"type":"response.completed","response":{"id":"resp_1","usage":{"input_tokens":9,"output_tokens":12,"output_tokens_details":{"reasoning_tokens":7}}}}\n\n');
+      reply.finish();
+    }, ['m1-2026', undefined, 7]],
+    ['an answer without any of it', completions, (reply) => reply.json({ choices: [], usage: { prompt_tokens: 9, completion_tokens: 12 } }), [undefined, undefined, undefined]],
+    ['more reasoning than there are tokens', completions, (reply) => reply.json({ model: '', usage: { completion_tokens: 2, completion_tokens_details: { reasoning_tokens: 3 } } }), [undefined, undefined, undefined]],
+  ];
+  for (const [what, path, answer, told] of answers) {
+    test(`the spans tell the model that answered, and the cached and the reasoning tokens: ${what}`, async (t) => {
+      needs_schema(t);
+      const { nexus, backend, spans } = await traced(t);
+      backend.answer = (_, reply) => answer(reply);
+      const r = await post(nexus.port, path, path === completions ? chat('m1', { stream: /stream/.test(what) }) : { model: 'm1', input: 'x', stream: true });
+      assert.equal(r.status, 200);
+      const all = await spans();
+      assert.equal(all.length, 2);
+      for (const { at } of all) assert.deepEqual([at['gen_ai.response.model'], at['gen_ai.usage.cache_read.input_tokens'], at['gen_ai.usage.reasoning.output_tokens']], told);
+    });
+  }
 
   test('a retry, a fallback and a stream: each attempt is a child with its own outcome, and its backend has its id', async (t) => {
     needs_schema(t);
@@ -210,6 +242,7 @@ group('trace', () => {
     assert.equal(last.at['gen_ai.request.stream'], true);
     assert.ok(last.at['gen_ai.response.time_to_first_chunk'] > 0);
     assert.deepEqual([last.at['gen_ai.usage.input_tokens'], last.at['gen_ai.usage.output_tokens']], [9, 3]);
+    assert.deepEqual([server, ...attempts].map((span) => span.at['gen_ai.response.model']), ['m2', undefined, undefined, 'm2']);
     assert.equal(busy.requests[0].headers.get('traceparent'), `00-${trace_id}-${attempts[0].spanId}-01`);
     assert.equal(good.requests[0].headers.get('traceparent'), `00-${trace_id}-${last.spanId}-01`);
     for (const backend of [busy, good]) assert.equal(backend.requests[0].headers.get('tracestate'), 'rojo=1');
