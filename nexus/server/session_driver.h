@@ -265,6 +265,7 @@ class SessionDriver {
     }
     const std::size_t bytes = std::min(session.input.room(), kMostReadBytes);
     const IoResult result = session.connection.read(context_.net, session.input.tail(), bytes);
+    context_.events_fresh &= result.bytes <= kFirstReadBytes;  // to parse more takes a while
     if (result.ok()) session.input.commit(result.bytes);
     if (result.ok() || result.kind == IoResult::Kind::again) return Step::again;
     client_gone(session);

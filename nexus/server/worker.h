@@ -121,6 +121,7 @@ class Worker {
       context_.events_fresh &= i < kFreshEvents;
       dispatch(events_[i]);
     }
+    context_.events_fresh = false;  // a share of long work may take milliseconds
     context_.run_rescheduled([this](Handle session) { sessions_.resume(session); });
     context_.wheel.fire(context_.now, [this](Handle handle) { on_deadline(handle); });
     if (woken && grants_missed_.exchange(false, std::memory_order_relaxed)) sessions_.look_for_grants();

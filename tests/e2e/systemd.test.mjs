@@ -141,6 +141,7 @@ group('reload for a service manager', () => {
       break;
     }
     assert.match(nexus.log(), /configuration not applied: too many names of backends/);
+    await nexus.logged(/warning reload not in force yet: .* changed=/);
   });
 
   test('each of many at once has its answer: a signal that was merged with another one is sent again', { limit_ms: 60_000 }, async (t) => {
