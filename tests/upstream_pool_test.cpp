@@ -14,6 +14,17 @@ using namespace nexus;
 using sim::PoolStage;
 using Ends = std::vector<std::size_t>;
 
+namespace {
+
+// Bytes that nobody asked for, or an end, come on the connection that was made second.
+void say_unasked(PoolStage& stage, bool by_bytes) {
+  sim::Peer& peer = stage.script.peers[1];
+  by_bytes ? stage.script.send(peer, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") : stage.script.finish(peer);
+  stage.script.deliver();
+}
+
+}  // namespace
+
 TEST_CASE("the most recently used connection is taken first, and it is the reused one") {
   PoolStage stage;
   stage.keep(3);
@@ -111,12 +122,7 @@ TEST_CASE("a connection whose event was not fetched yet is not taken, but closed
     CAPTURE(by_bytes);
     PoolStage stage;
     stage.keep(2);
-    if (by_bytes) {
-      stage.script.send(stage.script.peers[1], "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
-    } else {
-      stage.script.finish(stage.script.peers[1]);
-    }
-    stage.script.deliver();  // it is in the socket, and the loop has not waited
+    say_unasked(stage, by_bytes);  // it is in the socket, and the loop has not waited
     Upstream<sim::SimNet>* taken = stage.take();
     REQUIRE(taken != nullptr);
     CHECK(stage.open_ends() == Ends{0});
@@ -133,12 +139,7 @@ TEST_CASE("a connection of which the last wait has told something is not taken, 
       CAPTURE(fresh);
       PoolStage stage;
       stage.keep(2);
-      if (by_bytes) {
-        stage.script.send(stage.script.peers[1], "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
-      } else {
-        stage.script.finish(stage.script.peers[1]);
-      }
-      stage.script.deliver();
+      say_unasked(stage, by_bytes);
       stage.note_events();
       stage.context.events_fresh = fresh;
       Upstream<sim::SimNet>* taken = stage.take();

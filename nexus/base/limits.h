@@ -135,9 +135,10 @@ constexpr Ns kExpiryLook = 24 * 3600 * kSecond;          // between two looks at
 
 // ---- traces ----
 
-constexpr std::size_t kMaxSpansWaiting = 2'048;          // for the collector, of all threads; those beyond it are lost
-constexpr std::size_t kSpansPerExport = 512;             // in one request to the collector
-constexpr std::size_t kMaxConversationBytes = 64;        // of a session's name in a span; a longer one is left out
+constexpr std::size_t kMaxSpansWaiting = 2'048;    // for the collector, of all threads; those beyond it are lost
+constexpr std::size_t kSpansPerExport = 512;       // in one request to the collector
+constexpr std::size_t kMaxConversationBytes = 64;  // of a session's name in a span; a longer one is left out
+constexpr std::uint32_t kPiecesForModel = 4;       // of a sampled response, that are asked for the model that answered
 constexpr std::size_t kMaxCollectorAnswer = 64u << 10;   // of the collector's response
 constexpr std::size_t kMaxResourceAttributes = 64;       // of OTEL_RESOURCE_ATTRIBUTES
 constexpr std::size_t kMaxResourceAttributeBytes = 256;  // of a name and of a value

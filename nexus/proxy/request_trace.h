@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "nexus/api/endpoints.h"
+#include "nexus/base/limits.h"
 #include "nexus/http/trace_context.h"
 #include "nexus/metrics/span.h"
 #include "nexus/proxy/worker_context.h"
@@ -25,8 +26,6 @@ struct RequestTrace {
     unsampled,  // backends get a traceparent of Nexus's own
     sampled,    // and spans are made
   };
-
-  static constexpr std::uint32_t kPiecesForModel = 4;  // of a response
 
   State state = State::none;  // all else has a meaning only if it is not `none`
   bool has_parent = false;
