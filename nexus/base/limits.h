@@ -61,6 +61,7 @@ constexpr std::size_t kMaxModelEntriesBytes = 1u << 20;  // of all entries of on
 // ---- heads ----
 
 constexpr std::size_t kMaxFields = 256;                      // per head: the most that max_fields can allow
+constexpr std::size_t kKnownLineBits = 7;                    // sets of two lines that a thread knows: 32 KiB
 constexpr std::size_t kMaxRequestIdBytes = 128;              // a longer one from a client is replaced
 constexpr std::uint32_t kMaxInterimHeads = 16;               // 1xx heads before the final one
 constexpr std::size_t kTextBytes = 16u << 10;                // reserved for heads and errors of our own

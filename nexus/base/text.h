@@ -61,6 +61,23 @@ inline bool begins_with(std::string_view text, const char (&constant)[N]) {
   return text.size() >= N - 1 && std::memcmp(text.data(), constant, N - 1) == 0;
 }
 
+constexpr std::size_t kWordBytes = sizeof(std::uint64_t);
+
+inline std::uint64_t word_of(const char* at) {
+  std::uint64_t word;
+  std::memcpy(&word, at, kWordBytes);
+  return word;
+}
+
+// True if both have the same bytes: a memcmp() without a call. `bytes` is at least kWordBytes.
+inline bool equal_words(const char* a, const char* b, std::size_t bytes) {
+  const std::size_t last = bytes - kWordBytes;
+  for (std::size_t at = 0; at < last; at += kWordBytes) {
+    if (word_of(a + at) != word_of(b + at)) return false;
+  }
+  return word_of(a + last) == word_of(b + last);
+}
+
 constexpr bool equals_ignoring_case(std::string_view a, std::string_view b) {
   if (a.size() != b.size()) return false;
   for (std::size_t i = 0; i < a.size(); ++i) {

@@ -1,8 +1,8 @@
 // head_parser.h
 // Owns:     llhttp wrapped: strict reading of request and response heads, and of the body framing that they announce.
-// Promises: a head is accepted only if llhttp (strict) and our own check of its lines find the same fields; positions
-//           are offsets from the head's first byte, so the buffer may move between calls; feeding byte by byte gives
-//           the same result; a body's length is decided here, once (RFC 9112 6.3).
+// Promises: a line is accepted only if llhttp (strict) and our own check of it find the same name; positions are offsets
+//           from the head's first byte, so the buffer may move between calls; feeding byte by byte gives the same
+//           result; a body's length is decided here, once (RFC 9112 6.3).
 // Leaves:   the first line to start_line.h, bodies to chunked.h and exchange.h; the size limit to the caller, who stops
 //           feeding.
 // Threads:  a reader belongs to its connection.
@@ -19,11 +19,13 @@
 #include <cstring>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
 #include "nexus/base/text.h"
 #include "nexus/http/header_fields.h"
+#include "nexus/http/known_lines.h"
 #include "nexus/http/start_line.h"
 
 namespace nexus {
@@ -43,6 +45,7 @@ struct Framing {
 };
 
 struct RequestHead : RequestLine {
+  using FirstLine = RequestLine;
   static constexpr llhttp_type_t kType = HTTP_REQUEST;
   bool keep_alive = true;
   bool expects_continue = false;
@@ -51,6 +54,7 @@ struct RequestHead : RequestLine {
 };
 
 struct ResponseHead : StatusLine {
+  using FirstLine = StatusLine;
   static constexpr llhttp_type_t kType = HTTP_RESPONSE;
   bool keep_alive = true;
   std::uint32_t head_bytes = 0;
@@ -70,65 +74,57 @@ inline const FieldRow* find_field(const FieldTable& fields, Field wanted) {
 
 namespace detail {
 
-// Runs llhttp over the field lines of a head and records what its callbacks report.
+// Reads the field lines of a head, one by one: each must be `name ":" OWS value OWS CRLF` (llhttp tolerates folds and
+// bare LFs), and llhttp must find the same name in it. A line that came before is not read again.
 class HeadScan {
  public:
-  // The first field line will begin at offset `fields_at`.
-  void start(llhttp_type_t type, FieldTable* table, std::size_t fields_at, std::size_t most_fields) {
+  // The first field line will begin at offset `fields_at`. `known` may be nullptr.
+  void start(llhttp_type_t type, FieldTable* table, std::size_t fields_at, std::size_t most_fields, KnownLines* known) {
     assert(most_fields <= kMaxFields);
-    parser_ = type == HTTP_REQUEST ? behind_line<HTTP_REQUEST>() : behind_line<HTTP_RESPONSE>();
-    parser_.data = this;
-    fields = table;
+    type_ = type;
+    parsing_ = false;
+    fields_ = table;
+    known_ = known;
     most_fields_ = most_fields;
-    fields->count = fields->seen = 0;
-    fields->connection_names = false;
-    fed_ = fields_at;
-    overflow_ = false;
+    fields_->count = fields_->seen = 0;
+    fields_->connection_names = false;
+    line_at_ = fed_ = fields_at;
+    name_bytes_ = 0;
   }
 
-  // Feeds llhttp those bytes of [base, base + bytes) that are new since the last call.
+  // Reads those bytes of [base, base + bytes) that are new since the last call.
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
-    const llhttp_errno_t error = llhttp_execute(&parser_, base + fed_, bytes - fed_);
-    fed_ = bytes;
-    if (error == HPE_OK) return {};
-    if (error == HPE_PAUSED) {
-      if (overflow_) return refuse(HeadError::too_many_fields, "too many header fields");
-      const auto head_bytes = static_cast<std::size_t>(llhttp_get_error_pos(&parser_) - base);
-      return {HeadResult::Status::done, HeadError::none, {}, head_bytes};
+    for (;;) {
+      const std::size_t end = find_control(base, fed_, bytes);
+      if (end < bytes && base[end] != '\r') return refuse("a line end that is not CRLF");
+      if (end + 1 >= bytes) return feed(end) == HPE_OK ? HeadResult{} : refuse(reason());
+      if (base[end + 1] != '\n') return refuse("a line end that is not CRLF");
+      const std::size_t next = end + 2;
+      if (end == line_at_) {
+        const bool complete = !parsing_ || feed(next) == HPE_PAUSED;
+        return complete ? HeadResult{HeadResult::Status::done, HeadError::none, {}, next} : refuse(reason());
+      }
+      if (fields_->count == most_fields_) {
+        if (feed(next) != HPE_OK) return refuse(reason());
+        return refuse("too many header fields", HeadError::too_many_fields);
+      }
+      FieldRow& row = fields_->rows[fields_->count];
+      const KnownLines::Parts line({base + line_at_, end - line_at_});
+      const bool known = known_ != nullptr && fed_ == line_at_ && known_->find(line, line_at_, row);
+      if (!known) {
+        if (const char* why = read_line(line, row)) return refuse(why);
+      }
+      fields_->count += 1;
+      fields_->seen |= bit_of(row.field);
+      line_at_ = fed_ = next;
+      name_bytes_ = 0;
     }
-    const char* reason = llhttp_get_error_reason(&parser_);
-    return refuse(HeadError::malformed, reason == nullptr ? "not HTTP/1.1" : reason);
   }
 
-  static HeadResult refuse(HeadError error, std::string_view why) {
+  static HeadResult refuse(std::string_view why, HeadError error = HeadError::malformed) {
     return {HeadResult::Status::failed, error, why, 0};
   }
-
-  // Checks the field lines, which begin at `at`: each must be `name ":" OWS value OWS CRLF` and the next follow
-  // directly (llhttp tolerates folds and bare LFs), up to the empty line that ends at `head_bytes`. Sets values and
-  // fields. Returns what is wrong, or nullptr.
-  const char* check_lines(const char* base, std::size_t at, std::size_t head_bytes) {
-    for (std::uint32_t i = 0; i < fields->count; ++i) {
-      FieldRow& row = fields->rows[i];
-      if (row.name_at != at || row.name_bytes == 0) return "a folded field or one without a name";
-      std::size_t from = at + row.name_bytes;
-      if (base[from] != ':') return "white space before a colon";
-      from += 1;
-      const std::size_t to = find_control(base, from, head_bytes);
-      if (to + 1 >= head_bytes || base[to] != '\r' || base[to + 1] != '\n') return "a line end that is not CRLF";
-      const std::string_view value = trim_blanks({base + from, to - from});
-      row.value_at = static_cast<std::uint32_t>(value.data() - base);
-      row.value_bytes = static_cast<std::uint32_t>(value.size());
-      row.field = classify_field({base + row.name_at, row.name_bytes});
-      fields->seen |= bit_of(row.field);
-      at = to + 2;
-    }
-    if (at + 2 != head_bytes || base[at] != '\r' || base[at + 1] != '\n') return "the head does not end in CRLF CRLF";
-    return nullptr;
-  }
-
-  FieldTable* fields = nullptr;
 
  private:
   // A parser that has read a first line. start_line.h reads the real one, because the versions of llhttp differ there.
@@ -145,23 +141,45 @@ class HeadScan {
     return made;
   }
 
+  // Feeds llhttp the bytes before offset `to` that are new to it.
+  llhttp_errno_t feed(std::size_t to) {
+    if (!parsing_) {
+      parsing_ = true;
+      parser_ = type_ == HTTP_REQUEST ? behind_line<HTTP_REQUEST>() : behind_line<HTTP_RESPONSE>();
+      parser_.data = this;
+    }
+    const std::size_t from = std::exchange(fed_, to);
+    return llhttp_execute(&parser_, base_ + from, to - from);
+  }
+  const char* reason() const {
+    const char* why = llhttp_get_error_reason(&parser_);
+    return why == nullptr ? "not HTTP/1.1" : why;
+  }
+
+  // Reads the line at line_at_ into a row. Returns what is wrong, or nullptr.
+  [[gnu::noinline]] const char* read_line(const KnownLines::Parts& parts, FieldRow& row) {
+    const std::string_view line(base_ + line_at_, parts.bytes());
+    if (feed(line_at_ + line.size() + 2) != HPE_OK) return reason();
+    if (name_at_ != line_at_ || name_bytes_ == 0) return "a folded field or one without a name";
+    if (base_[line_at_ + name_bytes_] != ':') return "white space before a colon";
+    const std::string_view value = trim_blanks(line.substr(name_bytes_ + 1));
+    row.name_at = name_at_;
+    row.name_bytes = name_bytes_;
+    row.value_at = offset(value.data());
+    row.value_bytes = static_cast<std::uint32_t>(value.size());
+    row.field = classify_field(line.substr(0, name_bytes_));
+    if (known_ != nullptr) known_->keep(parts, row);
+    return nullptr;
+  }
+
   static HeadScan& self(llhttp_t* parser) { return *static_cast<HeadScan*>(parser->data); }
   std::uint32_t offset(const char* at) const { return static_cast<std::uint32_t>(at - base_); }
 
-  // A name may come in pieces. Values are left to check_lines(), which must look at them anyway. Too many fields are
-  // reported at the end of the head, because a piece of a name looks like the beginning of another.
+  // A name may come in pieces.
   static int on_name(llhttp_t* parser, const char* at, std::size_t bytes) {
     HeadScan& scan = self(parser);
-    FieldTable& fields = *scan.fields;
-    const std::uint32_t from = scan.offset(at);
-    FieldRow* const last = fields.count > 0 ? &fields.rows[fields.count - 1] : nullptr;
-    if (last != nullptr && last->name_at + last->name_bytes == from) {
-      last->name_bytes += static_cast<std::uint32_t>(bytes);
-    } else if (fields.count == scan.most_fields_) {
-      scan.overflow_ = true;
-    } else {
-      fields.rows[fields.count++] = FieldRow{from, static_cast<std::uint32_t>(bytes), 0, 0, Field::other};
-    }
+    if (scan.name_bytes_ == 0) scan.name_at_ = scan.offset(at);
+    scan.name_bytes_ += static_cast<std::uint32_t>(bytes);
     return 0;
   }
   static int on_head_complete(llhttp_t*) { return HPE_PAUSED; }
@@ -177,11 +195,17 @@ class HeadScan {
     return made;
   }
 
+  llhttp_type_t type_ = HTTP_REQUEST;
+  bool parsing_ = false;  // a line of this head was given to llhttp
   llhttp_t parser_;
+  FieldTable* fields_ = nullptr;
+  KnownLines* known_ = nullptr;
   const char* base_ = nullptr;
-  std::size_t fed_ = 0;
+  std::size_t line_at_ = 0;       // where the line begins that is not complete
+  std::size_t fed_ = 0;           // llhttp has what lies before it, but for lines that it need not read
+  std::uint32_t name_at_ = 0;     // of that line's name, as llhttp found it
+  std::uint32_t name_bytes_ = 0;  // 0: it has not begun
   std::size_t most_fields_ = kMaxFields;
-  bool overflow_ = false;
 };
 
 // The meaning of Content-Length and Transfer-Encoding together.
@@ -303,9 +327,11 @@ inline const char* read_fields(const char* base, FieldTable& fields, ResponseHea
 template <class Head>
 class HeadReader {
  public:
-  // More than `most_fields` (at most kMaxFields) fields: the error is too_many_fields.
-  void start(FieldTable* fields, std::size_t most_fields = kMaxFields) {
+  // More than `most_fields` (at most kMaxFields) fields: the error is too_many_fields. `known`: the lines that this thread
+  // knows; nullptr: each is read.
+  void start(FieldTable* fields, std::size_t most_fields = kMaxFields, KnownLines* known = nullptr) {
     fields_ = fields;
+    known_ = known;
     most_fields_ = most_fields;
     line_seen_ = fields_at_ = 0;
   }
@@ -319,35 +345,41 @@ class HeadReader {
       const HeadResult line = read_line(base, bytes);
       if (line.status != HeadResult::Status::done) return line;
       fields_at_ = line.head_bytes;
-      scan_.start(Head::kType, fields_, fields_at_, most_fields_);
+      scan_.start(Head::kType, fields_, fields_at_, most_fields_, known_);
     }
     const HeadResult result = scan_.run(base, bytes);
     if (result.status != HeadResult::Status::done) return result;
     head = head_;
     head.head_bytes = static_cast<std::uint32_t>(result.head_bytes);
-    const char* why = scan_.check_lines(base, fields_at_, result.head_bytes);
-    if (why == nullptr) why = detail::read_fields(base, *fields_, head);
-    return why == nullptr ? result : scan_.refuse(HeadError::malformed, why);
+    const char* why = detail::read_fields(base, *fields_, head);
+    return why == nullptr ? result : scan_.refuse(why);
   }
 
  private:
+  using FirstLine = typename Head::FirstLine;
+
   // Reads the first line into head_ once its end has come; `head_bytes` of the result is the offset behind it.
   HeadResult read_line(const char* base, std::size_t bytes) {
     const std::size_t end = find_control(base, line_seen_, bytes);
     line_seen_ = end;
     const std::string_view line(base, end);
-    if (!may_begin(line, head_)) return scan_.refuse(HeadError::malformed, "it does not begin as HTTP/1.1 does");
-    if (end < bytes && base[end] != '\r') return scan_.refuse(HeadError::malformed, "a line end that is not CRLF");
+    if (!may_begin(line, head_)) return scan_.refuse("it does not begin as HTTP/1.1 does");
+    if (end < bytes && base[end] != '\r') return scan_.refuse("a line end that is not CRLF");
     if (end + 1 >= bytes) return {};
-    if (base[end + 1] != '\n') return scan_.refuse(HeadError::malformed, "a line end that is not CRLF");
+    if (base[end + 1] != '\n') return scan_.refuse("a line end that is not CRLF");
     head_ = Head{};
-    const LineResult result = read_start_line(line, head_);
-    if (result.why != nullptr) return scan_.refuse(result.error, result.why);
+    FirstLine& said = head_;
+    if (known_ == nullptr || !known_->find_first(line, said)) {
+      const LineResult result = read_start_line(line, said);
+      if (result.why != nullptr) return scan_.refuse(result.why, result.error);
+      if (known_ != nullptr) known_->keep_first(line, said);
+    }
     return {HeadResult::Status::done, HeadError::none, {}, end + 2};
   }
 
   detail::HeadScan scan_;
   FieldTable* fields_ = nullptr;
+  KnownLines* known_ = nullptr;
   std::size_t most_fields_ = kMaxFields;
   Head head_;                  // of the first line alone
   std::size_t line_seen_ = 0;  // bytes of the first line that were looked at

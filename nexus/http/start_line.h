@@ -92,9 +92,9 @@ constexpr bool may_be(std::uint8_t place, char c) { return (kBytePlaces[static_c
 
 // The places in which each byte of the text may occur.
 inline std::uint8_t places_of(std::string_view text) {
-  unsigned places = 0xff;
-  for (const char c : text) places &= kBytePlaces[static_cast<unsigned char>(c)];
-  return static_cast<std::uint8_t>(places);
+  std::uint8_t places = 0xff;
+  for (std::size_t i = 0; i < text.size() && places != 0; ++i) places &= kBytePlaces[static_cast<unsigned char>(text[i])];
+  return places;
 }
 inline bool all_may_be(std::uint8_t place, std::string_view text) { return (places_of(text) & place) != 0; }
 

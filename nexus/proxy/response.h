@@ -226,12 +226,12 @@ class ResponseHeadReader {
   };
 
   // Reads received bytes; once done, the fields are valid until clear().
-  Result feed(ObjectPool<HeadParts<ResponseHead>>& heads, BlockPool& blocks, const ServerSettings& limits, char* data,
-              std::size_t bytes) {
+  Result feed(ObjectPool<HeadParts<ResponseHead>>& heads, KnownLines& known, BlockPool& blocks,
+              const ServerSettings& limits, char* data, std::size_t bytes) {
     if (!parts_) {
       parts_ = heads.take();
       if (!parts_) return failed(Status::out_of_memory);
-      parts_->reader.start(&parts_->fields, limits.max_fields);
+      parts_->reader.start(&parts_->fields, limits.max_fields, &known);
     }
     if (!partial_.empty()) {
       if (!partial_.append(blocks, {data, bytes})) return failed(Status::out_of_memory);
@@ -258,7 +258,7 @@ class ResponseHeadReader {
       }
       data += result.head_bytes;
       bytes -= result.head_bytes;
-      parts_->reader.start(&parts_->fields, limits.max_fields);
+      parts_->reader.start(&parts_->fields, limits.max_fields, &known);
       if (bytes == 0) {
         partial_.clear();
         return {};

@@ -48,7 +48,8 @@ class ResponseRelay {
   bool tells_error_event() const { return response_.is_stream() && response_.is_chunked(); }
 
   ResponseHeadReader::Result read_head(char* data, std::size_t bytes) {
-    return head_.feed(context_.response_heads, context_.blocks, context_.settings().server, data, bytes);
+    return head_.feed(context_.response_heads, context_.known_lines, context_.blocks, context_.settings().server, data,
+                      bytes);
   }
   HeadView view(const ResponseHeadReader::Result& result) const { return head_.view(result); }
   void drop_head() { head_.clear(); }

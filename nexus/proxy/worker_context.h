@@ -326,6 +326,7 @@ struct WorkerContext {
   TimerWheel wheel;
   BlockPool blocks;
   Block scratch_block;
+  KnownLines known_lines;
   ObjectPool<HeadParts<ResponseHead>> response_heads;
   ObjectPool<std::string> request_texts;  // what attempts write
   ObjectPool<IncrementalJson> incremental_readers;

@@ -53,7 +53,8 @@ class HeadInput {
   // Reads the bytes that are new in `input`. With the first of them take() is called: it returns the RequestInput to
   // read with, or nullptr if there is no memory.
   template <class Take>
-  Status read(Buffer& input, Take&& take, RequestHead& head, std::size_t most_bytes, std::size_t most_fields) {
+  Status read(Buffer& input, Take&& take, KnownLines& known, RequestHead& head, std::size_t most_bytes,
+              std::size_t most_fields) {
     skip_empty_line(input);
     if (input.size() == parsed_) return Status::need_more;
     if (!started_) {
@@ -61,7 +62,7 @@ class HeadInput {
       if (made == nullptr) return Status::out_of_memory;
       started_ = true;
       reader_ = &made->reader;
-      reader_->start(&made->fields, most_fields);
+      reader_->start(&made->fields, most_fields, &known);
     }
     const bool over = parsed_ > most_bytes;  // a reload has lowered the limit meanwhile
     parsed_ = input.size();

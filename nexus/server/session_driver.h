@@ -286,8 +286,8 @@ class SessionDriver {
     const ServerSettings& server = context_.settings().server;
     const bool was_started = session.head_input.started();
     const auto take = [&] { return begin_request(session); };
-    const HeadInput::Status status =
-        session.head_input.read(session.input, take, session.head, server.max_header_bytes, server.max_fields);
+    const HeadInput::Status status = session.head_input.read(session.input, take, context_.known_lines, session.head,
+                                                             server.max_header_bytes, server.max_fields);
     // A head has header_timeout from its first byte; the first head of a connection, from the connection's start.
     if (!was_started && session.head_input.started() && session.asked) arm(session, server.header_timeout_ns);
     if (status == HeadInput::Status::need_more) return false;
