@@ -36,7 +36,8 @@ struct Heads {
   }
   bool knows(const std::string& line) const {
     FieldRow row;
-    return known->find(KnownLines::Parts(line), 0, row);
+    KnownLines::Place place = KnownLines::kNowhere;
+    return known->find(place, KnownLines::Parts(line), 0, row);
   }
   // The name and the value of the last field.
   std::pair<std::string, std::string> last() const {
@@ -90,13 +91,74 @@ TEST_SUITE("known lines") {
       CHECK(heads.last() == Pair("Content-Length", digits));
       CHECK(heads.head.framing.length == std::stoull(digits));
     }
-    for (const std::string broken : {"007", "9223372036854775808", "18446744073709551617", "99999999999999999999", "1 2"}) {
+    for (const std::string broken :
+         {"007", "9223372036854775808", "18446744073709551617", "99999999999999999999", "1 2"}) {
       CHECK(heads.read(kHost + "Content-Length: " + broken + "\r\n").status == Status::failed);
     }
     CHECK_FALSE(heads.knows("Content-Length: "));
     CHECK_FALSE(heads.knows("Content-Length: 1 "));
     CHECK_FALSE(heads.knows("Content-Length: -1"));
     CHECK_FALSE(heads.knows("Content-Length:  1"));
+  }
+
+  TEST_CASE("a Host that is known is well-formed, whatever its digits") {
+    Heads heads;
+    for (int i = 0; i < 2; ++i) {
+      CHECK(heads.read("Host: 10.0.0.1:8080\r\n").status == Status::done);
+      CHECK(heads.read("Host: 10.0.0.1:65535\r\n").status == Status::done);
+      CHECK(heads.read("Host: 10.0.0.1:655355\r\n").status == Status::failed);
+      CHECK(heads.read("Host: 10.0.0.1:\r\n").status == Status::done);
+      CHECK(heads.read("Host: a b:8080\r\n").status == Status::failed);
+      CHECK(heads.read("Host: [::1]8080\r\n").status == Status::failed);
+      CHECK(heads.read("Host: gateway1234567\r\n").status == Status::done);
+      CHECK(heads.read("Host: gateway12\r\n").status == Status::done);
+    }
+    CHECK(heads.knows("Host: 10.0.0.1:1"));
+    CHECK_FALSE(heads.knows("Host: a b:8080"));
+  }
+
+  TEST_CASE("a line is known in another head, behind another line, and where the line behind it has changed") {
+    Heads heads;
+    const std::string one = "X-Number-One: a\r\n", two = "X-Number-Two: b\r\n", three = "X-Number-Three: 3\r\n";
+    for (const std::string& lines : {kHost + one + two, kHost + two + one, one + kHost + two, kHost + one + three + two,
+                                     kHost + one + two, kHost + three + three + one, kHost}) {
+      for (int i = 0; i < 2; ++i) {
+        REQUIRE(heads.read(lines).status == Status::done);
+        std::string read;
+        for (const FieldRow& row : heads.fields) {
+          const auto name = nexus::name_of(heads.text.data(), row), value = nexus::value_of(heads.text.data(), row);
+          read.append(name).append(": ").append(value).append("\r\n");
+        }
+        CHECK(read == lines);
+      }
+    }
+  }
+
+  TEST_CASE("a first line that came before says the same again; one with a query is read each time") {
+    const auto known = std::make_unique<KnownLines>();
+    FieldTable fields;
+    for (const std::string target : {"/v1/chat/completions", "/v1/models", "/v1/models?key=secret", "/v1/embeddings"}) {
+      nexus::RequestHead heads[2];
+      const std::string text = "POST " + target + " HTTP/1.1\r\nHost: a\r\n\r\n";
+      for (nexus::RequestHead& head : heads) {
+        nexus::RequestReader reader;
+        reader.start(&fields, nexus::kMaxFields, known.get());
+        REQUIRE(reader.feed(text.data(), text.size(), head).status == Status::done);
+        CHECK(head.method == HTTP_POST);
+        CHECK(text.substr(head.target_at, head.target_bytes) == target);
+      }
+      nexus::RequestLine said;
+      const std::string line = text.substr(0, text.find("\r\n"));
+      CHECK(known->find_first(line, said) == (target.find('?') == std::string::npos));
+      CHECK_FALSE(known->find_first(line.substr(0, line.size() - 1) + "0", said));
+    }
+    nexus::ResponseHead answer;
+    for (const std::string text : {"HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.1 500 OK\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n"}) {
+      nexus::ResponseReader reader;
+      reader.start(&fields, nexus::kMaxFields, known.get());
+      REQUIRE(reader.feed(text.data(), text.size(), answer).status == Status::done);
+      CHECK(answer.status == std::stoi(text.substr(nexus::kStatusAt, 3)));
+    }
   }
 
   TEST_CASE("a line that ends in blanks does not pass for one with digits behind them, nor the other way round") {
@@ -115,10 +177,9 @@ TEST_SUITE("known lines") {
 
   TEST_CASE("lines that hold a key or that differ in each request are read each time, and so is Transfer-Encoding") {
     Heads heads;
-    for (const std::string line :
-         {"Upgrade: websocket", "Authorization: Bearer sk-1", "authorization: Bearer sk-a", "X-API-Key: sk-1",
-          "Api-Key: sk-1", "api_key: sk-1", "Transfer-Encoding: chunked", "Traceparent: 00-11-22-01",
-          "Tracestate: vendor=1", "X-Request-Id: 0123456789"}) {
+    for (const std::string line : {"Upgrade: websocket", "Authorization: Bearer sk-1", "authorization: Bearer sk-a",
+                                   "X-API-Key: sk-1", "Api-Key: sk-1", "api_key: sk-1", "Transfer-Encoding: chunked",
+                                   "Traceparent: 00-11-22-01", "Tracestate: vendor=1", "X-Request-Id: 0123456789"}) {
       REQUIRE(heads.read(kHost + line + "\r\n").status == Status::done);
       CHECK_MESSAGE(!heads.knows(line), line);
     }

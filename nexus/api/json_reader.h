@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <string_view>
 #include <utility>
@@ -23,6 +24,7 @@
 #include "nexus/base/buffer.h"
 #include "nexus/base/limits.h"
 #include "nexus/base/simd.h"
+#include "nexus/base/text.h"
 
 namespace nexus {
 
@@ -192,8 +194,8 @@ enum class UsagePart : std::uint8_t { whole, prompt_details, completion_details,
 // The object that `key` names in a usage.
 inline UsagePart part_of(const ResponseShape& shape, std::string_view key) {
   if (key.empty()) return UsagePart::other;
-  if (key == shape.details) return UsagePart::prompt_details;
-  return key == shape.written ? UsagePart::completion_details : UsagePart::other;
+  if (same_text(key, shape.details)) return UsagePart::prompt_details;
+  return same_text(key, shape.written) ? UsagePart::completion_details : UsagePart::other;
 }
 
 // The count that `key` names in `part`; null: none that is read.
@@ -201,14 +203,14 @@ inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_vie
   if (key.empty()) return nullptr;
   switch (part) {
     case UsagePart::whole: break;
-    case UsagePart::prompt_details: return key == shape.cached ? &Usage::cached_tokens : nullptr;
-    case UsagePart::completion_details: return key == shape.reasoning ? &Usage::reasoning_tokens : nullptr;
+    case UsagePart::prompt_details: return same_text(key, shape.cached) ? &Usage::cached_tokens : nullptr;
+    case UsagePart::completion_details: return same_text(key, shape.reasoning) ? &Usage::reasoning_tokens : nullptr;
     case UsagePart::other: return nullptr;
   }
-  if (key == shape.prompt) return &Usage::prompt_tokens;
-  if (key == shape.completion) return &Usage::completion_tokens;
-  if (shape.details.empty() && key == shape.cached) return &Usage::cached_tokens;
-  return key == shape.created ? &Usage::created_tokens : nullptr;
+  if (same_text(key, shape.prompt)) return &Usage::prompt_tokens;
+  if (same_text(key, shape.completion)) return &Usage::completion_tokens;
+  if (shape.details.empty() && same_text(key, shape.cached)) return &Usage::cached_tokens;
+  return same_text(key, shape.created) ? &Usage::created_tokens : nullptr;
 }
 
 inline void read_counts(JsonReader& json, const ResponseShape& shape, JsonReader::Object& object, Usage& usage) {
@@ -277,11 +279,10 @@ class PlainUsage {
   }
 
   bool value(Usage& usage, std::string_view key, UsagePart part) {
-    constexpr std::string_view kNull = "null";
     if (at_ == end_) return false;
     if (*at_ == '{') return part == UsagePart::whole && members(usage, part_of(shape_, key));
-    if (std::string_view(at_, static_cast<std::size_t>(end_ - at_)).starts_with(kNull)) {
-      at_ += kNull.size();
+    if (begins_with({at_, static_cast<std::size_t>(end_ - at_)}, "null")) {
+      at_ += 4;
       return true;
     }
     const char* const from = at_;
@@ -308,7 +309,8 @@ inline bool ends_with_usage_key(std::string_view text) {
   if (!text.ends_with(':')) return false;
   text.remove_suffix(1);
   text = trim_json_end(text);
-  return text.ends_with(kKey) && text.size() > kKey.size() && text[text.size() - kKey.size() - 1] != '\\';
+  if (text.size() <= kKey.size() || text[text.size() - kKey.size() - 1] == '\\') return false;
+  return std::memcmp(text.data() + text.size() - kKey.size(), kKey.data(), kKey.size()) == 0;
 }
 
 // Reads a `usage` that is the last member and small, the usual case, from the end of the response. An object between
@@ -326,10 +328,11 @@ inline bool read_last_usage(JsonReader& json, const ResponseShape& shape, std::s
     const void* const brace = memrchr(text.data(), '{', at);
     if (brace == nullptr) return false;
     at = static_cast<std::size_t>(static_cast<const char*>(brace) - text.data());
-    if (!ends_with_usage_key(text.substr(0, at))) continue;
-    if (PlainUsage(shape, trim_json_end(text.substr(at))).read(usage)) return true;
+    if (!ends_with_usage_key({text.data(), at})) continue;
+    const std::string_view last(text.data() + at, text.size() - at);
+    if (PlainUsage(shape, trim_json_end(last)).read(usage)) return true;
     JsonReader::Object object;
-    if (!json.open(text.substr(at), object)) return false;
+    if (!json.open(last, object)) return false;
     read_counts(json, shape, object, usage);
     if (json.at_end()) return true;
     usage = Usage{};

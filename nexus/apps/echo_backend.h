@@ -205,7 +205,7 @@ class EchoServer {
     const std::string_view target = request.substr(head.target_at, head.target_bytes);
     const EchoEndpoint* endpoint = find_echo_endpoint(target.substr(0, target.find('?')));
     if (endpoint == nullptr) return refuse(session, {ApiError::not_found});
-    if (endpoint->allow.find(llhttp_method_name(static_cast<llhttp_method_t>(head.method))) == std::string_view::npos) {
+    if (endpoint->allow.find(method_name(head.method)) == std::string_view::npos) {
       return refuse(session, {ApiError::method_not_allowed}, endpoint->allow);
     }
     const std::shared_ptr<const EchoOptions> options = this->options();

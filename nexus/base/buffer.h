@@ -219,7 +219,7 @@ class Buffer {
   }
 
   void clear() {
-    block_ = Block{};
+    if (block_) block_ = Block{};
     begin_ = end_ = 0;
   }
 

@@ -78,6 +78,16 @@ inline bool equal_words(const char* a, const char* b, std::size_t bytes) {
   return word_of(a + last) == word_of(b + last);
 }
 
+// As a == b, without a call.
+inline bool same_text(std::string_view a, std::string_view b) {
+  if (a.size() != b.size()) return false;
+  if (a.size() >= kWordBytes) return equal_words(a.data(), b.data(), a.size());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+
 constexpr bool equals_ignoring_case(std::string_view a, std::string_view b) {
   if (a.size() != b.size()) return false;
   for (std::size_t i = 0; i < a.size(); ++i) {
@@ -110,8 +120,9 @@ constexpr std::optional<std::uint64_t> parse_decimal(std::string_view text) {
   if (text.empty() || text.size() > 19 || (text.size() > 1 && text[0] == '0')) return std::nullopt;
   std::uint64_t number = 0;
   for (const char c : text) {
-    if (!is_digit(c)) return std::nullopt;
-    number = number * 10 + static_cast<std::uint64_t>(c - '0');
+    const unsigned digit = static_cast<unsigned char>(c) - unsigned{'0'};
+    if (digit > 9) return std::nullopt;
+    number = number * 10 + digit;
   }
   if (number > INT64_MAX) return std::nullopt;
   return number;

@@ -1,6 +1,7 @@
 // head_parser.h
 // Owns:     llhttp wrapped: strict reading of request and response heads, and of the body framing that they announce.
-// Promises: a line is accepted only if llhttp (strict) and our own check of it find the same name; positions are offsets
+// Promises: a line is accepted only if llhttp (strict) and our own check of it find the same name; positions are
+// offsets
 //           from the head's first byte, so the buffer may move between calls; feeding byte by byte gives the same
 //           result; a body's length is decided here, once (RFC 9112 6.3).
 // Leaves:   the first line to start_line.h, bodies to chunked.h and exchange.h; the size limit to the caller, who stops
@@ -85,6 +86,7 @@ class HeadScan {
     parsing_ = false;
     fields_ = table;
     known_ = known;
+    place_ = type == HTTP_REQUEST ? KnownLines::kRequestBegins : KnownLines::kAnswerBegins;
     most_fields_ = most_fields;
     fields_->count = fields_->seen = 0;
     fields_->connection_names = false;
@@ -96,8 +98,10 @@ class HeadScan {
   HeadResult run(const char* base, std::size_t bytes) {
     base_ = base;
     for (;;) {
+      if (skip_known(bytes)) continue;
       const std::size_t end = find_control(base, fed_, bytes);
       if (end < bytes && base[end] != '\r') return refuse("a line end that is not CRLF");
+      if (end > line_at_ && (base[line_at_] == ' ' || base[line_at_] == '\t')) return refuse("a folded field");
       if (end + 1 >= bytes) return feed(end) == HPE_OK ? HeadResult{} : refuse(reason());
       if (base[end + 1] != '\n') return refuse("a line end that is not CRLF");
       const std::size_t next = end + 2;
@@ -111,14 +115,11 @@ class HeadScan {
       }
       FieldRow& row = fields_->rows[fields_->count];
       const KnownLines::Parts line({base + line_at_, end - line_at_});
-      const bool known = known_ != nullptr && fed_ == line_at_ && known_->find(line, line_at_, row);
+      const bool known = known_ != nullptr && fed_ == line_at_ && known_->find(place_, line, line_at_, row);
       if (!known) {
         if (const char* why = read_line(line, row)) return refuse(why);
       }
-      fields_->count += 1;
-      fields_->seen |= bit_of(row.field);
-      line_at_ = fed_ = next;
-      name_bytes_ = 0;
+      end_line(row, next);
     }
   }
 
@@ -141,6 +142,23 @@ class HeadScan {
     return made;
   }
 
+  // True if the next line came behind the last one before.
+  bool skip_known(std::size_t bytes) {
+    if (known_ == nullptr || fed_ != line_at_ || fields_->count == most_fields_) return false;
+    FieldRow& row = fields_->rows[fields_->count];
+    const std::size_t line_bytes = known_->follow(place_, {base_, bytes}, line_at_, row);
+    if (line_bytes == 0) return false;
+    end_line(row, line_at_ + line_bytes);
+    return true;
+  }
+
+  void end_line(const FieldRow& row, std::size_t next) {
+    fields_->count += 1;
+    fields_->seen |= bit_of(row.field);
+    line_at_ = fed_ = next;
+    name_bytes_ = 0;
+  }
+
   // Feeds llhttp the bytes before offset `to` that are new to it.
   llhttp_errno_t feed(std::size_t to) {
     if (!parsing_) {
@@ -160,7 +178,7 @@ class HeadScan {
   [[gnu::noinline]] const char* read_line(const KnownLines::Parts& parts, FieldRow& row) {
     const std::string_view line(base_ + line_at_, parts.bytes());
     if (feed(line_at_ + line.size() + 2) != HPE_OK) return reason();
-    if (name_at_ != line_at_ || name_bytes_ == 0) return "a folded field or one without a name";
+    if (name_at_ != line_at_ || name_bytes_ == 0) return "a field without a name";
     if (base_[line_at_ + name_bytes_] != ':') return "white space before a colon";
     const std::string_view value = trim_blanks(line.substr(name_bytes_ + 1));
     row.name_at = name_at_;
@@ -168,7 +186,8 @@ class HeadScan {
     row.value_at = offset(value.data());
     row.value_bytes = static_cast<std::uint32_t>(value.size());
     row.field = classify_field(line.substr(0, name_bytes_));
-    if (known_ != nullptr) known_->keep(parts, row);
+    row.known = false;
+    if (known_ != nullptr) known_->keep(place_, parts, row);
     return nullptr;
   }
 
@@ -200,6 +219,7 @@ class HeadScan {
   llhttp_t parser_;
   FieldTable* fields_ = nullptr;
   KnownLines* known_ = nullptr;
+  KnownLines::Place place_ = KnownLines::kNowhere;  // of the last line
   const char* base_ = nullptr;
   std::size_t line_at_ = 0;       // where the line begins that is not complete
   std::size_t fed_ = 0;           // llhttp has what lies before it, but for lines that it need not read
@@ -285,7 +305,8 @@ inline const char* read_fields(const char* base, FieldTable& fields, RequestHead
   for (const FieldRow& row : fields) {
     if (row.field == Field::host) {
       hosts += 1;
-      if (const char* why = check_host(value_of(base, row))) return why;
+      const char* const why = row.known ? nullptr : check_host(value_of(base, row));
+      if (why != nullptr) return why;
     } else if (row.field == Field::expect) {
       const bool known = equals_ignoring_case(value_of(base, row), "100-continue") && !head.expects_continue;
       if (!known && head.refusal == HeadError::none) head.refusal = HeadError::bad_expectation;
@@ -327,8 +348,8 @@ inline const char* read_fields(const char* base, FieldTable& fields, ResponseHea
 template <class Head>
 class HeadReader {
  public:
-  // More than `most_fields` (at most kMaxFields) fields: the error is too_many_fields. `known`: the lines that this thread
-  // knows; nullptr: each is read.
+  // More than `most_fields` (at most kMaxFields) fields: the error is too_many_fields. `known`: the lines that this
+  // thread knows; nullptr: each is read.
   void start(FieldTable* fields, std::size_t most_fields = kMaxFields, KnownLines* known = nullptr) {
     fields_ = fields;
     known_ = known;
@@ -363,13 +384,15 @@ class HeadReader {
     const std::size_t end = find_control(base, line_seen_, bytes);
     line_seen_ = end;
     const std::string_view line(base, end);
-    if (!may_begin(line, head_)) return scan_.refuse("it does not begin as HTTP/1.1 does");
-    if (end < bytes && base[end] != '\r') return scan_.refuse("a line end that is not CRLF");
-    if (end + 1 >= bytes) return {};
-    if (base[end + 1] != '\n') return scan_.refuse("a line end that is not CRLF");
     head_ = Head{};
     FirstLine& said = head_;
-    if (known_ == nullptr || !known_->find_first(line, said)) {
+    const bool whole = end + 1 < bytes && base[end] == '\r' && base[end + 1] == '\n';
+    if (!whole || known_ == nullptr || !known_->find_first(line, said)) {
+      if (!may_begin(line, head_)) return scan_.refuse("it does not begin as HTTP/1.1 does");
+      if (!whole && end < bytes && (base[end] != '\r' || end + 1 < bytes)) {
+        return scan_.refuse("a line end that is not CRLF");
+      }
+      if (!whole) return {};
       const LineResult result = read_start_line(line, said);
       if (result.why != nullptr) return scan_.refuse(result.why, result.error);
       if (known_ != nullptr) known_->keep_first(line, said);

@@ -202,7 +202,7 @@ inline void append_response_head(std::string& out, const HeadView& response, con
   detail::Cursor cursor(out, response.head_bytes + to.backend_line.size() + to.request_id.size() +
                                  to.route_reason.size() + to.fallback_model.size() + to.date_line.size() +
                                  to.cors_lines.size() + to.rate_lines.size() + detail::kOwnLinesBytes);
-  cursor.add("HTTP/1.1 ").number(head.status).add(" ");
+  cursor.add("HTTP/1.1 ").add(std::string_view(response.base + kStatusAt, 3)).add(" ");
   cursor.add(std::string_view(response.base + head.reason_at, head.reason_bytes)).add("\r\n");
   const std::uint32_t removed = to.cors_lines.empty() ? 0 : bit_of(Field::access_control);
   detail::add_fields(cursor, response, detail::kNeverForwarded | removed, !to.rate_lines.empty());

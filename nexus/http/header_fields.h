@@ -202,6 +202,7 @@ struct FieldRow {
   std::uint32_t value_at = 0;
   std::uint32_t value_bytes = 0;  // without surrounding white space
   Field field = Field::other;
+  bool known = false;  // the line came before; if it is a Host, that is well-formed
 };
 
 struct FieldTable {

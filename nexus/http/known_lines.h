@@ -1,6 +1,7 @@
 // known_lines.h
 // Owns:     the lines that heads brought before: clients and backends send most of theirs again and again.
-// Promises: a line is found only if each of its bytes is the same, but for the digits at a field line's end: they may be
+// Promises: a line is found only if each of its bytes is the same, but for the digits at a field line's end: they may
+// be
 //           others, as in Content-Length. It can be skipped, because what the fields mean together is decided without
 //           llhttp. A line that may hold a key is never kept, nor one that differs in each request, nor
 //           Transfer-Encoding. The memory is fixed: of the two field lines of a set, a new one takes the older one's
@@ -36,10 +37,10 @@ class KnownLines {
     }
     std::string_view begin() const { return begin_; }
     std::size_t bytes() const { return bytes_; }
-    bool ends_in_digits() const { return begin_.size() < bytes_; }
+    std::size_t digits() const { return bytes_ - begin_.size(); }
     // Words are compared; more digits than a number has are none.
     bool fits() const {
-      return begin_.size() >= kWordBytes && begin_.size() <= kLongestLine && bytes_ - begin_.size() <= kMostDigits;
+      return begin_.size() >= kWordBytes && begin_.size() <= kLongestLine && digits() <= kMostDigits;
     }
 
    private:
@@ -47,15 +48,37 @@ class KnownLines {
     std::size_t bytes_;
   };
 
-  // True if the line came before: `row` then tells its parts, of the line at offset `at` of a head.
-  bool find(const Parts& line, std::size_t at, FieldRow& row) const {
+  // Where the last line of a head is kept. A head's lines mostly come in the same order again.
+  using Place = std::uint16_t;
+  static constexpr Place kRequestBegins = 2 << kKnownLineBits;
+  static constexpr Place kAnswerBegins = kRequestBegins + 1;
+  static constexpr Place kNowhere = kRequestBegins + 2;  // the last line is not kept
+
+  // The bytes, with its CRLF, of the line at offset `at` of `head` if it is the one that came behind that at `place`
+  // before; 0: it is another, or not complete. `row` then tells its parts, and `place` is where it is kept.
+  std::size_t follow(Place& place, std::string_view head, std::size_t at, FieldRow& row) const {
+    const Place next = next_[place];
+    const Line& known = lines_[next];
+    const char* const from = head.data() + at;
+    const std::size_t left = head.size() - at;
+    if (known.bytes == 0 || left < std::size_t{known.bytes} + kMostDigits + 2) return 0;
+    if (!equal_words(known.text.data(), from, known.bytes)) return 0;
+    std::size_t bytes = known.bytes;
+    while (is_digit(from[bytes]) && bytes - known.bytes < kMostDigits) ++bytes;
+    if (!known.has_digits(bytes - known.bytes) || from[bytes] != '\r' || from[bytes + 1] != '\n') return 0;
+    row = known.row_at(at, bytes);
+    place = next;
+    return bytes + 2;
+  }
+
+  // True if the line, which begins at offset `at` of a head, came before: `row` then tells its parts.
+  bool find(Place& place, const Parts& line, std::size_t at, FieldRow& row) {
     if (!line.fits()) return false;
-    for (const Line& known : sets_[set_of(line.begin())]) {
-      if (!known.is(line)) continue;
-      const auto from = static_cast<std::uint32_t>(at);
-      const std::uint32_t value_bytes =
-          known.ends_in_digits ? static_cast<std::uint32_t>(line.bytes()) - known.value_at : known.value_bytes;
-      row = {from, known.name_bytes, from + known.value_at, value_bytes, known.field};
+    const Place first = set_of(line.begin());
+    for (const Place here : {first, static_cast<Place>(first + 1)}) {
+      if (!lines_[here].is(line)) continue;
+      row = lines_[here].row_at(at, line.bytes());
+      go_on(place, here);
       return true;
     }
     return false;
@@ -82,16 +105,22 @@ class KnownLines {
   }
 
   // Keeps a well-formed line, of which `row` tells the parts, unless one of its kind is read each time.
-  void keep(const Parts& line, const FieldRow& row) {
-    if (!line.fits() || (bit_of(row.field) & kReadEachTime) != 0) return;
-    Set& set = sets_[set_of(line.begin())];
-    set[1] = set[0];
-    Line& newest = set[0];
+  void keep(Place& place, const Parts& line, const FieldRow& row) {
+    const std::string_view value(line.begin().data() + (row.value_at - row.name_at), row.value_bytes);
+    if (!line.fits() || (bit_of(row.field) & kReadEachTime) != 0 ||
+        (row.field == Field::host && detail::check_host(value) != nullptr)) {
+      place = kNowhere;
+      return;
+    }
+    const Place here = set_of(line.begin());
+    lines_[here + 1] = lines_[here];
+    go_on(place, here);
+    Line& newest = lines_[here];
     newest.bytes = static_cast<std::uint8_t>(line.begin().size());
-    newest.ends_in_digits = line.ends_in_digits();
+    newest.most_digits = line.digits() == 0 ? std::uint8_t{0} : row.field == Field::host ? kPortDigits : kMostDigits;
     newest.name_bytes = static_cast<std::uint8_t>(row.name_bytes);
     newest.value_at = static_cast<std::uint8_t>(row.value_at - row.name_at);
-    newest.value_bytes = newest.ends_in_digits ? std::uint8_t{0} : static_cast<std::uint8_t>(row.value_bytes);
+    newest.value_bytes = static_cast<std::uint8_t>(row.value_bytes - line.digits());
     newest.field = row.field;
     std::memcpy(newest.text.data(), line.begin().data(), line.begin().size());
   }
@@ -101,17 +130,24 @@ class KnownLines {
     std::uint8_t bytes = 0;  // of `text`; 0: the place is free
     std::uint8_t name_bytes = 0;
     std::uint8_t value_at = 0;     // counted from the line's first byte
-    std::uint8_t value_bytes = 0;  // if it does not end in digits
+    std::uint8_t value_bytes = 0;  // without the digits
+    std::uint8_t most_digits = 0;  // behind `text`; at least one, if not 0
     Field field = Field::other;
-    bool ends_in_digits = false;
     std::array<char, kLongestLine> text{};
 
+    // Of such a line of so many bytes, without its CRLF, at offset `at` of a head.
+    FieldRow row_at(std::size_t at, std::size_t line_bytes) const {
+      const auto from = static_cast<std::uint32_t>(at);
+      const std::uint32_t digits = static_cast<std::uint32_t>(line_bytes) - bytes;
+      return {from, name_bytes, from + value_at, value_bytes + digits, field, true};
+    }
+    bool has_digits(std::size_t count) const { return (count > 0) == (most_digits > 0) && count <= most_digits; }
+
     bool is(const Parts& line) const {
-      return bytes == line.begin().size() && ends_in_digits == line.ends_in_digits() &&
+      return bytes == line.begin().size() && has_digits(line.digits()) &&
              equal_words(text.data(), line.begin().data(), bytes);
     }
   };
-  using Set = std::array<Line, 2>;
 
   static constexpr std::size_t kFirstLines = 8;
   template <class FirstLine>
@@ -132,18 +168,22 @@ class KnownLines {
     return std::get<Firsts<FirstLine>>(firsts_);
   }
 
-  static constexpr std::size_t kMostDigits = 19;
-  static constexpr std::uint32_t kReadEachTime =
-      kCredentials | bit_of(Field::transfer_encoding) | bit_of(Field::upgrade) | bit_of(Field::traceparent) |
-      bit_of(Field::tracestate) | bit_of(Field::x_request_id);
+  static constexpr std::uint8_t kMostDigits = 19;  // behind `text`
+  static constexpr std::uint8_t kPortDigits = 5;
+  static constexpr std::uint32_t kReadEachTime = kCredentials | bit_of(Field::transfer_encoding) |
+                                                 bit_of(Field::upgrade) | bit_of(Field::traceparent) |
+                                                 bit_of(Field::tracestate) | bit_of(Field::x_request_id);
 
-  // By the first and the last bytes: names differ there, and most values.
-  static std::size_t set_of(std::string_view begin) {
+  void go_on(Place& place, Place to) { place = next_[place] = to; }
+
+  // The first place of the line's set: by its first and last bytes, for names differ there, and most values.
+  static Place set_of(std::string_view begin) {
     const std::uint64_t words = word_of(begin.data()) ^ word_of(begin.data() + begin.size() - kWordBytes) >> 3;
-    return (words * 0x9e3779b97f4a7c15) >> (64 - kKnownLineBits);
+    return static_cast<Place>((words * 0x9e3779b97f4a7c15) >> (64 - kKnownLineBits) << 1);
   }
 
-  std::array<Set, std::size_t{1} << kKnownLineBits> sets_{};
+  std::array<Line, kRequestBegins> lines_{};  // in sets of two, the newer one first
+  std::array<Place, kNowhere + 1> next_{};    // by Place: where the line is kept that came behind it
   std::tuple<Firsts<RequestLine>, Firsts<StatusLine>> firsts_;
 };
 

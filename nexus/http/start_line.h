@@ -39,6 +39,8 @@ struct RequestLine {
   std::uint32_t target_bytes = 0;
 };
 
+constexpr std::size_t kStatusAt = 9;  // in a status line: behind `HTTP/1.1 `
+
 struct StatusLine {
   std::uint16_t status = 0;
   bool http_1_0 = false;
@@ -63,6 +65,13 @@ inline constexpr auto kMethods = std::to_array<std::pair<std::string_view, llhtt
                                                                                             {"CONNECT", HTTP_CONNECT},
                                                                                             {"TRACE", HTTP_TRACE},
                                                                                             {"PATCH", HTTP_PATCH}});
+
+// The methods by their numbers in llhttp; empty: none that is known here.
+inline constexpr auto kMethodNames = [] {
+  std::array<std::string_view, HTTP_PATCH + 1> names{};
+  for (const auto& [name, method] : kMethods) names[method] = name;
+  return names;
+}();
 
 // The places in which a byte may occur, as bits. A target may contain visible ASCII but for `#`, `\\` and what RFC 3986
 // excludes.
@@ -93,7 +102,8 @@ constexpr bool may_be(std::uint8_t place, char c) { return (kBytePlaces[static_c
 // The places in which each byte of the text may occur.
 inline std::uint8_t places_of(std::string_view text) {
   std::uint8_t places = 0xff;
-  for (std::size_t i = 0; i < text.size() && places != 0; ++i) places &= kBytePlaces[static_cast<unsigned char>(text[i])];
+  for (std::size_t i = 0; i < text.size() && places != 0; ++i)
+    places &= kBytePlaces[static_cast<unsigned char>(text[i])];
   return places;
 }
 inline bool all_may_be(std::uint8_t place, std::string_view text) { return (places_of(text) & place) != 0; }
@@ -190,6 +200,9 @@ inline LineResult read_start_line(std::string_view line, RequestLine& out) {
   out.target_bytes = static_cast<std::uint32_t>(target.size());
   return {};
 }
+
+// Of a method that was read from a request line.
+inline std::string_view method_name(std::uint8_t method) { return detail::kMethodNames[method]; }
 
 // True if `begun` can be the beginning of a request line. (Control characters are found elsewhere.)
 constexpr bool may_begin(std::string_view, const RequestLine&) { return true; }

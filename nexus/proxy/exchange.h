@@ -72,7 +72,7 @@ class Exchange {
     summary_.path = endpoint.path;
     summary_.record.endpoint = index_of(endpoint);
     summary_.client_name = client_name;
-    summary_.method = llhttp_method_name(static_cast<llhttp_method_t>(head.method));
+    summary_.method = method_name(head.method);
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
     client_.open(head.http_1_0, head.keep_alive, cors_lines);

@@ -135,7 +135,7 @@ inline void compose_request(std::string& own, UpstreamRequest& image, const Requ
     std::sort(edits.begin(), edits.end(), [](const BodyEdit& a, const BodyEdit& b) { return a.at < b.at; });
   }
   UpstreamHead head;
-  head.method = llhttp_method_name(static_cast<llhttp_method_t>(request.head->method));
+  head.method = method_name(request.head->method);
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;

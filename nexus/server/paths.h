@@ -100,7 +100,7 @@ inline std::string methods_of(PageKind kind, const Endpoint* endpoint) {
   if (endpoint == nullptr) return kind == PageKind::server ? "GET, HEAD, POST, OPTIONS" : "GET, HEAD, OPTIONS";
   std::string methods;
   for (const llhttp_method method : {HTTP_GET, HTTP_POST, HTTP_DELETE}) {
-    if (endpoint->serves(method)) methods.append(llhttp_method_name(method)).append(", ");
+    if (endpoint->serves(method)) methods.append(method_name(method)).append(", ");
   }
   return methods += "OPTIONS";
 }
