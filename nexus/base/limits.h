@@ -115,7 +115,9 @@ constexpr std::size_t kRoomyBlock = 64u << 10;    // for reading a response: mos
 // awkward JSON takes about 3 ms on a slow machine.
 constexpr std::size_t kFirstChecks = 8;  // of backends, that the control thread begins in a millisecond
 constexpr std::uint32_t kClientReadsPerTurn = 1;
-constexpr std::size_t kFreshEvents = 16;  // of a wait, are handled in about 150 µs: until then they are fresh
+constexpr std::size_t kQueuedEvents = 1024;  // fetched and not handled; the kernel keeps what is more
+constexpr std::size_t kEventsPerTurn = 256;  // then timers have their turn
+constexpr std::size_t kFreshEvents = 16;     // are handled in about 150 µs: then the kernel is asked for newer ones
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's cache when it is parsed
 constexpr std::uint32_t kReadsPerTurn = 16;          // of one response

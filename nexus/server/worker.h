@@ -21,6 +21,7 @@
 #include "nexus/base/mailbox.h"
 #include "nexus/os/systemd.h"
 #include "nexus/server/acceptor.h"
+#include "nexus/server/event_queue.h"
 #include "nexus/server/session_driver.h"
 #include "nexus/server/session_ends.h"
 
@@ -105,21 +106,15 @@ class Worker {
     close_all();
   }
 
-  // One wait and the events that it brought. The simulator calls this itself.
+  // One wait and events that it brought. The simulator calls this itself.
   void turn() {
     turns_ += 1;
     bool woken = false;
-    const Ns deadline = context_.again.empty() ? context_.wheel.next() : context_.now;
-    const std::size_t count = context_.net.wait(events_, deadline, woken);
-    const Ns turn_began = context_.now = context_.net.now();
-    for (std::size_t i = 0; i < count; ++i) sessions_.pool().note(events_[i]);
-    context_.events_fresh = count + (woken ? 1 : 0) < events_.size();  // else the next wait has the others
-    // Apply pending messages before handling events, even without a wake-up: a client that saw a backend healthy on one
-    // worker must not see it unhealthy on another.
-    if (mailbox_.has_any()) take_messages();
-    for (std::size_t i = 0; i < count; ++i) {
-      context_.events_fresh &= i < kFreshEvents;
-      dispatch(events_[i]);
+    look(events_.empty() && context_.again.empty() ? context_.wheel.next() : 0, woken);
+    const Ns turn_began = context_.now;
+    for (std::size_t handled = 0; handled < kEventsPerTurn && !events_.empty(); ++handled) {
+      if (handled > 0 && handled % kFreshEvents == 0) look(0, woken);
+      dispatch(events_.take());
     }
     context_.events_fresh = false;  // a share of long work may take milliseconds
     context_.run_rescheduled([this](Handle session) { sessions_.resume(session); });
@@ -141,6 +136,15 @@ class Worker {
   }
 
  private:
+  // Fetches events. They are noted, and messages applied, before any is handled, even without a wake-up: a client that
+  // saw a backend healthy on one worker must not see it unhealthy on another.
+  void look(Ns deadline, bool& woken) {
+    for (const Event& event : events_.fetch(context_.net, deadline, woken)) sessions_.pool().note(event);
+    context_.now = context_.net.now();
+    context_.events_fresh = events_.complete();  // else the kernel has others
+    if (mailbox_.has_any()) take_messages();
+  }
+
   void dispatch(const Event& event) {
     switch (event.token.kind()) {
       case kListenerKind: return acceptor_.on_event(event.token, placer());
@@ -280,7 +284,7 @@ class Worker {
   Peers& peers_;
   Mailbox<Message> mailbox_;
   std::vector<Message> messages_;
-  std::array<Event, Net::kMaxEvents> events_;
+  EventQueue<Net> events_;
   Acceptor<Net> acceptor_;
   SessionDriver<Net> sessions_;
   Timer drain_timer_;
