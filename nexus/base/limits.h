@@ -111,12 +111,12 @@ constexpr std::size_t kRoomyBlock = 64u << 10;    // for reading a response: mos
 
 // ---- one turn of a loop: what one session may do before the others get their turn ----
 
-// A session may have a turn by an event and one by reschedule(): a quarter of a megabyte in all, for which the most
+// A session may have a share by an event and one by reschedule(): a quarter of a megabyte in all, for which the most
 // awkward JSON takes about 3 ms on a slow machine.
 constexpr std::size_t kFirstChecks = 8;  // of backends, that the control thread begins in a millisecond
 constexpr std::uint32_t kClientReadsPerTurn = 1;
 constexpr std::size_t kQueuedEvents = 1024;  // fetched and not handled; the kernel keeps what is more
-constexpr std::size_t kEventsPerTurn = 256;  // then timers have their turn
+constexpr std::size_t kEventsPerTurn = 256;  // then timers and rescheduled sessions have theirs
 constexpr std::size_t kFreshEvents = 16;     // are handled in about 150 µs: then the kernel is asked for newer ones
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's cache when it is parsed

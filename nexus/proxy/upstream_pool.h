@@ -2,10 +2,11 @@
 // Owns:     the worker's connections to backends: each in use by one exchange, or idle and kept for the next.
 // Promises: an idle connection on which anything comes (bytes, FIN, reset) is closed, if not before, then when it is to
 //           be taken: bytes before the request are no answer to it (RFC 9112 9.2). A wait tells of all connections, and
-//           holds for kFreshEvents; later in a turn the kernel is asked about the one that is to be taken. The most
-//           recently used one is taken first, so that the others can time out; the counts per backend are exact. Unless
-//           idle_connections sets a bound, a connection is kept for idle_timeout: so many are open as were in use at
-//           once within that time, and when there is no descriptor for a new one, idle ones are closed.
+//           holds for kFreshEvents; after a large read, and if the wait left events with the kernel, that is asked
+//           about the one that is to be taken. The most recently used one is taken first, so that the others can time
+//           out; the counts per backend are exact. Unless idle_connections sets a bound, a connection is kept for
+//           idle_timeout: so many are open as were in use at once within that time, and when there is no descriptor for
+//           a new one, idle ones are closed.
 // Leaves:   the bytes on a connection to exchange.h.
 // Threads:  one worker's.
 // Tested by: tests/upstream_pool_test.cpp, tests/sim, tests/e2e/proxy.test.mjs

@@ -322,7 +322,7 @@ struct WorkerContext {
   Slab& slab;
   Log& log;
   std::uint32_t worker;
-  Ns now;  // read once a turn, when the wait ends
+  Ns now;  // read when a wait ends, and each kFreshEvents
   TimerWheel wheel;
   BlockPool blocks;
   Block scratch_block;

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "nexus/base/limits.h"
@@ -81,14 +82,16 @@ class Acceptor {
 
   // False if the kernel refuses.
   bool add(typename Net::Socket listener, ListenerUse use) {
-    listeners_.push_back({listener, use});
+    listeners_.push_back({listener, use, 0});
     return watch(listeners_.size() - 1);
   }
 
-  // An event of a listener: accepts its backlog; calls `take(socket, peer, use)` for each connection.
+  // An event of a listener: accepts its backlog, once in a turn, for the kernel tells of it as long as there is one.
+  // Calls `take(socket, peer, use)` for each connection.
   template <class Take>
-  void on_event(Handle token, Take&& take) {
-    accept_from(listeners_[token.slot()], kAcceptsPerTurn, take);
+  void on_event(Handle token, std::uint64_t turn, Take&& take) {
+    Listener& listener = listeners_[token.slot()];
+    if (std::exchange(listener.turn, turn) != turn) accept_from(listener, kAcceptsPerTurn, take);
   }
 
   // Accepts all that the kernel has accepted so far. Later connections are accepted only if this is called again.
@@ -115,6 +118,7 @@ class Acceptor {
   struct Listener {
     typename Net::Socket socket;
     ListenerUse use;
+    std::uint64_t turn = 0;  // in which it was last accepted from
   };
 
   bool watch(std::size_t number) {

@@ -23,6 +23,7 @@ template <class Net>
 class EventQueue {
  public:
   bool empty() const { return first_ == end_; }
+  std::size_t size() const { return end_ - first_; }
 
   // Fetches what the kernel has to tell, and returns it; waits for it until `deadline`. A wake() ends the wait and sets
   // `woken`.

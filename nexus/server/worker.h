@@ -9,7 +9,7 @@
 
 #include <malloc.h>
 
-#include <array>
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -112,8 +112,9 @@ class Worker {
     bool woken = false;
     look(events_.empty() && context_.again.empty() ? context_.wheel.next() : 0, woken);
     const Ns turn_began = context_.now;
-    for (std::size_t handled = 0; handled < kEventsPerTurn && !events_.empty(); ++handled) {
-      if (handled > 0 && handled % kFreshEvents == 0) look(0, woken);
+    const std::size_t events = std::min(events_.size(), kEventsPerTurn);
+    for (std::size_t i = 0; i < events; ++i) {
+      if (i > 0 && i % kFreshEvents == 0) look(0, woken);  // what comes then is for the next turn
       dispatch(events_.take());
     }
     context_.events_fresh = false;  // a share of long work may take milliseconds
@@ -147,7 +148,7 @@ class Worker {
 
   void dispatch(const Event& event) {
     switch (event.token.kind()) {
-      case kListenerKind: return acceptor_.on_event(event.token, placer());
+      case kListenerKind: return acceptor_.on_event(event.token, turns_, placer());
       case kSessionKind: return sessions_.on_event(event);
       case kUpstreamKind: return sessions_.on_upstream(event);
       default: assert(false);

@@ -117,7 +117,11 @@ class Fleet {
   }
 
   with_log(conf) { return { ...conf, log: { format: 'json', access: this.log_path, ...conf.log } }; }
-  reload(conf) { this.nexus.reload(this.with_log(conf)); }
+  reload(conf) {
+    this.reloads = this.count_reloads();
+    this.nexus.reload(this.with_log(conf));
+  }
+  count_reloads() { return this.nexus.log().split('reloaded').length; }
   get port() { return this.nexus.port; }
 
   // One request on a connection of its own.
@@ -167,10 +171,10 @@ class Fleet {
     let seen;
     await until(async () => (seen = await this.gauge(name, labels)) === wanted, () => `${name} at ${wanted} (it is ${seen})`, 5_000);
   }
-  // Waits until the workers' configuration has exactly these backends.
+  // Waits until the reload is in force, with exactly these backends.
   async has_backends(names) {
     await until(async () => (await this.page()).select('nexus_backend_up').map((s) => s.labels.backend).sort().join() === [...names].sort().join(), `backends ${names}`);
-    await sleep(30);   // the control thread renders the page just after it has told the workers
+    await until(() => this.count_reloads() > this.reloads, 'the log to say reloaded');
   }
 
   log() { return fs.readFileSync(this.log_path, 'utf8').split('\n').filter(Boolean).map((line) => JSON.parse(line)); }
