@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <charconv>
 #include <concepts>
 #include <cstddef>
@@ -61,21 +62,22 @@ inline bool begins_with(std::string_view text, const char (&constant)[N]) {
   return text.size() >= N - 1 && std::memcmp(text.data(), constant, N - 1) == 0;
 }
 
-constexpr std::size_t kWordBytes = sizeof(std::uint64_t);
-
-inline std::uint64_t word_of(const char* at) {
-  std::uint64_t word;
-  std::memcpy(&word, at, kWordBytes);
-  return word;
+template <class Word>
+constexpr std::uint64_t word_at(const char* at) {
+  std::array<char, sizeof(Word)> bytes{};
+  std::copy_n(at, bytes.size(), bytes.begin());
+  return std::bit_cast<Word>(bytes);
 }
+
+constexpr std::size_t kWordBytes = sizeof(std::uint64_t);
 
 // True if both have the same bytes: a memcmp() without a call. `bytes` is at least kWordBytes.
 inline bool equal_words(const char* a, const char* b, std::size_t bytes) {
   const std::size_t last = bytes - kWordBytes;
   for (std::size_t at = 0; at < last; at += kWordBytes) {
-    if (word_of(a + at) != word_of(b + at)) return false;
+    if (word_at<std::uint64_t>(a + at) != word_at<std::uint64_t>(b + at)) return false;
   }
-  return word_of(a + last) == word_of(b + last);
+  return word_at<std::uint64_t>(a + last) == word_at<std::uint64_t>(b + last);
 }
 
 // As a == b, without a call.

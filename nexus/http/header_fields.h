@@ -126,13 +126,6 @@ struct NameWords {
 
 constexpr std::uint64_t kLowerCase = 0x2020202020202020;
 
-template <class Word>
-constexpr std::uint64_t word_at(const char* at) {
-  std::array<char, sizeof(Word)> bytes{};
-  std::copy_n(at, bytes.size(), bytes.begin());
-  return std::bit_cast<Word>(bytes);
-}
-
 // `name` has 2 to 24 bytes.
 constexpr NameWords words_of(std::string_view name) {
   const char* const at = name.data();

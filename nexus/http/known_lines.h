@@ -48,7 +48,7 @@ class KnownLines {
     std::size_t bytes_;
   };
 
-  // Where the last line of a head is kept. A head's lines mostly come in the same order again.
+  // The index in lines_ of the line that was read last. A head's lines mostly come in the same order again.
   using Place = std::uint16_t;
   static constexpr Place kRequestBegins = 2 << kKnownLineBits;
   static constexpr Place kAnswerBegins = kRequestBegins + 1;
@@ -178,7 +178,8 @@ class KnownLines {
 
   // The first place of the line's set: by its first and last bytes, for names differ there, and most values.
   static Place set_of(std::string_view begin) {
-    const std::uint64_t words = word_of(begin.data()) ^ word_of(begin.data() + begin.size() - kWordBytes) >> 3;
+    const char* const last = begin.data() + begin.size() - kWordBytes;
+    const std::uint64_t words = word_at<std::uint64_t>(begin.data()) ^ word_at<std::uint64_t>(last) >> 3;
     return static_cast<Place>((words * 0x9e3779b97f4a7c15) >> (64 - kKnownLineBits) << 1);
   }
 
