@@ -249,7 +249,7 @@ TEST_CASE("a large request leaves no large text behind, a small one its own") {
   scene.attempt.reset();
   REQUIRE(scene.context.request_texts.idle() == 1);
   const auto text = scene.context.request_texts.take();
-  CHECK(text->capacity() <= kKeptTextBytes);
+  CHECK(text->own.capacity() <= kKeptTextBytes);
   CHECK(scene.attempt.backend() == nullptr);
 }
 

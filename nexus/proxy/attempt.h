@@ -66,10 +66,11 @@ class Attempt {
   // its head.
   void compose(const RequestView& request, const BodyFacts& facts, std::string_view model, bool ask_usage,
                std::string_view request_id, std::string_view own_lines) {
-    if (!own_) own_ = context_.request_texts.take();
-    if (!own_) throw std::bad_alloc();
-    compose_request(*own_, image_, request, facts, *backend_, model, ask_usage, request_id, own_lines);
-    image_sent_ = 0;
+    if (!text_) text_ = context_.request_texts.take();
+    if (!text_) throw std::bad_alloc();
+    compose_request(*text_, request, facts, *backend_, model, ask_usage, request_id, own_lines);
+    bytes_ = text_->image.total();
+    sent_bytes_ = 0;
   }
 
   // Takes an idle connection from the pool. False if there is none.
@@ -95,23 +96,23 @@ class Attempt {
   // Sends what the kernel takes of the request; `body` is the body that it was composed from.
   Sent send(char* body) {
     std::array<iovec, UpstreamRequest::kMaxPieces> parts;
-    const std::size_t share_end = image_sent_ + kSentPerTurn;
-    while (image_sent_ < image_.total()) {
-      if (image_sent_ == share_end) return Sent::share;
-      const std::size_t count = image_.fill(parts, own_->data(), body, image_sent_, share_end);
+    const std::size_t share_end = sent_bytes_ + kSentPerTurn;
+    while (sent_bytes_ < bytes_) {
+      if (sent_bytes_ == share_end) return Sent::share;
+      const std::size_t count = text_->image.fill(parts, text_->own.data(), body, sent_bytes_, share_end);
       const IoResult result = connection().write_some(context_.net, std::span(parts.data(), count));
       if (result.kind == IoResult::Kind::again) return Sent::some;
       if (!result.ok()) {
         send_failed_ = true;
         return Sent::failed;
       }
-      image_sent_ += result.bytes;
+      sent_bytes_ += result.bytes;
     }
     sent_ns_ = context_.net.now();
     return Sent::all;
   }
 
-  std::size_t sent_bytes() const { return image_sent_; }
+  std::size_t sent_bytes() const { return sent_bytes_; }
   Ns sent_ns() const { return sent_ns_; }  // when all was sent; until then, when sending began
   bool send_failed() const { return send_failed_; }
   bool is_first() const { return !stale_seen_; }  // connection to this backend
@@ -131,7 +132,7 @@ class Attempt {
     close();
     stale_seen_ = true;
     send_failed_ = false;
-    image_sent_ = 0;
+    sent_bytes_ = 0;
   }
 
   // Counts the attempt's outcome; only the first call counts. True if that ends its span.
@@ -164,7 +165,7 @@ class Attempt {
 
   // Gives the connection back to the pool if `clean` (the response leaves it usable), else closes it.
   void release(bool clean) {
-    if (!clean || send_failed_ || image_sent_ != image_.total()) return close();
+    if (!clean || send_failed_ || sent_bytes_ != bytes_) return close();
     pool_.give_back(*std::exchange(upstream_, nullptr));
   }
 
@@ -176,8 +177,8 @@ class Attempt {
 
   // The request will not be sent again.
   void drop_text() {
-    if (own_ && own_->capacity() > kKeptTextBytes) std::string().swap(*own_);  // an assignment would keep the memory
-    own_.reset();
+    if (text_ && text_->own.capacity() > kKeptTextBytes) std::string().swap(text_->own);  // `= ""` would keep it
+    text_.reset();
   }
 
   // Prepares for the next request.
@@ -215,9 +216,9 @@ class Attempt {
   SnapshotUse snapshot_;
   const BackendView* backend_ = nullptr;
   Upstream<Net>* upstream_ = nullptr;
-  ObjectPool<std::string>::Lease own_;  // what the request consists of besides the client's body
-  UpstreamRequest image_;
-  std::size_t image_sent_ = 0;
+  ObjectPool<RequestText>::Lease text_;
+  std::size_t bytes_ = 0;       // of the request
+  std::size_t sent_bytes_ = 0;  // of these
   Ns sent_ns_ = 0;
   PendingCount pending_;
   Ns began_ns_ = 0;

@@ -41,7 +41,6 @@ struct ExchangeSummary {
   Ns waited_ns = 0;                     // for others: a place, a connection
   Ns queued_ns = 0, connecting_ns = 0;  // of these
   RequestTrace trace;
-  TraceMark mark;  // of a sampled trace, when the request has ended
   bool overhead_noted = false;
   bool cut_short = false;
 
@@ -51,7 +50,7 @@ struct ExchangeSummary {
     model.clear();
     record = RequestRecord{};
     started_ns = complete_ns = waited_ns = queued_ns = connecting_ns = 0;
-    trace.state = RequestTrace::State::none;
+    trace.reset();
     ended_ns = -1;
     overhead_noted = cut_short = false;
   }

@@ -27,8 +27,10 @@ void Exchange<Net>::begin_trace(const HeadView& view) {
   trace.begin(client, settings.ratio_ppm, context_.random);
   if (trace.state != RequestTrace::State::sampled) return;
   trace.to_wall_ns = context_.net.wall_now() - context_.now;
+  trace.texts = context_.trace_texts.take();
+  if (!trace.texts) return context_.slab.limit_hit(Limit::memory);  // its spans do without
   const std::string_view session = session_field(context_.settings().routing.affinity_headers, view.base, *view.fields);
-  if (session.size() <= kMaxConversationBytes) trace.conversation.set(session);
+  if (session.size() <= kMaxConversationBytes) trace.texts->conversation.set(session);
 }
 
 // The lines of Nexus's own in the head of an attempt that begins.
@@ -80,13 +82,13 @@ void Exchange<Net>::end_span(AttemptOutcome outcome) {
     span.host.set(backend.server.host);
     span.port = backend.server.port;
     span.model.set(*picker_.choice().model_name);
-    span.conversation = trace.conversation;
+    if (trace.texts) span.conversation = trace.texts->conversation;
     const bool told_by_status =
         outcome == AttemptOutcome::ok || outcome == AttemptOutcome::status_429 || outcome == AttemptOutcome::status_5xx;
     if (!told_by_status) span.error = name_of(outcome);
     span.failed = !told_by_status && outcome != AttemptOutcome::cancelled;
     if (!has_head) return;
-    span.response_model = trace.response_model;
+    if (trace.texts) span.response_model = trace.texts->response_model;
     span.status = response.status();
     span.failed |= response.status() >= 400;
     if (span.stream && response.first_ns() >= 0) span.first_chunk_ns = response.first_ns() - attempt_.began_ns();
@@ -108,10 +110,10 @@ void Exchange<Net>::note_end() {
     const Ns first_ns = relay_.response().first_ns();
     record.slo = judge(levels, record, first_ns < 0 ? -1 : first_ns - summary_.complete_ns);
   }
-  const RequestTrace& trace = summary_.trace;
+  RequestTrace& trace = summary_.trace;
   if (context_.keeps_exemplars && trace.is_sampled()) {
-    summary_.mark = {trace_number({trace.id.data(), trace.id.size()}), context_.net.wall_now()};
-    record.trace = &summary_.mark;
+    trace.mark = {trace_number({trace.id.data(), trace.id.size()}), context_.net.wall_now()};
+    record.trace = &trace.mark;
   }
   record.is_noted = record.slo != Slo::none || record.trace != nullptr;
   if (context_.log.wants_access()) log_access();
@@ -131,8 +133,8 @@ void Exchange<Net>::end_trace() {
     span.method = summary_.method;
     span.route = endpoint_->path;
     span.model.set(summary_.model);
-    span.conversation = trace.conversation;
-    if (client_.has_begun()) span.response_model = trace.response_model;
+    if (trace.texts) span.conversation = trace.texts->conversation;
+    if (trace.texts && client_.has_begun()) span.response_model = trace.texts->response_model;
     span.request_id.set(summary_.request_id);
     if (record.disconnect == DisconnectPhase::none || client_.has_begun()) span.status = record.status;
     if (error_of(record) != ErrorType::none) span.error = name_of(error_of(record));

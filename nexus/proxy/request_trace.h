@@ -13,11 +13,22 @@
 
 #include "nexus/api/endpoints.h"
 #include "nexus/base/limits.h"
+#include "nexus/base/object_pool.h"
+#include "nexus/base/random.h"
 #include "nexus/http/trace_context.h"
+#include "nexus/metrics/exemplars.h"
 #include "nexus/metrics/span.h"
-#include "nexus/proxy/worker_context.h"
 
 namespace nexus {
+
+// The texts of a sampled request's spans.
+struct TraceTexts {
+  BoundedText<kMaxConversationBytes> conversation;
+  BoundedText<kMaxModelNameBytes> response_model;  // of the last attempt
+
+  // Prepares for another request.
+  void reset() { conversation.length = response_model.length = 0; }
+};
 
 struct RequestTrace {
   enum class State : std::uint8_t {
@@ -34,11 +45,17 @@ struct RequestTrace {
   TraceId id{};
   std::uint64_t parent = 0;
   std::uint64_t server_span = 0;
-  std::uint64_t attempt_span = 0;  // of the last attempt
-  Ns to_wall_ns = 0;               // what makes a time of the loop one since 1970, for all spans alike
-  BoundedText<kMaxConversationBytes> conversation;
-  BoundedText<kMaxModelNameBytes> response_model;  // of the last attempt
-  std::uint32_t pieces_read = 0;                   // for it
+  std::uint64_t attempt_span = 0;       // of the last attempt
+  Ns to_wall_ns = 0;                    // what makes a time of the loop one since 1970, for all spans alike
+  ObjectPool<TraceTexts>::Lease texts;  // if it is sampled, and there was memory
+  std::uint32_t pieces_read = 0;        // for the model that answers
+  TraceMark mark;                       // for an exemplar, when the request has ended
+
+  // Prepares for another request.
+  void reset() {
+    state = State::none;
+    texts.reset();
+  }
 
   bool makes_lines() const { return state >= State::unsampled; }
   // By the client's trace, or by Nexus's own.
@@ -46,15 +63,13 @@ struct RequestTrace {
 
   // An attempt begins. Its first pieces are asked for the model that answers.
   void expect_answer() {
-    response_model.length = 0;
+    if (texts) texts->response_model.length = 0;
     pieces_read = 0;
   }
-  bool wants_model() const {
-    return state == State::sampled && response_model.length == 0 && pieces_read < kPiecesForModel;
-  }
+  bool wants_model() const { return texts && texts->response_model.length == 0 && pieces_read < kPiecesForModel; }
   // A piece of the response has told `model`, or none. `goes_on`: the next piece begins with an event or a line.
   void note_model(std::string_view model, bool goes_on) {
-    response_model.set(model);
+    texts->response_model.set(model);
     pieces_read = goes_on ? pieces_read + 1 : kPiecesForModel;
   }
 
@@ -65,7 +80,7 @@ struct RequestTrace {
     flags = parent_in.flags;
   }
 
-  // Spans are made: `client` is the parent, if there is one.
+  // Spans are made: `client` is the parent, if there is one. A sampled request should get `texts`.
   void begin(const std::optional<TraceParent>& client, std::uint32_t ratio_ppm, Random& random) {
     has_parent = client.has_value();
     withheld = set_of(Field::traceparent, Field::tracestate);
@@ -79,8 +94,7 @@ struct RequestTrace {
       flags = make_id(random) < ratio_ppm ? kSampled : 0;
     }
     server_span = random.next();  // never 0
-    conversation.length = 0;
-    expect_answer();
+    pieces_read = 0;
     state = (flags & kSampled) != 0 ? State::sampled : State::unsampled;
   }
 

@@ -90,6 +90,12 @@ class UpstreamRequest {
   std::size_t total_ = 0;
 };
 
+// What an attempt sends: what the request consists of besides the client's body, and the order of both.
+struct RequestText {
+  std::string own;
+  UpstreamRequest image;
+};
+
 // Replaces `removed` bytes at `at` of the client's body by `inserted`.
 struct BodyEdit {
   std::size_t at = 0;
@@ -118,11 +124,13 @@ inline BodyEdit usage_edit(const BodyFacts& facts) {
   return {facts.stream_options_value.at + 1, 0, member};
 }
 
-// Writes the request for `backend` into `own` and `image`. `model`: the name that the backend knows, empty if it is the
-// client's own.
-inline void compose_request(std::string& own, UpstreamRequest& image, const RequestView& request,
-                            const BodyFacts& facts, const BackendView& backend, std::string_view model, bool ask_usage,
+// Writes the request for `backend` into `out`. `model`: the name that the backend knows, empty if it is the client's
+// own.
+inline void compose_request(RequestText& out, const RequestView& request, const BodyFacts& facts,
+                            const BackendView& backend, std::string_view model, bool ask_usage,
                             std::string_view request_id, std::string_view own_lines) {
+  std::string& own = out.own;
+  UpstreamRequest& image = out.image;
   // Up to three edits, in the order of the body; one that edits nothing stands for none.
   std::string model_json;
   if (!model.empty()) model_json = facts.model_is_json ? json_string(model) : std::string(model);

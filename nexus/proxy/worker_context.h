@@ -29,6 +29,7 @@
 #include "nexus/base/limits.h"
 #include "nexus/base/memory_budget.h"
 #include "nexus/base/object_pool.h"
+#include "nexus/base/random.h"
 #include "nexus/base/text.h"
 #include "nexus/fleet/admission.h"
 #include "nexus/fleet/registry.h"
@@ -41,6 +42,8 @@
 #include "nexus/net/epoll.h"
 #include "nexus/net/timer_wheel.h"
 #include "nexus/os/log.h"
+#include "nexus/proxy/request_trace.h"
+#include "nexus/proxy/upstream_request.h"
 
 namespace nexus {
 
@@ -172,21 +175,6 @@ class SnapshotUse {
   LocalSnapshot* local_ = nullptr;
 };
 
-// xorshift64*: for request ids and the order of equal candidates, not for secrets.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed | 1) {}
-  std::uint64_t next() {
-    state_ ^= state_ >> 12;
-    state_ ^= state_ << 25;
-    state_ ^= state_ >> 27;
-    return state_ * 2685821657736338717ull;
-  }
-
- private:
-  std::uint64_t state_;
-};
-
 template <class Net>
 struct WorkerContext {
   WorkerContext(Net& net_in, Shared& shared_in, Slab& slab_in, Log& log_in, std::uint32_t worker_in, std::uint64_t seed,
@@ -314,7 +302,12 @@ struct WorkerContext {
 
   // Frees what was not needed since the last call. Returns its size, in bytes.
   std::size_t trim() {
-    return blocks.trim() + response_heads.trim() + request_texts.trim() + incremental_readers.trim();
+    return blocks.trim() + response_heads.trim() + request_texts.trim() + trace_texts.trim() +
+           incremental_readers.trim();
+  }
+  // For the tests: objects of requests.
+  std::size_t taken_objects() const {
+    return response_heads.taken() + request_texts.taken() + trace_texts.taken() + incremental_readers.taken();
   }
 
   Net& net;
@@ -328,7 +321,8 @@ struct WorkerContext {
   Block scratch_block;
   KnownLines known_lines;
   ObjectPool<HeadParts<ResponseHead>> response_heads;
-  ObjectPool<std::string> request_texts;  // what attempts write
+  ObjectPool<RequestText> request_texts;
+  ObjectPool<TraceTexts> trace_texts;
   ObjectPool<IncrementalJson> incremental_readers;
   JsonReader json;
   ThreadBudget budget;

@@ -131,10 +131,7 @@ class Worker {
   std::size_t armed_timers() const { return context_.wheel.armed() - (trim_armed_ ? 1 : 0); }
   SessionDriver<Net>& sessions() { return sessions_; }
   std::size_t taken_bytes() const { return context_.blocks.taken_bytes(); }
-  std::size_t taken_objects() const {
-    return context_.response_heads.taken() + context_.request_texts.taken() + context_.incremental_readers.taken() +
-           sessions_.taken_objects();
-  }
+  std::size_t taken_objects() const { return context_.taken_objects() + sessions_.taken_objects(); }
 
  private:
   // Fetches events. They are noted, and messages applied, before any is handled, even without a wake-up: a client that
