@@ -45,25 +45,27 @@ struct Capabilities {
 };
 
 // A backend as workers see it.
-struct BackendView {
+struct alignas(64) BackendView {
+  // What is read of each candidate for a request, in one cache line:
   BackendId id{};
-  std::string name;
-  std::uint64_t affinity = 0;               // affinity_hash() of its name
-  std::optional<Address> address;           // none until its host name is resolved
-  std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
-  std::shared_ptr<ServerFacts> facts;       // of the same
-  std::shared_ptr<const TlsClient> tls;     // null: it speaks in clear
-  HostPort server;                          // as configured, for spans; and what it is:
-  std::string_view provider;
-  std::string base_path;
-  std::string request_lines;  // sent with every request: Host, and its key if it has one
-  std::string response_line;  // sent with every response from it: X-Nexus-Backend
-  bool has_key = false;
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;
   Apis apis = kAllApis;
-  bool ask_usage = false;
   bool healthy = false;
+  bool ask_usage = false;
+  bool has_key = false;
+  std::shared_ptr<CircuitBreaker> circuit;  // of the server at `address`
+  std::shared_ptr<ServerFacts> facts;       // of the same
+
+  std::uint64_t affinity = 0;            // affinity_hash() of its name
+  std::optional<Address> address;        // none until its host name is resolved
+  std::shared_ptr<const TlsClient> tls;  // null: it speaks in clear
+  std::string name;
+  HostPort server;  // as configured, for spans; and what it is:
+  std::string_view provider;
+  std::string base_path;
+  std::string request_lines;                   // sent with every request: Host, and its key if it has one
+  std::string response_line;                   // sent with every response from it: X-Nexus-Backend
   std::shared_ptr<const ListedModels> listed;  // what the offers point to
 
   bool speaks(const Endpoint& endpoint) const {

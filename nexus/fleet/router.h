@@ -136,8 +136,8 @@ struct Home {
 // Appends the offers of one model that can serve the request. Returns the home of its key, if it has one.
 inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs,
                            std::uint16_t group, Seen& seen, std::vector<Choice>& out) {
-  const std::size_t first = out.size();
   Home home;
+  std::uint32_t last = UINT32_MAX;  // the backend that was added last
   for (const Offer& offer : entry.offers) {
     seen.offered = true;
     const BackendView& backend = snapshot.backends[offer.backend];
@@ -151,7 +151,8 @@ inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     if (needs.affinity != 0 && capable) home.note(offer.backend, backend, needs);
     if (!healthy || !capable) continue;
     // Offers are in the order of the backends, so duplicates are adjacent.
-    if (out.size() > first && out.back().backend == offer.backend) continue;
+    if (offer.backend == last) continue;
+    last = offer.backend;
     Choice choice;
     choice.backend = offer.backend;
     choice.model = entry.target_id;
@@ -166,23 +167,43 @@ inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
 // The `smart` score, from 0 (worst) to kScoreScale, in integers so that equal candidates compare equal. Latency is
 // rounded to tenths of the fastest backend's, and to kNoiseNs: a difference of a few per cent or milliseconds is noise
 // and must not send all requests to one of two equal backends.
-struct Smart {
-  const RoutingSettings& routing;
-  std::int64_t most_pending = 0;
-  Ns fastest_ns = 0;  // 0: no latency is known
+class Smart {
+ public:
+  explicit Smart(const RoutingSettings& routing) : routing_(routing) {}
 
+  // Call for each usable candidate before the first score().
   void note(const Choice& choice) {
-    most_pending = std::max(most_pending, choice.pending);
-    const Ns latency_ns = std::max(choice.latency_ns, kNoiseNs);
-    if (choice.latency_ns > 0 && (fastest_ns == 0 || latency_ns < fastest_ns)) fastest_ns = latency_ns;
+    most_pending_ = std::max(most_pending_, choice.pending);
+    const Ns latency_ns = compared(choice.latency_ns);
+    if (latency_ns > 0 && (fastest_ns_ == 0 || latency_ns < fastest_ns_)) fastest_ns_ = latency_ns;
   }
 
-  std::uint64_t score(const Choice& choice, std::uint32_t priority) const {
-    const std::uint64_t total = std::uint64_t{routing.weight_priority} + routing.weight_load + routing.weight_latency;
+  // Candidates are often equal, and a score costs three divisions: the last one is kept.
+  std::uint64_t score(const Choice& choice, std::uint32_t priority) {
+    const Facts facts{priority, choice.pending, compared(choice.latency_ns)};
+    if (!(facts == last_)) {
+      last_ = facts;
+      last_score_ = score_of(facts);
+    }
+    return last_score_;
+  }
+
+ private:
+  struct Facts {
+    std::uint32_t priority = UINT32_MAX;  // of none
+    std::int64_t pending = 0;
+    Ns latency_ns = 0;
+    bool operator==(const Facts&) const = default;
+  };
+
+  static Ns compared(Ns latency_ns) { return latency_ns > 0 ? std::max(latency_ns, kNoiseNs) : 0; }
+
+  std::uint64_t score_of(const Facts& facts) const {
+    const std::uint64_t priority = routing_.weight_priority, load = routing_.weight_load;
+    const std::uint64_t latency = routing_.weight_latency, total = priority + load + latency;
     if (total == 0) return kScoreScale;
-    const std::uint64_t sum = routing.weight_priority * priority_part(priority) +
-                              routing.weight_load * load_part(choice.pending) +
-                              routing.weight_latency * latency_part(choice.latency_ns);
+    const std::uint64_t sum = priority * priority_part(facts.priority) + load * load_part(facts.pending) +
+                              latency * latency_part(facts.latency_ns);
     return sum * (kScoreScale / kPart) / total;
   }
 
@@ -191,23 +212,29 @@ struct Smart {
   }
 
   std::uint64_t load_part(std::int64_t pending) const {
-    if (most_pending <= 0) return kPart;
-    const std::int64_t below = most_pending - std::max<std::int64_t>(pending, 0);
-    return kPart * static_cast<std::uint64_t>(below) / static_cast<std::uint64_t>(most_pending);
+    if (most_pending_ <= 0) return kPart;
+    const std::int64_t below = most_pending_ - std::max<std::int64_t>(pending, 0);
+    return kPart * static_cast<std::uint64_t>(below) / static_cast<std::uint64_t>(most_pending_);
   }
 
   // A backend of unknown latency counts as the fastest: only a request can measure it.
   std::uint64_t latency_part(Ns latency_ns) const {
-    if (latency_ns <= 0 || fastest_ns == 0) return kPart;
-    const double share = static_cast<double>(fastest_ns) / static_cast<double>(std::max(latency_ns, kNoiseNs));
+    if (latency_ns == 0 || fastest_ns_ == 0) return kPart;
+    const double share = static_cast<double>(fastest_ns_) / static_cast<double>(latency_ns);
     return static_cast<std::uint64_t>(share * 10.0 + 0.5) * (kPart / 10);
   }
+
+  const RoutingSettings& routing_;
+  std::int64_t most_pending_ = 0;
+  Ns fastest_ns_ = 0;  // 0: no latency is known
+  Facts last_;
+  std::uint64_t last_score_ = 0;
 };
 
 // Lower is better. `n` numbers the candidates of one model.
-inline std::uint64_t rank_of(const Choice& choice, const Smart& smart, std::uint32_t priority,
+inline std::uint64_t rank_of(const Choice& choice, Strategy strategy, Smart& smart, std::uint32_t priority,
                              std::uint64_t random_bits, std::uint64_t n) {
-  switch (smart.routing.strategy) {
+  switch (strategy) {
     case Strategy::smart: return kScoreScale - smart.score(choice, priority);
     case Strategy::round_robin: return 0;
     case Strategy::priority: return priority;
@@ -264,7 +291,7 @@ void rank(const Snapshot& snapshot, const RoutingSettings& routing, const RouteN
   if (count < 2) return;
   Choice* const first = out.data() + begin;
   Choice* const last = first + count;
-  Smart smart{routing};
+  Smart smart(routing);
   for (Choice* choice = first; choice != last; ++choice) {
     const BackendLoad load = load_of(snapshot.backends[choice->backend]);
     choice->pending = load.pending;
@@ -274,7 +301,8 @@ void rank(const Snapshot& snapshot, const RoutingSettings& routing, const RouteN
   }
   for (Choice* choice = first; choice != last; ++choice) {
     const std::uint32_t priority = snapshot.backends[choice->backend].priority;
-    choice->rank = rank_of(*choice, smart, priority, random_bits, static_cast<std::uint64_t>(choice - first));
+    const auto n = static_cast<std::uint64_t>(choice - first);
+    choice->rank = rank_of(*choice, routing.strategy, smart, priority, random_bits, n);
   }
   if (needs.affinity != 0) rank_by_key(snapshot, routing.affinity_slack, needs, first, last);
 }
@@ -325,12 +353,11 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
     const auto home = route_detail::add_candidates(snapshot, entry, needs, group, seen, out);
     route_detail::rank(snapshot, routing, needs, random_bits, load_of, begin, out);
     const RouteReason reason = route_detail::reason_for(requested, group > 0, out.size() - begin, routing.strategy);
-    for (std::size_t i = begin; i < out.size(); ++i) out[i].reason = reason;
-    if (routing.affinity == Affinity::none) return;
-    for (std::size_t i = begin; i < out.size(); ++i) {
-      if (out[i].by_key && reason == reason_of(routing.strategy)) out[i].reason = RouteReason::affinity;
-    }
-    route_detail::note_affinity(home, needs.affinity != 0, out.data() + begin, out.data() + out.size());
+    const RouteReason by_key = reason == reason_of(routing.strategy) ? RouteReason::affinity : reason;
+    Choice* const first = out.data() + begin;
+    Choice* const last = out.data() + out.size();
+    for (Choice* choice = first; choice != last; ++choice) choice->reason = choice->by_key ? by_key : reason;
+    if (routing.affinity != Affinity::none) route_detail::note_affinity(home, needs.affinity != 0, first, last);
   };
   add(requested, 0);
   for (std::size_t i = 0; i < requested.fallbacks.size(); ++i) {
