@@ -89,6 +89,28 @@ TEST_CASE("a request that waits two seconds in the queue adds nothing to the ove
   CHECK(overhead_of(gateway, 2) < kMillisecond);
 }
 
+TEST_CASE("the time for which a backend takes no more of a large request is not overhead") {
+  Gateway gateway({.max_body_bytes = 1u << 20});
+  gateway.net.on_connect = [&](Peer& backend) { gateway.net.stop_reading(backend, 1000); };
+  gateway.answer = [](const rfc9112::Message&) { return BackendPlan{{hostile::good_answer()}, false, false}; };
+  Peer& client = gateway.connect();
+  gateway.send(client, hostile::json_post(R"({"model":"m","x":")" + std::string(300'000, 'x') + "\"}"));
+  REQUIRE(gateway.backend_links() == 1);
+  for (const std::size_t window : {2'000u, 3'000u}) {  // it goes on for a moment, twice
+    gateway.pass(2 * kSecond);
+    Peer& backend = gateway.net.peers.back();
+    gateway.net.read_on(backend);
+    gateway.net.stop_reading(backend, window);
+    gateway.settle();
+  }
+  CHECK(client.received.empty());
+  gateway.pass(2 * kSecond);
+  gateway.net.read_on(gateway.net.peers.back());
+  gateway.settle();
+  CHECK(client.received.starts_with("HTTP/1.1 200 "));
+  CHECK(overhead_of(gateway, 1) < kMillisecond);
+}
+
 TEST_CASE("without a queue the refusal says so and counts under the backend's limit, with one under the queue's") {
   for (const std::uint32_t queue_size : {0u, 1u}) {
     CAPTURE(queue_size);

@@ -205,9 +205,7 @@ class Exchange {
   // The only place where the state changes.
   Step go(State next) {
     assert(may_follow(state_, next));
-    if (state_ == State::expecting || state_ == State::queued || state_ == State::connecting) {
-      summary_.end_wait(state_, context_.now);
-    }
+    summary_.end_wait(state_, context_.now);
     state_ = next;
     deadlines_.enter(next);
     return Step::again;

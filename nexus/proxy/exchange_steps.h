@@ -86,8 +86,9 @@ template <class Net>
 Step Exchange<Net>::connect() {
   const SocketOutcome outcome = attempt_.connect();
   if (outcome == SocketOutcome::ok) {
+    go(State::connecting);
     summary_.begin_wait(context_.now);
-    return go(State::connecting);
+    return Step::again;
   }
   context_.log_lack(outcome);
   end(ending_of(outcome));
@@ -128,11 +129,12 @@ Step Exchange<Net>::send_request(std::uint32_t& reads) {
     if (state_ != State::sending || read != Step::wait) return read;
   }
   if (!attempt_.connection().may_write()) return Step::wait;
+  summary_.end_wait(state_, context_.now);
   const std::size_t sent_before = attempt_.sent_bytes();
   const auto sent = attempt_.send(request_.body);
   if (attempt_.sent_bytes() > sent_before) deadlines_.arm_first_byte();
   switch (sent) {
-    case Attempt<Net>::Sent::some: return Step::wait;
+    case Attempt<Net>::Sent::some: summary_.begin_wait(context_.net.now()); return Step::wait;
     case Attempt<Net>::Sent::share: context_.reschedule(owner_); return Step::wait;
     case Attempt<Net>::Sent::all:
       if (picker_.tries() == 1 && attempt_.is_first() && !asked_without_usage_) {

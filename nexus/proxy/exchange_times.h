@@ -3,8 +3,8 @@
 //           reading), and those that were measured, with the rest of its metrics record and of its log entry.
 // Promises: entering a state sets the deadline that belongs to it; a client's time starts anew only if it took
 //           bytes; each wait has the limit that is configured when it begins. The overhead is taken once, of the
-//           response's first bytes, without the waits for the queue and for a connection; the duration ends when the
-//           kernel took the last.
+//           response's first bytes, without the waits for the queue, for a connection, and for a backend to take the
+//           rest of the request; the duration ends when the kernel took the last.
 // Leaves:   what a passed deadline means, when to count, and the names in the log entry, to exchange.h.
 // Threads:  a part of one exchange.
 // Tested by: tests/sim, tests/e2e/limits.test.mjs, tests/hostile, tests/first_event_test.cpp
@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "nexus/base/limits.h"
 #include "nexus/metrics/slab.h"
@@ -35,10 +36,10 @@ struct ExchangeSummary {
 
   RequestRecord record;
   Ns started_ns = 0;
-  Ns complete_ns = 0;  // when the request's body was complete
-  Ns ended_ns = -1;    // when the kernel took the last byte
-  Ns wait_began_ns = 0;
-  Ns waited_ns = 0;                     // for others: a place, a connection
+  Ns complete_ns = 0;                   // when the request's body was complete
+  Ns ended_ns = -1;                     // when the kernel took the last byte
+  Ns wait_began_ns = -1;                // -1: it does not wait
+  Ns waited_ns = 0;                     // for others: a place, a connection, a backend that takes no more bytes
   Ns queued_ns = 0, connecting_ns = 0;  // of these
   RequestTrace trace;
   bool overhead_noted = false;
@@ -51,7 +52,7 @@ struct ExchangeSummary {
     record = RequestRecord{};
     started_ns = complete_ns = waited_ns = queued_ns = connecting_ns = 0;
     trace.reset();
-    ended_ns = -1;
+    ended_ns = wait_began_ns = -1;
     overhead_noted = cut_short = false;
   }
 
@@ -61,7 +62,8 @@ struct ExchangeSummary {
   // The time between the two is a wait, not a part of the overhead.
   void begin_wait(Ns now) { wait_began_ns = now; }
   void end_wait(ExchangeState state, Ns now) {
-    const Ns span = now - wait_began_ns;
+    if (wait_began_ns < 0) return;
+    const Ns span = now - std::exchange(wait_began_ns, -1);
     waited_ns += span;
     if (state == ExchangeState::queued) queued_ns += span;
     if (state == ExchangeState::connecting) connecting_ns += span;

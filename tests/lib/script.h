@@ -67,6 +67,11 @@ class Script {
     peer.reads = false;
     wire.at(peer.link).shape.window_bytes = window_bytes;
   }
+  void read_on(Peer& peer) {
+    peer.reads = true;
+    wire.at(peer.link).shape.window_bytes = shape().window_bytes;
+    wire.peer_take(peer.link, wire.at(peer.link).to_peer.unread());
+  }
 
   // Everything that is in transit arrives.
   void deliver() {
