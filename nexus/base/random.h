@@ -3,7 +3,7 @@
 // Promises: next() is never 0; the same seed gives the same numbers.
 // Leaves:   secrets to a library: who has seen a number can tell the next.
 // Threads:  one.
-// Tested by: tests/trace_context_test.cpp, tests/router_test.cpp
+// Tested by: tests/trace_context_test.cpp
 #pragma once
 
 #include <cstdint>
