@@ -46,7 +46,7 @@ struct Capabilities {
 
 // A backend as workers see it.
 struct alignas(64) BackendView {
-  // What is read of each candidate for a request, in one cache line:
+  // Each request reads these of each candidate: they share a cache line.
   BackendId id{};
   std::uint32_t priority = 50;
   std::uint32_t max_pending = 0;

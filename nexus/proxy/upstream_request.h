@@ -90,7 +90,7 @@ class UpstreamRequest {
   std::size_t total_ = 0;
 };
 
-// What an attempt sends: what the request consists of besides the client's body, and the order of both.
+// A request as an attempt sends it: the bytes that are not of the client's body, and the order of both.
 struct RequestText {
   std::string own;
   UpstreamRequest image;
