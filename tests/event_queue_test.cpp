@@ -40,7 +40,15 @@ struct Queue {
   std::uint64_t handled = 0;
   bool woken = false;
 
-  std::size_t fetch(Ns deadline = 0) { return events.fetch(kernel, deadline, woken).size(); }
+  template <class GoesFirst>
+  std::size_t fetch(Ns deadline, GoesFirst&& goes_first) {
+    const std::size_t before = events.size();
+    events.fetch(kernel, deadline, woken, goes_first);
+    return events.size() - before;
+  }
+  std::size_t fetch(Ns deadline = 0) {
+    return fetch(deadline, [](const Event&) { return false; });
+  }
   void handle(std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) REQUIRE(events.take().token.value == handled++);
   }
@@ -104,5 +112,44 @@ TEST_SUITE("event queue") {
     queue.handle(queue.kernel.told - queue.handled);
     CHECK(queue.events.empty());
     CHECK(queue.handled == queue.kernel.has);
+  }
+
+  TEST_CASE("of each fetch, the first events that are to go first do, in order, and no event is lost or told twice") {
+    for (const std::uint64_t one_of : {1, 2, 3, 7, 100}) {
+      for (const std::size_t handled_at_once : {1, 5, 16, 40}) {
+        Queue queue;
+        const auto goes_first = [&](const Event& event) { return event.token.value % one_of == 0; };
+        std::vector<std::uint64_t> expected;  // in the order in which they are to be taken
+        for (int i = 0; i < 400; ++i) {
+          const std::uint64_t from = queue.kernel.told;
+          queue.kernel.has += static_cast<std::uint64_t>(i * i % 41);
+          queue.fetch(0, goes_first);
+          std::size_t ahead = 0;
+          for (std::uint64_t token = from; token < queue.kernel.told; ++token) {
+            const bool first = token % one_of == 0 && ahead < nexus::kFirstEvents;
+            expected.insert(first ? expected.begin() + static_cast<std::ptrdiff_t>(ahead++) : expected.end(), token);
+          }
+          const std::size_t count = std::min(expected.size(), handled_at_once);
+          for (std::size_t j = 0; j < count; ++j) REQUIRE(queue.events.take().token.value == expected[j]);
+          expected.erase(expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(count));
+          REQUIRE(queue.events.size() == expected.size());
+        }
+        for (const std::uint64_t token : expected) REQUIRE(queue.events.take().token.value == token);
+        CHECK(queue.events.empty());
+      }
+    }
+  }
+
+  TEST_CASE("events that go first, without an end, leave the others a quarter of what is handled between two fetches") {
+    Queue queue;
+    queue.kernel.has = 200;
+    queue.fetch();
+    std::size_t others = 0;
+    for (int i = 0; i < 50; ++i) {
+      queue.kernel.has += nexus::kFreshEvents;
+      queue.fetch(0, [](const Event&) { return true; });
+      for (std::size_t j = 0; j < nexus::kFreshEvents; ++j) others += queue.events.take().token.value < 200 ? 1 : 0;
+    }
+    CHECK(others == 200);
   }
 }

@@ -118,6 +118,7 @@ constexpr std::uint32_t kClientReadsPerTurn = 1;
 constexpr std::size_t kQueuedEvents = 1024;  // fetched and not handled; the kernel keeps what is more
 constexpr std::size_t kEventsPerTurn = 256;  // then timers and rescheduled sessions have theirs
 constexpr std::size_t kFreshEvents = 16;     // are handled in about 150 µs: then the kernel is asked for newer ones
+constexpr std::size_t kFirstEvents = 12;  // of backends, and of one look: they go before clients', which keep a quarter
 constexpr std::size_t kFirstReadBytes = 16u << 10;
 constexpr std::size_t kMostReadBytes = 128u << 10;   // still in the processor's cache when it is parsed
 constexpr std::uint32_t kReadsPerTurn = 16;          // of one response

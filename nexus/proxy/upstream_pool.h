@@ -56,10 +56,14 @@ class UpstreamPool {
 
   Upstream<Net>* get(Handle handle) { return upstreams_.get(handle); }
 
-  // Records an event of a connection, in use or idle. Call for every event of a wait before any is handled.
-  void note(const Event& event) {
-    if (event.token.kind() != kUpstreamKind) return;
-    if (Upstream<Net>* upstream = upstreams_.get(event.token)) upstream->connection.note(event);
+  // Records an event of a connection, in use or idle. Call for every event of a wait before any is handled. True if an
+  // exchange uses the connection.
+  bool note(const Event& event) {
+    if (event.token.kind() != kUpstreamKind) return false;
+    Upstream<Net>* const upstream = upstreams_.get(event.token);
+    if (upstream == nullptr) return false;
+    upstream->connection.note(event);
+    return upstream->owner.value != 0;
   }
 
   // An idle connection to `backend` at `address`, or nullptr.

@@ -1,6 +1,8 @@
 // event_queue.h
 // Owns:     the events of one loop that were fetched and not handled yet.
-// Promises: first come, first served; nothing is allocated; what does not fit stays with the kernel.
+// Promises: first come, first served, but for a few of each fetch that the caller puts first; nothing is allocated;
+// what
+//           does not fit stays with the kernel.
 // Leaves:   what an event means to worker.h; a stale one is known by its token.
 // Threads:  one.
 // Tested by: tests/event_queue_test.cpp, tests/sim
@@ -11,7 +13,6 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
@@ -25,9 +26,11 @@ class EventQueue {
   bool empty() const { return first_ == end_; }
   std::size_t size() const { return end_ - first_; }
 
-  // Fetches what the kernel has to tell, and returns it; waits for it until `deadline`. A wake() ends the wait and sets
-  // `woken`.
-  std::span<const Event> fetch(Net& net, Ns deadline, bool& woken) {
+  // Fetches what the kernel has to tell; waits for it until `deadline`. A wake() ends the wait and sets `woken`. Calls
+  // `goes_first(event)` for each in order: of those for which it is true, the first kFirstEvents are then the first to
+  // be taken.
+  template <class GoesFirst>
+  void fetch(Net& net, Ns deadline, bool& woken, GoesFirst&& goes_first) {
     make_room();
     const std::uint32_t from = end_;
     complete_ = false;
@@ -39,7 +42,7 @@ class EventQueue {
       woken = woken || was_woken;
       complete_ = count + (was_woken ? 1 : 0) < most;
     }
-    return {events_.data() + from, end_ - from};
+    put_first(from, goes_first);
   }
   // True if the last fetch() left nothing with the kernel.
   bool complete() const { return complete_; }
@@ -57,6 +60,24 @@ class EventQueue {
       end_ = static_cast<std::uint32_t>(end_ - first_);
       first_ = 0;
     }
+  }
+
+  template <class GoesFirst>
+  void put_first(std::uint32_t from, GoesFirst&& goes_first) {
+    std::array<Event, kFirstEvents> chosen;
+    std::uint32_t count = 0, kept = from;
+    for (std::uint32_t i = from; i < end_; ++i) {
+      Event& to = goes_first(events_[i]) && count < kFirstEvents ? chosen[count++] : events_[kept++];
+      to = events_[i];
+    }
+    end_ = kept;
+    if (first_ < count) {  // those that were taken left too little room before the others
+      std::copy_backward(events_.begin() + first_, events_.begin() + end_, events_.begin() + (end_ + count - first_));
+      end_ += count - first_;
+      first_ = count;
+    }
+    first_ -= count;
+    std::copy(chosen.begin(), chosen.begin() + count, events_.begin() + first_);
   }
 
   std::uint32_t first_ = 0, end_ = 0;

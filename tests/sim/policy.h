@@ -163,6 +163,8 @@ class Policy {
         here += 1;
         const bool on_trial = breaker->before == Circuit::half_open && is_shut(breaker->after);
         if (!on_trial && (!is_shut(breaker->before) || !is_shut(breaker->after))) return;
+        // Its trial may have succeeded, so that it was closed until something else failed.
+        if (breaker->before == Circuit::probing && breaker->after == Circuit::open) return;
         if (on_trial && trial != Trial{}) return;  // it may be the trial of either
         if (on_trial) trial = {breaker->circuit->server(), arrival.turn};
       }
