@@ -327,3 +327,159 @@ TEST_CASE("a form's model is replaced where an alias stands for it, and nothing 
   }
   CHECK(stage.all_errors() == 0);
 }
+
+TEST_CASE("an answer that only holds a path error's text is an answer, also for the clients behind it") {
+  const std::string answers[] = {
+      json(200, R"({"message":{"content":"It says: 404 page not found"},"done":true,"prompt_eval_count":1})"),
+      json(200, R"({"text":"{\"error\":\"Unexpected endpoint or method. (POST /x)\"}"})"),
+      json(200, R"({"prompt":"{\"detail\":\"Not Found\"}"})"),
+      response(200, "text/plain", "404 page not found"),
+      json(404, R"({"error":"model '404 page not found' not found"})"),
+      json(404, R"({"detail":"Not Found","model":"m"})"),
+      json(404, R"x({"error":{"message":"The model `Invalid URL (POST /x)` does not exist"}})x"),
+      json(404, R"({"error":{"code":404,"message":"no adapter \"File Not Found\"","type":"not_found_error"}})"),
+  };
+  for (const std::string& answer : answers) {
+    for (const char* path : {"/api/chat", "/v1/rerank", "/v1/messages", "/tokenize"}) {
+      CAPTURE(answer);
+      Stage stage(2);
+      for (int i = 0; i < 2; ++i) {
+        Peer& client = stage.ask(R"({"model":"m","stream":false})", path);
+        stage.say(*stage.backend(1), answer);
+        CHECK(stage.answer_to(client).status == std::stoi(answer.substr(9)));
+      }
+      CHECK(stage.backend(2) == nullptr);
+    }
+  }
+}
+
+TEST_CASE("an id in a path has no influence on what other ids get") {
+  Stage stage(1);
+  Peer& odd = send(stage, "GET", "/v1/responses/a%2Fb");
+  stage.say(*stage.backend(1), json(404, R"({"detail":"Not Found"})"));
+  CHECK(answer_to(stage, odd).status == 404);
+  Peer& good = send(stage, "GET", "/v1/responses/resp_1");
+  stage.say(*stage.backend(1), json(200, kStored));
+  CHECK(answer_to(stage, good).body == kStored);
+}
+
+TEST_CASE("the first backend that knows an unknown id answers, however short its answer is") {
+  for (const char* method : {"GET", "DELETE"}) {
+    Stage stage(2);
+    Peer& client = send(stage, method, "/v1/responses/resp_1");
+    stage.say(*stage.backend(1), json(200, "{}"));
+    CHECK(answer_to(stage, client).status == 200);
+    CHECK(stage.backend(2) == nullptr);
+  }
+}
+
+TEST_CASE("a stored response whose backend the fleet has no more, or not for this model, is looked for elsewhere") {
+  Stage stage(2, [](Settings& settings) { settings.backends[1].models = {"m", "other"}; });
+  Peer& made = stage.ask(sim::kAsk, "/v1/responses");
+  stage.say(*stage.backend(1), json(200, kStored));
+  CHECK(stage.answer_to(made).status == 200);
+  Peer& next = stage.ask(R"({"model":"other","previous_response_id":"resp_1"})", "/v1/responses");
+  REQUIRE(stage.backend(2) != nullptr);
+  stage.say(*stage.backend(2), json(200, R"({"id":"resp_2"})"));
+  CHECK(stage.answer_to(next).status == 200);
+}
+
+TEST_CASE("an empty 200 is an error only where the answer is JSON") {
+  const std::string empty = response(200, "text/plain", "");
+  const std::string form =
+      "--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nm\r\n--b\r\n"
+      "Content-Disposition: form-data; name=\"response_format\"\r\n\r\ntext\r\n--b--\r\n";
+  const std::pair<std::string, bool> requests[] = {
+      {"DELETE /api/delete HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{\"model\":\"m\"}", true},
+      {"POST /api/copy HTTP/1.1\r\nHost: a\r\nContent-Length: 32\r\n\r\n{\"source\":\"m\",\"destination\":\"n\"}",
+       true},
+      {"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+       "Content-Length: " +
+           std::to_string(form.size()) + "\r\n\r\n" + form,
+       true},
+      {sim::post(sim::kAsk), false},
+      {sim::post(sim::kAsk, "HTTP/1.1", "/api/show"), false},
+  };
+  for (const auto& [request, good] : requests) {
+    CAPTURE(request);
+    Stage stage(1, [](Settings& settings) { settings.server.ollama_admin = "b1"; });
+    for (int i = 0; i < 2; ++i) {
+      Peer& client = stage.net.connect_client();
+      stage.settle();
+      stage.say(client, request);
+      stage.say(*stage.backend(), empty);
+      CHECK(stage.answer_to(client).status == 200);
+      CHECK(stage.ejected() == !good);
+    }
+    CHECK(stage.attempts(AttemptOutcome::ok) == (good ? 2 : 0));
+    CHECK(stage.all_errors() == (good ? 0 : 2));
+  }
+}
+
+TEST_CASE("an error as a stream's first event is tried elsewhere, however short the answer is, and silence too") {
+  const std::string error = "{\"error\":\"model requires more system memory\"}\n";
+  const std::string good = response(200, "application/x-ndjson", "{\"message\":{\"content\":\"hi\"},\"done\":true}\n");
+  for (const bool silent : {false, true}) {
+    CAPTURE(silent);
+    Stage stage(2, [](Settings& settings) { settings.upstream.head_delay_ns = 10 * kSecond; });
+    Peer& client = stage.ask(sim::kAskStream, "/api/chat");
+    const std::string head = response(200, "application/x-ndjson", error);
+    if (silent) {
+      stage.say(*stage.backend(1), head.substr(0, head.size() - error.size()));
+      stage.pass(600 * kMillisecond);
+      CHECK(client.received.empty());
+      stage.net.break_off(*stage.backend(1));
+      stage.settle();
+    } else {
+      stage.say(*stage.backend(1), head);
+    }
+    REQUIRE(stage.backend(2) != nullptr);
+    stage.say(*stage.backend(2), good);
+    CHECK(client.received.ends_with("\"done\":true}\n"));
+    CHECK(stage.attempts(silent ? AttemptOutcome::truncated : AttemptOutcome::bad_response, 1) == 1);
+    CHECK(stage.attempts(AttemptOutcome::ok, 2) == 1);
+    CHECK(stage.all_errors() == 0);
+  }
+}
+
+namespace {
+
+void ask_for_counts(Settings& settings) {
+  settings.routing.retries = 1;
+  settings.health.eject_after = 100;
+  for (BackendSettings& backend : settings.backends) backend.kind = BackendKind::vllm;
+}
+bool is_asked_for_counts(const Peer& backend) {
+  return backend.received.substr(backend.received.rfind("POST ")).find("include_usage") != std::string::npos;
+}
+// A validation error as FastAPI writes it: with the request, as Nexus sent it.
+const std::string kEcho = json(400, R"({"detail":[{"loc":["messages"],"input":{"stream_options":{}}}]})");
+const std::string kTokens = response(200, "text/event-stream", "data: {\"choices\":[{}]}\n\ndata: [DONE]\n\n");
+
+}  // namespace
+
+TEST_CASE("a refusal of the wish for counts is believed once the request without it went well") {
+  for (const bool mistake : {true, false}) {
+    CAPTURE(mistake);
+    Stage stage(1, ask_for_counts);
+    Peer& client = stage.ask(sim::kAskStream);
+    REQUIRE(is_asked_for_counts(*stage.backend()));
+    stage.say(*stage.backend(), kEcho);
+    REQUIRE_FALSE(is_asked_for_counts(*stage.backend()));
+    stage.say(*stage.backend(), mistake ? kEcho : kTokens);
+    CHECK(stage.answer_to(client).status == (mistake ? 400 : 200));
+    stage.ask(sim::kAskStream);
+    CHECK(is_asked_for_counts(*stage.backend()) == mistake);
+    stage.say(*stage.backend(), kTokens);
+  }
+}
+
+TEST_CASE("a backend that refuses the wish for counts does not speak for the one that is tried next") {
+  Stage stage(2, ask_for_counts);
+  stage.ask(sim::kAskStream);
+  stage.say(*stage.backend(1), kEcho);
+  stage.say(*stage.backend(1), json(500, "{}"));
+  REQUIRE(stage.backend(2) != nullptr);
+  CHECK(is_asked_for_counts(*stage.backend(2)));
+  stage.say(*stage.backend(2), kTokens);
+}

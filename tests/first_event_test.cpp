@@ -94,3 +94,15 @@ TEST_CASE("after head_delay the client gets the head and comments, and first_byt
   stage.pass(kSecond);
   CHECK(stage.limit_hits(Limit::stall_timeout) == 1);
 }
+
+TEST_CASE("a client that sends bytes, and takes none, does not prolong the backend's stall_timeout") {
+  Stage stage(1, [](Settings& settings) { settings.upstream.stall_timeout_ns = kSecond; });
+  Peer& client = stage.ask(sim::kAskStream);
+  stage.say(*stage.backend(), kHead + kToken);
+  for (int i = 0; i < 5 && stage.limit_hits(Limit::stall_timeout) == 0; ++i) {
+    stage.pass(400 * kMillisecond);
+    stage.say(client, "P");
+  }
+  CHECK(stage.limit_hits(Limit::stall_timeout) == 1);
+  CHECK(stage.attempts(AttemptOutcome::timeout) == 1);
+}

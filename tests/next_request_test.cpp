@@ -88,3 +88,21 @@ TEST_CASE("a request on a kept connection is answered, passed on, logged and cou
     before = course->name;
   }
 }
+
+TEST_CASE("a request's line in the log has nothing of an earlier request, on whichever connection that was") {
+  const auto logged = [](Scene& scene, sim::LogRings& rings, const Course& course) {
+    Peer& client = scene.connect();
+    course.go(scene, client);
+    if (!client.ended) scene.net.finish(client);
+    scene.settle();
+    return take_log(rings, true);
+  };
+  const auto rings = std::make_unique<sim::LogRings>();
+  Scene scene(*rings);
+  for (const Course* course : tour()) {
+    CAPTURE(std::string(course->name));
+    const auto own_rings = std::make_unique<sim::LogRings>();
+    Scene fresh(*own_rings);
+    CHECK(logged(scene, *rings, *course) == logged(fresh, *own_rings, *course));
+  }
+}

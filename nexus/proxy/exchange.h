@@ -132,7 +132,7 @@ class Exchange {
 
   // The client took bytes, or the exchange's next turn has come.
   void resume() {
-    if (state_ == State::streaming) deadlines_.arm_stall();
+    if (state_ == State::streaming) deadlines_.note_taken();
     drive();
   }
 
@@ -167,7 +167,10 @@ class Exchange {
     last_failure_ = ApiError::no_healthy_backend;
     failure_ = retry_reason_ = {};
     kept_.reset();
-    answer_failed_ = keeping_ = asked_without_usage_ = false;
+    answer_failed_ = keeping_ = facts_.stream = false;
+    asked_without_usage_ = BackendId::none;
+    body_bytes_ = 0;
+    reason_.clear();
   }
 
  private:
@@ -275,11 +278,7 @@ class Exchange {
   // Because of a limit of the client's key.
   [[gnu::cold]] void refuse_by_key(Limit limit, ApiError error);
 
-  [[gnu::cold]] void refuse_unknown_model() {
-    if (snapshot_->discovering) return refuse(ApiError::no_healthy_backend, true);
-    refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, summary_.model, key_.settings()),
-           "model");
-  }
+  [[gnu::cold]] void refuse_unknown_model();
 
   // Sends an error of Nexus's own in place of a response. `keep_alive` only if the request's body was read whole.
   [[gnu::cold]] void refuse(ApiError error, bool keep_alive, std::string_view message = {},
@@ -365,11 +364,13 @@ class Exchange {
 
   // The backend's answer is an error, by its status or in disguise. It is kept if another backend can be tried.
   [[gnu::cold]] void note_failed_answer(AttemptOutcome outcome);
-  [[gnu::cold]] void note_disguise();
+  // `whole`: the answer has ended. A 2xx that is an error counts against its backend, and another one is asked.
+  void look_for_disguise(bool whole);
   [[gnu::cold]] void hold(Response::Step step, ClientWrite& write);
   // The held answer is whole, or too large to be what was thought of it.
   [[gnu::cold]] void settle_doubt(bool fits, Response::Step step, ClientWrite& write);
   [[gnu::cold]] void ask_without_usage();
+  [[gnu::cold]] void note_usage_refused();
   [[gnu::cold]] void pass_over_server();
   [[gnu::cold]] void ask_next_for_id();
   [[gnu::cold]] void end_answered_attempt();
@@ -469,7 +470,7 @@ class Exchange {
   Attempt<Net> attempt_;
   bool adds_usage_event_ = false;  // Nexus asked this backend for counts that the client did not ask for
   Doubt doubt_ = Doubt::none;
-  bool asked_without_usage_ = false;                      // a backend has refused the request for it
+  BackendId asked_without_usage_ = BackendId::none;       // it has refused the request with that wish
   ApiError last_failure_ = ApiError::no_healthy_backend;  // until a backend was tried
   std::string_view failure_;  // of the attempt that ends next: says more than its ending; a constant text
   std::string_view retry_reason_;

@@ -10,6 +10,7 @@
 
 #include <array>
 
+#include "nexus/api/path_errors.h"
 #include "nexus/proxy/exchange.h"
 #include "nexus/proxy/exchange_trace.h"
 
@@ -149,7 +150,8 @@ void Exchange<Net>::note_failed_answer(AttemptOutcome outcome) {
 }
 
 template <class Net>
-void Exchange<Net>::note_disguise() {
+void Exchange<Net>::look_for_disguise(bool whole) {
+  if (answer_failed_ || !relay_.response().is_error_in_disguise(whole)) return;
   note_backend_failure(AttemptOutcome::bad_response, "its 2xx is an error");
   note_failed_answer(AttemptOutcome::bad_response);
   end_attempt(failed_outcome_);
@@ -179,29 +181,39 @@ void Exchange<Net>::settle_doubt(bool fits, Response::Step step, ClientWrite& wr
   const Doubt doubt = std::exchange(doubt_, Doubt::none);
   const bool about_usage = doubt == Doubt::usage && client_.held().find("stream_options") != std::string_view::npos;
   if (fits && about_usage) return ask_without_usage();
-  if (fits && doubt == Doubt::path && is_path_error(*endpoint_, client_.held())) return pass_over_server();
-  if (fits && doubt == Doubt::path && named_id_ != 0) {
+  const Response& response = relay_.response();
+  if (fits && doubt == Doubt::path && named_id_ == 0 &&
+      is_path_error(*endpoint_, response.status(), body_of(client_.held(), response.is_chunked())))
+    return pass_over_server();
+  // An id in the path may be the reason of a 404: nothing follows for other ids.
+  if (fits && doubt == Doubt::path && named_id_ != 0 && response.status() == 404) {
     picker_.forgive();
     if (another()) return ask_next_for_id();
   }
+  look_for_disguise(step == Response::Step::whole);
+  if (keeping_) return leave_failed_answer(fits);
   begin_streaming();
   ClientWrite nothing;
   on_relayed(relay_.send(step, fits ? nothing : write));
 }
 
-// The backend is asked again without the option. If the client sent options of its own, they may be the reason.
+// The backend is asked again without the option, which may be the reason of its refusal.
 template <class Net>
 void Exchange<Net>::ask_without_usage() {
-  const BackendView& backend = *attempt_.backend();
-  if (facts_.stream_options == BodyFacts::Options::absent && backend.facts->note_refusal()) {
-    context_.log.event(
-        LogLevel::warning,
-        "backend refuses stream_options: its streams tell no token counts; stream_usage = as_is stops asking",
-        {{"backend", backend.name}});
-  }
-  asked_without_usage_ = true;
+  asked_without_usage_ = attempt_.backend()->id;
   end_answered_attempt();
   begin_attempt();
+}
+
+// Without the option it went well. If the client sent options of its own, they may have been the reason.
+template <class Net>
+void Exchange<Net>::note_usage_refused() {
+  const BackendView& backend = *attempt_.backend();
+  if (facts_.stream_options != BodyFacts::Options::absent || !backend.facts->note_refusal()) return;
+  context_.log.event(
+      LogLevel::warning,
+      "backend refuses stream_options: its streams tell no token counts; stream_usage = as_is stops asking",
+      {{"backend", backend.name}});
 }
 
 // The server does not know the path: the request goes to another one, which does not count as a retry.
@@ -239,9 +251,13 @@ void Exchange<Net>::end_answered_attempt() {
 
 template <class Net>
 void Exchange<Net>::on_hold_deadline() {
-  doubt_ = Doubt::none;
+  const Doubt doubt = std::exchange(doubt_, Doubt::none);
+  if (doubt != Doubt::none) look_for_disguise(false);
   if (keeping_) return leave_failed_answer(false);
   if (deadlines_.first_byte_expired()) return end(Ending::first_byte_silent);
+  const Ns head_delay = context_.settings().upstream.head_delay_ns;
+  if (doubt != Doubt::none && head_delay > kKeptAnswerTime && is_held(Response::Step::goes_on))
+    return deadlines_.arm_hold(head_delay - kKeptAnswerTime);
   begin_streaming();  // after head_delay the client sees life
   ClientWrite nothing;
   on_relayed(relay_.send(Response::Step::goes_on, nothing));
@@ -286,6 +302,12 @@ void Exchange<Net>::give_kept_answer() {
   if (kept_->ends_connection) client_.end_connection();
   if (!client_.send_kept()) return end(client_ending());
   go(State::finishing);
+}
+
+template <class Net>
+void Exchange<Net>::refuse_unknown_model() {
+  if (snapshot_->discovering) return refuse(ApiError::no_healthy_backend, true);
+  refuse(ApiError::model_not_found, true, unknown_model_message(*snapshot_, summary_.model, key_.settings()), "model");
 }
 
 template <class Net>

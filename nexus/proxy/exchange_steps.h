@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "nexus/api/path_errors.h"
 #include "nexus/base/limits.h"
 #include "nexus/proxy/exchange.h"
 #include "nexus/proxy/exchange_ends.h"
@@ -17,6 +18,14 @@ namespace nexus {
 
 // ---- choosing a backend, and waiting for one ----
 
+// True if the backend is one that may get a request to this endpoint for this model.
+inline bool may_serve(const Snapshot& fleet, const ModelEntry* entry, const Endpoint& endpoint, BackendId id) {
+  return entry != nullptr && std::any_of(entry->offers.begin(), entry->offers.end(), [&](const Offer& offer) {
+           const BackendView& backend = fleet.backends[offer.backend];
+           return backend.id == id && backend.speaks(endpoint);
+         });
+}
+
 template <class Net>
 void Exchange<Net>::prepare_choice() {
   // A key that may be one of Nexus's own is not passed on.
@@ -24,6 +33,8 @@ void Exchange<Net>::prepare_choice() {
   RouteNeeds needs = needs_of(*endpoint_, request_, facts_, snapshot_->any_context_stated);
   const std::uint64_t id = named_id_ != 0 ? named_id_ : facts_.continues;
   if (id != 0) needs.only = context_.shared.response_ids.find(id);
+  // The fleet may have the holder of a stored response no more: then the id is as good as unknown.
+  if (needs.only && !may_serve(*snapshot_, entry_, *endpoint_, *needs.only)) needs.only.reset();
   if (endpoint_->model == Model::of_admin) needs.only = snapshot_->admin;
   needs.affinity = affinity_key(snapshot_->settings->routing, request_.base, *request_.fields,
                                 {request_.body, request_.body_bytes}, facts_, key_.name());
@@ -72,7 +83,7 @@ Step Exchange<Net>::begin_attempt() {
   summary_.record.affinity = choice.affinity;
   answer_failed_ = keeping_ = false;
   doubt_ = Doubt::none;
-  adds_usage_event_ = !asked_without_usage_ && asks_for_usage(*endpoint_, backend, facts_);
+  adds_usage_event_ = asked_without_usage_ != backend.id && asks_for_usage(*endpoint_, backend, facts_);
   const std::string& model = *choice.model_name;
   std::string_view own_lines = context_.shared.via_line;
   if (summary_.trace.makes_lines()) [[unlikely]]
@@ -137,7 +148,7 @@ Step Exchange<Net>::send_request(std::uint32_t& reads) {
     case Attempt<Net>::Sent::some: summary_.begin_wait(context_.net.now()); return Step::wait;
     case Attempt<Net>::Sent::share: context_.reschedule(owner_); return Step::wait;
     case Attempt<Net>::Sent::all:
-      if (picker_.tries() == 1 && attempt_.is_first() && !asked_without_usage_) {
+      if (picker_.tries() == 1 && attempt_.is_first() && asked_without_usage_ == BackendId::none) {
         summary_.note_request_sent(attempt_.sent_ns());
       }
       break;
@@ -210,7 +221,10 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
     note_backend_success();
   }
   if (adds_usage_event_ && (status == 400 || status == 422)) doubt_ = Doubt::usage;
-  if (may_be_path_error(*endpoint_, result.head)) doubt_ = Doubt::path;
+  const Framing& framing = result.head.framing;
+  const bool is_short = framing.kind == Framing::Kind::length && framing.length <= kPathErrorBytes;
+  if (may_be_path_error(*endpoint_, status, is_short)) doubt_ = Doubt::path;
+  if (asked_without_usage_ == attempt_.backend()->id && status / 100 == 2) note_usage_refused();
   if (named_id_ != 0 && status / 100 == 2) context_.shared.response_ids.remember(named_id_, attempt_.backend()->id);
   relay_.begin(*endpoint_, result, route(), facts_.stream, adds_usage_event_);
   const std::size_t head_bytes = result.head.head_bytes;
@@ -229,7 +243,7 @@ void Exchange<Net>::pass_on(Response::Step step, ClientWrite& write) {
   if (step == Response::Step::out_of_memory) return end(Ending::out_of_memory);
   const Response& response = relay_.response();
   if (const std::uint64_t id = relay_.take_id()) context_.shared.response_ids.remember(id, attempt_.backend()->id);
-  if (!answer_failed_ && response.is_error_in_disguise(step == Response::Step::whole)) note_disguise();
+  if (doubt_ == Doubt::none) look_for_disguise(step == Response::Step::whole);
   if (deadlines_.awaits_first() && response.first_ns() >= 0) note_first();
   if (state_ != State::streaming) {
     if (is_held(step)) return hold(step, write);

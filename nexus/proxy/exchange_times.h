@@ -173,6 +173,11 @@ class ExchangeDeadlines {
     state_ = awaits_first() ? first_byte_ : after(upstream().stall_timeout_ns);
   }
 
+  // The client took bytes, or may take some: if its time ran, the backend's begins once none wait.
+  void note_taken() {
+    if (state_ == write_) arm_stall();
+  }
+
   void arm_write() {
     if (client_.has_moved()) write_ = after(context_.settings().server.write_timeout_ns);
     state_ = write_;

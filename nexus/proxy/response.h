@@ -114,11 +114,12 @@ class Response {
     record.first_byte_ns = first_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (last_ns_ - first_ns_) / (told.completion_tokens - 1);
   }
-  // A 2xx that is an error nonetheless: a stream that tells one, or an answer that ended (`whole`) without an event or
-  // any byte.
+  // A 2xx that is an error nonetheless: a stream that tells one, or ended (`whole`) without an event; or a 200 without
+  // a byte, for a request whose answer is JSON. Other answers may be empty: a transcript of silence, a model deleted.
   bool is_error_in_disguise(bool whole) const {
     if (scan_.told_error()) return true;
-    return whole && first_ns_ < 0 && (status_ == 200 || (is_success() && is_stream()));
+    const bool of_json = status_ == 200 && endpoint_->body == BodyFormat::json;
+    return whole && first_ns_ < 0 && (of_json || (is_success() && is_stream()));
   }
   // After the end of a stream: true if it had an end mark to send, and did not.
   bool lacks_end_mark() const { return has_end_mark_ && !scan_.ended_well(); }
@@ -304,30 +305,6 @@ inline std::optional<Ns> retry_after_of(const HeadView& head) {
   const auto seconds = parse_decimal(value_of(head.base, *row));
   if (!seconds) return std::nullopt;  // a date: the two hosts' clocks may differ
   return static_cast<Ns>(std::min<std::uint64_t>(*seconds, 3600)) * kSecond;
-}
-
-// True if a response with this head may say that the server does not know the path; is_path_error() then tells. Of the
-// three oldest endpoints only a 404 can: their servers know them, and no other answer is held up.
-inline bool may_be_path_error(const Endpoint& endpoint, const ResponseHead& head) {
-  if (head.status == 404) return true;
-  return head.status == 200 && index_of(endpoint) > 2 && head.framing.kind == Framing::Kind::length &&
-         head.framing.length <= kPathErrorBytes;
-}
-
-// `held`: a whole response, as the client would get it.
-inline bool is_path_error(const Endpoint& endpoint, std::string_view held) {
-  const std::string_view body = held.substr(std::min(held.find("\r\n\r\n"), held.size() - 4) + 4);
-  if (body.empty() || body == "0\r\n\r\n") return index_of(endpoint) > 2;
-  static constexpr auto kTexts = std::to_array<std::string_view>({
-      "{\"detail\":\"Not Found\"}",     // FastAPI: vLLM, SGLang
-      "404 page not found",             // Go: Ollama, LocalAI
-      "\"File Not Found\"",             // llama.cpp
-      "\"Invalid URL (",                // OpenAI
-      "Unexpected endpoint or method",  // LM Studio, with 200
-  });
-  return body.size() <= 2 * kPathErrorBytes && std::any_of(kTexts.begin(), kTexts.end(), [&](std::string_view text) {
-           return body.find(text) != std::string_view::npos;
-         });
 }
 
 template <class Net>

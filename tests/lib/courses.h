@@ -208,6 +208,8 @@ inline const Course kCourses[] = {
      }},
     {"no JSON", "400", plain(ask("{"), 0)},
     {"an unknown model", "404", plain(ask(ask_for("unheard-of")), 0)},
+    {"a body that is too large", "413",
+     plain("POST /v1/chat/completions" + kHost + kFree + "Content-Length: 99999999999\r\n\r\n", 0)},
     {"no key", "401", plain(get("/v1/models").replace(get("/v1/models").find(kFree), kFree.size(), ""), 0)},
     {"a key with limits", "200", plain(ask(sim::kAsk, kLimited))},
     {"an id of its own", "200", plain(ask(sim::kAsk, kFree + "X-Request-Id: mine\r\n"))},
@@ -242,13 +244,14 @@ inline std::string statuses_of(const std::string& responses) {
   return all;
 }
 
-// The lines of the access log without the true time and the client's port.
-inline Lines take_log(sim::LogRings& rings) {
+// The lines of the access log without the true time, the client's port and, if `anonymous`, the request's id.
+inline Lines take_log(sim::LogRings& rings, bool anonymous = false) {
   std::string text;
   rings[0].access.take(text);
   Lines all = lines_of(text);
   for (std::string& line : all) {
-    for (const std::string_view name : {"time=", "client="}) {
+    for (const std::string_view name : {"time=", "client=", "request_id="}) {
+      if (name == "request_id=" && !anonymous) continue;
       const std::size_t at = line.find(name);
       if (at != std::string::npos) line.erase(at, line.find(' ', at) + 1 - at);
     }
