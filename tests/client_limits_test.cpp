@@ -208,3 +208,27 @@ TEST_CASE("clients for whom there was no descriptor are accepted after a pause, 
   stage.pass(2 * kAcceptPause);
   CHECK(client.received.starts_with("HTTP/1.1 200"));
 }
+
+TEST_CASE("a request that waits too long for another one of its key is told so, and counts as over the key's limit") {
+  Stage stage(1, [](Settings& settings) {
+    settings.server.api_keys = {{"alice", "key-of-alice", {.max_pending = 1}}};
+    settings.queue.size = 5;
+    settings.queue.timeout_ns = kSecond;
+  });
+  const auto ask = [&]() -> Peer& {
+    Peer& client = stage.net.connect_client();
+    stage.settle();
+    std::string text = sim::post(sim::kAsk);
+    stage.say(client, text.insert(text.find("Host: "), "Authorization: Bearer key-of-alice\r\n"));
+    return client;
+  };
+  ask();
+  const Peer& second = ask();
+  CHECK(second.received.empty());
+  stage.pass(1100 * kMillisecond);
+  CHECK(stage.answer_to(second).status == 429);
+  CHECK(stage.answer_to(second).body.find("\"code\":\"key_concurrency\"") != std::string::npos);
+  CHECK(stage.limit_hits(Limit::key_concurrency) == 1);
+  CHECK(stage.limit_hits(Limit::queue_timeout) == 0);
+  CHECK(stage.errors(ErrorType::overloaded) == 1);
+}

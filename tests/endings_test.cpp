@@ -24,11 +24,14 @@ void set_limits(Settings& settings) {
   settings.upstream.stall_timeout_ns = kStallTime;
   settings.upstream.request_timeout_ns = kRequestTime;
   settings.server.write_timeout_ns = kWriteTime;
+  settings.backends[0].api_key = "key-of-nexus";
 }
 
 const std::string kBegin = "HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n{";
 const std::string kStream = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
 const std::string kEvent = "f\r\ndata: {\"a\":1}\n\n\r\n";
+
+const std::string kNoKey = "HTTP/1.1 401 No\r\nContent-Length: 2\r\n\r\n{}";
 
 void cannot_connect(Stage& stage, int error) {
   stage.net.wire.connect_error = error;
@@ -82,6 +85,11 @@ const Row kRows[] = {
      [](Stage& stage) {
        stage.ask();
        stage.say(*stage.backend(), "SSH-2.0-OpenSSH\r\n\r\n");
+     }},
+    {Ending::key_refused,
+     [](Stage& stage) {
+       stage.ask();
+       stage.say(*stage.backend(), kNoKey);
      }},
     {Ending::backend_head_large,
      [](Stage& stage) {
@@ -305,5 +313,46 @@ TEST_CASE("a health check that could not be made for a lack on this host changes
     stage.net.wire.connect_error = ECONNREFUSED;
     stage.pass(2 * kSecond);
     CHECK(stage.registry().backends()[0].health == Health::unhealthy);
+  }
+}
+
+TEST_CASE("a backend that refuses Nexus's key is the one to blame, and one that refuses the client's is not") {
+  for (const bool of_nexus : {true, false}) {
+    CAPTURE(of_nexus);
+    Stage stage(2, [&](Settings& settings) {
+      if (of_nexus) settings.backends[0].api_key = settings.backends[1].api_key = "key-of-nexus";
+    });
+    const Peer& client = stage.ask();
+    stage.say(*stage.backend(1), kNoKey);
+    REQUIRE((stage.backend(2) != nullptr) == of_nexus);
+    if (of_nexus) stage.say(*stage.backend(2), kNoKey);
+    CHECK(stage.answer_to(client).status == (of_nexus ? 502 : 401));
+    CHECK(stage.errors(of_nexus ? ErrorType::backend_error : ErrorType::bad_request) == 1);
+    CHECK(stage.ejected(1) == of_nexus);
+  }
+}
+
+TEST_CASE("a broken stream whose events are not followed gets no error event: it would stand anywhere") {
+  const std::string coded =
+      "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n"
+      "Transfer-Encoding: chunked\r\n\r\n5\r\n\x1f\x8b\b..\r\n";
+  const std::string plain =
+      "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + kEvent;
+  const std::pair<std::string, std::string> rows[] = {
+      {sim::post(sim::kAskStream), coded},
+      {"GET /v1/responses/resp_1?stream=true HTTP/1.1\r\nHost: a\r\n\r\n", plain},
+  };
+  for (const auto& [request, answer] : rows) {
+    CAPTURE(request);
+    Stage stage(1, [](Settings& settings) { settings.upstream.head_delay_ns = 0; });
+    Peer& client = stage.net.connect_client();
+    stage.settle();
+    stage.say(client, request);
+    stage.say(*stage.backend(), answer);
+    stage.net.finish(*stage.backend());
+    stage.settle();
+    CHECK(client.ended);
+    CHECK(client.received.ends_with(answer.substr(answer.find("\r\n\r\n") + 4)));
+    CHECK(stage.errors(ErrorType::backend_error) == 1);
   }
 }

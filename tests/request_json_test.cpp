@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "nexus/api/incremental_json.h"
 #include "nexus/api/json_reader.h"
 #include "nexus/api/request_json.h"
 
@@ -146,6 +147,33 @@ TEST_CASE("a body that says no model, or two, is refused") {
   for (const Row& row : rows) {
     CAPTURE(row.text);
     CHECK(read_body(row.text).error == row.error);
+  }
+}
+
+TEST_CASE("only a request to show a model may name it as clients of old Ollama versions do, however its body comes") {
+  struct Row {
+    const char *path, *text, *model;
+  };
+  const Row rows[] = {
+      {"/api/show", R"({"verbose":true,"name":"m"})", "m"},   {"/api/show", R"({"name":"n","model":"m"})", "m"},
+      {"/api/show", R"({"model":"m","name":"n"})", "m"},      {"/api/show", R"({"name":""})", ""},
+      {"/api/show", R"({"names":"m","x":{"name":"m"}})", ""}, {"/v1/chat/completions", R"({"name":"m"})", ""},
+  };
+  for (const Row& row : rows) {
+    CAPTURE(row.text);
+    const auto endpoint = std::find_if(nexus::kEndpoints.begin(), nexus::kEndpoints.end(),
+                                       [&](const nexus::Endpoint& one) { return one.path == row.path; });
+    const Padded padded(row.text);
+    for (const bool in_pieces : {false, true}) {
+      BodyFacts facts;
+      nexus::IncrementalJson json;
+      json.start(*endpoint);
+      if (in_pieces) json.feed(reader(), padded.view().data(), 5);
+      const auto error = in_pieces ? json.read(reader(), padded.view(), facts)
+                                   : nexus::read_body(reader(), *endpoint, padded.view(), facts);
+      CHECK(error == (*row.model == 0 ? std::optional(ApiError::no_model) : std::nullopt));
+      CHECK(facts.model == row.model);
+    }
   }
 }
 

@@ -67,6 +67,7 @@ class IncrementalJson {
     if (fault_) return fault_;
     if (state_ != State::behind || checked_ != body.size()) return ApiError::bad_json;
     const auto error = read_body(reader, *endpoint_, {skeleton_.data(), used_}, facts, find_images);
+    if (error == ApiError::no_model && may_say_name(*endpoint_)) return read_body(reader, *endpoint_, body, facts);
     if (error) return error;
     facts.first_member = first_member_;
     facts.model_value = span_of(BodyKey::model);  // empty if the body names none

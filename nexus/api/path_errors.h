@@ -47,10 +47,10 @@ inline bool has_form(std::string_view text, const PathError& row) {
   return text.empty() || !row.whole;
 }
 
-// True if an answer with this status and length may be one. The three oldest endpoints are known to all servers, and
-// a success there is not held up.
-inline bool may_be_path_error(const Endpoint& endpoint, std::uint16_t status, bool short_answer) {
-  return status == 404 || (status == 200 && short_answer && index_of(endpoint) > 2);
+// True if a short answer with this status may be one. The three oldest endpoints are known to all servers, and a
+// success there is not held up.
+inline bool may_be_path_error(const Endpoint& endpoint, std::uint16_t status) {
+  return status == 404 || (status == 200 && index_of(endpoint) > 2);
 }
 
 // The body of a whole response that was written for a client; of several chunks only if they are one.

@@ -95,6 +95,9 @@ inline bool nests_deeper(std::string_view text, std::size_t limit) {
   return false;
 }
 
+// True if `name` stands for the model in a body without `model`.
+inline bool may_say_name(const Endpoint& endpoint) { return endpoint.path == "/api/show"; }
+
 namespace detail {
 
 // One pass over one body.
@@ -119,7 +122,7 @@ class BodyPass {
     }
     if (!read_members(object, BodyKey::none)) return error_;
     if (!json_.at_end()) return ApiError::bad_json;
-    if (endpoint_.model == Model::required && !seen_[index_of(BodyKey::model)]) return ApiError::no_model;
+    if (endpoint_.model == Model::required && !seen_[index_of(BodyKey::model)]) return read_old_name();
     facts_.stream = endpoint_.streams == Streams::if_asked
                         ? stream_ == BodyFacts::Flag::yes
                         : endpoint_.streams == Streams::unless_refused && stream_ != BodyFacts::Flag::no;
@@ -169,6 +172,15 @@ class BodyPass {
     facts_.model_value = span_of(value.raw_json_token());
     if (!json_.read_name(value, facts_.model)) return fail(ApiError::bad_json);
     return !facts_.model.empty() || fail(ApiError::no_model);
+  }
+
+  // Clients of Ollama's first versions name the model that they want shown `name` (ShowRequest of its api/types.go).
+  [[gnu::cold]] std::optional<ApiError> read_old_name() {
+    JsonReader::Object object;
+    if (!may_say_name(endpoint_) || !json_.open(body_, object)) return ApiError::no_model;
+    const auto read = [&](std::string_view name, Value& value) { return name != "name" || read_model(value); };
+    if (!json_.each_member(object, read)) return error_;
+    return facts_.model.empty() ? std::optional(ApiError::no_model) : std::nullopt;
   }
 
   bool read_flag(Value& value, BodyFacts::Flag& flag) {

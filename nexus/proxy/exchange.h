@@ -370,7 +370,7 @@ class Exchange {
   // The held answer is whole, or too large to be what was thought of it.
   [[gnu::cold]] void settle_doubt(bool fits, Response::Step step, ClientWrite& write);
   [[gnu::cold]] void ask_without_usage();
-  [[gnu::cold]] void note_usage_refused();
+  [[gnu::cold]] void note_usage_refused(std::uint16_t status);
   [[gnu::cold]] void pass_over_server();
   [[gnu::cold]] void ask_next_for_id();
   [[gnu::cold]] void end_answered_attempt();

@@ -205,10 +205,12 @@ void Exchange<Net>::ask_without_usage() {
   begin_attempt();
 }
 
-// Without the option it went well. If the client sent options of its own, they may have been the reason.
+// A refusal is believed once the request without the option went well. If the client sent options of its own, they may
+// have been the reason.
 template <class Net>
-void Exchange<Net>::note_usage_refused() {
+void Exchange<Net>::note_usage_refused(std::uint16_t status) {
   const BackendView& backend = *attempt_.backend();
+  if (backend.id != asked_without_usage_ || status / 100 != 2) return;
   if (facts_.stream_options != BodyFacts::Options::absent || !backend.facts->note_refusal()) return;
   context_.log.event(
       LogLevel::warning,

@@ -85,6 +85,7 @@ enum class Ending : std::uint8_t {
   request_timed_out,   // all of the request together took longer than request_timeout
   backend_closed,      // its connection ended before the response was whole
   backend_garbled,     // its response is not well-formed HTTP
+  key_refused,         // it does not take the API key that the configuration has for it
   backend_head_large,  // the head of its response exceeds max_header or max_fields
   client_left,         // the client closed its connection, or writing to it failed
   client_stalled,      // the client took no byte for write_timeout
@@ -135,6 +136,7 @@ inline constexpr auto kEndings = [] {
       {cancelled, E::timeout, A::request_timeout, L::request_timeout, F::nexus, false, event},    // request_timed_out
       {truncated, E::backend_error, A::backend_broke, {}, F::backend, true, event},               // backend_closed
       {bad_response, E::parse_error, A::backend_not_http, {}, F::backend, true, event},           // backend_garbled
+      {bad_response, E::backend_error, A::backend_refuses_key, {}, F::backend, true, event},      // key_refused
       {bad_response, E::parse_error, A::backend_head_too_large, {}, F::backend, true, event},     // backend_head_large
       {cancelled, E::client_closed, {}, {}, F::client, false, Cut::by_framing},                   // client_left
       {cancelled, E::other, {}, L::write_timeout, F::client, false, reset},                       // client_stalled

@@ -68,6 +68,7 @@ void Exchange<Net>::on_queue_deadline() {
   if (state_ != State::queued) return;
   if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
   context_.slab.queue_rejected(QueueRejection::timeout);
+  if (picker_.waits_for_key()) return refuse_by_key(Limit::key_concurrency, ApiError::key_concurrency);
   context_.slab.limit_hit(Limit::queue_timeout);
   refuse(ApiError::queue_timeout, true);
 }
@@ -210,9 +211,18 @@ void Exchange<Net>::read_head(char* data, std::size_t bytes) {
   }
 }
 
+inline bool is_short(const Framing& framing) {
+  return framing.kind == Framing::Kind::length && framing.length <= kPathErrorBytes;
+}
+
 template <class Net>
 void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   const std::uint16_t status = result.head.status;
+  // Nexus's own key, in place of the client's: a 401 would tell the client that its key is wrong.
+  if (status == 401 && attempt_.backend()->has_key) {
+    failure_ = "401: it refuses the API key of its section (api_key_env or api_key_file)";
+    return end(Ending::key_refused);
+  }
   if (status == 429 || status >= 500) {
     const AttemptOutcome outcome = status == 429 ? AttemptOutcome::status_429 : AttemptOutcome::status_5xx;
     note_backend_failure(outcome, Digits(status).view(), retry_after_of(relay_.view(result)));
@@ -221,10 +231,9 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
     note_backend_success();
   }
   if (adds_usage_event_ && (status == 400 || status == 422)) doubt_ = Doubt::usage;
-  const Framing& framing = result.head.framing;
-  const bool is_short = framing.kind == Framing::Kind::length && framing.length <= kPathErrorBytes;
-  if (may_be_path_error(*endpoint_, status, is_short)) doubt_ = Doubt::path;
-  if (asked_without_usage_ == attempt_.backend()->id && status / 100 == 2) note_usage_refused();
+  if (may_be_path_error(*endpoint_, status) && (status == 404 || is_short(result.head.framing))) doubt_ = Doubt::path;
+  if (asked_without_usage_ != BackendId::none) [[unlikely]]
+    note_usage_refused(status);
   if (named_id_ != 0 && status / 100 == 2) context_.shared.response_ids.remember(named_id_, attempt_.backend()->id);
   relay_.begin(*endpoint_, result, route(), facts_.stream, adds_usage_event_);
   const std::size_t head_bytes = result.head.head_bytes;

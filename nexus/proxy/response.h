@@ -132,6 +132,8 @@ class Response {
   std::uint16_t status() const { return status_; }
   bool is_success() const { return status_ / 100 == 2; }
   bool is_stream() const { return UsageScan::is_stream(stream_); }  // of events, or of lines
+  // True if its events are followed: only then it is known where one of Nexus's own may stand, and with which number.
+  bool follows_events() const { return UsageScan::is_stream(scan_kind_); }
   StreamEnd stream_end() const { return {scan_.events(), scan_.in_line()}; }
   std::uint64_t take_id() { return scan_.take_id(); }
   const ResponseShape* shape() const { return endpoint_->response(); }

@@ -45,7 +45,7 @@ class ResponseRelay {
   std::uint64_t take_id() { return response_.take_id(); }
   bool says_close() const { return says_close_; }  // the head in hand; then the connection is closed after it
   // True if a client that gets a broken response can be sent an error event first.
-  bool tells_error_event() const { return response_.is_stream() && response_.is_chunked(); }
+  bool tells_error_event() const { return response_.follows_events() && response_.is_chunked(); }
 
   ResponseHeadReader::Result read_head(char* data, std::size_t bytes) {
     return head_.feed(context_.response_heads, context_.known_lines, context_.blocks, context_.settings().server, data,

@@ -47,8 +47,8 @@ class EventQueue {
   // True if the last fetch() left nothing with the kernel.
   bool complete() const { return complete_; }
 
-  // The first one, which is then handled. There must be one.
-  Event take() {
+  // The first one, which is then handled: it stays in place until the next fetch(). There must be one.
+  const Event& take() {
     assert(!empty());
     return events_[first_++];
   }
