@@ -225,7 +225,9 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   }
   if (status == 429 || status >= 500) {
     const AttemptOutcome outcome = status == 429 ? AttemptOutcome::status_429 : AttemptOutcome::status_5xx;
-    note_backend_failure(outcome, Digits(status).view(), retry_after_of(relay_.view(result)));
+    // A quota may be that of the key which the client sent: the backend serves the others.
+    if (status != 429 || !passes_credentials(request_, *attempt_.backend()))
+      note_backend_failure(outcome, Digits(status).view(), retry_after_of(relay_.view(result)));
     note_failed_answer(outcome);
   } else if (status >= 300 && picker_.permit().is_probe()) {
     note_backend_success();

@@ -103,6 +103,17 @@ struct BodyEdit {
   std::string_view inserted;
 };
 
+// The fields of the request that this backend does not get: the client's key, if Nexus has one for it.
+inline std::uint32_t withheld_from(const BackendView& backend, const RequestView& request) {
+  return request.withheld | (backend.has_key ? kCredentials : 0);
+}
+// True if it gets a key of the client's own.
+inline bool passes_credentials(const RequestView& request, const BackendView& backend) {
+  const std::uint32_t passed = kCredentials & ~withheld_from(backend, request);
+  return std::any_of(request.fields->begin(), request.fields->end(),
+                     [passed](const FieldRow& row) { return (bit_of(row.field) & passed) != 0; });
+}
+
 // True if Nexus asks this backend for token counts that the client did not ask for.
 inline bool asks_for_usage(const Endpoint& endpoint, const BackendView& backend, const BodyFacts& facts) {
   return backend.ask_usage && facts.stream && endpoint.row().takes_stream_options &&
@@ -147,7 +158,7 @@ inline void compose_request(RequestText& out, const RequestView& request, const 
   head.target = {request.base + request.head->target_at, request.head->target_bytes};
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;
-  head.withheld = request.withheld | (backend.has_key ? kCredentials : 0);
+  head.withheld = withheld_from(backend, request);
   head.request_id = request_id;
   head.own_lines = own_lines;
   head.content_length = request.body_bytes;

@@ -91,12 +91,14 @@ class Fleet {
     }
   }
 
-  // Requests in progress on this server over connections that Nexus has not closed.
+  // Requests in progress on this server over connections that Nexus has not closed. An answer with bytes behind its end
+  // is over for Nexus before it is for its server.
   std::uint32_t running_on(std::uint32_t server) {
     std::uint32_t running = 0;
     for (const LinkId id : servers_[server].links) {
       const Talk& talk = talks_[id];
-      running += talk.phase == Phase::answering && talk.number >= 0 && wire_.at(id).nexus_open ? 1 : 0;
+      const bool answering = talk.phase == Phase::answering && talk.number >= 0 && !talk.answer.overlong;
+      running += answering && wire_.at(id).nexus_open ? 1 : 0;
     }
     return running;
   }
