@@ -156,7 +156,10 @@ int reload(const Options& options) {
     return 2;
   }
   const ReloadOutcome outcome = request_reload(static_cast<pid_t>(*pid));
-  std::fprintf(outcome.in_force ? stdout : stderr, "%s\n", escape_for_terminal(outcome.text, 8000).c_str());
+  for (std::string_view rest = outcome.text; !rest.empty();) {
+    const std::string line = escape_for_terminal(config::take_line(rest), 8000);
+    std::fprintf(outcome.in_force ? stdout : stderr, "%s\n", line.c_str());
+  }
   return outcome.in_force ? 0 : 1;
 }
 

@@ -285,7 +285,7 @@ class Daemon {
     if (!log_writer_.start()) return kNoThread;
     const Ns watchdog_ns = watchdog_limit_ns(environment_, getpid());
     watchdog_ = std::make_unique<Watchdog>(workers_.size() + 1, watchdog_ns, monotonic_now());
-    control_thread_ = start_thread("nexus-control", [this] { control_->run(); });
+    control_thread_ = start_thread(kControlThread, [this] { control_->run(); });
     if (!control_thread_.joinable()) return kNoThread;
     const pthread_t main_thread = pthread_self();
     for (std::size_t i = 0; i < workers_.size(); ++i) {
@@ -368,7 +368,7 @@ class Daemon {
     const bool in_force = wait_until_in_force();
     if (ok) log_reload(in_force, note, changed);
     if (ok && !in_force) note = "reload not in force yet, see the log" + (note.empty() ? "" : "; " + note);
-    notifier_.ready(note.empty() ? status_ : status_ + "; " + note);
+    notifier_.ready(note.empty() ? status_ : status_ + "; " + note.substr(0, note.find('\n')));
     ticket_.answer({ok && in_force, note.empty() ? "reloaded" : note});
   }
 
@@ -395,11 +395,14 @@ class Daemon {
     }
   }
 
-  // Both return what `systemctl status` should show of this reload.
+  // Both return what `nexus reload` prints of this reload; its first line is for `systemctl status`.
   std::string refuse_settings(const std::vector<ConfigError>& errors) {
     constexpr std::string_view kFailed = "reload failed, keeping the old configuration";
     for (const ConfigError& error : errors) log_.event(LogLevel::error, kFailed, {{"error", error.to_string()}});
-    return std::string(kFailed) + ": " + errors.front().to_string();
+    std::string note = std::string(kFailed) + ": " + errors.front().to_string();
+    for (std::size_t i = 1; i < errors.size() && note.size() < kMaxReloadNote; ++i)
+      note += '\n' + errors[i].to_string();
+    return note;
   }
   std::string take_settings(Settings next) {
     if (next.log.access != settings_->log.access) open_access_log(next.log.access);

@@ -7,6 +7,7 @@
 #include "nexus/metrics/prometheus.h"
 
 #include <doctest/doctest.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -788,6 +789,22 @@ TEST_SUITE("US1 process statistics") {
     CHECK(stats.start_time_ns == 1'700'000'080 * kSecond);
     CHECK(stats.virtual_bytes == 12345678);
     CHECK(stats.resident_bytes == 900 * 4096);
+  }
+
+  TEST_CASE(
+      "a signal that is blocked, ignored or caught ends no process; a status that cannot be read promises nothing") {
+    const auto status = [](std::string_view blocked, std::string_view ignored, std::string_view caught) {
+      return std::string("Name:\tx\nSigQ:\t0/9\nSigPnd:\t0000000000000001\nSigBlk:\t") + std::string(blocked) +
+             "\nSigIgn:\t" + std::string(ignored) + "\nSigCgt:\t" + std::string(caught) + "\nCapInh:\t0\n";
+    };
+    const std::string_view none = "0000000000000000", hangup = "0000000000000001", others = "fffffffffffffffe";
+    CHECK(takes_signal(status(hangup, none, none), SIGHUP));
+    CHECK(takes_signal(status(none, hangup, none), SIGHUP));
+    CHECK(takes_signal(status(none, none, hangup), SIGHUP));
+    CHECK_FALSE(takes_signal(status(others, others, others), SIGHUP));
+    CHECK(takes_signal(status(others, none, none), SIGTERM));
+    CHECK_FALSE(takes_signal(status("x", "", none), SIGHUP));
+    CHECK_FALSE(takes_signal("", SIGHUP));
   }
 
   TEST_CASE("what can't be read is unknown") {

@@ -156,6 +156,7 @@ constexpr Ns kLastExportTime = 2 * kSecond;              // of a drain: the last
 // ---- log ----
 
 constexpr std::size_t kMaxLogValueBytes = 256;     // of one value; a longer one is cut and ends in an ellipsis
+constexpr std::size_t kMaxReloadNote = 8000;       // of the errors that `nexus reload` prints: they fit a datagram
 constexpr std::size_t kMaxLogMessageBytes = 2048;  // of an event's message, which may be a list
 
 // ---- times ----

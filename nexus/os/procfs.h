@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -105,6 +106,20 @@ inline void parse_process_stat(std::string_view text, const KernelUnits& units, 
   if (pages >= 0) out.resident_bytes = pages * units.page_bytes;
   out.threads = fields[20];
   out.virtual_bytes = fields[23];
+}
+
+// True if a thread with this status file (proc(5)) blocks, catches or ignores the signal, so that it does not end by
+// it.
+inline bool takes_signal(std::string_view status, int signal) {
+  std::uint64_t masks = 0;
+  for (const std::string_view key : {"\nSigBlk:\t", "\nSigIgn:\t", "\nSigCgt:\t"}) {
+    const std::size_t at = status.find(key);
+    if (at == std::string_view::npos) continue;
+    std::uint64_t mask = 0;
+    const std::string_view digits = status.substr(at + key.size(), 16);
+    if (std::from_chars(digits.data(), digits.data() + digits.size(), mask, 16).ec == std::errc()) masks |= mask;
+  }
+  return (masks >> (signal - 1) & 1) != 0;
 }
 
 inline ProcessStats read_process_stats() {

@@ -7,6 +7,7 @@
 // Tested by: tests/e2e/systemd.test.mjs
 #pragma once
 
+#include <dirent.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/random.h>
@@ -21,9 +22,12 @@
 
 #include "nexus/base/clock.h"
 #include "nexus/base/limits.h"
+#include "nexus/os/procfs.h"
 #include "nexus/os/systemd.h"
 
 namespace nexus {
+
+constexpr const char* kControlThread = "nexus-control";  // each serving process has one thread of this name
 
 struct ReloadOutcome {
   bool in_force = false;
@@ -64,23 +68,51 @@ class ReloadTicket {
   int number_ = 0;
 };
 
+// Empty if `pid` is a serving Nexus, which may be sent a SIGHUP; else why it is not. The signal would end a process
+// that does not expect it, as one that got the number of a stale pid file. A Nexus has a control thread, which blocks
+// the signal; a file's name may be another, and shows to its own user alone. The main thread waits for the signal, and
+// while it does, proc(5) does not show it as blocked there.
+inline std::string not_reloadable(pid_t pid) {
+  const std::string proc = "/proc/" + std::to_string(pid);
+  if (detail::read_proc_file((proc + "/status").c_str()).empty()) {
+    const bool there = ::kill(pid, 0) == 0 || errno == EPERM;
+    return there ? "cannot read its entry in /proc, so it was sent no signal: run this as its user or as root"
+                 : "there is no such process: is the number of an old run?";
+  }
+  bool serves = false;
+  if (DIR* tasks = opendir((proc + "/task").c_str())) {
+    while (const dirent* task = readdir(tasks)) {
+      const std::string at = proc + "/task/" + task->d_name;
+      if (detail::read_proc_file((at + "/comm").c_str()) != kControlThread + std::string("\n")) continue;
+      serves |= takes_signal(detail::read_proc_file((at + "/status").c_str()), SIGHUP);
+    }
+    closedir(tasks);
+  }
+  return serves ? "" : "it is no serving nexus, so it was sent no signal: give the process id of one";
+}
+
 // Asks `daemon` to reload and waits for the outcome. Asks again while no answer comes: the kernel merges a signal with
 // one of its kind that is still pending, and drops the ticket of the second.
 inline ReloadOutcome request_reload(pid_t daemon, Ns limit = kReloadAnswer) {
-  const auto failed = [](const char* what) { return ReloadOutcome{false, std::string(what) + ": " + strerror(errno)}; };
   const ReloadTicket ticket = ReloadTicket::random();
   Notifier answers(ticket.socket_name());
   const int socket = answers.bind();
-  if (socket < 0) return failed("cannot wait for an answer");
+  if (socket < 0) return {false, std::string("nexus: cannot wait for an answer: ") + strerror(errno)};
+  const std::string process = "nexus: process " + std::to_string(daemon) + ": ";
   for (const Ns end = monotonic_now() + limit; monotonic_now() < end;) {
-    if (!ticket.send_to(daemon)) return failed("cannot signal that process");
+    if (const std::string why = not_reloadable(daemon); !why.empty()) return {false, process + why};
+    if (!ticket.send_to(daemon)) {
+      const bool forbidden = errno == EPERM;
+      return {false, process + "cannot signal it: " + strerror(errno) +
+                         (forbidden ? "; run this as its user or as root" : "")};
+    }
     pollfd entry{socket, POLLIN, 0};
     if (::poll(&entry, 1, static_cast<int>((kReloadWait + kSecond) / kMillisecond)) <= 0) continue;
     std::array<char, 16 * 1024> text{};
     const ssize_t bytes = ::recv(socket, text.data(), text.size(), 0);
     if (bytes > 0) return {text[0] == '+', std::string(text.data() + 1, static_cast<std::size_t>(bytes - 1))};
   }
-  return {false, "no answer: is that process a nexus?"};
+  return {false, process + "it gave no answer in time: see its log"};
 }
 
 }  // namespace nexus

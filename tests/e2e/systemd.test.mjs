@@ -1,8 +1,10 @@
 // Sockets that a service manager passes on. The manager is a shell: it holds the listening sockets as descriptors 3 and
 // up, and starts the daemon with them, again and again. What the daemon tells its manager is tests/notify_test.cpp's.
 import { spawn } from 'node:child_process';
+import fs from 'node:fs';
 import net from 'node:net';
-import { RawClient, assert, chat, get, group, pair, run_nexus, settings, sleep, test, until, within } from './harness.mjs';
+import path from 'node:path';
+import { RawClient, assert, chat, free_port, get, group, pair, run_nexus, settings, sleep, test, until, within } from './harness.mjs';
 import { repository_file } from './prometheus.mjs';
 
 // Listening sockets that this process does not accept from once the shell has them.
@@ -171,12 +173,53 @@ group('reload for a service manager', () => {
     await new Promise((done) => gone.on('exit', done));
     const none = await run_nexus(['reload', String(gone.pid)]);
     assert.equal(none.code, 1);
-    assert.match(none.stderr, /^cannot signal that process: No such process\n$/);
+    assert.match(none.stderr, /^nexus: process \d+: there is no such process: .*\n$/);
     for (const args of [[], ['0'], ['-1'], ['self'], ['99999999999']]) {
       const wrong = await run_nexus(['reload', ...args]);
       assert.equal(wrong.code, 2, args.join());
       assert.match(wrong.stderr, /process id/);
     }
+  });
+
+  // Each of them goes on, and is ended by the test's own SIGTERM: SIGHUP's default action would have ended it before.
+  for (const [what, command] of [['a process that is no nexus', ['sleep', '600']],
+                                 ['one that ignores the signal', ['sh', '-c', 'trap "" HUP; exec sleep 600']]]) {
+    test(`${what} gets no signal from reload, which fails and says so`, async (t) => {
+      const [program, ...args] = command;
+      const child = spawn(program, args, { stdio: 'ignore' });
+      const exited = new Promise((done) => child.on('exit', (code, signal) => done({ code, signal })));
+      t.after(() => child.kill('SIGKILL'));
+      const refused = await run_nexus(['reload', String(child.pid)]);
+      assert.equal(refused.code, 1);
+      assert.match(refused.stderr, new RegExp(`^nexus: process ${child.pid}: it is no serving nexus, so it was sent no signal: .*\\n$`));
+      child.kill('SIGTERM');
+      assert.deepEqual(await within(10_000, exited, 'the end'), { code: null, signal: 'SIGTERM' });
+    });
+  }
+
+  test('a nexus whose file has another name is reloaded', async (t) => {
+    const copy = path.join(t.dir(), 'gateway-0.1');
+    fs.copyFileSync(settings.nexus, copy);
+    fs.chmodSync(copy, 0o755);
+    const port = await free_port();
+    const conf = t.file('nexus.conf', `[server]\nlisten = 127.0.0.1:${port}\n[backend e]\ntype = echo\n`);
+    const child = spawn(copy, ['-c', conf], { stdio: ['ignore', 'ignore', 'ignore'] });
+    const exited = new Promise((done) => child.on('exit', done));
+    t.after(() => child.kill('SIGKILL'));
+    await until(async () => (await get(port, '/health')).status === 200, 'the copy up');
+    assert.deepEqual(await run_nexus(['reload', String(child.pid)]), { code: 0, signal: null, stdout: 'reloaded\n', stderr: '' });
+    child.kill('SIGTERM');
+    assert.equal(await within(10_000, exited, 'the copy to end'), 0);
+  });
+
+  test('all errors of a refused file are printed, each on its line', async (t) => {
+    const { nexus } = await pair(t);
+    nexus.write_conf('[server]\nlisten = 127.0.0.1:@PORT@\nthread = 1\n[health]\nfailures = x\n[nowhere]\n');
+    const { code, stderr } = await reload(nexus);
+    assert.equal(code, 1);
+    const lines = stderr.trimEnd().split('\n');
+    assert.equal(lines.length, 3, stderr);
+    for (const [i, line] of [3, 5, 6].entries()) assert.match(lines[i], new RegExp(`nexus-\\d+\\.conf:${line}: `));
   });
 
   test('a bad configuration at the start has an exit code of its own, and the unit starts no such process again', async (t) => {
