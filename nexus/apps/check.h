@@ -18,6 +18,7 @@
 #include "nexus/apps/format.h"
 #include "nexus/apps/probe_loop.h"
 #include "nexus/base/limits.h"
+#include "nexus/config/own_address.h"
 #include "nexus/config/settings.h"
 #include "nexus/fleet/check_words.h"
 
@@ -28,6 +29,7 @@ struct CheckState {
   BackendSettings settings;
   std::vector<Address> addresses;
   std::string resolve_error;
+  bool leads_back = false;                                               // an address at which Nexus itself listens
   std::array<std::optional<ProbeResult>, kBackendKinds.size()> results;  // by the kind that it was probed as
 
   const std::optional<ProbeResult>& as(BackendKind kind) const { return results[static_cast<std::size_t>(kind)]; }
@@ -42,8 +44,7 @@ inline std::optional<BackendKind> next_probe(const CheckState& state) {
   if (state.addresses.empty()) return std::nullopt;  // the built-in backend, or a host that is not resolved
   if (!state.own()) return kind;
   const ProbeResult& own = *state.own();
-  const bool not_found = own.status == 404 || own.status == 405 || own.status == 501;
-  if (!own.passed && !not_found) return std::nullopt;
+  if (state.leads_back || (!own.passed && !is_no_such_path(own.status))) return std::nullopt;
   if (kind == BackendKind::llamacpp && own.passed) return std::nullopt;
   if (!state.as(BackendKind::ollama)) return BackendKind::ollama;
   const bool has_tags = state.lists_models_as(BackendKind::ollama);
@@ -59,6 +60,7 @@ inline std::optional<BackendKind> detected_kind(const CheckState& state) {
   if (!state.own()) return std::nullopt;
   if (state.lists_models_as(BackendKind::ollama)) {
     const auto& llamacpp = state.as(BackendKind::llamacpp);
+    if (llamacpp && llamacpp->is_nexus) return std::nullopt;
     const BackendKind kind = llamacpp && llamacpp->passed ? BackendKind::llamacpp : BackendKind::ollama;
     return kind == state.settings.kind ? std::nullopt : std::optional(kind);
   }
@@ -85,6 +87,15 @@ inline void remark_on_kind(const CheckState& state, CheckLine& line) {
   line.remarks.push_back(*kind == BackendKind::generic ? "it is no " + std::string(name_of(state.settings.kind)) +
                                                              ", but lists models at /v1/models: set type = generic"
                                                        : "it responds as " + name + " does: set type = " + name);
+}
+
+// Behind the reason of a check that asked for a path which the backend does not have.
+inline std::string advice_on_path(const CheckState& state) {
+  const BackendKindRow& row = row_of(state.settings.kind);
+  const bool list = state.own()->passed || row.health_path == row.models_path;
+  const std::string asked =
+      " to GET " + state.settings.base_path + std::string(state.own()->passed ? row.models_path : row.health_path);
+  return asked + (list ? ": if it has no list of models, set models = NAME, …" : ": is this its type?");
 }
 
 // Ollama takes a name without a tag for `latest`.
@@ -135,7 +146,13 @@ inline CheckLine judge(const CheckState& state) {
     line.remarks.push_back(explain_check(state.settings, own));
   } else if (!own.reason.empty()) {
     line.good = line.good && (own.models_read || needs_no_list);
-    line.remarks.push_back(escape_for_terminal(own.reason, 120));
+    std::string remark = explain_check(state.settings, own, FirstLook::no);
+    if (is_no_such_path(own.status) && !detected_kind(state)) remark += detail::advice_on_path(state);
+    line.remarks.push_back(escape_for_terminal(remark, 400));
+  }
+  if (state.leads_back) {
+    line.healthy = line.good = false;
+    line.remarks.push_back("routing loop: Nexus itself listens at this address");
   }
   detail::remark_on_url(state, line);
   if (own.models_read) detail::remark_on_models(state, line);
@@ -207,11 +224,27 @@ inline bool all_good(const std::vector<CheckState>& states) {
   return std::all_of(states.begin(), states.end(), [](const CheckState& state) { return judge(state).good; });
 }
 
+// True if Nexus, as it is configured, listens at this address.
+inline bool leads_back(const ServerSettings& server, const Address& address) {
+  std::array<char, INET6_ADDRSTRLEN> text{};
+  inet_ntop(address.v6 ? AF_INET6 : AF_INET, address.ip.data(), text.data(), text.size());
+  const HostPort at{text.data(), address.port};
+  bool found = false;
+  for (const auto* listeners : {&server.listen, &server.tls_listen, &server.metrics_listen}) {
+    for (const HostPort& listener : *listeners) {
+      found |= config::leads_to(at, listener) ||
+               (listener.port == at.port && config::covers(listener.host, at.host, is_of_this_host(address)));
+    }
+  }
+  return found;
+}
+
 // Probes all backends at once.
 class FleetCheck {
  public:
   explicit FleetCheck(const Settings& settings)
-      : timeout_ns_(settings.health.timeout_ns),
+      : server_(settings.server),
+        timeout_ns_(settings.health.timeout_ns),
         loop_(
             [this](std::uint64_t i, const std::vector<Address>& addresses, std::string error) {
               states_[i].addresses = addresses;
@@ -220,7 +253,12 @@ class FleetCheck {
             },
             [this](ProbeResult&& result) {
               const std::uint64_t i = result.epoch >> 8;
-              states_[i].results[result.epoch & 255] = std::move(result);
+              CheckState& state = states_[i];
+              if (!state.own()) {
+                const Address& at = result.passed ? result.address : state.addresses.front();
+                state.leads_back = leads_back(server_, at);
+              }
+              state.results[result.epoch & 255] = std::move(result);
               probe(i);
             }) {
     for (const BackendSettings& backend : settings.backends) states_.emplace_back().settings = backend;
@@ -252,6 +290,7 @@ class FleetCheck {
     loop_.start(order);
   }
 
+  const ServerSettings& server_;
   Ns timeout_ns_;
   ProbeLoop loop_;
   std::vector<CheckState> states_;

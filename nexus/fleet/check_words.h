@@ -23,7 +23,24 @@ inline std::string remark_on_url(const BackendSettings& backend) {
   return {};
 }
 
-inline std::string explain_check(const BackendSettings& backend, const ProbeResult& result) {
+constexpr bool is_no_such_path(std::uint16_t status) { return status == 404 || status == 405 || status == 501; }
+
+// Appended to the reason of a check that failed before any answer of HTTP, or with one that a server of TLS gives to a
+// request in clear: Go and nginx answer 400, others close the connection.
+inline std::string_view hint_on_scheme(const BackendSettings& backend, const ProbeResult& result) {
+  if (result.passed) return {};
+  const std::string_view why = result.reason;
+  if (backend.tls.on)
+    return why.ends_with("it does not speak TLS on this port") ? ": use http:// if that is meant" : "";
+  const bool closed = why == kAnswerCutShort || why == "read: Connection reset by peer";
+  return result.status == 400 || (closed && result.status == 0) ? ": if it speaks TLS on this port, use https://" : "";
+}
+
+// True for all but `nexus check`, which finds out more than one check tells.
+enum class FirstLook : bool { no, yes };
+
+inline std::string explain_check(const BackendSettings& backend, const ProbeResult& result,
+                                 FirstLook first = FirstLook::yes) {
   const std::string status = " (" + std::to_string(result.status) + ")";
   if (result.status == 401 || result.status == 403) {
     if (!backend.api_key.empty()) return "it rejects the API key" + status;
@@ -31,16 +48,18 @@ inline std::string explain_check(const BackendSettings& backend, const ProbeResu
       return "it requires an API key" + status + ": clients must send theirs";
     return "it requires an API key" + status + ": set api_key_env or api_key_file";
   }
+  if (result.status == 508 && !result.passed) {
+    return "routing loop" + status + ": its url leads back to this Nexus";
+  }
   if (result.reason.empty()) return {};
   const std::string url = remark_on_url(backend);
-  if (!url.empty()) return result.reason + "; " + url;
-  const bool no_such_path = result.status == 404 || result.status == 405 || result.status == 501;
-  if (no_such_path && !result.passed) {
+  if (!url.empty() && first == FirstLook::yes) return result.reason + "; " + url;
+  if (is_no_such_path(result.status) && !result.passed && first == FirstLook::yes) {
     return result.reason + ": is type = " + std::string(name_of(backend.kind)) + " right? `nexus check` finds it out";
   }
   if (result.reason.find("Connection refused") != std::string::npos)
     return result.reason + ": is it running, and on this port?";
-  return result.reason;
+  return result.reason + std::string(hint_on_scheme(backend, result));
 }
 
 }  // namespace nexus

@@ -31,6 +31,7 @@ namespace nexus {
 
 constexpr std::uint8_t kProbeKind = 10;  // of a Handle
 constexpr std::size_t kProbeReadBytes = 32u << 10;
+constexpr std::string_view kAnswerCutShort = "its answer was cut short";
 
 struct ProbeResult {
   std::uint64_t epoch = 0;  // of the probed backend
@@ -42,6 +43,7 @@ struct ProbeResult {
   Ns round_trip_ns = 0;
   std::optional<std::uint64_t> retry_after_s;  // told by the last response
   bool models_read = false;
+  bool is_nexus = false;    // /health is that of a Nexus, which answers as each kind of backend does
   bool models_cut = false;  // the list has more than kMaxModelsPerBackend models or kMaxProbeBytes bytes
   std::array<std::uint8_t, kTlsOutcomes> handshakes{};  // of TLS, by outcome
   std::string_view lack;  // of this host, a constant text: then nothing but passed == true has a meaning
@@ -297,7 +299,7 @@ class Prober {
     const bool alert = probe.input.view().starts_with("\x15\x03");  // a record of TLS
     const std::string_view invalid =
         alert ? "it speaks TLS on this port: use https://" : "its answer is not valid HTTP";
-    constexpr std::string_view cut = "its answer was cut short";
+    constexpr std::string_view cut = kAnswerCutShort;
     while (!probe.head_done) {
       const HeadResult result = probe.reader.feed(probe.input.data(), probe.input.size(), probe.head);
       if (result.status == HeadResult::Status::failed) return end(probe, invalid);
@@ -336,6 +338,8 @@ class Prober {
         good ? "" : (probe.second ? "its list of models answered " : "it answered ") + std::to_string(status);
     if (!lives) return end(probe, refusal);
     if (!probe.second) note_passed(probe);
+    const bool health = !probe.second && probe.order.page.empty() && probe.row.health_path == "/health";
+    if (health) probe.result.is_nexus = body_of(probe).find(R"("uptime_seconds":)") != std::string_view::npos;
     if (!probe.order.page.empty()) probe.result.page.assign(body_of(probe));
     if (posted) note_retry_after(probe);
     if (!probe.order.wants_models) return true;

@@ -10,6 +10,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <ifaddrs.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
@@ -76,6 +77,21 @@ inline Address from_sockaddr(const sockaddr* from) {
   address.port = ntohs(v4->sin_port);
   address.v6 ? std::memcpy(address.ip.data(), &v6->sin6_addr, 16) : std::memcpy(address.ip.data(), &v4->sin_addr, 4);
   return address;
+}
+
+// True if the address is one of this host's interfaces.
+inline bool is_of_this_host(const Address& address) {
+  ifaddrs* all = nullptr;
+  if (getifaddrs(&all) != 0) return false;
+  bool found = false;
+  for (const ifaddrs* each = all; each != nullptr; each = each->ifa_next) {
+    if (each->ifa_addr == nullptr) continue;
+    Address own = from_sockaddr(each->ifa_addr);
+    own.port = address.port;
+    found |= own == address;
+  }
+  freeifaddrs(all);
+  return found;
 }
 
 struct IoResult {

@@ -210,6 +210,8 @@ class BuiltinPages {
     const Settings& settings = context_.settings();
     if (head.refusal == HeadError::unknown_method) return ApiError::unknown_method;
     if (head.method == HTTP_CONNECT) return ApiError::method_not_allowed;
+    // A health check of this process's own: its backend must not pass.
+    if (is_loop({base, session.fields(), head.head_bytes}, context_.shared.instance)) return ApiError::loop_detected;
     const FieldRow* upgrade = head.method == HTTP_GET ? find_field(*session.fields(), Field::upgrade) : nullptr;
     if (upgrade != nullptr && (kind == PageKind::none || kind == PageKind::endpoint) &&
         equals_ignoring_case(value_of(base, *upgrade), "websocket")) {

@@ -59,7 +59,7 @@ class Control {
   struct Hooks {
     std::function<std::optional<Address>(const BackendSettings&)> echo_address;  // may throw std::bad_alloc
     PageRenderer::Sources pages;
-    std::string instance{};  // this process, for spans
+    std::string instance{};  // this process, for spans and in a Via field
   };
 
   Control(Net& net, Metrics& metrics, Slab& slab, Admission& admission, BodyBudget& budget, Log log, Hooks hooks,
@@ -379,6 +379,7 @@ class Control {
     const Ns timeout_ns = registry_.settings().health.timeout_ns;
     ProbeOrder order = order_of(backend.settings, backend.to_try(), backend.epoch, timeout_ns);
     order.wants_models = backend.settings.models.empty();
+    if (!hooks_.instance.empty()) order.lines.append("Via: 1.1 ").append(hooks_.instance).append("\r\n");
     backend.checking = true;
     backend.checked_ns = now_;
     if (!guarded([&] { prober_.start(order, now_, probe_done()); })) backend.checking = false;

@@ -1,5 +1,7 @@
 // nexus check: one table of what each backend is, and an exit code that a script can go by.
-import { assert, conf_text, free_port, group, run_nexus, start_backend, test } from './harness.mjs';
+import net from 'node:net';
+import { networkInterfaces } from 'node:os';
+import { assert, conf_text, free_port, group, run_nexus, start_backend, start_nexus, test } from './harness.mjs';
 
 // The lines of the table by the backend's name.
 function rows_of(stdout) {
@@ -59,6 +61,48 @@ group('nexus check', () => {
     assert.match(rows.get('lacking'), /yes +yes .*it has no model m2/);
     assert.match(rows.get('silent'), /yes +no .*no answer in time/);
     assert.match(r.stdout, /\n0 of 6 backends are good\n$/);
+  });
+
+  test('a list of models that answers 404 is told with its path and the remedy', async (t) => {
+    const bare = await start_backend(t, { probe: (_, reply) => reply.json({ error: {} }, 404) });
+    const r = await check(t, { backends: [{ name: 'bare', url: `${bare.url}/api`, type: 'openai' }] });
+    assert.equal(r.code, 1);
+    assert.match(rows_of(r.stdout).get('bare'), /it answered 404 to GET \/api\/v1\/models: if it has no list of models, set models = NAME/);
+  });
+
+  test('a Nexus as a backend is not taken for another kind', async (t) => {
+    const ollama = await start_backend(t, { kind: 'ollama', models: ['llama3:70b'] });
+    const inner = await start_nexus(t, { backends: [{ name: 'b', mock: ollama }] });
+    for (const type of ['openai', 'generic', 'vllm']) {
+      const r = await check(t, { backends: [{ name: 'inner', url: `http://127.0.0.1:${inner.port}`, type }] });
+      assert.equal(r.code, 0, r.stdout + r.stderr);
+      assert.doesNotMatch(r.stdout, /set type/);
+    }
+  });
+
+  test('an own address of this host, which a wildcard listens at, is told as a loop', async (t) => {
+    const own = Object.values(networkInterfaces()).flat().find((one) => one.family === 'IPv4' && !one.internal);
+    if (!own) t.skip('this host has no address but loopback');
+    const nexus = await start_nexus(t, '[server]\nlisten = 0.0.0.0:@PORT@\n[backend e]\ntype = echo\n');
+    const conf = (listen) => `[server]\nlisten = ${listen}:${nexus.port}\n[backend self]\nurl = http://${own.address}:${nexus.port}\n`;
+    const loop = await check(t, conf('*'));
+    assert.equal(loop.code, 1);
+    assert.match(rows_of(loop.stdout).get('self'), /yes +no .*routing loop: Nexus itself listens at this address/);
+    assert.equal((await check(t, conf('127.0.0.1'))).code, 0, 'another process may listen there');
+  });
+
+  test('a server of TLS behind an http url, which answers 400 or closes the connection, is told so', async (t) => {
+    const answers = { answers: 'HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n', closes: '' };
+    const backends = [];
+    for (const [name, answer] of Object.entries(answers)) {
+      const server = net.createServer((socket) => socket.on('error', () => {}).once('data', () => socket.end(answer)));
+      await new Promise((done) => server.listen(0, '127.0.0.1', done));
+      t.after(() => server.close());
+      backends.push({ name, url: `http://127.0.0.1:${server.address().port}` });
+    }
+    const rows = rows_of((await check(t, { backends })).stdout);
+    assert.match(rows.get('answers'), /it answered 400: if it speaks TLS on this port, use https:\/\//);
+    assert.match(rows.get('closes'), /its answer was cut short: if it speaks TLS on this port, use https:\/\//);
   });
 
   test('a key is sent, and never printed', async (t) => {

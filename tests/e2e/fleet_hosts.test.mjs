@@ -1,5 +1,6 @@
 // More than one host: Nexus shares nothing, so a fleet is many of them. Two processes stand for two hosts; a real
 // Prometheus, the files of contrib/, and a Nexus behind a Nexus.
+import net from 'node:net';
 import { answer_plainly, assert, assert_error, chat, chat_answer, free_port, get, group, page_after, parse_metrics, post, sleep, sse_events, start_backend, start_nexus, test, until } from './harness.mjs';
 import { close_to, need_program, only_value, repository, repository_file, run_beside, start_prometheus, with_replaced } from './prometheus.mjs';
 
@@ -7,6 +8,25 @@ const endpoint = '/v1/chat/completions';
 const fast = { 'scrape_interval: 15s': 'scrape_interval: 200ms\n  scrape_timeout: 200ms' };
 const metrics_of = async (nexus) => parse_metrics((await get(nexus.pages ?? nexus.port, '/metrics')).text);
 const alice = { headers: { Authorization: 'Bearer sk-alice-0123456789' } };
+
+// A relay to the port that `port()` names when a connection comes: its url does not show to whom it leads.
+async function relay(t, port) {
+  const sockets = new Set();
+  const server = net.createServer((from) => {
+    const to = net.connect(port(), '127.0.0.1');
+    for (const [one, other] of [[from, to], [to, from]]) {
+      sockets.add(one);
+      one.on('error', () => {}).on('close', () => other.destroy());
+      one.pipe(other);
+    }
+  });
+  await new Promise((done) => server.listen(0, '127.0.0.1', done));
+  t.after(() => {
+    server.close();
+    for (const socket of sockets) socket.destroy();
+  });
+  return `http://127.0.0.1:${server.address().port}`;
+}
 
 // Requests to each in turn, one of ten an error at the backend; two at once, of which one waits.
 async function some_load(fleet, count) {
@@ -215,7 +235,7 @@ rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml, ${repository
       const next = ports[(i + 1) % length];
       nodes.push(await start_nexus(t, {
         server: { listen: `127.0.0.1:${ports[i]}`, threads: 1 }, health: { enabled: 'no' }, routing: { retries: 0 },
-        backends: [{ name: 'next', url: `http://127.0.0.1:${next}`, type: 'openai', models: 'm1' }],
+        backends: [{ name: 'next', url: await relay(t, () => next), type: 'openai', models: 'm1' }],
       }, { ready: 'no' }));
       nodes[i].port = ports[i];
     }
@@ -235,6 +255,18 @@ rule_files: [ ${repository}/contrib/prometheus/nexus-recording.yml, ${repository
       assert_error(await post(nodes[0].port, endpoint, chat('m1', { stream: true })), 508, 'loop_detected');
     });
   }
+
+  test('a health check that comes back to its own Nexus fails, and says that it is a loop', async (t) => {
+    for (const type of ['generic', 'ollama', 'llamacpp']) {
+      const port = await free_port();
+      const nexus = await start_nexus(t, {
+        server: { listen: `127.0.0.1:${port}`, api_keys_file: t.file(`keys-${type}`, 'alice sk-alice-0123456789\n') },
+        backends: [{ name: 'self', url: await relay(t, () => port), type }],
+      }, { ready: 'no' });
+      nexus.port = port;
+      await nexus.logged(/ backend is unhealthy .*routing loop \(508\): its url leads back to this Nexus/);
+    }
+  });
 
   test('a Via of others, and of a Nexus that is not on the way back, is no loop', async (t) => {
     const backend = await start_backend(t);

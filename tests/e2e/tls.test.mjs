@@ -303,7 +303,7 @@ group('tls to backends', () => {
     const file = t.file('n.conf', `[backend clear]\nurl = https://127.0.0.1:${clear.port}\ntls_ca = ${authority().pem}\n[backend secure]\nurl = http://127.0.0.1:${secure.port}\n`);
     const check = await run_nexus(['check', file]);
     assert.equal(check.code, 1);
-    assert.match(check.stdout, /clear .*it does not speak TLS on this port/);
+    assert.match(check.stdout, /clear .*it does not speak TLS on this port: use http:\/\/ if that is meant/);
     assert.match(check.stdout, /secure .*it speaks TLS on this port: use https:/);
   });
 });
