@@ -82,10 +82,13 @@ ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones) {
   }
   return result;
 }
+int check_fleet(const Options& options);
+
 
 ConfigResult read_config(const Options& options, ExpiredOnes expired_ones) {
   ConfigEnvironment environment = system_environment();
   if (!options.env_file.empty()) {
+  if (options.run != check_fleet) environment.append_problem = append_problem;  // who checks backends writes no log
     std::string text;
     if (std::string problem = config::read_text(environment, options.env_file, text); !problem.empty()) {
       return {{}, {{options.env_file, 0, problem}}};

@@ -722,6 +722,75 @@ TEST_CASE("listen takes numeric addresses, and each only once") {
   });
 }
 
+TEST_CASE("addresses at which two sockets cannot listen are refused, and none that are apart") {
+  const auto again = [](std::string_view second, std::string_view first) {
+    return "n:3: listen: " + std::string(second) + " and " + std::string(first) + " above it include one another\n";
+  };
+  check_rows({
+      {kServer + "listen = 127.0.0.1:80\nlisten = *:80", again("0.0.0.0:80", "127.0.0.1:80")},
+      {kServer + "listen = *:80\nlisten = 10.0.0.1:80", again("10.0.0.1:80", "0.0.0.0:80")},
+      {kServer + "listen = [::]:80\nlisten = [::1]:80", again("[::1]:80", "[::]:80")},
+      {kServer + "listen = *:80\nlisten = [::]:80\nlisten = *:81", ""},
+      {kServer + "listen = 127.0.0.1:80\nlisten = 127.0.0.2:80", ""},
+      {kServer + "listen = *:80\nmetrics_listen = 127.0.0.1:80",
+       "n:3: metrics_listen: 127.0.0.1:80 is already in listen (0.0.0.0:80)\n"},
+      {kServer + "listen = *:80\nmetrics_listen = [::1]:80", ""},
+  });
+}
+
+TEST_CASE("a backend's url that leads to Nexus itself is refused, and none that may lead to another process") {
+  const auto loop = [](std::string_view listen, std::string_view url) {
+    return all_messages(
+        parse("[server]\nlisten = " + std::string(listen) + "\n[backend b]\nurl = " + std::string(url)));
+  };
+  const auto refused = [](std::string_view at, std::string_view listen) {
+    return "n:4: url: " + std::string(at) + " is an address of this Nexus: listen = " + std::string(listen) +
+           " (line 2)\n";
+  };
+  CHECK_EQ(loop("127.0.0.1:80", "http://127.0.0.1"), refused("127.0.0.1:80", "127.0.0.1:80"));
+  CHECK_EQ(loop("10.0.0.1:80", "http://10.0.0.1/v1"), refused("10.0.0.1:80", "10.0.0.1:80"));
+  CHECK_EQ(loop("localhost:80", "http://LOCALHOST"), refused("localhost:80", "localhost:80"));
+  CHECK_EQ(loop("*:80", "http://127.1.2.3"), refused("127.1.2.3:80", "*:80"));
+  CHECK_EQ(loop("*:80", "http://0.0.0.0"), refused("0.0.0.0:80", "*:80"));
+  CHECK_EQ(loop("127.0.0.1:80", "http://0.0.0.0"), refused("0.0.0.0:80", "127.0.0.1:80"));
+  CHECK_EQ(loop("[::]:80", "http://[::1]"), refused("[::1]:80", "[::]:80"));
+  CHECK_EQ(loop("[::1]:80", "http://[0::0]"), refused("[::]:80", "[::1]:80"));
+  for (const auto& [listen, url] : std::vector<NamePair>{{"127.0.0.1:80", "http://127.0.0.1:81"},
+                                                         {"127.0.0.1:80", "http://127.0.0.2"},
+                                                         {"127.0.0.1:80", "http://[::1]"},
+                                                         {"*:80", "http://[::1]"},
+                                                         {"*:80", "http://10.0.0.1"},  // of this host or of another
+                                                         {"*:80", "http://127.0.0.1.example"},
+                                                         {"[::]:80", "http://127.0.0.1"},
+                                                         {"[::]:80", "http://localhost"},
+                                                         {"127.0.0.1:0", "http://127.0.0.1:1"}}) {
+    CAPTURE(listen);
+    CAPTURE(url);
+    CHECK_EQ(loop(listen, url), "");
+  }
+  check_rows({{"[backend b]\nurl = http://127.0.0.1:8000",
+               "n:2: url: 127.0.0.1:8000 is an address of this Nexus: listen = 127.0.0.1:8000 (the default)\n"},
+              {"[server]\nmetrics_listen = *:9\n[backend b]\nurl = http://localhost:9",
+               "n:4: url: localhost:9 is an address of this Nexus: metrics_listen = *:9 (line 2)\n"}});
+  // A service manager's sockets are elsewhere.
+  CHECK(parse_config("[backend b]\nurl = http://127.0.0.1:8000", "n", fake_environment({{"LISTEN_FDS", "1"}})).ok());
+}
+
+TEST_CASE("an access log that cannot be written is an error of its line, where files are asked for") {
+  ConfigEnvironment environment = fake_environment();
+  const auto messages = [&](int error, const std::string& access) {
+    environment.append_problem = [error](const std::string& path) { return path == "/a/log" ? error : 0; };
+    return all_messages(parse_config("[log]\naccess = " + access + "\n[backend b]\ntype = echo", "n", environment));
+  };
+  const std::string why = "n:2: access: cannot write this file: ";
+  CHECK_EQ(messages(0, "/a/log"), "");
+  CHECK_EQ(messages(ENOENT, "/a/log"), why + "No such file or directory: create its directory\n");
+  CHECK_EQ(messages(EACCES, "/a/log"),
+           why + "Permission denied: the user of this process must own it, or its directory\n");
+  CHECK_EQ(messages(EISDIR, "/a/log"), why + "Is a directory\n");
+  CHECK_EQ(messages(EACCES, "off") + messages(EACCES, "stderr"), "");
+}
+
 TEST_CASE("as many addresses as the limit are listened on, and no more") {
   std::string text = kServer;
   for (std::size_t i = 1; i <= kMaxListens; ++i) text += "listen = *:" + std::to_string(i) + "\n";
@@ -1012,11 +1081,13 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
     CHECK_EQ(all_messages(result), "");
     CHECK_EQ(result.settings.backends.at(0).api_key, row.second);
   }
-  const std::string unset = "n:3: api_key_env: this variable is not set, or empty\n";
+  const auto unset = [](const std::string& name) { return "n:3: api_key_env: " + name + " is not set, or empty\n"; };
   const std::string unfit = ": the key in it must be 1 to 4096 visible ASCII characters\n";
   for (const auto& row : std::vector<NamePair>{
-           {"api_key_env = MISSING", unset},
-           {"api_key_env = EMPTY", unset},
+           {"api_key_env = MISSING", unset("the variable MISSING")},
+           {"api_key_env = EMPTY", unset("the variable EMPTY")},
+           {"api_key_env = hf_AbCdEf", unset("this variable")},  // it may be a key
+           {"api_key_env = " + std::string(65, 'A'), unset("this variable")},
            {"api_key_env = BAD", "n:3: api_key_env" + unfit},
            {"api_key_env = LONGER", "n:3: api_key_env" + unfit},
            {"api_key_env = sk-x",
@@ -1136,6 +1207,8 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
       {std::string("a 1234567\0", 10), bad_key},
       {std::string(65, 'a') + " 12345678", bad_name},
       {"a/b 12345678", bad_name},
+      {"none 12345678", "/k:1: 'none' is reserved for the metrics of other clients\n"},
+      {"a 12345678\nother 87654321", "/k:2: 'other' is reserved for the metrics of other clients\n"},
       {"sk-12345678", shape},
       {"a 12345678 x", "/k:1: expected an option behind the key, one of " + options + "\n"},
       {"a 12345678 weight", "/k:1: expected an option behind the key, one of " + options + "\n"},

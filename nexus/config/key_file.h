@@ -105,6 +105,8 @@ inline std::string read_key_line(std::string_view line, ApiKey& key) {
   const std::string_view name = next_word(line), secret = next_word(line);
   if (secret.empty()) return "expected `name key`";
   if (!is_backend_name(name)) return "expected a name of 1 to 64 letters, digits and . _ : - before the key";
+  if (name == "none" || name == "other")
+    return "'" + std::string(name) + "' is reserved for the metrics of other clients";
   if (secret.size() < kMinClientKeyBytes || secret.size() > kMaxClientKeyBytes || !is_visible_ascii(secret)) {
     return "expected a key of 8 to 512 visible ASCII characters";
   }

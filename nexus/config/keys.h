@@ -22,6 +22,7 @@
 #include "nexus/base/limits.h"
 #include "nexus/base/text.h"
 #include "nexus/config/key_file.h"
+#include "nexus/config/own_address.h"
 #include "nexus/config/settings.h"
 #include "nexus/config/trace_values.h"
 #include "nexus/config/values.h"
@@ -166,8 +167,13 @@ struct Value {
       return;
     }
     if (!repeated) field.clear();
-    if (address->port != 0 && std::find(field.begin(), field.end(), *address) != field.end()) {
-      problem = address_text(*address) + " is listed twice";
+    const auto same = std::find_if(field.begin(), field.end(), [&](const HostPort& other) {
+      return address->port != 0 && overlap(*address, other);
+    });
+    if (same != field.end()) {
+      problem =
+          address_text(*address) +
+          (*same == *address ? " is listed twice" : " and " + address_text(*same) + " above it include one another");
     } else if (field.size() == kMaxListens) {
       problem = at_most(kMaxListens, "addresses");
     } else {
@@ -179,9 +185,16 @@ struct Value {
     if (text != "off" && text != "stderr" && text.find('/') == std::string_view::npos) return refuse();
     if (text.size() > kMaxPathBytes) problem = "expected a path of at most " + std::to_string(kMaxPathBytes) + " bytes";
     path = text;
+    if (!problem.empty() || !env.append_problem || text == "off" || text == "stderr") return;
+    const int error = env.append_problem(path);
+    if (error == 0) return;
+    problem = "cannot write this file: " + std::generic_category().message(error);
+    if (error == ENOENT) problem += ": create its directory";
+    if (error == EACCES) problem += ": the user of this process must own it, or its directory";
   }
 
-  // No problem of these three quotes the text: it may be a key, pasted where its variable or file belongs.
+  // No problem of these three quotes the text, but a variable's plain name: it may be a key, pasted where its variable
+  // or file belongs.
   void to_key_of_variable(std::string& backend_key) {
     const bool is_name = !is_digit(text.front()) && consists_of(text, "_");
     problem = is_name ? read_key_variable(env, text, backend_key) : row.expectation();

@@ -148,6 +148,7 @@ class ConfigReader {
     check_listens("metrics_listen", settings_.server.listen, "listen");
     check_listens("tls_listen", settings_.server.listen, "listen");
     check_listens("tls_listen", settings_.server.metrics_listen, "metrics_listen");
+    check_own_urls();
     check_server_tls();
     read_system_ca();
     check_ollama_admin();
@@ -305,11 +306,40 @@ class ConfigReader {
     for (auto given = first; given != last; ++given) {
       const auto address = parse_listen(given->second.value);
       if (!given->second.valid || !address || address->port == 0) continue;
-      if (std::find(others.begin(), others.end(), *address) == others.end()) continue;
-      report_at(
-          given->second.line,
-          std::string(key).append(": ").append(address_text(*address)).append(" is already in ").append(others_key));
+      const auto same =
+          std::find_if(others.begin(), others.end(), [&](const HostPort& other) { return overlap(*address, other); });
+      if (same == others.end()) continue;
+      std::string message =
+          std::string(key) + ": " + address_text(*address) + " is already in " + std::string(others_key);
+      if (*same != *address) message += " (" + address_text(*same) + ")";
+      report_at(given->second.line, std::move(message));
     }
+  }
+
+  // A backend at an address of Nexus's own would pass its checks for ever, and serve nothing. Not where a service
+  // manager passes sockets: nobody listens on these addresses then.
+  void check_own_urls() {
+    if (env_.get_env && env_.get_env("LISTEN_FDS")) return;
+    for (const auto& [index, line] : url_lines_) {
+      const HostPort& url = settings_.backends[index].address;
+      for (const auto& [key, addresses] :
+           {std::pair("listen", &settings_.server.listen), std::pair("tls_listen", &settings_.server.tls_listen),
+            std::pair("metrics_listen", &settings_.server.metrics_listen)}) {
+        const auto own = std::find_if(addresses->begin(), addresses->end(),
+                                      [&url = url](const HostPort& listener) { return leads_to(url, listener); });
+        if (own == addresses->end()) continue;
+        report_at(line,
+                  "url: " + address_text(url) + " is an address of this Nexus: " + as_given(key, line_of(key, *own)));
+      }
+    }
+  }
+
+  // The line of [server] that gives `address` to `key`; null: it is the default.
+  const GivenKey* line_of(std::string_view key, const HostPort& address) {
+    const auto [first, last] = sections_["server"].keys.equal_range(key);
+    const auto found =
+        std::find_if(first, last, [&](const auto& given) { return parse_listen(given.second.value) == address; });
+    return found == last ? nullptr : &found->second;
   }
 
   void check_server_tls() {
@@ -366,6 +396,7 @@ class ConfigReader {
     const GivenKey* env = given.find("api_key_env");
     const GivenKey* file = given.find("api_key_file");
     const bool is_echo = settings_.backends.back().kind == BackendKind::echo;
+    if (url && url->valid && !is_echo) url_lines_.emplace_back(settings_.backends.size() - 1, url->line);
     if (env && file) {
       report_at(std::max(env->line, file->line), "set either api_key_env (line " + std::to_string(env->line) +
                                                      ") or api_key_file (line " + std::to_string(file->line) +
@@ -409,6 +440,7 @@ class ConfigReader {
   Section* section_ = nullptr;                               // of the next key; none before the first header
   bool skipping_ = false;                                    // after an invalid header
   std::unordered_map<std::string_view, int> backend_lines_;  // views into the text
+  std::vector<std::pair<std::size_t, int>> url_lines_;       // by the backend's index
 };
 
 // The whole text of a file of at most kMaxConfigFileBytes.

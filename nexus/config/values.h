@@ -42,10 +42,12 @@ struct ConfigError {
   }
 };
 
-// Access to the system. A read_file that returns nothing leaves the reason in errno.
+// Access to the system. A read_file that returns nothing leaves the reason in errno. append_problem returns the errno
+// with which the file could not be opened for appending, or created, or 0; without it no file is asked for.
 struct ConfigEnvironment {
   std::function<std::optional<std::string>(const std::string& name)> get_env;
   std::function<std::optional<std::string>(const std::string& path)> read_file;
+  std::function<int(const std::string& path)> append_problem{};
 };
 
 }  // namespace nexus
@@ -449,12 +451,18 @@ inline std::string check_backend_key(std::string_view key) {
   return fits ? "" : "the key in it must be 1 to 4096 visible ASCII characters";
 }
 
-constexpr std::string_view kNoVariable = "this variable is not set, or empty";
+constexpr std::string_view kNoVariable = " is not set, or empty";
+
+// True for `NAME_OF_A_VARIABLE`. A key in its place has small letters.
+constexpr bool is_plain_variable(std::string_view name) {
+  return name.size() <= 64 && std::none_of(name.begin(), name.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+}
 
 // Reads a backend's key, as it goes after `Authorization: Bearer `, from an environment variable.
 inline std::string read_key_variable(const ConfigEnvironment& env, std::string_view name, std::string& key) {
   key = env.get_env ? env.get_env(std::string(name)).value_or("") : "";
-  return key.empty() ? std::string(kNoVariable) : check_backend_key(key);
+  if (!key.empty()) return check_backend_key(key);
+  return (is_plain_variable(name) ? "the variable " + std::string(name) : "this variable").append(kNoVariable);
 }
 
 // The same from the first line of a file.

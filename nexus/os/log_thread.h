@@ -242,6 +242,20 @@ class LogFile {
 
 }  // namespace detail
 
+// 0 if the file could be opened for appending, or created; else errno. It is not opened: nothing is created, and the
+// reader of a FIFO sees no writer come and go.
+inline int append_problem(const std::string& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) == 0) {
+    if (S_ISDIR(status.st_mode)) return EISDIR;
+    return ::access(path.c_str(), W_OK) == 0 ? 0 : errno;
+  }
+  if (errno != ENOENT) return errno;
+  const std::size_t slash = path.rfind('/');
+  const std::string directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  return ::access(directory.c_str(), W_OK | X_OK) == 0 ? 0 : errno;
+}
+
 class LogWriter {
  public:
   static constexpr Ns kGatherNs = 20 * kMillisecond;

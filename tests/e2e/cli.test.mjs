@@ -31,6 +31,12 @@ const bad_configs = [
   ['a key of TLS with a url in clear', '[backend a]\nurl = http://127.0.0.1:1\ntls_verify = no #!\n', /https/],
   ['a url that is none', '[backend a]\nurl = 127.0.0.1:1 #!\ntype = vllm\n', /http:\/\//],
   ['labels of an unknown mode', '[metrics]\nlabels = cooked #!\n', /sanitize/],
+  ['a url that is Nexus itself', '[server]\nlisten = 127.0.0.1:8123\n[backend a]\nurl = http://127.0.0.1:8123/v1 #!\n', /url: 127\.0\.0\.1:8123 .*listen = 127\.0\.0\.1:8123 \(line 2\)/],
+  ['a url that a wildcard listens at', '[server]\nlisten = *:8123\n[backend a]\nurl = http://localhost:8123 #!\n', /listen = \*:8123 \(line 2\)/],
+  ['a url at the default of listen', '[backend a]\nurl = http://127.0.0.1:8000 #!\n', /listen = 127\.0\.0\.1:8000 \(the default\)/],
+  ['two addresses that cannot both be listened at', '[server]\nlisten = 127.0.0.1:8123\nlisten = *:8123 #!\n', /0\.0\.0\.0:8123 and 127\.0\.0\.1:8123/],
+  ['an access log without a directory', '[log]\naccess = /nonexistent/access.log #!\n', /access: cannot write this file: No such file or directory: create its directory/],
+  ['an access log that is a directory', '[log]\naccess = /tmp #!\n', /access: cannot write this file: Is a directory/],
   ['a key file that does not exist', '[server]\napi_keys_file = /nonexistent/keys #!\n', /api_keys_file.*read/],
 ];
 
@@ -83,7 +89,7 @@ group('command line', () => {
     const file = t.file('nexus.conf', '[backend b]\nurl = http://127.0.0.1:1\ntype = vllm\napi_key_env = E2E_KEY_OF_NOBODY\n');
     const bare = await run_nexus(['-t', file]);
     assert.equal(bare.code, 1);
-    assert.match(bare.stderr, /nexus\.conf:4: api_key_env: this variable is not set/);
+    assert.match(bare.stderr, /nexus\.conf:4: api_key_env: the variable E2E_KEY_OF_NOBODY is not set/);
     assert.match(bare.stderr, /--env-file \/etc\/nexus\/environment/);
     const variables = t.file('environment', '# keys\nE2E_KEY_OF_NOBODY="sk-of-nobody"\n');
     assert.equal((await run_nexus(['-t', '--env-file', variables, file])).code, 0);

@@ -148,6 +148,16 @@ group('reload', () => {
     assert.equal(lines(`${file}.1`), 1);
   });
 
+  test('a reload with an access log that cannot be written is refused as a whole', async (t) => {
+    const { nexus, backend } = await pair(t);
+    const backends = [{ name: 'b1', url: backend.url, type: 'generic' }];
+    nexus.reload({ aliases: { added: 'm1' }, log: { access: `${t.dir()}/none/access.log` }, backends });
+    await nexus.logged(/ error "?reload failed, keeping the old configuration.*access: cannot write this file/);
+    const models = (await get(nexus.port, '/v1/models')).json.data.map((m) => m.id);
+    assert.ok(!models.includes('added'), models.join());
+    assert.match((await get(nexus.port, '/metrics')).text, /^nexus_config_last_reload_successful 0$/m);
+  });
+
   test('a setting that needs a restart is named in the log, with the value that stays in use', async (t) => {
     const { nexus, backend } = await pair(t, {}, { server: { threads: 2 } });
     const backends = [{ name: 'b1', url: backend.url, type: 'generic' }];
