@@ -114,7 +114,11 @@ std::optional<Settings> read_settings(const Options& options, ExpiredOnes expire
 }
 
 int test_config(const Options& options) {
-  if (!read_settings(options)) return 1;
+  const std::optional<Settings> settings = read_settings(options);
+  if (!settings) return 1;
+  for (const std::string& names : backends_with_one_label(*settings)) {
+    std::printf("%s: warning: %s: %s\n", options.config.c_str(), std::string(kOneLabel).c_str(), names.c_str());
+  }
   std::printf("%s: ok\n", options.config.c_str());
   return 0;
 }

@@ -33,6 +33,7 @@
 #include "nexus/os/seccomp.h"
 #include "nexus/os/systemd.h"
 #include "nexus/server/control_checks.h"
+#include "nexus/server/risks.h"
 #include "nexus/server/worker.h"
 
 namespace nexus {
@@ -78,8 +79,7 @@ class Daemon {
   // Serves until SIGTERM or SIGINT. `read_config` reads the configuration again.
   void serve(const std::function<ConfigResult()>& read_config) {
     notifier_.ready(status_);
-    warn_of_tls();
-    warn_of_open_keys();
+    warn_of_settings();
     for (;;) {
       const int signal = wait_signal(next_expiry_look_ns_);
       if (signal == 0) warn_of_expiry();
@@ -147,14 +147,7 @@ class Daemon {
          {"max_connections", Digits(settings_->server.max_connections).view()}});
   }
 
-  void warn_of_open_keys() {
-    for (const std::string& path : config::open_key_files(settings_->given)) {
-      log_.event(LogLevel::warning, "a file with keys can be read by every user of this host: chmod o-r",
-                 {{"file", path}});
-    }
-  }
-
-  void warn_of_tls() {
+  void warn_of_settings() {
     warn_of_expiry();
     for (const BackendSettings& backend : settings_->backends) {
       if (!backend.tls.on || backend.tls.verify) continue;
@@ -411,8 +404,7 @@ class Daemon {
     settings_ = std::make_shared<const Settings>(std::move(next));
     log_.configure(settings_->log);
     if (descriptors_needed(*settings_, workers_.size()) > needed_before) warn_of_few_descriptors();
-    warn_of_tls();
-    warn_of_open_keys();
+    warn_of_settings();
     return kept.empty() ? "" : "reloaded, except: " + kept;
   }
   // `note`: of take_settings(). All workers have the new settings if they are in force.

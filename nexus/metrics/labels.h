@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -62,6 +63,25 @@ inline std::string escape_label(std::string_view name) {
 
 inline std::string label_of(std::string_view name, LabelMode mode) {
   return mode == LabelMode::sanitize ? sanitize_label(name) : escape_label(name);
+}
+
+constexpr std::string_view kOneLabel =
+    "these backends share one label in the metrics, where their values are added: rename them, or set [metrics] labels "
+    "= "
+    "raw";
+
+// The names, `gpu-1, gpu_1`, of each label that several backends have.
+inline std::vector<std::string> backends_with_one_label(const Settings& settings) {
+  std::map<std::string, std::pair<std::size_t, std::string>> by_label;
+  for (const BackendSettings& backend : settings.backends) {
+    auto& [count, names] = by_label[label_of(backend.name, settings.metrics.labels)];
+    names.append(count++ == 0 ? "" : ", ").append(backend.name);
+  }
+  std::vector<std::string> out;
+  for (auto& [label, group] : by_label) {
+    if (group.first > 1) out.push_back(std::move(group.second));
+  }
+  return out;
 }
 
 // The label value of every id of a NameTable, computed once, and the group of ids that share it.

@@ -81,7 +81,7 @@ class PrometheusPage {
 
   struct BackendState {  // of one label value
     bool registered = false;
-    bool up = false;                // any of the backends that share the label
+    bool up = false;                // all of the backends that share the label: none that is down is hidden
     bool ejected = false;           // any of them
     std::uint64_t max_pending = 0;  // of all of them; 0: one has no cap
   };
@@ -123,8 +123,8 @@ class PrometheusPage {
       state.max_pending = backend.max_pending == 0 || (state.registered && state.max_pending == 0)
                               ? 0
                               : state.max_pending + backend.max_pending;
+      state.up = backend.healthy && (state.up || !state.registered);
       state.registered = true;
-      state.up |= backend.healthy;
       state.ejected |= backend.ejected_ns >= 0;
       backends_.push_back({group, &kZeros});
     }
@@ -334,7 +334,8 @@ class PrometheusPage {
                    &BackendCounters::connections);
     out_.family("nexus_backend_up", kGauge, "1 if the backend passes its health checks.");
     for_each_series(backends_, [this](auto, auto group, auto) { backend_sample(group, backend_states_[group].up); });
-    out_.family("nexus_backend_ejected", kGauge, "1 while the backend gets no requests because some have failed.");
+    out_.family("nexus_backend_ejected", kGauge,
+                "1 while the backend is passed over, because requests to it have failed.");
     for_each_series(backends_,
                     [this](auto, auto group, auto) { backend_sample(group, backend_states_[group].ejected); });
 

@@ -100,6 +100,25 @@ group('command line', () => {
     assert.match((await run_nexus(['-t', '--env-file'])).stderr, /--env-file needs a file/);
   });
 
+  test('-t creates no access log, and nexus check does not look at it', async (t) => {
+    const log = path.join(t.dir(), 'access.log');
+    assert.equal((await run_nexus(['-t', t.file('good.conf', `[log]\naccess = ${log}\n[backend e]\ntype = echo\n`)])).code, 0);
+    assert.ok(!fs.existsSync(log));
+    const none = t.file('none.conf', '[log]\naccess = /nonexistent/access.log\n[backend e]\ntype = echo\n');
+    assert.equal((await run_nexus(['check', none])).code, 0);
+    const started = await run_nexus(['-c', none]);
+    assert.equal(started.code, 78, 'a restart does not help');
+    assert.match(started.stderr, /none\.conf:2: access: cannot write this file/);
+  });
+
+  test('backends that share one label in the metrics are named by -t', async (t) => {
+    const conf = (more) => t.file('nexus.conf', `[backend gpu-1]\ntype = echo\n[backend gpu_1]\ntype = echo\nmodels = other\n${more}`);
+    const shared = await run_nexus(['-t', conf('')]);
+    assert.equal(shared.code, 0);
+    assert.match(shared.stdout, /nexus\.conf: warning: these backends share one label .*: gpu-1, gpu_1\n.*: ok\n$/);
+    assert.doesNotMatch((await run_nexus(['-t', conf('[metrics]\nlabels = raw\n')])).stdout, /warning/);
+  });
+
   test('-t accepts a configuration with every section and exits 0', async (t) => {
     const keys = t.file('keys', 'alice sk-alice\n');
     const key = t.file('backend.key', 'sk-backend\n');

@@ -79,6 +79,17 @@ group('why', () => {
     assert.ok(of(stats, 'keyed').next_check_seconds >= 0);
   });
 
+  test('backends that share one label in the metrics are warned of, and one that is down shows in their series', async (t) => {
+    const live = await start_backend(t);
+    const nexus = await start_nexus(t, {
+      health: { interval: '300ms', failures: 1 },
+      backends: [{ name: 'gpu-1', mock: live }, { name: 'gpu_1', url: `http://127.0.0.1:${await free_port()}` }],
+    }, { ready: 'up' });
+    await nexus.logged(/ warning "?these backends share one label in the metrics.* backends="?gpu-1, gpu_1/);
+    await until(async () => parse_metrics((await get(nexus.port, '/metrics')).text).value('nexus_backends_healthy') === 1, 'one of them healthy');
+    assert.equal(parse_metrics((await get(nexus.port, '/metrics')).text).value('nexus_backend_up', { backend: 'gpu_1' }), 0);
+  });
+
   test('a full queue reads as full: in the response, the statistics, top and the log', async (t) => {
     const slow = await start_backend(t, { answer: () => {} });
     const nexus = await start_nexus(t, { log: { access: 'off' }, queue: { size: 1 }, backends: [{ name: 'small', mock: slow, models: 'm1', max_pending: 1 }] });
