@@ -35,6 +35,20 @@ TEST_CASE("the eject_after-th consecutive failure ejects, not the one before it"
   CHECK(breaker.enter(0).circuit_open());
 }
 
+TEST_CASE("it says since when it is ejected, and since when it is not") {
+  CircuitBreaker breaker;
+  CHECK(breaker.changed_ns(kSecond) == 0);
+  fail(breaker, 10 * kSecond, 3);
+  CHECK(breaker.changed_ns(12 * kSecond) == 10 * kSecond);
+  fail(breaker, 13 * kSecond, 1, 20 * kSecond);  // longer, but the same ejection
+  CHECK(breaker.changed_ns(14 * kSecond) == 10 * kSecond);
+  CHECK(breaker.changed_ns(34 * kSecond) == 33 * kSecond);  // it is over
+  fail(breaker, 35 * kSecond);                              // the probe's
+  CHECK(breaker.changed_ns(36 * kSecond) == 35 * kSecond);
+  succeed(breaker, 100 * kSecond);
+  CHECK(breaker.changed_ns(101 * kSecond) == 100 * kSecond);
+}
+
 TEST_CASE("eject_after is obeyed at its least and at its most") {
   for (const std::uint32_t eject_after : {1u, 2u, 1000u}) {
     CAPTURE(eject_after);

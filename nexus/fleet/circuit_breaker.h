@@ -70,7 +70,7 @@ class alignas(64) CircuitBreaker {
     // True if this ends an ejection.
     bool succeeded() {
       CircuitBreaker* breaker = breaker_.release();
-      return breaker != nullptr && breaker->record_success(is_probe());
+      return breaker != nullptr && breaker->record_success(is_probe(), breaker_.get_deleter().entered_ns);
     }
 
     // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0: also
@@ -85,12 +85,13 @@ class alignas(64) CircuitBreaker {
     friend class CircuitBreaker;
     struct Abandon {
       CircuitState entered;
+      Ns entered_ns;
       void operator()(CircuitBreaker* breaker) const {
         if (entered == CircuitState::half_open) breaker->abandon_probe();
       }
     };
 
-    Permit(CircuitBreaker& breaker, CircuitState entered) : breaker_(&breaker, Abandon{entered}) {}
+    Permit(CircuitBreaker& breaker, CircuitState entered, Ns now) : breaker_(&breaker, Abandon{entered, now}) {}
 
     std::unique_ptr<CircuitBreaker, Abandon> breaker_;  // null once the result was reported
   };
@@ -118,6 +119,14 @@ class alignas(64) CircuitBreaker {
     return Ejection{std::max<Ns>(state.ejected_until_ms * kMillisecond - now, 0), state.why};
   }
 
+  // When it was ejected, or its ejection ended, last; 0: never. Relaxed: for people, and may differ from the state for
+  // a moment.
+  Ns changed_ns(Ns now) const {
+    const State state = State::unpack(word_.load(std::memory_order_relaxed));
+    if (state.at(now) == CircuitState::half_open) return state.ejected_until_ms * kMillisecond;
+    return changed_ns_.load(std::memory_order_relaxed);
+  }
+
   // Call when a request is about to be sent. If several find the circuit half-open, only one becomes the probe.
   Permit enter(Ns now) {
     CircuitState entered = CircuitState::closed;
@@ -126,7 +135,7 @@ class alignas(64) CircuitBreaker {
       state.probing = true;
       return entered == CircuitState::half_open;
     });
-    return Permit(*this, entered);
+    return Permit(*this, entered, now);
   }
 
  private:
@@ -174,7 +183,7 @@ class alignas(64) CircuitBreaker {
 
   // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
   // resort) are ignored.
-  bool record_success(bool probe) {
+  bool record_success(bool probe, Ns entered_ns) {
     if (word_.load(std::memory_order_relaxed) == 0) return false;  // nothing to reset
     bool was_ejected = false;
     update([&](State& state) {
@@ -183,6 +192,7 @@ class alignas(64) CircuitBreaker {
       state = State{};
       return true;
     });
+    if (was_ejected) changed_ns_.store(entered_ns, std::memory_order_relaxed);
     return was_ejected;
   }
 
@@ -197,6 +207,7 @@ class alignas(64) CircuitBreaker {
       if (ejected_for > 0) state.why = why;
       return true;
     });
+    if (ejected_for > 0) changed_ns_.store(now, std::memory_order_relaxed);
     return ejected_for;
   }
 
@@ -241,6 +252,7 @@ class alignas(64) CircuitBreaker {
 
   const std::uint64_t server_;
   std::atomic<std::uint64_t> word_{0};
+  std::atomic<Ns> changed_ns_{0};
 };
 
 }  // namespace nexus

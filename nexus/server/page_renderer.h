@@ -90,7 +90,8 @@ class PageRenderer {
   // As people read it. Its url without a password, which no BackendSettings holds.
   static void describe(const Registry::Backend& backend, Ns now, FleetView::Backend& view) {
     view.checked = backend.health != Health::unknown;
-    view.state_ns = now - backend.changed_ns;
+    const bool up = backend.health == Health::healthy;  // else an ejection does not show
+    view.state_ns = now - (up ? std::max(backend.changed_ns, backend.circuit->changed_ns(now)) : backend.changed_ns);
     if (backend.checked_ns > 0) view.checked_ns = now - backend.checked_ns;
     if (backend.next_check_ns != kNever) view.next_check_ns = std::max<Ns>(backend.next_check_ns - now, 0);
     view.problem = backend.problem;

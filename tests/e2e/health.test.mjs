@@ -63,7 +63,8 @@ group('health', () => {
       backends: [{ name: 'dying', mock: dying, priority: 1 }, { name: 'other', mock: other, priority: 2 }],
       routing: { strategy: 'priority' }, health: { interval: '1h', eject_after: 3, eject_time: '60s' },
     });
-    await until(async () => (await health(nexus)).backends.healthy === 2, 'both healthy');
+    const seconds_of_dying = async () => (await get(nexus.port, '/v1/stats')).json.backends[0].state_seconds;
+    await until(async () => (await seconds_of_dying()) >= 2, 'it has been up for two seconds');
     await dying.stop();
     for (let i = 0; i < 6; i++) assert.equal((await post(nexus.port, path, chat())).status, 200);
     const page = parse_metrics((await get(nexus.port, '/metrics')).text);
@@ -75,6 +76,8 @@ group('health', () => {
     assert.equal(stats_of_dying.ejected.why, 'connect_error');
     assert.ok(stats_of_dying.ejected.seconds_left > 0 && stats_of_dying.ejected.seconds_left <= 60, JSON.stringify(stats_of_dying));
     assert.equal(stats_of_other.ejected, null);
+    assert.equal(stats_of_dying.state, 'ejected');
+    assert.ok(stats_of_dying.state_seconds < stats_of_other.state_seconds, `since the ejection: ${stats_of_dying.state_seconds} s`);
     assert.match((await get(nexus.port, '/')).text, /2 of 2 backends healthy, 1 ejected.*>ejected for (1m )?\d+s<\/span><small class=\"why\">its requests fail \(connect_error\): /s);
     const top = await run_nexus(['top', `http://127.0.0.1:${nexus.port}`]);
     assert.match(top.stdout, /backends 2 of 2 healthy, 1 ejected/);
