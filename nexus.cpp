@@ -41,7 +41,8 @@ constexpr std::string_view kHelp =
        nexus reload PID       make a running Nexus read its file again, and wait for the outcome
        nexus top [URL]        watch a running Nexus (default http://127.0.0.1:8000)
        nexus --demo [--port N] [--tls]
-                              serve a built-in model on 127.0.0.1:8000, without a file; with --tls also on 8443
+                              serve a built-in model on 127.0.0.1:8000, without a file; with --tls also on
+                              8443, or N + 443
        nexus --version
        nexus --help
 --env-file ENV reads variables for api_key_env, as the systemd service does.
@@ -55,9 +56,7 @@ models = echo
 token_delay = 20ms
 )";
 
-constexpr std::string_view kDemoTls = R"(tls_listen = 127.0.0.1:8443
-tls_certificate = demo
-)";
+constexpr std::uint64_t kDemoTlsPort = 443;  // behind that of --port: 8443 by default
 
 struct Options {
   int (*run)(const Options&);
@@ -74,28 +73,28 @@ std::int64_t wall_seconds() { return wall_now() / kSecond; }
 // Adds what is wrong with the certificates. `expired_ones` may be used: at the start a gateway with an old certificate
 // is better than none. A reload keeps the one that is in use.
 enum class ExpiredOnes : bool { refused, used };
-ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones) {
+ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones, const std::string& file) {
   if (!result.ok()) return result;
-  for (TlsProblem& problem : make_tls(result.settings, wall_seconds())) {
+  for (TlsProblem& problem : make_tls(result.settings, wall_seconds(), file)) {
     if (problem.is_date && expired_ones == ExpiredOnes::used) continue;
     result.errors.push_back(std::move(problem.error));
   }
   return result;
 }
-int check_fleet(const Options& options);
 
+int check_fleet(const Options& options);
 
 ConfigResult read_config(const Options& options, ExpiredOnes expired_ones) {
   ConfigEnvironment environment = system_environment();
-  if (!options.env_file.empty()) {
   if (options.run != check_fleet) environment.append_problem = append_problem;  // who checks backends writes no log
+  if (!options.env_file.empty()) {
     std::string text;
     if (std::string problem = config::read_text(environment, options.env_file, text); !problem.empty()) {
       return {{}, {{options.env_file, 0, problem}}};
     }
     environment = config::with_variables(std::move(environment), config::read_environment_file(text));
   }
-  return with_tls(load_config(options.config, environment), expired_ones);
+  return with_tls(load_config(options.config, environment), expired_ones, options.config);
 }
 
 // Nothing if the file has errors, which are printed then.
@@ -143,7 +142,7 @@ int check_fleet(const Options& options) {
 int watch(const Options& options) {
   const std::string url = options.url.find("://") == std::string::npos ? "http://" + options.url : options.url;
   const std::string text = "[backend top]\nurl = " + url + "\n";
-  ConfigResult result = with_tls(parse_config(text, "top", system_environment()), ExpiredOnes::used);
+  ConfigResult result = with_tls(parse_config(text, "top", system_environment()), ExpiredOnes::used, "top");
   if (!result.ok()) {
     const std::string& problem = result.errors.front().message;
     std::fprintf(stderr, "nexus: %s: %s\n", escape_for_terminal(options.url, 200).c_str(), problem.c_str());
@@ -185,19 +184,20 @@ void print_demo(const std::string& address) {
   std::fflush(stdout);
 }
 
-void print_demo_tls(const DemoCertificate& certificate) {
+void print_demo_tls(const DemoCertificate& certificate, const std::string& address) {
   std::printf(
       "\nThe same over TLS, with a certificate that was made just now (SHA-256 %s):\n\n"
-      "  curl -k https://127.0.0.1:8443/v1/models\n",
-      certificate.fingerprint.c_str());
+      "  curl -k https://%s/v1/models\n",
+      certificate.fingerprint.c_str(), address.c_str());
   std::fflush(stdout);
 }
 
-// `read` is called again for each reload, `ready` once it serves, with the first address.
+// `read` is called again for each reload, `ready` once it serves, with the first address. `mover`: the option that
+// chooses the addresses; empty: the file does.
 int serve(Settings settings, const std::function<ConfigResult()>& read,
-          const std::function<void(const std::string&)>& ready) {
+          const std::function<void(const std::string&)>& ready, std::string_view mover = {}) {
   Daemon daemon(std::make_shared<const Settings>(std::move(settings)));
-  if (const std::string why = daemon.start(); !why.empty()) {
+  if (const std::string why = daemon.start(mover); !why.empty()) {
     daemon.stop();
     std::fprintf(stderr, "nexus: %s\n", why.c_str());
     return 1;
@@ -224,19 +224,25 @@ int serve_demo(const Options& options) {
   }
   ConfigEnvironment environment = system_environment();
   environment.read_file = [&](const std::string&) { return std::optional(certificate->pem); };
-  const std::string text = std::string(kDemoConfig) + "[server]\nlisten = 127.0.0.1:" + options.port + "\n" +
-                           std::string(options.tls ? kDemoTls : "");
-  const auto read = [&] { return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used); };
+  const std::uint64_t port = parse_decimal(options.port).value_or(0);
+  const std::string tls_address = "127.0.0.1:" + std::to_string(port == 0 ? 0 : port + kDemoTlsPort);
+  const std::string tls_lines = "tls_listen = " + tls_address + "\ntls_certificate = demo\n";
+  const std::string text =
+      std::string(kDemoConfig) + "[server]\nlisten = 127.0.0.1:" + options.port + "\n" + (options.tls ? tls_lines : "");
+  const auto read = [&] { return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used, "demo"); };
   ConfigResult first = read();
   if (!first.ok()) {
     std::fprintf(stderr, "nexus: --port %s: %s\n", escape_for_terminal(options.port).c_str(),
                  first.errors.front().message.c_str());
     return 2;
   }
-  return serve(std::move(first.settings), read, [&](const std::string& address) {
-    print_demo(address);
-    if (certificate) print_demo_tls(*certificate);
-  });
+  return serve(
+      std::move(first.settings), read,
+      [&](const std::string& address) {
+        print_demo(address);
+        if (certificate) print_demo_tls(*certificate, tls_address);
+      },
+      options.tls ? "--port N, and TLS goes to N + 443" : "--port N");
 }
 
 int print_version(const Options&) {

@@ -60,14 +60,15 @@ class Daemon {
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
-  // Opens the listening sockets and starts every thread. Returns what failed, or an empty text.
-  std::string start() {
+  // Opens the listening sockets and starts every thread. Returns what failed, or an empty text. `mover`: what chooses
+  // the addresses in place of nexus.conf.
+  std::string start(std::string_view mover = {}) {
     const sigset_t signals = daemon_signals();
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGCHLD, SIG_IGN);  // as process 1 of a container it inherits children: they leave no zombies
     raise_descriptor_limit();
-    if (std::string why = open_listeners(); !why.empty()) return why;
+    if (std::string why = open_listeners(mover); !why.empty()) return why;
     log_ = make_log();
     if (const int error = log_writer_.reconfigure(settings_->log.access)) {
       return "access log " + settings_->log.access + ": " + strerror(error);
@@ -149,11 +150,7 @@ class Daemon {
 
   void warn_of_settings() {
     warn_of_expiry();
-    for (const BackendSettings& backend : settings_->backends) {
-      if (!backend.tls.on || backend.tls.verify) continue;
-      log_.event(LogLevel::warning, "the backend's certificate is not verified (tls_verify = no): it may be anyone's",
-                 {{"backend", backend.name}});
-    }
+    warn_of_risks(log_, *settings_);
   }
 
   void warn_of_expiry() {
@@ -191,7 +188,7 @@ class Daemon {
 
   // Uses the sockets that the service manager passed instead of `listen`, and those named `metrics` or `tls` instead of
   // `metrics_listen` and `tls_listen`: they stay open over a restart, so that no connection is refused meanwhile.
-  std::string open_listeners() {
+  std::string open_listeners(std::string_view mover) {
     std::vector<PassedSocket> passed;
     if (std::string why = passed_sockets(environment_, getpid(), passed); !why.empty()) return why;
     const ServerSettings& server = settings_->server;
@@ -208,13 +205,13 @@ class Daemon {
       });
       if (passed_here) continue;
       for (const HostPort& where : server.*key.addresses) {
-        if (std::string why = listen_on(where, key); !why.empty()) return why;
+        if (std::string why = listen_on(where, key, mover); !why.empty()) return why;
       }
     }
     return {};
   }
 
-  std::string listen_on(const HostPort& where, const ListenKey& key) {
+  std::string listen_on(const HostPort& where, const ListenKey& key, std::string_view mover) {
     const std::string failed = "cannot listen on " + config::address_text(where) + ": ";
     const std::optional<Address> address = parse_address(where.host, where.port);
     if (!address) return failed + "not a numeric address";
@@ -223,9 +220,9 @@ class Daemon {
       add_listener(opened.socket, key, false);
       return {};
     }
-    return failed + strerror(opened.error) +
-           (opened.error == EADDRINUSE ? " (is another nexus running? change `" + std::string(key.key) + "` or stop it)"
-                                       : "");
+    if (opened.error != EADDRINUSE) return failed + strerror(opened.error);
+    const std::string move = mover.empty() ? "change `" + std::string(key.key) + "`" : "use " + std::string(mover);
+    return failed + strerror(opened.error) + " (is another nexus running? " + move + ", or stop it)";
   }
 
   void add_listener(EpollNet::Socket socket, const ListenKey& key, bool passed) {

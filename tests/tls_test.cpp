@@ -565,12 +565,23 @@ TEST_CASE("settings with unfit certificates are told by file, and dates apart fr
     REQUIRE(found.size() == 1);
     return found[0].error.to_string() + (found[0].is_date ? " (date)" : "");
   };
-  CHECK(text({good.chain, pair_for({}).key}) == "/c.pem: certificate and private key do not belong together");
-  CHECK(text({good.chain, "-----BEGIN NOTHING-----"}).starts_with("/c.pem: there is no private key in PEM form in it"));
-  CHECK(text({good.key, good.key}) == "/c.pem: there is no certificate in PEM form in it");
+  CHECK(text({good.chain, pair_for({}).key}) ==
+        "nexus.conf:2: tls_key: /k.pem: certificate and private key do not belong together");
+  CHECK(text({good.chain, "-----BEGIN NOTHING-----"}) ==
+        "nexus.conf:2: tls_key: /k.pem: there is no private key in PEM form in it");
+  CHECK(text({good.chain, good.chain}) ==
+        "nexus.conf:2: tls_key: /k.pem: there is no private key in PEM form in it, but a certificate");
+  CHECK(
+      problems({good.chain, ""}, false)[0].error.to_string() ==
+      "nexus.conf:1: tls_certificate: /c.pem: there is no private key in PEM form in it; a key in another file is set "
+      "with tls_key");
+  CHECK(text({good.key, good.key}) ==
+        "nexus.conf:1: tls_certificate: /c.pem: there is no certificate in PEM form in it");
   const Issued secret(CertificateWish{}, &authority());
-  CHECK(text({secret.certificate(), secret.encrypted_key()}).find("has a password") != std::string::npos);
-  CHECK(text(pair_for({.from_s = -7200, .to_s = -60})).starts_with("/c.pem: the certificate localhost expired on 20"));
+  CHECK(text({secret.certificate(), secret.encrypted_key()}) ==
+        "nexus.conf:2: tls_key: /k.pem: its private key has a password: Nexus needs one without (openssl pkey)");
+  CHECK(text(pair_for({.from_s = -7200, .to_s = -60}))
+            .starts_with("nexus.conf:1: tls_certificate: /c.pem: the certificate localhost expired on 20"));
   CHECK(text(pair_for({.from_s = -7200, .to_s = -60})).ends_with("(date)"));
   CHECK(text(pair_for({.from_s = 3600})).ends_with("is this host's clock right? (date)"));
 }

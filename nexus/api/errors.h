@@ -106,7 +106,7 @@ constexpr std::array<ApiErrorRow, static_cast<std::size_t>(ApiError::count)> kAp
     {ApiError::header_timeout, 408, kBadRequest, "header_timeout", ErrorType::bad_request, 0,
      "The request header did not arrive within header_timeout. Send the request again."},
     {ApiError::unknown_method, 501, kBadRequest, "unknown_method", ErrorType::bad_request, 0,
-     "Nexus does not know this method. It serves GET, HEAD, POST and OPTIONS."},
+     "Nexus does not know this method. It serves GET, HEAD, POST, DELETE and OPTIONS."},
     {ApiError::unknown_coding, 501, kBadRequest, "unknown_transfer_coding", ErrorType::bad_request, 0,
      "The only supported transfer coding is chunked. Send the body with Content-Length or chunked."},
     {ApiError::bad_expectation, 417, kBadRequest, "expectation_failed", ErrorType::bad_request, 0,

@@ -378,6 +378,8 @@ class Top {
     while (!result_) loop_.turn();
     if (result_->status == 401) return "an API key is required: set NEXUS_API_KEY";
     if (result_->status == 403) return "the API key may not read the metrics: it needs admin=1 in api_keys_file";
+    if (result_->status == 404)
+      return path + " is not served here (404): where metrics_listen is set, give its address to nexus top";
     if (!result_->passed) return (result_->status == 0 ? "" : path + ": ") + result_->reason;
     page = std::move(result_->page);
     return {};

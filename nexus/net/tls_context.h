@@ -188,13 +188,23 @@ inline bool configure(SSL_CTX* context, int min_version) {
          SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20") == 1;
 }
 
+constexpr const char* kNoPrivateKey = "there is no private key in PEM form in it";
+
+// Empty: there is none.
+struct Unfit {
+  std::string text;
+  bool of_key = false;  // it concerns the private key, not the certificate
+  bool empty() const { return text.empty(); }
+};
+
 // Gives `context` the certificate, its chain and its key. Returns the problem, if there is one.
-inline std::string use_certificate(SSL_CTX* context, std::string_view chain_pem, std::string_view key_pem) {
+inline Unfit use_certificate(SSL_CTX* context, std::string_view chain_pem, std::string_view key_pem) {
   const std::vector<Certificate> chain = read_certificates(chain_pem);
-  if (chain.empty()) return "there is no certificate in PEM form in it";
-  if (SSL_CTX_use_certificate(context, chain[0].get()) != 1) return "its certificate is not usable: " + library_error();
+  if (chain.empty()) return {"there is no certificate in PEM form in it"};
+  if (SSL_CTX_use_certificate(context, chain[0].get()) != 1)
+    return {"its certificate is not usable: " + library_error()};
   for (std::size_t i = 1; i < chain.size(); ++i) {
-    if (SSL_CTX_add1_chain_cert(context, chain[i].get()) != 1) return "its chain is not usable: " + library_error();
+    if (SSL_CTX_add1_chain_cert(context, chain[i].get()) != 1) return {"its chain is not usable: " + library_error()};
   }
   const Text text = reader(key_pem);
   pem_password_cb* const no_password = [](char*, int, int, void*) { return 0; };
@@ -202,12 +212,11 @@ inline std::string use_certificate(SSL_CTX* context, std::string_view chain_pem,
   if (!key) {
     const bool encrypted = key_pem.find("ENCRYPTED") != std::string_view::npos;
     ERR_clear_error();
-    return encrypted ? "its private key has a password: Nexus needs one without (openssl pkey)"
-                     : "there is no private key in PEM form in it; a key in another file is set with tls_key";
+    return {encrypted ? "its private key has a password: Nexus needs one without (openssl pkey)" : kNoPrivateKey, true};
   }
   if (SSL_CTX_use_PrivateKey(context, key.get()) != 1 || SSL_CTX_check_private_key(context) != 1) {
     ERR_clear_error();
-    return "certificate and private key do not belong together";
+    return {"certificate and private key do not belong together", true};
   }
   return {};
 }
@@ -241,14 +250,14 @@ class TlsServer {
   // `min_version`: as TLS1_2_VERSION. `client_ca` empty: clients need no certificate. Null, with `problem` and the
   // index of the pair at fault, if something is unfit; one behind the last pair: client_ca.
   static std::shared_ptr<const TlsServer> make(const std::vector<Pair>& pairs, int min_version,
-                                               std::string_view client_ca, std::string& problem, std::size_t& at) {
+                                               std::string_view client_ca, tls::Unfit& problem, std::size_t& at) {
     auto server = std::make_shared<TlsServer>();
     for (at = 0; at < pairs.size(); ++at) {
       problem = server->add(pairs[at], min_version);
       if (!problem.empty()) return nullptr;
     }
     if (!client_ca.empty() && !(server->asks_for_certificate_ = server->ask_for(client_ca))) {
-      problem = "there is no certificate in PEM form in it";
+      problem = {"there is no certificate in PEM form in it"};
       return nullptr;
     }
     return server;
@@ -260,10 +269,10 @@ class TlsServer {
   bool asks_for_certificate() const { return asks_for_certificate_; }
 
  private:
-  std::string add(const Pair& pair, int min_version) {
+  tls::Unfit add(const Pair& pair, int min_version) {
     tls::Context context(SSL_CTX_new(TLS_server_method()));
-    if (!context || !tls::configure(context.get(), min_version)) return "out of memory";
-    if (std::string problem = tls::use_certificate(context.get(), pair.chain, pair.key); !problem.empty())
+    if (!context || !tls::configure(context.get(), min_version)) return {"out of memory"};
+    if (tls::Unfit problem = tls::use_certificate(context.get(), pair.chain, pair.key); !problem.empty())
       return problem;
     SSL_CTX_set_session_cache_mode(context.get(), SSL_SESS_CACHE_OFF);  // tickets alone: nothing is kept here
     SSL_CTX_set_num_tickets(context.get(), 1);  // a client that makes several connections gets one with each
@@ -340,12 +349,12 @@ class TlsClient {
   };
 
   // `store`: whom it trusts; not used without verify. Null with `problem` if something is unfit.
-  static std::shared_ptr<const TlsClient> make(const Options& options, X509_STORE* store, std::string& problem) {
+  static std::shared_ptr<const TlsClient> make(const Options& options, X509_STORE* store, tls::Unfit& problem) {
     auto client = std::make_shared<TlsClient>();
     client->context_.reset(SSL_CTX_new(TLS_client_method()));
     SSL_CTX* const context = client->context_.get();
     if (context == nullptr || !tls::configure(context, TLS1_2_VERSION)) {
-      problem = "out of memory";
+      problem = {"out of memory"};
       return nullptr;
     }
     if (!options.chain.empty()) problem = tls::use_certificate(context, options.chain, options.key);

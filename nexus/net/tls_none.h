@@ -84,7 +84,7 @@ struct TlsProblem {
   bool is_date = false;
 };
 
-inline std::vector<TlsProblem> make_tls(Settings& settings, std::int64_t) {
+inline std::vector<TlsProblem> make_tls(Settings& settings, std::int64_t, std::string_view = {}) {
   constexpr std::string_view kNone =
       "this Nexus was built without TLS (make TLS=no): put a proxy on this host in front";
   std::vector<TlsProblem> problems;

@@ -27,11 +27,30 @@ struct TlsProblem {
 
 namespace tls {
 
+// An error at the line of nexus.conf that names the file. `key`: in nexus.conf.
+inline ConfigError error_in(std::string_view conf, std::string_view key, const PemFile& file,
+                            std::string_view problem) {
+  if (file.line == 0) return {file.path, 0, std::string(problem)};  // it is the host's own
+  return {std::string(conf), file.line, std::string(key) + ": " + file.path + ": " + std::string(problem)};
+}
+
+inline ConfigError error_in(std::string_view conf, const TlsCertificate& one, const Unfit& problem) {
+  const bool own_file = !one.key.path.empty();
+  std::string text = problem.text;
+  if (text == kNoPrivateKey) {
+    const bool other = own_file && one.key.text.find("BEGIN CERTIFICATE") != std::string::npos;
+    text += own_file ? (other ? ", but a certificate" : "") : "; a key in another file is set with tls_key";
+  }
+  return problem.of_key && own_file ? error_in(conf, "tls_key", one.key, text)
+                                    : error_in(conf, "tls_certificate", one.chain, text);
+}
+
 inline std::string_view key_text(const TlsCertificate& certificate) {
   return certificate.key.path.empty() ? certificate.chain.text : certificate.key.text;
 }
 
-inline void make_server(ServerSettings& server, std::int64_t now_s, std::vector<TlsProblem>& problems) {
+inline void make_server(ServerSettings& server, std::int64_t now_s, std::string_view conf,
+                        std::vector<TlsProblem>& problems) {
   if (server.tls_listen.empty()) return;
   start_tls_library();
   std::vector<TlsServer::Pair> pairs;
@@ -39,30 +58,30 @@ inline void make_server(ServerSettings& server, std::int64_t now_s, std::vector<
     pairs.push_back({one.chain.text, std::string(key_text(one))});
   }
   const int least = server.tls_min_version == TlsVersion::tls_1_3 ? TLS1_3_VERSION : TLS1_2_VERSION;
-  std::string problem;
+  Unfit problem;
   std::size_t at = 0;
   server.tls = TlsServer::make(pairs, least, server.tls_client_ca.text, problem, at);
   if (server.tls == nullptr) {
     const bool client_ca = at == pairs.size();
-    const PemFile& file = client_ca ? server.tls_client_ca : server.tls_certificates[at].chain;
-    problems.push_back({{file.path, 0, problem}});
+    problems.push_back({client_ca ? error_in(conf, "tls_client_ca", server.tls_client_ca, problem.text)
+                                  : error_in(conf, server.tls_certificates[at], problem)});
     return;
   }
   for (std::size_t i = 0; i < pairs.size(); ++i) {
     const TlsCertificateInfo& info = server.tls->certificates()[i];
     const bool expired = info.not_after_s <= now_s;
     if (!expired && info.not_before_s <= now_s) continue;
-    problem = "the certificate " + info.name +
-              (expired ? " expired on " + date_text(info.not_after_s)
-                       : " is not valid before " + date_text(info.not_before_s) + ": is this host's clock right?");
-    problems.push_back({{server.tls_certificates[i].chain.path, 0, problem}, true});
+    problem = {"the certificate " + info.name +
+               (expired ? " expired on " + date_text(info.not_after_s)
+                        : " is not valid before " + date_text(info.not_before_s) + ": is this host's clock right?")};
+    problems.push_back({error_in(conf, server.tls_certificates[i], problem), true});
   }
 }
 
 // Whom backends trust, by the text that names them.
 using Stores = std::map<std::string_view, Store>;
 
-inline void make_client(BackendSettings& backend, const PemFile& system_ca, Stores& stores,
+inline void make_client(BackendSettings& backend, const PemFile& system_ca, Stores& stores, std::string_view conf,
                         std::vector<TlsProblem>& problems) {
   BackendTls& from = backend.tls;
   if (!from.on) return;
@@ -81,25 +100,26 @@ inline void make_client(BackendSettings& backend, const PemFile& system_ca, Stor
     if (is_new) found->second = make_store(ca.text);
     store = found->second.get();
     if (store == nullptr) {
-      problems.push_back({{ca.path, 0, "there is no certificate in PEM form in it"}});
+      problems.push_back({error_in(conf, "tls_ca", ca, "there is no certificate in PEM form in it")});
       return;
     }
   }
-  std::string problem;
+  Unfit problem;
   from.context = TlsClient::make(options, store, problem);
-  if (from.context == nullptr) problems.push_back({{from.certificate.chain.path, 0, problem}});
+  if (from.context == nullptr) problems.push_back({error_in(conf, from.certificate, problem)});
 }
 
 }  // namespace tls
 
-// Makes the contexts of `settings`, whose PEM texts are dropped then. Returns what is wrong.
-inline std::vector<TlsProblem> make_tls(Settings& settings, std::int64_t now_s) {
+// Makes the contexts of `settings`, whose PEM texts are dropped then. Returns what is wrong; `conf`: the file that the
+// settings are from.
+inline std::vector<TlsProblem> make_tls(Settings& settings, std::int64_t now_s, std::string_view conf = "nexus.conf") {
   std::vector<TlsProblem> problems;
-  tls::make_server(settings.server, now_s, problems);
+  tls::make_server(settings.server, now_s, conf, problems);
   {
     tls::Stores stores;
     for (BackendSettings& backend : settings.backends) {
-      tls::make_client(backend, settings.system_ca, stores, problems);
+      tls::make_client(backend, settings.system_ca, stores, conf, problems);
     }
   }
   const auto drop = [](PemFile& file) { std::string().swap(file.text); };

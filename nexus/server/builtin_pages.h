@@ -243,6 +243,10 @@ class BuiltinPages {
       note_stray(session, HttpRejection::unknown_path, path);
       const std::string_view nearest = nearest_path(path, on);
       if (!nearest.empty()) message = "Unknown path. The nearest known path is " + std::string(nearest) + ".";
+      if (on == Listens::for_clients && page_of(path, Listens::for_operators) != PageKind::none)
+        message = "This page is for operators: it is served at the address of metrics_listen, not at that of listen.";
+      if (on == Listens::for_operators && page_of(path, Listens::for_clients) != PageKind::none)
+        message = "This path is for clients: it is served at the address of listen, not at that of metrics_listen.";
     } else if (error == ApiError::method_not_allowed || error == ApiError::unknown_method) {
       note_stray(session, HttpRejection::method, path);
       const PageKind kind = session.head.method == HTTP_CONNECT ? PageKind::server : page_of(path, on);

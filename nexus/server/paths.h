@@ -97,7 +97,7 @@ constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kin
 
 // The methods that a path has; `endpoint`: null if it is none.
 inline std::string methods_of(PageKind kind, const Endpoint* endpoint) {
-  if (endpoint == nullptr) return kind == PageKind::server ? "GET, HEAD, POST, OPTIONS" : "GET, HEAD, OPTIONS";
+  if (endpoint == nullptr) return kind == PageKind::server ? "GET, HEAD, POST, DELETE, OPTIONS" : "GET, HEAD, OPTIONS";
   std::string methods;
   for (const llhttp_method method : {HTTP_GET, HTTP_POST, HTTP_DELETE}) {
     if (endpoint->serves(method)) methods.append(method_name(method)).append(", ");

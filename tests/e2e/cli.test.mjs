@@ -302,6 +302,19 @@ group('demo', () => {
 });
 
 group('demo on another port', () => {
+  test('a port of the demo that is taken is named with the option that moves it, also that of TLS', async (t) => {
+    const holder = net.createServer();
+    await new Promise((done) => holder.listen(0, '127.0.0.1', done));
+    t.after(() => holder.close());
+    const { port } = holder.address();
+    const plain = await run_nexus(['--demo', '--port', String(port)]);
+    assert.equal(plain.code, 1);
+    assert.match(plain.stderr, new RegExp(`^nexus: cannot listen on 127\\.0\\.0\\.1:${port}: .*use --port N, or stop it\\)\n$`));
+    const secure = await run_nexus(['--demo', '--tls', '--port', String(port - 443)]);
+    if (secure.stderr.includes(`${port - 443}: `)) t.skip(`port ${port - 443} is taken on this machine`);
+    assert.match(secure.stderr, new RegExp(`^nexus: cannot listen on 127\\.0\\.0\\.1:${port}: .*use --port N, and TLS goes to N \\+ 443, or stop it\\)\n$`));
+  });
+
   test('nexus --demo --port N serves there and prints that address; a port that is none is refused with status 2', async (t) => {
     const port = await free_port();
     const child = spawn(settings.nexus, ['--demo', '--port', String(port)], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });

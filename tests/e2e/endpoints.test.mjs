@@ -159,7 +159,10 @@ group('endpoints', () => {
       return client.response();
     };
     const host = 'Host: x\r\n\r\n';
-    assert_error(await answer(`QUERY ${proxied[0]} HTTP/1.1\r\n${host}`), 501, 'unknown_method');
+    const unknown = await answer(`QUERY ${proxied[0]} HTTP/1.1\r\n${host}`);
+    assert_error(unknown, 501, 'unknown_method');
+    assert.match(unknown.json.error.message, /GET, HEAD, POST, DELETE and OPTIONS/);
+    assert.match((await answer(`OPTIONS * HTTP/1.1\r\n${host}`)).headers.get('allow'), /DELETE/);
     assert_error(await answer(`CONNECT a:443 HTTP/1.1\r\n${host}`), 405, 'method_not_allowed');
     assert_error(await answer(`GET /health HTTP/2.0\r\n${host}`), 505, 'http_version');
     assert_error(await answer(`GET /${'x'.repeat(20_000)} HTTP/1.1\r\n${host}`), 414, 'target_too_long');
@@ -183,7 +186,12 @@ group('endpoints', () => {
     const port = await free_port();
     const { nexus } = await pair(t, {}, { server: { metrics_listen: `127.0.0.1:${port}` } }, { ready: 'no' });
     await until(async () => (await get(port, '/health')).json.status === 'healthy', '/health on the metrics address');
-    for (const path of ['/health', '/metrics', '/v1/stats']) assert_error(await get(nexus.port, path), 404);
+    for (const path of ['/health', '/metrics', '/v1/stats']) {
+      const elsewhere = await get(nexus.port, path);
+      assert_error(elsewhere, 404);
+      assert.match(elsewhere.json.error.message, /served at the address of metrics_listen/);
+    }
+    for (const path of ['/v1/models', '/v1/models/m1', '/api/tags']) assert.match((await get(port, path)).text, /served at the address of listen/);
     assert.equal((await get(nexus.port, '/v1/models')).status, 200);
     assert.equal((await post(nexus.port, '/v1/chat/completions', { model: 'm1' })).status, 200);
     assert_error(await post(port, '/v1/chat/completions', { model: 'm1' }), 404);

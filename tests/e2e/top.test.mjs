@@ -1,6 +1,6 @@
 // nexus top: one page of text where it is piped, a page that refreshes on a terminal, and never a terminal left behind.
 import { spawn, spawnSync } from 'node:child_process';
-import { assert, chat, free_port, get, group, post, run_nexus, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
+import { assert, chat, free_port, get, group, pair, post, run_nexus, settings, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
 const hostile = '\u001b]0;owned\u0007<b>\nx';
 
@@ -73,10 +73,17 @@ group('nexus top', () => {
     assert.ok(lines.length <= 24 && lines.every((line) => line.length <= 80), JSON.stringify(lines));
   });
 
-  test('where nobody answers it says so and exits 1; a URL that is none exits 2', async () => {
+  test('where nobody answers, or other pages are, it says so and exits 1; a URL that is none exits 2', async (t) => {
     const r = await run_nexus(['top', `http://127.0.0.1:${await free_port()}`]);
     assert.equal(r.code, 1);
     assert.match(r.stderr, /refused/i);
+    const pages = await free_port();
+    const { nexus } = await pair(t, {}, { server: { metrics_listen: `127.0.0.1:${pages}` } }, { ready: 'no' });
+    await until(async () => (await get(pages, '/health')).status === 200, 'the daemon up');
+    const elsewhere = await run_nexus(['top', `127.0.0.1:${nexus.port}`]);
+    assert.equal(elsewhere.code, 1);
+    assert.match(elsewhere.stderr, /\/v1\/stats is not served here \(404\): where metrics_listen is set, give its address to nexus top/);
+    assert.equal((await run_nexus(['top', `127.0.0.1:${pages}`])).code, 0);
     const bad = await run_nexus(['top', 'ftp://localhost:8000']);
     assert.equal(bad.code, 2);
     assert.match(bad.stderr, /http:\/\//);

@@ -86,7 +86,7 @@ class Issued {
 
 inline std::shared_ptr<const TlsServer> serve_with(std::vector<TlsServer::Pair> pairs, int least = TLS1_2_VERSION,
                                                    std::string_view client_ca = {}) {
-  std::string problem;
+  tls::Unfit problem;
   std::size_t at = 0;
   auto server = TlsServer::make(pairs, least, client_ca, problem, at);
   assert(server != nullptr);
@@ -94,7 +94,7 @@ inline std::shared_ptr<const TlsServer> serve_with(std::vector<TlsServer::Pair> 
 }
 
 inline std::shared_ptr<const TlsClient> trust(std::string_view ca, TlsClient::Options options) {
-  std::string problem;
+  tls::Unfit problem;
   const tls::Store store = tls::make_store(ca);
   auto client = TlsClient::make(options, store.get(), problem);
   assert(client != nullptr);

@@ -57,7 +57,7 @@ struct TlsWorld {
     options.host = "localhost";
     client = test::trust(issued.certificate(), options);
     peer_server.reset(SSL_CTX_new(TLS_server_method()));
-    [[maybe_unused]] const std::string problem =
+    [[maybe_unused]] const tls::Unfit problem =
         tls::use_certificate(peer_server.get(), issued.certificate(), issued.key());
     assert(problem.empty());
     SSL_CTX_set_session_cache_mode(peer_server.get(), SSL_SESS_CACHE_OFF);
