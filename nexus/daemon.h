@@ -351,6 +351,7 @@ class Daemon {
     // First, and whatever the configuration says: the file may have been rotated.
     open_access_log(settings_->log.access);
     ConfigResult next = read_config();
+    if (next.ok()) change_access_log(next);
     const bool ok = next.ok();
     const std::string changed = ok ? describe_changes(settings_->given, next.settings.given) : "";
     std::string note = ok ? take_settings(std::move(next.settings)) : refuse_settings(next.errors);
@@ -385,6 +386,13 @@ class Daemon {
     }
   }
 
+  // With the other path, before anything else changes: a FIFO without a reader is known to be unfit only now.
+  void change_access_log(ConfigResult& next) {
+    const std::string& path = next.settings.log.access;
+    const int error = path == settings_->log.access ? 0 : log_writer_.reconfigure(path);
+    if (error != 0) next.errors.push_back({"access log " + path, 0, strerror(error)});
+  }
+
   // Both return what `nexus reload` prints of this reload; its first line is for `systemctl status`.
   std::string refuse_settings(const std::vector<ConfigError>& errors) {
     constexpr std::string_view kFailed = "reload failed, keeping the old configuration";
@@ -395,7 +403,6 @@ class Daemon {
     return note;
   }
   std::string take_settings(Settings next) {
-    if (next.log.access != settings_->log.access) open_access_log(next.log.access);
     const std::string kept = keep_until_restart(next.server);
     const std::uint64_t needed_before = descriptors_needed(*settings_, workers_.size());
     settings_ = std::make_shared<const Settings>(std::move(next));

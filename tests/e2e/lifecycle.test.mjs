@@ -1,4 +1,5 @@
 // Reload and drain: nothing that runs is lost.
+import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import { RawClient, assert, assert_error, chat, get, group, pair, pending_is, post, run_nexus, settings, sleep, sse_events, start_backend, start_nexus, test, until, within } from './harness.mjs';
 
@@ -156,6 +157,12 @@ group('reload', () => {
     const models = (await get(nexus.port, '/v1/models')).json.data.map((m) => m.id);
     assert.ok(!models.includes('added'), models.join());
     assert.match((await get(nexus.port, '/metrics')).text, /^nexus_config_last_reload_successful 0$/m);
+    // One that only its opening shows to be unfit.
+    const fifo = `${t.dir()}/nobody-reads`;
+    if (spawnSync('mkfifo', [fifo]).status !== 0) t.skip('there is no mkfifo');
+    nexus.reload({ aliases: { added: 'm1' }, log: { access: fifo }, backends });
+    await nexus.logged(/reload failed, keeping the old configuration.*access log \S*nobody-reads: No such device or address/);
+    assert.ok(!(await get(nexus.port, '/v1/models')).text.includes('added'));
   });
 
   test('a setting that needs a restart is named in the log, with the value that stays in use', async (t) => {
