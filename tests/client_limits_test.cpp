@@ -232,3 +232,41 @@ TEST_CASE("a request that waits too long for another one of its key is told so, 
   CHECK(stage.limit_hits(Limit::queue_timeout) == 0);
   CHECK(stage.errors(ErrorType::overloaded) == 1);
 }
+
+TEST_CASE("a key whose own limit fills the queue is told of that limit") {
+  Stage stage(1, [](Settings& settings) {
+    settings.server.api_keys = {{"alice", "key-of-alice", {.max_pending = 1}}};
+    settings.queue.size = 1;
+  });
+  Peer* client = nullptr;
+  for (int i = 0; i < 3; ++i) {
+    client = &stage.net.connect_client();
+    stage.settle();
+    std::string text = sim::post(sim::kAsk);
+    stage.say(*client, text.insert(text.find("Host: "), "Authorization: Bearer key-of-alice\r\n"));
+  }
+  CHECK(stage.answer_to(*client).status == 429);
+  CHECK(stage.answer_to(*client).body.find("\"code\":\"key_concurrency\"") != std::string::npos);
+  CHECK(stage.limit_hits(Limit::queue_size) == 0);
+}
+
+TEST_CASE("a queued request is counted under a backend that it waits for, also when another one is ejected") {
+  Stage stage(2, [](Settings& settings) {
+    for (BackendSettings& backend : settings.backends) backend.max_pending = 1;
+    settings.queue.size = 5;
+    settings.routing.retries = 0;
+  });
+  const auto depth = [&](std::size_t n) {
+    return stage.slab().backend(BackendId{static_cast<std::uint32_t>(n)})->queue_depth.read_signed();
+  };
+  stage.ask();
+  stage.ask();
+  stage.ask();
+  stage.ask();
+  REQUIRE(depth(1) == 2);
+  stage.say(*stage.backend(1), "SSH-2.0\r\n\r\n");
+  REQUIRE(stage.ejected(1));
+  stage.pass(2 * kSecond);
+  CHECK(depth(1) == 0);
+  CHECK(depth(2) == 2);
+}

@@ -73,6 +73,10 @@ TEST_CASE("a list of models names them, in either form") {
   }
 }
 
+TEST_CASE("a list may be an array alone") {
+  CHECK(names(read(R"( [{"id":"a","object":"model"},{"id":"b"}])")) == Names{"a", "b"});
+}
+
 TEST_CASE("a list of models ends where its bound is") {
   const std::string text = R"({"data":[{"id":"a"},{"id":"b"},{"id":"c"}]})";
   const ModelList two = read(text, 2);

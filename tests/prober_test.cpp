@@ -20,9 +20,11 @@ struct Probing {
     script.wire.on_ready = [this](std::uint32_t, sim::LinkId link) { net.make_ready(link); };
   }
 
-  ProbeResult ask(BackendKind kind, const std::vector<std::string>& answers, bool fixed_list = false) {
+  ProbeResult ask(BackendKind kind, const std::vector<std::string>& answers, bool fixed_list = false,
+                  bool own_key = false) {
     ProbeOrder order;
     order.kind = kind;
+    order.has_key = own_key;
     order.any_answer = fixed_list;
     order.wants_models = !fixed_list;
     order.addresses = {Address{}};
@@ -169,7 +171,7 @@ TEST_CASE("interim heads before the answer are skipped, but not without end") {
   }
 }
 
-TEST_CASE("if the models are configured, any answer but a 5xx shows that the backend lives") {
+TEST_CASE("if the models are configured, any answer but a 5xx or a refusal of our key shows that the backend lives") {
   for (const int status : {200, 302, 401, 404, 405, 429, 500, 503}) {
     CAPTURE(status);
     const std::string plain = "HTTP/1.1 " + std::to_string(status) + " X\r\nContent-Length: 0\r\n\r\n";
@@ -178,6 +180,7 @@ TEST_CASE("if the models are configured, any answer but a 5xx shows that the bac
       CHECK(fixed.passed == (status < 500));
       CHECK(fixed.status == status);
       CHECK(fixed.reason == (status < 500 ? "" : "it answered " + std::to_string(status)));
+      CHECK(Probing().ask(kind, {plain}, true, true).passed == (status < 500 && status != 401));
       if (status != 200) CHECK_FALSE(Probing().ask(kind, {plain}).passed);
     }
   }

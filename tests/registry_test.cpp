@@ -533,6 +533,13 @@ TEST_CASE("each check after a failure begins with another address of the backend
   CHECK(order() == "123");
   registry.next_check_in(a, true);
   CHECK(order() == "231");
+  // However long none answers.
+  std::string first;
+  for (int i = 0; i < 60; ++i) {
+    registry.next_check_in(a, false);
+    if (i >= 50) first += order().front();
+  }
+  CHECK(first.find("123123") != std::string::npos);
 }
 
 TEST_CASE("the first names of keys that were ever read have ids of their own, also after a reload; others share one") {
@@ -557,4 +564,34 @@ TEST_CASE("the first names of keys that were ever read have ids of their own, al
   CHECK(configure(registry, 3, {{"c", "k3"}, {"a", "k1"}, {"d", "k4"}}) == Ids{4, 2, 1});
   CHECK(configure(registry, 0, {{"a", "k1"}, {"e", "k5"}}) == Ids{2, 1});
   CHECK(configure(registry, 9, {{"none", "k6"}, {"other", "k7"}}) == Ids{0, 1});
+}
+
+TEST_CASE("a backend that is spoken to in another way begins anew, and one that is checked no more has no problem") {
+  Registry registry;
+  Settings settings = with({backend("a", {"m"})});
+  configure(registry, settings);
+  const std::uint64_t server = registry.backends()[0].circuit->server();
+  registry.backends()[0].problem = "connect: Connection refused";
+  configure(registry, settings);
+  CHECK(registry.backends()[0].circuit->server() == server);
+  settings.backends[0].tls.on = true;
+  configure(registry, settings);
+  CHECK(registry.backends()[0].circuit->server() != server);
+  CHECK(registry.backends()[0].problem.empty());
+  registry.backends()[0].problem = "connect: Connection refused";
+  settings.health.enabled = false;
+  configure(registry, settings);
+  CHECK(registry.backends()[0].problem.empty());
+}
+
+TEST_CASE("a key that may use a model may use it under the name with Ollama's default tag, and without") {
+  const ApiKey key{"a", "k", {}, {"llama3", "qwen2:latest", "big:7b", "mini*"}};
+  for (const char* model : {"llama3", "llama3:latest", "qwen2", "qwen2:latest", "big:7b", "mini", "mini:1b"}) {
+    CAPTURE(std::string(model));
+    CHECK(key.may_use(model));
+  }
+  for (const char* model : {"llama3:8b", "qwen2:7b", "big", "big:latest", "llama", ":latest", ""}) {
+    CAPTURE(std::string(model));
+    CHECK_FALSE(key.may_use(model));
+  }
 }

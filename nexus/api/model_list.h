@@ -96,9 +96,17 @@ inline void read_elements(JsonReader& json, simdjson::ondemand::array elements, 
 
 }  // namespace detail
 
-// Reads at most `most` models of a list in either shape. Each backend may use either, whatever its type.
+// Reads at most `most` models of a list in either shape. Each backend may use either, whatever its type; Together AI's
+// is the array alone.
 inline ModelList read_models(JsonReader& json, std::string_view text, std::size_t most) {
   ModelList list;
+  if (const std::size_t at = text.find_first_not_of(" \t\r\n"); at != std::string_view::npos && text[at] == '[') {
+    std::string object;
+    object.reserve(text.size() + 16 + kPaddingBytes);
+    object.append(R"({"data":)").append(text) += '}';
+    list = read_models(json, object, most);
+    return list.models.empty() ? ModelList() : list;
+  }
   JsonReader::Object object;
   if (!json.open(text, object)) {
     if (json.out_of_memory()) list.status = ModelList::Status::out_of_memory;

@@ -157,11 +157,16 @@ struct ApiKey {
   unsigned given = 0;                 // bits of the options that its line has
   bool operator==(const ApiKey&) const = default;
 
+  // A name without a tag and that with `latest` are one model, as for Ollama.
   bool may_use(std::string_view model) const {
     return models.empty() || std::any_of(models.begin(), models.end(), [model](std::string_view allowed) {
              return allowed.ends_with('*') ? model.starts_with(allowed.substr(0, allowed.size() - 1))
-                                           : model == allowed;
+                                           : without_latest(model) == without_latest(allowed);
            });
+  }
+  static constexpr std::string_view without_latest(std::string_view model) {
+    constexpr std::string_view kLatest = ":latest";
+    return model.ends_with(kLatest) ? model.substr(0, model.size() - kLatest.size()) : model;
   }
 };
 

@@ -94,6 +94,13 @@ inline QueuedCount count_queued(Slab& slab, BackendId backend, ModelId model, Ke
   return {&slab, {backend, &key_cells, &waits, now, &now}};
 }
 
+// The request waits for `backend` from now on.
+inline void move_queued(QueuedCount& count, BackendId backend) {
+  BackendId& from = count.get_deleter().backend;
+  count->add_queued(backend, 1);
+  count->add_queued(std::exchange(from, backend), -1);
+}
+
 // One of the [server] max_pending places.
 using OverallPlace = std::unique_ptr<std::atomic<std::uint32_t>, detail::GivePlaceBack>;
 

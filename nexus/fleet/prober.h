@@ -61,6 +61,7 @@ struct ProbeOrder {
   std::string lines;  // fields, whole lines
   bool wants_models = true;
   bool any_answer = false;  // any but a 5xx proves that the backend lives: its models are known without it
+  bool has_key = false;     // `lines` holds one of Nexus's own: an answer 401 means that requests would fail too
   std::string page;         // a path that is requested instead: the result is its content
   std::shared_ptr<const std::string> posted;  // JSON for that path; any answer passes then. Null: it is fetched
   std::size_t max_bytes = kMaxProbeBytes;
@@ -79,6 +80,7 @@ inline ProbeOrder order_of(const BackendSettings& backend, std::vector<Address> 
   order.base_path = backend.base_path;
   order.lines = key_lines_of(backend).append(row_of(backend.kind).check_lines);
   order.any_answer = !backend.models.empty();
+  order.has_key = !backend.api_key.empty();
   order.timeout_ns = timeout_ns;
   return order;
 }
@@ -333,7 +335,8 @@ class Prober {
     const std::uint16_t status = probe.head.status;
     const bool good = status / 100 == 2;
     const bool posted = probe.order.posted != nullptr;
-    const bool lives = good || posted || (probe.order.any_answer && !probe.second && status < 500);
+    const bool refused = status == 401 && probe.order.has_key;
+    const bool lives = good || posted || (probe.order.any_answer && !probe.second && status < 500 && !refused);
     const std::string refusal =
         good ? "" : (probe.second ? "its list of models answered " : "it answered ") + std::to_string(status);
     if (!lives) return end(probe, refusal);

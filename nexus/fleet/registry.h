@@ -186,7 +186,8 @@ class Registry {
     Health health = Health::unknown;
     std::uint32_t streak = 0;                        // consecutive checks that contradict `health`
     bool was_up = false;                             // a check at its address has passed
-    std::uint32_t failed_checks = 0;                 // since the last one that passed
+    std::uint32_t failed_checks = 0;                 // since the last one that passed, for the schedule
+    std::size_t tried = 0;                           // the same, for the addresses: it has no upper bound
     std::shared_ptr<const ListedModels> discovered;  // used if the configuration lists no models; null: not read yet
     std::string list_remark;                         // the last problem with its list that was logged
     std::string problem;                             // of its last check, in words; empty: it passed
@@ -220,8 +221,8 @@ class Registry {
       if (addresses.empty()) return {*address};
       std::vector<Address> out = addresses;
       const auto in_use = std::find(out.begin(), out.end(), *address);
-      const auto after_failures = out.begin() + static_cast<std::ptrdiff_t>(failed_checks % out.size());
-      std::rotate(out.begin(), failed_checks == 0 ? in_use : after_failures, out.end());
+      const auto after_failures = out.begin() + static_cast<std::ptrdiff_t>(tried % out.size());
+      std::rotate(out.begin(), tried == 0 ? in_use : after_failures, out.end());
       return out;
     }
   };
@@ -267,7 +268,9 @@ class Registry {
       }
       // A backend that was not checked while checks were off, or whose list of models is wanted now, is not known yet.
       if (!before.enabled || (had_list && !next[i].has_models())) next[i].health = Health::unknown;
-      if (!after.enabled) next[i].health = Health::healthy;
+      if (after.enabled) continue;
+      next[i].health = Health::healthy;
+      next[i].problem.clear();
     }
     backends_ = std::move(next);
     keys_.use(std::move(keys));
@@ -318,6 +321,7 @@ class Registry {
     constexpr std::uint32_t kDoublings = 20;
     const std::uint32_t failures =
         std::exchange(backend.failed_checks, passed ? 0 : std::min(backend.failed_checks + 1, kDoublings));
+    backend.tried = passed ? 0 : backend.tried + 1;
     const Ns interval = settings_->health.interval_ns;
     const bool up = passed && backend.health == Health::healthy && backend.has_models();
     return up ? interval : std::min(interval, kFirstRecheck << (passed ? 0 : failures));
@@ -386,7 +390,8 @@ class Registry {
 
  private:
   static bool is_same(const BackendSettings& a, const BackendSettings& b) {
-    return a.name == b.name && a.kind == b.kind && a.address == b.address && a.base_path == b.base_path;
+    return a.name == b.name && a.kind == b.kind && a.address == b.address && a.base_path == b.base_path &&
+           a.tls.on == b.tls.on;
   }
 
   template <class Matches>

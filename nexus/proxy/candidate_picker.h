@@ -232,7 +232,10 @@ class CandidatePicker {
       leave_queue();
       return next();
     }
-    if (!full_.empty()) context_.shared.admission.renew(ticket_, full_);
+    if (!full_.empty()) {
+      context_.shared.admission.renew(ticket_, full_);
+      count_wait();
+    }
     return take_grant();
   }
 
@@ -376,6 +379,12 @@ class CandidatePicker {
     return no_cap;
   }
 
+  // The backend for which the wait was counted may be no candidate any more.
+  void count_wait() {
+    if (queued_ && std::find(full_.begin(), full_.end(), queued_.get_deleter().backend) == full_.end())
+      move_queued(queued_, full_.front());
+  }
+
   // Passes a place on a backend that was ejected or removed meanwhile to the next in line, if the request can wait for
   // another backend: with its old position and deadline, and even if the queue is full by now.
   void decline_ejected() {
@@ -384,6 +393,7 @@ class CandidatePicker {
     if (!granted || std::any_of(snapshot_->backends.begin(), snapshot_->backends.end(), is_granted)) return;
     if (gather_usable() || full_.empty()) return;
     context_.shared.admission.decline(ticket_, full_);
+    count_wait();
     passed_over_ejected_ = true;
   }
 

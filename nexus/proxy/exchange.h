@@ -292,15 +292,17 @@ class Exchange {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return begin_waiting();
       case Next::no_queue:
+      case Next::queue_full:
         if (picker_.waits_for_key())
           return refuse_by_key(Limit::key_concurrency, ApiError::key_concurrency), Step::again;
+        if (next == Next::queue_full) {
+          context_.slab.queue_rejected(QueueRejection::full);
+          context_.slab.limit_hit(Limit::queue_size);
+          refuse(ApiError::queue_full, true);
+          break;
+        }
         context_.slab.limit_hit(Limit::backend_max_pending);
         refuse(ApiError::backends_full, true);
-        break;
-      case Next::queue_full:
-        context_.slab.queue_rejected(QueueRejection::full);
-        context_.slab.limit_hit(Limit::queue_size);
-        refuse(ApiError::queue_full, true);
         break;
       case Next::nothing_left: refuse(last_failure_, true); break;
       case Next::unknown_model:

@@ -70,7 +70,7 @@ class AttemptLog {
 
   [[gnu::cold]] static void ejected(Log& log, const BackendView& backend, AttemptOutcome why, Ns span) {
     const auto ms = static_cast<std::uint64_t>(span / kMillisecond);
-    log.event(LogLevel::warning, "backend is ejected: it gets no requests for a while",
+    log.event(LogLevel::warning, "backend is ejected: others get its requests for a while",
               {{"backend", backend.name}, {"why", name_of(why)}, {"for_ms", Digits(ms).view()}});
   }
 

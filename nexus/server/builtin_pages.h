@@ -35,6 +35,8 @@
 
 namespace nexus {
 
+constexpr std::string_view kNoListYet = "No backend's list of models was read yet. Try again shortly.";
+
 // GET /health. Returns the status.
 inline std::uint16_t render_health(std::string& out, const Snapshot& snapshot, bool draining, Ns uptime_ns) {
   const auto total = snapshot.backends.size();
@@ -355,6 +357,9 @@ class BuiltinPages {
   }
 
   void begin_model_page(SessionT& session, const char* base, ModelListKind kind) {
+    // A client that keeps what it reads once would keep an empty list.
+    if (context_.snapshot->unchecked && context_.snapshot->models_available == 0)
+      return answer_error(session, ApiError::no_healthy_backend, {}, kNoListYet);
     if (const auto key = narrow_key(session, base)) {
       auto page = std::make_shared<TextBuffer>();
       page->add(render_models(*context_.snapshot, kind, key.get()));
@@ -367,6 +372,7 @@ class BuiltinPages {
     std::string body;
     if (!render_model(body, *context_.snapshot, path, list_kind(session), narrow_key(session, base).get())) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
+      if (context_.snapshot->discovering) return answer_error(session, ApiError::no_healthy_backend, {}, kNoListYet);
       return answer_error(session, ApiError::model_not_found, {},
                           "The model '" + id + "' is not available here. GET /v1/models lists those that are.",
                           shape_of(session, path, use_of_listener(session.metrics_only, context_.settings().server)));

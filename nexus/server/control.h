@@ -393,14 +393,14 @@ class Control {
   }
 
   void on_result(ProbeResult&& result) {
+    for (std::size_t i = 0; i < result.handshakes.size(); ++i) {
+      slab_.tls_handshakes(TlsSide::backend, static_cast<TlsOutcome>(i), result.handshakes[i]);
+    }
     if (spans_.is_own(result.epoch)) return spans_.on_result(std::move(result), now_);
     if (join_.is_own(result.epoch)) return join_.on_result(std::move(result), json_, teller());
     Registry::Backend* backend = registry_.find_epoch(result.epoch);
     if (backend == nullptr) return;
     backend->checking = false;
-    for (std::size_t i = 0; i < result.handshakes.size(); ++i) {
-      slab_.tls_handshakes(TlsSide::backend, static_cast<TlsOutcome>(i), result.handshakes[i]);
-    }
     if (!result.lack.empty()) note_lack(result);
     if (!result.lack.empty() && !result.passed) return check_again_in(*backend, kFirstRecheck);  // it says nothing
     backend->problem = explain_check(backend->settings, result);
