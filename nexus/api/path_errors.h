@@ -28,8 +28,8 @@ inline constexpr auto kPathErrors = std::to_array<PathError>({
     {404, "404 page not found", true},                                             // Go: Ollama, LocalAI
     {404, R"({ "error" : { "code" : 404 , "message" : "File Not Found")", false},  // llama.cpp
     {404, R"({ "error" : { "message" : "File Not Found")", false},
-    {404, R"({ "error" : { "message" : "Invalid URL ()", false},                   // OpenAI
-    {200, R"({ "error" : "Unexpected endpoint or method)", false},                 // LM Studio
+    {404, R"({ "error" : { "message" : "Invalid URL ()", false},    // OpenAI
+    {200, R"({ "error" : "Unexpected endpoint or method)", false},  // LM Studio
 });
 
 inline bool has_form(std::string_view text, const PathError& row) {

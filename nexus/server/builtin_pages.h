@@ -357,9 +357,6 @@ class BuiltinPages {
   }
 
   void begin_model_page(SessionT& session, const char* base, ModelListKind kind) {
-    // A client that keeps what it reads once would keep an empty list.
-    if (context_.snapshot->unchecked && context_.snapshot->models_available == 0)
-      return answer_error(session, ApiError::no_healthy_backend, {}, kNoListYet);
     if (const auto key = narrow_key(session, base)) {
       auto page = std::make_shared<TextBuffer>();
       page->add(render_models(*context_.snapshot, kind, key.get()));
