@@ -22,7 +22,7 @@ Ns fail(CircuitBreaker& breaker, Ns now, int times = 1, std::optional<Ns> retry_
   for (int i = 0; i < times; ++i) ejected = breaker.enter(now).failed(now, kSettings, kWhy, retry_after);
   return ejected;
 }
-void succeed(CircuitBreaker& breaker, Ns now) { breaker.enter(now).succeeded(); }
+void succeed(CircuitBreaker& breaker, Ns now) { breaker.enter(now).succeeded(now); }
 
 }  // namespace
 
@@ -92,7 +92,7 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   CHECK(breaker.enter(due + 3600 * kSecond).circuit_open());
 
   SUBCASE("its success closes the circuit") {
-    probe.succeeded();
+    probe.succeeded(0);
     CHECK(breaker.usable(due));
     const CircuitBreaker::Permit permit = breaker.enter(due);
     CHECK_FALSE(permit.is_probe());
@@ -113,11 +113,11 @@ TEST_CASE("the ejection lasts to its end, and then one request is the probe") {
   SUBCASE("moved, it is still one probe") {
     CircuitBreaker::Permit moved = std::move(probe);
     CHECK(breaker.enter(due).circuit_open());
-    moved.succeeded();
+    moved.succeeded(0);
     CHECK_FALSE(breaker.enter(due).is_probe());
   }
   SUBCASE("of two results only the first counts") {
-    probe.succeeded();
+    probe.succeeded(0);
     CHECK(probe.failed(due, kSettings, kWhy) == 0);
     CHECK(breaker.usable(due));
   }
@@ -160,7 +160,7 @@ TEST_CASE("while a backend is ejected only the probe changes its state") {
   CircuitBreaker::Permit slow = breaker.enter(0);
   CircuitBreaker::Permit slower = breaker.enter(0);
   fail(breaker, 0, 3);
-  slow.succeeded();  // sent before the ejection
+  slow.succeeded(0);  // sent before the ejection
   CHECK_FALSE(breaker.usable(kSecond));
   CHECK(slower.failed(4 * kSecond, kSettings, kWhy) == 0);
   CHECK(breaker.usable(5 * kSecond));  // not prolonged
@@ -170,7 +170,7 @@ TEST_CASE("while a backend is ejected only the probe changes its state") {
   REQUIRE(probe.is_probe());
   REQUIRE(last_resort.circuit_open());
   CHECK(last_resort.failed(5 * kSecond, kSettings, kWhy, 100 * kSecond) == 0);
-  probe.succeeded();
+  probe.succeeded(0);
   CHECK(breaker.usable(5 * kSecond));
 }
 
@@ -242,11 +242,11 @@ TEST_CASE("an ejection tells its reason and the time that is left, and its end i
   CHECK(breaker.ejection(7 * kSecond)->left_ns == 9 * kSecond);
   CHECK(breaker.ejection(7 * kSecond)->why == AttemptOutcome::connect_error);
   CircuitBreaker::Permit late = breaker.enter(7 * kSecond);
-  CHECK_FALSE(late.succeeded());
+  CHECK_FALSE(late.succeeded(0));
   CircuitBreaker::Permit probe = breaker.enter(16 * kSecond);
-  CHECK(probe.succeeded());
-  CHECK_FALSE(probe.succeeded());
-  CHECK_FALSE(breaker.enter(16 * kSecond).succeeded());
+  CHECK(probe.succeeded(0));
+  CHECK_FALSE(probe.succeeded(0));
+  CHECK_FALSE(breaker.enter(16 * kSecond).succeeded(0));
   CHECK_FALSE(breaker.ejection(16 * kSecond).has_value());
 }
 
@@ -276,7 +276,7 @@ TEST_CASE("of many threads that enter a half-open circuit at once, exactly one g
     if (probes.exchange(0) != 1 || admitted.exchange(0) != 0) ++wrong;
     for (CircuitBreaker::Permit& permit : held) {
       if (permit.is_probe() && round % 3 == 1) permit.failed(now, settings, kWhy);
-      if (permit.is_probe() && round % 3 == 2) permit.succeeded();
+      if (permit.is_probe() && round % 3 == 2) permit.succeeded(0);
       permit = CircuitBreaker::Permit();
     }
     if (round % 3 == 2) breaker.enter(now).failed(now, settings, kWhy);

@@ -68,9 +68,9 @@ class alignas(64) CircuitBreaker {
     bool is_probe() const { return breaker_.get_deleter().entered == CircuitState::half_open; }
 
     // True if this ends an ejection.
-    bool succeeded() {
+    bool succeeded(Ns now) {
       CircuitBreaker* breaker = breaker_.release();
-      return breaker != nullptr && breaker->record_success(is_probe(), breaker_.get_deleter().entered_ns);
+      return breaker != nullptr && breaker->record_success(is_probe(), now);
     }
 
     // `retry_after` is from the backend's 429 or 503. Returns for how long this failure ejects the backend, or 0: also
@@ -85,13 +85,12 @@ class alignas(64) CircuitBreaker {
     friend class CircuitBreaker;
     struct Abandon {
       CircuitState entered;
-      Ns entered_ns;
       void operator()(CircuitBreaker* breaker) const {
         if (entered == CircuitState::half_open) breaker->abandon_probe();
       }
     };
 
-    Permit(CircuitBreaker& breaker, CircuitState entered, Ns now) : breaker_(&breaker, Abandon{entered, now}) {}
+    Permit(CircuitBreaker& breaker, CircuitState entered) : breaker_(&breaker, Abandon{entered}) {}
 
     std::unique_ptr<CircuitBreaker, Abandon> breaker_;  // null once the result was reported
   };
@@ -135,7 +134,7 @@ class alignas(64) CircuitBreaker {
       state.probing = true;
       return entered == CircuitState::half_open;
     });
-    return Permit(*this, entered, now);
+    return Permit(*this, entered);
   }
 
  private:
@@ -183,7 +182,7 @@ class alignas(64) CircuitBreaker {
 
   // While a backend is ejected only the probe changes its state; results of other requests (sent earlier, or as a last
   // resort) are ignored.
-  bool record_success(bool probe, Ns entered_ns) {
+  bool record_success(bool probe, Ns now) {
     if (word_.load(std::memory_order_relaxed) == 0) return false;  // nothing to reset
     bool was_ejected = false;
     update([&](State& state) {
@@ -192,7 +191,7 @@ class alignas(64) CircuitBreaker {
       state = State{};
       return true;
     });
-    if (was_ejected) changed_ns_.store(entered_ns, std::memory_order_relaxed);
+    if (was_ejected) changed_ns_.store(now, std::memory_order_relaxed);
     return was_ejected;
   }
 

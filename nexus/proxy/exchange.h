@@ -368,6 +368,7 @@ class Exchange {
   [[gnu::cold]] void note_failed_answer(AttemptOutcome outcome);
   // `whole`: the answer has ended. A 2xx that is an error counts against its backend, and another one is asked.
   void look_for_disguise(bool whole);
+  [[gnu::cold]] void note_disguise();
   [[gnu::cold]] void hold(Response::Step step, ClientWrite& write);
   // The held answer is whole, or too large to be what was thought of it.
   [[gnu::cold]] void settle_doubt(bool fits, Response::Step step, ClientWrite& write);
@@ -397,7 +398,7 @@ class Exchange {
   [[gnu::cold]] void note_backend_failure(AttemptOutcome why, std::string_view detail,
                                           std::optional<Ns> retry_after = {});
   void note_backend_success() {
-    if (picker_.permit().succeeded()) AttemptLog::returned(context_.log, *attempt_.backend());
+    if (picker_.permit().succeeded(context_.now)) AttemptLog::returned(context_.log, *attempt_.backend());
   }
 
   // Nothing went to the client: the next candidate gets the request.

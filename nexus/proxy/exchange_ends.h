@@ -151,7 +151,11 @@ void Exchange<Net>::note_failed_answer(AttemptOutcome outcome) {
 
 template <class Net>
 void Exchange<Net>::look_for_disguise(bool whole) {
-  if (answer_failed_ || !relay_.response().is_error_in_disguise(whole)) return;
+  if (!answer_failed_ && relay_.response().is_error_in_disguise(whole)) note_disguise();
+}
+
+template <class Net>
+void Exchange<Net>::note_disguise() {
   note_backend_failure(AttemptOutcome::bad_response, "its 2xx is an error");
   note_failed_answer(AttemptOutcome::bad_response);
   end_attempt(failed_outcome_);

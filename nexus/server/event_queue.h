@@ -64,12 +64,12 @@ class EventQueue {
 
   template <class GoesFirst>
   void put_first(std::uint32_t from, GoesFirst&& goes_first) {
-    std::array<Event, kFirstEvents> chosen;
     std::uint32_t count = 0, kept = from;
     for (std::uint32_t i = from; i < end_; ++i) {
-      Event& to = goes_first(events_[i]) && count < kFirstEvents ? chosen[count++] : events_[kept++];
+      Event& to = goes_first(events_[i]) && count < kFirstEvents ? chosen_[count++] : events_[kept++];
       to = events_[i];
     }
+    if (count == 0 || (kept == from && from == first_)) return;  // all are in their places
     end_ = kept;
     if (first_ < count) {  // those that were taken left too little room before the others
       std::copy_backward(events_.begin() + first_, events_.begin() + end_, events_.begin() + (end_ + count - first_));
@@ -77,12 +77,13 @@ class EventQueue {
       first_ = count;
     }
     first_ -= count;
-    std::copy(chosen.begin(), chosen.begin() + count, events_.begin() + first_);
+    std::copy(chosen_.begin(), chosen_.begin() + count, events_.begin() + first_);
   }
 
   std::uint32_t first_ = 0, end_ = 0;
   bool complete_ = false;
   std::array<Event, kQueuedEvents> events_;
+  std::array<Event, kFirstEvents> chosen_;  // while they are put first
 };
 
 }  // namespace nexus
