@@ -118,8 +118,8 @@ class alignas(64) CircuitBreaker {
     return Ejection{std::max<Ns>(state.ejected_until_ms * kMillisecond - now, 0), state.why};
   }
 
-  // When it was ejected, or its ejection ended, last; 0: never. Relaxed: for people, and may differ from the state for
-  // a moment.
+  // The time of the last ejection, or of its end; 0: there was none. Relaxed: for people, and may differ from the state
+  // for a moment.
   Ns changed_ns(Ns now) const {
     const State state = State::unpack(word_.load(std::memory_order_relaxed));
     if (state.at(now) == CircuitState::half_open) return state.ejected_until_ms * kMillisecond;
