@@ -1,8 +1,7 @@
 // event_queue.h
 // Owns:     the events of one loop that were fetched and not handled yet.
-// Promises: first come, first served, but for a few of each fetch that the caller puts first; nothing is allocated;
-// what
-//           does not fit stays with the kernel.
+// Promises: first come, first served, but for a few of each fetch that the caller puts first. Nothing is allocated.
+//           Events that do not fit stay with the kernel.
 // Leaves:   what an event means to worker.h; a stale one is known by its token.
 // Threads:  one.
 // Tested by: tests/event_queue_test.cpp, tests/sim
