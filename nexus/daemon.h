@@ -246,8 +246,8 @@ class Daemon {
     hooks.echo_address = [this](const BackendSettings& backend) { return echo_address(backend); };
     hooks.instance = shared_.instance;
     hooks.pages.log_lines_dropped = [this] { return log_writer_.dropped(); };
-    control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(), admission_, budget_,
-                                                   make_log(), std::move(hooks), started_ns_);
+    control_ = std::make_unique<Control<EpollNet>>(control_net_, metrics_, metrics_.add_slab(false), admission_,
+                                                   budget_, make_log(), std::move(hooks), started_ns_);
     const SnapshotPtr snapshot = control_->begin(settings_);
     const std::uint32_t count = worker_count();
     peers_.placement.loads = std::vector<WorkerLoad>(count);

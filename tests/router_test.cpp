@@ -596,7 +596,7 @@ TEST_CASE("on random fleets: every candidate can serve the request, none is list
       const Choice& before = choices[i - 1];
       const Choice& after = choices[i];
       REQUIRE_FALSE((before.fallback && !after.fallback));
-      if (*before.model_name == *after.model_name) REQUIRE_FALSE((before.ejected && !after.ejected));
+      if (*before.model_name == *after.model_name) REQUIRE_FALSE((before.ejected() && !after.ejected()));
     }
   }
   CHECK(served > 1000);  // both happen often enough
@@ -616,7 +616,7 @@ TEST_CASE("on random fleets: smart with weights 100/0/0 orders as priority does"
     for (std::size_t i = 1; i < smart.size(); ++i) {
       const Choice& before = smart[i - 1];
       const Choice& after = smart[i];
-      if (before.model != after.model || before.ejected != after.ejected) continue;
+      if (before.model != after.model || before.ejected() != after.ejected()) continue;
       REQUIRE(made.fleet.snapshot.backends[before.backend].priority <=
               made.fleet.snapshot.backends[after.backend].priority);
       ++compared;

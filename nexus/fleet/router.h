@@ -72,16 +72,21 @@ struct Choice {
   std::uint32_t backend = 0;                // index into Snapshot::backends
   ModelId model{};                          // of *model_name
   const std::string* model_name = nullptr;  // lives as long as the snapshot
-  std::uint16_t group = 0;                  // 0: of the model itself; n: of its n-th fallback
+  std::uint32_t standing = kNotByKey;       // lower is better, and comes before the rank
   bool fallback = false;
   bool considered = false;  // by BestFirst
-  bool ejected = false;     // a last resort: sorted behind the others of its model
-  bool by_key = false;      // ranked by the session's key: sorted before the others of its model
   AffinityOutcome affinity{};
   RouteReason reason{};
   std::int64_t pending = 0;  // from load_of; 0 if this is the model's only candidate
   Ns latency_ns = 0;         // the same
   std::uint64_t rank = 0;    // lower is better; the unit depends on the strategy
+
+  // The parts of a standing, the least important first.
+  static constexpr std::uint32_t kNotByKey = 1;  // not ranked by the session's key: behind those of its model that are
+  static constexpr std::uint32_t kEjected = 2;   // a last resort: behind the others of its model
+  static constexpr std::uint32_t kFallback = 4;  // this times n: of the n-th fallback
+  bool by_key() const { return (standing & kNotByKey) == 0; }
+  bool ejected() const { return (standing & kEjected) != 0; }
 };
 
 enum class RouteOutcome : std::uint8_t {
@@ -133,9 +138,10 @@ struct Home {
   }
 };
 
-// Appends the offers of one model that can serve the request. Returns the home of its key, if it has one.
+// Appends the offers of one model that can serve the request; `group`: 0, or n of its n-th fallback. Returns the home
+// of its key, if it has one.
 inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, const RouteNeeds& needs,
-                           std::uint16_t group, Seen& seen, std::vector<Choice>& out) {
+                           std::uint32_t group, RouteReason reason, Seen& seen, std::vector<Choice>& out) {
   Home home;
   std::uint32_t last = UINT32_MAX;  // the backend that was added last
   for (const Offer& offer : entry.offers) {
@@ -153,13 +159,13 @@ inline Home add_candidates(const Snapshot& snapshot, const ModelEntry& entry, co
     // Offers are in the order of the backends, so duplicates are adjacent.
     if (offer.backend == last) continue;
     last = offer.backend;
-    Choice choice;
+    Choice& choice = out.emplace_back();
     choice.backend = offer.backend;
     choice.model = entry.target_id;
     choice.model_name = &entry.target;
-    choice.group = group;
+    choice.standing = group * Choice::kFallback | Choice::kNotByKey;
     choice.fallback = group > 0;
-    out.push_back(choice);
+    choice.reason = reason;
   }
   return home;
 }
@@ -246,37 +252,35 @@ inline std::uint64_t rank_of(const Choice& choice, Strategy strategy, Smart& sma
 
 // True if `a` comes before `b`, by what is not equally good in them.
 inline bool precedes(const Choice& a, const Choice& b) {
-  if (a.group != b.group) return a.group < b.group;
-  if (a.ejected != b.ejected) return b.ejected;
-  if (a.by_key != b.by_key) return a.by_key;
-  return a.rank < b.rank;
+  return a.standing != b.standing ? a.standing < b.standing : a.rank < b.rank;
 }
 
-inline bool equally_good(const Choice& a, const Choice& b) {
-  return a.rank == b.rank && a.ejected == b.ejected && a.by_key == b.by_key && a.group == b.group;
-}
+inline bool equally_good(const Choice& a, const Choice& b) { return a.standing == b.standing && a.rank == b.rank; }
 
 // Ranks the usable candidates of the best priority by the session's key: those that have more than their share of the
 // load behind the others, and for a new key all that are busy, if one is idle.
-inline void rank_by_key(const Snapshot& snapshot, std::uint32_t slack, const RouteNeeds& needs, Choice* first,
-                        Choice* last) {
+inline void rank_by_key(const Snapshot& snapshot, const RoutingSettings& routing, const RouteNeeds& needs,
+                        Choice* first, Choice* last) {
   std::uint32_t best = UINT32_MAX;
   for (const Choice* choice = first; choice != last; ++choice) {
-    if (!choice->ejected) best = std::min(best, snapshot.backends[choice->backend].priority);
+    if (!choice->ejected()) best = std::min(best, snapshot.backends[choice->backend].priority);
   }
   std::int64_t in_flight = 0;
   std::size_t count = 0;
   bool idle = false;
   for (Choice* choice = first; choice != last; ++choice) {
-    choice->by_key = !choice->ejected && snapshot.backends[choice->backend].priority == best;
-    in_flight += choice->by_key ? std::max<std::int64_t>(choice->pending, 0) : 0;
-    count += choice->by_key ? 1 : 0;
-    idle |= choice->by_key && choice->pending <= 0;
+    if (choice->ejected() || snapshot.backends[choice->backend].priority != best) continue;
+    choice->standing &= ~Choice::kNotByKey;
+    if (choice->reason == reason_of(routing.strategy)) choice->reason = RouteReason::affinity;
+    in_flight += std::max<std::int64_t>(choice->pending, 0);
+    count += 1;
+    idle |= choice->pending <= 0;
   }
   const bool is_new = needs.seen_at == 0;
-  const std::int64_t bound = is_new && idle ? 0 : affinity_bound(in_flight, std::max<std::size_t>(count, 1), slack);
+  const std::int64_t bound =
+      is_new && idle ? 0 : affinity_bound(in_flight, std::max<std::size_t>(count, 1), routing.affinity_slack);
   for (Choice* choice = first; choice != last; ++choice) {
-    if (!choice->by_key) continue;
+    if (!choice->by_key()) continue;
     const BackendView& backend = snapshot.backends[choice->backend];
     const bool full = backend.max_pending > 0 && choice->pending >= backend.max_pending;
     choice->rank = affinity_rank(needs.affinity, needs.seen_at, backend.affinity, full || choice->pending > bound);
@@ -288,35 +292,39 @@ template <class LoadOf>
 void rank(const Snapshot& snapshot, const RoutingSettings& routing, const RouteNeeds& needs, std::uint64_t random_bits,
           LoadOf&& load_of, std::size_t begin, std::vector<Choice>& out) {
   const std::size_t count = out.size() - begin;
-  if (count < 2) return;
   Choice* const first = out.data() + begin;
+  if (count == 1 && first->reason == reason_of(routing.strategy)) first->reason = RouteReason::only_candidate;
+  if (count < 2) return;
   Choice* const last = first + count;
   Smart smart(routing);
   for (Choice* choice = first; choice != last; ++choice) {
     const BackendLoad load = load_of(snapshot.backends[choice->backend]);
     choice->pending = load.pending;
     choice->latency_ns = load.latency_ns;
-    choice->ejected = load.ejected;
-    if (!choice->ejected) smart.note(*choice);
+    if (load.ejected) {
+      choice->standing |= Choice::kEjected;
+    } else {
+      smart.note(*choice);
+    }
   }
   for (Choice* choice = first; choice != last; ++choice) {
     const std::uint32_t priority = snapshot.backends[choice->backend].priority;
     const auto n = static_cast<std::uint64_t>(choice - first);
     choice->rank = rank_of(*choice, routing.strategy, smart, priority, random_bits, n);
   }
-  if (needs.affinity != 0) rank_by_key(snapshot, routing.affinity_slack, needs, first, last);
+  if (needs.affinity != 0) rank_by_key(snapshot, routing, needs, first, last);
 }
 
-inline RouteReason reason_for(const ModelEntry& requested, bool fallback, std::size_t candidates, Strategy strategy) {
+// If there are several candidates.
+inline RouteReason reason_for(const ModelEntry& requested, bool fallback, Strategy strategy) {
   if (fallback) return RouteReason::fallback;
-  if (requested.is_alias()) return RouteReason::alias;
-  return candidates == 1 ? RouteReason::only_candidate : reason_of(strategy);
+  return requested.is_alias() ? RouteReason::alias : reason_of(strategy);
 }
 
 // Tells each of the candidates of one model if it is where the key belongs, and if not, why.
 inline void note_affinity(const Home& home, bool has_key, Choice* first, Choice* last) {
-  const bool usable =
-      std::any_of(first, last, [&](const Choice& choice) { return choice.backend == home.backend && !choice.ejected; });
+  const bool usable = std::any_of(
+      first, last, [&](const Choice& choice) { return choice.backend == home.backend && !choice.ejected(); });
   for (Choice* choice = first; choice != last; ++choice) {
     choice->affinity = !has_key                          ? AffinityOutcome::no_key
                        : choice->backend == home.backend ? AffinityOutcome::kept
@@ -348,22 +356,19 @@ RouteOutcome route(const Snapshot& snapshot, const ModelEntry& requested, const 
                    std::vector<Choice>& out) {
   out.clear();
   route_detail::Seen seen;
-  const auto add = [&](const ModelEntry& entry, std::uint16_t group) {
+  const auto add = [&](const ModelEntry& entry, std::uint32_t group) {
     const std::size_t begin = out.size();
-    const auto home = route_detail::add_candidates(snapshot, entry, needs, group, seen, out);
+    const RouteReason reason = route_detail::reason_for(requested, group > 0, routing.strategy);
+    const auto home = route_detail::add_candidates(snapshot, entry, needs, group, reason, seen, out);
     route_detail::rank(snapshot, routing, needs, random_bits, load_of, begin, out);
-    const RouteReason reason = route_detail::reason_for(requested, group > 0, out.size() - begin, routing.strategy);
-    const RouteReason by_key = reason == reason_of(routing.strategy) ? RouteReason::affinity : reason;
-    Choice* const first = out.data() + begin;
-    Choice* const last = out.data() + out.size();
-    for (Choice* choice = first; choice != last; ++choice) choice->reason = choice->by_key ? by_key : reason;
-    if (routing.affinity != Affinity::none) route_detail::note_affinity(home, needs.affinity != 0, first, last);
+    if (routing.affinity != Affinity::none)
+      route_detail::note_affinity(home, needs.affinity != 0, out.data() + begin, out.data() + out.size());
   };
   add(requested, 0);
   for (std::size_t i = 0; i < requested.fallbacks.size(); ++i) {
     const ModelEntry* fallback = snapshot.find(requested.fallbacks[i]);
     if (fallback == nullptr || route_detail::is_duplicate(snapshot, requested, i, *fallback)) continue;
-    add(*fallback, static_cast<std::uint16_t>(i + 1));
+    add(*fallback, static_cast<std::uint32_t>(i + 1));
   }
   return out.empty() ? seen.outcome() : RouteOutcome::ok;
 }

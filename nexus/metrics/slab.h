@@ -410,16 +410,17 @@ class alignas(kCacheAlign) Slab {
 
 class Metrics {
  public:
-  // Call before the threads start: readers walk the list of slabs without a lock.
-  Slab& add_slab() {
+  // Call before the threads start: readers walk the list of slabs without a lock. `serves`: its thread has requests.
+  Slab& add_slab(bool serves = true) {
     slabs_.push_back(std::make_unique<Slab>());
+    if (serves) serving_.push_back(slabs_.back().get());
     return *slabs_.back();
   }
 
-  // Requests in flight on a backend, over all threads. Costs two loads per thread.
+  // Requests in flight on a backend, over all threads. Costs two loads per thread that serves.
   std::int64_t pending(BackendId id) const {
     std::int64_t sum = 0;
-    for (const auto& slab : slabs_) sum += slab->pending(id);
+    for (const Slab* slab : serving_) sum += slab->pending(id);
     return sum;
   }
 
@@ -431,6 +432,7 @@ class Metrics {
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
+  std::vector<const Slab*> serving_;  // of these
   FailureLog failures_;
   SpanQueue spans_;
 };
