@@ -144,7 +144,8 @@ TEST_CASE("a request's head is read into its method, target and fields") {
   const auto read = read_request(text + "{\"model\":");
   REQUIRE(read.result.status == Status::done);
   CHECK(read.head.head_bytes == text.size());
-  CHECK(read.text.substr(read.head.target_at, read.head.target_bytes) == "/v1/chat/completions?a=b%20c");
+  CHECK(read.head.target(read.text.data()) == "/v1/chat/completions?a=b%20c");
+  CHECK(read.head.path(read.text.data()) == "/v1/chat/completions");
   CHECK(read.head.method == HTTP_POST);
   CHECK(read.head.keep_alive);
   CHECK_FALSE(read.head.http_1_0);
@@ -428,7 +429,9 @@ TEST_CASE("a first line is read the same by every version of llhttp, because llh
     REQUIRE(read.result.status == Status::done);
     CHECK((read.head.refusal == HeadError::unknown_method) == (row.method < 0));
     if (row.method >= 0) CHECK(read.head.method == row.method);
-    CHECK(read.text.substr(read.head.target_at, read.head.target_bytes) == row.target);
+    const std::string_view target = row.target;
+    CHECK(read.head.target(read.text.data()) == target);
+    CHECK(read.head.path(read.text.data()) == target.substr(0, target.find('?')));
     CHECK(read.head.http_1_0 == row.http_1_0);
   }
   for (const char* line : {"GET / HTTP/2.0", "GET / HTTP/0.9", "PRI * HTTP/2.0", "BREW / HTTP/3.0"}) {

@@ -57,10 +57,10 @@ struct Endpoint {
     const std::string_view id = asked.substr(at, asked.size() - before.size() - behind.size());
     return id.find('/') == std::string_view::npos ? id : std::string_view();
   }
-  // The hash of the id in a request's target; 0 if it has none.
-  std::uint64_t id_hash(std::string_view target) const {
+  // The hash of the id in a request's path; 0 if it has none.
+  std::uint64_t id_hash(std::string_view asked) const {
     if (body != BodyFormat::none) return 0;
-    const std::string_view id = id_in(target.substr(0, target.find('?')));
+    const std::string_view id = id_in(asked);
     return id.empty() ? 0 : hash_of(id);
   }
 };

@@ -202,8 +202,7 @@ class EchoServer {
   Step answer(Session& session) {
     const RequestHead& head = session.head;
     const std::string_view request = session.in.view();
-    const std::string_view target = request.substr(head.target_at, head.target_bytes);
-    const EchoEndpoint* endpoint = find_echo_endpoint(target.substr(0, target.find('?')));
+    const EchoEndpoint* endpoint = find_echo_endpoint(head.path(request.data()));
     if (endpoint == nullptr) return refuse(session, {ApiError::not_found});
     if (endpoint->allow.find(method_name(head.method)) == std::string_view::npos) {
       return refuse(session, {ApiError::method_not_allowed}, endpoint->allow);

@@ -90,7 +90,7 @@ struct ModelEntry {
   std::vector<Offer> offers;           // of `target`, in the order of the backends; unhealthy ones too
   std::vector<std::string> fallbacks;  // models to try if no offer can serve the request
 
-  bool is_alias() const { return name != target; }
+  bool is_alias() const { return !same_text(name, target); }
 };
 
 struct Snapshot {

@@ -37,6 +37,11 @@ struct RequestLine {
   HeadError refusal = HeadError::none;  // well-formed, but to be refused: unknown_method, unknown_coding, …
   std::uint32_t target_at = 0;          // a path with its query, or `*`, or the host and port of a CONNECT
   std::uint32_t target_bytes = 0;
+  std::uint32_t path_bytes = 0;  // of these, before a `?`
+
+  // `base`: the head's first byte.
+  std::string_view target(const char* base) const { return {base + target_at, target_bytes}; }
+  std::string_view path(const char* base) const { return {base + target_at, path_bytes}; }
 };
 
 constexpr std::size_t kStatusAt = 9;  // in a status line: behind `HTTP/1.1 `
@@ -198,6 +203,7 @@ inline LineResult read_start_line(std::string_view line, RequestLine& out) {
   if (const char* why = detail::check_target(out.method, target)) return {why};
   out.target_at = static_cast<std::uint32_t>(target.data() - line.data());
   out.target_bytes = static_cast<std::uint32_t>(target.size());
+  out.path_bytes = static_cast<std::uint32_t>(std::min(target.find('?'), target.size()));
   return {};
 }
 

@@ -76,7 +76,7 @@ class Exchange {
     summary_.started_ns = context_.now;
     deadlines_.arm_request();
     client_.open(head.http_1_0, head.keep_alive, cors_lines);
-    named_id_ = endpoint.id_hash({view.base + head.target_at, head.target_bytes});
+    named_id_ = endpoint.id_hash(head.path(view.base));
     context_.take_request_id(view.base, view.fields, summary_.request_id);
     if (context_.watches) begin_trace(view);
   }

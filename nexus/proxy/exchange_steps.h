@@ -89,7 +89,7 @@ Step Exchange<Net>::begin_attempt() {
   std::string_view own_lines = context_.shared.via_line;
   if (summary_.trace.makes_lines()) [[unlikely]]
     own_lines = begin_span();
-  attempt_.compose(request_, facts_, model == entry_->name ? std::string_view() : model, adds_usage_event_,
+  attempt_.compose(request_, facts_, same_text(model, entry_->name) ? std::string_view() : model, adds_usage_event_,
                    summary_.request_id, own_lines);
   return attempt_.take_kept() ? begin_sending() : connect();
 }

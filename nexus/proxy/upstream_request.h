@@ -155,7 +155,7 @@ inline void compose_request(RequestText& out, const RequestView& request, const 
   }
   UpstreamHead head;
   head.method = method_name(request.head->method);
-  head.target = {request.base + request.head->target_at, request.head->target_bytes};
+  head.target = request.head->target(request.base);
   head.base_path = backend.base_path;
   head.backend_lines = backend.request_lines;
   head.withheld = withheld_from(backend, request);

@@ -317,8 +317,7 @@ class SessionDriver {
   void on_head(SessionT& session) {
     session.asked = true;
     const char* base = session.input.data();
-    std::string_view path(base + session.head.target_at, session.head.target_bytes);
-    path = path.substr(0, path.find('?'));
+    const std::string_view path = session.head.path(base);
     const ServerSettings& server = context_.settings().server;
     write_cors_lines(session.cors_lines, server, {base, session.fields(), session.head.head_bytes});
     const Listens on = use_of_listener(session.metrics_only, server);

@@ -21,9 +21,7 @@ struct HeadRun {
   std::string text;  // the target or the reason
 };
 
-inline std::string text_of(const char* base, const nexus::RequestHead& head) {
-  return {base + head.target_at, head.target_bytes};
-}
+inline std::string text_of(const char* base, const nexus::RequestHead& head) { return std::string(head.target(base)); }
 inline std::string text_of(const char* base, const nexus::ResponseHead& head) {
   return {base + head.reason_at, head.reason_bytes};
 }
