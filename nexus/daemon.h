@@ -155,15 +155,7 @@ class Daemon {
 
   void warn_of_expiry() {
     next_expiry_look_ns_ = deadline_after(monotonic_now(), kExpiryLook);
-    if (settings_->server.tls == nullptr) return;
-    for (const TlsCertificateInfo& one : settings_->server.tls->certificates()) {
-      const std::int64_t left_s = one.not_after_s - wall_now() / kSecond;
-      if (left_s > kExpiryWarning / kSecond) continue;
-      log_.event(LogLevel::warning,
-                 left_s > 0 ? "a certificate of the listeners expires soon: replace it and reload"
-                            : "a certificate of the listeners has expired: replace it and reload",
-                 {{"certificate", one.name}, {"expires", tls::date_text(one.not_after_s)}});
-    }
+    if (settings_->server.tls != nullptr) nexus::warn_of_expiry(log_, *settings_->server.tls, wall_now());
   }
 
   Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
@@ -434,6 +426,9 @@ class Daemon {
     for (const ListenKey& row : kListenKeys)
       keep(next.*row.addresses, now.*row.addresses, row.key, joined(now.*row.addresses));
     keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
+    // A TLS listener that stays needs the certificates that the file no longer has: without any it would speak in
+    // clear.
+    if (next.tls == nullptr) next.tls = now.tls;
     return list;
   }
 

@@ -1,19 +1,32 @@
 // risks.h
 // Owns:     the warnings about a configuration that is valid, but has a risk its owner may not know of.
 // Promises: one line for each, at the start and at each reload; no line holds a key.
-// Leaves:   errors to config/parser.h, certificates that expire to daemon.h.
+// Leaves:   errors to config/parser.h, when to look for certificates that expire to daemon.h.
 // Threads:  the main thread.
 // Tested by: tests/e2e/why.test.mjs, tests/e2e/reload_keys.test.mjs, tests/e2e/tls.test.mjs
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "nexus/config/key_file.h"
 #include "nexus/config/settings.h"
 #include "nexus/metrics/labels.h"
+#include "nexus/net/tls.h"
 #include "nexus/os/log.h"
 
 namespace nexus {
+
+inline void warn_of_expiry(Log& log, const TlsServer& tls, Ns wall) {
+  for (const TlsCertificateInfo& one : tls.certificates()) {
+    const std::int64_t left_s = one.not_after_s - wall / kSecond;
+    if (left_s > kExpiryWarning / kSecond) continue;
+    log.event(LogLevel::warning,
+              left_s > 0 ? "a certificate of the listeners expires soon: replace it and reload"
+                         : "a certificate of the listeners has expired: replace it and reload",
+              {{"certificate", one.name}, {"expires", tls::date_text(one.not_after_s)}});
+  }
+}
 
 inline void warn_of_risks(Log& log, const Settings& settings) {
   for (const BackendSettings& backend : settings.backends) {

@@ -353,6 +353,23 @@ group('tls and reloads', () => {
     assert.ok(Math.abs(expiry - Date.now() / 1000 - 100 * 86_400) < 86_400, `expires in 100 days: ${expiry}`);
   });
 
+  test('a reload without tls_listen, which needs a restart, keeps its certificate: no port of TLS ever speaks in clear', async (t) => {
+    if_openssl(t);
+    const { nexus, port, conf } = await over_tls(t, { server: { tls_client_ca: authority().pem } });
+    const in_clear = async () => (await get(port, '/v1/models')).status;
+    assert.equal(await in_clear(), 400);
+    for (let i = 0; i < 2; i++) {   // the second compares with what the first has kept
+      nexus.stderr = '';
+      nexus.reload({ ...conf, server: {}, aliases: { [`a${i}`]: 'm1' } });
+      await nexus.logged(/reloaded, except: tls_listen \(needs a restart; still 127\.0\.0\.1:\d+\)/);
+      assert.equal(await in_clear(), 400);
+      const { both } = make_certificate({ name: 'alice' });
+      const secure = { ca: fs.readFileSync(authority().pem), servername: 'localhost' };
+      assert.equal((await get(port, '/v1/models', { secure: { ...secure, cert: fs.readFileSync(both), key: fs.readFileSync(both) } })).status, 200);
+      await assert.rejects(get(port, '/v1/models', { secure }));   // a client needs its certificate as before
+    }
+  });
+
   test('an expired certificate is used at the start, with a warning; nexus -t refuses it; one that expires soon is warned of', async (t) => {
     if_openssl(t);
     const old = make_certificate(expired);
