@@ -110,9 +110,21 @@ class Daemon {
   const std::vector<std::string>& addresses() const { return addresses_; }
 
  private:
+  // A key of nexus.conf that lists addresses, and the name of the sockets that a service manager passes instead.
+  struct ListenKey {
+    std::string_view key, socket_name;
+    std::vector<HostPort> ServerSettings::*addresses;
+    ListenerUse use;
+  };
+  static constexpr std::array<ListenKey, 3> kListenKeys{{
+      {"listen", "", &ServerSettings::listen, {}},
+      {"tls_listen", "tls", &ServerSettings::tls_listen, {.tls = true}},
+      {"metrics_listen", "metrics", &ServerSettings::metrics_listen, {.metrics_only = true}},
+  }};
+
   struct Listening {
     EpollNet::Socket socket;
-    ListenerUse use;
+    const ListenKey* key;
     bool passed;  // by the service manager, which keeps it open: the next process accepts what waits in its backlog
   };
 
@@ -160,18 +172,6 @@ class Daemon {
 
   Log make_log() { return Log(log_writer_.add_ring(), settings_->log, journald_); }
 
-  // A key of nexus.conf that lists addresses, and the name of the sockets that a service manager passes instead.
-  struct ListenKey {
-    std::string_view key, socket_name;
-    std::vector<HostPort> ServerSettings::*addresses;
-    ListenerUse use;
-  };
-  static constexpr std::array<ListenKey, 3> kListenKeys{{
-      {"listen", "", &ServerSettings::listen, {}},
-      {"tls_listen", "tls", &ServerSettings::tls_listen, {.tls = true}},
-      {"metrics_listen", "metrics", &ServerSettings::metrics_listen, {.metrics_only = true}},
-  }};
-
   static const ListenKey& key_of_socket(std::string_view name) {
     const auto found = std::find_if(kListenKeys.begin(), kListenKeys.end(),
                                     [&](const ListenKey& key) { return key.socket_name == name; });
@@ -218,7 +218,7 @@ class Daemon {
   }
 
   void add_listener(EpollNet::Socket socket, const ListenKey& key, bool passed) {
-    listeners_.push_back({socket, key.use, passed});
+    listeners_.push_back({socket, &key, passed});
     addresses_.push_back(std::string(key.socket_name) + (key.socket_name.empty() ? "" : " ") +
                          to_string(EpollNet::local_address(socket)) + (passed ? " (passed)" : ""));
     status_ += " " + addresses_.back();
@@ -255,7 +255,7 @@ class Daemon {
                                                             random_bits() + i, snapshot, peers_, started_ns_));
       peers_.workers.push_back(workers_.back().get());
       for (const Listening& listening : listeners_) {
-        if (!workers_.back()->add_listener(listening.socket, listening.use)) return "epoll: no memory";
+        if (!workers_.back()->add_listener(listening.socket, listening.key->use)) return "epoll: no memory";
       }
     }
     control_->set_workers(peers_.workers);
@@ -415,17 +415,20 @@ class Daemon {
     std::string list;
     const auto keep = [&](auto& value, const auto& in_use, std::string_view name, const std::string& text) {
       if (std::exchange(value, in_use) == in_use) return;
-      list += (list.empty() ? "" : ", ") + std::string(name) + " (needs a restart; still " + text + ")";
+      list += (list.empty() ? "" : ", ") + std::string(name) + " (" + text + ")";
     };
-    const auto joined = [](const std::vector<HostPort>& all) {
+    const std::string kRestart = "needs a restart; still ";
+    const auto in_use = [&](const ListenKey& key) {
+      const bool passed = std::any_of(listeners_.begin(), listeners_.end(),
+                                      [&](const Listening& one) { return one.passed && one.key == &key; });
+      if (passed) return std::string("not in use: the service manager passes its sockets");
       std::string text;
-      for (const HostPort& each : all) text += (text.empty() ? "" : " ") + config::address_text(each);
-      return text.empty() ? "none" : text;
+      for (const HostPort& each : settings_->server.*key.addresses) text += " " + config::address_text(each);
+      return kRestart + (text.empty() ? "none" : text.substr(1));
     };
     const ServerSettings& now = settings_->server;
-    for (const ListenKey& row : kListenKeys)
-      keep(next.*row.addresses, now.*row.addresses, row.key, joined(now.*row.addresses));
-    keep(next.threads, now.threads, "threads", std::to_string(workers_.size()));
+    for (const ListenKey& row : kListenKeys) keep(next.*row.addresses, now.*row.addresses, row.key, in_use(row));
+    keep(next.threads, now.threads, "threads", kRestart + std::to_string(workers_.size()));
     // A TLS listener that stays needs the certificates that the file no longer has: without any it would speak in
     // clear.
     if (next.tls == nullptr) next.tls = now.tls;

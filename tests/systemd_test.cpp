@@ -311,8 +311,8 @@ TEST_CASE("the daemon says ready, reloading, alive and stopping, and serves on a
   const std::string other = "[server]\nlisten = 127.0.0.1:2\nmetrics_listen = 127.0.0.1:3\nthreads = 3\n" + kBackend;
   const std::vector<std::pair<std::string, std::string>> reloads{
       {other,
-       "; reloaded, except: listen (needs a restart; still 127.0.0.1:1), metrics_listen (needs a restart; still none), "
-       "threads (needs a restart; still 2)"},
+       "; reloaded, except: listen (not in use: the service manager passes its sockets), metrics_listen (needs a "
+       "restart; still none), threads (needs a restart; still 2)"},
       {"", failed + ":1: no [backend NAME] section; at least one is needed"},
       {"[server]\nthreads = two\n" + kBackend, failed + ":2: threads: expected a number, 0 to 256, not 'two'"},
       {text, ""}};

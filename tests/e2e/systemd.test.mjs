@@ -86,6 +86,17 @@ group('socket activation', () => {
     assert.doesNotMatch(run.stderr, /ended with/);
   });
 
+  test('a reload that changes an address in place of which a socket was passed says that neither is in use', async (t) => {
+    const lines = (port) => `[server]\nlisten = 127.0.0.1:${port}\nthreads = 2\n`;
+    const run = manage(t, await listen(1), 'nexus', lines(1), 'start & child=$!; trap "kill $child" TERM; trap "kill -HUP $child" HUP; while kill -0 $child 2>/dev/null; do wait $child; done');
+    await until(() => run.stderr.includes(' listening '), 'the daemon up');
+    t.file('nexus.conf', lines(2) + backend);
+    run.child.kill('SIGHUP');
+    await until(() => /reloaded, except: listen \(not in use: the service manager passes its sockets\)/.test(run.stderr), () => `the reload in ${run.stderr}`);
+    run.child.kill('SIGTERM');
+    await within(10_000, run.exited, 'the daemon to stop');
+  });
+
   test('a socket for the metrics without metrics_listen is refused in one line', async (t) => {
     const run = manage(t, await listen(1), 'metrics', '[server]\nlisten = 127.0.0.1:1\n', 'start');
     assert.equal(await within(10_000, run.exited, 'the refusal'), 1);
