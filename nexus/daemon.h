@@ -14,7 +14,6 @@
 
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <map>
@@ -53,7 +52,7 @@ class Daemon {
   explicit Daemon(std::shared_ptr<const Settings> settings)
       : settings_(std::move(settings)),
         started_ns_(monotonic_now()),
-        journald_(std::getenv("JOURNAL_STREAM") != nullptr),
+        journald_(is_journal(environment_("JOURNAL_STREAM"), STDERR_FILENO)),
         budget_(settings_->server.body_memory_bytes),
         admission_([this](std::uint32_t worker, Handle session) { peers_.workers[worker]->grant(session); }),
         shared_{metrics_, admission_, budget_, in_flight_, instance_name()} {}
@@ -467,8 +466,8 @@ class Daemon {
 
   std::shared_ptr<const Settings> settings_;  // of the last reload, except those that need a restart
   Ns started_ns_;
-  bool journald_;
   const GetVariable environment_ = system_environment().get_env;
+  bool journald_;
   Notifier notifier_{environment_("NOTIFY_SOCKET")};
   LogWriter log_writer_;  // declared before all that logs: destroyed last
   Log log_;

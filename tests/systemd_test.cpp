@@ -4,9 +4,11 @@
 #include "nexus/os/systemd.h"
 
 #include <doctest/doctest.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <array>
@@ -200,6 +202,24 @@ TEST_CASE("where nobody listens, telling says so and harms nothing") {
     CHECK_FALSE(Notifier(std::string(path)).send("READY=1"));
   }
   CHECK_FALSE(Notifier("/" + std::string(200, 'x')).send("READY=1"));
+}
+
+TEST_CASE("stderr is the journal if JOURNAL_STREAM names that very file, and not if the variable was inherited") {
+  int ends[2];
+  REQUIRE(pipe2(ends, O_CLOEXEC) == 0);
+  struct stat status {};
+  REQUIRE(fstat(ends[1], &status) == 0);
+  const std::string device = std::to_string(status.st_dev), inode = std::to_string(status.st_ino);
+  CHECK(is_journal(device + ":" + inode, ends[1]));
+  for (const std::string& other :
+       {device + ":1", "1:" + inode, device + ":", device, std::string(), std::string("x:y")}) {
+    CAPTURE(other);
+    CHECK_FALSE(is_journal(other, ends[1]));
+  }
+  CHECK_FALSE(is_journal(std::nullopt, ends[1]));
+  close(ends[0]);
+  close(ends[1]);
+  CHECK_FALSE(is_journal(device + ":" + inode, ends[1]));
 }
 
 TEST_CASE("the watchdog's limit is taken where it is meant for this process, and is a number") {

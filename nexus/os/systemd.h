@@ -12,6 +12,7 @@
 
 #include <fcntl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -142,6 +143,15 @@ class Notifier {
   sockaddr_un to_{};
   socklen_t length_ = 0;
 };
+
+// True if `fd` is the journal: the file that `stream` ($JOURNAL_STREAM) names by its device and inode
+// (systemd.exec(5)). The variable alone does not say so: the children of a service inherit it, and one stream of a
+// service may be a file.
+inline bool is_journal(const std::optional<std::string>& stream, int fd) {
+  struct stat file {};
+  return stream && ::fstat(fd, &file) == 0 &&
+         *stream == std::to_string(file.st_dev) + ":" + std::to_string(file.st_ino);
+}
 
 // ---- watchdog ----
 
