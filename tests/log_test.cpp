@@ -573,3 +573,20 @@ TEST_CASE("log writer: a reader that stops reading costs lines, not the other lo
   CHECK(whole + lost == 200);  // the one that was cut in the middle is lost too, and stands on a line of its own
   CHECK(writer.dropped() == lost);
 }
+
+TEST_CASE("log writer: access lines on standard error do not join an event that was cut") {
+  Pipe events;
+  LogWriter writer(events.ends[1]);
+  LogRing* ring = writer.add_ring();
+  REQUIRE(writer.start());
+  REQUIRE(writer.reconfigure("stderr") == 0);
+  const std::string line = std::string(998, 'x') + "\n";
+  for (int i = 0; i < 200; ++i) REQUIRE(ring->events.put(line));  // a pipe holds 64 KiB
+  flush(writer);
+  const auto first = events.read_all();
+  REQUIRE(first.back() != '\n');
+  REQUIRE(ring->access.put("access\n"));
+  flush(writer);
+  CHECK(events.read_all() == "\naccess\n");
+  CHECK(writer.dropped() + lines_of(first).size() - 1 == 200);
+}

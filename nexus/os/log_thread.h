@@ -329,10 +329,14 @@ class LogWriter {
       wake_.wait(kGatherNs, [this] { return any_line(); });
       stop = stopping_.load(std::memory_order_seq_cst);
       const int access = next_access_.exchange(kNoChange, std::memory_order_seq_cst);
-      if (access != kNoChange) access_.attach(access, owns(access));
+      if (access != kNoChange) {
+        // One descriptor is one file, which alone knows if its last line was cut.
+        access_file_ = access == events_fd_ ? &events_ : &access_;
+        access_.attach(owns(access) ? access : -1, owns(access));
+      }
       for (const auto& ring : rings_) {
         events_.take_from(ring->events);
-        access_.take_from(ring->access);
+        access_file_->take_from(ring->access);
       }
       events_.write_out();
       access_.write_out();
@@ -348,6 +352,7 @@ class LogWriter {
   LogWake wake_;
   std::vector<std::unique_ptr<LogRing>> rings_;  // fixed once the thread runs
   detail::LogFile events_, access_;              // the writer's, except for their counts
+  detail::LogFile* access_file_ = &access_;      // the writer's
   std::thread thread_;
   // Orders to the writer, which looks for them after each wait.
   std::atomic<int> next_access_{kNoChange};
