@@ -7,7 +7,10 @@
 
 #include <array>
 #include <string>
+#include <string_view>
+#include <vector>
 
+#include "nexus/config/values.h"
 #include "tests/lib/script.h"
 
 using namespace nexus;
@@ -71,6 +74,15 @@ struct Exporting {
     settle();
   }
 
+  // The lines that were logged since the last call.
+  std::vector<std::string> lines() {
+    std::string text;
+    ring.events.take(text);
+    std::vector<std::string> out;
+    for (std::string_view rest = text; !rest.empty();) out.emplace_back(config::take_line(rest));
+    return out;
+  }
+
   std::uint64_t exported() const { return slab.thread().spans_exported.read(); }
   std::uint64_t dropped(SpanLoss why) const {
     return slab.thread().spans_dropped[static_cast<std::size_t>(why)].read();
@@ -84,7 +96,8 @@ struct Exporting {
   TimerWheel wheel{net.now()};
   BlockPool blocks;
   JsonReader json;
-  Log log;
+  LogRing ring;
+  Log log{&ring};
   Slab slab;
   SpanQueue queue;
   Prober<SimNet> prober{net, wheel, blocks, json};
@@ -286,6 +299,7 @@ TEST_CASE("without a collector what waits is dropped and counted, and another on
   one.make(5);
   one.settle();
   one.exporter.configure(TraceSettings());
+  one.settle();
   CHECK(one.dropped(SpanLoss::unanswered) == 5);
   CHECK(one.exporter.next() == kNever);
   one.settings.collector = {"10.0.0.7", 4318};
@@ -294,4 +308,68 @@ TEST_CASE("without a collector what waits is dropped and counted, and another on
   one.settle();
   REQUIRE(one.posts() == 1);
   CHECK(one.script.peers.back().received.find("\r\nHost: 10.0.0.7:4318\r\n") != std::string::npos);
+}
+
+TEST_CASE("spans of requests that end after their collector is gone are dropped and counted, and reach no other one") {
+  Exporting one;
+  one.exporter.configure(TraceSettings());
+  one.make(3);
+  one.settle();
+  CHECK(one.dropped(SpanLoss::unanswered) == 3);
+  one.exporter.configure(one.settings);
+  one.pass(kExportInterval);
+  CHECK(one.posts() == 0);
+}
+
+TEST_CASE("a drain tries at once what waits for another try") {
+  Exporting one;
+  one.script.fate = sim::ConnectFate::Kind::refused;
+  one.make(kSpansPerExport);
+  for (int i = 0; i < 6; ++i) one.pass(4 * kSecond);
+  one.script.fate = sim::ConnectFate::Kind::accepted;
+  REQUIRE(one.posts() == 0);
+  one.exporter.flush(one.net.now());
+  CHECK(one.exporter.next() <= one.net.now());
+  one.settle();
+  REQUIRE(one.posts() == 1);
+  one.answer("200 OK");
+  CHECK(one.exported() == kSpansPerExport);
+}
+
+TEST_CASE("a drain goes on with the next batch after one that was refused in part") {
+  Exporting one;
+  one.make(kSpansPerExport + 3);
+  one.settle();
+  one.exporter.flush(one.net.now());
+  one.answer("200 OK", R"({"partialSuccess":{"rejectedSpans":"1"}})");
+  CHECK(one.exporter.is_flushing(one.net.now()));
+  REQUIRE(one.posts() == 2);
+  one.answer("200 OK");
+  CHECK(one.exported() == kSpansPerExport + 2);
+}
+
+TEST_CASE("a collector that fails every other time costs two lines a minute, and another collector's failure is told") {
+  Exporting one;
+  for (int i = 0; i < 10; ++i) {
+    one.make(kSpansPerExport);
+    one.settle();
+    one.answer("503 No");
+    one.pass(kExportRetry);
+    one.answer("200 OK");
+    one.pass(kSecond);
+  }
+  CHECK(one.exported() == 10 * kSpansPerExport);
+  CHECK(one.lines().size() == 2);
+  one.pass(kLackLogInterval);
+  one.make(kSpansPerExport);
+  one.settle();
+  one.answer("503 No");
+  CHECK(one.lines().size() == 1);
+  one.settings.collector = {"10.0.0.7", 4318};
+  one.exporter.configure(one.settings);
+  one.pass(kExportRetry);
+  one.answer("503 No");
+  const std::vector<std::string> lines = one.lines();
+  REQUIRE(lines.size() == 1);
+  CHECK(lines[0].find("10.0.0.7") != std::string::npos);
 }

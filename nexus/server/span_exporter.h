@@ -3,7 +3,8 @@
 // Promises: at most one request is on its way, and one batch is held beside the queue, so memory is bounded whatever
 //           the collector does; a client never waits for it. A batch is sent again only if the collector cannot have
 //           it (it was not reached) or asks for that (429, 502, 503, 504), for at most kExportPatience. Each span is
-//           counted once, as exported or as dropped. A line a minute at most tells of failures, and one of their end.
+//           counted once, as exported or as dropped. A line a minute at most tells of a collector's failures, and one
+//           of their end.
 // Leaves:   HTTP to fleet/prober.h, the JSON to metrics/otlp_json.h, names to net/resolver.h.
 // Threads:  control's.
 // Tested by: tests/span_exporter_test.cpp, tests/e2e/trace.test.mjs
@@ -78,9 +79,10 @@ class SpanExporter {
     addresses_.clear();
     if (const auto address = parse_address(trace.collector.host, trace.collector.port)) addresses_ = {*address};
     is_name_ = addresses_.empty();
-    next_lookup_ns_ = not_before_ns_ = 0;
+    next_lookup_ns_ = not_before_ns_ = next_line_ns_ = 0;
+    retry_ns_ = kExportRetry;
+    in_trouble_ = false;
     epoch_ += 1;
-    if (!trace.on()) drop_all();
   }
 
   // True for the result of a lookup or of a probe that was started here.
@@ -98,7 +100,8 @@ class SpanExporter {
   // `done` takes the prober's results.
   template <class Done>
   void step(Ns now, Done&& done) {
-    if (!settings_.on() || busy_) return;
+    if (!settings_.on()) return drop_all();  // of requests that began while there was a collector
+    if (busy_) return;
     if (posted_ == nullptr) {
       if (queue_.front() == nullptr) return first_seen_ns_.reset();
       if (!first_seen_ns_) first_seen_ns_ = now;
@@ -149,7 +152,9 @@ class SpanExporter {
 
   // The process ends: what waits is sent, but for no longer than kLastExportTime.
   void flush(Ns now) {
-    if (settings_.on() && flush_until_ns_ == kNever) flush_until_ns_ = now + kLastExportTime;
+    if (!settings_.on() || flush_until_ns_ != kNever) return;
+    flush_until_ns_ = now + kLastExportTime;
+    not_before_ns_ = now;  // there is no later
   }
   // After flush(): false once nothing more can be sent.
   bool is_flushing(Ns now) const {
@@ -214,17 +219,21 @@ class SpanExporter {
   void try_later(Ns now, std::string why, std::optional<std::uint64_t> after_s) {
     const Ns asked = static_cast<Ns>(std::min<std::uint64_t>(after_s.value_or(0), kMaxExportRetry / kSecond)) * kSecond;
     if (now >= given_up_ns_) return lose(now, SpanLoss::unanswered, std::move(why));
-    not_before_ns_ = now + std::max(asked, retry_ns_);
-    retry_ns_ = std::min(2 * retry_ns_, kMaxExportRetry);
-    note_trouble(now, why);
+    back_off(now, asked, why);
   }
 
   void lose(Ns now, SpanLoss why, std::string reason) {
     slab_.spans_dropped(why, count_);
     forget_batch();
-    not_before_ns_ = now + retry_ns_;
+    back_off(now, 0, reason);
+  }
+
+  // It also ends a flush: another try would take longer than there is time.
+  void back_off(Ns now, Ns least, std::string_view why) {
+    not_before_ns_ = now + std::max(least, retry_ns_);
     retry_ns_ = std::min(2 * retry_ns_, kMaxExportRetry);
-    note_trouble(now, reason);
+    if (flush_until_ns_ != kNever) flush_until_ns_ = now;
+    note_trouble(now, why);
   }
 
   void forget_batch() {
@@ -232,10 +241,9 @@ class SpanExporter {
     count_ = 0;
   }
 
-  // It also ends a flush: a second try would take longer than there is time.
   void note_trouble(Ns now, std::string_view why) {
-    if (flush_until_ns_ != kNever) flush_until_ns_ = now;
-    if (std::exchange(in_trouble_, true) && now < next_line_ns_) return;
+    if (now < next_line_ns_) return;
+    in_trouble_ = true;
     next_line_ns_ = now + kLackLogInterval;
     log_.event(LogLevel::warning, "spans are not exported", {{"collector", address_text()}, {"why", why}});
   }
@@ -247,7 +255,6 @@ class SpanExporter {
     slab_.spans_dropped(SpanLoss::unanswered, dropped);
     posted_.reset();
     first_seen_ns_.reset();
-    in_trouble_ = false;
   }
 
   std::string address_text() const { return host_port(settings_.collector.host, settings_.collector.port); }
@@ -274,7 +281,7 @@ class SpanExporter {
   Ns not_before_ns_ = 0;
   Ns retry_ns_ = kExportRetry;  // the next pause after a failure
   Ns flush_until_ns_ = kNever;
-  bool in_trouble_ = false;
+  bool in_trouble_ = false;  // a line has told of a failure, and none yet of its end
   Ns next_line_ns_ = 0;
 };
 
