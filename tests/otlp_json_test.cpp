@@ -161,3 +161,18 @@ TEST_CASE("a batch is one document: the service, then its spans") {
     CHECK(of_scope.find("spans")->items.size() == static_cast<std::size_t>(spans));
   }
 }
+
+TEST_CASE("an attribute of the environment takes the place of Nexus's own: a name is there once") {
+  TraceSettings trace;
+  trace.attributes = {{"service.instance.id", "pod-7"}, {"service.version", "9"}, {"team", "a"}};
+  SpanBatch batch;
+  batch.begin(trace, "nexus-1");
+  batch.end();
+  const auto document = plain_json::Reader(batch.text()).read();
+  REQUIRE(document.has_value());
+  std::string all;
+  for (const auto& one : document->find("resourceSpans")->items.at(0).find("resource")->find("attributes")->items) {
+    all += one.find("key")->text + "=" + one.find("value")->find("stringValue")->text + " ";
+  }
+  CHECK(all == "service.name=nexus service.instance.id=pod-7 service.version=9 team=a ");
+}

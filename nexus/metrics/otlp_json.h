@@ -9,6 +9,7 @@
 // Tested by: tests/otlp_json_test.cpp, tests/e2e/trace.test.mjs
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <string>
@@ -165,8 +166,13 @@ class SpanBatch {
     json.key("resource").begin_object();
     detail::Attributes attributes(json);
     attributes.text("service.name", trace.service_name);
-    attributes.text("service.version", kVersion);
-    attributes.text("service.instance.id", instance);
+    const auto own = [&](std::string_view name, std::string_view value) {
+      const bool replaced = std::any_of(trace.attributes.begin(), trace.attributes.end(),
+                                        [name](const auto& given) { return given.first == name; });
+      if (!replaced) attributes.text(name, value);  // a name may be there only once
+    };
+    own("service.version", kVersion);
+    own("service.instance.id", instance);
     for (const auto& [name, value] : trace.attributes) attributes.text(name, value);
     attributes.end();
     json.end_object().key("scopeSpans").begin_array().begin_object();
