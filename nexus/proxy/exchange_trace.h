@@ -137,8 +137,11 @@ void Exchange<Net>::end_trace() {
     if (trace.texts && client_.has_begun()) span.response_model = trace.texts->response_model;
     span.request_id.set(summary_.request_id);
     if (record.disconnect == DisconnectPhase::none || client_.has_begun()) span.status = record.status;
-    if (error_of(record) != ErrorType::none) span.error = name_of(error_of(record));
-    span.failed = record.disconnect == DisconnectPhase::none && (record.status >= 500 || summary_.cut_short);
+    const ErrorType error = error_of(record);
+    if (error != ErrorType::none) span.error = name_of(error);
+    const bool in_disguise = error != ErrorType::none && record.status < 400;
+    span.failed =
+        record.disconnect == DisconnectPhase::none && (record.status >= 500 || summary_.cut_short || in_disguise);
     if (span.stream && relay_.response().first_ns() >= 0) {
       span.first_chunk_ns = relay_.response().first_ns() - summary_.started_ns;
     }

@@ -281,6 +281,25 @@ group('trace', () => {
     assert.equal(all.length, 5);
   });
 
+  test('a failure behind a 200 is an error of both spans', async (t) => {
+    needs_schema(t);
+    const failures = {
+      empty: (reply) => reply.body(200, ''),
+      event: (reply) => {
+        reply.stream();
+        reply.piece(sse(chat_chunk('m1', 'One', {}, true)));
+        reply.piece(sse({ error: { message: 'CUDA' } }));
+        reply.finish();
+      },
+    };
+    const backend = await start_backend(t, { answer: (request, reply) => failures[request.json.user](reply) });
+    const { nexus, spans } = await traced(t, { backends: [{ name: 'b1', mock: backend }] });
+    for (const user of Object.keys(failures)) assert.equal((await post(nexus.port, completions, chat('m1', { user, stream: user === 'event' }))).status, 200);
+    const all = await spans();
+    assert.deepEqual(all.map((span) => [span.kind, span.status.code, span.at['error.type'], span.at['http.response.status_code']]).sort(), [
+      [2, 2, 'backend_error', 200], [2, 2, 'backend_error', 200], [3, 2, 'bad_response', 200], [3, 2, 'bad_response', 200]]);
+  });
+
   test('what the client says of sampling counts, and trace_ratio where it says nothing', async (t) => {
     const { nexus, backend, spans } = await traced(t, { trace: { trace_ratio: 0 } });
     const ask = async (headers) => {
