@@ -1062,6 +1062,7 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
                                                   {"EMPTY", ""},
                                                   {"BAD", "sk 1"},
                                                   {"LONG", std::string(4096, 'k')},
+                                                  {"QUOTED", "\"sk-1\""},
                                                   {"LONGER", std::string(4097, 'k')}},
                                                  {{"/good", " sk-2 \r\nmore\n"},
                                                   {"/bare", "sk-3"},
@@ -1069,6 +1070,7 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
                                                   {"/empty", ""},
                                                   {"/blank", "  \nsk-5"},
                                                   {"/bad", "sk\x01\n"},
+                                                  {"/quoted", "'sk-6'\n"},
                                                   {"/nul", std::string("sk\0x", 4)}});
   const auto parse_with = [&](const std::string& lines) { return parse_config(with_url(lines), "n", env); };
   for (const auto& row : std::vector<NamePair>{{"api_key_env = GOOD", "sk-1"},
@@ -1084,6 +1086,7 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
   const auto unset = [](const std::string& name) { return "n:3: api_key_env: " + name + " is not set, or empty\n"; };
   const std::string unfit = ": the key in it must be 1 to 4096 visible ASCII characters\n";
   for (const auto& row : std::vector<NamePair>{
+  const std::string quoted = ": the key in it must be without quotes\n";
            {"api_key_env = MISSING", unset("the variable MISSING")},
            {"api_key_env = EMPTY", unset("the variable EMPTY")},
            {"api_key_env = hf_AbCdEf", unset("this variable")},  // it may be a key
@@ -1100,6 +1103,8 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
            {"api_key_file = /bad", "n:3: api_key_file" + unfit},
            {"api_key_file = /nul", "n:3: api_key_file" + unfit},
            {"api_key_file = /good\napi_key_env = GOOD",
+           {"api_key_file = /quoted", "n:3: api_key_file" + quoted},
+           {"api_key_env = QUOTED", "n:3: api_key_env" + quoted},
             "n:4: set either api_key_env (line 4) or api_key_file (line 3), not both\n"},
            {"api_key_file = /none\napi_key_env = GOOD",
             "n:3: api_key_file: cannot read this file: No such file or directory\n"
@@ -1207,6 +1212,7 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
       {std::string("a 1234567\0", 10), bad_key},
       {std::string(65, 'a') + " 12345678", bad_name},
       {"a/b 12345678", bad_name},
+      {"a \"12345678\"", "/k:1: expected a key without quotes\n"},
       {"none 12345678", "/k:1: 'none' is reserved for the metrics of other clients\n"},
       {"a 12345678\nother 87654321", "/k:2: 'other' is reserved for the metrics of other clients\n"},
       {"sk-12345678", shape},

@@ -110,6 +110,7 @@ inline std::string read_key_line(std::string_view line, ApiKey& key) {
   if (secret.size() < kMinClientKeyBytes || secret.size() > kMaxClientKeyBytes || !is_visible_ascii(secret)) {
     return "expected a key of 8 to 512 visible ASCII characters";
   }
+  if (is_quoted(secret)) return "expected a key without quotes";
   key.name = name;
   key.key = secret;
   for (std::string_view word; !(word = next_word(line)).empty();) {

@@ -447,6 +447,7 @@ void read_lines(std::string_view text, const std::vector<ConfigError>& errors, T
 // ---- secrets
 
 inline std::string check_backend_key(std::string_view key) {
+  if (is_quoted(key)) return "the key in it must be without quotes";
   const bool fits = !key.empty() && key.size() <= kMaxBackendKeyBytes && is_visible_ascii(key);
   return fits ? "" : "the key in it must be 1 to 4096 visible ASCII characters";
 }
