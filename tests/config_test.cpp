@@ -7,6 +7,7 @@
 
 #include <doctest/doctest.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -1061,16 +1062,16 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
   const ConfigEnvironment env = fake_environment({{"GOOD", "sk-1"},
                                                   {"EMPTY", ""},
                                                   {"BAD", "sk 1"},
-                                                  {"LONG", std::string(4096, 'k')},
                                                   {"QUOTED", "\"sk-1\""},
+                                                  {"LONG", std::string(4096, 'k')},
                                                   {"LONGER", std::string(4097, 'k')}},
                                                  {{"/good", " sk-2 \r\nmore\n"},
                                                   {"/bare", "sk-3"},
                                                   {"/bom", "\xEF\xBB\xBFsk-4\n"},
                                                   {"/empty", ""},
                                                   {"/blank", "  \nsk-5"},
-                                                  {"/bad", "sk\x01\n"},
                                                   {"/quoted", "'sk-6'\n"},
+                                                  {"/bad", "sk\x01\n"},
                                                   {"/nul", std::string("sk\0x", 4)}});
   const auto parse_with = [&](const std::string& lines) { return parse_config(with_url(lines), "n", env); };
   for (const auto& row : std::vector<NamePair>{{"api_key_env = GOOD", "sk-1"},
@@ -1085,8 +1086,8 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
   }
   const auto unset = [](const std::string& name) { return "n:3: api_key_env: " + name + " is not set, or empty\n"; };
   const std::string unfit = ": the key in it must be 1 to 4096 visible ASCII characters\n";
-  for (const auto& row : std::vector<NamePair>{
   const std::string quoted = ": the key in it must be without quotes\n";
+  for (const auto& row : std::vector<NamePair>{
            {"api_key_env = MISSING", unset("the variable MISSING")},
            {"api_key_env = EMPTY", unset("the variable EMPTY")},
            {"api_key_env = hf_AbCdEf", unset("this variable")},  // it may be a key
@@ -1102,9 +1103,9 @@ TEST_CASE("a backend's key comes from a variable or the first line of a file") {
            {"api_key_file = /blank", "n:3: api_key_file" + unfit},
            {"api_key_file = /bad", "n:3: api_key_file" + unfit},
            {"api_key_file = /nul", "n:3: api_key_file" + unfit},
-           {"api_key_file = /good\napi_key_env = GOOD",
            {"api_key_file = /quoted", "n:3: api_key_file" + quoted},
            {"api_key_env = QUOTED", "n:3: api_key_env" + quoted},
+           {"api_key_file = /good\napi_key_env = GOOD",
             "n:4: set either api_key_env (line 4) or api_key_file (line 3), not both\n"},
            {"api_key_file = /none\napi_key_env = GOOD",
             "n:3: api_key_file: cannot read this file: No such file or directory\n"
@@ -1211,8 +1212,8 @@ TEST_CASE("api_keys_file is read line by line, and its errors carry its own name
       {"a 1234567\x7f", bad_key},
       {std::string("a 1234567\0", 10), bad_key},
       {std::string(65, 'a') + " 12345678", bad_name},
-      {"a/b 12345678", bad_name},
       {"a \"12345678\"", "/k:1: expected a key without quotes\n"},
+      {"a/b 12345678", bad_name},
       {"none 12345678", "/k:1: 'none' is reserved for the metrics of other clients\n"},
       {"a 12345678\nother 87654321", "/k:2: 'other' is reserved for the metrics of other clients\n"},
       {"sk-12345678", shape},
@@ -1477,4 +1478,32 @@ TEST_CASE("a reload names the keys that changed, by section, and whole backends 
   CHECK_EQ(change("", aliased), "[aliases] x");
   CHECK_EQ(change("[queue]\nsize = 1\n", "[queue]\nsize = 2\n" + other + aliased),
            "[aliases] x; [backend b2] added; [queue] size");
+}
+
+TEST_CASE("a reload names a file or variable whose content changed, and does not tell the content") {
+  const std::string text =
+      "[server]\napi_keys_file = /k\n[backend b1]\nurl = http://h:1\napi_key_env = KEY\n[backend b2]\n"
+      "url = http://h:2\napi_key_file = /b2\n";
+  const auto given = [&](const std::string& client, const std::string& key, const std::string& file) {
+    const ConfigResult result =
+        nexus::parse_config(text, "n", fake_environment({{"KEY", key}}, {{"/k", "a " + client}, {"/b2", file}}));
+    REQUIRE_EQ(all_messages(result), "");
+    return result.settings.given;
+  };
+  const auto before = given("12345678", "x", "y");
+  CHECK_EQ(nexus::describe_changes(before, given("12345678", "x", "y")), "nothing");
+  CHECK_EQ(nexus::describe_changes(before, given("12345679", "x", "y")), "[server] api_keys_file (content)");
+  CHECK_EQ(nexus::describe_changes(before, given("12345678", "z", "z")),
+           "[backend b1] api_key_env (content); [backend b2] api_key_file (content)");
+  for (const auto& [name, value] : before) CHECK(value.find("12345678") == std::string::npos);
+}
+
+TEST_CASE("a FIFO that nobody writes to ends at once, as an empty file") {
+  char path[] = "/tmp/nexus_fifo_XXXXXX";
+  REQUIRE(mkdtemp(path) != nullptr);
+  const std::string fifo = std::string(path) + "/keys";
+  REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
+  CHECK_EQ(config::read_bounded_file(fifo), std::optional<std::string>(""));
+  unlink(fifo.c_str());
+  rmdir(path);
 }

@@ -1,23 +1,17 @@
 // parser.h
-// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it; and the
-//           environment file of a systemd service (systemd.exec(5), EnvironmentFile=), whose variables a command
-//           needs as well.
+// Owns:     nexus.conf from its text to Settings, or to the list of everything that is wrong with it.
 // Promises: nothing is ignored: each unknown, repeated or unfit thing is an error with its line and what was
 //           expected. parse_config is pure over any bytes; no message holds a key's text. At most 100 errors are
-//           listed. A variable is read as systemd reads it, but without its escapes and continued lines.
-// Leaves:   keys, ranges and defaults to keys.h; the syntax of values to values.h; comparing keys to worker.h.
+//           listed.
+// Leaves:   keys, ranges and defaults to keys.h; the syntax of values to values.h; files and variables to
+//           environment.h; comparing keys to worker.h.
 // Threads:  any, one call at a time (errno, getenv).
 // Tested by: tests/config_test.cpp, tests/fuzz/config.h, tests/e2e/cli.test.mjs
 #pragma once
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstddef>
-#include <cstdio>
-#include <cstdlib>
-#include <map>
-#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -27,41 +21,12 @@
 
 #include "nexus/base/limits.h"
 #include "nexus/base/text.h"
+#include "nexus/config/environment.h"
 #include "nexus/config/keys.h"
 #include "nexus/config/settings.h"
 #include "nexus/config/values.h"
 
 namespace nexus {
-
-namespace config {
-
-using Variables = std::map<std::string, std::string>;
-
-// Lines of NAME=VALUE; a line that begins with `#` or `;` is a comment. The last line with a name counts.
-inline Variables read_environment_file(std::string_view text) {
-  Variables variables;
-  while (!text.empty()) {
-    const std::string_view line = trim_blanks(take_line(text));
-    const std::size_t equals = line.find('=');
-    if (line.empty() || line[0] == '#' || line[0] == ';' || equals == std::string_view::npos) continue;
-    std::string_view value = trim_blanks(line.substr(equals + 1));
-    if (is_quoted(value)) value = value.substr(1, value.size() - 2);
-    variables[std::string(trim_blanks(line.substr(0, equals)))] = value;
-  }
-  return variables;
-}
-
-// `base` with the variables of a file before its own.
-inline ConfigEnvironment with_variables(ConfigEnvironment base, Variables variables) {
-  auto own = std::move(base.get_env);
-  base.get_env = [own = std::move(own), variables = std::move(variables)](const std::string& name) {
-    const auto found = variables.find(name);
-    return found == variables.end() ? own(name) : std::optional<std::string>(found->second);
-  };
-  return base;
-}
-
-}  // namespace config
 
 // The files in which hosts keep the certificates that they trust: Debian and Alpine, RHEL (old and new), SUSE, others.
 inline constexpr std::array<const char*, 5> kSystemCa{
@@ -133,7 +98,8 @@ struct Section {
 // One reading of one text. First the lines, then the relations between keys.
 class ConfigReader {
  public:
-  ConfigReader(std::string_view file, const ConfigEnvironment& env) : file_(file), env_(env) {
+  ConfigReader(std::string_view file, const ConfigEnvironment& env)
+      : file_(file), env_(env), noting_env_(noting(env, content_hash_)) {
     for (const ConfigKey& row : kConfigKeys) sections_[row.section].name = row.section;
   }
 
@@ -233,7 +199,7 @@ class ConfigReader {
     if (is_free && !is_model_name(key)) return report(expected_model_name(key));
     const GivenKey* earlier = section_->find(key);
     if (earlier && !row->kind.repeats) return report_repeated(in_quotes(key), earlier->line);
-    Value value{settings_, *row, key, text, earlier != nullptr, line_, env_, file_errors_};
+    Value value{settings_, *row, key, text, earlier != nullptr, line_, noting_env_, file_errors_};
     if (is_quoted(text)) {
       value.problem = "expected the value without quotes";  // and without the value: it may be a key
     } else {
@@ -252,6 +218,8 @@ class ConfigReader {
     if (section_->name == "backend") name += " " + settings_.backends.back().name;
     std::string& value = settings_.given[name.append("] ").append(key)];
     value.append(value.empty() ? "" : ", ").append(text);
+    if (content_hash_) settings_.given[name.append(" (content)")] += " " + std::to_string(*content_hash_);
+    content_hash_.reset();
   }
 
   // ---- relations between keys
@@ -431,6 +399,8 @@ class ConfigReader {
 
   std::string_view file_;
   const ConfigEnvironment& env_;
+  std::optional<std::size_t> content_hash_;  // of the file or variable that the value in hand names
+  ConfigEnvironment noting_env_;             // env_, which sets that
   Settings settings_;
   std::vector<ConfigError> errors_;       // in nexus.conf
   std::vector<ConfigError> file_errors_;  // in the file of api_keys_file
@@ -443,32 +413,7 @@ class ConfigReader {
   std::vector<std::pair<std::size_t, int>> url_lines_;       // by the backend's index
 };
 
-// The whole text of a file of at most kMaxConfigFileBytes.
-inline std::optional<std::string> read_bounded_file(const std::string& path) {
-  const std::unique_ptr<FILE, int (*)(FILE*)> file(fopen(path.c_str(), "re"), fclose);
-  if (!file) return std::nullopt;
-  std::string text;
-  do {  // memory that is never read into would cost as much time as all else
-    const std::size_t held = text.size();
-    text.resize(std::clamp<std::size_t>(2 * held, 16u << 10, kMaxConfigFileBytes + 1));
-    text.resize(held + fread(text.data() + held, 1, text.size() - held, file.get()));
-  } while (feof(file.get()) == 0 && ferror(file.get()) == 0 && text.size() <= kMaxConfigFileBytes);
-  if (ferror(file.get())) return std::nullopt;
-  if (text.size() <= kMaxConfigFileBytes) return text;
-  errno = EFBIG;
-  return std::nullopt;
-}
-
 }  // namespace config
-
-// The process's own environment.
-inline ConfigEnvironment system_environment() {
-  return {[](const std::string& name) -> std::optional<std::string> {
-            const char* value = std::getenv(name.c_str());
-            return value ? std::optional<std::string>(value) : std::nullopt;
-          },
-          config::read_bounded_file};
-}
 
 inline ConfigResult parse_config(std::string_view text, std::string_view file_name, const ConfigEnvironment& env) {
   return config::ConfigReader(file_name, env).read(text);

@@ -134,6 +134,14 @@ group('reload', () => {
     assert.equal((await post(nexus.port, path, chat())).status, 200);
   });
 
+  test('a key file that is a FIFO without a writer is refused, and keeps nobody from stopping Nexus', async (t) => {
+    const { nexus } = await pair(t);
+    const fifo = `${t.dir()}/fifo`;
+    spawnSync('mkfifo', [fifo]);
+    nexus.reload({ ...nexus.conf, server: { api_keys_file: fifo } });
+    await nexus.logged(/reload failed.*fifo: expected at least one line/);
+  });
+
   test('a rotated access log is opened again even if the file has an error', async (t) => {
     const file = t.file('access.log', '');
     const { nexus } = await pair(t, {}, { log: { access: file } });
