@@ -149,18 +149,22 @@ inline void fill_key_options(const KeyOptions& defaults, std::vector<ApiKey>& ke
   }
 }
 
-// The files with keys, by their paths in nexus.conf, that every user of this host can read.
-inline std::vector<std::string> open_key_files(const GivenPairs& given) {
+// The files with keys that every user of this host can read.
+inline std::vector<std::string> open_key_files(const Settings& settings) {
   std::vector<std::string> out;
-  for (const auto& [name, paths] : given) {
-    const std::string_view key = std::string_view(name).substr(name.find("] ") + 2);
-    if (key != "api_keys_file" && key != "api_key_file" && key != "tls_key") continue;
-    for (std::string_view list = paths; !list.empty();) {
-      const std::string path(next_list_element(list));
-      struct stat file {};
-      if (::stat(path.c_str(), &file) == 0 && (file.st_mode & S_IROTH) != 0) out.push_back(path);
-    }
+  const auto note = [&](const std::string& path) {
+    struct stat file {};
+    if (::stat(path.c_str(), &file) == 0 && (file.st_mode & S_IROTH) != 0) out.push_back(path);
+  };
+  const auto note_keys = [&](const TlsCertificate& one) {
+    if (one.chain.has_private_key) note(one.chain.path);
+    if (one.key.has_private_key) note(one.key.path);
+  };
+  for (const auto& [name, path] : settings.given) {
+    if (name.ends_with("] api_keys_file") || name.ends_with("] api_key_file")) note(path);
   }
+  for (const TlsCertificate& one : settings.server.tls_certificates) note_keys(one);
+  for (const BackendSettings& backend : settings.backends) note_keys(backend.tls.certificate);
   return out;
 }
 

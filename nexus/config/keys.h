@@ -214,6 +214,7 @@ struct Value {
     if (problem.empty() && file.text.find("-----BEGIN ") == std::string::npos) {
       problem = "expected PEM texts in this file (-----BEGIN …-----)";
     }
+    file.has_private_key = file.text.find("PRIVATE KEY-----") != std::string::npos;
   }
   void to(std::vector<TlsCertificate>& certificates) {
     if (certificates.size() == kMaxCertificates) problem = at_most(kMaxCertificates, "certificates");

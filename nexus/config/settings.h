@@ -179,6 +179,7 @@ enum class TlsVersion : std::uint8_t { tls_1_2, tls_1_3 };
 struct PemFile {
   std::string path, text;
   int line = 0;  // where nexus.conf names it
+  bool has_private_key = false;
 };
 
 struct TlsCertificate {

@@ -34,7 +34,7 @@ inline void warn_of_risks(Log& log, const Settings& settings) {
     log.event(LogLevel::warning, "the backend's certificate is not verified (tls_verify = no): it may be anyone's",
               {{"backend", backend.name}});
   }
-  for (const std::string& path : config::open_key_files(settings.given)) {
+  for (const std::string& path : config::open_key_files(settings)) {
     log.event(LogLevel::warning, "a file with keys can be read by every user of this host: chmod o-r",
               {{"file", path}});
   }

@@ -370,6 +370,14 @@ group('tls and reloads', () => {
     }
   });
 
+  test('a certificate\'s file that has the private key too must not be readable by everyone', async (t) => {
+    if_openssl(t);
+    const { both } = make_certificate();
+    fs.chmodSync(both, 0o644);
+    const { nexus } = await over_tls(t, { server: { tls_certificate: both, tls_key: undefined } });
+    await nexus.logged(/a file with keys can be read by every user of this host: chmod o-r file=\S+/);
+  });
+
   test('an expired certificate is used at the start, with a warning; nexus -t refuses it; one that expires soon is warned of', async (t) => {
     if_openssl(t);
     const old = make_certificate(expired);
