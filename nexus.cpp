@@ -192,17 +192,19 @@ void print_demo_tls(const DemoCertificate& certificate, const std::string& addre
   std::fflush(stdout);
 }
 
-// `read` is called again for each reload, `ready` once it serves, with the first address. `mover`: the option that
-// chooses the addresses; empty: the file does.
+using Addresses = std::vector<std::string>;
+
+// `read` is called again for each reload, `ready` once it serves. `mover`: the option that chooses the addresses;
+// empty: the file does.
 int serve(Settings settings, const std::function<ConfigResult()>& read,
-          const std::function<void(const std::string&)>& ready, std::string_view mover = {}) {
+          const std::function<void(const Addresses&)>& ready, std::string_view mover = {}) {
   Daemon daemon(std::make_shared<const Settings>(std::move(settings)));
   if (const std::string why = daemon.start(mover); !why.empty()) {
     daemon.stop();
     std::fprintf(stderr, "nexus: %s\n", why.c_str());
     return 1;
   }
-  ready(daemon.addresses().front());
+  ready(daemon.addresses());
   daemon.serve(read);
   daemon.stop();
   return 0;
@@ -211,7 +213,7 @@ int serve(Settings settings, const std::function<ConfigResult()>& read,
 int serve_file(const Options& options) {
   const auto read = [&] { return read_config(options, ExpiredOnes::refused); };
   std::optional<Settings> settings = read_settings(options, ExpiredOnes::used);
-  if (settings) return serve(std::move(*settings), read, [](const std::string&) {});
+  if (settings) return serve(std::move(*settings), read, [](const Addresses&) {});
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
   return kBadConfiguration;
 }
@@ -238,9 +240,9 @@ int serve_demo(const Options& options) {
   }
   return serve(
       std::move(first.settings), read,
-      [&](const std::string& address) {
-        print_demo(address);
-        if (certificate) print_demo_tls(*certificate, tls_address);
+      [&](const Addresses& addresses) {
+        print_demo(addresses.front());
+        if (certificate) print_demo_tls(*certificate, addresses.back().substr(std::string_view("tls ").size()));
       },
       options.tls ? "--port N, and TLS goes to N + 443" : "--port N");
 }

@@ -315,6 +315,19 @@ group('demo on another port', () => {
     assert.match(secure.stderr, new RegExp(`^nexus: cannot listen on 127\\.0\\.0\\.1:${port}: .*use --port N, and TLS goes to N \\+ 443, or stop it\\)\n$`));
   });
 
+  test('nexus --demo --tls --port 0 prints both ports that the kernel has chosen', async (t) => {
+    const child = spawn(settings.nexus, ['--demo', '--tls', '--port', '0'], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
+    kill_at_end(child);
+    let output = '';
+    for (const stream of [child.stdout, child.stderr]) stream.on('data', (d) => { output += d; });
+    const exited = new Promise((done) => child.on('close', done));
+    t.after(() => child.kill('SIGKILL'));
+    const [, port] = await until(() => /curl -k https:\/\/127\.0\.0\.1:(\d+)\//.exec(output), () => `a line for TLS in ${output}`);
+    assert.equal((await get(port, '/health', { secure: { rejectUnauthorized: false } })).status, 200);
+    child.kill('SIGTERM');
+    assert.equal(await within(5_000, exited, 'the demo to end'), 0);
+  });
+
   test('nexus --demo --port N serves there and prints that address; a port that is none is refused with status 2', async (t) => {
     const port = await free_port();
     const child = spawn(settings.nexus, ['--demo', '--port', String(port)], { cwd: t.dir(), stdio: ['ignore', 'pipe', 'pipe'] });
