@@ -71,7 +71,7 @@ struct Options {
 std::int64_t wall_seconds() { return wall_now() / kSecond; }
 
 // Adds what is wrong with the certificates. `expired_ones` may be used: at the start a gateway with an old certificate
-// is better than none. A reload keeps the one that is in use.
+// is better than none. A reload keeps the one that is in use, and is not refused because of it.
 enum class ExpiredOnes : bool { refused, used };
 ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones, const std::string& file) {
   if (!result.ok()) return result;
@@ -84,7 +84,14 @@ ConfigResult with_tls(ConfigResult result, ExpiredOnes expired_ones, const std::
 
 int check_fleet(const Options& options);
 
-ConfigResult read_config(const Options& options, ExpiredOnes expired_ones) {
+bool same_certificates(const GivenPairs& a, const GivenPairs& b) {
+  const std::string key = "[server] tls_certificate (content)";
+  const auto in_a = a.find(key), in_b = b.find(key);
+  return in_a != a.end() && in_b != b.end() && in_a->second == in_b->second;
+}
+
+// `in_use`: by a reload, of the configuration in use.
+ConfigResult read_config(const Options& options, ExpiredOnes expired_ones, const GivenPairs& in_use = {}) {
   ConfigEnvironment environment = system_environment();
   if (options.run != check_fleet) environment.append_problem = append_problem;  // who checks backends writes no log
   if (!options.env_file.empty()) {
@@ -94,7 +101,9 @@ ConfigResult read_config(const Options& options, ExpiredOnes expired_ones) {
     }
     environment = config::with_variables(std::move(environment), config::read_environment_file(text));
   }
-  return with_tls(load_config(options.config, environment), expired_ones, options.config);
+  ConfigResult result = load_config(options.config, environment);
+  if (same_certificates(in_use, result.settings.given)) expired_ones = ExpiredOnes::used;
+  return with_tls(std::move(result), expired_ones, options.config);
 }
 
 // Nothing if the file has errors, which are printed then.
@@ -196,8 +205,8 @@ using Addresses = std::vector<std::string>;
 
 // `read` is called again for each reload, `ready` once it serves. `mover`: the option that chooses the addresses;
 // empty: the file does.
-int serve(Settings settings, const std::function<ConfigResult()>& read,
-          const std::function<void(const Addresses&)>& ready, std::string_view mover = {}) {
+int serve(Settings settings, const Daemon::ReadConfig& read, const std::function<void(const Addresses&)>& ready,
+          std::string_view mover = {}) {
   Daemon daemon(std::make_shared<const Settings>(std::move(settings)));
   if (const std::string why = daemon.start(mover); !why.empty()) {
     daemon.stop();
@@ -211,7 +220,7 @@ int serve(Settings settings, const std::function<ConfigResult()>& read,
 }
 
 int serve_file(const Options& options) {
-  const auto read = [&] { return read_config(options, ExpiredOnes::refused); };
+  const auto read = [&](const GivenPairs& in_use) { return read_config(options, ExpiredOnes::refused, in_use); };
   std::optional<Settings> settings = read_settings(options, ExpiredOnes::used);
   if (settings) return serve(std::move(*settings), read, [](const Addresses&) {});
   if (options.config == kDefaultConfig) std::fprintf(stderr, "nexus: --demo needs no file\n");
@@ -231,8 +240,10 @@ int serve_demo(const Options& options) {
   const std::string tls_lines = "tls_listen = " + tls_address + "\ntls_certificate = demo\n";
   const std::string text =
       std::string(kDemoConfig) + "[server]\nlisten = 127.0.0.1:" + options.port + "\n" + (options.tls ? tls_lines : "");
-  const auto read = [&] { return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used, "demo"); };
-  ConfigResult first = read();
+  const auto read = [&](const GivenPairs&) {
+    return with_tls(parse_config(text, "demo", environment), ExpiredOnes::used, "demo");
+  };
+  ConfigResult first = read({});
   if (!first.ok()) {
     std::fprintf(stderr, "nexus: --port %s: %s\n", escape_for_terminal(options.port).c_str(),
                  first.errors.front().message.c_str());

@@ -76,8 +76,11 @@ class Daemon {
     return start_threads();
   }
 
-  // Serves until SIGTERM or SIGINT. `read_config` reads the configuration again.
-  void serve(const std::function<ConfigResult()>& read_config) {
+  // Reads the configuration again, where this one is in use.
+  using ReadConfig = std::function<ConfigResult(const GivenPairs& in_use)>;
+
+  // Serves until SIGTERM or SIGINT.
+  void serve(const ReadConfig& read_config) {
     notifier_.ready(status_);
     warn_of_settings();
     for (;;) {
@@ -337,11 +340,11 @@ class Daemon {
     if (well) notifier_.alive();
   }
 
-  void reload(const std::function<ConfigResult()>& read_config) {
+  void reload(const ReadConfig& read_config) {
     notifier_.reloading(monotonic_now());
     // First, and whatever the configuration says: the file may have been rotated.
     open_access_log(settings_->log.access);
-    ConfigResult next = read_config();
+    ConfigResult next = read_config(settings_->given);
     if (next.ok()) change_access_log(next);
     const bool ok = next.ok();
     const std::string changed = ok ? describe_changes(settings_->given, next.settings.given) : "";

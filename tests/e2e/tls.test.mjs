@@ -382,13 +382,15 @@ group('tls and reloads', () => {
     if_openssl(t);
     const old = make_certificate(expired);
     const soon = make_certificate({ days: 5, names: ['DNS:soon.example.org'] });
-    const { nexus, port } = await over_tls(t, { server: { tls_certificate: [old.both, soon.both], tls_key: undefined } });
+    const { nexus, port, conf } = await over_tls(t, { server: { tls_certificate: [old.both, soon.both], tls_key: undefined } });
     await nexus.logged(/a certificate of the listeners has expired.*certificate=localhost/);
     await nexus.logged(/a certificate of the listeners expires soon.*certificate=soon\.example\.org/);
     assert.equal((await get(port, '/health', { secure: { rejectUnauthorized: false } })).status, 200);
     const tested = await run_nexus(['-t', nexus.conf_path]);
     assert.equal(tested.code, 1);
     assert.match(tested.stderr, /the certificate localhost expired on/);
+    nexus.reload({ ...conf, aliases: { other: 'm1' } });   // the one in use keeps nobody from changing the rest
+    await nexus.logged(/reloaded.*changed="?\[aliases\] other/);
   });
 
   test('openssl.cnf is not read: one that would load a provider changes nothing', async (t) => {
