@@ -78,7 +78,6 @@ class Daemon {
 
   // Reads the configuration again, where this one is in use.
   using ReadConfig = std::function<ConfigResult(const GivenPairs& in_use)>;
-
   // Serves until SIGTERM or SIGINT.
   void serve(const ReadConfig& read_config) {
     notifier_.ready(status_);
@@ -99,7 +98,7 @@ class Daemon {
     }
     worker_threads_.clear();
     if (control_thread_.joinable()) {
-      deliver<Control<EpollNet>::Stop>(*control_);
+      deliver<Control<EpollNet>::Stop>(*control_, !at_once_);
       control_thread_.join();
     }
     workers_.clear();  // closes and counts the connections that are left
@@ -431,8 +430,7 @@ class Daemon {
     const ServerSettings& now = settings_->server;
     for (const ListenKey& row : kListenKeys) keep(next.*row.addresses, now.*row.addresses, row.key, in_use(row));
     keep(next.threads, now.threads, "threads", kRestart + std::to_string(workers_.size()));
-    // A TLS listener that stays needs the certificates that the file no longer has: without any it would speak in
-    // clear.
+    // A TLS listener that stays keeps its certificates, too: without any it would speak in clear.
     if (next.tls == nullptr) next.tls = now.tls;
     return list;
   }
@@ -462,6 +460,7 @@ class Daemon {
       if (signal == SIGTERM || signal == SIGINT || signal == 0) {
         log_.event(LogLevel::warning, signal == 0 ? "drain_timeout reached, closing remaining connections"
                                                   : "second signal: stopping now");
+        at_once_ = signal != 0;
         return;
       }
     }
@@ -483,6 +482,7 @@ class Daemon {
   std::vector<Listening> listeners_;
   std::vector<std::string> addresses_;
   Ns next_expiry_look_ns_ = kNever;
+  bool at_once_ = false;                                       // stop() is not to wait for anything
   ReloadTicket ticket_;                                        // of the last SIGHUP
   std::string status_ = "serving on";                          // shown by systemctl status
   std::map<std::string, std::unique_ptr<EchoServer>> echoes_;  // used by the control thread once it runs

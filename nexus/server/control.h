@@ -53,7 +53,9 @@ class Control {
   struct CheckSoon {
     BackendId backend = BackendId::none;
   };
-  struct Stop {};
+  struct Stop {
+    bool flush = true;  // the last spans are sent first
+  };
   using Message = std::variant<AskPage, Reload, CheckSoon, Stop, Heartbeat>;
 
   struct Hooks {
@@ -231,9 +233,9 @@ class Control {
     }
   }
 
-  void on_message(Stop&) {
+  void on_message(Stop& stop) {
     stopped_ = true;
-    spans_.flush(now_);
+    if (stop.flush) spans_.flush(now_);
   }
   void on_message(Heartbeat& heartbeat) { heartbeat.answer(); }
 

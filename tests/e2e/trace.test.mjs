@@ -281,6 +281,22 @@ group('trace', () => {
     assert.equal(all.length, 5);
   });
 
+  test('a second signal does not wait for a collector that hangs', async (t) => {
+    needs_schema(t);
+    const backend = await start_backend(t, { answer: (_, reply) => { reply.stream(); reply.piece(sse(chat_chunk('m1', 'One', {}, true))); } });
+    const { nexus } = await traced(t, { backends: [{ name: 'b1', mock: backend }], collector: await start_collector(t, () => {}) });
+    const client = await RawClient.connect(nexus.port);
+    client.send('POST', completions, {}, JSON.stringify(chat('m1', { stream: true })));
+    await client.read_through(Buffer.from('One'));
+    nexus.child.kill('SIGTERM');
+    await nexus.logged(/draining/);
+    const began = performance.now();
+    nexus.child.kill('SIGTERM');
+    assert.equal((await nexus.exits()).code, 0);
+    assert.ok(performance.now() - began < 1_500, `${performance.now() - began} ms`);
+    client.close();
+  });
+
   test('a failure behind a 200 is an error of both spans', async (t) => {
     needs_schema(t);
     const failures = {
