@@ -291,20 +291,18 @@ int run(int argc, char** argv) {
       {"-V", print_version}, {"--help", print_help}, {"-h", print_help}};
   Options options{serve_file};
   const std::string_view command = argc > 1 ? argv[1] : "";
-  int first = 1;
+  std::string* operand = nullptr;  // may follow, once
   if (command == "top") {
     options.run = watch;
-    if (argc > 2) options.url = argv[2];
-    first = 3;
+    operand = &options.url;
   } else if (command == "reload") {
     options.run = reload;
-    if (argc > 2) options.pid = argv[2];
-    first = 3;
+    operand = &options.pid;
   } else if (command == "check") {
     options.run = check_fleet;
-    first = 2;
+    operand = &options.config;
   }
-  for (int i = first; i < argc; ++i) {
+  for (int i = operand == nullptr ? 1 : 2; i < argc; ++i) {
     const std::string argument = argv[i];
     const auto* flag =
         std::find_if(std::begin(kFlags), std::end(kFlags), [&](const auto& each) { return each.first == argument; });
@@ -312,12 +310,13 @@ int run(int argc, char** argv) {
       options.tls = true;
     } else if (flag != std::end(kFlags)) {
       options.run = flag->second;
+      if (options.run == test_config) operand = &options.config;
     } else if (argument == "--port" && options.run == serve_demo && i + 1 < argc) {
       options.port = argv[++i];
     } else if ((argument == "-c" || argument == "--env-file") && i + 1 < argc) {
       (argument == "-c" ? options.config : options.env_file) = argv[++i];
-    } else if (!argument.starts_with('-') && (options.run == test_config || options.run == check_fleet)) {
-      options.config = argument;
+    } else if (!argument.starts_with('-') && operand != nullptr) {
+      *std::exchange(operand, nullptr) = argument;
     } else {
       const bool is_file = argument == "-c" || argument == "--env-file";
       const std::string wrong = is_file ? argument + " needs a file" : "unknown argument: " + argument;

@@ -61,6 +61,16 @@ group('command line', () => {
     assert.match(r.stderr, /--help/);
   });
 
+  test('a second file is refused, not checked in place of the first; each command has help', async (t) => {
+    const [bad, good] = [t.file('bad.conf', 'nonsense\n'), t.file('good.conf', '[backend b]\ntype = echo\n')];
+    for (const command of ['-t', 'check']) {
+      const r = await run_nexus([command, bad, good]);
+      assert.equal(r.code, 2);
+      assert.ok(r.stderr.startsWith(`nexus: unknown argument: ${good}\n`), r.stderr);
+    }
+    for (const command of ['top', 'reload', 'check']) assert.match((await run_nexus([command, '--help'])).stdout, /^usage: nexus/);
+  });
+
   test('-c without a file is refused', async () => {
     const r = await run_nexus(['-c']);
     assert.ok(r.code > 0);
