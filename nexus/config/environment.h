@@ -1,7 +1,6 @@
 // environment.h
-// Owns:     the files and variables that a configuration may name: of this process, of the environment file of a
-// systemd
-//           service (systemd.exec(5), EnvironmentFile=), and what of them changed.
+// Owns:     the files and variables that a configuration may name: of this process, and of the environment file of
+//           a systemd service (systemd.exec(5), EnvironmentFile=); and what of them changed.
 // Promises: a variable of that file is read as systemd reads it, but without its escapes and continued lines. A file is
 //           read up to kMaxConfigFileBytes, and one that nobody writes to does not hold up the caller.
 // Leaves:   the meaning of the texts to keys.h and key_file.h.

@@ -258,7 +258,11 @@ inline std::optional<std::string> numeric_address(std::string_view host, int fam
   std::array<char, INET6_ADDRSTRLEN> shortest{};
   if (inet_pton(family, std::string(host).c_str(), address.data()) != 1) return std::nullopt;
   if (!inet_ntop(family, address.data(), shortest.data(), shortest.size())) return std::nullopt;
-  return std::string(shortest.data());
+  // An IPv4 address that is written as one of IPv6 (RFC 4291 2.5.5.2): a socket for IPv6 alone does not take it.
+  constexpr std::string_view kMapped = "::ffff:";
+  const std::string_view text(shortest.data());
+  const bool mapped = text.starts_with(kMapped) && text.find('.') != std::string_view::npos;
+  return std::string(text.substr(mapped ? kMapped.size() : 0));
 }
 
 // Reads `host:port` and `[v6]:port`; also without the port if there is a `default_port`. `resolve` turns a host that is
