@@ -5,12 +5,14 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "tests/lib/courses.h"
 #include "tests/lib/gateway.h"
 #include "tests/lib/script.h"
 
@@ -193,5 +195,113 @@ TEST_CASE("a request on a reused connection that closed is sent twice, unless re
     scene.turns();
     CHECK(scene.backends.size() == (resend == Resend::stale ? 2 : 1));
     CHECK((client.received.find("HTTP/1.1 502") != std::string::npos) == (resend == Resend::never));
+  }
+}
+
+namespace {
+
+// A backend that has read only the beginning of a large request, which it takes on in pieces.
+struct SlowReader : sim::Stage {
+  static constexpr std::size_t kWindow = 200'000;
+  static constexpr std::size_t kBodyBytes = 1'500'000;  // more than kSentPerTurn
+
+  explicit SlowReader(const std::function<void(Settings&)>& change = {}) : Stage(2, change) {
+    net.on_connect = [this](sim::Peer& peer) { net.stop_reading(peer, kWindow); };
+    std::string body = sim::kAskStream;
+    client = &ask(body.append(kBodyBytes - body.size(), ' '));
+    REQUIRE(backend(1) != nullptr);
+    REQUIRE(backend(1)->received.size() == kWindow);
+  }
+  void take_more() {
+    net.wire.peer_take(backend(1)->link, net.wire.at(backend(1)->link).to_peer.unread());
+    settle();
+  }
+  void take_all() {
+    net.read_on(*backend(1));
+    settle();
+  }
+  bool has_body() { return backend(1)->received.size() > kBodyBytes; }
+
+  sim::Peer* client = nullptr;
+};
+
+const std::string kStreamHead = "HTTP/1.1 200 OK\r\n" + courses::kChunks;
+
+}  // namespace
+
+TEST_CASE("a backend that begins its answer before it has read the request gets the rest of it") {
+  const std::string begun[] = {kStreamHead, kStreamHead + courses::kToken};  // held back, or passed on at once
+  for (const std::string& first : begun) {
+    for (const bool at_once : {true, false}) {
+      CAPTURE(first);
+      CAPTURE(at_once);
+      SlowReader stage;
+      stage.say(*stage.backend(1), first);
+      for (int i = 0; i < 20 && !at_once; ++i) stage.take_more();
+      stage.take_all();
+      CHECK(stage.has_body());
+      stage.say(*stage.backend(1), courses::kToken + courses::kLast + courses::kDone);
+      CHECK(stage.client->received.find("[DONE]") != std::string::npos);
+      CHECK(stage.all_errors() == 0);
+      // All was sent and read, so that the connection serves the next request.
+      CHECK_FALSE(stage.net.closed(*stage.backend(1)));
+    }
+  }
+}
+
+TEST_CASE("a backend that takes more of its request has not stalled, and one that takes no more has") {
+  for (const std::string& first : {kStreamHead, kStreamHead + courses::kToken}) {
+    CAPTURE(first);
+    SlowReader stage([](Settings& settings) {
+      settings.upstream.first_byte_timeout_ns = settings.upstream.stall_timeout_ns = 2 * kSecond;
+      settings.upstream.request_timeout_ns = 0;
+      settings.upstream.head_delay_ns = kSecond;
+      settings.routing.retries = 0;
+    });
+    stage.say(*stage.backend(1), first);
+    for (int i = 0; i < 4; ++i) {
+      stage.pass(1500 * kMillisecond);
+      stage.take_more();
+    }
+    CHECK(stage.all_errors() == 0);
+    CHECK_FALSE(stage.net.closed(*stage.backend(1)));
+    stage.pass(2100 * kMillisecond);
+    CHECK(stage.errors(ErrorType::timeout) == 1);
+    CHECK(stage.net.closed(*stage.backend(1)));
+  }
+}
+
+TEST_CASE("a backend that refuses a request before it has read it gets no more of it") {
+  SlowReader stage;
+  stage.say(*stage.backend(1), "HTTP/1.1 413 X\r\nContent-Length: 100\r\n\r\n{");
+  stage.take_all();
+  CHECK_FALSE(stage.has_body());
+  stage.say(*stage.backend(1), std::string(99, ' '));
+  CHECK(stage.answer_to(*stage.client).status == 413);
+  CHECK(stage.net.closed(*stage.backend(1)));
+}
+
+TEST_CASE("a request that is still sent when its client leaves, or its backend, ends as others do") {
+  for (const bool client_leaves : {true, false}) {
+    for (const std::string& first : {kStreamHead, kStreamHead + courses::kToken}) {
+      CAPTURE(client_leaves);
+      CAPTURE(first);
+      SlowReader stage;
+      stage.say(*stage.backend(1), first);
+      stage.take_more();
+      client_leaves ? stage.net.finish(*stage.client) : stage.net.break_off(*stage.backend(1));
+      stage.settle();
+      if (!client_leaves && first == kStreamHead) {  // nothing was passed on: the other one gets it whole
+        REQUIRE(stage.backend(2) != nullptr);
+        stage.net.read_on(*stage.backend(2));
+        stage.settle();
+        CHECK(stage.backend(2)->received.size() > SlowReader::kBodyBytes);
+        stage.say(*stage.backend(2), kStreamHead + courses::kToken + courses::kDone);
+        CHECK(stage.all_errors() == 0);
+      } else {
+        CHECK(stage.all_errors() == 1);
+      }
+      CHECK(sim::left_over(stage.gateway()) == "");
+    }
   }
 }

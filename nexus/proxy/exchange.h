@@ -135,6 +135,8 @@ class Exchange {
     if (state_ == State::streaming) deadlines_.note_taken();
     drive();
   }
+  // True if the response has begun and no more of the request is sent.
+  bool needs_no_request() const { return state_ == State::streaming && !sends_on_; }
 
   [[gnu::cold]] void on_deadline();
 
@@ -191,9 +193,12 @@ class Exchange {
       case State::choosing: look_at_fleet(); return follow(picker_.next());
       case State::connecting: return finish_connecting();
       case State::sending: return send_request(reads);
-      case State::awaiting:
       case State::holding:
-      case State::streaming: return read_response(reads);
+      case State::streaming:
+        if (sends_on_ && reads == 0) [[unlikely]]
+          send_on();
+        [[fallthrough]];
+      case State::awaiting: return read_response(reads);
       case State::finishing: return finish();
       case State::counting: return count();
       case State::reading:
@@ -340,8 +345,10 @@ class Exchange {
   [[gnu::cold]] Step connect();
   [[gnu::cold]] Step finish_connecting();
   Step begin_sending();
-  // A response that begins before the request is sent whole is read first: its connection must not be reused.
+  // A response that begins before the request is sent whole is read first: it may be a refusal.
   Step send_request(std::uint32_t& reads);
+  // Sends more of a request whose response has begun.
+  [[gnu::cold]] void send_on();
   // Reads once from the backend and passes on what came.
   Step read_response(std::uint32_t& reads);
   void read_head(char* data, std::size_t bytes);
@@ -489,6 +496,7 @@ class Exchange {
   std::unique_ptr<Kept> kept_;  // rarely
   bool answer_failed_ = false;  // the answer in hand is an error: what became of it is failed_outcome_
   bool keeping_ = false;        // it is not for the client yet, because another backend can be tried
+  bool sends_on_ = false;       // it has begun before the request was sent whole
   AttemptOutcome failed_outcome_ = AttemptOutcome::ok;
 
   // Of the response on its way to the client.

@@ -82,7 +82,7 @@ Step Exchange<Net>::begin_attempt() {
   attempt_.begin(snapshot_.again(), backend);
   summary_.record.backend = backend.id;
   summary_.record.affinity = choice.affinity;
-  answer_failed_ = keeping_ = false;
+  answer_failed_ = keeping_ = sends_on_ = false;
   doubt_ = Doubt::none;
   adds_usage_event_ = asked_without_usage_ != backend.id && asks_for_usage(*endpoint_, backend, facts_);
   const std::string& model = *choice.model_name;
@@ -137,8 +137,11 @@ Step Exchange<Net>::begin_sending() {
 template <class Net>
 Step Exchange<Net>::send_request(std::uint32_t& reads) {
   if (attempt_.connection().may_read()) {
+    sends_on_ = true;
     const Step read = read_response(reads);
+    if (state_ == State::holding || state_ == State::streaming) context_.reschedule(owner_);  // for send_on()
     if (state_ != State::sending || read != Step::wait) return read;
+    sends_on_ = false;
   }
   if (!attempt_.connection().may_write()) return Step::wait;
   summary_.end_wait(state_, context_.now);
@@ -156,6 +159,21 @@ Step Exchange<Net>::send_request(std::uint32_t& reads) {
     case Attempt<Net>::Sent::failed: break;  // a backend may refuse within the body, and close: read what it said
   }
   return go(State::awaiting);
+}
+
+// A backend may stream its answer while it reads, and one that takes more has not stalled. An answer that is no success
+// refuses the rest (RFC 9112 9.5).
+template <class Net>
+void Exchange<Net>::send_on() {
+  if (relay_.response().is_success()) {
+    if (!attempt_.connection().may_write()) return;
+    const std::size_t sent_before = attempt_.sent_bytes();
+    const auto sent = attempt_.send(request_.body);
+    if (attempt_.sent_bytes() > sent_before) deadlines_.note_sent_on(state_);
+    if (sent == Attempt<Net>::Sent::share) context_.reschedule(owner_);
+    if (sent == Attempt<Net>::Sent::share || sent == Attempt<Net>::Sent::some) return;
+  }
+  sends_on_ = false;
 }
 
 // ---- the response ----
@@ -286,7 +304,8 @@ void Exchange<Net>::begin_streaming() {
   relay_.note_begun();
   note_fallback(summary_.record);
   go(State::streaming);
-  attempt_.drop_text();
+  if (!sends_on_) [[likely]]
+    attempt_.drop_text();
   if (client_.holds()) client_.send_held();  // the next write to the client reports a failure
 }
 

@@ -163,6 +163,14 @@ class ExchangeDeadlines {
   bool first_byte_expired() const { return context_.now >= first_byte_; }
   void note_first() { first_byte_ = kNever; }
 
+  // The backend has taken more of the request, though its response has begun.
+  void note_sent_on(ExchangeState state) {
+    if (!awaits_first() && state == ExchangeState::streaming) return arm_stall();
+    if (!awaits_first()) return;
+    const Ns before = std::exchange(first_byte_, after(upstream().first_byte_timeout_ns));
+    if (state_ == before) state_ = first_byte_;
+  }
+
   // A response is held back for `span`, within the time that the backend has.
   void arm_hold(Ns span) { state_ = std::min(first_byte_, after(span)); }
 

@@ -392,7 +392,7 @@ class SessionDriver {
 
   Step follow_exchange(SessionT& session) {
     if (!session.exchange_active()) return end_exchange(session);
-    if (session.exchange_state() == ExchangeState::streaming) session.release_request();
+    if (session.exchange->needs_no_request()) session.release_request();
     arm_at(session, session.exchange->deadline());
     return Step::wait;
   }
