@@ -2,9 +2,11 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "nexus/server/builtin_pages.h"
 #include "tests/hostile/gateway.h"
+#include "tests/lib/stage.h"
 
 using namespace hostile;
 
@@ -169,4 +171,80 @@ TEST_CASE("a connection is closed after the response that it was getting when th
   gateway.settle();
   CHECK(client.received.ends_with("hi"));
   CHECK(client.ended);
+}
+
+// ---- the first checks ----
+
+namespace {
+
+// A backend whose list of models is not read yet, and clients that ask for models.
+struct Discovery : nexus::sim::Stage {
+  explicit Discovery(bool listed = false)
+      : Stage(1, [listed](nexus::Settings& settings) {
+          settings.health.enabled = true;
+          settings.upstream.connect_timeout_ns = 2 * nexus::kSecond;
+          settings.backends[0].apis = bit_of(nexus::Api::chat);  // it is not asked for pages of Ollama's
+          if (!listed) settings.backends[0].models.clear();
+        }) {}
+  Peer& get(const std::string& path, const std::string& fields = {}) {
+    Peer& client = net.connect_client();
+    settle();
+    say(client, "GET " + path + " HTTP/1.1\r\nHost: a\r\n" + fields + "\r\n");
+    return client;
+  }
+  void end_check() { say(*backend(), "HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{\"data\":[{\"id\":\"mine\"}]}"); }
+};
+
+const char* const kModelPages[] = {"/v1/models", "/v1/models/mine", "/api/tags", "/api/ps", "/api/version"};
+
+}  // namespace
+
+TEST_CASE("pages about models wait for the first checks, as requests do") {
+  Discovery stage;
+  std::vector<Peer*> clients;
+  for (const char* path : kModelPages) clients.push_back(&stage.get(path));
+  Peer& health = stage.get("/health");
+  CHECK(health.received.starts_with("HTTP/1.1 503"));
+  stage.pass(nexus::kSecond);
+  for (const Peer* client : clients) CHECK(client->received.empty());
+  stage.end_check();
+  for (std::size_t i = 0; i < clients.size(); ++i) {
+    CAPTURE(std::string(kModelPages[i]));
+    CHECK(clients[i]->received.starts_with("HTTP/1.1 200"));
+    if (i < 3) CHECK(clients[i]->received.find("\"mine") != std::string::npos);
+  }
+  // From now on none waits, on the same connection too.
+  const std::size_t answered = clients[0]->received.size();
+  stage.say(*clients[0], "GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n");
+  CHECK(clients[0]->received.size() == 2 * answered);
+}
+
+TEST_CASE("pages about models wait for first checks no longer than requests do, each in the shape of its API") {
+  Discovery stage;
+  Peer& list = stage.get("/v1/models");
+  Peer& model = stage.get("/v1/models/mine");
+  Peer& anthropic = stage.get("/v1/models/mine", "anthropic-version: 2023-06-01\r\n");
+  Peer& left = stage.get("/v1/models");
+  stage.net.finish(left);
+  stage.pass(1900 * nexus::kMillisecond);
+  for (const Peer* client : {&list, &model, &anthropic}) CHECK(client->received.empty());
+  stage.pass(200 * nexus::kMillisecond);
+  CHECK(list.received.find(R"({"object":"list","data":[]})") != std::string::npos);
+  for (const Peer* client : {&model, &anthropic}) CHECK(client->received.starts_with("HTTP/1.1 503"));
+  CHECK(model.received.find(R"({"error":{"message":"No backend's list)") != std::string::npos);
+  CHECK(anthropic.received.find(R"({"type":"error","error":{)") != std::string::npos);
+  // The time of one page is not that of the next.
+  const std::size_t answered = list.received.size();
+  stage.say(list, "GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n");
+  CHECK(list.received.size() == answered);
+  stage.end_check();
+  CHECK(list.received.size() > answered);
+}
+
+TEST_CASE("models that the configuration lists are not shown before the first check of their backend") {
+  Discovery stage(true);
+  Peer& list = stage.get("/v1/models");
+  CHECK(list.received.empty());
+  stage.end_check();
+  CHECK(list.received.find(R"("id":"m")") != std::string::npos);
 }

@@ -84,6 +84,7 @@ class BuiltinPages {
       answer_options(session, kind, find_endpoint(path, on));
       return std::nullopt;
     }
+    if (is_of_backends(kind) && wait_for_checks(session)) return std::nullopt;
     switch (kind) {
       case PageKind::health: answer_health(session); break;
       case PageKind::models: begin_model_page(session, base, list_kind(session)); break;
@@ -350,6 +351,20 @@ class BuiltinPages {
     return {settings, &settings->server.api_keys[*index]};
   }
 
+  // True if a backend was never checked: the page waits as a request does, but no longer than for a connection.
+  // answer() is called again when the fleet has changed, or the time has passed.
+  bool wait_for_checks(SessionT& session) {
+    Ns& due_ns = session.checks_due_ns;
+    if (due_ns == 0) due_ns = deadline_after(context_.now, context_.settings().upstream.connect_timeout_ns);
+    if (!context_.snapshot->unchecked || context_.now >= due_ns) {
+      due_ns = 0;
+      return false;
+    }
+    session.state = State::waiting_page;
+    arm(session, due_ns);
+    return true;
+  }
+
   WantedPage wait_for(SessionT& session, WantedPage page) {
     session.state = State::waiting_page;
     arm(session, context_.now + kPageTime);
@@ -369,10 +384,12 @@ class BuiltinPages {
     std::string body;
     if (!render_model(body, *context_.snapshot, path, list_kind(session), narrow_key(session, base).get())) {
       const std::string id = unescape_path(path.substr(kModelPrefix.size())).substr(0, kMaxModelBytes);
-      if (context_.snapshot->discovering) return answer_error(session, ApiError::no_healthy_backend, {}, kNoListYet);
+      const ErrorShape shape =
+          shape_of(session, path, use_of_listener(session.metrics_only, context_.settings().server));
+      if (context_.snapshot->discovering)
+        return answer_error(session, ApiError::no_healthy_backend, {}, kNoListYet, shape);
       return answer_error(session, ApiError::model_not_found, {},
-                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.",
-                          shape_of(session, path, use_of_listener(session.metrics_only, context_.settings().server)));
+                          "The model '" + id + "' is not available here. GET /v1/models lists those that are.", shape);
     }
     answer_json(session, 200, body);
   }

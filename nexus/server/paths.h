@@ -93,6 +93,12 @@ inline PageKind page_of(std::string_view path, Listens on) {
   return is_model && on != Listens::for_operators ? PageKind::model : PageKind::none;
 }
 
+// True if the page tells what backends have, so that it says little before they were asked.
+constexpr bool is_of_backends(PageKind kind) { return kind >= PageKind::models && kind <= PageKind::version; }
+static_assert(is_of_backends(PageKind::models) && is_of_backends(PageKind::model) && is_of_backends(PageKind::tags) &&
+              is_of_backends(PageKind::running) && is_of_backends(PageKind::version) &&
+              !is_of_backends(PageKind::health) && !is_of_backends(PageKind::metrics));
+
 constexpr bool needs_key(PageKind kind) { return kind != PageKind::health && kind != PageKind::none; }
 
 // The methods that a path has; `endpoint`: null if it is none.

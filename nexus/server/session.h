@@ -132,7 +132,7 @@ enum class SessionState : std::uint8_t {
   reading_head,  // between requests too; then `input` is empty
   reading_body,
   exchanging,    // the exchange decides
-  waiting_page,  // the control thread renders
+  waiting_page,  // the control thread renders, or backends are checked for the first time
   sending_page,
   answering,  // a response of our own waits for the kernel
   lingering,  // our FIN is sent; bytes still received are dropped, so that no reset destroys our response
@@ -189,6 +189,9 @@ struct Session {
 
   // The fields of the head that was read.
   const FieldTable* fields() const { return &reading->fields; }
+
+  // True if it has asked for a page that waits for the first checks of backends.
+  bool waits_for_checks() const { return state == SessionState::waiting_page && checks_due_ns > 0; }
 
   bool exchange_active() const { return exchange && exchange->active(); }
   ExchangeState exchange_state() const { return exchange ? exchange->state() : ExchangeState::idle; }
@@ -253,6 +256,7 @@ struct Session {
   std::string request_id;         // of such a response
   MetricsForm metrics_form;       // of a page of metrics
   std::uint32_t page_number = 0;  // of the last page asked for: an answer that comes too late carries an earlier one
+  Ns checks_due_ns = 0;           // until when a page waits for first checks; 0: it does not
   std::shared_ptr<const TextBuffer> page;
   std::string page_head;
   std::size_t page_sent = 0;  // bytes of page_head and page together

@@ -106,12 +106,17 @@ class SessionDriver {
 
   void on_grant(Handle handle) {
     with_session(handle, [&](SessionT& session) {
-      if (session.state != State::exchanging) return;
-      session.exchange->on_grant();
+      if (session.state == State::exchanging) {
+        session.exchange->on_grant();
+      } else if (session.waits_for_checks()) {
+        answer_page(session);
+      } else {
+        return;
+      }
       drive(session);
     });
   }
-  // The fleet has changed, or a grant's message was lost for want of memory: every queued request looks again.
+  // The fleet has changed, or a grant's message was lost for want of memory: every request that waits looks again.
   void look_for_grants() {
     sessions_.each([this](SessionT& session) { on_grant(session.handle); });
   }
@@ -323,7 +328,13 @@ class SessionDriver {
     const Listens on = use_of_listener(session.metrics_only, server);
     const Endpoint* endpoint = find_endpoint(path, on);
     if (endpoint != nullptr && endpoint->serves(session.head.method)) return on_endpoint(session, *endpoint, base);
-    auto page = pages_.answer(session, base, path);
+    session.checks_due_ns = 0;
+    answer_page(session);
+  }
+
+  [[gnu::cold]] void answer_page(SessionT& session) {
+    const char* base = session.input.data();
+    auto page = pages_.answer(session, base, session.head.path(base));
     if (!page || ask_page_(context_.worker, session.handle, ++session.page_number, *std::move(page))) return;
     context_.slab.limit_hit(Limit::memory);
     pages_.answer_error(session, ApiError::out_of_memory);

@@ -133,7 +133,13 @@ void SessionDriver<Net>::on_session_deadline(SessionT& session) {
       session.state = State::exchanging;  // request_timeout has passed
       [[fallthrough]];
     case State::exchanging: session.exchange->on_deadline(); break;
-    case State::waiting_page: pages_.answer_error(session, ApiError::metrics_unavailable); break;
+    case State::waiting_page:
+      if (session.waits_for_checks()) {
+        answer_page(session);
+      } else {
+        pages_.answer_error(session, ApiError::metrics_unavailable);
+      }
+      break;
     case State::sending_page:
     case State::answering: context_.slab.limit_hit(Limit::write_timeout); [[fallthrough]];
     case State::lingering: close(session); return;
