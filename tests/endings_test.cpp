@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "tests/lib/stage.h"
@@ -360,12 +361,17 @@ TEST_CASE("a broken stream whose events are not followed gets no error event: it
 TEST_CASE("a 429 to the client's own key does not eject the backend for all") {
   for (const std::string key : {"", "Authorization: Bearer of-the-client\r\n", "x-api-key: of-the-client\r\n"}) {
     CAPTURE(key);
-    Stage stage(2);
+    const auto rings = std::make_unique<sim::LogRings>();
+    Stage stage(2, {}, rings.get());
     Peer& client = stage.net.connect_client();
     stage.settle();
     std::string text = sim::post(sim::kAsk);
     stage.say(client, text.insert(text.find("Host: "), key));
     stage.say(*stage.backend(1), "HTTP/1.1 429 No\r\nRetry-After: 120\r\nContent-Length: 2\r\n\r\n{}");
+    std::string logged;
+    (*rings)[0].events.take(logged);
+    CHECK(logged.find("request to a backend failed") != std::string::npos);
+    CHECK(logged.find("429") != std::string::npos);
     CHECK(stage.backend(2) != nullptr);
     CHECK(stage.ejected(1) == key.empty());
     CHECK(stage.attempts(AttemptOutcome::status_429, 1) == 1);

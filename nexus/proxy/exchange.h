@@ -402,6 +402,7 @@ class Exchange {
   [[gnu::cold]] void end(Ending ending);
   [[gnu::cold]] DisconnectPhase disconnect_phase() const;
   // `detail` says more than the outcome, for the log.
+  [[gnu::cold]] void log_failed_attempt(AttemptOutcome why, std::string_view detail);
   [[gnu::cold]] void note_backend_failure(AttemptOutcome why, std::string_view detail,
                                           std::optional<Ns> retry_after = {});
   void note_backend_success() {

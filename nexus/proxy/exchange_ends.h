@@ -117,9 +117,15 @@ DisconnectPhase Exchange<Net>::disconnect_phase() const {
 }
 
 template <class Net>
+void Exchange<Net>::log_failed_attempt(AttemptOutcome why, std::string_view detail) {
+  context_.attempt_log.failed(context_.log, context_.now, *attempt_.backend(), why, detail, to_string(state_),
+                              summary_.request_id);
+}
+
+template <class Net>
 void Exchange<Net>::note_backend_failure(AttemptOutcome why, std::string_view detail, std::optional<Ns> retry_after) {
   const BackendView& backend = *attempt_.backend();
-  context_.attempt_log.failed(context_.log, context_.now, backend, why, detail, to_string(state_), summary_.request_id);
+  log_failed_attempt(why, detail);
   const Ns span = picker_.permit().failed(context_.now, context_.settings().health, why, retry_after);
   if (span > 0) AttemptLog::ejected(context_.log, backend, why, span);
   context_.want_check(backend.id);

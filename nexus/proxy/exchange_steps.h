@@ -244,8 +244,11 @@ void Exchange<Net>::on_head(const ResponseHeadReader::Result& result) {
   if (status == 429 || status >= 500) {
     const AttemptOutcome outcome = status == 429 ? AttemptOutcome::status_429 : AttemptOutcome::status_5xx;
     // A quota may be that of the key which the client sent: the backend serves the others.
-    if (status != 429 || !passes_credentials(request_, *attempt_.backend()))
+    if (status != 429 || !passes_credentials(request_, *attempt_.backend())) {
       note_backend_failure(outcome, Digits(status).view(), retry_after_of(relay_.view(result)));
+    } else {
+      log_failed_attempt(outcome, "429 to the client's own key");
+    }
     note_failed_answer(outcome);
   } else if (status >= 300 && picker_.permit().is_probe()) {
     note_backend_success();
