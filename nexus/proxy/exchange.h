@@ -296,19 +296,8 @@ class Exchange {
     switch (next) {
       case Next::chosen: return begin_attempt();
       case Next::all_full: return begin_waiting();
-      case Next::no_queue:
-      case Next::queue_full:
-        if (picker_.waits_for_key())
-          return refuse_by_key(Limit::key_concurrency, ApiError::key_concurrency), Step::again;
-        if (next == Next::queue_full) {
-          context_.slab.queue_rejected(QueueRejection::full);
-          context_.slab.limit_hit(Limit::queue_size);
-          refuse(ApiError::queue_full, true);
-          break;
-        }
-        context_.slab.limit_hit(Limit::backend_max_pending);
-        refuse(ApiError::backends_full, true);
-        break;
+      case Next::no_queue: refuse_unplaced(Limit::backend_max_pending, ApiError::backends_full); break;
+      case Next::queue_full: refuse_unplaced(Limit::queue_size, ApiError::queue_full, QueueRejection::full); break;
       case Next::nothing_left: refuse(last_failure_, true); break;
       case Next::unknown_model:
       case Next::not_spoken:
@@ -338,6 +327,8 @@ class Exchange {
   }
 
   [[gnu::cold]] void on_queue_deadline();
+  // No place, and no wait for one; or its key's limit is the reason, whatever else is full.
+  [[gnu::cold]] void refuse_unplaced(Limit limit, ApiError error, std::optional<QueueRejection> counted = {});
 
   // ---- an attempt and its response: exchange_steps.h ----
 

@@ -68,9 +68,15 @@ void Exchange<Net>::on_queue_deadline() {
   if (state_ != State::queued) return;
   if (!deadlines_.queue_expired()) return follow_or_wait(picker_.look_again());
   context_.slab.queue_rejected(QueueRejection::timeout);
+  refuse_unplaced(Limit::queue_timeout, ApiError::queue_timeout);
+}
+
+template <class Net>
+void Exchange<Net>::refuse_unplaced(Limit limit, ApiError error, std::optional<QueueRejection> counted) {
   if (picker_.waits_for_key()) return refuse_by_key(Limit::key_concurrency, ApiError::key_concurrency);
-  context_.slab.limit_hit(Limit::queue_timeout);
-  refuse(ApiError::queue_timeout, true);
+  if (counted) context_.slab.queue_rejected(*counted);
+  context_.slab.limit_hit(limit);
+  refuse(error, true);
 }
 
 // ---- an attempt ----
