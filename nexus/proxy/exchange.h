@@ -482,8 +482,8 @@ class Exchange {
   struct Kept {
     RequestRecord record;
     std::string backend, model_used;
-    bool ends_connection = false;
-    bool given = false;  // to the client
+    Ns first_ns = -1;
+    bool ends_connection = false, given = false;  // to the client
   };
   std::unique_ptr<Kept> kept_;  // rarely
   bool answer_failed_ = false;  // the answer in hand is an error: what became of it is failed_outcome_

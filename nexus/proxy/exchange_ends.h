@@ -297,6 +297,7 @@ void Exchange<Net>::keep_answer() {
   kept_ = std::make_unique<Kept>();
   kept_->backend.assign(attempt_.backend()->name);
   kept_->model_used.assign(*picker_.choice().model_name);
+  kept_->first_ns = relay_.response().first_ns();
   kept_->ends_connection = relay_.says_close();
   kept_->record = summary_.record;
   kept_->record.status = relay_.response().status();
@@ -383,7 +384,9 @@ Step Exchange<Net>::count() {
 
 template <class Net>
 void Exchange<Net>::log_access() {
-  AccessEntry entry = summary_.access_entry(relay_.response().first_ns(), client_.sent_bytes());
+  const bool gave_kept = kept_ && kept_->given;
+  const Ns first_ns = gave_kept ? kept_->first_ns : relay_.response().first_ns();
+  AccessEntry entry = summary_.access_entry(first_ns, client_.sent_bytes());
   entry.key = key_.name();
   entry.endpoint = name_of(endpoint_->api);
   entry.has_slo = context_.settings().slo.on();
@@ -400,7 +403,7 @@ void Exchange<Net>::log_access() {
     entry.attempts = picker_.tries();
   }
   if (summary_.record.backend != BackendId::none) entry.backend = attempt_.backend()->name;
-  if (kept_ && kept_->given) {
+  if (gave_kept) {
     entry.backend = kept_->backend;
     entry.model_used = kept_->model_used;
   }
