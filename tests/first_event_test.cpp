@@ -3,6 +3,7 @@
 // Method: one worker on the scripted network; each backend is ejected by its first failure.
 #include <doctest/doctest.h>
 
+#include <memory>
 #include <string>
 
 #include "tests/lib/stage.h"
@@ -105,4 +106,53 @@ TEST_CASE("a client that sends bytes, and takes none, does not prolong the backe
   }
   CHECK(stage.limit_hits(Limit::stall_timeout) == 1);
   CHECK(stage.attempts(AttemptOutcome::timeout) == 1);
+}
+
+namespace {
+
+// A stage with an access log.
+struct Logged {
+  std::unique_ptr<sim::LogRings> rings = std::make_unique<sim::LogRings>();
+  Stage stage{2,
+              [](Settings& settings) {
+                settings.log.access = "stderr";
+                settings.upstream.head_delay_ns = 0;
+              },
+              rings.get()};
+  std::string line() {
+    std::string text;
+    (*rings)[0].access.take(text);
+    return text;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a stream without a Content-Type whose head was sent at once is logged and counted as a stream") {
+  Logged logged;
+  logged.stage.ask(sim::kAskStream);
+  logged.stage.say(*logged.stage.backend(1), "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+  logged.stage.pass(kSecond);
+  logged.stage.say(*logged.stage.backend(1), kToken + kDone);
+  const std::string line = logged.line();
+  CHECK(line.find(" stream=true ") != std::string::npos);
+  CHECK(line.find(" first_byte_ms=1000.000 ") != std::string::npos);
+  std::uint64_t first_tokens = 0;
+  logged.stage.slab().pairs().for_each([&](std::uint32_t, std::uint32_t, const PairCounters& cells) {
+    first_tokens += static_cast<std::uint64_t>(cells.first_token_sum.read());
+  });
+  CHECK(first_tokens == kSecond);
+}
+
+TEST_CASE("the first byte of an answer that was kept until no backend gave a better one has its time in the log") {
+  Logged logged;
+  const Peer& client = logged.stage.ask();
+  logged.stage.pass(20 * kMillisecond);
+  logged.stage.say(*logged.stage.backend(1), kUseful);
+  REQUIRE(logged.stage.backend(2) != nullptr);
+  logged.stage.pass(20 * kMillisecond);
+  logged.stage.net.break_off(*logged.stage.backend(2));
+  logged.stage.settle();
+  CHECK(logged.stage.answer_to(client).body == "useful");
+  CHECK(logged.line().find(" first_byte_ms=20.000 ") != std::string::npos);
 }

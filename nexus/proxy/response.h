@@ -110,6 +110,7 @@ class Response {
     record.completion_tokens = told.completion_tokens;
     if (told.cached_tokens <= told.prompt_tokens) record.cached_tokens = told.cached_tokens;
     if (told.reasoning_tokens <= told.completion_tokens) record.reasoning_tokens = told.reasoning_tokens;
+    record.stream = is_stream();  // one without a Content-Type may have shown it with its first bytes
     if (!record.stream || first_ns_ < 0) return;
     record.first_byte_ns = first_ns_ - asked_ns;
     if (told.completion_tokens > 1) record.per_token_ns = (last_ns_ - first_ns_) / (told.completion_tokens - 1);
