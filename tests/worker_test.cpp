@@ -248,3 +248,16 @@ TEST_CASE("models that the configuration lists are not shown before the first ch
   stage.end_check();
   CHECK(list.received.find(R"("id":"m")") != std::string::npos);
 }
+
+TEST_CASE("/health and /metrics count the same models, also one that an alias of its name hides") {
+  nexus::sim::Stage stage(2, [](nexus::Settings& settings) {
+    settings.backends[0].models = {"m", "hidden"};
+    settings.backends[1].models = {"m", "hidden", "third"};
+    settings.aliases = {{"hidden", "m"}, {"alias", "m"}};
+  });
+  Peer& client = stage.net.connect_client();
+  stage.settle();
+  stage.say(client, "GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /metrics HTTP/1.1\r\nHost: a\r\n\r\n");
+  CHECK(client.received.find(R"("models":3})") != std::string::npos);
+  CHECK(client.received.find("\nnexus_models_available 3\n") != std::string::npos);
+}

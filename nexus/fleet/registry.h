@@ -205,6 +205,7 @@ class Registry {
     Ns checked_ns = 0;  // when the last check or lookup began
     bool checking = false;
 
+    bool is_up() const { return health == Health::healthy && address.has_value(); }
     bool has_models() const { return !settings.models.empty() || discovered != nullptr; }
     bool is_unresolved() const { return lookup_failed && !address; }
 
@@ -349,6 +350,18 @@ class Registry {
     if (backend.health == Health::unhealthy) backend.health = Health::unknown;
   }
 
+  // The models that healthy backends have, each once; also one that is hidden, because an alias has its name.
+  std::vector<ModelId> models_on_healthy() const {
+    std::vector<ModelId> models;
+    for (const Backend& backend : backends_) {
+      if (!backend.is_up()) continue;
+      backend.each_model([&](const std::string& model, const ListedModel*) { models.push_back(models_.find(model)); });
+    }
+    std::sort(models.begin(), models.end());
+    models.erase(std::unique(models.begin(), models.end()), models.end());
+    return models;
+  }
+
   // A snapshot of the current state. The caller completes and publishes it.
   std::shared_ptr<Snapshot> snapshot() {
     auto made = std::make_shared<Snapshot>();
@@ -385,6 +398,7 @@ class Registry {
     const std::unordered_map<std::string_view, std::string_view> aliases(settings_->aliases.begin(),
                                                                          settings_->aliases.end());
     for (const auto& [alias, first] : settings_->aliases) follow_alias(*made, aliases, alias);
+    made->models_available = models_on_healthy().size();
     return made;
   }
 
@@ -448,7 +462,7 @@ class Registry {
     view.apis = from.apis != 0 ? from.apis : row_of(from.kind).apis;
     view.ask_usage = from.stream_usage == StreamUsage::ask ||
                      (from.stream_usage == StreamUsage::by_kind && row_of(from.kind).takes_stream_options);
-    view.healthy = backend.health == Health::healthy && backend.address.has_value();
+    view.healthy = backend.is_up();
     view.listed = backend.discovered;
     return view;
   }

@@ -74,10 +74,6 @@ inline void complete(Snapshot& snapshot) {
     snapshot.model_pages[kind] = std::move(page);
   }
   snapshot.available_names = list_available(snapshot);
-  snapshot.models_available =
-      static_cast<std::size_t>(std::count_if(snapshot.models.begin(), snapshot.models.end(), [&](const auto& named) {
-        return !named.second.is_alias() && listed_offer(snapshot, named.second) != nullptr;
-      }));
 }
 
 // Decodes the percent-escapes of a path (RFC 3986 2.1); the head parser has checked that they are complete.

@@ -103,25 +103,18 @@ class PageRenderer {
   FleetView fleet_view(Ns now, bool for_people) const {
     FleetView fleet;
     for (const Registry::Backend& backend : registry_.backends()) {
-      const bool healthy = backend.health == Health::healthy && backend.address.has_value();
       FleetView::Backend& view = fleet.backends.emplace_back();
       view.id = backend.id;
-      view.healthy = healthy;
+      view.healthy = backend.is_up();
       view.max_pending = backend.settings.max_pending;
       if (for_people) describe(backend, now, view);
       if (const auto ejection = backend.circuit->ejection(now)) {
         view.ejected_ns = ejection->left_ns;
         view.ejected_why = ejection->why;
       }
-      if (!healthy) continue;
-      backend.each_model([&](const std::string& model, const ListedModel*) {
-        fleet.models_on_healthy.push_back(registry_.model_names().find(model));
-      });
     }
-    auto& models = fleet.models_on_healthy;
-    std::sort(models.begin(), models.end());
-    models.erase(std::unique(models.begin(), models.end()), models.end());
-    fleet.models_available = models.size();
+    fleet.models_on_healthy = registry_.models_on_healthy();
+    fleet.models_available = fleet.models_on_healthy.size();
     fleet.queue_size = registry_.settings().queue.size;
     fleet.has_service_levels = registry_.settings().slo.on();
     fleet.endpoints = endpoint_paths_;

@@ -25,8 +25,7 @@ class Scrape {
       : ledger_(ledger), gateway_(gateway), servers_(servers), registry_(gateway.control().registry()) {
     fleet_.backends.reserve(registry_.backends().size());
     for (const Registry::Backend& backend : registry_.backends()) {
-      const bool healthy = backend.health == Health::healthy && backend.address.has_value();
-      fleet_.backends.push_back({backend.id, healthy, backend.settings.max_pending});
+      fleet_.backends.push_back({backend.id, backend.is_up(), backend.settings.max_pending});
     }
     std::transform(kEndpoints.begin(), kEndpoints.end(), paths_.begin(), [](const Endpoint& row) { return row.path; });
     fleet_.endpoints = paths_;
