@@ -261,3 +261,12 @@ TEST_CASE("/health and /metrics count the same models, also one that an alias of
   CHECK(client.received.find(R"("models":3})") != std::string::npos);
   CHECK(client.received.find("\nnexus_models_available 3\n") != std::string::npos);
 }
+
+TEST_CASE("a backend that is never checked has no next check") {
+  nexus::sim::Stage stage;  // without health checks, with a list of its own
+  Peer& client = stage.net.connect_client();
+  stage.settle();
+  stage.pass(nexus::kSecond);
+  stage.say(client, "GET /v1/stats HTTP/1.1\r\nHost: a\r\n\r\n");
+  CHECK(client.received.find(R"("last_check_seconds":null,"next_check_seconds":null)") != std::string::npos);
+}

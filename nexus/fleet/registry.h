@@ -207,6 +207,7 @@ class Registry {
 
     bool is_up() const { return health == Health::healthy && address.has_value(); }
     bool has_models() const { return !settings.models.empty() || discovered != nullptr; }
+    bool is_checked(bool health_on) const { return health_on || settings.models.empty(); }  // else nothing is to learn
     bool is_unresolved() const { return lookup_failed && !address; }
 
     // Calls visit(name, ListedModel*) for each of its models; the pointer is null if the configuration lists them.

@@ -375,8 +375,7 @@ class Control {
   }
 
   void check(Registry::Backend& backend) {
-    const bool wanted = registry_.settings().health.enabled || backend.settings.models.empty();
-    if (backend.checking || !wanted) return;
+    if (backend.checking || !backend.is_checked(registry_.settings().health.enabled)) return;
     if (!backend.address) return;  // its lookup is due, or on its way, and leads to the first check
     const Ns timeout_ns = registry_.settings().health.timeout_ns;
     ProbeOrder order = order_of(backend.settings, backend.to_try(), backend.epoch, timeout_ns);

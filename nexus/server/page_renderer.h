@@ -88,12 +88,13 @@ class PageRenderer {
   }
 
   // As people read it. Its url without a password, which no BackendSettings holds.
-  static void describe(const Registry::Backend& backend, Ns now, FleetView::Backend& view) {
+  void describe(const Registry::Backend& backend, Ns now, FleetView::Backend& view) const {
     view.checked = backend.health != Health::unknown;
     const bool up = backend.health == Health::healthy;  // else an ejection does not show
     view.state_ns = now - (up ? std::max(backend.changed_ns, backend.circuit->changed_ns(now)) : backend.changed_ns);
     if (backend.checked_ns > 0) view.checked_ns = now - backend.checked_ns;
-    if (backend.next_check_ns != kNever) view.next_check_ns = std::max<Ns>(backend.next_check_ns - now, 0);
+    const bool checked = backend.is_checked(registry_.settings().health.enabled);
+    if (checked && backend.next_check_ns != kNever) view.next_check_ns = std::max<Ns>(backend.next_check_ns - now, 0);
     view.problem = backend.problem;
     view.url = url_of(backend.settings);
     view.type = name_of(backend.settings.kind);
