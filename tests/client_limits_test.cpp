@@ -233,6 +233,32 @@ TEST_CASE("a request that waits too long for another one of its key is told so, 
   CHECK(stage.errors(ErrorType::overloaded) == 1);
 }
 
+TEST_CASE("a request that waits for another one of its key is queued, but is no backend's") {
+  Stage stage(1, [](Settings& settings) {
+    settings.server.api_keys = {{"alice", "key-of-alice", {.max_pending = 1}}};
+    settings.queue.size = 5;
+  });
+  const std::string key = "Authorization: Bearer key-of-alice\r\n";
+  for (int i = 0; i < 3; ++i) {
+    Peer& client = stage.net.connect_client();
+    stage.settle();
+    std::string text = sim::post(sim::kAsk);
+    stage.say(client, text.insert(text.find("Host: "), key));
+  }
+  Peer& scraper = stage.net.connect_client();
+  stage.settle();
+  stage.say(scraper, "GET /metrics HTTP/1.1\r\nHost: a\r\n" + key + "\r\n");
+  const std::string& page = scraper.received;
+  CHECK(page.find("\nnexus_pending_requests{backend=\"b1\"} 1\n") != std::string::npos);
+  CHECK(page.find("\nnexus_pending_requests{backend=\"none\"}") == std::string::npos);
+  CHECK(page.find("\nnexus_queue_depth{backend=\"none\"} 2\n") != std::string::npos);
+  CHECK(page.find("\nnexus_key_pending{key=\"alice\"} 3\n") != std::string::npos);
+  const std::size_t stats = page.size();
+  stage.say(scraper, "GET /v1/stats HTTP/1.1\r\nHost: a\r\n" + key + "\r\n");
+  CHECK(page.find(R"({"id":"none")", stats) == std::string::npos);
+  CHECK(page.find(R"("keys":[{"name":"alice","requests":0,"errors":0,"pending":3,)", stats) != std::string::npos);
+}
+
 TEST_CASE("a key whose own limit fills the queue is told of that limit") {
   Stage stage(1, [](Settings& settings) {
     settings.server.api_keys = {{"alice", "key-of-alice", {.max_pending = 1}}};

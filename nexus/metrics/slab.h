@@ -295,9 +295,10 @@ class alignas(kCacheAlign) Slab {
     cells.pending.add_signed(delta);
     cells.in_flight.add_signed(delta);
   }
+  // `none`: it waits for another request of its key, and is pending on no backend.
   void add_queued(BackendId id, int delta) {
     BackendCounters& cells = backends_.at(index_of(id));
-    cells.pending.add_signed(delta);
+    if (id != BackendId::none) cells.pending.add_signed(delta);
     cells.queue_depth.add_signed(delta);
   }
 

@@ -215,7 +215,6 @@ inline Stats collect_stats(const Metrics& metrics, const FleetView& fleet, const
       stats.backends[backend].listed |= backend != index_of(BackendId::none);
     });
   }
-  stats.backends[index_of(BackendId::none)].pending = 0;  // those that wait for their own key wait for no backend
   for (auto* rows : {&stats.backends, &stats.models})
     std::erase_if(*rows, [](const auto& row) { return !row.listed && row.pending <= 0; });
   std::sort(stats.backends.begin(), stats.backends.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
