@@ -299,6 +299,22 @@ TEST_CASE("a request with new candidates keeps its position") {
   }
 }
 
+TEST_CASE("a request that finds room among new candidates is charged to its key, as others are") {
+  Gate gate;
+  gate.cap(1, 1);
+  Place a = gate.enter(kA);
+  Flow flow;
+  Claim claim{.flow = &flow, .cost = 7};
+  Ticket ticket;
+  Place place;
+  REQUIRE(gate.admission.enqueue({{kA}}, 0, token(1), ticket, place, &claim) == Outcome::queued);
+  const BackendId only_b[] = {kB};
+  gate.admission.renew(ticket, only_b);
+  REQUIRE(gate.admission.take_grant(ticket));
+  CHECK(claim.charged);
+  CHECK(flow.served == 7);
+}
+
 TEST_CASE("a declined place goes to the next in line, and the request keeps its position for another") {
   Gate gate;
   gate.cap(1, 1);

@@ -398,7 +398,7 @@ class Admission {
     if (!held) leave_queues(waiter);
     waiter.candidates.swap(renewed);
     waiter.granted = take_room(waiter.candidates);
-    if (!waiter.granted) join_queues(waiter, nodes);
+    waiter.granted ? clock_.charge(*waiter.claim) : join_queues(waiter, nodes);
     if (held) free_place(std::move(lock), *held);
   }
 
