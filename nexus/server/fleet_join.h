@@ -144,15 +144,18 @@ class FleetJoin {
     Join& join = join_of(ask.page.kind);
     join.waiting.push_back(ask);
     if (join.missing > 0) return;
-    join.missing = 1;  // not over before all are asked
+    // All that may throw comes before the first answer is missing: it would be waited for without end.
+    std::vector<ProbeOrder> orders;
     for (const Registry::Backend& backend : registry.backends()) {
       const BackendSettings& settings = backend.settings;
       const Apis apis = settings.apis != 0 ? settings.apis : row_of(settings.kind).apis;
       if (settings.kind == BackendKind::echo || (apis & bit_of(Api::ollama)) == 0) continue;
       if (backend.health != Health::healthy || !backend.address) continue;
-      join.missing += 1;
-      prober.start(order_for(ask.page.kind, backend, registry.settings().health.timeout_ns), now, done);
+      orders.push_back(order_for(ask.page.kind, backend, registry.settings().health.timeout_ns));
     }
+    join.pages.reserve(orders.size());
+    join.missing = orders.size() + 1;  // not over before all are asked
+    for (const ProbeOrder& order : orders) prober.start(order, now, done);
     end_one(join, json, tell);
   }
 
