@@ -459,6 +459,21 @@ TEST_CASE("for Ollama a name without a tag is the latest, and the reverse; the l
   CHECK(snapshot->preferred_offer(*snapshot->find("host:5000/x:latest"))->implied);
 }
 
+TEST_CASE("an alias and a fallback may name a model of Ollama without its tag") {
+  BackendSettings ollama = backend("o");
+  ollama.kind = BackendKind::ollama;
+  Settings settings = with({ollama});
+  settings.aliases = {{"gpt", "llama3"}};
+  settings.fallbacks = {{"big", {"llama3"}}};
+  Registry registry;
+  configure(registry, settings);
+  registry.set_models(registry.backends()[0], list_of({"llama3:latest"}));
+  check(registry, 0, "+");
+  const auto snapshot = registry.snapshot();
+  CHECK(offers(*snapshot, "gpt") == "o");
+  CHECK(offers(*snapshot, snapshot->find("big")->fallbacks.at(0)) == "o");
+}
+
 TEST_CASE("a model's preferred offer is of the healthy backend of the lowest priority number") {
   std::vector<BackendSettings> backends = {backend("a", {"m"}), backend("b", {"m"}), backend("c", {"m"})};
   backends[0].priority = 10;
