@@ -395,7 +395,7 @@ nexus_requests_total{model="m",backend="b",status="200"} 1
 )");
     CHECK(
         family_text(page, "nexus_overhead_seconds") ==
-        R"(# HELP nexus_overhead_seconds Time Nexus added to a request, without its waits for the queue and for a connection.
+        R"(# HELP nexus_overhead_seconds Time Nexus added to a request, without its waits for first checks, the queue, a connection and the backend.
 # TYPE nexus_overhead_seconds histogram
 # UNIT nexus_overhead_seconds seconds
 nexus_overhead_seconds_bucket{le="1e-05"} 0

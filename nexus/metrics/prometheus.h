@@ -375,9 +375,10 @@ class PrometheusPage {
   }
 
   void write_threads() {
-    thread_family("nexus_overhead_seconds",
-                  "Time Nexus added to a request, without its waits for the queue and for a connection.",
-                  &ThreadCounters::overhead);
+    thread_family(
+        "nexus_overhead_seconds",
+        "Time Nexus added to a request, without its waits for first checks, the queue, a connection and the backend.",
+        &ThreadCounters::overhead);
     thread_family("nexus_loop_stall_seconds", "Duration of one iteration of an event loop, between two waits.",
                   &ThreadCounters::loop_stall);
 
