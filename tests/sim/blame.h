@@ -175,12 +175,24 @@ class Blame {
     return std::any_of(begun.begin(), begun.end(), [&](Ns at) { return at >= earliest && at <= latest; });
   }
 
-  // Adds what the connections showed that Nexus has read from and not closed.
+  // Adds what the connections showed that Nexus has read from and not closed. An answer that is an error in disguise
+  // may be held, and is judged in the turn of a deadline, in which nothing was read.
   void gather() {
-    for (const Touched& touched : touched_) {
+    const auto is_gone = [this](const Touched& touched) {
       const Link& link = wire_.at(touched.link);
-      if (!link.live || !link.nexus_open || link.generation != touched.generation) continue;
+      return !link.live || !link.nexus_open || link.generation != touched.generation;
+    };
+    std::erase_if(held_, is_gone);
+    for (const Touched& held : held_) {
+      const Seen seen = look(held.link);
+      seen_.push_back({seen.server, seen.reasons & bit(AttemptOutcome::bad_response)});
+    }
+    for (const Touched& touched : touched_) {
+      if (is_gone(touched)) continue;
       seen_.push_back(look(touched.link));
+      const Answer* answer = fleet_.conduct(touched.link).answer;
+      if (answer != nullptr && answer->in_disguise && std::find(held_.begin(), held_.end(), touched) == held_.end())
+        held_.push_back(touched);
       fleet_.note_read(touched.link);
     }
   }
@@ -338,6 +350,7 @@ class Blame {
   std::map<BackendId, std::uint32_t> servers_;               // that each backend ever had: a bit for each
   std::vector<Seen> seen_;                                   // in this turn
   std::vector<Touched> touched_;                             // connections that were read from in this turn
+  std::vector<Touched> held_;                                // with an error in disguise, in earlier turns
   std::array<std::vector<Outcomes>, kMostWorkers> counted_;  // by backend
   std::map<std::uint64_t, std::uint32_t> failed_now_;        // in this turn, by breaker
   std::vector<std::uint64_t> succeeded_;                     // the same
