@@ -19,7 +19,7 @@
 
 namespace nexus {
 
-enum class BodyFormat : std::uint8_t { none, json, multipart };  // of a request
+enum class BodyFormat : std::uint8_t { none, json, multipart, multipart_or_json };  // of a request
 enum class Model : std::uint8_t {
   none,
   optional,
@@ -105,7 +105,7 @@ inline constexpr auto kEndpoints = [] {
       {"/v1/audio/transcriptions", post, Api::transcriptions, D::media, multipart, M::required, S::if_asked, T::counts},
       {"/audio/transcriptions", post, Api::transcriptions, D::media, multipart, M::required, S::if_asked, T::counts},
       {"/v1/audio/translations", post, Api::transcriptions, D::media, multipart, M::required, S::never, T::counts},
-      {"/v1/images/edits", post, Api::images, D::media, multipart, M::optional, S::if_asked, T::counts},
+      {"/v1/images/edits", post, Api::images, D::media, multipart_or_json, M::optional, S::if_asked, T::counts},
       {"/completion", post, Api::llamacpp, D::llamacpp, json, M::optional, S::if_asked, T::counts},
       {"/infill", post, Api::llamacpp, D::llamacpp, json, M::optional, S::if_asked, T::counts},
       {"/embedding", post, Api::llamacpp, D::llamacpp, json, M::optional, S::never, T::nothing},

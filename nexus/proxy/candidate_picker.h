@@ -37,11 +37,11 @@ namespace nexus {
 inline std::optional<ApiError> read_body(JsonReader& json, const Endpoint& endpoint, const BodyReaders& readers,
                                          const RequestView& request, bool find_images, BodyFacts& facts) {
   const std::string_view body(request.body, request.body_bytes);
-  switch (endpoint.body) {
-    case BodyFormat::none: facts = BodyFacts{}; return std::nullopt;
-    case BodyFormat::multipart: return readers.multipart->read(body, endpoint, facts);
-    case BodyFormat::json: break;
+  if (endpoint.body == BodyFormat::none) {
+    facts = BodyFacts{};
+    return std::nullopt;
   }
+  if (readers.multipart != nullptr) return readers.multipart->read(body, endpoint, facts);
   if (readers.json == nullptr) return read_body(json, endpoint, body, facts, find_images);
   return readers.json->read(json, body, facts, find_images);
 }

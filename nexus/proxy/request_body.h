@@ -41,7 +41,7 @@ class RequestBody {
 
   std::size_t bytes() const { return bytes_; }  // decoded so far
   // What has read the body while it came.
-  BodyReaders readers() { return {incremental_.get(), &multipart_}; }
+  BodyReaders readers() { return {incremental_.get(), is_form_ ? &multipart_ : nullptr}; }
 
   // The error that is known from the head alone, if any. `client`: a hash of the client's address. `most_bytes` holds
   // for the whole body.
@@ -49,9 +49,12 @@ class RequestBody {
                                 std::size_t client, std::size_t most_bytes) {
     endpoint_ = &endpoint;
     client_ = client;
-    if (endpoint.body == BodyFormat::multipart) {
-      const FieldRow* type = find_field(*view.fields, Field::content_type);
-      multipart_.start(boundary_of(type == nullptr ? "" : value_of(view.base, *type)));
+    is_form_ = false;
+    if (endpoint.body >= BodyFormat::multipart) {
+      const FieldRow* row = find_field(*view.fields, Field::content_type);
+      const std::string_view type = row == nullptr ? "" : value_of(view.base, *row);
+      is_form_ = endpoint.body == BodyFormat::multipart || !starts_with_ignoring_case(type, "application/json");
+      if (is_form_) multipart_.start(boundary_of(type));
     }
     bytes_ = looked_at_bytes_ = 0;
     most_bytes_ = most_bytes;
@@ -143,10 +146,10 @@ class RequestBody {
 
   // Reads the new bytes of a large body. False if there is no memory for its reader.
   bool read_new(const char* body) {
-    switch (endpoint_->body) {
-      case BodyFormat::none: return true;
-      case BodyFormat::multipart: multipart_.feed(body, bytes_); return true;
-      case BodyFormat::json: break;
+    if (endpoint_->body == BodyFormat::none) return true;
+    if (is_form_) {
+      multipart_.feed(body, bytes_);
+      return true;
     }
     if (!incremental_) {
       incremental_ = context_.incremental_readers.take();
@@ -182,6 +185,7 @@ class RequestBody {
   BodyShare share_;
   typename ObjectPool<IncrementalJson>::Lease incremental_;  // of a large body
   MultipartScan multipart_;
+  bool is_form_ = false;  // the body is read by it
 };
 
 }  // namespace nexus

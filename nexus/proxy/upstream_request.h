@@ -36,8 +36,8 @@ struct RequestView {
 
 // The readers of a body that may have read it while it came.
 struct BodyReaders {
-  IncrementalJson* json = nullptr;  // null: it is read at once
-  MultipartScan* multipart = nullptr;
+  IncrementalJson* json = nullptr;     // null: it is read at once
+  MultipartScan* multipart = nullptr;  // null: it is no form
 };
 
 // A request as a list of pieces of two texts: `own` (the head, then the values inserted into the body) and the client's
