@@ -177,6 +177,26 @@ TEST_CASE("only a request to show a model may name it as clients of old Ollama v
   }
 }
 
+TEST_CASE("a model that is null is a missing one where it may be missing, however the body comes") {
+  for (const nexus::Endpoint& endpoint : nexus::kEndpoints) {
+    if (endpoint.body != nexus::BodyFormat::json) continue;
+    CAPTURE(endpoint.path);
+    const Padded padded(R"({"prompt":"a cat","model": null ,"stream":false})");
+    const bool may = endpoint.model == nexus::Model::optional;
+    for (const bool in_pieces : {false, true}) {
+      BodyFacts facts;
+      nexus::IncrementalJson json;
+      json.start(endpoint);
+      if (in_pieces) json.feed(reader(), padded.view().data(), 30);
+      const auto error = in_pieces ? json.read(reader(), padded.view(), facts)
+                                   : nexus::read_body(reader(), endpoint, padded.view(), facts);
+      CHECK(error == (may ? std::nullopt : std::optional(ApiError::wrong_type)));
+      CHECK(facts.model.empty());
+      CHECK(facts.model_value.bytes == 0);
+    }
+  }
+}
+
 TEST_CASE("a value that is stepped over may be broken, but it hides no key") {
   // Its numbers, words and escapes are the backend's to judge. A second model behind or within it is not overlooked:
   // the body is refused, or the key stands where every reader sees it as deeper.

@@ -70,7 +70,7 @@ class IncrementalJson {
     if (error == ApiError::no_model && may_say_name(*endpoint_)) return read_body(reader, *endpoint_, body, facts);
     if (error) return error;
     facts.first_member = first_member_;
-    facts.model_value = span_of(BodyKey::model);  // empty if the body names none
+    if (facts.model_value.bytes > 0) facts.model_value = span_of(BodyKey::model);  // else the body names none
     facts.stream_options_value = span_of(BodyKey::stream_options);
     facts.include_usage_value = span_of(BodyKey::include_usage);
     if (facts.continuous_usage_value.at > 0) facts.continuous_usage_value = span_of(BodyKey::continuous_usage_stats);

@@ -168,6 +168,7 @@ class BodyPass {
   bool read_model(Value& value) {
     Type type{};
     if (!read_type(value, type)) return false;
+    if (type == Type::null && endpoint_.model == Model::optional) return true;
     if (type != Type::string) return fail(ApiError::wrong_type);
     facts_.model_value = span_of(value.raw_json_token());
     if (!json_.read_name(value, facts_.model)) return fail(ApiError::bad_json);
