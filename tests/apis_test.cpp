@@ -29,6 +29,8 @@ TEST_CASE("a server that does not know the path is passed over, without a retry,
   const std::string errors[] = {
       json(404, R"({"detail":"Not Found"})"),
       response(404, "text/plain", "404 page not found"),
+      response(404, "application/json", "Not Found"),
+      response(404, "text/plain", "404: Not Found"),
       json(404, R"({"error":{"code":404,"message":"File Not Found","type":"not_found_error"}})"),
       json(404, "{\"error\": {\n \"message\": \"File Not Found\", \"code\": 404}}"),
       json(404, R"x({"error":{"message":"Invalid URL (POST /v1/rerank)","type":"invalid_request_error"}})x"),
@@ -70,6 +72,7 @@ TEST_CASE("a 404 about a model, and every other answer, is the client's") {
       json(405, R"({"detail":"Method Not Allowed"})"),
       json(200, R"({"results":[]})"),
       response(404, "text/html", "<h1>File not found</h1>"),
+      response(404, "text/plain", "Not Found: the model m"),
   };
   for (const std::string& answer : answers) {
     CAPTURE(answer);

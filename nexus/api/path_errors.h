@@ -25,7 +25,9 @@ struct PathError {
 
 inline constexpr auto kPathErrors = std::to_array<PathError>({
     {404, R"({ "detail" : "Not Found" })", true},                                  // FastAPI: vLLM, SGLang
-    {404, "404 page not found", true},                                             // Go: Ollama, LocalAI
+    {404, "404 page not found", true},                                             // Go: Ollama
+    {404, "Not Found", true},                                                      // mlx_lm, Starlette
+    {404, "404: Not Found", true},                                                 // aiohttp
     {404, R"({ "error" : { "code" : 404 , "message" : "File Not Found")", false},  // llama.cpp
     {404, R"({ "error" : { "message" : "File Not Found")", false},
     {404, R"({ "error" : { "message" : "Invalid URL ()", false},    // OpenAI
