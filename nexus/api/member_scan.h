@@ -29,6 +29,7 @@ class MemberScan {
     usage_begins,     // `at` is behind the first byte of a `usage`; of a count, if they stand in the response itself
     usage_ends,       // `at` is behind its last byte
     between_members,  // `at` is behind the `{`, `,` or `}` of the outermost object
+    no_choice,        // `at` is behind the `]` of an empty list of choices
   };
 
   MemberScan() = default;
@@ -126,7 +127,7 @@ class MemberScan {
       case In::first_choice:
         if (mark == ']') {
           in_ = In::after_value;
-          break;
+          return Step::no_choice;
         }
         choices_found_ = true;
         begin_nested(mark == '{' || mark == '[' ? 2 : 1, mark == '"');

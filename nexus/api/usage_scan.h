@@ -2,7 +2,7 @@
 // Owns:      the token counts of a response body while it passes, and the number of its events, its errors and its end
 //            mark if it is a stream, of events or of lines; removing the extra usage event that Nexus asked for from a
 //            stream whose client did not ask for it. An event that holds more than such an event does loses only its
-//            `usage`.
+//            `usage`, and gets a choice if it has none: such a client reads the first choice of each event.
 // Promises:  counts and output are the same however the bytes are cut; a plain body is never held or changed; a stream
 //            holds only an event that may be the extra one, up to kHeldEventBytes; memory is allocated only for what is
 //            cut between two pieces.
@@ -32,6 +32,8 @@ class UsageScan {
  public:
   enum class Kind : std::uint8_t { none, json, event_stream, lines };
   static constexpr bool is_stream(Kind kind) { return kind >= Kind::event_stream; }
+  // What an empty list of choices gets.
+  static constexpr std::string_view kEmptyChoice = R"({"index":0,"delta":{},"finish_reason":null})";
 
   // The bytes to send to the client now, in this order; the views last until the next call.
   struct Out {
@@ -115,7 +117,8 @@ class UsageScan {
   struct UsageMember {
     std::size_t last_mark = 0;  // behind the last `{` or comma between members
     std::size_t from = 0;
-    std::size_t to = 0;  // 0: not known yet
+    std::size_t to = 0;         // 0: not known yet
+    std::size_t no_choice = 0;  // the `]` of an empty list of choices; 0: there is none
     // `mark` ends at `end`: the first one behind `usage` ends the part. If that is the `}`, the comma before goes.
     void mark(std::size_t end, char mark) {
       if (to == 0) {
@@ -262,8 +265,29 @@ class UsageScan {
     held_.clear();
   }
 
+  // Puts a choice that says nothing into the empty list of choices. It takes a part of the room of `usage`.
+  [[gnu::cold]] void add_choice(const Pass& pass) {
+    auto& [last_mark, from, to, at] = usage_member_;
+    if (at == 0 || to - from <= kEmptyChoice.size()) return;
+    const std::size_t held = held_.size();
+    char* const event = pass.start + (pass.event - pass.start);
+    const auto byte = [&](std::size_t i) -> char& { return i < held ? held_.data()[i] : event[i - held]; };
+    std::size_t put = at;
+    if (at < from) {
+      for (std::size_t i = from; i > at; --i) byte(i - 1 + kEmptyChoice.size()) = byte(i - 1);
+      from += kEmptyChoice.size();
+    } else {
+      for (std::size_t i = to; i < at; ++i) byte(from++) = byte(i);
+      put = from;
+      from += kEmptyChoice.size();
+      to = at;
+    }
+    for (const char c : kEmptyChoice) byte(put++) = c;
+  }
+
   // Cuts `usage` out of the event: out of its held part, out of its part in this piece, or out of both.
   void cut_usage(Pass& pass, Out& out) {
+    add_choice(pass);
     const std::size_t held = held_.size(), from = usage_member_.from, to = usage_member_.to;
     const std::size_t held_from = std::min(from, held), held_to = std::min(to, held);
     if (held > 0) std::memmove(held_.data() + held_from, held_.data() + held_to, held - held_to);
@@ -315,6 +339,10 @@ class UsageScan {
         case MemberScan::Step::between_members:
           if (pass != nullptr && undecided_)
             usage_member_.mark(held_.size() + static_cast<std::size_t>(at - pass->event), at[-1]);
+          break;
+        case MemberScan::Step::no_choice:
+          if (pass != nullptr && undecided_)
+            usage_member_.no_choice = held_.size() + static_cast<std::size_t>(at - pass->event) - 1;
           break;
         case MemberScan::Step::need_more:
           if (members_.in_usage()) capture(pool, {usage_from, static_cast<std::size_t>(end - usage_from)});
