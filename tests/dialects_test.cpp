@@ -141,6 +141,12 @@ std::vector<Stream> streams() {
            event("transcript.text.done",
                  R"(,"text":"x","usage":{"type":"tokens","input_tokens":14,"output_tokens":45,"total_tokens":59})"),
        {14, 45, -1, 2, false, true}},
+      {"a transcript of vLLM",
+       Dialect::media,
+       "data: {\"object\":\"transcription.chunk\",\"choices\":[{\"delta\":{\"content\":\"I see\"}}]}\n\n"
+       "data: {\"object\":\"transcription.chunk\",\"choices\":[],"
+       "\"usage\":{\"prompt_tokens\":200,\"total_tokens\":212,\"completion_tokens\":12}}\n\ndata: [DONE]\n\n",
+       {200, 12, -1, 3, false, true}},
       {"llama.cpp's own completion",
        Dialect::llamacpp,
        "data: {\"index\":0,\"content\":\"a\",\"tokens\":[1],\"stop\":false,\"tokens_predicted\":1,"
@@ -252,6 +258,7 @@ TEST_CASE("each API's plain response tells its counts, whole and in pieces") {
        16, 9, 11},
       {Dialect::media, R"({"text":"hi","usage":{"type":"duration","seconds":3}})", -1, -1, -1},
       {Dialect::media, R"({"text":"hi","usage":{"type":"tokens","input_tokens":14,"output_tokens":45}})", 14, 45, -1},
+      {Dialect::media, R"({"text":"hi","usage":{"prompt_tokens":200,"completion_tokens":12}})", 200, 12, -1},
       {Dialect::llamacpp,
        R"({"content":"x","tokens_predicted":8,"stop":true,"tokens_evaluated":3,"timings":{"cache_n":1}})", 3, 8, 1},
       {Dialect::ollama_chat, R"({"message":{"eval_count":7},"done":true,"prompt_eval_count":11,"eval_count":18.0})", 11,

@@ -143,8 +143,11 @@ struct ResponseShape {
   std::string_view written = {};  // the object that holds `reasoning`
   static constexpr std::string_view reasoning = "reasoning_tokens";  // of the completion's tokens
   bool adds_up = false;           // `prompt` is without `cached` and `created`; events tell a part of the counts each
-  std::string_view end_key = {};  // the member that marks the last event; empty: its data is `end` and no more
-  std::string_view end = {};      // the values of end_key, separated by blanks
+  std::string_view prompt_too = {};      // other names of `prompt` and `completion`; only where `details` is empty
+  std::string_view completion_too = {};
+  std::string_view end_data = {};  // all of the last event's data
+  std::string_view end_key = {};   // the member that marks the last event
+  std::string_view end = {};       // the values of end_key, separated by blanks
   bool has_ids = false;           // `id` names a response that the backend may have stored
   bool named = false;             // each event has a line `event: VALUE` with the value of end_key
 };
@@ -176,7 +179,7 @@ inline constexpr std::array kDialects{
                 .details = "prompt_tokens_details",
                 .cached = "cached_tokens",
                 .written = "completion_tokens_details",
-                .end = "[DONE]"},
+                .end_data = "[DONE]"},
                {{{BodyKey::messages, "\"image_url\"", Need::images},
                  {BodyKey::response_format, "\"json_object\"", Need::json_mode},
                  {BodyKey::response_format, "\"json_schema\"", Need::json_mode}}}},
@@ -215,8 +218,11 @@ inline constexpr std::array kDialects{
                StreamFraming::events,
                ErrorShape::openai,
                false,
-               {.prompt = "input_tokens",
+               {.prompt = "input_tokens",  // OpenAI's names; the others and [DONE] are vLLM's, of a transcript
                 .completion = "output_tokens",
+                .prompt_too = "prompt_tokens",
+                .completion_too = "completion_tokens",
+                .end_data = "[DONE]",
                 .end_key = "type",
                 .end = "transcript.text.done speech.audio.done image_generation.completed image_edit.completed",
                 .named = true},

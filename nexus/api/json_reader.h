@@ -209,7 +209,11 @@ inline std::int64_t Usage::*count_of(const ResponseShape& shape, std::string_vie
   }
   if (same_text(key, shape.prompt)) return &Usage::prompt_tokens;
   if (same_text(key, shape.completion)) return &Usage::completion_tokens;
-  if (shape.details.empty() && same_text(key, shape.cached)) return &Usage::cached_tokens;
+  if (shape.details.empty()) {
+    if (same_text(key, shape.cached)) return &Usage::cached_tokens;
+    if (same_text(key, shape.prompt_too)) return &Usage::prompt_tokens;
+    if (same_text(key, shape.completion_too)) return &Usage::completion_tokens;
+  }
   return same_text(key, shape.created) ? &Usage::created_tokens : nullptr;
 }
 

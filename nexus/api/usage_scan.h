@@ -50,7 +50,7 @@ class UsageScan {
     *this = UsageScan(shape);
     kind_ = kind;
     removing_ = remove_usage_event;
-    if (shape != nullptr && shape->end_key.empty()) end_mark_ = shape->end;
+    if (shape != nullptr) end_mark_ = shape->end_data;
   }
 
   // Reads a piece of the body, and may compact it in place; behind it kPaddingBytes must be readable. False: bytes are

@@ -7,7 +7,7 @@ const type = `multipart/form-data; boundary=${boundary}`;
 const field = (name, value) => Buffer.from(`--${boundary}\r\nContent-Disposition: form-data; name="${name}"\r\n\r\n${value}\r\n`);
 const file = (bytes, name = 'file') => Buffer.concat([Buffer.from(`--${boundary}\r\nContent-Disposition: form-data; name="${name}"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n`), bytes, Buffer.from('\r\n')]);
 const form = (...parts) => Buffer.concat([...parts, Buffer.from(`--${boundary}--\r\n`)]);
-const send = (nexus, path, body) => post(nexus.port, path, body, { headers: { 'Content-Type': type } });
+const send = (nexus, path, body, content_type = type) => post(nexus.port, path, body, { headers: { 'Content-Type': content_type } });
 
 // What looks like a part, a boundary or a model within a file.
 const sly_sound = Buffer.from(`RIFF\r\n--${boundary}x\r\n--almost\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n--${boundary.slice(0, -1)}\r\n\0\x01\xff{"model":"other"}`, 'latin1');
@@ -21,6 +21,7 @@ const answers = [
   ['OpenAI, verbose', 'application/json', '{"task":"transcribe","language":"english","duration":8.4,"text":"Hello.","segments":[{"id":0,"tokens":[1,2]}],"usage":{"type":"duration","seconds":9}}', {}],
   ['as text', 'text/plain; charset=utf-8', 'Hello.\n', {}],
   ['streamed', 'text/event-stream', event({ type: 'transcript.text.delta', delta: 'Hel' }) + event({ type: 'transcript.text.delta', delta: 'lo.' }) + event({ type: 'transcript.text.done', text: 'Hello.', usage: token_usage }), { prompt: 14, completion: 45, streams: true }],
+  ['vLLM, streamed', 'text/event-stream', event({ object: 'transcription.chunk', choices: [{ delta: { content: 'Hello.' } }] }) + event({ object: 'transcription.chunk', choices: [], usage: { prompt_tokens: 200, total_tokens: 212, completion_tokens: 12 } }) + 'data: [DONE]\n\n', { prompt: 200, completion: 12, streams: true }],
   ['streamed, without its end', 'text/event-stream', event({ type: 'transcript.text.delta', delta: 'Hel' }), { streams: true, ends: false }],
 ];
 
@@ -60,6 +61,19 @@ group('api forms', () => {
         await ledger.expect(path, { prompt: 14, completion: 45 });
       }
     }
+  });
+
+  test('an edit of an image may come as JSON too, of any size', async (t) => {
+    const { nexus, backend, ledger } = await counting(t, { aliases: { 'gpt-image-1': 'm1' } });
+    for (const bytes of [10, 300_000]) {
+      const ask = { images: [{ image_url: `data:image/png;base64,${'A'.repeat(bytes)}` }], model: 'm1', prompt: 'a hat' };
+      const r = await send(nexus, '/v1/images/edits', JSON.stringify({ ...ask, model: 'gpt-image-1' }), 'application/json; charset=utf-8');
+      assert.equal(r.status, 200, r.text);
+      assert.equal(backend.requests.at(-1).body.toString(), JSON.stringify(ask));
+      await ledger.expect('/v1/images/edits', { prompt: 14, completion: 45 });
+    }
+    const r = await send(nexus, '/v1/images/edits', '{"prompt":', 'application/json');
+    assert_error(r, 400, 'invalid_json');
   });
 
   test('an alias and a fallback replace the value of that field, and nothing else', async (t) => {
