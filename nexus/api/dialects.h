@@ -142,14 +142,14 @@ struct ResponseShape {
   std::string_view created = {};  // that are neither in `prompt` nor in `cached`
   std::string_view written = {};  // the object that holds `reasoning`
   static constexpr std::string_view reasoning = "reasoning_tokens";  // of the completion's tokens
-  bool adds_up = false;           // `prompt` is without `cached` and `created`; events tell a part of the counts each
-  std::string_view prompt_too = {};      // other names of `prompt` and `completion`; only where `details` is empty
+  bool adds_up = false;  // `prompt` is without `cached` and `created`; events tell a part of the counts each
+  std::string_view prompt_too = {};  // other names of `prompt` and `completion`; only where `details` is empty
   std::string_view completion_too = {};
   std::string_view end_data = {};  // all of the last event's data
   std::string_view end_key = {};   // the member that marks the last event
   std::string_view end = {};       // the values of end_key, separated by blanks
-  bool has_ids = false;           // `id` names a response that the backend may have stored
-  bool named = false;             // each event has a line `event: VALUE` with the value of end_key
+  bool has_ids = false;            // `id` names a response that the backend may have stored
+  bool named = false;              // each event has a line `event: VALUE` with the value of end_key
 };
 
 // One API's bodies.

@@ -238,8 +238,8 @@ class Blame {
                   std::string(name_of(outcome)).c_str(), static_cast<long long>(reasons));
   }
 
-  // A failed status counts when its head is read, and its attempt is counted later. A 429 that may be that of a client's
-  // quota does not count, but the backend may fail in its body.
+  // A failed status counts when its head is read, and its attempt is counted later. A 429 that may be that of a
+  // client's quota does not count, but the backend may fail in its body.
   void note_failures(BackendId backend, const Outcomes& fresh) {
     using enum AttemptOutcome;
     const std::uint64_t failed = fresh[index(connect_error)] + fresh[index(timeout)] + fresh[index(truncated)] +
