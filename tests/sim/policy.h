@@ -63,7 +63,8 @@ class Policy {
     for (const Suspect& suspect : suspects_) {
       const Request& request = ledger_.requests[suspect.number];
       if (request.lines != 1 || suspect.others < request.line_attempts) continue;
-      if (suspect.trial != Trial{} && (request.client_left || begun.insert(suspect.trial).second)) continue;
+      const bool may_be_trial = suspect.trial != Trial{} && (!suspect.second_trial || told_of_quota(suspect.at));
+      if (may_be_trial && (request.client_left || begun.insert(suspect.trial).second)) continue;
       ledger_.wrong("r%zu: came to server %u, which is ejected, and %u others could serve it, in %u attempts",
                     suspect.number, suspect.server, suspect.others, request.line_attempts);
     }
@@ -90,6 +91,8 @@ class Policy {
     std::size_t number;
     std::uint32_t server;
     std::uint32_t others;
+    Ns at;
+    bool second_trial;  // another trial was running when the turn began
   };
   struct Waiting {
     std::int64_t number = -1;
@@ -153,6 +156,7 @@ class Policy {
     if (turn == turns_.end() || turn->turn != arrival.turn) return;
     std::uint32_t here = 0, others = 0;
     Trial trial;
+    bool second_trial = false;
     for (const BackendView& backend : turn->fleet->backends) {
       const Breaker* breaker = breaker_of(*turn, backend);
       if (breaker == nullptr) continue;
@@ -165,11 +169,19 @@ class Policy {
         if (!on_trial && (!is_shut(breaker->before) || !is_shut(breaker->after))) return;
         // Its trial may have succeeded, so that it was closed until something else failed.
         if (breaker->before == Circuit::probing && breaker->after == Circuit::open) return;
-        if (on_trial && trial != Trial{}) return;  // it may be the trial of either
-        if (on_trial) trial = {breaker->circuit->server(), arrival.turn};
+        if (on_trial && trial != Trial{} && !second_trial) return;  // it may be the trial of either
+        const bool begun_before = breaker->before == Circuit::probing && trial == Trial{};
+        if (!on_trial && !begun_before) continue;
+        trial = {breaker->circuit->server(), arrival.turn};
+        second_trial = begun_before;
       }
     }
-    if (here > 0 && others > 0) suspects_.push_back({trial, number, arrival.server, others});
+    if (here > 0 && others > 0) suspects_.push_back({trial, number, arrival.server, others, arrival.at, second_trial});
+  }
+  // True if a 429 was passed on then. To the client's own key it ends a trial without a result, and another one begins.
+  bool told_of_quota(Ns at) const {
+    return std::any_of(ledger_.requests.begin(), ledger_.requests.end(),
+                       [at](const Request& request) { return request.status == 429 && request.answered_at == at; });
   }
   // True if requests are kept away, unless there is nobody else.
   static bool is_shut(Circuit state) { return state == Circuit::open || state == Circuit::probing; }
