@@ -32,7 +32,7 @@ class UsageScan {
  public:
   enum class Kind : std::uint8_t { none, json, event_stream, lines };
   static constexpr bool is_stream(Kind kind) { return kind >= Kind::event_stream; }
-  // What an empty list of choices gets.
+  // A choice that says nothing, for an empty list of choices.
   static constexpr std::string_view kEmptyChoice = R"({"index":0,"delta":{},"finish_reason":null})";
 
   // The bytes to send to the client now, in this order; the views last until the next call.
